@@ -1,0 +1,60 @@
+"""Trains the diffusion decoder: from a CLIP image embedding and a caption to a picture (unCLIP 2.1).
+
+    accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from PIL import Image
+
+from unclip.checkpoints.store import save_component
+from unclip.clip import CLIP
+from unclip.data.loader import DataConfig, Loader
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run, launch
+from unclip.training.losses import DecoderLoss, DropConfig
+from unclip.training.optim import OptimConfig
+from unclip.training.preview import decoder_preview
+
+
+@dataclass(frozen=True)
+class DecoderTraining:
+    clip: str  # folder of a trained CLIP
+    model: DecoderConfig
+    data: DataConfig
+    optim: OptimConfig
+    fit: FitConfig
+    val_data: DataConfig | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
+
+
+def main(run: Run[DecoderTraining]) -> None:
+    config = run.config
+    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    decoder = Decoder(config.model).to(run.device)
+    schedule = Schedule(config.schedule)
+    val_loader = Loader(config.val_data) if config.val_data else None
+    fit(
+        decoder,
+        DecoderLoss(decoder, clip, schedule, config.drop, config.loss),
+        Loader(config.data),
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=val_loader,
+        preview=decoder_preview(clip, schedule, val_loader) if val_loader else None,
+        export=partial(save_component, schedule=config.schedule),
+    )
+
+
+if __name__ == "__main__":
+    launch(main, DecoderTraining, __doc__)

@@ -1,0 +1,55 @@
+"""Trains one diffusion upsampler on crops: from a low-res picture to a high-res one (unCLIP 2.1).
+
+    accelerate launch train/upsampler.py --config configs/emoji/upsampler.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from unclip.checkpoints.store import save_component
+from unclip.data.corruption import CorruptionConfig
+from unclip.data.loader import DataConfig, Loader
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run, launch
+from unclip.training.losses import UpsamplerLoss
+from unclip.training.optim import OptimConfig
+from unclip.training.preview import upsampler_preview
+
+
+@dataclass(frozen=True)
+class UpsamplerTraining:
+    model: UpsamplerConfig
+    data: DataConfig  # `crop` is the side of the training crops, 1/4 of the picture's in the paper
+    optim: OptimConfig
+    fit: FitConfig
+    val_data: DataConfig | None = None
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+
+
+def main(run: Run[UpsamplerTraining]) -> None:
+    config = run.config
+    upsampler = Upsampler(config.model).to(run.device)
+    schedule = Schedule(config.schedule)
+    val_loader = Loader(config.val_data) if config.val_data else None
+    fit(
+        upsampler,
+        UpsamplerLoss(upsampler, schedule, config.corruption, config.loss),
+        Loader(config.data),
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=val_loader,
+        preview=upsampler_preview(schedule, val_loader) if val_loader else None,
+        export=partial(save_component, schedule=config.schedule),
+    )
+
+
+if __name__ == "__main__":
+    launch(main, UpsamplerTraining, __doc__)

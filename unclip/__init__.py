@@ -1,0 +1,42 @@
+"""DALL-E 2 (unCLIP) in PyTorch: `unclip.load("emoji")("a red apple").images[0]`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .clip import CLIP as CLIP
+    from .pipelines import load as load
+    from .pipelines.unclip import UnCLIPPipeline as UnCLIPPipeline
+    from .types import GenerationResult as GenerationResult
+    from .types import Progress as Progress
+    from .types import StageOptions as StageOptions
+    from .types import TextEncoding as TextEncoding
+    from .types import UnCLIPOptions as UnCLIPOptions
+
+# Resolved on first use (PEP 562): importing torch and open_clip takes seconds, and `import unclip` must not.
+_HOME = {
+    "CLIP": "unclip.clip",
+    "GenerationResult": "unclip.types",
+    "Progress": "unclip.types",
+    "StageOptions": "unclip.types",
+    "TextEncoding": "unclip.types",
+    "UnCLIPOptions": "unclip.types",
+    "UnCLIPPipeline": "unclip.pipelines.unclip",
+    "load": "unclip.pipelines",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'unclip' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Model folders: ours, and one file for each foreign format."""

@@ -1,0 +1,311 @@
+"""Batches whose content depends on (seed, epoch, number) only, so that a run resumes exactly where it stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.folder import FolderDataset
+from unclip.data.samples import Dataset, square
+from unclip.data.shards import ShardDataset
+
+# B batch, S image size, P processes
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random placement on the white ground, in fractions of the picture; never a flip: pictures may hold writing."""
+
+    shift: float = 0.0  # at most so far in x and in y, by whole pixels
+    scale: float = 0.0  # smaller or larger by at most this much
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "scale"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a fraction in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the data is and how batches are made of it."""
+
+    path: str  # anything that `open_dataset` takes
+    image_size: int  # pixels a side; the shorter side is resized to it, the middle kept
+    batch_size: int  # of one process
+    captions: Literal["canonical", "any"] = "any"
+    crop: int | None = None  # side of a random crop, for upsamplers
+    augment: Augment = field(default_factory=Augment)
+    weighted: bool = True  # draw by the samples' weights; False: each once an epoch, as for validation
+    cache: bool = False  # keep decoded pictures in memory, image_size**2 * 3 bytes each; starts no workers
+    workers: int = 0  # processes that read and decode; the batches are the same with any number
+    seed: int = 0
+    max_broken: float = 0.01  # fraction of broken pictures above which loading stops
+
+    def __post_init__(self) -> None:
+        for name, low in (("image_size", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
+        if self.crop is not None and not 1 <= self.crop <= self.image_size:
+            raise ValueError(f"crop is {self.crop}; expected 1 to image_size = {self.image_size}")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken is {self.max_broken}; expected a fraction in [0, 1]")
+
+
+def open_dataset(path: str | Path) -> Dataset | EmbeddingDataset:
+    """Tar shards (folder, file or pattern), a folder with pictures, a .csv or .jsonl, or a folder of embeddings."""
+    place = Path(path)
+    if place.suffix == ".tar" or any(sign in str(path) for sign in "*?{"):
+        return ShardDataset(path)
+    if not place.exists():
+        raise FileNotFoundError(
+            f"no data at {path}; expected tar shards, a folder with pictures and captions, a CSV, or embeddings"
+        )
+    if (place / "img_emb").is_dir():
+        return EmbeddingDataset(place)
+    if next(place.glob("*.tar"), None):
+        return ShardDataset(place)
+    return FolderDataset(place)
+
+
+class Loader:
+    """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}, from embeddings
+    {"image_emb": (B, D), "text_emb": (B, D), "caption", "key"}.
+
+    Iterating gives the rest of the current epoch; the next iteration gives the next one. A last, smaller batch is
+    dropped unless it is the only one. With P processes, batch n of each is every P-th sample of what one process would
+    get as batch n with batch_size * P. Broken pictures are replaced by the next one in the order, reported once, and
+    collected in `broken` (index -> name and reason); ValueError when they are more than `max_broken` of the pictures
+    seen, which count as 1,000 or the whole dataset at first.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        dataset: Dataset | EmbeddingDataset | None = None,
+        num_processes: int | None = None,
+        process_index: int | None = None,
+    ) -> None:
+        self.config = config
+        self.dataset = open_dataset(config.path) if dataset is None else dataset
+        self.num_processes = int(os.environ.get("WORLD_SIZE", 1)) if num_processes is None else num_processes
+        self.process_index = int(os.environ.get("RANK", 0)) if process_index is None else process_index
+        weights = self.dataset.weights if config.weighted else np.ones(len(self.dataset))
+        self._order = EpochOrder(weights, config.seed)
+        self.epoch, self.batch = 0, 0  # of the batch handed out next
+        self.broken: dict[int, str] = {}
+        self._tried = 0
+        if len(self._order) < self.num_processes:
+            raise ValueError(f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes")
+        is_embeddings = isinstance(self.dataset, EmbeddingDataset)
+        self._pictures = None if is_embeddings else PictureReader(self.dataset, config.image_size, config.cache)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return max(1, len(self._order) // (self.config.batch_size * self.num_processes))
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self.epoch
+        for batch, tried, broken in self._stream(epoch, self.batch):
+            self._report(tried, broken)
+            self.batch += 1
+            if self.batch == len(self):
+                self.epoch, self.batch = epoch + 1, 0
+            yield batch
+
+    def forever(self) -> Iterator[Batch]:
+        """Batches of this epoch, the next, and so on."""
+        while True:
+            yield from self
+
+    def captions(self) -> Iterator[str]:
+        """All captions of all samples (of each its canonical one, if the config says so); broken samples have none."""
+        if isinstance(self.dataset, EmbeddingDataset):
+            yield from self.dataset.captions
+            return
+        for index in range(len(self.dataset)):
+            try:
+                found = self.dataset[index].captions
+            except (ValueError, OSError):
+                continue
+            yield from found[:1] if self.config.captions == "canonical" else found
+
+    def state_dict(self) -> dict[str, int]:
+        """The place of the next batch: those that workers hold ready do not count."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a place that `state_dict` gave; takes effect at the next `iter`."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _stream(self, epoch: int, first: int) -> Iterator[tuple[Batch, int, dict[int, str]]]:
+        if self.config.workers == 0 or self.config.cache:
+            return (self._make(epoch, number) for number in range(first, len(self)))
+        return iter(
+            DataLoader(
+                _Epoch(self, epoch),
+                sampler=range(first, len(self)),
+                batch_size=None,
+                num_workers=self.config.workers,
+                generator=torch.Generator(),  # DataLoader draws a seed: not from the training's generator
+            )
+        )
+
+    def _make(self, epoch: int, number: int) -> tuple[Batch, int, dict[int, str]]:
+        """A batch, how many samples were tried for it, and which of them are broken: a pure function."""
+        config, order, step = self.config, self._order(epoch), self.num_processes
+        first, total = number * config.batch_size * step, len(order) // step * step
+        positions = range(first + self.process_index, min(first + config.batch_size * step, total), step)
+        if self._pictures is None:
+            return self.dataset.batch(order[positions]), len(positions), {}
+
+        rng = np.random.default_rng([_BATCH, config.seed, epoch, number])
+        draws = rng.random((config.batch_size * step, 6))[self.process_index :: step][: len(positions)]  # (B, 6)
+        examples, broken = [], {}
+        for position in positions:
+            for offset in range(len(order)):
+                index = int(order[(position + offset) % len(order)])
+                try:
+                    examples.append(self._pictures[index])
+                    break
+                except (ValueError, OSError) as error:
+                    broken[index] = str(error)
+            else:
+                raise ValueError(f"{config.path}: no picture can be read, e.g. {next(iter(broken.values()))}")
+        images, captions, keys = zip(*examples, strict=True)
+        x = torch.from_numpy(np.stack(images)).float()  # (B, 3, S, S) in [0, 255]
+        if config.augment != Augment():
+            x = place(x, config.augment, draws[:, 1:4])
+        if config.crop is not None:
+            x = crop(x, config.crop, draws[:, 4:6])
+        choice = draws[:, 0] if config.captions == "any" else np.zeros(len(draws))
+        said = [options[int(draw * len(options))] for options, draw in zip(captions, choice, strict=True)]
+        batch = {"image": x.div_(127.5).sub_(1), "caption": said, "key": list(keys)}
+        return batch, len(positions) + len(broken), broken
+
+    def _report(self, tried: int, broken: dict[int, str]) -> None:
+        """Keeps count; warns of each broken picture once; ValueError over `max_broken`."""
+        self._tried += tried
+        for index in broken.keys() - self.broken.keys():
+            self.broken[index] = broken[index]
+            warnings.warn(f"broken picture left out: {broken[index]}", stacklevel=3)
+        judged = min(max(self._tried, 1000), len(self.dataset))
+        if len(self.broken) > self.config.max_broken * judged:
+            some = "; ".join(list(self.broken.values())[:3])
+            raise ValueError(
+                f"{self.config.path}: {len(self.broken)} broken pictures, more than max_broken = "
+                f"{self.config.max_broken:.1%} of {judged}: {some}"
+            )
+
+
+class _Epoch:
+    """The batches of one epoch by number, for DataLoader."""
+
+    def __init__(self, loader: Loader, epoch: int) -> None:
+        self.loader, self.epoch = loader, epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getitem__(self, number: int) -> tuple[Batch, int, dict[int, str]]:
+        return self.loader._make(self.epoch, number)
+
+
+class EpochOrder:
+    """Which samples an epoch holds, in which order: a function of (seed, epoch).
+
+    A sample of weight w comes floor(w) or ceil(w) times, w times on average: shuffled, the weights are laid end to end
+    on a line and every whole number on it, shifted by one random offset, picks the sample it falls on (systematic
+    sampling). So every epoch has the same length, the floor of the weights' sum.
+    """
+
+    def __init__(self, weights: np.ndarray, seed: int) -> None:
+        self._units = np.rint(weights * _UNIT).astype(np.int64)  # integers: a sum must not depend on the order
+        self._seed = seed
+        self._latest: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return int(self._units.sum() // _UNIT)
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """Indices of the samples (len(self),)."""
+        if self._latest is None or self._latest[0] != epoch:
+            rng = np.random.default_rng([_ORDER, self._seed, epoch])
+            shuffled = rng.permutation(len(self._units))
+            ends = np.cumsum(self._units[shuffled]) + rng.integers(_UNIT)
+            counts = np.diff(ends // _UNIT, prepend=0)
+            self._latest = epoch, rng.permutation(np.repeat(shuffled, counts))[: len(self)]
+        return self._latest[1]
+
+
+_ORDER, _BATCH = 1, 2  # tell the two kinds of random streams of one seed apart
+_UNIT = 1 << 20
+
+
+class PictureReader:
+    """Pictures of a dataset as uint8 (3, S, S) with captions and key; with `cache`, each is decoded once."""
+
+    def __init__(self, dataset: Dataset, size: int, cache: bool) -> None:
+        self.dataset, self.size = dataset, size
+        self._texts: list[tuple[list[str], str] | None] | None = [None] * len(dataset) if cache else None
+        self._cache = _allocate((len(dataset), 3, size, size)) if cache else None
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[str], str]:
+        """ValueError or OSError, with the sample's name, if it is broken."""
+        if self._texts is not None and (texts := self._texts[index]) is not None:
+            return self._cache[index], *texts
+        sample = self.dataset[index]
+        try:
+            picture = square(sample.image, self.size)
+        except ValueError as error:
+            raise ValueError(f"{sample.key}: {error}") from None
+        if self._texts is not None:
+            self._cache[index] = picture
+            self._texts[index] = sample.captions, sample.key
+        return picture, sample.captions, sample.key
+
+
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised uint8 array; ValueError if the machine's memory can't hold it."""
+    needed = math.prod(shape)
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        memory = needed
+    if needed > memory:
+        have = f"{memory / 2**30:.1f} GiB of memory"
+        raise ValueError(f"caching needs {needed / 2**30:.1f} GiB, the machine has {have}; set cache: false")
+    return np.empty(shape, np.uint8)
+
+
+def place(x: Tensor, augment: Augment, draws: np.ndarray) -> Tensor:
+    """Scaled about the middle and shifted on white: x (B, 3, S, S) in [0, 255], draws (B, 3) in [0, 1)."""
+    size = x.shape[-1]
+    signed = torch.from_numpy(2 * draws - 1)  # (B, 3)
+    scale = 1 + augment.scale * signed[:, 0]
+    shift = (augment.shift * size * signed[:, 1:]).round() * 2 / size  # (B, 2) in the grid's units
+    theta = torch.zeros(len(x), 2, 3)  # output -> input coordinates
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+    theta[:, :, 2] = -shift / scale[:, None]
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
+    placed = F.grid_sample(x - 255, grid, mode="bicubic", align_corners=False)  # outside is 0: white
+    return placed.add_(255).round_().clamp_(0, 255)
+
+
+def crop(x: Tensor, size: int, draws: np.ndarray) -> Tensor:
+    """A square of each picture: x (B, 3, S, S), draws (B, 2) in [0, 1) -> (B, 3, size, size)."""
+    corners = (draws * (x.shape[-1] - size + 1)).astype(int)  # (B, 2)
+    return torch.stack([x[i, :, top : top + size, left : left + size] for i, (top, left) in enumerate(corners)])

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, losses, guidance and samplers. Knows no network."""

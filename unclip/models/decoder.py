@@ -1,0 +1,204 @@
+"""The decoder: draws a picture from a CLIP image embedding and a caption (unCLIP 2.1)."""
+
+# B batch, L text tokens, D CLIP embedding width, W text width, N context tokens, s picture size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from unclip.models.layers import KeyValues
+from unclip.models.unet import UNet, UNetConfig
+from unclip.types import TextEncoding
+
+
+@dataclass(frozen=True)
+class ClipStates:
+    """The caption is seen through CLIP's text tower (Karlo): Linear and LayerNorm over its states."""
+
+    kind: Literal["clip_states"] = "clip_states"
+
+
+@dataclass(frozen=True)
+class TextTransformer:
+    """The caption is read by a bidirectional transformer of the decoder's own (GLIDE, unCLIP)."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    depth: int
+    heads: int
+    kind: Literal["transformer"] = "transformer"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"text.width is {self.width}; heads = {self.heads} must divide it")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    unet: UNetConfig
+    image_size: int
+    emb_dim: int  # D, of CLIP's embeddings
+    text_width: int  # W, of CLIP's text states
+    context_tokens: int = 4  # tokens made of the image embedding
+    text: ClipStates | TextTransformer = field(default_factory=ClipStates)
+    null_text: Literal["learned", "empty_prompt"] = "learned"
+    text_emb_in_time: bool = True  # the caption's embedding is added to the time embedding too
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    learned_variance: bool = False
+
+    def __post_init__(self) -> None:
+        channels = 6 if self.learned_variance else 3
+        if self.unet.in_channels != 3 or self.unet.out_channels != channels:
+            raise ValueError(
+                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
+                f"a decoder with learned_variance={self.learned_variance} needs 3 and {channels}"
+            )
+        if self.unet.context_dim is None:
+            raise ValueError("unet.context_dim is not set; the decoder's attention needs the width of its context")
+        if self.image_size % self.unet.size_divisor:
+            raise ValueError(f"image_size is {self.image_size}; expected a multiple of {self.unet.size_divisor}")
+        if self.context_tokens < 1:
+            raise ValueError(f"context_tokens is {self.context_tokens}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """All that the decoder needs to know of image embedding and caption; the same at every step."""
+
+    time_shift: torch.Tensor  # (B, time_dim), added to the time embedding
+    kv: KeyValues  # of the N context tokens
+
+    def __len__(self) -> int:
+        return self.time_shift.shape[0]
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> DecoderContext:
+        """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
+        return DecoderContext(self.time_shift[rows], self.kv[rows])
+
+    def repeat_interleave(self, n: int) -> DecoderContext:
+        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
+        return DecoderContext(self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n))
+
+    @classmethod
+    def cat(cls, parts: Sequence[DecoderContext]) -> DecoderContext:
+        """Rows of all parts one after the other; the shorter contexts are padded to the longest."""
+        return cls(torch.cat([part.time_shift for part in parts]), KeyValues.cat([part.kv for part in parts]))
+
+
+class ClipStatesEncoder(nn.Module):
+    """CLIP's text embedding as it is, and its states as context tokens."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.emb_dim = config.emb_dim
+        self.proj = nn.Linear(config.text_width, config.unet.context_dim)
+        self.norm = nn.LayerNorm(config.unet.context_dim)
+        if config.null_text == "learned":
+            self.null_text_emb = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
+            self.null_text_state = nn.Parameter(torch.randn(config.text_width))
+
+    def forward(
+        self, text: TextEncoding, drop: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb, states, mask = text.emb, text.states, text.mask
+        if drop is not None:
+            emb = torch.where(drop[:, None], self.null_text_emb.to(emb.dtype), emb)
+            states = torch.where(drop[:, None, None], self.null_text_state.to(states.dtype), states)
+            mask = torch.where(drop[:, None], first_only(mask), mask)
+        return emb, self.norm(self.proj(states)), mask  # B D, B L context_dim, B L
+
+
+class TextTransformerEncoder(nn.Module):
+    """Token ids -> the last token's output, and all outputs as context tokens (GLIDE 3)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.emb_dim = text.width
+        self.tokens = nn.Embedding(text.vocab_size, text.width)
+        self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            text.width, text.heads, 4 * text.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, text.depth, nn.LayerNorm(text.width), enable_nested_tensor=False)
+        self.proj = nn.Linear(text.width, config.unet.context_dim)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        if config.null_text == "learned":
+            self.null_text_state = nn.Parameter(torch.randn(text.width) * 0.02)
+
+    def forward(
+        self, text: TextEncoding, drop: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if text.ids is None:
+            raise ValueError("the text has no token ids; a decoder with text.kind = transformer needs TextEncoding.ids")
+        mask = text.mask
+        h = self.tokens(text.ids)  # B L width
+        if drop is not None:
+            h = torch.where(drop[:, None, None], self.null_text_state.to(h.dtype), h)
+            mask = torch.where(drop[:, None], first_only(mask), mask)
+        h = self.blocks(h + self.positions[: h.shape[1]], src_key_padding_mask=~mask)  # B L width
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)  # B
+        return h[torch.arange(len(h), device=h.device), last], self.proj(h), mask
+
+
+def first_only(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the same shape with the first position open."""
+    return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, time_dim = config.unet.context_dim, config.unet.time_width
+        self.null_image = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
+        self.image_to_time = nn.Linear(config.emb_dim, time_dim)
+        self.image_to_context = nn.Linear(config.emb_dim, config.context_tokens * width)
+        self.text = (ClipStatesEncoder if config.text.kind == "clip_states" else TextTransformerEncoder)(config)
+        self.text_to_time = nn.Linear(self.text.emb_dim, time_dim) if config.text_emb_in_time else None
+        self.unet = UNet(config.unet)
+
+    def condition(
+        self,
+        image_emb: torch.Tensor,
+        text: TextEncoding,
+        drop_image: torch.Tensor | None = None,
+        drop_text: torch.Tensor | None = None,
+    ) -> DecoderContext:
+        """Image embeddings (B, D) as CLIP gives them and captions -> context; rows of `drop_*` (B,) bool get the null."""
+        if drop_text is not None and self.config.null_text == "empty_prompt":
+            raise ValueError('drop_text was given, but null_text is "empty_prompt": pass the encoding of "" as the text')
+        if drop_image is not None:
+            image_emb = torch.where(drop_image[:, None], self.null_image.to(image_emb.dtype), image_emb)
+        text_emb, text_tokens, text_mask = self.text(text, drop_text)
+        time_shift = self.image_to_time(image_emb)  # B time_dim
+        if self.text_to_time is not None:
+            time_shift = time_shift + self.text_to_time(text_emb)
+        n = self.config.context_tokens
+        image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
+        context = torch.cat([image_tokens.to(text_tokens.dtype), text_tokens], dim=1)  # B n+L context_dim
+        mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
+        return DecoderContext(time_shift, self.unet.project_context(context, mask))
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
+        """(B, 3, s, s), (B,) -> (B, 3 or 6, s, s): the prediction, then the variance if it is learned."""
+        return self.unet(x_t, self.unet.time_embedding(t) + context.time_shift, context.kv)
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        image_emb: torch.Tensor,
+        text: TextEncoding,
+        drop_image: torch.Tensor | None = None,
+        drop_text: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text))

@@ -1,0 +1,168 @@
+"""The diffusion prior: a causal transformer that turns a caption's encoding into a CLIP image embedding (unCLIP 2.2)."""
+
+# B batch, L text tokens, D CLIP embedding width, W text width, C width, H heads, d width of a head
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unclip.models.layers import KeyValues, TimeMLP, zeroed
+from unclip.types import TextEncoding
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    emb_dim: int  # D, of CLIP's embeddings
+    text_width: int  # W, of CLIP's text states
+    context_length: int  # slots for text tokens; a text may use fewer
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    null_text: Literal["learned", "empty_prompt"] = "learned"
+
+    def __post_init__(self) -> None:
+        for name in ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
+        if self.width % 2:
+            raise ValueError(f"width is {self.width}; the time sinusoids need an even number")
+
+
+class TextPrefix(KeyValues):
+    """Keys and values of the text tokens and the text embedding, L + 1 positions, in every block of the prior."""
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.norm1 = nn.LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
+        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens (B, n, C) -> queries, keys, values, (B, H, n, d) each."""
+        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(
+        self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # B H n d
+        x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))  # B n C
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class DiffusionPrior(nn.Module):
+    """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
+
+    emb_mean: torch.Tensor
+    emb_std: torch.Tensor
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, C = config.emb_dim, config.width
+        self.state_proj = nn.Linear(config.text_width, C)
+        self.emb_proj = nn.Linear(D, C)
+        self.time = TimeMLP(C, C)
+        self.x_proj = nn.Linear(D, C)
+        self.query = nn.Parameter(torch.randn(C) * 0.02)
+        self.positions = nn.Parameter(torch.randn(config.context_length + 4, C) * 0.02)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(C)
+        self.head = zeroed(nn.Linear(C, D))
+        if config.null_text == "learned":
+            self.null_emb = nn.Parameter(torch.randn(D) * D**-0.5)
+            self.null_state = nn.Parameter(torch.randn(config.text_width))
+        self.register_buffer("emb_mean", torch.zeros(D))
+        self.register_buffer("emb_std", torch.full((D,), D**-0.5))
+
+    def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales."""
+        D = self.config.emb_dim
+        if mean.numel() != D or std.numel() != D:
+            raise ValueError(f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each")
+        if not (std > 0).all():
+            raise ValueError(f"std has {int((std <= 0).sum())} dimensions that are not positive")
+        self.emb_mean.copy_(mean.reshape(D))
+        self.emb_std.copy_(std.reshape(D))
+
+    def normalize(self, emb: torch.Tensor) -> torch.Tensor:
+        """CLIP image embeddings (..., D) -> x_0, of about unit variance."""
+        return (emb - self.emb_mean) / self.emb_std
+
+    def denormalize(self, x_0: torch.Tensor) -> torch.Tensor:
+        """x_0 (..., D) -> CLIP image embeddings."""
+        return x_0 * self.emb_std + self.emb_mean
+
+    def null_text(self, batch: int) -> TextEncoding:
+        """The learned null: one token and an embedding that say nothing. ValueError if the null is the empty prompt."""
+        if self.config.null_text != "learned":
+            raise ValueError('this prior has no learned null (null_text is "empty_prompt"): pass the encoding of ""')
+        emb = self.null_emb.expand(batch, -1)
+        return TextEncoding(emb, self.null_state.expand(batch, 1, -1), emb.new_ones(batch, 1, dtype=torch.bool))
+
+    def condition(self, text: TextEncoding, drop: torch.Tensor | None = None) -> TextPrefix:
+        """The part that sees neither t nor x_t; rows where `drop` (B,) bool is True get the null instead of the text."""
+        L, most = text.states.shape[1], self.config.context_length
+        if L > most:
+            raise ValueError(f"the text has {L} tokens; this prior takes at most {most}")
+        if drop is not None:
+            text = self._with_nulls(text, drop)
+        tokens = [self.state_proj(text.states), self.emb_proj(text.emb)[:, None]]
+        positions = torch.cat([self.positions[:L], self.positions[most : most + 1]])  # the embedding keeps its slot
+        x = torch.cat(tokens, dim=1) + positions  # B L+1 C
+        mask = F.pad(text.mask, (0, 1), value=True)  # B L+1
+        visible = torch.ones(L + 1, L + 1, dtype=torch.bool, device=mask.device)
+        # A pad sees itself, or the softmax of a caption without any token would be 0 / 0; nobody sees the pad.
+        visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 L+1 L+1
+        ks, vs = [], []
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.project(x)  # B H L+1 d
+            ks.append(k)
+            vs.append(v)
+            if i + 1 < len(self.blocks):  # of the last block only the keys and values are wanted
+                x = block(x, q, k, v, visible)
+        return TextPrefix(tuple(ks), tuple(vs), mask)
+
+    def _with_nulls(self, text: TextEncoding, drop: torch.Tensor) -> TextEncoding:
+        null = self.null_text(len(text))
+        emb = torch.where(drop[:, None], null.emb.to(text.emb.dtype), text.emb)
+        states = torch.where(drop[:, None, None], null.states.to(text.states.dtype), text.states)
+        mask = torch.where(drop[:, None], F.pad(null.mask, (0, text.mask.shape[1] - 1), value=False), text.mask)
+        return TextEncoding(emb, states, mask)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
+        """Predicts the normalised embedding: (B, D), (B,) -> (B, D). A prefix of one row serves the whole batch."""
+        B = len(x_t)
+        if len(prefix) == 1:
+            prefix = prefix.expand(B)
+        tokens = [self.time(t), self.x_proj(x_t), self.query.expand(B, -1)]
+        x = torch.stack([token.to(tokens[1].dtype) for token in tokens], dim=1) + self.positions[-3:]  # B 3 C
+        causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(B, 1, 3, 3)
+        visible = torch.cat([prefix.mask[:, None, None].expand(-1, -1, 3, -1), causal], dim=-1)  # B 1 3 L+4
+        for block, k_text, v_text in zip(self.blocks, prefix.k, prefix.v, strict=True):
+            q, k, v = block.project(x)  # B H 3 d
+            k, v = torch.cat([k_text.to(k.dtype), k], dim=2), torch.cat([v_text.to(v.dtype), v], dim=2)  # B H L+4 d
+            x = block(x, q, k, v, visible)
+        return self.head(self.norm(x[:, -1]))
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, drop: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.denoise(x_t, t, self.condition(text, drop))

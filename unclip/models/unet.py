@@ -1,0 +1,267 @@
+"""The U-Net of ADM and GLIDE: residual blocks modulated by time, attention over [context ; self] at chosen levels."""
+
+# B batch, C channels, h w height and width, H heads, d width of a head, N context tokens, S = h * w pixels
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, zeroed
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One resolution: `blocks` residual blocks on the way down and one more on the way up."""
+
+    channels: int
+    blocks: int = 2
+    attention: bool = False
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    in_channels: int
+    out_channels: int
+    levels: tuple[LevelSpec, ...]  # from the highest resolution; each halves the one before
+    patch: int = 1  # space-to-depth before the first convolution, undone after the last
+    head_dim: int = 64
+    time_dim: int | None = None  # width of the time embedding; None = 4 * levels[0].channels
+    groups: int = 32
+    dropout: float = 0.0
+    time_shift: Literal["scale_shift", "additive"] = "scale_shift"
+    context_dim: int | None = None  # width of the context tokens; None = attention over the picture only
+    resample: Literal["residual", "conv"] = "residual"  # a whole residual block (ADM), or one convolution
+    mid_attention: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("levels is empty; a U-Net needs at least one LevelSpec")
+        for name in ("in_channels", "out_channels", "patch", "head_dim", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.levels[0].channels % 2:
+            raise ValueError(f"levels[0].channels is {self.levels[0].channels}; the time sinusoids need an even number")
+        for i, level in enumerate(self.levels):
+            if level.blocks < 1:
+                raise ValueError(f"levels[{i}].blocks is {level.blocks}; expected at least 1")
+            if level.channels % self.groups:
+                raise ValueError(f"levels[{i}].channels is {level.channels}; groups = {self.groups} must divide it")
+            attends = level.attention or (self.mid_attention and i == len(self.levels) - 1)
+            if attends and level.channels % self.head_dim:
+                raise ValueError(f"levels[{i}].channels is {level.channels}; head_dim = {self.head_dim} must divide it")
+
+    @property
+    def time_width(self) -> int:
+        return self.time_dim or 4 * self.levels[0].channels
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width of a picture must be multiples of this."""
+        return self.patch * 2 ** (len(self.levels) - 1)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, norm modulated by time, SiLU, conv, plus the input (ADM); `resize` "up" or "down" by 2."""
+
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig, resize: Literal["up", "down"] | None = None) -> None:
+        super().__init__()
+        self.resize = resize
+        self.scale_shift = config.time_shift == "scale_shift"
+        self.norm1 = GroupNorm(config.groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(config.time_width, 2 * c_out if self.scale_shift else c_out)
+        self.norm2 = GroupNorm(config.groups, c_out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        h = F.silu(self.norm1(x))  # B C h w
+        if self.resize == "up":
+            x, h = double(x), double(h)
+        elif self.resize == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        h = self.conv1(h)
+        time = self.time(time)
+        if self.scale_shift:
+            h = self.norm2(h, *time.chunk(2, dim=1))
+        else:
+            h = self.norm2(h + time[:, :, None, None])
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """Nearest-neighbour enlargement: (B, C, h, w) -> (B, C, 2h, 2w)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Conv2d):
+    """Half the size by one strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Upsample(nn.Conv2d):
+    """Double the size by nearest neighbour and one convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return super().forward(double(x))
+
+
+class Attention(nn.Module):
+    """Each pixel attends to [context ; pixels] in one softmax (GLIDE), plus the input."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.norm = GroupNorm(config.groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(config.context_dim, 2 * channels) if config.context_dim else None
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
+        return x.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()  # parts of B H N d
+
+    def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, N, context_dim) -> keys and values, (B, H, N, d) each."""
+        return self.heads(self.context_kv(context), parts=2)
+
+    def forward(
+        self, x: torch.Tensor, k_context: torch.Tensor | None, v_context: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        size = x.shape[2:]
+        q, k, v = self.heads(self.qkv(self.norm(x).flatten(2).transpose(1, 2)), parts=3)  # B H S d
+        if k_context is not None:
+            k = torch.cat([k_context.to(k.dtype), k], dim=2)  # B H N+S d
+            v = torch.cat([v_context.to(v.dtype), v], dim=2)
+            mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # B H S d
+        h = self.out(h.transpose(1, 2).flatten(2))  # B S C
+        return x + h.transpose(1, 2).unflatten(2, size)
+
+
+class Block(nn.Module):
+    """A residual block (or a downsampling), attention where the level has it, and a resize at the end of a level."""
+
+    def __init__(self, res: nn.Module, attention: Attention | None = None, resize: nn.Module | None = None) -> None:
+        super().__init__()
+        self.res, self.attention, self.resize = res, attention, resize
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        x = self.res(x, time)
+        if self.attention is not None:
+            x = self.attention(x, k, v, mask)
+        if self.resize is not None:
+            x = self.resize(x, time)
+        return x
+
+
+class UNet(nn.Module):
+    """(B, in_channels, s, s) -> (B, out_channels, s, s). Each block of `down` leaves a skip that one of `up` takes."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        first, last = config.levels[0].channels, config.levels[-1].channels
+        residual = config.resample == "residual"
+
+        def attention(channels: int, wanted: bool) -> Attention | None:
+            return Attention(channels, config) if wanted else None
+
+        self.time = TimeMLP(first, config.time_width)
+        self.stem = nn.Conv2d(config.in_channels * config.patch**2, first, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        skips, c = [first], first
+        for i, level in enumerate(config.levels):
+            for _ in range(level.blocks):
+                self.down.append(Block(ResBlock(c, level.channels, config), attention(level.channels, level.attention)))
+                c = level.channels
+                skips.append(c)
+            if i < len(config.levels) - 1:
+                self.down.append(Block(ResBlock(c, c, config, "down") if residual else Downsample(c)))
+                skips.append(c)
+
+        self.mid = nn.ModuleList(
+            [
+                Block(ResBlock(last, last, config), attention(last, config.mid_attention)),
+                Block(ResBlock(last, last, config)),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for i, level in reversed(list(enumerate(config.levels))):
+            for j in range(level.blocks + 1):
+                res = ResBlock(c + skips.pop(), level.channels, config)
+                c = level.channels
+                ends_level = i > 0 and j == level.blocks
+                resize = (ResBlock(c, c, config, "up") if residual else Upsample(c)) if ends_level else None
+                self.up.append(Block(res, attention(c, level.attention), resize))
+        assert not skips
+
+        self.norm = GroupNorm(config.groups, first)
+        self.head = zeroed(nn.Conv2d(first, config.out_channels * config.patch**2, 3, padding=1))
+
+    def attentions(self) -> Iterator[Attention]:
+        """The attention layers in the order in which `forward` meets them."""
+        return (m for m in self.modules() if isinstance(m, Attention))
+
+    def time_embedding(self, t: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B, time_dim)."""
+        return self.time(t)
+
+    def project_context(self, context: torch.Tensor, mask: torch.Tensor) -> KeyValues:
+        """Context (B, N, context_dim), mask (B, N) bool -> keys and values for every attention."""
+        k, v = zip(*(a.project_context(context) for a in self.attentions()), strict=True)
+        return KeyValues(k, v, mask)
+
+    def forward(self, x: torch.Tensor, time_emb: torch.Tensor, context: KeyValues | None = None) -> torch.Tensor:
+        divisor = self.config.size_divisor
+        if x.shape[2] % divisor or x.shape[3] % divisor:
+            raise ValueError(f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}")
+        if (context is None) != (self.config.context_dim is None):
+            raise ValueError(f"context_dim is {self.config.context_dim}, but context is {type(context).__name__}")
+        time = F.silu(time_emb)  # B time_dim
+        kvs = iter(zip(context.k, context.v, strict=True)) if context is not None else None
+
+        def run(block: Block, x: torch.Tensor) -> torch.Tensor:
+            args = (x, time)
+            if block.attention is not None and kvs is not None:
+                args += (*next(kvs), context.mask)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                return checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+
+        h = self.stem(F.pixel_unshuffle(x, self.config.patch))  # B C h w
+        skips = [h]
+        for block in self.down:
+            h = run(block, h)
+            skips.append(h)
+        for block in self.mid:
+            h = run(block, h)
+        for block in self.up:
+            h = run(block, torch.cat([h, skips.pop()], dim=1))
+        h = self.head(F.silu(self.norm(h)))
+        return F.pixel_shuffle(h, self.config.patch)  # B out s s

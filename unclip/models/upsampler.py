@@ -1,0 +1,71 @@
+"""The upsamplers: diffusion at high resolution with the enlarged low-resolution picture as extra channels."""
+
+# B batch, s low size, S high size
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unclip.models.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True)
+class UpsamplerConfig:
+    unet: UNetConfig
+    low_size: int
+    high_size: int
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    learned_variance: bool = False
+    last_unet: UNetConfig | None = None  # a network of its own for the last step (Karlo)
+
+    def __post_init__(self) -> None:
+        channels = 6 if self.learned_variance else 3
+        for name, unet in (("unet", self.unet), ("last_unet", self.last_unet)):
+            if unet is None:
+                continue
+            if unet.in_channels != 6 or unet.out_channels != channels:
+                raise ValueError(
+                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; "
+                    f"an upsampler with learned_variance={self.learned_variance} needs 6 and {channels}"
+                )
+            if unet.context_dim is not None:
+                raise ValueError(f"{name}.context_dim is {unet.context_dim}; an upsampler has no context")
+            if self.high_size % unet.size_divisor:
+                raise ValueError(f"high_size is {self.high_size}; expected a multiple of {unet.size_divisor}")
+        if self.low_size < 1 or self.high_size % self.low_size:
+            raise ValueError(f"low_size is {self.low_size}; it must divide high_size = {self.high_size}")
+
+
+class Upsampler(nn.Module):
+    def __init__(self, config: UpsamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.unet)
+        self.last_unet = UNet(config.last_unet) if config.last_unet is not None else None
+
+    def prepare(self, low_res: torch.Tensor) -> torch.Tensor:
+        """Enlarged by high_size / low_size (bicubic, antialiased, not clamped): (B, 3, s, s) -> (B, 3, S, S)."""
+        factor = self.config.high_size // self.config.low_size
+        wide = low_res if low_res.dtype == torch.float64 else low_res.float()
+        size = (low_res.shape[2] * factor, low_res.shape[3] * factor)
+        return F.interpolate(wide, size, mode="bicubic", antialias=True).to(low_res.dtype)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """(B, 3, S, S), (B,), low_res in [-1, 1] at low or high size -> (B, 3 or 6, S, S). Crops of any size will do."""
+        if low_res.shape[2:] != x_t.shape[2:]:
+            given = low_res.shape[2:]
+            low_res = self.prepare(low_res)
+            if low_res.shape[2:] != x_t.shape[2:]:
+                raise ValueError(
+                    f"low_res is {tuple(given)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
+                    f"or {self.config.high_size // self.config.low_size} times smaller"
+                )
+        unet = self.last_unet if last and self.last_unet is not None else self.unet
+        return unet(torch.cat([x_t, low_res.to(x_t.dtype)], dim=1), unet.time_embedding(t))
+
+    forward = denoise

@@ -1,0 +1,36 @@
+"""From a name or a prompt to pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoints.catalogue import locate
+
+if TYPE_CHECKING:
+    import torch
+
+    from .base import TextToImage
+
+
+def load(
+    name_or_path: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> TextToImage:
+    """A bundled model ("emoji"), a model folder, or a Hub id "org/name", ready to draw.
+
+    device: by default CUDA, then MPS, then the CPU. dtype: by default half precision on CUDA, else float32.
+    ValueError if there is no such model (it lists what there is) or its files are damaged.
+    """
+    path = locate(name_or_path)  # before torch is imported: a misspelt name is told at once
+
+    import torch
+
+    from ..checkpoints.formats import load_any
+    from . import base
+    from .unclip import UnCLIPPipeline
+
+    pipelines = {"unclip": UnCLIPPipeline}
+    device = torch.device(device) if device is not None else base.default_device()
+    dtype = dtype or base.default_dtype(device)
+    bundle = load_any(path, dtype)
+    return pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path)).to(device, dtype)

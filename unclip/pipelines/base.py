@@ -1,0 +1,153 @@
+"""What every text-to-image pipeline shares: its interface, its seeds, its progress bar and its pictures."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import parse
+from ..types import GenerationResult, OnStep, Progress, Prompt
+
+# B batch, D CLIP embedding width, S image size
+
+Picture = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
+
+
+class TextToImage(Protocol):
+    """What `unclip.load` gives, whatever the kind of model.
+
+    A call with seed s gives picture k (prompts in order, `num_images` for each) the seed s + k, and that picture does
+    not depend on the others: drawn alone under its own seed it is the same, to the tolerance of batched arithmetic.
+    """
+
+    name: str
+    licence: str
+    options: Any  # the defaults of this model, a frozen dataclass
+
+    def __call__(
+        self,
+        prompt: Prompt,
+        *,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: Any = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult: ...
+
+    def variations(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        *,
+        image_emb: Tensor | None = None,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: Any = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult: ...
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None: ...
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextToImage: ...
+
+
+def redraw(pipe: TextToImage, metadata: dict[str, Any], progress: bool = True) -> GenerationResult:
+    """Draws a picture again from the metadata in its PNG."""
+    if not isinstance(metadata.get("seed"), int) or not isinstance(metadata.get("options"), dict):
+        raise ValueError(f"metadata without seed or options cannot be redrawn: {sorted(metadata)}")
+    options = parse(type(pipe.options), metadata["options"], "options in the metadata")
+    chosen: dict[str, Any] = {"seed": metadata["seed"], "options": options, "progress": progress}
+    if metadata.get("prompt") is not None:
+        return pipe(metadata["prompt"], **chosen)
+    return pipe.variations(image_emb=_decode(metadata["image_emb"])[None], **chosen)
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Half precision where it is fast: bfloat16 before float16, whose range is small."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def check_prompts(prompt: Prompt) -> list[str]:
+    """One prompt or several as a list; ValueError if there is none or one is no string."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else None
+    if prompts is None:
+        raise ValueError(f"prompt is a {type(prompt).__name__}; expected a string or a list of strings")
+    if not prompts:
+        raise ValueError("the list of prompts is empty; expected at least one string")
+    for i, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
+    return prompts
+
+
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def seeds_from(seed: int | None, count: int) -> list[int]:
+    """seed, seed + 1, ...; from a random start if seed is None."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63 - count:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**63")
+    return list(range(seed, seed + count))
+
+
+def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each picture, on the CPU, so that a seed gives the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def random_generators(count: int) -> list[torch.Generator]:
+    return generators_from(seeds_from(None, count))
+
+
+@contextlib.contextmanager
+def progress_bar(num_steps: int, show: bool, on_step: OnStep | None) -> Iterator[OnStep]:
+    """One bar over all sampling steps of a call; yields the callback that moves it and passes the step on."""
+    with tqdm(total=num_steps, disable=not show, unit="step", leave=False) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.set_description(progress.stage, refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(progress)
+
+        yield report
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, S, S) in [-1, 1] -> B pictures; values outside are clipped."""
+    pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte()
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def encode_array(values: Tensor) -> str:
+    """A vector as base64 of little-endian float32, for metadata."""
+    return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))

@@ -1,0 +1,54 @@
+"""Exponential moving average of the trained weights: the ones that are validated, previewed and exported."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """fp32 averages of a model's trained parameters; buffers and frozen parameters are the model's own.
+
+    Starts at the model's present weights. With a warm-up the average follows quickly while it is young.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema is {decay}; expected a decay in [0, 1), such as 0.999, or null")
+        self.decay = decay
+        self.updates = 0
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in named]
+        self._params = [p for _, p in named]
+        self._averages = [p.detach().float().clone() for p in self._params]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an update of the model: average += (1 - decay) * (weights - average)."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._params], 1 - decay)
+        self.updates += 1
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; only pointers move, nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Continue from saved averages, by parameter name."""
+        for name, average in zip(self._names, self._averages, strict=True):
+            average.copy_(tensors[name])
+        self.updates = updates
+
+    def _swap(self) -> None:
+        for i, p in enumerate(self._params):
+            own = p.data
+            p.data = self._averages[i].to(own.dtype)
+            self._averages[i] = own.float()

@@ -1,0 +1,130 @@
+"""What each network is trained on: a batch of pictures and captions in, a dict of losses out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.clip import CLIP, contrastive_loss
+from unclip.data.corruption import CorruptionConfig, corrupt
+from unclip.diffusion.losses import LossConfig, diffusion_loss
+from unclip.diffusion.schedules import Schedule, sample_timesteps
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
+from unclip.types import TextEncoding
+
+# B batch, D CLIP embedding, s picture side
+
+Batch = dict[str, Any]  # "image" (B, 3, S, S) in [-1, 1] and "caption", or precomputed "image_emb" (B, D)
+
+
+@dataclass(frozen=True)
+class DropConfig:
+    """How often a condition is replaced by its null in training, so that guidance has a second half (unCLIP 2.1, 2.2)."""
+
+    text: float = 0.1
+    image: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("text", "image"):
+            if not 0 <= (p := getattr(self, name)) < 1:
+                raise ValueError(f"drop.{name} is {p}; expected a probability in [0, 1)")
+
+
+class CLIPLoss:
+    """Symmetric InfoNCE between the pictures and captions of a batch, over all processes (CLIP, 2103.00020)."""
+
+    def __init__(self, clip: CLIP) -> None:
+        self.clip = clip
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        ids, mask = self.clip.tokenizer(batch["caption"])
+        image_emb, text_emb, scale = model(batch["image"], ids, mask)
+        return {"loss": contrastive_loss(image_emb, text_emb, scale), "scale": scale.detach()}
+
+
+class PriorLoss:
+    """MSE of the predicted clean image embedding, in the prior's normalised space (unCLIP 2.2)."""
+
+    def __init__(self, prior: DiffusionPrior, clip: CLIP, schedule: Schedule, drop: DropConfig, config: LossConfig):
+        self.prior, self.clip, self.schedule, self.drop, self.config = prior, clip, schedule, drop, config
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        image_emb = _image_emb(self.clip, batch)
+        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        x_0 = self.prior.normalize(image_emb)
+        t = sample_timesteps(len(x_0), self.schedule, device=x_0.device)
+        noise = torch.randn_like(x_0)
+        x_t = self.schedule.add_noise(x_0, noise, t)
+        output = model(x_t, t, text, drop_text)  # (B, D)
+        losses = diffusion_loss(output, x_0, x_t, noise, t, self.schedule, "x0", config=self.config)
+        return _means(losses)
+
+
+class DecoderLoss:
+    """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1)."""
+
+    def __init__(self, decoder: Decoder, clip: CLIP, schedule: Schedule, drop: DropConfig, config: LossConfig):
+        self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        model_config = self.decoder.config
+        x_0 = batch["image"].to(self.clip.device)
+        image_emb = _image_emb(self.clip, batch)
+        text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
+        drop_image = torch.rand(len(x_0), device=x_0.device) < self.drop.image
+        return _denoising_loss(
+            model, (image_emb, text, drop_image, drop_text), x_0, self.schedule, model_config, self.config
+        )
+
+
+class UpsamplerLoss:
+    """The upsampler's diffusion loss on crops, its low-res input corrupted (unCLIP 2.1)."""
+
+    def __init__(self, upsampler: Upsampler, schedule: Schedule, corruption: CorruptionConfig, config: LossConfig):
+        self.upsampler, self.schedule, self.corruption, self.config = upsampler, schedule, corruption, config
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        model_config = self.upsampler.config
+        x_0 = batch["image"].to(next(self.upsampler.parameters()).device)
+        low_side = x_0.shape[-1] * model_config.low_size // model_config.high_size
+        low_res = nn.functional.interpolate(x_0, (low_side, low_side), mode="bicubic", antialias=True).clamp(-1, 1)
+        low_res = corrupt(low_res, self.corruption)
+        return _denoising_loss(model, (low_res,), x_0, self.schedule, model_config, self.config)
+
+
+def _denoising_loss(
+    model: nn.Module, conditions: tuple, x_0: Tensor, schedule: Schedule, model_config: Any, config: LossConfig
+) -> dict[str, Tensor]:
+    t = sample_timesteps(len(x_0), schedule, device=x_0.device)
+    noise = torch.randn_like(x_0)
+    x_t = schedule.add_noise(x_0, noise, t)
+    output = model(x_t, t, *conditions)  # (B, 3 or 6, s, s)
+    losses = diffusion_loss(
+        output, x_0, x_t, noise, t, schedule, model_config.prediction, model_config.learned_variance, config
+    )
+    return _means(losses)
+
+
+@torch.no_grad()
+def _image_emb(clip: CLIP, batch: Batch) -> Tensor:
+    """CLIP's embedding of the pictures (B, D), precomputed or computed now."""
+    return (batch["image_emb"].to(clip.device) if "image_emb" in batch else clip.encode_image(batch["image"])).float()
+
+
+@torch.no_grad()
+def _text(clip: CLIP, batch: Batch, p: float, null_text: str) -> tuple[TextEncoding, Tensor | None]:
+    """The captions' encoding and which rows the network is to null (None if the null is the empty prompt itself)."""
+    drop = torch.rand(len(batch["caption"])) < p
+    if null_text == "empty_prompt":
+        captions = ["" if dropped else caption for caption, dropped in zip(batch["caption"], drop, strict=True)]
+        return clip.encode_text(captions), None
+    return clip.encode_text(batch["caption"]), drop.to(clip.device)
+
+
+def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.mean() for name, values in losses.items()}

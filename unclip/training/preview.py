@@ -1,0 +1,93 @@
+"""Pictures that a network draws while it trains, always from the same inputs and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unclip.clip import CLIP
+from unclip.diffusion.guidance import classifier_free
+from unclip.diffusion.samplers import randn, sample
+from unclip.diffusion.schedules import Schedule
+from unclip.pictures import grid
+from unclip.types import StageOptions
+
+Preview = Callable[[nn.Module], Image.Image]
+
+# B pictures, s side
+
+
+def decoder_preview(
+    clip: CLIP, schedule: Schedule, loader: Iterable, count: int = 12, options: StageOptions | None = None
+) -> Preview:
+    """Validation pictures above what the decoder draws from their CLIP embeddings and captions."""
+    options = options or StageOptions(steps=20, guidance=2.0)
+    batch = next(iter(loader))
+    truth, captions = batch["image"][:count], batch["caption"][:count]
+
+    @torch.no_grad()
+    def draw(decoder: nn.Module) -> Image.Image:
+        text, image_emb = clip.encode_text(captions), clip.encode_image(truth).float()
+        rows = len(truth)
+        cond = decoder.condition(image_emb, text)
+        everything = torch.ones(2 * rows, dtype=torch.bool, device=image_emb.device)
+        everything[:rows] = False  # [cond ; null]
+        both = decoder.condition(torch.cat([image_emb] * 2), text[torch.arange(rows).repeat(2)], everything, everything)
+        config = decoder.config
+        denoise = classifier_free(
+            lambda x, t: decoder.denoise(x, t, both),
+            lambda x, t: decoder.denoise(x, t, cond),
+            options,
+            schedule.num_timesteps,
+            config.learned_variance,
+        )
+        return sheet([truth, _draw(denoise, truth, schedule, options, config)])
+
+    return draw
+
+
+def upsampler_preview(
+    schedule: Schedule, loader: Iterable, count: int = 6, options: StageOptions | None = None
+) -> Preview:
+    """Validation pictures: the low-res input, the upsampled picture, the truth."""
+    options = options or StageOptions(steps=6)
+    truth = next(iter(loader))["image"][:count]
+
+    @torch.no_grad()
+    def draw(upsampler: nn.Module) -> Image.Image:
+        config, side = upsampler.config, truth.shape[-1]
+        low_side = side * config.low_size // config.high_size
+        low_res = nn.functional.interpolate(truth, (low_side, low_side), mode="bicubic", antialias=True).clamp(-1, 1)
+        device = next(upsampler.parameters()).device
+        drawn = _draw(
+            lambda x, t: upsampler.denoise(x, t, low_res.to(device)), truth.to(device), schedule, options, config
+        )
+        return sheet([nn.functional.interpolate(low_res, (side, side), mode="nearest"), drawn, truth])
+
+    return draw
+
+
+def _draw(denoise: Callable, like: Tensor, schedule: Schedule, options: StageOptions, config) -> Tensor:
+    """Pictures (B, 3, s, s) of the shape of `like`, from the seeds 0 .. B - 1."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(like))]
+    return sample(
+        denoise,
+        randn(like.shape, generators, like.device),
+        schedule,
+        options,
+        prediction=config.prediction,
+        learned_variance=config.learned_variance,
+        clip=1.0,
+        generators=generators,
+    )
+
+
+def sheet(rows: list[Tensor]) -> Image.Image:
+    """Rows of pictures (B, 3, s, s) in [-1, 1], one above the other."""
+    pixels = torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    images = [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    return grid(images, columns=len(rows[0]))

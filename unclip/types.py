@@ -1,0 +1,101 @@
+"""The values that pass between the stages: what was said, how to sample, what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:  # importing `unclip` must stay cheap
+    import torch
+    from PIL import Image
+
+# B batch, L text tokens, W text width, D CLIP embedding width
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """What CLIP's text tower says about B captions."""
+
+    emb: torch.Tensor  # (B, D) projected, not normalised
+    states: torch.Tensor  # (B, L, W) after the final LayerNorm
+    mask: torch.Tensor  # (B, L) bool, True = a real token
+    ids: torch.Tensor | None = None  # (B, L) token ids, for a decoder with a text transformer of its own
+
+    def __len__(self) -> int:
+        return self.emb.shape[0]
+
+    def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> TextEncoding:
+        return TextEncoding(f(self.emb), f(self.states), f(self.mask), None if self.ids is None else f(self.ids))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> TextEncoding:
+        """The encodings of some rows; `rows` is a slice or an index or mask tensor."""
+        return self._map(lambda x: x[rows])
+
+    def repeat_interleave(self, n: int) -> TextEncoding:
+        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
+        return self._map(lambda x: x.repeat_interleave(n, dim=0))
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
+        """Moved to `device`; floating-point parts cast to `dtype`, mask and ids kept."""
+        return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How one diffusion stage is sampled."""
+
+    steps: int
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
+    sampler: Any = "ddim"  # "ancestral" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
+    eta: float = 0.0  # DDIM only: 0 deterministic, 1 ancestral
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only where t / T lies in it (2404.07724)
+    guidance_rescale: float = 0.0  # 2305.08891
+    dynamic_threshold: float | None = None  # percentile in (0, 1] for x_0 (Imagen 2.3); None = static clipping
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; a stage needs at least 1")
+        low, high = self.guidance_interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1")
+        if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
+            raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]")
+
+
+@dataclass(frozen=True)
+class UnCLIPOptions:
+    """How the whole stack is sampled: one `StageOptions` for each stage, never one flag for all."""
+
+    prior: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
+    decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
+    upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=7),))
+    prior_candidates: int = 2  # unCLIP 2.2: draw 2, keep the one with the higher dot product with the text embedding
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Given to `on_step` after every sampling step."""
+
+    stage: Literal["prior", "decoder", "upsampler"] | str
+    step: int  # 1 .. num_steps
+    num_steps: int
+    preview: torch.Tensor | None = None  # (B, 3, s, s) in [-1, 1]: the current estimate of x_0; None in the prior
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Pictures and all that it takes to draw them again."""
+
+    images: list[Image.Image]
+    seeds: list[int]  # seed of each picture
+    prompts: list[str | None]  # prompt of each picture; None for variations
+    image_emb: torch.Tensor | None = None  # (N, D) CLIP image embeddings the decoder was given
+    metadata: list[dict[str, Any]] = field(default_factory=list)  # one for each picture; goes into its PNG
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+OnStep = Callable[[Progress], None]
+Prompt = str | Sequence[str]

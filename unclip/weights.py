@@ -1,0 +1,55 @@
+"""Tensors in and out of safetensors files: strict, complete, and never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped; ValueError if the file is truncated or of another format."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no weights at {file}; expected a safetensors file")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or is no safetensors file ({error}); fetch or export it again") from None
+
+
+def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes a module's parameters and buffers; floating-point ones in `dtype` if it is given."""
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(tensors, file)
+
+
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Puts `tensors` in place of the module's own, each in the dtype that the module has for it.
+
+    The module may stand on the meta device. A missing, unexpected or mis-shaped tensor is a ValueError that names it.
+    """
+    own = module.state_dict()
+    faults = [
+        ("missing", [name for name in own if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in own]),
+        ("of another shape", [_shapes(n, tensors, own) for n in own if n in tensors and tensors[n].shape != own[n].shape]),
+    ]
+    if any(names for _, names in faults):
+        raise ValueError(f"{source} does not fit: " + "; ".join(f"{k}: {_some(names)}" for k, names in faults if names))
+    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=True)
+
+
+def _shapes(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    return f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
