@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-from PIL import Image
-
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig, Loader
@@ -35,6 +32,11 @@ class DecoderTraining:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
+
+    def __post_init__(self) -> None:
+        for name, data in (("data", self.data), ("val_data", self.val_data)):
+            if data and data.image_size != self.model.image_size:
+                raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
 
 
 def main(run: Run[DecoderTraining]) -> None:

@@ -36,6 +36,10 @@ class UpsamplerTraining:
 def main(run: Run[UpsamplerTraining]) -> None:
     config = run.config
     upsampler = Upsampler(config.model).to(run.device)
+    if upsampler.last_unet is not None:  # Karlo tuned its last step with an adversarial loss, which this is not
+        if not (run.init or run.resume):
+            raise ValueError("model.last_unet is not trained here: start from weights that hold it (--init) or drop it")
+        upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
     fit(

@@ -96,6 +96,8 @@ class CLIP(nn.Module):
             raise ValueError("this open_clip configuration is a captioner (multimodal_cfg); expected a plain CLIP")
         custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
         self.model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg)
+        if custom_text:
+            self.model.text.output_tokens = True  # it returns its states beside the embedding
         self.config = config
         self.tokenizer = tokenizer or OpenCLIPTokenizer(config)
         self.preprocess = open_clip.transform.PreprocessCfg(
@@ -192,7 +194,6 @@ class CLIP(nn.Module):
         """Token ids (B, L) and their mask (B, L) -> TextEncoding on the model's device."""
         ids, mask = ids.to(self.device), mask.to(self.device)
         if isinstance(self.model, open_clip.CustomTextCLIP):
-            self.model.text.output_tokens = True
             emb, states = self.model.text(ids)  # (B, D), (B, L, W)
         else:
             out = self.model.forward_intermediates(
@@ -210,9 +211,9 @@ class CLIP(nn.Module):
 
     def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """Pictures -> (B, D). A tensor is (B, 3, H, W) in [-1, 1], of any size; PIL pictures go as open_clip has them."""
-        return self.model.encode_image(self._prepare(images))
+        return self.model.encode_image(self.prepare(images))
 
-    def _prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
+    def prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """Resized, cropped and normalised as the model asks: (B, 3, S, S)."""
         cfg = self.preprocess
         if not isinstance(images, Tensor):

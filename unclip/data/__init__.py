@@ -16,7 +16,6 @@ _HOME = {
     "ShardDataset": "shards",
     "ShardWriter": "shards",
     "EmbeddingDataset": "embeddings",
-    "EmbeddingLoader": "embeddings",
     "EmbeddingWriter": "embeddings",
     "CorruptionConfig": "corruption",
     "corrupt": "corruption",

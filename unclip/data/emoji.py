@@ -120,7 +120,7 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
 
 
 def concept_weights(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Sampling weight of each hexcode. All skin-tone variants of a concept, 5 or for two people 25, weigh 1 together."""
+    """Sampling weight of each hexcode; a concept's skin-tone variants, 5 or for two people 25, weigh 1 together."""
     variants_of = {hexcode: len(entry["skins"]) for entry in entries for hexcode in entry.get("skins", [])}
 
     def weight(entry: dict[str, Any]) -> float:

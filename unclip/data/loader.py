@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from unclip.data.embeddings import EmbeddingDataset
 from unclip.data.folder import FolderDataset
+from unclip.data.order import BATCH, EpochOrder
 from unclip.data.samples import Dataset, square
 from unclip.data.shards import ShardDataset
 
 # B batch, S image size, P processes
 
 Batch = dict[str, Any]
+Example = tuple[np.ndarray, list[str], str]  # picture, uint8 (S, S, 3); captions; key
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class DataConfig:
     augment: Augment = field(default_factory=Augment)
     weighted: bool = True  # draw by the samples' weights; False: each once an epoch, as for validation
     cache: bool = False  # keep decoded pictures in memory, image_size**2 * 3 bytes each; starts no workers
-    workers: int = 0  # processes that read and decode; the batches are the same with any number
+    workers: int = 0  # processes that decode pictures; the batches are the same with any number
     seed: int = 0
     max_broken: float = 0.01  # fraction of broken pictures above which loading stops
 
@@ -61,8 +62,8 @@ class DataConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}")
         if self.crop is not None and not 1 <= self.crop <= self.image_size:
             raise ValueError(f"crop is {self.crop}; expected 1 to image_size = {self.image_size}")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken is {self.max_broken}; expected a fraction in [0, 1]")
+        if not 0 <= self.max_broken < 1:
+            raise ValueError(f"max_broken is {self.max_broken}; expected a fraction in [0, 1)")
 
 
 def open_dataset(path: str | Path) -> Dataset | EmbeddingDataset:
@@ -82,8 +83,9 @@ def open_dataset(path: str | Path) -> Dataset | EmbeddingDataset:
 
 
 class Loader:
-    """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}, from embeddings
-    {"image_emb": (B, D), "text_emb": (B, D), "caption", "key"}.
+    """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}.
+
+    Of embeddings, {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}.
 
     Iterating gives the rest of the current epoch; the next iteration gives the next one. A last, smaller batch is
     dropped unless it is the only one. With P processes, batch n of each is every P-th sample of what one process would
@@ -120,7 +122,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
         for batch, tried, broken in self._stream(epoch, self.batch):
-            self._report(tried, broken)
+            self._report(batch, tried, broken)
             self.batch += 1
             if self.batch == len(self):
                 self.epoch, self.batch = epoch + 1, 0
@@ -149,10 +151,12 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a place that `state_dict` gave; takes effect at the next `iter`."""
+        if not 0 <= state["batch"] < len(self):
+            raise ValueError(f"{self.config.path}: no batch {state['batch']} in {len(self)}; the data has changed")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
     def _stream(self, epoch: int, first: int) -> Iterator[tuple[Batch, int, dict[int, str]]]:
-        if self.config.workers == 0 or self.config.cache:
+        if self.config.workers == 0 or self.config.cache or self._pictures is None:
             return (self._make(epoch, number) for number in range(first, len(self)))
         return iter(
             DataLoader(
@@ -165,45 +169,57 @@ class Loader:
         )
 
     def _make(self, epoch: int, number: int) -> tuple[Batch, int, dict[int, str]]:
-        """A batch, how many samples were tried for it, and which of them are broken: a pure function."""
+        """A batch, {} if too much is broken; how many samples were tried for it; which are broken, and why."""
         config, order, step = self.config, self._order(epoch), self.num_processes
         first, total = number * config.batch_size * step, len(order) // step * step
         positions = range(first + self.process_index, min(first + config.batch_size * step, total), step)
         if self._pictures is None:
             return self.dataset.batch(order[positions]), len(positions), {}
 
-        rng = np.random.default_rng([_BATCH, config.seed, epoch, number])
+        rng = np.random.default_rng([BATCH, config.seed, epoch, number])
         draws = rng.random((config.batch_size * step, 6))[self.process_index :: step][: len(positions)]  # (B, 6)
         examples, broken = [], {}
         for position in positions:
-            for offset in range(len(order)):
-                index = int(order[(position + offset) % len(order)])
-                try:
-                    examples.append(self._pictures[index])
-                    break
-                except (ValueError, OSError) as error:
-                    broken[index] = str(error)
-            else:
-                raise ValueError(f"{config.path}: no picture can be read, e.g. {next(iter(broken.values()))}")
-        images, captions, keys = zip(*examples, strict=True)
-        x = torch.from_numpy(np.stack(images)).float()  # (B, 3, S, S) in [0, 255]
-        if config.augment != Augment():
-            x = place(x, config.augment, draws[:, 1:4])
-        if config.crop is not None:
-            x = crop(x, config.crop, draws[:, 4:6])
-        choice = draws[:, 0] if config.captions == "any" else np.zeros(len(draws))
-        said = [options[int(draw * len(options))] for options, draw in zip(captions, choice, strict=True)]
-        batch = {"image": x.div_(127.5).sub_(1), "caption": said, "key": list(keys)}
+            example = self._first_whole(order, position, broken)
+            if example is None:
+                return {}, len(broken), broken
+            examples.append(example)
+        pictures, said, augmented = [], [], config.augment != Augment()
+        for (picture, captions, _), draw in zip(examples, draws, strict=True):
+            if augmented:
+                picture = place(picture, config.augment, draw[1:4])
+            if config.crop is not None:
+                picture = crop(picture, config.crop, draw[4:6])
+            pictures.append(picture)
+            said.append(captions[int(draw[0] * len(captions)) if config.captions == "any" else 0])
+        # Scaled in NumPy, on one thread: under a training, torch would wait for the threads that it keeps busy.
+        images = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32, order="C")  # (B, 3, S, S)
+        images /= 127.5
+        images -= 1
+        batch = {"image": torch.from_numpy(images), "caption": said, "key": [key for *_, key in examples]}
         return batch, len(positions) + len(broken), broken
 
-    def _report(self, tried: int, broken: dict[int, str]) -> None:
+    def _first_whole(self, order: np.ndarray, position: int, broken: dict[int, str]) -> Example | None:
+        """The first picture from `position` on that can be read; None if too many before it are `broken`."""
+        for offset in range(len(order)):
+            index = int(order[(position + offset) % len(order)])
+            try:
+                return self._pictures[index]
+            except (ValueError, OSError) as error:
+                broken[index] = str(error)
+            if len(broken) > self.config.max_broken * len(self.dataset):
+                break
+        return None
+
+    def _report(self, batch: Batch, tried: int, broken: dict[int, str]) -> None:
         """Keeps count; warns of each broken picture once; ValueError over `max_broken`."""
         self._tried += tried
-        for index in broken.keys() - self.broken.keys():
-            self.broken[index] = broken[index]
-            warnings.warn(f"broken picture left out: {broken[index]}", stacklevel=3)
+        for index, reason in broken.items():
+            if index not in self.broken:
+                self.broken[index] = reason
+                warnings.warn(f"broken picture left out: {reason}", stacklevel=3)
         judged = min(max(self._tried, 1000), len(self.dataset))
-        if len(self.broken) > self.config.max_broken * judged:
+        if len(self.broken) > self.config.max_broken * judged or not batch:
             some = "; ".join(list(self.broken.values())[:3])
             raise ValueError(
                 f"{self.config.path}: {len(self.broken)} broken pictures, more than max_broken = "
@@ -224,46 +240,15 @@ class _Epoch:
         return self.loader._make(self.epoch, number)
 
 
-class EpochOrder:
-    """Which samples an epoch holds, in which order: a function of (seed, epoch).
-
-    A sample of weight w comes floor(w) or ceil(w) times, w times on average: shuffled, the weights are laid end to end
-    on a line and every whole number on it, shifted by one random offset, picks the sample it falls on (systematic
-    sampling). So every epoch has the same length, the floor of the weights' sum.
-    """
-
-    def __init__(self, weights: np.ndarray, seed: int) -> None:
-        self._units = np.rint(weights * _UNIT).astype(np.int64)  # integers: a sum must not depend on the order
-        self._seed = seed
-        self._latest: tuple[int, np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return int(self._units.sum() // _UNIT)
-
-    def __call__(self, epoch: int) -> np.ndarray:
-        """Indices of the samples (len(self),)."""
-        if self._latest is None or self._latest[0] != epoch:
-            rng = np.random.default_rng([_ORDER, self._seed, epoch])
-            shuffled = rng.permutation(len(self._units))
-            ends = np.cumsum(self._units[shuffled]) + rng.integers(_UNIT)
-            counts = np.diff(ends // _UNIT, prepend=0)
-            self._latest = epoch, rng.permutation(np.repeat(shuffled, counts))[: len(self)]
-        return self._latest[1]
-
-
-_ORDER, _BATCH = 1, 2  # tell the two kinds of random streams of one seed apart
-_UNIT = 1 << 20
-
-
 class PictureReader:
-    """Pictures of a dataset as uint8 (3, S, S) with captions and key; with `cache`, each is decoded once."""
+    """Pictures of a dataset at one size; with `cache`, each is read and decoded once."""
 
     def __init__(self, dataset: Dataset, size: int, cache: bool) -> None:
         self.dataset, self.size = dataset, size
         self._texts: list[tuple[list[str], str] | None] | None = [None] * len(dataset) if cache else None
-        self._cache = _allocate((len(dataset), 3, size, size)) if cache else None
+        self._cache = _allocate((len(dataset), size, size, 3)) if cache else None
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[str], str]:
+    def __getitem__(self, index: int) -> Example:
         """ValueError or OSError, with the sample's name, if it is broken."""
         if self._texts is not None and (texts := self._texts[index]) is not None:
             return self._cache[index], *texts
@@ -291,21 +276,19 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
     return np.empty(shape, np.uint8)
 
 
-def place(x: Tensor, augment: Augment, draws: np.ndarray) -> Tensor:
-    """Scaled about the middle and shifted on white: x (B, 3, S, S) in [0, 255], draws (B, 3) in [0, 1)."""
-    size = x.shape[-1]
-    signed = torch.from_numpy(2 * draws - 1)  # (B, 3)
-    scale = 1 + augment.scale * signed[:, 0]
-    shift = (augment.shift * size * signed[:, 1:]).round() * 2 / size  # (B, 2) in the grid's units
-    theta = torch.zeros(len(x), 2, 3)  # output -> input coordinates
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = -shift / scale[:, None]
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # (B, S, S, 2)
-    placed = F.grid_sample(x - 255, grid, mode="bicubic", align_corners=False)  # outside is 0: white
-    return placed.add_(255).round_().clamp_(0, 255)
+def place(picture: np.ndarray, augment: Augment, draws: np.ndarray) -> np.ndarray:
+    """Scaled about the middle and shifted on white: uint8 (S, S, 3), draws (3,) in [0, 1) for scale, x and y."""
+    size = len(picture)
+    scale, x, y = 2 * draws - 1
+    side = round(size * (1 + augment.scale * scale))
+    corner = [(size - side) // 2 + round(augment.shift * size * offset) for offset in (x, y)]
+    image = Image.fromarray(picture)
+    placed = Image.new("RGB", (size, size), "white")
+    placed.paste(image if side == size else image.resize((side, side), Image.Resampling.LANCZOS), corner)
+    return np.asarray(placed)
 
 
-def crop(x: Tensor, size: int, draws: np.ndarray) -> Tensor:
-    """A square of each picture: x (B, 3, S, S), draws (B, 2) in [0, 1) -> (B, 3, size, size)."""
-    corners = (draws * (x.shape[-1] - size + 1)).astype(int)  # (B, 2)
-    return torch.stack([x[i, :, top : top + size, left : left + size] for i, (top, left) in enumerate(corners)])
+def crop(picture: np.ndarray, size: int, draws: np.ndarray) -> np.ndarray:
+    """A square of the picture: (S, S, 3), draws (2,) in [0, 1) -> (size, size, 3)."""
+    top, left = (draws * (len(picture) - size + 1)).astype(int)
+    return picture[top : top + size, left : left + size]

@@ -60,9 +60,8 @@ def decode(data: bytes) -> Image.Image:
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side resized to `size` (Lanczos, antialiased), centre cropped: uint8 (3, size, size)."""
-    fitted = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(fitted).transpose(2, 0, 1)
+    """Shorter side resized to `size` (Lanczos, antialiased), centre cropped: uint8 (size, size, 3)."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def caption_list(value: Any) -> list[str]:
@@ -77,7 +76,7 @@ def caption_list(value: Any) -> list[str]:
 def sample_weight(meta: Mapping[str, Any]) -> float:
     """`weight` of a sample's metadata, 1 if it has none; ValueError unless it is a number >= 0."""
     try:
-        weight = float(meta.get("weight") or 0.0) if "weight" in meta else 1.0
+        weight = float(meta.get("weight", 1.0))
     except (TypeError, ValueError):
         weight = -1.0
     if not 0 <= weight < float("inf"):

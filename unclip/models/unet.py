@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, zeroed
+from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, attend, zeroed
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
             k = torch.cat([k_context.to(k.dtype), k], dim=2)  # B H N+S d
             v = torch.cat([v_context.to(v.dtype), v], dim=2)
             mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # B H S d
+        h = attend(q, k, v, mask)  # B H S d
         h = self.out(h.transpose(1, 2).flatten(2))  # B S C
         return x + h.transpose(1, 2).unflatten(2, size)
 

@@ -23,14 +23,12 @@ def load(
     """
     path = locate(name_or_path)  # before torch is imported: a misspelt name is told at once
 
-    import torch
-
     from ..checkpoints.formats import load_any
-    from . import base
+    from .base import default_dtype, find_device
     from .unclip import UnCLIPPipeline
 
     pipelines = {"unclip": UnCLIPPipeline}
-    device = torch.device(device) if device is not None else base.default_device()
-    dtype = dtype or base.default_dtype(device)
+    device = find_device(device)
+    dtype = dtype or default_dtype(device)
     bundle = load_any(path, dtype)
     return pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path)).to(device, dtype)

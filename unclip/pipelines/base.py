@@ -75,10 +75,19 @@ def redraw(pipe: TextToImage, metadata: dict[str, Any], progress: bool = True) -
     return pipe.variations(image_emb=_decode(metadata["image_emb"])[None], **chosen)
 
 
-def default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def find_device(device: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or the fastest there is; ValueError if there is no such device here."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, available in there.items() if available))
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:1 or mps") from None
+    if not there.get(found.type, True) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        available = ", ".join(name for name, available in there.items() if available)
+        raise ValueError(f"there is no device {device} here; available: {available}")
+    return found
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -291,4 +291,6 @@ class UnCLIPStages:
         """Fewer stages than the model has are fine: the picture then stays smaller."""
         if len(options) > len(self.upsamplers):
             have = len(self.upsamplers)
-            raise ValueError(f"options for {len(options)} upsamplers, but the model has {have}; start from pipe.options")
+            raise ValueError(
+                f"options for {len(options)} upsamplers, but the model has {have}; start from pipe.options"
+            )

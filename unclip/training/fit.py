@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 
 from unclip.config import save_json, to_dict
@@ -101,8 +101,9 @@ def fit(
     the gradient is not finite, before the update; ValueError for settings that do not fit; OSError for a full disk.
     """
     run = run or Run({"fit": to_dict(config), "optim": to_dict(optim)})
-    if len(loader) < 1:
-        raise ValueError("the training data has no batch; is the batch larger than the data?")
+    for name, data in (("training", loader), ("validation", val_loader)):
+        if data is not None and len(data) < 1:
+            raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
     try:
         return _Fit(model, loss_fn, loader, config, optim, run, val_loader, preview, export).train()
     finally:  # accelerate keeps its settings in process-wide singletons; the next fit may want another precision
@@ -110,22 +111,20 @@ def fit(
         GradientState._reset_state()
 
 
+@dataclass
 class _Fit:
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFn,
-        loader: Loader,
-        config: FitConfig,
-        optim: OptimConfig,
-        run: Run[Any],
-        val_loader: Loader | None,
-        preview: Preview | None,
-        export: Export | None,
-    ) -> None:
-        self.loss_fn, self.loader, self.config, self.optim = loss_fn, loader, config, optim
-        self.val_loader, self.preview, self.export = val_loader, preview, export
-        self.raw = model  # `self.model` may be wrapped for several processes
+    raw: nn.Module  # `model` may be wrapped for several processes
+    loss_fn: LossFn
+    loader: Loader
+    config: FitConfig
+    optim: OptimConfig
+    run: InitVar[Run[Any]]
+    val_loader: Loader | None
+    preview: Preview | None
+    export: Export | None
+
+    def __post_init__(self, run: Run[Any]) -> None:
+        config, model = self.config, self.raw
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         source = self._source(run)
@@ -137,14 +136,14 @@ class _Fit:
         if run.dry_run:
             self._dry_run()
         self.model = accelerator.prepare_model(model)
-        self.optimizer = accelerator.prepare_optimizer(build_optimizer(model, optim))
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(model, self.optim))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
         self.state = RunState(
             model,
             self.optimizer.optimizer,
             self.ema,
-            loader,
+            self.loader,
             accelerator.scaler,
             run.config if isinstance(run.config, dict) else to_dict(run.config),
             accelerator.num_processes,
@@ -158,7 +157,6 @@ class _Fit:
             save_json(state.settings, self.output / "config.json")
         self.log = Log(accelerator, self.output, state, config.steps, config.progress)
         batches = self._batches()
-        unsaved = True
         if self.resumed_random_state is None:
             set_seed(config.seed + accelerator.process_index)
         else:
@@ -173,15 +171,14 @@ class _Fit:
                         self._validate(self.val_loader)
                     if self.preview is not None and self._due(config.preview_every):
                         self._draw(self.preview)
-                    stopping = self._any(stop.requested) and state.step < config.steps
-                    if unsaved := not (stopping or self._due(config.save_every)):
-                        continue
-                    self._save()
-                    if stopping:
+                    stopping = self._any(stop.requested)
+                    if stopping or self._due(config.save_every) or state.step == config.steps:
+                        self._save()
+                    if stopping and state.step < config.steps:
                         self.log.say(f"stopped after step {state.step}; to go on: {resume_command()}")
                         raise SystemExit(0)
-                if unsaved:
-                    self._save()
+            if not (self.output / "model").is_dir():  # resumed from a last checkpoint
+                self._save()
         finally:
             self.log.close()
             accelerator.end_training()
@@ -323,7 +320,7 @@ class _Fit:
         """The checkpoint to go on from."""
         source = self.checkpoints.find(run.resume) if run.resume else None
         kept = self.checkpoints.all()
-        if kept and source not in (kept[-1], kept[-1].resolve()) and not run.dry_run:
+        if kept and not run.dry_run and (source is None or source.resolve() != kept[-1].resolve()):
             raise ValueError(
                 f"{self.output} already holds {kept[-1].name}, which would be lost; "
                 "--resume latest, or choose another fit.output"
@@ -350,8 +347,8 @@ def _accelerator(config: FitConfig) -> Accelerator:
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        log_with=available_trackers(config.trackers),
-        project_dir=config.output,
+        log_with=available_trackers(config.trackers) or None,
+        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(

@@ -1,0 +1,91 @@
+"""A whole model with random weights, small enough to draw in a tenth of a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from unclip.clip import CLIP, CLIPConfig
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.unet import LevelSpec, UNetConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.tokenizer import BPETokenizer
+from unclip.types import StageOptions, UnCLIPOptions
+
+torch.set_num_threads(1)  # the networks of the tests are too small to share among cores
+
+EMB_DIM, TEXT_WIDTH, CONTEXT = 16, 24, 24
+TINY_OPTIONS = UnCLIPOptions(
+    prior=StageOptions(steps=3, guidance=2.0, sampler="ancestral"),
+    decoder=StageOptions(steps=3, guidance=3.0, eta=1.0),
+    upsamplers=(StageOptions(steps=2),),
+)
+
+
+def tiny_clip() -> CLIP:
+    tokenizer = BPETokenizer.train(["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT)
+    text_cfg = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": TEXT_WIDTH, "heads": 2}
+    model_cfg = {
+        "embed_dim": EMB_DIM,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {**text_cfg, "layers": 1, "eos_id": tokenizer.end_id, "pool_type": "eos"},
+    }
+    return CLIP(CLIPConfig(model_cfg), tokenizer)
+
+
+def tiny_unet(in_channels: int, out_channels: int, context_dim: int | None = None) -> UNetConfig:
+    levels = (LevelSpec(16, blocks=1), LevelSpec(32, blocks=1, attention=context_dim is not None))
+    return UNetConfig(
+        in_channels, out_channels, levels, head_dim=16, groups=8, context_dim=context_dim, mid_attention=False
+    )
+
+
+def tiny_prior(**changes: object) -> DiffusionPrior:
+    config = PriorConfig(EMB_DIM, TEXT_WIDTH, CONTEXT, width=32, depth=2, heads=2)
+    return DiffusionPrior(replace(config, **changes))
+
+
+def tiny_decoder(**changes: object) -> Decoder:
+    config = DecoderConfig(tiny_unet(3, 6, context_dim=24), 8, EMB_DIM, TEXT_WIDTH, learned_variance=True)
+    return Decoder(replace(config, **changes))
+
+
+def tiny_upsampler(low: int = 8, **changes: object) -> Upsampler:
+    return Upsampler(replace(UpsamplerConfig(tiny_unet(6, 3), low_size=low, high_size=2 * low), **changes))
+
+
+def scrambled(module: nn.Module) -> nn.Module:
+    """Parameters that start at zero would make a network answer the same whatever it is given."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe() -> UnCLIPPipeline:
+    """Random weights; not to be changed by a test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = [scrambled(module) for module in (tiny_clip(), tiny_prior(), tiny_decoder(), tiny_upsampler())]
+    clip, prior, decoder, upsampler = networks
+    schedules = {"upsampler_0": ScheduleConfig("linear")}
+    return UnCLIPPipeline(
+        clip, prior, decoder, [upsampler], TINY_OPTIONS, schedules=schedules, name="tiny", licence="MIT"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_pipe: UnCLIPPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model on disk; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipe.save_pretrained(folder)
+    return folder

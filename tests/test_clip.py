@@ -1,0 +1,173 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from unclip.clip import CLIP, CLIPConfig, contrastive_loss, open_clip
+from unclip.tokenizer import BPETokenizer
+from unclip.weights import load_strictly
+
+VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
+TEXT = {"width": 32, "heads": 2, "layers": 2}
+
+
+def make(**model_cfg) -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, **model_cfg})).eval()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def own():
+    """A CustomTextCLIP with a tokenizer of its own that pools at its end token."""
+    tokenizer = BPETokenizer.train(["a red apple", "a green pear"], vocab_size=300, context_length=10)
+    text = {**TEXT, "context_length": 10, "vocab_size": 300, "pool_type": "eos", "eos_id": tokenizer.end_id}
+    torch.manual_seed(0)
+    config = CLIPConfig({"embed_dim": 16, "custom_text": True, "vision_cfg": VISION, "text_cfg": text})
+    return CLIP(config, tokenizer).eval()
+
+
+def test_embeddings_are_open_clips_own(clip, own):
+    with torch.no_grad():
+        for model in (clip, own):
+            text = model.encode_text(["a red apple", "!"])
+            theirs = model.model.encode_text(text.ids)
+            torch.testing.assert_close(text.emb, theirs[0] if isinstance(theirs, tuple) else theirs)
+            images = torch.rand(2, 3, 32, 32) * 2 - 1
+            mean, std = torch.tensor(model.preprocess.mean), torch.tensor(model.preprocess.std)
+            pixels = ((images + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+            torch.testing.assert_close(model.encode_image(images), model.model.encode_image(pixels))
+
+
+def test_states_are_those_that_the_embedding_is_pooled_from(clip, own):
+    with torch.no_grad():
+        for model, projection in ((clip, clip.model.text_projection), (own, own.model.text.text_projection)):
+            text = model.encode_text(["a red apple", "pear"])
+            assert text.states.shape == (2, model.context_length, model.text_width)
+            last = text.states[torch.arange(2), text.mask.sum(1) - 1]  # after the final LayerNorm, at the end token
+            torch.testing.assert_close(text.emb, last @ projection)
+
+
+def test_the_mask_keeps_an_exclamation_mark_that_has_the_pad_id(clip):
+    text = clip.encode_text(["!~", "a", ""])
+    assert text.ids[0, 1] == 0  # this "!" is token 0, which is also the pad
+    assert text.mask.sum(1).tolist() == [4, 3, 2]
+
+
+def test_a_long_prompt_warns_and_shows_the_cut_part(clip):
+    with pytest.warns(UserWarning, match="more than 77 tokens.*the end'"):
+        clip.encode_text(["apple " * 80 + "the end"])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (20, 30)])
+def test_pictures_and_tensors_are_prepared_alike(clip, size):
+    ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
+    tensor = torch.from_numpy(ramp).permute(2, 0, 1)[None] / 127.5 - 1
+    a, b = clip.prepare([Image.fromarray(ramp)]), clip.prepare(tensor)
+    assert a.shape == b.shape == (1, 3, 32, 32)
+    assert (a - b).abs().mean() < 0.02  # PIL rounds to 8 bits between its passes
+
+
+def test_a_folder_gives_the_same_model_back(own, clip, tmp_path):
+    for model in (own, clip):
+        model.save_pretrained(tmp_path / "clip")
+        again = CLIP.from_pretrained(tmp_path / "clip")
+        with torch.no_grad():
+            torch.testing.assert_close(again.encode_text(["a pear"]).emb, model.encode_text(["a pear"]).emb)
+        assert again.emb_dim == 16 and again.image_size == 32
+        (tmp_path / "clip" / "tokenizer.json").unlink(missing_ok=True)
+
+
+def test_half_precision_files_are_half_the_size_and_load_as_float(own, tmp_path):
+    own.save_pretrained(tmp_path / "full")
+    own.save_pretrained(tmp_path / "half", torch.float16)
+    full, half = ((tmp_path / n / "open_clip_model.safetensors").stat().st_size for n in ("full", "half"))
+    assert half < 0.6 * full
+    assert CLIP.from_pretrained(tmp_path / "half").logit_scale.dtype == torch.float32
+
+
+def test_open_clip_itself_opens_the_folder(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    ids, _ = clip.tokenizer(["a red apple"])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode_text(ids), clip.model.encode_text(ids))
+
+
+def test_folders_that_do_not_fit_are_refused(own, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"open_clip_config.json is missing"):
+        CLIP.from_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    weights = tmp_path / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        CLIP.from_pretrained(tmp_path)
+
+
+def test_tensors_that_do_not_fit_are_named(clip):
+    tensors = dict(clip.model.state_dict())
+    tensors["extra"] = torch.zeros(1)
+    del tensors["logit_scale"]
+    tensors["ln_final.bias"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"missing: logit_scale; unexpected: extra; .*ln_final.bias is \(5,\)"):
+        load_strictly(make().model, tensors, "somewhere")
+
+
+def test_quick_gelu_follows_the_weights(monkeypatch):
+    """`ViT-B-32` computes GELU but the tag's weights were trained with QuickGELU: open_clip only warns."""
+    model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
+    tag = {"quick_gelu": True}
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: dict(model_cfg))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, pretrained: tag)
+    made = []
+
+    def create_model(name, pretrained, force_quick_gelu, weights_only):
+        model = open_clip.CLIP(**model_cfg, quick_gelu=force_quick_gelu)
+        model.visual.preprocess_cfg = {"mode": "RGB", "size": 32}
+        made.append(force_quick_gelu)
+        return model
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    clip = CLIP.from_open_clip("some-model", "openai")
+    assert made == [True] and "QuickGELU" in str(clip.model.transformer.resblocks[0])
+    model_cfg["quick_gelu"], tag["quick_gelu"] = True, False
+    with pytest.raises(ValueError, match="computes QuickGELU but 'laion' was trained without it"):
+        CLIP.from_open_clip("some-model-quickgelu", "laion")
+
+
+def test_unknown_architectures_and_tags_are_refused():
+    with pytest.raises(ValueError, match="unknown open_clip architecture 'ViT-X'"):
+        CLIP.from_open_clip("ViT-X")
+    with pytest.raises(ValueError, match="no pretrained tag or file 'nowhere'; tags: openai"):
+        CLIP.from_open_clip("ViT-B-32", "nowhere")
+
+
+def test_a_captioner_is_refused():
+    with pytest.raises(ValueError, match="captioner"):
+        make(multimodal_cfg={})
+
+
+def test_the_contrastive_loss_is_symmetric_cross_entropy():
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
+    scale, rows = torch.tensor(7.0), torch.arange(5)
+    logits = scale * image @ text.T
+    expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+    torch.testing.assert_close(contrastive_loss(image, text, scale), expected)
+
+
+def test_the_temperature_is_clipped_at_100(own):
+    ids, mask = own.tokenizer(["a red apple"])
+    with torch.no_grad():
+        own.logit_scale.fill_(math.log(1e4))
+        image_emb, text_emb, scale = own(torch.zeros(1, 3, 32, 32), ids, mask)
+    torch.testing.assert_close(scale, torch.tensor(100.0))
+    for emb in (image_emb, text_emb):
+        torch.testing.assert_close(emb.norm(dim=-1), torch.ones(1))

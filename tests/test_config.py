@@ -1,0 +1,180 @@
+"""YAML <-> dataclasses: what is accepted, and that every refusal names its place."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from unclip.config import flatten, load_config, parse, save_json, to_dict
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Level:
+    channels: int
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"channels is {self.channels}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class States:
+    norm: bool = False
+    kind: Literal["states"] = "states"
+
+
+@dataclass(frozen=True)
+class Transformer:
+    depth: int
+    kind: Literal["transformer"] = "transformer"
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    levels: tuple[Level, ...]
+    text: States | Transformer = States()
+    optim: Optim = Optim()
+
+
+GOOD = """\
+name: tiny
+levels:
+  - {channels: 64}
+  - channels: 128
+    attention: true
+optim:
+  lr: 1e-4
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+def refusal(folder: Path, text: str, *overrides: str) -> str:
+    """The error for a bad file, with `run.yaml` for its path."""
+    file = written(folder, text)
+    with pytest.raises(ValueError) as error:
+        load_config(file, Config, overrides)
+    return str(error.value).replace(str(file), "run.yaml")
+
+
+def test_a_file_becomes_nested_dataclasses(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, GOOD), Config)
+    assert config == Config("tiny", (Level(64), Level(128, True)), optim=Optim(lr=1e-4))
+
+
+def test_an_integer_is_a_float_and_null_is_none(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, GOOD + "  clip_norm: null\n  betas: [0, 0.5]\n"), Config)
+    assert config.optim.clip_norm is None
+    assert config.optim.betas == (0.0, 0.5)
+    assert isinstance(config.optim.betas[0], float)
+
+
+def test_kind_chooses_the_member_of_a_union() -> None:
+    config = parse(Config, {"name": "a", "levels": [], "text": {"kind": "transformer", "depth": 2}})
+    assert config.text == Transformer(2)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("optim.lr=3e-4", 3e-4),
+        ("optim.clip_norm=null", None),
+        ("levels.1.channels=7", 7),
+        ("name=a=b", "a=b"),
+        ("text={kind: transformer, depth: 3}", Transformer(3)),
+        ("text.norm=true", True),  # a section that the file leaves out
+    ],
+)
+def test_override_replaces_one_value(tmp_path: Path, override: str, value: object) -> None:
+    config = load_config(written(tmp_path, GOOD), Config, [override])
+    found: object = config
+    for key in override.partition("=")[0].split("."):
+        found = found[int(key)] if isinstance(found, tuple) else getattr(found, key)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "  lrr: 3\n", "run.yaml:8: optim.lrr is unknown; did you mean 'lr'?"),
+        (GOOD + "zzz: 3\n", "run.yaml:8: zzz is unknown; expected one of: name, levels, text, optim"),
+        (GOOD.replace("true", "1"), "run.yaml:5: levels.1.attention is 1; expected a valid boolean"),
+        (GOOD.replace("64", "'64'"), "run.yaml:3: levels.0.channels is '64'; expected a valid integer"),
+        (GOOD.replace("64", "0"), "run.yaml:3: levels.0: channels is 0; expected at least 1"),
+        (GOOD.replace("name: tiny\n", ""), "run.yaml:1: name is missing"),
+        (GOOD.replace("  - {channels: 64}", "  - {attention: true}"), "run.yaml:3: levels.0.channels is missing"),
+        (GOOD + "text: {kind: stats}\n", "run.yaml:8: text.kind is 'stats'; expected 'states' or 'transformer'"),
+        (GOOD + "text: {kind: transformer}\n", "run.yaml:8: text.depth is missing"),
+        (GOOD + "text: {kind: states, nrom: true}\n", "run.yaml:8: text.nrom is unknown; did you mean 'norm'?"),
+        (GOOD + "name: again\n", "run.yaml:8: 'name' is given twice (first in line 1)"),
+        (GOOD + "a: [1\n", "run.yaml:9: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("- 1\n", "run.yaml:1: the config is [1]; expected a mapping"),
+    ],
+)
+def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, text) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "--set optim.lr=fast: optim.lr is 'fast'; expected a valid number"),
+        ("optim.lrr=1", "--set optim.lrr=1: optim.lrr is unknown; did you mean 'lr'?"),
+        ("optim.lr", "--set 'optim.lr': expected KEY=VALUE, such as optim.lr=1e-4"),
+        ("levels.5.channels=1", "--set 'levels.5.channels=1': '5' is looked up in a list of 2"),
+        ("name.first=1", "--set 'name.first=1': 'first' is looked up in 'tiny'"),
+        ("optim.lr=[1", "--set 'optim.lr=[1': '[1' is not a valid YAML value"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(tmp_path, GOOD, override) == message
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    text = refusal(tmp_path, GOOD.replace("64", "x") + "  lrr: 3\n")
+    assert text.splitlines() == [
+        "run.yaml:3: levels.0.channels is 'x'; expected a valid integer",
+        "run.yaml:8: optim.lrr is unknown; did you mean 'lr'?",
+    ]
+
+
+def test_merge_keys_are_yaml(tmp_path: Path) -> None:
+    text = "name: a\nlevels: [&level {channels: 4}, {<<: *level, attention: true}]\n"
+    assert load_config(written(tmp_path, text), Config).levels == (Level(4), Level(4, True))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml"):
+        load_config(tmp_path / "absent.yaml", Config)
+
+
+def test_json_there_and_back(tmp_path: Path) -> None:
+    config = Config("a", (Level(2), Level(3, True)), Transformer(4), Optim(betas=(0.5, 0.6)))
+    save_json(config, tmp_path / "config.json")
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert data == to_dict(config)
+    assert data["levels"][1] == {"channels": 3, "attention": True}
+    assert parse(Config, data) == config
+    with pytest.raises(ValueError, match=r"^model: levels\.0\.channels is missing"):
+        parse(Config, {"name": "a", "levels": [{}]}, where="model")
+
+
+def test_flatten_gives_dotted_names() -> None:
+    assert flatten({"a": {"b": 1, "c": []}, "d": [2, {"e": None}]}) == {"a.b": 1, "a.c": [], "d.0": 2, "d.1.e": None}

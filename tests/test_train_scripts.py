@@ -1,0 +1,112 @@
+"""The training scripts one after the other, from drawn pictures to a model that draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT, draw_pictures, run_script
+
+import unclip
+from unclip.weights import read_tensors
+
+NETWORKS = ("clip", "prior", "decoder", "upsampler")
+
+
+def train(network: str, *arguments: str) -> None:
+    run_script(ROOT / "train" / f"{network}.py", "--config", str(ROOT / f"configs/tiny/{network}.yaml"), *arguments)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which all networks of configs/tiny were trained and put together."""
+    folder, before = tmp_path_factory.mktemp("tiny"), Path.cwd()
+    draw_pictures(folder / "data/tiny")
+    os.chdir(folder)
+    try:
+        for network in NETWORKS:
+            train(network)
+        run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"))
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
+    run = workplace / "runs/tiny" / network
+    weights = next((run / "model").glob("*.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in read_tensors(weights).values())
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert [json.loads((run / "checkpoints" / c / "state.json").read_text())["step"] for c in checkpoints] == [4, 8]
+    assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 8
+
+
+@pytest.mark.parametrize("network", ["decoder", "upsampler"])
+def test_networks_that_draw_leave_previews(workplace, network):
+    assert list((workplace / "runs/tiny" / network).rglob("*.png"))
+
+
+def test_the_prior_learns_the_statistics_of_the_embeddings(workplace):
+    weights = read_tensors(workplace / "runs/tiny/prior/model/model.safetensors")
+    fresh = torch.full_like(weights["emb_std"], len(weights["emb_std"]) ** -0.5)
+    assert not torch.equal(weights["emb_std"], fresh) and weights["emb_mean"].any()
+
+
+def test_the_bundle_draws(workplace):
+    pipe = unclip.load(workplace / "runs/tiny/model")
+    result = pipe(["a red circle", "a blue square"], num_images=2, seed=3, progress=False)
+    assert [image.size for image in result.images] == [(32, 32)] * 4
+    assert result.image_emb.shape == (4, 32) and result.image_emb.isfinite().all()
+    again = pipe.variations(result.images[0], seed=1, progress=False)
+    assert again.images[0].size == (32, 32)
+
+
+def test_a_run_is_resumed_and_goes_further(workplace):
+    run = workplace / "runs/tiny/prior"
+    before = read_tensors(run / "model/model.safetensors")["head.weight"].clone()
+    train("prior", "--resume", "latest", "--set", "fit.steps=10")
+    assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 10
+    assert not torch.equal(read_tensors(run / "model/model.safetensors")["head.weight"], before)
+
+
+def test_weights_of_another_run_can_be_started_from(workplace):
+    before = read_tensors(workplace / "runs/tiny/decoder/model/model.safetensors")["image_to_time.weight"]
+    output = "--set=fit.output=runs/tiny/continued"
+    train("decoder", "--init", "runs/tiny/decoder/model", output, "--set=fit.steps=1", "--set=optim.lr=1e-9")
+    after = read_tensors(workplace / "runs/tiny/continued/model/model.safetensors")["image_to_time.weight"]
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):
+    train("upsampler", "--dry-run", "--set", "fit.output=runs/tiny/dry")
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "memory", "FLOPs"))
+    assert not (workplace / "runs/tiny/dry").exists()
+
+
+def test_a_run_that_would_be_overwritten_is_refused(workplace):
+    with pytest.raises(SystemExit, match="already holds"):
+        train("upsampler")
+
+
+def test_a_typo_is_named_with_its_place(workplace, tmp_path):
+    config = tmp_path / "typo.yaml"
+    config.write_text((ROOT / "configs/tiny/prior.yaml").read_text().replace("warmup:", "warm_up:"))
+    with pytest.raises(SystemExit, match=r"typo\.yaml:\d+: optim\.warm_up is unknown; did you mean 'warmup'"):
+        run_script(ROOT / "train/prior.py", "--config", str(config))
+
+
+def test_accelerate_launches_a_script(workplace):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(ROOT / "train/clip.py")]
+    arguments = ["--config", str(ROOT / "configs/tiny/clip.yaml"), "--set", "fit.output=runs/tiny/launched"]
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": search}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()

@@ -1,0 +1,126 @@
+"""The stages of a pipeline over many captions, in batches with a bar, each result kept for what comes after."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..pipelines.base import generators_from, progress_bar, to_pil
+from ..pipelines.unclip import UnCLIPPipeline
+from ..types import OnStep, StageOptions, TextEncoding, UnCLIPOptions
+
+# N captions, D CLIP embedding width, s side of the decoder's pictures
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """What the prior gives for N captions."""
+
+    captions: list[str]
+    text: TextEncoding
+    image_emb: Tensor  # (N, D)
+    generators: list[torch.Generator]  # as the prior left them: the decoder goes on from there
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the decoder makes of it."""
+
+    captions: list[str]
+    images: Tensor  # (N, 3, s, s) in [-1, 1]
+    generators: list[torch.Generator]  # as the decoder left them: the upsamplers go on from there
+
+
+class Drawer:
+    """Draws picture k from the seed `seed` + k, as `pipe(captions, seed=seed)` does, but a stage at a time."""
+
+    def __init__(
+        self, pipe: UnCLIPPipeline, options: UnCLIPOptions, batch_size: int = 32, progress: bool = True
+    ) -> None:
+        self.pipe, self.options, self.batch_size, self.progress = pipe, options, batch_size, progress
+
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        """Captions through CLIP, those that are longer than its context cut without a warning for each."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the prompt .*this part was cut")
+            return self.pipe.encode_text(list(captions))
+
+    def imagine(self, captions: Sequence[str], seed: int) -> Imagined:
+        """Captions through the prior."""
+        text = self.encode_text(captions)
+        generators = generators_from(range(seed, seed + len(captions)))
+        options, candidates = self.options.prior, self.options.prior_candidates
+        with self._bar(len(captions), options) as on_step:
+            parts = [
+                self.pipe.sample_prior(
+                    text[part],
+                    generators=generators[part],
+                    options=options,
+                    candidates=candidates,
+                    on_step=on_step,
+                ).cpu()
+                for part in self.batches(len(captions))
+            ]
+        return Imagined(list(captions), text, torch.cat(parts), generators)
+
+    def decode(self, imagined: Imagined) -> Drawn:
+        """Embeddings and captions through the decoder."""
+        options, generators = self.options.decoder, _copies(imagined.generators)
+        with self._bar(len(imagined.captions), options) as on_step:
+            parts = [
+                self.pipe.decode(
+                    imagined.image_emb[part],
+                    imagined.text[part],
+                    generators=generators[part],
+                    options=options,
+                    on_step=on_step,
+                ).cpu()
+                for part in self.batches(len(imagined.captions))
+            ]
+        return Drawn(imagined.captions, torch.cat(parts), generators)
+
+    def draw(self, captions: Sequence[str], seed: int) -> Drawn:
+        return self.decode(self.imagine(captions, seed))
+
+    def enlarge(self, drawn: Drawn, rows: Sequence[int] | None = None) -> list[Image.Image]:
+        """All pictures or some through the upsamplers."""
+        rows = range(len(drawn.captions)) if rows is None else rows
+        generators = _copies([drawn.generators[row] for row in rows])
+        images: list[Image.Image] = []
+        for part in self.batches(len(rows), "upsampler", 8):  # of 16 times as many pixels
+            small = drawn.images[list(rows[part])]
+            images += to_pil(self.pipe.upsample(small, generators=generators[part], options=self.options.upsamplers))
+        return images
+
+    def embed(self, images: Tensor) -> Tensor:
+        """CLIP's embeddings (N, D) of pictures (N, 3, s, s), uint8 or in [-1, 1]."""
+        parts = []
+        for part in self.batches(len(images), "CLIP", 256):
+            some = images[part]
+            some = some.float().div(127.5).sub(1) if some.dtype == torch.uint8 else some
+            parts.append(self.pipe.encode_image(some).cpu())
+        return torch.cat(parts)
+
+    def batches(self, count: int, name: str = "", batch_size: int | None = None) -> Iterator[slice]:
+        """Slices of range(count); with a name, under a bar."""
+        size = batch_size or self.batch_size
+        for start in tqdm(range(0, count, size), name, disable=not (self.progress and name), leave=False):
+            yield slice(start, start + size)
+
+    def _bar(self, count: int, options: StageOptions) -> contextlib.AbstractContextManager[OnStep]:
+        return progress_bar(-(-count // self.batch_size) * options.steps, self.progress, None)
+
+
+def _copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    """Generators in the same state, so that a stage can be drawn again from where the last one ended."""
+    copies = [torch.Generator() for _ in generators]
+    for copy, generator in zip(copies, generators, strict=True):
+        copy.set_state(generator.get_state())
+    return copies

@@ -1,0 +1,103 @@
+"""The figures of an evaluation as rows of a table, plain or Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+
+class Row(NamedTuple):
+    what: str
+    value: str
+    beside: str = ""  # the same figure of a reference
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """The figures of `Evaluation.run`, in the order of the stages; parts that were not run are left out."""
+    return [row for part, tell in _PARTS.items() if part in results for row in tell(results[part])]
+
+
+def plain(table: Sequence[Row]) -> str:
+    """Columns aligned by spaces."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+    return "\n".join(lines)
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """A Markdown table; the first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+
+
+HEAD = Row("figure", "model", "reference")
+
+
+def _prior(part: dict[str, Any]) -> Iterator[Row]:
+    names = {"matching": "matching captions", "mismatched": "mismatched captions", "gap": "gap"}
+    for key, name in names.items():
+        yield Row(
+            f"prior: cosine to the true embedding, {name}",
+            f"{part['cosine'][key]:.3f}",
+            f"text embedding {part['cosine_of_text'][key]:.3f}",
+        )
+    yield Row("prior: mean squared error, normalised", f"{part['normalised_mse']:.3f}", "1 if it always gave the mean")
+
+
+def _recall(part: dict[str, Any]) -> Iterator[Row]:
+    for name, group in part["groups"].items():
+        for figure, value in group["drawn"].items():
+            what = f"{figure} of the caption, {name} ({group['pictures']} pictures, {group['captions']} captions)"
+            yield Row(what, f"{value:.1%}", f"true pictures {group['true'][figure]:.1%}")
+    cosine = part["caption_cosine"]
+    yield Row("CLIP cosine to the caption", f"{cosine['drawn']:.3f}", f"true pictures {cosine['true']:.3f}")
+
+
+def _style(part: dict[str, Any]) -> Iterator[Row]:
+    for style, value in part["drawn"].items():
+        true = f"true pictures {part['true'][style]:.1%}"
+        yield Row(f"style drawn = style asked for, {style}", f"{value:.1%}", true)
+
+
+def _diversity(part: dict[str, Any]) -> Iterator[Row]:
+    what = f"CLIP distance between {part['seeds']} pictures of one prompt ({part['prompts']} prompts)"
+    yield Row(what, f"{part['of_one_prompt']:.3f}", f"of different prompts {part['of_different_prompts']:.3f}")
+
+
+def _nearest(part: dict[str, Any]) -> Iterator[Row]:
+    for kind, unit in {"clip": "CLIP distance", "pixels": "pixel RMS, of 2"}.items():
+        median, same = part[kind]["median_distance"], part[kind]["same_concept"]
+        what = f"nearest training picture, median {unit}"
+        yield Row(what, f"{median['drawn']:.3f}", f"true pictures {median['true']:.3f}")
+        yield Row(f"... is of the same concept ({kind})", f"{same['drawn']:.1%}", f"true pictures {same['true']:.1%}")
+    yield Row("nearer to the unseen truth than to any training picture", f"{part['nearer_to_truth']:.1%}")
+
+
+def _decoder(part: dict[str, Any]) -> Iterator[Row]:
+    for level, value in part["x0_mse"].items():
+        yield Row(f"decoder alone: squared error of x_0 at t = {level} T", f"{value:.4f}")
+    yield Row("decoder alone: squared error of x_0, mean of these", f"{part['mean_x0_mse']:.4f}")
+
+
+def _upsampler(part: dict[str, Any]) -> Iterator[Row]:
+    what = f"upsampler alone, {part['from']} to {part['to']} px: PSNR ({part['pictures']} pictures)"
+    yield Row(what, f"{part['psnr']['upsampled']:.2f} dB", f"bicubic {part['psnr']['bicubic']:.2f} dB")
+
+
+def _repeatable(part: dict[str, Any]) -> Iterator[Row]:
+    answer = {True: "yes", False: "no"}
+    yield Row("same seed, same bytes", answer[part["same_seed_same_bytes"]])
+    yield Row("largest difference between alone and in a batch", f"{part['batch_and_alone_differ_by']}/255")
+    yield Row("redrawn from its metadata, same bytes", answer[part["redrawn_same_bytes"]])
+
+
+_PARTS = {
+    "prior": _prior,
+    "recall": _recall,
+    "style": _style,
+    "diversity": _diversity,
+    "nearest": _nearest,
+    "decoder": _decoder,
+    "upsampler": _upsampler,
+    "repeatable": _repeatable,
+}

@@ -1,0 +1,134 @@
+"""Sheets of pictures for a model card: drawn ones beside the truth, with their captions."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..pictures import grid, save_png
+from .harness import Evaluation
+from .pairs import Pairs, canonical
+
+PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
+    "a red apple",
+    "a rocket in noto style",
+    "a smiling cat, blob emoji",
+    "an octopus in twemoji style",
+    "a yellow flower",
+    "a birthday cake in blob style",
+    "a sad face with tears",
+    "a green heart",
+    "a sailboat in noto style",
+    "a blue apple",
+    "a purple car in twemoji style",
+    "a house with a tree",
+)
+SHOWN = 8  # pairs on each sheet but the samples'
+
+
+def cell(pictures: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures side by side, `size` pixels each (None stays white), titles above, the caption below on two lines."""
+    font = ImageFont.load_default(max(10, size // 10))
+    line = round(font.size * 1.3)
+    top, width = line if titles else 0, (size + 4) * len(pictures) - 4
+    image = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
+    pen = ImageDraw.Draw(image)
+    for i, picture in enumerate(pictures):
+        left = i * (size + 4)
+        if titles:
+            pen.text((left + 2, 0), titles[i], fill="black", font=font)
+        if picture is not None:
+            image.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
+    letters = max(8, int(width / font.getlength("n")))
+    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" …")
+    pen.text((2, top + size + 2), "\n".join(lines), fill="black", font=font)
+    return image
+
+
+def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
+    """Held-out concepts in every style, drawn beside the truth; the style that was never trained on is marked."""
+    pairs, rows = evaluation.held_out, evaluation.held_out.spread(SHOWN)
+    if not pairs.styles:
+        return _drawn_and_true(evaluation, rows, size)
+    truth = {
+        (pair.concept, pair.style): (source, row)
+        for source in (pairs, evaluation.train)
+        if source is not None
+        for row, pair in enumerate(source.entries)
+    }
+    concepts = [pairs.entries[row].concept for row in rows]
+    wanted = [(concept, style) for concept in concepts for style in pairs.styles]
+    drawn = evaluation.drawer.draw([canonical(*one) for one in wanted], evaluation.seed)
+    pictures = dict(zip(wanted, evaluation.drawer.enlarge(drawn), strict=True))
+    cells = []
+    for concept in concepts:
+        shown: list[Image.Image | None] = []
+        titles: list[str] = []
+        for style in pairs.styles:
+            source, row = truth.get((concept, style), (None, 0))
+            shown += [pictures[concept, style], None if source is None else source.picture(row, size)]
+            titles += [style, "held out" if source is pairs else "no such picture" if source is None else "trained on"]
+        cells.append(cell(shown, size, concept, titles))
+    return grid(cells, columns=1)
+
+
+def failures_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
+    """The drawn pictures that CLIP finds least like their captions, beside the truth."""
+    import torch.nn.functional as F
+
+    cosine = F.cosine_similarity(evaluation.text_emb, evaluation.drawn_emb)  # (N,)
+    return _drawn_and_true(evaluation, cosine.argsort()[:SHOWN].tolist(), size)
+
+
+def nearest_sheet(evaluation: Evaluation, train: Pairs, size: int = 96) -> Image.Image:
+    """The drawn pictures that are nearest to a training picture by pixels, beside that one and the truth."""
+    pixels, distance = evaluation.nearest_to_drawn["pixels"]
+    plain = [row for row, pair in enumerate(evaluation.held_out.entries) if not pair.toned]
+    rows = sorted(plain, key=lambda row: distance[row].item())[:SHOWN]
+    by_clip, _ = evaluation.nearest_to_drawn["clip"]
+    cells = []
+    for row, picture in zip(rows, evaluation.drawer.enlarge(evaluation.drawn, rows), strict=True):
+        truth = evaluation.held_out.picture(row, size)
+        copies = [train.picture(int(found[row]), size) for found in (pixels, by_clip)]
+        caption = f"{evaluation.held_out.captions[row]}; nearest: {train.captions[int(pixels[row])]}"
+        cells.append(cell([picture, truth, *copies], size, caption, ["drawn", "true", "nearest", "... to CLIP"]))
+    return grid(cells, columns=2, gap=12)
+
+
+def samples_sheet(evaluation: Evaluation, prompts: Sequence[str] = PROMPTS, size: int = 160) -> Image.Image:
+    """A picture of each prompt, from the seeds `seed`, `seed` + 1, ..."""
+    drawn = evaluation.drawer.draw(prompts, evaluation.seed)
+    pictures = evaluation.drawer.enlarge(drawn)
+    return grid([cell([p], size, prompt) for p, prompt in zip(pictures, prompts, strict=True)], columns=4, gap=8)
+
+
+def write_sheets(evaluation: Evaluation, folder: str | Path, prompts: Sequence[str] = PROMPTS) -> list[Path]:
+    """heldout.png, failures.png, samples.png and, if there are training pairs, nearest.png; returns their paths."""
+    sheets = {
+        "heldout": held_out_sheet(evaluation),
+        "failures": failures_sheet(evaluation),
+        "samples": samples_sheet(evaluation, prompts),
+    }
+    if evaluation.train is not None:
+        sheets["nearest"] = nearest_sheet(evaluation, evaluation.train)
+    paths = {Path(folder) / f"{name}.png": sheet for name, sheet in sheets.items()}
+    for path, sheet in paths.items():
+        save_png(sheet, path)
+    return list(paths)
+
+
+def _drawn_and_true(evaluation: Evaluation, rows: Sequence[int], size: int) -> Image.Image:
+    pictures = evaluation.drawer.enlarge(evaluation.drawn, rows)
+    cells = [
+        cell(
+            [picture, evaluation.held_out.picture(row, size)],
+            size,
+            evaluation.held_out.captions[row],
+            ["drawn", "true"],
+        )
+        for row, picture in zip(rows, pictures, strict=True)
+    ]
+    return grid(cells, columns=4, gap=12)
