@@ -125,6 +125,22 @@ def test_a_cut_prompt_is_told_in_one_line(run):
     assert code == 0 and err.startswith("warning: ") and "marine'" in err and err.count("\n") == 1
 
 
+def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
+    decode, calls = UnCLIPPipeline.decode, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+    code, out, err = run("generate", "a", "b", "c", "-n", "10", "--seed", "0", "--quiet")
+    assert (code, out, err) == (130, "", "interrupted\n")
+    assert sorted(path.name for path in Path().iterdir()) == [f"a-{seed}.png" for seed in range(10)]
+    assert [entry["seed"] for entry in read_metadata("a-9.png")] == [9]
+
+
 def test_ctrl_c_ends_cleanly(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt

@@ -229,8 +229,8 @@ def test_the_networks_of_a_folder_fit_together(stack):
 
 
 def test_a_decoder_is_not_trained_on_pictures_of_another_size():
-    with pytest.raises(SystemExit, match="image_size is 32; this model draws 16"):
-        train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=32")
+    with pytest.raises(SystemExit, match="image_size is 8; this model draws 16"):
+        train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")
 
 
 def test_a_last_network_without_weights_is_refused():

@@ -17,6 +17,7 @@ from unclip.checkpoints import catalogue
 from unclip.cli import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pictures import open_picture, read_metadata
+from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.types import StageOptions
 
@@ -97,6 +98,19 @@ def test_a_picture_that_is_no_picture_is_refused(tmp_path):
         open_picture(tmp_path / "half.png")
     with pytest.raises(ValueError, match=r"whole\.png holds no metadata"):
         read_metadata(tmp_path / "whole.png")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"prompt": "a"}, "lacks options and seed"),
+        ({"seed": 1, "options": {}}, "neither a prompt nor an image embedding"),
+        ({"seed": 1, "options": {"decoder": {"steps": "x"}}, "prompt": "a"}, "options in the metadata: decoder.steps"),
+    ],
+)
+def test_metadata_that_says_too_little_is_refused(tiny_pipe, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        redraw(tiny_pipe, metadata)
 
 
 @pytest.fixture

@@ -20,7 +20,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from unclip.training.dry_run import describe
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch, resume_command
 from unclip.training.log import available_trackers
@@ -152,7 +154,7 @@ def test_metrics_are_means_and_validation_uses_the_same_noise(tmp_path: Path) ->
 def test_accumulated_gradients_are_averaged(tmp_path: Path) -> None:
     norms = []
     for accumulate in (1, 3):
-        config = quiet(tmp_path / str(accumulate), 1, accumulate=accumulate, log_every=1)
+        config = quiet(tmp_path / str(accumulate), 1, accumulate=accumulate, log_every=1, precision="fp32")
         fit(
             plain_model(),
             lambda model, batch: straight(model, {"image": torch.ones(1, 3, 4, 4)}),
@@ -316,6 +318,14 @@ def test_dry_run_tells_the_cost_and_writes_nothing(tmp_path: Path, capsys: pytes
     assert f"{3 * flops:.3e} a step, {flops / 4:.3e} a sample" in text
     # 480 weights of 4 bytes; 4 x 48 inputs and 4 x 10 outputs are kept for the backward pass
     assert "weights 0.00192 MB, gradients 0.00192 MB, AdamW 0.00384 MB, EMA 0.00192 MB, activations 0.000928 MB" in text
+
+
+def test_dry_run_counts_attention() -> None:
+    q = nn.Parameter(torch.randn(1, 2, 8, 4))  # 2 heads, 8 tokens, 4 channels a head
+    config = FitConfig("unused", 1)
+    text = describe(nn.ParameterList([q]), lambda: F.scaled_dot_product_attention(q, q, q).sum(), {"q": q}, config)
+    product = 2 * 2 * 8 * 8 * 4
+    assert f"{(2 + 5) * product:.3e} a step" in text  # 2 products forward; 4 backward and the scores once more
 
 
 def test_broken_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -126,3 +126,17 @@ def test_frozen_networks_get_no_gradient(clip):
 def test_impossible_drop_rates_are_refused():
     with pytest.raises(ValueError, match="drop.text is 1.5"):
         DropConfig(text=1.5)
+
+
+def test_training_without_the_padding_is_training_with_it(clip):
+    text = clip.encode_text(["a red apple", "fish"])
+    short = text.trim()
+    assert short.states.shape[1] == short.mask.shape[1] == short.ids.shape[1] == int(text.mask.sum(1).max())
+    prior, decoder = tiny_prior(), tiny_decoder()
+    for p in [*prior.parameters(), *decoder.parameters()]:
+        torch.nn.init.normal_(p, std=0.2)  # heads start at zero, and would hide a difference
+    t, drop = torch.tensor([10, 900]), torch.tensor([True, False])
+    x, emb = torch.randn(2, EMB_DIM), torch.randn(2, EMB_DIM)
+    torch.testing.assert_close(prior(x, t, short, drop), prior(x, t, text, drop))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(decoder(x, t, emb, short, drop, drop), decoder(x, t, emb, text, drop, drop))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unclip.training.checkpoints import Checkpoints, atomic_folder
+from unclip.files import atomic_folder
+from unclip.training.checkpoints import Checkpoints
 from unclip.training.ema import EMA
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.random_state import random_state, set_random_state

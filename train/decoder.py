@@ -25,7 +25,7 @@ from unclip.training.preview import decoder_preview
 class DecoderTraining:
     clip: str  # folder of a trained CLIP
     model: DecoderConfig
-    data: DataConfig
+    data: DataConfig  # at the size that CLIP wants, if that is larger than the decoder's
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
@@ -35,7 +35,7 @@ class DecoderTraining:
 
     def __post_init__(self) -> None:
         for name, data in (("data", self.data), ("val_data", self.val_data)):
-            if data and data.image_size != self.model.image_size:
+            if data and data.image_size < self.model.image_size:
                 raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
 
 

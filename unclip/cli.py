@@ -11,10 +11,12 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
+from .evaluation.commands import add_commands
 
 # torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .types import UnCLIPOptions
 
 DEFAULT_MODEL = "emoji"
+BATCH_SIZE = 16
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SAMPLERS = ("ancestral", "ddim", "dpm++", "unipc")
 Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metadata
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="unclip", description="Text to image by CLIP latents (DALL-E 2, unCLIP).")
     parser.add_argument("--version", action="version", version=f"unclip {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_variations, _add_info, _add_models):
+    for add in (_add_generate, _add_variations, _add_info, _add_models, add_commands):
         add(commands)
     return parser
 
@@ -87,24 +90,33 @@ def generate(args: Namespace) -> None:
     prompts = [*args.prompts, *_read_prompts(args.prompts_file)]
     if not prompts:
         raise ValueError("no prompt; give at least one, or --prompts-file, or --from a picture")
-    _check_output(args, len(prompts) * args.num_images)
+    count = len(prompts) * args.num_images
+    _check_output(args, count)
     pipe = _load(args, args.model or DEFAULT_MODEL, args.dtype)
-    result = pipe(
-        prompts, num_images=args.num_images, seed=args.seed, options=_options(pipe, args), progress=not args.quiet
-    )
-    _write(list(zip(result.images, result.metadata, strict=True)), args)
+
+    from .pipelines.base import seeds_from
+
+    # Written as they are drawn, so that whoever interrupts a long list keeps its beginning; a grid needs them all.
+    at_once = len(prompts) if args.grid else max(1, BATCH_SIZE // args.num_images)
+    seeds, options = seeds_from(args.seed, count), _options(pipe, args)
+    for i in range(0, len(prompts), at_once):
+        result = pipe(
+            prompts[i : i + at_once],
+            num_images=args.num_images,
+            seed=seeds[i * args.num_images],
+            options=options,
+            batch_size=BATCH_SIZE,
+            progress=not args.quiet,
+        )
+        _write(list(zip(result.images, result.metadata, strict=True)), args)
 
 
 def _redraw(args: Namespace) -> None:
     from .pictures import read_metadata
 
-    drawing = ("seed", "steps", "guidance", "sampler", "upsampler_steps", "prior_steps", "prior_guidance", "candidates")
-    if (
-        args.prompts
-        or args.prompts_file
-        or args.num_images > 1
-        or any(vars(args)[name] is not None for name in drawing)
-    ):
+    said = ("seed", "steps", "guidance", "sampler", "upsampler_steps", "prior_steps", "prior_guidance", "candidates")
+    asked = [name for name in said if vars(args)[name] is not None]
+    if args.prompts or args.prompts_file or args.num_images > 1 or asked:
         raise ValueError(
             "--from draws what the picture says; prompts, seed and sampling options cannot be given with it"
         )
@@ -159,7 +171,7 @@ def _picture_info(path: Path) -> None:
         told = {key: value for key, value in entry.items() if key not in ("options", "image_emb")}
         if "image_emb" in entry:
             told["drawn from"] = "a CLIP image embedding, which the picture holds"
-        for key, value in {**told, **entry["options"]}.items():
+        for key, value in {**told, **entry.get("options", {})}.items():
             print(f"{key}: {_one_line(value)}")
         print()
     print(f"draw it again: unclip generate --from {shlex.quote(str(path))} -o again.png")
@@ -240,14 +252,14 @@ def _read_prompts(file: Path | None) -> list[str]:
 
 
 def _load(args: Namespace, model: str, dtype: str | None) -> TextToImage:
-    from .checkpoints.catalogue import locate
-
-    locate(model)  # a misspelt name is told before torch is imported
-    import torch
-
     from .pipelines import load
 
-    return load(model, args.device, getattr(torch, DTYPES[dtype]) if dtype else None)
+    if dtype is None:
+        return load(model, args.device)  # which tells a misspelt name before torch is imported
+
+    import torch
+
+    return load(model, args.device, getattr(torch, DTYPES[dtype]))
 
 
 def _options(pipe: TextToImage, args: Namespace) -> UnCLIPOptions:
@@ -307,7 +319,7 @@ def _write(drawn: Drawn, args: Namespace, name: str = "") -> None:
 def _columns(drawn: Drawn) -> int:
     """A row for each prompt; of a single one, a square."""
     origins = [metadata.get("prompt") or metadata.get("image_emb") for _, metadata in drawn]
-    same = origins.count(origins[0])
+    same = len(list(next(groupby(origins))[1]))
     return same if same < len(drawn) else math.ceil(math.sqrt(len(drawn)))
 
 

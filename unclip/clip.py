@@ -210,7 +210,7 @@ class CLIP(nn.Module):
         return image_emb, text_emb, self.logit_scale.float().clamp(max=math.log(100)).exp()
 
     def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Pictures -> (B, D). A tensor is (B, 3, H, W) in [-1, 1], of any size; PIL pictures go as open_clip has them."""
+        """Pictures -> (B, D): a tensor (B, 3, H, W) in [-1, 1] of any size, or PIL pictures."""
         return self.model.encode_image(self.prepare(images))
 
     def prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
@@ -227,7 +227,7 @@ class CLIP(nn.Module):
             height, width = x.shape[-2:]
             scale = size / min(height, width)
             target = (size, size) if cfg.resize_mode == "squash" else (round(height * scale), round(width * scale))
-            x = F.interpolate(x.float(), target, mode=cfg.interpolation, antialias=True, align_corners=False).clamp(-1, 1)
+            x = F.interpolate(x.float(), target, mode=cfg.interpolation, antialias=True).clamp(-1, 1)
             top, left = (target[0] - size) // 2, (target[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (cfg.mean, cfg.std))

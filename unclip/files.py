@@ -8,42 +8,42 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling, flushed to the disk and renamed to `target` at the end.
+    """A temporary sibling that becomes `target` when all of it is on the disk.
 
-    On any failure the sibling goes and `target` stays as it was; OSErrors then say so.
+    After any failure it is gone and `target` is as it was; a failure to write is an OSError of one line.
     """
-    temporary = target.with_name(f".{target.name}.tmp")  # a fixed name: what a killed run left is overwritten
+    temporary = target.with_name(f".{target.name}.new")  # fixed names: what a killed run left is overwritten
     replaced = target.with_name(f".{target.name}.old")
     try:
-        _remove(temporary, replaced)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
+        shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
         _flush(target.parent)
-        _remove(replaced)
-    except OSError as error:
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {target}: {error}; what was saved before is untouched") from error
     finally:
-        _remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
 
 
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to flush a folder by
-    descriptor = os.open(path, os.O_RDONLY)
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

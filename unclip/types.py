@@ -36,6 +36,11 @@ class TextEncoding:
         """Each row n times in a row: (B, ...) -> (B * n, ...)."""
         return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
+    def trim(self) -> TextEncoding:
+        """Without the columns that are padding in every row; networks that heed the mask answer the same, sooner."""
+        length = int(self.mask.any(0).nonzero().max()) + 1
+        return self._map(lambda x: x if x is self.emb else x[:, :length])
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
         """Moved to `device`; floating-point parts cast to `dtype`, mask and ids kept."""
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))

@@ -36,18 +36,15 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     The module may stand on the meta device. A missing, unexpected or mis-shaped tensor is a ValueError that names it.
     """
     own = module.state_dict()
+    misshaped = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     faults = [
         ("missing", [name for name in own if name not in tensors]),
         ("unexpected", [name for name in tensors if name not in own]),
-        ("of another shape", [_shapes(n, tensors, own) for n in own if n in tensors and tensors[n].shape != own[n].shape]),
+        ("of another shape", [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(own[n].shape)}" for n in misshaped]),
     ]
     if any(names for _, names in faults):
         raise ValueError(f"{source} does not fit: " + "; ".join(f"{k}: {_some(names)}" for k, names in faults if names))
     module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=True)
-
-
-def _shapes(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    return f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
 
 
 def _some(names: list[str], most: int = 8) -> str:

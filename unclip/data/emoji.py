@@ -228,6 +228,7 @@ def render_all(svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int 
                 counts["heldout" if held_out else "train"][emoji.style] += 1
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            shutil.rmtree(partial_out, ignore_errors=True)
             raise
 
     summary = {"size": size, **counts, "without_entry": unnamed, "broken": broken}

@@ -91,7 +91,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
     }
     table = []
     for name, seconds in results["seconds"].items():
-        what = names.get(name) or f"of that: {name}, {_steps(results['steps'].get(name))}"
+        count = results["steps"].get(name)
+        what = names.get(name) or f"of that: {name}" + (f", {count} step{'s' * (count > 1)}" if count else "")
         spread = f"{_seconds(min(seconds))} to {_seconds(max(seconds))}"
         table.append(Row(what, _seconds(statistics.median(seconds)), spread))
     for name, size in results["peak_memory"].items():
@@ -104,10 +105,6 @@ def describe(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     return f"{where}; {machine['dtype']}; torch {machine['torch']}, Python {machine['python']}, {machine['os']}"
-
-
-def _steps(count: int | None) -> str:
-    return "no steps" if count is None else f"{count} step{'s' if count > 1 else ''}"
 
 
 def _seconds(value: float) -> str:

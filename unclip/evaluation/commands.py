@@ -45,10 +45,11 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
 
 
-def add_evaluation(parser: ArgumentParser) -> None:
+def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
     """Arguments of an evaluation; the model card takes them too."""
     add_model(parser)
-    parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="held-out pairs: tars, or a folder")
+    about = "held-out pairs: tars, or a folder"
+    parser.add_argument("--data", nargs="+", required=data_required, metavar="DATA", help=about)
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help="training pairs, for style and nearest ones")
     parser.add_argument("--limit", type=int, metavar="N", help="draw so many of the held-out pairs (default: all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")

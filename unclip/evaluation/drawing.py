@@ -47,9 +47,8 @@ class Drawer:
         self.pipe, self.options, self.batch_size, self.progress = pipe, options, batch_size, progress
 
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        """Captions through CLIP, those that are longer than its context cut without a warning for each."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the prompt .*this part was cut")
+        """Captions through CLIP; those that are longer than its context are cut."""
+        with no_cut_warnings():
             return self.pipe.encode_text(list(captions))
 
     def imagine(self, captions: Sequence[str], seed: int) -> Imagined:
@@ -124,3 +123,11 @@ def _copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
     for copy, generator in zip(copies, generators, strict=True):
         copy.set_state(generator.get_state())
     return copies
+
+
+@contextlib.contextmanager
+def no_cut_warnings() -> Iterator[None]:
+    """A warning for each caption that is longer than CLIP's context would hide all else."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the prompt .*this part was cut")
+        yield

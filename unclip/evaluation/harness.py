@@ -19,7 +19,7 @@ from ..pipelines.base import generators_from, redraw
 from ..pipelines.unclip import UnCLIPPipeline
 from ..types import UnCLIPOptions
 from . import PARTS
-from .drawing import Drawer, Drawn, Imagined
+from .drawing import Drawer, Drawn, Imagined, no_cut_warnings
 from .metrics import agreement, diversity, nearest_by_cosine, nearest_by_pixels, psnr, recall
 from .pairs import Pairs
 from .style import train_classifier
@@ -215,7 +215,10 @@ class Evaluation:
         }
 
     def decoder(self) -> dict[str, Any]:
-        """Mean squared error of the decoder's one-step estimate of x_0, given caption and true picture's embedding."""
+        """Mean squared error of the decoder's one-step estimate of x_0, given caption and true picture's embedding.
+
+        The estimate is clipped to [-1, 1], as samplers do.
+        """
         pipe, decoder, schedule = self.pipe, self.pipe.decoder, self.pipe.schedules["decoder"]
         generators = generators_from(range(self.seed, self.seed + len(self.held_out)))
         errors: dict[str, list[Tensor]] = {str(level): [] for level in NOISE_LEVELS}
@@ -229,7 +232,7 @@ class Evaluation:
                     x_t = schedule.add_noise(x_0, randn(x_0.shape, generators[part], pipe.device), t)
                     output = decoder.denoise(x_t.to(pipe.dtype), t, context)[:, :3]  # without the learned variance
                     estimate = schedule.predict_x0(output, x_t, t, decoder.config.prediction)
-                    found.append((estimate - x_0).square().mean(dim=(1, 2, 3)).cpu())
+                    found.append((estimate.clamp(-1, 1) - x_0).square().mean(dim=(1, 2, 3)).cpu())
         of_level = {level: torch.cat(found).mean().item() for level, found in errors.items()}
         return {"x0_mse": of_level, "mean_x0_mse": float(np.mean(list(of_level.values())))}
 
@@ -255,9 +258,10 @@ class Evaluation:
         """Is a seed's picture the same again, alone as in a batch, and redrawn from its metadata?"""
         prompts = self.held_out.captions[:3]
         draw = partial(self.pipe, options=self.drawer.options, progress=False)
-        batch, again = draw(prompts, seed=self.seed), draw(prompts, seed=self.seed)
-        alone = [draw(prompt, seed=seed) for prompt, seed in zip(prompts, batch.seeds, strict=True)]
-        redrawn = redraw(self.pipe, alone[0].metadata[0], progress=False)
+        with no_cut_warnings():
+            batch, again = draw(prompts, seed=self.seed), draw(prompts, seed=self.seed)
+            alone = [draw(prompt, seed=seed) for prompt, seed in zip(prompts, batch.seeds, strict=True)]
+            redrawn = redraw(self.pipe, alone[0].metadata[0], progress=False)
         differences = [
             (_pixels(one.images[0]) - _pixels(picture)).abs().max().item()
             for one, picture in zip(alone, batch.images, strict=True)

@@ -140,4 +140,5 @@ def load_pairs(
     if broken:
         warnings.warn(f"{len(broken)} broken pictures left out, e.g. {broken[0]}", stacklevel=2)
     indices, entries, images = zip(*whole, strict=True)
-    return Pairs(dataset, list(indices), list(entries), torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), len(broken))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, 3, S, S)
+    return Pairs(dataset, list(indices), list(entries), pixels, len(broken))

@@ -70,7 +70,7 @@ def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
         for style in pairs.styles:
             source, row = truth.get((concept, style), (None, 0))
             shown += [pictures[concept, style], None if source is None else source.picture(row, size)]
-            titles += [style, "held out" if source is pairs else "no such picture" if source is None else "trained on"]
+            titles += [style, "HELD OUT" if source is pairs else "no such picture" if source is None else "trained on"]
         cells.append(cell(shown, size, concept, titles))
     return grid(cells, columns=1)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from unclip.models.layers import KeyValues
+from unclip.models.layers import KeyValues, TransformerBlock
 from unclip.models.unet import UNet, UNetConfig
 from unclip.types import TextEncoding
 
@@ -37,6 +37,9 @@ class TextTransformer:
     kind: Literal["transformer"] = "transformer"
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"text.{name} is {getattr(self, name)}; expected at least 1")
         if self.width % self.heads:
             raise ValueError(f"text.width is {self.width}; heads = {self.heads} must divide it")
 
@@ -65,8 +68,9 @@ class DecoderConfig:
             raise ValueError("unet.context_dim is not set; the decoder's attention needs the width of its context")
         if self.image_size % self.unet.size_divisor:
             raise ValueError(f"image_size is {self.image_size}; expected a multiple of {self.unet.size_divisor}")
-        if self.context_tokens < 1:
-            raise ValueError(f"context_tokens is {self.context_tokens}; expected at least 1")
+        for name in ("image_size", "emb_dim", "text_width", "context_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -99,19 +103,20 @@ class ClipStatesEncoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.emb_dim = config.emb_dim
+        self.text_emb_in_time = config.text_emb_in_time
         self.proj = nn.Linear(config.text_width, config.unet.context_dim)
         self.norm = nn.LayerNorm(config.unet.context_dim)
         if config.null_text == "learned":
-            self.null_text_emb = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
+            if config.text_emb_in_time:
+                self.null_text_emb = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
             self.null_text_state = nn.Parameter(torch.randn(config.text_width))
 
-    def forward(
-        self, text: TextEncoding, drop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, text: TextEncoding, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         emb, states, mask = text.emb, text.states, text.mask
         if drop is not None:
-            emb = torch.where(drop[:, None], self.null_text_emb.to(emb.dtype), emb)
-            states = torch.where(drop[:, None, None], self.null_text_state.to(states.dtype), states)
+            if self.text_emb_in_time:
+                emb = torch.where(drop[:, None], self.null_text_emb, emb)
+            states = torch.where(drop[:, None, None], self.null_text_state, states)
             mask = torch.where(drop[:, None], first_only(mask), mask)
         return emb, self.norm(self.proj(states)), mask  # B D, B L context_dim, B L
 
@@ -125,28 +130,29 @@ class TextTransformerEncoder(nn.Module):
         self.emb_dim = text.width
         self.tokens = nn.Embedding(text.vocab_size, text.width)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            text.width, text.heads, 4 * text.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, text.depth, nn.LayerNorm(text.width), enable_nested_tensor=False)
+        self.blocks = nn.ModuleList(TransformerBlock(text.width, text.heads) for _ in range(text.depth))
+        self.norm = nn.LayerNorm(text.width)
         self.proj = nn.Linear(text.width, config.unet.context_dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         if config.null_text == "learned":
             self.null_text_state = nn.Parameter(torch.randn(text.width) * 0.02)
 
-    def forward(
-        self, text: TextEncoding, drop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if text.ids is None:
-            raise ValueError("the text has no token ids; a decoder with text.kind = transformer needs TextEncoding.ids")
-        mask = text.mask
-        h = self.tokens(text.ids)  # B L width
+    def forward(self, text: TextEncoding, drop: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ids, mask = text.ids, text.mask
+        if ids is None:
+            raise ValueError('the text has no token ids; a decoder with a text "transformer" needs TextEncoding.ids')
+        if ids.shape[1] > len(self.positions):
+            raise ValueError(f"the text has {ids.shape[1]} tokens; this decoder takes at most {len(self.positions)}")
+        x = self.tokens(ids)  # B L width
         if drop is not None:
-            h = torch.where(drop[:, None, None], self.null_text_state.to(h.dtype), h)
+            x = torch.where(drop[:, None, None], self.null_text_state, x)
             mask = torch.where(drop[:, None], first_only(mask), mask)
-        h = self.blocks(h + self.positions[: h.shape[1]], src_key_padding_mask=~mask)  # B L width
+        x = x + self.positions[: x.shape[1]]
+        for block in self.blocks:
+            x = block(x, *block.project(x), mask[:, None, None])
+        x = self.norm(x)
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)  # B
-        return h[torch.arange(len(h), device=h.device), last], self.proj(h), mask
+        return x[torch.arange(len(x), device=x.device), last], self.proj(x), mask  # B width, B L context_dim, B L
 
 
 def first_only(mask: torch.Tensor) -> torch.Tensor:
@@ -155,6 +161,8 @@ def first_only(mask: torch.Tensor) -> torch.Tensor:
 
 
 class Decoder(nn.Module):
+    """A U-Net that sees the image embedding and the caption in its time embedding and in its attention."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -173,18 +181,20 @@ class Decoder(nn.Module):
         drop_image: torch.Tensor | None = None,
         drop_text: torch.Tensor | None = None,
     ) -> DecoderContext:
-        """Image embeddings (B, D) as CLIP gives them and captions -> context; rows of `drop_*` (B,) bool get the null."""
+        """Image embeddings (B, D) as CLIP gives them and captions -> context; `drop_*` (B,) bool marks the nulls."""
         if drop_text is not None and self.config.null_text == "empty_prompt":
-            raise ValueError('drop_text was given, but null_text is "empty_prompt": pass the encoding of "" as the text')
+            raise ValueError('drop_text was given, but null_text is "empty_prompt": pass the encoding of "" as text')
+        dtype = self.null_image.dtype
+        image_emb, text = image_emb.to(dtype), text.to(dtype=dtype)
         if drop_image is not None:
-            image_emb = torch.where(drop_image[:, None], self.null_image.to(image_emb.dtype), image_emb)
+            image_emb = torch.where(drop_image[:, None], self.null_image, image_emb)
         text_emb, text_tokens, text_mask = self.text(text, drop_text)
         time_shift = self.image_to_time(image_emb)  # B time_dim
         if self.text_to_time is not None:
             time_shift = time_shift + self.text_to_time(text_emb)
         n = self.config.context_tokens
         image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
-        context = torch.cat([image_tokens.to(text_tokens.dtype), text_tokens], dim=1)  # B n+L context_dim
+        context = torch.cat([image_tokens, text_tokens], dim=1)  # B n+L context_dim
         mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
         return DecoderContext(time_shift, self.unet.project_context(context, mask))
 

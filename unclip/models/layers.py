@@ -47,15 +47,48 @@ def zeroed(module: M) -> M:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v: (B, H, S, d), (B, H, N, d) twice, mask (B, 1, 1 or S, N) bool -> (B, H, S, d)."""
+    """softmax(q k^T / sqrt(d)) v: q (B, H, S, d), k and v (B, H, N, d), mask (B, 1, 1 or S, N) bool -> (B, H, S, d)."""
     if q.is_cpu and q.dtype == torch.bfloat16:
-        # On a CPU the matrix products cost a third of the fused kernel's time in bfloat16, and less than that backward.
+        # PyTorch's fused kernel costs twice as much here as these matrix products, and seven times as much backward.
+        bias = q.new_zeros(1, 1, 1, 1) if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+        bias = bias.expand(*q.shape[:2], -1, k.shape[2]).flatten(0, 1)  # B*H 1|S N
+        q, k, v, shape = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q.shape
         with torch.autocast("cpu", enabled=False):  # it would have the softmax in float32
-            bias = q.new_zeros(()) if mask is None else q.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-            bias = bias.expand(*q.shape[:2], -1, k.shape[2]).flatten(0, 1) if mask is not None else bias
-            scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)  # B*H S N
-            return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).view_as(q)
+            scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # B*H S N
+            return torch.bmm(scores.softmax(dim=-1), v).view(shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block; `project` and `forward` apart, so that keys and values can come from elsewhere."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc2 = nn.Linear(mlp_ratio * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Tokens (B, n, C) -> their queries, keys and values, (B, H, n, d) each."""
+        return split_heads(self.qkv(self.norm1(x)), 3, self.heads)
+
+    def forward(
+        self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens (B, n, C), their queries, keys and values (B, H, N, d), and which of them they see -> (B, n, C)."""
+        h = attend(q, k, v, mask)  # B H n d
+        x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))  # B n C
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+def split_heads(x: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+    """(B, n, parts * H * d) -> `parts` views (B, H, n, d)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class GroupNorm(nn.GroupNorm):
@@ -64,9 +97,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if x.dtype == torch.bfloat16:
-            # PyTorch's bfloat16 kernels for channels-last are an order of magnitude slower than plain sums on a CPU,
-            # and elsewhere autocast leaves bfloat16 for them.
+        if x.is_cpu and x.dtype == torch.bfloat16:
+            # Here PyTorch's kernel for channels-last costs six times as much as plain sums, and more backward.
             weight, bias = self.weight.float().expand(x.shape[:2]), self.bias.float().expand(x.shape[:2])  # B C
             if scale is not None and shift is not None:
                 weight, bias = weight * (1 + scale), torch.addcmul(shift.float(), bias, 1 + scale)
@@ -84,7 +116,7 @@ class _GroupNormBySums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, groups, eps):
         n = x[0].numel() // groups
         first, second = _pixel_sums(x), _pixel_sums(x * x)  # B C
         mean, square = (_group_sums(s, groups) / n for s in (first, second))  # B C, equal within a group
@@ -95,7 +127,7 @@ class _GroupNormBySums(torch.autograd.Function):
         return torch.addcmul(_per_pixel(bias - mean * gain, x), x, _per_pixel(gain, x))
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001, ANN205
+    def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         d_bias, dyx = _pixel_sums(dy), _pixel_sums(dy * x)  # B C
         d_weight = rstd * (dyx - mean * d_bias)

@@ -1,4 +1,4 @@
-"""The diffusion prior: a causal transformer that turns a caption's encoding into a CLIP image embedding (unCLIP 2.2)."""
+"""The diffusion prior: a causal transformer from a caption's encoding to a CLIP image embedding (unCLIP 2.2)."""
 
 # B batch, L text tokens, D CLIP embedding width, W text width, C width, H heads, d width of a head
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unclip.models.layers import KeyValues, TimeMLP, zeroed
+from unclip.models.layers import KeyValues, TimeMLP, TransformerBlock, zeroed
 from unclip.types import TextEncoding
 
 
@@ -31,6 +31,8 @@ class PriorConfig:
         for name in ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
         if self.width % self.heads:
             raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
         if self.width % 2:
@@ -39,32 +41,6 @@ class PriorConfig:
 
 class TextPrefix(KeyValues):
     """Keys and values of the text tokens and the text embedding, L + 1 positions, in every block of the prior."""
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.norm1 = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-        self.norm2 = nn.LayerNorm(config.width)
-        self.fc1 = nn.Linear(config.width, config.mlp_ratio * config.width)
-        self.fc2 = nn.Linear(config.mlp_ratio * config.width, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Tokens (B, n, C) -> queries, keys, values, (B, H, n, d) each."""
-        return self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-    def forward(
-        self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # B H n d
-        x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))  # B n C
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class DiffusionPrior(nn.Module):
@@ -83,7 +59,9 @@ class DiffusionPrior(nn.Module):
         self.x_proj = nn.Linear(D, C)
         self.query = nn.Parameter(torch.randn(C) * 0.02)
         self.positions = nn.Parameter(torch.randn(config.context_length + 4, C) * 0.02)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(C, config.heads, config.mlp_ratio, config.dropout) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(C)
         self.head = zeroed(nn.Linear(C, D))
         if config.null_text == "learned":
@@ -118,10 +96,11 @@ class DiffusionPrior(nn.Module):
         return TextEncoding(emb, self.null_state.expand(batch, 1, -1), emb.new_ones(batch, 1, dtype=torch.bool))
 
     def condition(self, text: TextEncoding, drop: torch.Tensor | None = None) -> TextPrefix:
-        """The part that sees neither t nor x_t; rows where `drop` (B,) bool is True get the null instead of the text."""
+        """The part that sees neither t nor x_t; where `drop` (B,) bool is True the null stands in for the text."""
         L, most = text.states.shape[1], self.config.context_length
         if L > most:
             raise ValueError(f"the text has {L} tokens; this prior takes at most {most}")
+        text = text.to(dtype=self.query.dtype)
         if drop is not None:
             text = self._with_nulls(text, drop)
         tokens = [self.state_proj(text.states), self.emb_proj(text.emb)[:, None]]
@@ -142,8 +121,8 @@ class DiffusionPrior(nn.Module):
 
     def _with_nulls(self, text: TextEncoding, drop: torch.Tensor) -> TextEncoding:
         null = self.null_text(len(text))
-        emb = torch.where(drop[:, None], null.emb.to(text.emb.dtype), text.emb)
-        states = torch.where(drop[:, None, None], null.states.to(text.states.dtype), text.states)
+        emb = torch.where(drop[:, None], null.emb, text.emb)
+        states = torch.where(drop[:, None, None], null.states, text.states)
         mask = torch.where(drop[:, None], F.pad(null.mask, (0, text.mask.shape[1] - 1), value=False), text.mask)
         return TextEncoding(emb, states, mask)
 
@@ -152,14 +131,13 @@ class DiffusionPrior(nn.Module):
         B = len(x_t)
         if len(prefix) == 1:
             prefix = prefix.expand(B)
-        tokens = [self.time(t), self.x_proj(x_t), self.query.expand(B, -1)]
-        x = torch.stack([token.to(tokens[1].dtype) for token in tokens], dim=1) + self.positions[-3:]  # B 3 C
+        tokens = [self.time(t), self.x_proj(x_t.to(self.query.dtype)), self.query.expand(B, -1)]
+        x = torch.stack(tokens, dim=1) + self.positions[-3:]  # B 3 C
         causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(B, 1, 3, 3)
         visible = torch.cat([prefix.mask[:, None, None].expand(-1, -1, 3, -1), causal], dim=-1)  # B 1 3 L+4
         for block, k_text, v_text in zip(self.blocks, prefix.k, prefix.v, strict=True):
             q, k, v = block.project(x)  # B H 3 d
-            k, v = torch.cat([k_text.to(k.dtype), k], dim=2), torch.cat([v_text.to(v.dtype), v], dim=2)  # B H L+4 d
-            x = block(x, q, k, v, visible)
+            x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), visible)
         return self.head(self.norm(x[:, -1]))
 
     def forward(

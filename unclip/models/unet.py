@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, attend, zeroed
+from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, attend, split_heads, zeroed
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class UNetConfig:
         for name in ("in_channels", "out_channels", "patch", "head_dim", "groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
         if self.levels[0].channels % 2:
             raise ValueError(f"levels[0].channels is {self.levels[0].channels}; the time sinusoids need an even number")
         for i, level in enumerate(self.levels):
@@ -127,31 +129,28 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.heads = channels // config.head_dim
         self.norm = GroupNorm(config.groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context_kv = nn.Linear(config.context_dim, 2 * channels) if config.context_dim else None
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def heads(self, x: torch.Tensor, parts: int) -> tuple[torch.Tensor, ...]:
-        return x.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()  # parts of B H N d
-
     def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(B, N, context_dim) -> keys and values, (B, H, N, d) each."""
-        return self.heads(self.context_kv(context), parts=2)
+        return split_heads(self.context_kv(context), 2, self.heads)
 
     def forward(
         self, x: torch.Tensor, k_context: torch.Tensor | None, v_context: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
         size = x.shape[2:]
-        q, k, v = self.heads(self.qkv(self.norm(x).flatten(2).transpose(1, 2)), parts=3)  # B H S d
+        q, k, v = split_heads(self.qkv(self.norm(x).flatten(2).mT), 3, self.heads)  # B H S d
         if k_context is not None:
-            k = torch.cat([k_context.to(k.dtype), k], dim=2)  # B H N+S d
-            v = torch.cat([v_context.to(v.dtype), v], dim=2)
+            k = torch.cat([k_context, k], dim=2)  # B H N+S d
+            v = torch.cat([v_context, v], dim=2)
             mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
         h = attend(q, k, v, mask)  # B H S d
         h = self.out(h.transpose(1, 2).flatten(2))  # B S C
-        return x + h.transpose(1, 2).unflatten(2, size)
+        return x + h.mT.unflatten(2, size)
 
 
 class Block(nn.Module):
@@ -242,7 +241,8 @@ class UNet(nn.Module):
         if x.shape[2] % divisor or x.shape[3] % divisor:
             raise ValueError(f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}")
         if (context is None) != (self.config.context_dim is None):
-            raise ValueError(f"context_dim is {self.config.context_dim}, but context is {type(context).__name__}")
+            state = "missing" if context is None else "not expected"
+            raise ValueError(f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}")
         time = F.silu(time_emb)  # B time_dim
         kvs = iter(zip(context.k, context.v, strict=True)) if context is not None else None
 
@@ -254,7 +254,7 @@ class UNet(nn.Module):
                 return checkpoint(block, *args, use_reentrant=False)
             return block(*args)
 
-        h = self.stem(F.pixel_unshuffle(x, self.config.patch))  # B C h w
+        h = self.stem(F.pixel_unshuffle(x.to(self.stem.weight.dtype), self.config.patch))  # B C h w
         skips = [h]
         for block in self.down:
             h = run(block, h)

@@ -42,6 +42,8 @@ class UpsamplerConfig:
 
 
 class Upsampler(nn.Module):
+    """A U-Net over [x_t ; enlarged low-resolution picture], and perhaps a second one for the last step."""
+
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
@@ -56,7 +58,7 @@ class Upsampler(nn.Module):
         return F.interpolate(wide, size, mode="bicubic", antialias=True).to(low_res.dtype)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, last: bool = False) -> torch.Tensor:
-        """(B, 3, S, S), (B,), low_res in [-1, 1] at low or high size -> (B, 3 or 6, S, S). Crops of any size will do."""
+        """(B, 3, S, S), (B,), low_res in [-1, 1] at low or high size -> (B, 3 or 6, S, S). Crops will do as well."""
         if low_res.shape[2:] != x_t.shape[2:]:
             given = low_res.shape[2:]
             low_res = self.prepare(low_res)

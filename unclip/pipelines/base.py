@@ -66,12 +66,16 @@ class TextToImage(Protocol):
 
 def redraw(pipe: TextToImage, metadata: dict[str, Any], progress: bool = True) -> GenerationResult:
     """Draws a picture again from the metadata in its PNG."""
-    if not isinstance(metadata.get("seed"), int) or not isinstance(metadata.get("options"), dict):
-        raise ValueError(f"metadata without seed or options cannot be redrawn: {sorted(metadata)}")
+    if missing := {"seed", "options"} - metadata.keys():
+        raise ValueError(f"the metadata lacks {' and '.join(sorted(missing))}; the picture cannot be drawn again")
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     chosen: dict[str, Any] = {"seed": metadata["seed"], "options": options, "progress": progress}
     if metadata.get("prompt") is not None:
         return pipe(metadata["prompt"], **chosen)
+    if metadata.get("image_emb") is None:
+        raise ValueError(
+            "the metadata holds neither a prompt nor an image embedding; the picture cannot be drawn again"
+        )
     return pipe.variations(image_emb=_decode(metadata["image_emb"])[None], **chosen)
 
 

@@ -1,15 +1,14 @@
-"""Folders that are written whole or not at all, and the checkpoints of a run."""
+"""The checkpoints of a run: which there are, and how a new one takes its place."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from unclip.files import atomic_folder
 
 
 class Checkpoints:
@@ -40,41 +39,3 @@ class Checkpoints:
             yield folder
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when all of it is on the disk.
-
-    After any failure it is gone and `target` is as it was; a failure to write is an OSError of one line.
-    """
-    temporary = target.with_name(f".{target.name}.new")  # fixed names: what a killed run left is overwritten
-    replaced = target.with_name(f".{target.name}.old")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            target.rename(replaced)
-        temporary.rename(target)
-        _flush(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {target}: {error}; what was saved before is untouched") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 if TYPE_CHECKING:
-    from .fit import FitConfig
+    from unclip.training.fit import FitConfig
+
+_aten = torch.ops.aten
+# torch counts the attention kernels of CUDA only.
+CPU_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kw: sdpa_flop_count(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *rest, **kw: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 def describe(model: nn.Module, loss: Callable[[], Tensor], batch: dict[str, Any], config: FitConfig) -> str:
@@ -26,7 +35,7 @@ def describe(model: nn.Module, loss: Callable[[], Tensor], batch: dict[str, Any]
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             value = loss()
         value.backward()
@@ -46,13 +55,13 @@ def describe(model: nn.Module, loss: Callable[[], Tensor], batch: dict[str, Any]
         [
             f"parameters   {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
             f"batch        {samples} samples x {config.accumulate}, in each process",
-            f"memory       {_gigabytes(sum(memory.values()))}: "
-            + ", ".join(f"{name} {_gigabytes(size)}" for name, size in memory.items() if size),
+            f"memory       {_size(sum(memory.values()))}: "
+            + ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if size),
             f"FLOPs        {per_step:.3e} a step, {per_step / samples / config.accumulate:.3e} a sample",
             f"loss         {value.item():.4g} before training",
         ]
     )
 
 
-def _gigabytes(size: float) -> str:
+def _size(size: float) -> str:
     return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"

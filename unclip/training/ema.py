@@ -16,8 +16,7 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema is {decay}; expected a decay in [0, 1), such as 0.999, or null")
+        assert 0 <= decay < 1
         self.decay = decay
         self.updates = 0
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

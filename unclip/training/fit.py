@@ -1,4 +1,12 @@
-"""The training loop of every network: accelerate, EMA, checkpoints that resume bit for bit, validation, previews."""
+"""The training loop of every network: accelerate, EMA, checkpoints that resume bit for bit, validation, previews.
+
+<output>/config.json     all settings of the run
+<output>/metrics.jsonl   a row for each report: step, hours, losses
+<output>/logs            TensorBoard
+<output>/previews        pictures with fixed seeds
+<output>/checkpoints     step-0001000 and so on: see run_state.py
+<output>/model           the averaged weights of the newest checkpoint, for use
+"""
 
 from __future__ import annotations
 
@@ -16,7 +24,8 @@ from accelerate.utils import DistributedType, ProjectConfiguration, gather_objec
 from torch import Tensor, nn
 
 from unclip.config import save_json, to_dict
-from unclip.training.checkpoints import Checkpoints, atomic_folder
+from unclip.files import atomic_folder
+from unclip.training.checkpoints import Checkpoints
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.launch import Run, resume_command

@@ -37,7 +37,9 @@ class Run(Generic[C]):
 
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:
     """Read the command line and the config; `cls` is a dataclass with a field `fit: FitConfig`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with all settings")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4")
     start = parser.add_mutually_exclusive_group()

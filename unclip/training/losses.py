@@ -24,7 +24,7 @@ Batch = dict[str, Any]  # "image" (B, 3, S, S) in [-1, 1] and "caption", or prec
 
 @dataclass(frozen=True)
 class DropConfig:
-    """How often a condition is replaced by its null in training, so that guidance has a second half (unCLIP 2.1, 2.2)."""
+    """How often a condition gives way to its null in training, so that guidance has a second half (unCLIP 2.1, 2.2)."""
 
     text: float = 0.1
     image: float = 0.1
@@ -73,9 +73,9 @@ class DecoderLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
-        x_0 = batch["image"].to(self.clip.device)
-        image_emb = _image_emb(self.clip, batch)
+        image_emb = _image_emb(self.clip, batch)  # of the pictures as they are loaded: CLIP may want them larger
         text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
+        x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image = torch.rand(len(x_0), device=x_0.device) < self.drop.image
         return _denoising_loss(
             model, (image_emb, text, drop_image, drop_text), x_0, self.schedule, model_config, self.config
@@ -92,9 +92,15 @@ class UpsamplerLoss:
         model_config = self.upsampler.config
         x_0 = batch["image"].to(next(self.upsampler.parameters()).device)
         low_side = x_0.shape[-1] * model_config.low_size // model_config.high_size
-        low_res = nn.functional.interpolate(x_0, (low_side, low_side), mode="bicubic", antialias=True).clamp(-1, 1)
-        low_res = corrupt(low_res, self.corruption)
+        low_res = corrupt(resized(x_0, low_side), self.corruption)
         return _denoising_loss(model, (low_res,), x_0, self.schedule, model_config, self.config)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Square pictures (B, 3, S, S) in [-1, 1] -> (B, 3, side, side), bicubic and antialiased."""
+    if images.shape[-1] == side:
+        return images
+    return nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def _denoising_loss(
@@ -122,8 +128,8 @@ def _text(clip: CLIP, batch: Batch, p: float, null_text: str) -> tuple[TextEncod
     drop = torch.rand(len(batch["caption"])) < p
     if null_text == "empty_prompt":
         captions = ["" if dropped else caption for caption, dropped in zip(batch["caption"], drop, strict=True)]
-        return clip.encode_text(captions), None
-    return clip.encode_text(batch["caption"]), drop.to(clip.device)
+        return clip.encode_text(captions).trim(), None
+    return clip.encode_text(batch["caption"]).trim(), drop.to(clip.device)
 
 
 def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from unclip.diffusion.guidance import classifier_free
 from unclip.diffusion.samplers import randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.pictures import grid
+from unclip.training.losses import resized
 from unclip.types import StageOptions
 
 Preview = Callable[[nn.Module], Image.Image]
@@ -31,13 +32,15 @@ def decoder_preview(
 
     @torch.no_grad()
     def draw(decoder: nn.Module) -> Image.Image:
+        config, rows = decoder.config, len(truth)
         text, image_emb = clip.encode_text(captions), clip.encode_image(truth).float()
-        rows = len(truth)
         cond = decoder.condition(image_emb, text)
-        everything = torch.ones(2 * rows, dtype=torch.bool, device=image_emb.device)
-        everything[:rows] = False  # [cond ; null]
-        both = decoder.condition(torch.cat([image_emb] * 2), text[torch.arange(rows).repeat(2)], everything, everything)
-        config = decoder.config
+        dropped = torch.ones(rows, dtype=torch.bool, device=image_emb.device)
+        if config.null_text == "learned":
+            null = decoder.condition(image_emb, text, dropped, dropped)
+        else:
+            null = decoder.condition(image_emb, clip.encode_text([""] * rows), dropped)
+        both = type(cond).cat([cond, null])
         denoise = classifier_free(
             lambda x, t: decoder.denoise(x, t, both),
             lambda x, t: decoder.denoise(x, t, cond),
@@ -45,7 +48,8 @@ def decoder_preview(
             schedule.num_timesteps,
             config.learned_variance,
         )
-        return sheet([truth, _draw(denoise, truth, schedule, options, config)])
+        small = resized(truth, config.image_size)
+        return sheet([small, _draw(denoise, small, schedule, options, config)])
 
     return draw
 
@@ -61,7 +65,7 @@ def upsampler_preview(
     def draw(upsampler: nn.Module) -> Image.Image:
         config, side = upsampler.config, truth.shape[-1]
         low_side = side * config.low_size // config.high_size
-        low_res = nn.functional.interpolate(truth, (low_side, low_side), mode="bicubic", antialias=True).clamp(-1, 1)
+        low_res = resized(truth, low_side)
         device = next(upsampler.parameters()).device
         drawn = _draw(
             lambda x, t: upsampler.denoise(x, t, low_res.to(device)), truth.to(device), schedule, options, config

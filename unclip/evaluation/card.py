@@ -1,0 +1,148 @@
+"""The figures of a model card: loss curves, sheets of pictures, and the tables between the markers of its README.md.
+
+    python -m unclip.evaluation.card --out assets/emoji --runs runs/emoji
+    python -m unclip.evaluation.card --out assets/emoji --model assets/emoji --data 'data/emoji/heldout-*.tar' \
+        --train-data 'data/emoji/train-*.tar'
+
+With --data the model is evaluated first; without, the figures are those that evaluation.json in the folder holds. The
+tables of bench.json, which `unclip bench --json` writes, are added if it lies there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import bench, report
+from .commands import add_evaluation, make_evaluation
+
+README, EVALUATION, BENCH, LOSS = "README.md", "evaluation.json", "bench.json", "loss.png"
+ORDER = ("clip", "prior", "decoder", "upsampler")  # runs of other names come after these
+
+Metrics = list[dict[str, float]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the card")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of training runs, each with a metrics.jsonl")
+    add_evaluation(parser, data_required=False)
+    args = parser.parse_args(argv)
+    try:
+        make_card(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def make_card(args: argparse.Namespace) -> None:
+    out: Path = args.out
+    card = (out / README).read_text(encoding="utf-8")
+    runs = read_runs(args.runs) if args.runs else {}
+    if runs:
+        draw_losses(runs, out / LOSS)
+        card = fill(card, "runs", runs_table(runs))
+    if args.data:
+        from .sheets import write_sheets
+
+        evaluation = make_evaluation(args)
+        results = evaluation.run(args.parts)
+        (out / EVALUATION).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_sheets(evaluation, out)
+    if not runs or (out / EVALUATION).is_file():
+        card = fill(card, "figures", figures(out))
+    (out / README).write_text(card, encoding="utf-8")
+    print(out / README)
+
+
+def figures(folder: Path) -> str:
+    """The tables of evaluation.json and, if there is one, of bench.json, as Markdown."""
+    results = _read(folder / EVALUATION)
+    pairs, told = results["held_out"]["pairs"], results["options"]
+    stages = {"prior": told["prior"], "decoder": told["decoder"]}
+    stages |= {f"upsampler {i}": stage for i, stage in enumerate(told["upsamplers"])}
+    options = "; ".join(
+        f"{name} {stage['sampler']}, {stage['steps']} steps, guidance {stage['guidance']:g}"
+        for name, stage in stages.items()
+    )
+    parts = [
+        f"On {pairs} held-out pairs, seed {results['seed']}; {options}. Pictures are measured as the decoder draws "
+        "them, before the upsampler: CLIP and the style classifier see no more pixels than that.",
+        report.markdown([report.HEAD, *report.rows(results)]),
+    ]
+    if (folder / BENCH).is_file():
+        timed = _read(folder / BENCH)
+        head = report.Row("speed and memory", f"median of {timed['repeat']}", "spread")
+        parts += [bench.describe(timed["machine"]), report.markdown([head, *bench.rows(timed)])]
+    return "\n\n".join(parts)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with `content` between its markers <!-- name --> and <!-- /name -->; ValueError if they are missing."""
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if len(block.findall(text)) != 1:
+        raise ValueError(f"{README} needs the lines <!-- {name} --> and <!-- /{name} --> once, for what goes between")
+    return block.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+
+
+def read_runs(folder: Path) -> dict[str, Metrics]:
+    """The rows of each run's metrics.jsonl, by the name of its folder."""
+    files = {file.parent.name: file for file in folder.glob("*/metrics.jsonl")}
+    if not files:
+        raise FileNotFoundError(f"no runs in {folder}; expected folders with a metrics.jsonl")
+    names = sorted(files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return {name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names}
+
+
+def runs_table(runs: dict[str, Metrics]) -> str:
+    """Updates, hours and the last losses of each run, as Markdown."""
+    lines = ["| run | updates | hours | last loss | last loss on held-out pairs |", "|---|---|---|---|---|"]
+    for name, metrics in runs.items():
+        losses = [f"{found[-1][1]:.4f}" if (found := curve(metrics, key)) else "–" for key in ("loss", "val_loss")]
+        lines.append(f"| {name} | {metrics[-1]['step']:,} | {metrics[-1]['hours']:.1f} | {' | '.join(losses)} |")
+    return "\n".join(lines)
+
+
+def curve(metrics: Metrics, key: str) -> list[tuple[int, float]]:
+    """(step, value) of the rows that tell of `key`."""
+    return [(int(row["step"]), row[key]) for row in metrics if key in row]
+
+
+def draw_losses(runs: dict[str, Metrics], file: Path) -> None:
+    """A panel for each run: its training loss, smoothed, and the loss on held-out pairs."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display is asked for
+    except ImportError:
+        raise ValueError("loss curves need matplotlib: pip install matplotlib, or pip install 'unclip[dev]'") from None
+    figure = Figure(figsize=(3.2 * len(runs), 2.6), layout="constrained")
+    for axes, (name, metrics) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        training, held_out = curve(metrics, "loss"), curve(metrics, "val_loss")
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smoothed(losses), color="tab:blue", label="training")
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), color="tab:orange", label="held out")
+        axes.set(title=name, xlabel="updates", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of the last twentieth of the values so far."""
+    width = max(1, len(values) // 20)
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing; write it with `unclip evaluate --json {file}`, or give --data")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
