@@ -1,4 +1,6 @@
 import io
+import multiprocessing
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -240,3 +242,12 @@ def test_settings_are_checked(config, change, message):
 def test_a_cache_larger_than_the_memory_is_refused(config):
     with pytest.raises(ValueError, match="caching needs .* GiB, the machine has"):
         Loader(replace(config, image_size=2**20, cache=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="Windows has no process groups")
+def test_ctrl_c_does_not_reach_the_workers(config):
+    """It goes to the whole process group of the terminal; without its workers the training could not finish a step."""
+    batches = iter(Loader(replace(config, workers=1)))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert workers and all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)

@@ -120,3 +120,27 @@ def test_karlo_size() -> None:
         upsampler = Upsampler(UpsamplerConfig(unet, 64, 256, last_unet=unet))
     for network in (upsampler.unet, upsampler.last_unet):
         assert sum(p.numel() for p in network.parameters()) == 691_579_523
+
+
+def test_a_residual_upsampler_begins_at_the_enlarged_picture() -> None:
+    config = replace(CONFIG, prediction="x0", residual=True)
+    torch.manual_seed(0)
+    upsampler, x_t, low_res = Upsampler(config), torch.randn(2, 3, 64, 64), torch.rand(2, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(upsampler.denoise(x_t, torch.tensor([5, 900]), low_res), upsampler.prepare(low_res))
+    randomize(upsampler)
+    plain = Upsampler(replace(config, residual=False))
+    plain.load_state_dict(upsampler.state_dict())
+    t = torch.tensor([5, 900])
+    difference = upsampler.denoise(x_t, t, low_res) - plain.denoise(x_t, t, low_res)
+    torch.testing.assert_close(difference, upsampler.prepare(low_res))
+    with pytest.raises(ValueError, match="residual needs prediction: x0, but prediction is eps"):
+        replace(CONFIG, residual=True)
+
+
+def test_the_learned_variance_of_a_residual_upsampler_stays_the_networks_own() -> None:
+    unet = replace(UNET, out_channels=6)
+    config = UpsamplerConfig(unet, 16, 64, prediction="x0", residual=True, learned_variance=True)
+    upsampler, x_t, t = make(config), torch.randn(1, 3, 64, 64), torch.tensor([500])
+    plain = make(replace(config, residual=False))
+    low_res = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(upsampler(x_t, t, low_res)[:, 3:], plain(x_t, t, low_res)[:, 3:])

@@ -164,6 +164,7 @@ class Loader:
                 sampler=range(first, len(self)),
                 batch_size=None,
                 num_workers=self.config.workers,
+                worker_init_fn=_own_process_group,
                 generator=torch.Generator(),  # DataLoader draws a seed: not from the training's generator
             )
         )
@@ -225,6 +226,12 @@ class Loader:
                 f"{self.config.path}: {len(self.broken)} broken pictures, more than max_broken = "
                 f"{self.config.max_broken:.1%} of {judged}: {some}"
             )
+
+
+def _own_process_group(worker: int) -> None:
+    """Ctrl-C reaches a whole process group: the training process alone must hear it, and still get its batch to save."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 class _Epoch:

@@ -54,9 +54,9 @@ def _recall(part: dict[str, Any]) -> Iterator[Row]:
 
 
 def _style(part: dict[str, Any]) -> Iterator[Row]:
-    for style, value in part["drawn"].items():
-        true = f"true pictures {part['true'][style]:.1%}"
-        yield Row(f"style drawn = style asked for, {style}", f"{value:.1%}", true)
+    for name, group in part.items():
+        what = f"style drawn = style asked for, {name} ({group['pictures']} pictures)"
+        yield Row(what, f"{group['drawn']:.1%}", f"true pictures {group['true']:.1%}")
 
 
 def _diversity(part: dict[str, Any]) -> Iterator[Row]:

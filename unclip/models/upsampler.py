@@ -21,6 +21,7 @@ class UpsamplerConfig:
     high_size: int
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
+    residual: bool = False  # the network predicts what x_0 has over the enlarged low-res picture (SRDiff, 2104.14951)
     last_unet: UNetConfig | None = None  # a network of its own for the last step (Karlo)
 
     def __post_init__(self) -> None:
@@ -37,6 +38,8 @@ class UpsamplerConfig:
                 raise ValueError(f"{name}.context_dim is {unet.context_dim}; an upsampler has no context")
             if self.high_size % unet.size_divisor:
                 raise ValueError(f"high_size is {self.high_size}; expected a multiple of {unet.size_divisor}")
+        if self.residual and self.prediction != "x0":
+            raise ValueError(f"residual needs prediction: x0, but prediction is {self.prediction}")
         if self.low_size < 1 or self.high_size % self.low_size:
             raise ValueError(f"low_size is {self.low_size}; it must divide high_size = {self.high_size}")
 
@@ -68,6 +71,11 @@ class Upsampler(nn.Module):
                     f"or {self.config.high_size // self.config.low_size} times smaller"
                 )
         unet = self.last_unet if last and self.last_unet is not None else self.unet
-        return unet(torch.cat([x_t, low_res.to(x_t.dtype)], dim=1), unet.time_embedding(t))
+        low_res = low_res.to(x_t.dtype)
+        output = unet(torch.cat([x_t, low_res], dim=1), unet.time_embedding(t))
+        if not self.config.residual:
+            return output
+        prediction, *variance = output.split(3, dim=1)
+        return torch.cat([prediction + low_res, *variance], dim=1)
 
     forward = denoise
