@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .clip import CLIP as CLIP
-    from .pipelines import load as load
-    from .pipelines.unclip import UnCLIPPipeline as UnCLIPPipeline
-    from .types import GenerationResult as GenerationResult
-    from .types import Progress as Progress
-    from .types import StageOptions as StageOptions
-    from .types import TextEncoding as TextEncoding
-    from .types import UnCLIPOptions as UnCLIPOptions
+    from unclip.clip import CLIP as CLIP
+    from unclip.pipelines import load as load
+    from unclip.pipelines.unclip import UnCLIPPipeline as UnCLIPPipeline
+    from unclip.types import GenerationResult as GenerationResult
+    from unclip.types import Progress as Progress
+    from unclip.types import StageOptions as StageOptions
+    from unclip.types import TextEncoding as TextEncoding
+    from unclip.types import UnCLIPOptions as UnCLIPOptions
 
 # Resolved on first use (PEP 562): importing torch and open_clip takes seconds, and `import unclip` must not.
 _HOME = {

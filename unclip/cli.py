@@ -15,15 +15,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .evaluation.commands import add_commands
+from unclip import __version__
+from unclip.evaluation.commands import add_commands
 
 # torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .pipelines.base import TextToImage
-    from .types import UnCLIPOptions
+    from unclip.pipelines.base import TextToImage
+    from unclip.types import UnCLIPOptions
 
 DEFAULT_MODEL = "emoji"
 BATCH_SIZE = 16
@@ -94,7 +94,7 @@ def generate(args: Namespace) -> None:
     _check_output(args, count)
     pipe = _load(args, args.model or DEFAULT_MODEL, args.dtype)
 
-    from .pipelines.base import seeds_from
+    from unclip.pipelines.base import seeds_from
 
     # Written as they are drawn, so that whoever interrupts a long list keeps its beginning; a grid needs them all.
     at_once = len(prompts) if args.grid else max(1, BATCH_SIZE // args.num_images)
@@ -112,7 +112,7 @@ def generate(args: Namespace) -> None:
 
 
 def _redraw(args: Namespace) -> None:
-    from .pictures import read_metadata
+    from unclip.pictures import read_metadata
 
     said = ("seed", "steps", "guidance", "sampler", "upsampler_steps", "prior_steps", "prior_guidance", "candidates")
     asked = [name for name in said if vars(args)[name] is not None]
@@ -126,7 +126,7 @@ def _redraw(args: Namespace) -> None:
     stored = {long: short for short, long in DTYPES.items()}.get(entries[0].get("dtype"))
     pipe = _load(args, args.model or entries[0].get("model", DEFAULT_MODEL), args.dtype or stored)
 
-    from .pipelines.base import redraw
+    from unclip.pipelines.base import redraw
 
     results = [redraw(pipe, entry, progress=not args.quiet) for entry in entries]
     _write([(result.images[0], result.metadata[0]) for result in results], args)
@@ -139,7 +139,7 @@ def _add_variations(commands: Any) -> None:
 
 
 def variations(args: Namespace) -> None:
-    from .pictures import open_picture
+    from unclip.pictures import open_picture
 
     image = open_picture(args.image)
     _check_output(args, args.num_images)
@@ -165,7 +165,7 @@ def info(args: Namespace) -> None:
 def _picture_info(path: Path) -> None:
     import shlex
 
-    from .pictures import read_metadata
+    from unclip.pictures import read_metadata
 
     for entry in read_metadata(path):
         told = {key: value for key, value in entry.items() if key not in ("options", "image_emb")}
@@ -178,7 +178,7 @@ def _picture_info(path: Path) -> None:
 
 
 def _model_info(name: str) -> None:
-    from .checkpoints.catalogue import OPTIONS_FILE, describe, locate, read_json, read_model_json
+    from unclip.checkpoints.catalogue import OPTIONS_FILE, describe, locate, read_json, read_model_json
 
     folder = locate(name)
     model, components = read_model_json(folder), describe(folder)
@@ -207,7 +207,7 @@ def _add_models(commands: Any) -> None:
 
 
 def models(args: Namespace) -> None:
-    from .checkpoints.catalogue import bundled_models, describe, read_model_json
+    from unclip.checkpoints.catalogue import bundled_models, describe, read_model_json
 
     for name, folder in bundled_models().items():
         size = sum(part.size for part in describe(folder))
@@ -252,7 +252,7 @@ def _read_prompts(file: Path | None) -> list[str]:
 
 
 def _load(args: Namespace, model: str, dtype: str | None) -> TextToImage:
-    from .pipelines import load
+    from unclip.pipelines import load
 
     if dtype is None:
         return load(model, args.device)  # which tells a misspelt name before torch is imported
@@ -300,7 +300,7 @@ def _is_png(path: Path) -> bool:
 
 
 def _write(drawn: Drawn, args: Namespace, name: str = "") -> None:
-    from .pictures import grid, save_png
+    from unclip.pictures import grid, save_png
 
     folder = args.output or Path()
     if args.grid:

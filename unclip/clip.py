@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .tokenizer import BPETokenizer, warn_cut
-from .types import TextEncoding
-from .weights import load_strictly, read_tensors, write_tensors
+from unclip.tokenizer import BPETokenizer, warn_cut
+from unclip.types import TextEncoding
+from unclip.weights import load_strictly, read_tensors, write_tensors
 
 
 def _import_open_clip() -> Any:

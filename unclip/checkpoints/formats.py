@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import store
+from unclip.checkpoints import store
 
 
 @dataclass(frozen=True)

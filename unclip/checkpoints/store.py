@@ -17,15 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import parse, save_json, to_dict
-from ..diffusion.schedules import ScheduleConfig
-from ..files import atomic_folder
-from ..models.decoder import Decoder, DecoderConfig
-from ..models.prior import DiffusionPrior, PriorConfig
-from ..models.upsampler import Upsampler, UpsamplerConfig
-from ..types import UnCLIPOptions
-from ..weights import load_strictly, read_tensors, write_tensors
-from .catalogue import (
+from unclip.checkpoints.catalogue import (
     CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
@@ -36,6 +28,14 @@ from .catalogue import (
     read_json,
     read_model_json,
 )
+from unclip.config import parse, save_json, to_dict
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.files import atomic_folder
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.types import UnCLIPOptions
+from unclip.weights import load_strictly, read_tensors, write_tensors
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "DiffusionPrior": (DiffusionPrior, PriorConfig),
@@ -130,7 +130,7 @@ def recognise(folder: Path) -> bool:
 
 def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32) -> Bundle:
     """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32)."""
-    from ..clip import CLIP  # late: open_clip is slow to import, and a component alone does without it
+    from unclip.clip import CLIP  # late: open_clip is slow to import, and a component alone does without it
 
     folder = Path(folder)
     model = read_model_json(folder)

@@ -229,7 +229,7 @@ class Loader:
 
 
 def _own_process_group(worker: int) -> None:
-    """Ctrl-C reaches a whole process group: the training process alone must hear it, and still get its batch to save."""
+    """Ctrl-C reaches a whole process group; the training process alone must hear it, and still get its last batch."""
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
 

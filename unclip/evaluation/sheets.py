@@ -31,7 +31,7 @@ SHOWN = 8  # pairs on each sheet but the samples'
 
 def cell(pictures: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()) -> Image.Image:
     """Pictures side by side, `size` pixels each (None stays white), titles above, the caption below on two lines."""
-    font = ImageFont.load_default(max(10, size // 10))
+    font = ImageFont.load_default(max(12, size // 10))
     line = round(font.size * 1.3)
     top, width = line if titles else 0, (size + 4) * len(pictures) - 4
     image = Image.new("RGB", (width, top + size + 2 * line + 4), "white")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.catalogue import locate
+from unclip.checkpoints.catalogue import locate
 
 if TYPE_CHECKING:
     import torch
 
-    from .base import TextToImage
+    from unclip.pipelines.base import TextToImage
 
 
 def load(
@@ -23,9 +23,9 @@ def load(
     """
     path = locate(name_or_path)  # before torch is imported: a misspelt name is told at once
 
-    from ..checkpoints.formats import load_any
-    from .base import default_dtype, find_device
-    from .unclip import UnCLIPPipeline
+    from unclip.checkpoints.formats import load_any
+    from unclip.pipelines.base import default_dtype, find_device
+    from unclip.pipelines.unclip import UnCLIPPipeline
 
     pipelines = {"unclip": UnCLIPPipeline}
     device = find_device(device)

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import parse
-from ..types import GenerationResult, OnStep, Progress, Prompt
+from unclip.config import parse
+from unclip.types import GenerationResult, OnStep, Progress, Prompt
 
 # B batch, D CLIP embedding width, S image size
 

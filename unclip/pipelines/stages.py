@@ -10,16 +10,16 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ..clip import CLIP
-from ..diffusion.guidance import Denoise, classifier_free
-from ..diffusion.samplers import randn, sample
-from ..diffusion.schedules import Schedule, ScheduleConfig
-from ..models.decoder import Decoder, DecoderContext
-from ..models.prior import DiffusionPrior, TextPrefix
-from ..models.upsampler import Upsampler
-from ..pictures import open_picture
-from ..types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
-from .base import Picture, check_prompts, random_generators
+from unclip.clip import CLIP
+from unclip.diffusion.guidance import Denoise, classifier_free
+from unclip.diffusion.samplers import randn, sample
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.decoder import Decoder, DecoderContext
+from unclip.models.prior import DiffusionPrior, TextPrefix
+from unclip.models.upsampler import Upsampler
+from unclip.pictures import open_picture
+from unclip.pipelines.base import Picture, check_prompts, random_generators
+from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Self

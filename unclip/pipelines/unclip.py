@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..checkpoints.store import Bundle, load_bundle, save_bundle
-from ..clip import CLIP
-from ..config import to_dict
-from ..diffusion.schedules import ScheduleConfig
-from ..models.decoder import Decoder
-from ..models.prior import DiffusionPrior
-from ..models.upsampler import Upsampler
-from ..types import GenerationResult, OnStep, Prompt, StageOptions, UnCLIPOptions
-from .base import (
+from unclip import __version__
+from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
+from unclip.clip import CLIP
+from unclip.config import to_dict
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.upsampler import Upsampler
+from unclip.pipelines.base import (
     Picture,
     check_count,
     check_prompts,
@@ -29,7 +28,8 @@ from .base import (
     seeds_from,
     to_pil,
 )
-from .stages import UnCLIPStages
+from unclip.pipelines.stages import UnCLIPStages
+from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, UnCLIPOptions
 
 # P prompts, N images of each, D embedding width
 
