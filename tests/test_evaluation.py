@@ -323,12 +323,14 @@ def test_a_card_is_filled_in(tiny_folder, data, tmp_path, capsys):
         (tmp_path / "runs" / name).mkdir(parents=True)
         lines = [*rows, {"step": 290, "hours": 2.9, "val_loss": 0.25}]
         (tmp_path / "runs" / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "runs" / "begun").mkdir()
+    (tmp_path / "runs" / "begun" / "metrics.jsonl").touch()
     words = ["--out", str(tmp_path), "--runs", str(tmp_path / "runs"), "--model", str(tiny_folder), "--quiet"]
     card.main([*words, "--data", str(data / "heldout-*.tar"), "--parts", "prior", "--steps", "1"])
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# A card\n<!-- hours -->\nold\n") and text.endswith("<!-- /figures -->\nthe end\n")
     assert "| clip | 290 | 2.9 | 0.0345 | 0.2500 |" in text
-    assert text.index("| clip |") < text.index("| prior |") < text.index("| another |")
+    assert text.index("| clip |") < text.index("| prior |") < text.index("| another |") and "begun" not in text
     assert "| prior: cosine to the true embedding, gap |" in text and "On 4 held-out pairs, seed 0" in text
     assert Image.open(tmp_path / "loss.png").width > 900
     assert {"evaluation.json", "heldout.png"} <= {path.name for path in tmp_path.iterdir()}

@@ -79,9 +79,10 @@ def compute_embeddings(words: list[str]) -> None:
 
 def train(words: list[str]) -> None:
     script, *arguments = words[words.index("launch") + 1 :] if words[0] == "accelerate" else words[1:]
-    place = arguments.index("--config") + 1
-    arguments[place] = str(ROOT / arguments[place])
-    if script != "train/bundle.py":
+    if "--config" in arguments:
+        place = arguments.index("--config") + 1
+        arguments[place] = str(ROOT / arguments[place])
+    if script not in ("train/grow.py", "train/bundle.py"):
         settings = {**ONE_STEP, "fit.steps": 2 if "--resume" in arguments else 1}
         arguments += [f"--set={name}={value}" for name, value in settings.items()]
     run_script(ROOT / script, *arguments)

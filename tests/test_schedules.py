@@ -106,3 +106,18 @@ def test_bad_config_is_refused(kwargs, message):
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'epsilon'; expected one of eps, x0, v"):
         Schedule().check("epsilon")
+
+
+def test_shift_makes_a_picture_of_twice_the_size_lose_its_shapes_at_the_same_timestep():
+    """Averaging 2 x 2 pixels halves the noise, so SNR / 4 looks from afar as the unshifted schedule does."""
+    plain, shifted = Schedule(ScheduleConfig()), Schedule(ScheduleConfig(shift=2.0))
+    t = torch.tensor([0, 10, 500, 900])
+    torch.testing.assert_close(shifted.snr(t), plain.snr(t) / 4)
+    torch.testing.assert_close((1 - shifted.betas).cumprod(0), shifted.alpha_bar)
+    with pytest.raises(ValueError, match="shift is 0"):
+        ScheduleConfig(shift=0)
+
+
+def test_shift_and_zero_terminal_snr_go_together():
+    schedule = Schedule(ScheduleConfig(shift=2.0, zero_terminal_snr=True))
+    assert schedule.alpha_bar[-1] == 0 and (schedule.alpha_bar.diff() < 0).all()

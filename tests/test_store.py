@@ -128,18 +128,29 @@ def test_a_disk_that_fills_up_leaves_the_old_model_whole(tiny_folder, tmp_path, 
 def test_a_model_can_be_saved_over_itself(tiny_folder, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_folder, folder)
+    (folder / "README.md").write_text("its card")
+    (folder / "upsampler_9").mkdir()
     pipe = unclip.load(folder)
     pipe.name = "renamed"
     pipe.save_pretrained(folder)
     assert unclip.load(folder).name == "renamed"
+    assert (folder / "README.md").read_text() == "its card"
+    assert not (folder / "upsampler_9").exists()  # components are replaced as a whole
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_a_card_may_be_written_before_the_model(tiny_pipe, tmp_path):
+    (tmp_path / "README.md").write_text("its card")
+    tiny_pipe.save_pretrained(tmp_path)
+    assert unclip.load(tmp_path).name == tiny_pipe.name and (tmp_path / "README.md").read_text() == "its card"
+
+
 def test_no_other_folder_is_replaced(tiny_pipe, tmp_path):
-    (tmp_path / "thesis.txt").write_text("dear")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is no model folder"):
         tiny_pipe.save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "dear"
 
 
 def test_a_newer_version_is_refused(tiny_folder, tmp_path):

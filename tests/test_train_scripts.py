@@ -110,3 +110,22 @@ def test_accelerate_launches_a_script(workplace):
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
+
+
+def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
+    small = workplace / "runs/tiny/decoder/model"
+    levels = json.loads((small / "config.json").read_text())["unet"]["levels"]
+    channels, blocks = levels[0]["channels"], 2
+    arguments = ["--small", str(small), "--blocks", str(blocks), "--out", "grown"]
+    run_script(ROOT / "train/grow.py", "--channels", str(channels), *arguments)
+
+    config = json.loads((workplace / "grown/config.json").read_text())
+    assert config["unet"]["levels"] == [{"channels": channels, "blocks": blocks, "attention": False}, *levels]
+    assert json.loads((workplace / "grown/schedule.json").read_text())["shift"] == 2.0
+    inner, outer = (read_tensors(folder / "model.safetensors") for folder in (small, workplace / "grown"))
+    first = "unet.down.{}.res.conv1.weight"  # the inner U-Net's first block comes after two blocks and a downsampling
+    assert torch.equal(outer[first.format(3)], inner[first.format(0)])
+    assert torch.equal(outer["unet.mid.0.res.conv1.weight"], inner["unet.mid.0.res.conv1.weight"])
+    assert len(unclip.checkpoints.store.load_component("grown").unet.up) == len(levels) * 2 + blocks + 1
+    with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
+        run_script(ROOT / "train/grow.py", "--channels", str(channels + 8), *arguments)

@@ -10,6 +10,7 @@ emoji/
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,18 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
 
 
 def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a model folder whole or not at all; ValueError rather than replacing a folder that holds anything else."""
+    """Writes a model folder whole or not at all; a model card and its pictures, if they lie there, stay.
+
+    ValueError rather than replacing a folder of anything else.
+    """
     folder = Path(folder)
-    if folder.exists() and not (folder / MODEL_FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file() or (not recognise(folder) and any(entry.is_dir() for entry in inside)):
         raise ValueError(f"{folder} exists and is no model folder; give a new folder")
     with atomic_folder(folder) as part:
+        for file in inside:
+            if file.is_file():
+                shutil.copy2(file, part)
         for name, module in bundle.components.items():
             if name in bundle.schedules:
                 save_component(module, part / name, dtype, bundle.schedules[name])

@@ -25,12 +25,15 @@ class ScheduleConfig:
     kind: Literal["cosine", "linear"] = "cosine"
     num_timesteps: int = 1000
     zero_terminal_snr: bool = False  # the last timestep is pure noise (2305.08891); needs x0 or v prediction
+    shift: float = 1.0  # divides α/σ: pictures twice as large need 2 for the same shapes to vanish at the same t
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear"):
             raise ValueError(f"schedule kind is {self.kind!r}; expected 'cosine' or 'linear'")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least 2")
+        if self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}; expected a positive factor, 1 for none")
 
 
 class Schedule:
@@ -43,8 +46,11 @@ class Schedule:
         self.config = config
         betas = _cosine_betas(config.num_timesteps) if config.kind == "cosine" else _linear_betas(config.num_timesteps)
         self.alpha_bar = (1 - betas).cumprod(0)
+        if config.shift != 1:  # simple diffusion (2301.11093), section 3.1
+            self.alpha_bar = self.alpha_bar / (self.alpha_bar + config.shift**2 * (1 - self.alpha_bar))
         if config.zero_terminal_snr:
             self.alpha_bar = _zero_terminal_snr(self.alpha_bar)
+        if config.shift != 1 or config.zero_terminal_snr:
             previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
             betas = 1 - self.alpha_bar / previous
         self.betas = betas

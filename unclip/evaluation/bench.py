@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .report import Row
+from unclip.evaluation.report import Row
 
 PROMPT = "a red apple"
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..pipelines import load
-from ..pipelines.base import generators_from
-from ..pipelines.unclip import UnCLIPPipeline
-from .bench import PROMPT
-from .commands import DTYPES
+from unclip.evaluation.bench import PROMPT
+from unclip.evaluation.commands import DTYPES
+from unclip.pipelines import load
+from unclip.pipelines.base import generators_from
+from unclip.pipelines.unclip import UnCLIPPipeline
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench, report
-from .commands import add_evaluation, make_evaluation
+from unclip.evaluation import bench, report
+from unclip.evaluation.commands import add_evaluation, make_evaluation
 
 README, EVALUATION, BENCH, LOSS = "README.md", "evaluation.json", "bench.json", "loss.png"
 ORDER = ("clip", "prior", "decoder", "upsampler")  # runs of other names come after these
@@ -47,7 +47,7 @@ def make_card(args: argparse.Namespace) -> None:
         draw_losses(runs, out / LOSS)
         card = fill(card, "runs", runs_table(runs))
     if args.data:
-        from .sheets import write_sheets
+        from unclip.evaluation.sheets import write_sheets
 
         evaluation = make_evaluation(args)
         results = evaluation.run(args.parts)
@@ -90,19 +90,21 @@ def fill(text: str, name: str, content: str) -> str:
 
 
 def read_runs(folder: Path) -> dict[str, Metrics]:
-    """The rows of each run's metrics.jsonl, by the name of its folder."""
+    """The rows of each run's metrics.jsonl, by the name of its folder; runs without a loss yet are left out."""
     files = {file.parent.name: file for file in folder.glob("*/metrics.jsonl")}
     if not files:
         raise FileNotFoundError(f"no runs in {folder}; expected folders with a metrics.jsonl")
     names = sorted(files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    return {name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names}
+    runs = {name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names}
+    return {name: metrics for name, metrics in runs.items() if curve(metrics, "loss")}
 
 
 def runs_table(runs: dict[str, Metrics]) -> str:
     """Updates, hours and the last losses of each run, as Markdown."""
     lines = ["| run | updates | hours | last loss | last loss on held-out pairs |", "|---|---|---|---|---|"]
     for name, metrics in runs.items():
-        losses = [f"{found[-1][1]:.4f}" if (found := curve(metrics, key)) else "–" for key in ("loss", "val_loss")]
+        curves = [curve(metrics, key) for key in ("loss", "val_loss")]
+        losses = [f"{found[-1][1]:.4f}" if found else "–" for found in curves]
         lines.append(f"| {name} | {metrics[-1]['step']:,} | {metrics[-1]['hours']:.1f} | {' | '.join(losses)} |")
     return "\n".join(lines)
 
@@ -118,8 +120,10 @@ def draw_losses(runs: dict[str, Metrics], file: Path) -> None:
         from matplotlib.figure import Figure  # not pyplot: no display is asked for
     except ImportError:
         raise ValueError("loss curves need matplotlib: pip install matplotlib, or pip install 'unclip[dev]'") from None
-    figure = Figure(figsize=(3.2 * len(runs), 2.6), layout="constrained")
-    for axes, (name, metrics) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+    columns, rows = min(4, len(runs)), -(-len(runs) // 4)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    for place, (name, metrics) in enumerate(runs.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
         training, held_out = curve(metrics, "loss"), curve(metrics, "val_loss")
         steps, losses = zip(*training, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.catalogue import locate
-from . import PARTS
+from unclip.checkpoints.catalogue import locate
+from unclip.evaluation import PARTS
 
 if TYPE_CHECKING:
-    from ..types import UnCLIPOptions
-    from .harness import Evaluation
+    from unclip.evaluation.harness import Evaluation
+    from unclip.types import UnCLIPOptions
 
 MODEL = "emoji"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -64,7 +64,7 @@ def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    from . import report
+    from unclip.evaluation import report
 
     _check_writable(args.json)
     prompts = _read_prompts(args.prompts_file)
@@ -73,7 +73,7 @@ def evaluate(args: Namespace) -> None:
     print(report.plain([report.HEAD, *report.rows(results)]))
     _write_json(results, args.json)
     if args.pictures is not None:
-        from .sheets import PROMPTS, write_sheets
+        from unclip.evaluation.sheets import PROMPTS, write_sheets
 
         for path in write_sheets(evaluation, args.pictures, prompts or PROMPTS):
             print(path)
@@ -84,10 +84,10 @@ def make_evaluation(args: Namespace) -> Evaluation:
     locate(args.model)  # a misspelt name is told before torch is imported
     import torch
 
-    from ..pipelines import load
-    from ..pipelines.unclip import UnCLIPPipeline
-    from .harness import Evaluation
-    from .pairs import load_pairs
+    from unclip.evaluation.harness import Evaluation
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.pipelines import load
+    from unclip.pipelines.unclip import UnCLIPPipeline
 
     pipe = load(args.model, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
     if not isinstance(pipe, UnCLIPPipeline):
@@ -109,8 +109,8 @@ def make_evaluation(args: Namespace) -> Evaluation:
 
 
 def bench(args: Namespace) -> None:
-    from . import bench as timing
-    from . import report
+    from unclip.evaluation import bench as timing
+    from unclip.evaluation import report
 
     _check_writable(args.json)
     locate(args.model)

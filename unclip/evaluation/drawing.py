@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..pipelines.base import generators_from, progress_bar, to_pil
-from ..pipelines.unclip import UnCLIPPipeline
-from ..types import OnStep, StageOptions, TextEncoding, UnCLIPOptions
+from unclip.pipelines.base import generators_from, progress_bar, to_pil
+from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.types import OnStep, StageOptions, TextEncoding, UnCLIPOptions
 
 # N captions, D CLIP embedding width, s side of the decoder's pictures
 

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .. import __version__
-from ..config import to_dict
-from ..diffusion.samplers import randn
-from ..pipelines.base import generators_from, redraw
-from ..pipelines.unclip import UnCLIPPipeline
-from ..types import UnCLIPOptions
-from . import PARTS
-from .drawing import Drawer, Drawn, Imagined, no_cut_warnings
-from .metrics import agreement, diversity, nearest_by_cosine, nearest_by_pixels, psnr, recall
-from .pairs import Pairs
-from .style import train_classifier
+from unclip import __version__
+from unclip.config import to_dict
+from unclip.diffusion.samplers import randn
+from unclip.evaluation import PARTS
+from unclip.evaluation.drawing import Drawer, Drawn, Imagined, no_cut_warnings
+from unclip.evaluation.metrics import agreement, diversity, nearest_by_cosine, nearest_by_pixels, psnr, recall
+from unclip.evaluation.pairs import Pairs
+from unclip.evaluation.style import train_classifier
+from unclip.pipelines.base import generators_from, redraw
+from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.types import UnCLIPOptions
 
 # N held-out pairs, M training pairs, B batch, D CLIP embedding width, s decoder's and S model's picture side
 

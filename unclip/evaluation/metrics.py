@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..latents import normalise
+from unclip.latents import normalise
 
 # N queries, M candidates, D embedding width, S image size
 

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.embeddings import EmbeddingDataset
-from ..data.loader import open_dataset
-from ..data.samples import Dataset, Sample, square
-from ..data.shards import ShardDataset
+from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.loader import open_dataset
+from unclip.data.samples import Dataset, Sample, square
+from unclip.data.shards import ShardDataset
 
 # N pictures, S their side
 

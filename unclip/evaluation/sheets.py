@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..pictures import grid, save_png
-from .harness import Evaluation
-from .pairs import Pairs, canonical
+from unclip.evaluation.harness import Evaluation
+from unclip.evaluation.pairs import Pairs, canonical
+from unclip.pictures import grid, save_png
 
 PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
     "a red apple",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .pairs import Pairs
+from unclip.evaluation.pairs import Pairs
 
 # B batch, N pictures, S image size
 
