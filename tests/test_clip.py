@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,3 +172,33 @@ def test_the_temperature_is_clipped_at_100(own):
     torch.testing.assert_close(scale, torch.tensor(100.0))
     for emb in (image_emb, text_emb):
         torch.testing.assert_close(emb.norm(dim=-1), torch.ones(1))
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(6, 8, generator=generator, requires_grad=True) for _ in range(2))
+
+
+def loss_of(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    return contrastive_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(7.0))
+
+
+def one_of_two_processes(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    image, text = pairs()
+    rows = slice(3 * rank, 3 * rank + 3)
+    loss = loss_of(image[rows], text[rows])
+    loss.backward()
+    torch.save({"loss": loss.detach(), "image": image.grad, "text": text.grad}, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_contrast_their_pairs_with_those_of_both(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    image, text = pairs()
+    loss = loss_of(image, text)
+    loss.backward()
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
+    for name, whole in (("image", image.grad), ("text", text.grad)):  # DistributedDataParallel takes the mean
+        torch.testing.assert_close((first[name] + second[name]) / 2, whole)
