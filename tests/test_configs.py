@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -129,10 +130,15 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
 }
 
 
+def kind_of(name: str) -> str:
+    """The network that a file is for: "upsampler" of upsampler_256.yaml, "decoder" of decoder32.yaml."""
+    return re.match("[a-z]+", Path(name).stem)[0]
+
+
 @cache
 def config(name: str) -> Any:
     """A config by its place under configs/, read as the class of its script."""
-    script, cls = CONFIG_CLASSES[Path(name).stem.split("_")[0]]
+    script, cls = CONFIG_CLASSES[kind_of(name)]
     return load_config(ROOT / "configs" / name, getattr(load_script(script), cls))
 
 
@@ -140,7 +146,7 @@ def config(name: str) -> Any:
 def network(name: str) -> nn.Module:
     """What a config trains, without memory for its parameters."""
     networks = {"prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
-    kind, model = Path(name).stem.split("_")[0], config(name).model
+    kind, model = kind_of(name), config(name).model
     with torch.device("meta"):
         return CLIP(model, tokenizer=lambda texts: None) if kind == "clip" else networks[kind](model)
 

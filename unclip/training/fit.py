@@ -190,8 +190,9 @@ class _Fit:
                 self._save()
         finally:
             self.log.close()
+            self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # else it stays under autocast
+            accelerator.free_memory()  # the process group must end before the process does, so nothing may hold it
             accelerator.end_training()
-            accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # else the model stays under autocast
         return self.output / "model"
 
     def _due(self, every: int) -> bool:
