@@ -48,7 +48,7 @@ def decoder_preview(
             schedule.num_timesteps,
             config.learned_variance,
         )
-        small = resized(truth, config.image_size)
+        small = resized(truth.to(image_emb.device), config.image_size)
         return sheet([small, _draw(denoise, small, schedule, options, config)])
 
     return draw
