@@ -36,15 +36,20 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     The module may stand on the meta device. A missing, unexpected or mis-shaped tensor is a ValueError that names it.
     """
     own = module.state_dict()
-    misshaped = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    faults = [
-        ("missing", [name for name in own if name not in tensors]),
-        ("unexpected", [name for name in tensors if name not in own]),
-        ("of another shape", [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(own[n].shape)}" for n in misshaped]),
-    ]
-    if any(names for _, names in faults):
-        raise ValueError(f"{source} does not fit: " + "; ".join(f"{k}: {_some(names)}" for k, names in faults if names))
+    shapes = {name: (tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors}
+    misshaped = [f"{name} is {given}, expected {wanted}" for name, (given, wanted) in shapes.items() if given != wanted]
+    missing = [name for name in own if name not in tensors]
+    unexpected = [name for name in tensors if name not in own]
+    if missing or unexpected or misshaped:
+        raise fit_error(source, missing, unexpected, misshaped)
     module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=True)
+
+
+def fit_error(source: str | Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> ValueError:
+    """The error of weights that do not fit, with both sides of it."""
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
+    told = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+    return ValueError(f"{source} does not fit: {told}")
 
 
 def _some(names: list[str], most: int = 8) -> str:
