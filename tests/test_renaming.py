@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from unclip.checkpoints.renaming import Rule, by_head, fuse, move, split, to_here, to_there, under
+from unclip.checkpoints.renaming import Rule, build, by_head, fuse, move, split, to_here, to_there, transpose, under
 
 RULES = [
     move("embed", "positions", lead=1),
@@ -13,6 +14,7 @@ RULES = [
     fuse(("q", "k"), "qk"),
     split("both", ("left", "right")),
     by_head("qkv", "attention.qkv", heads=2),
+    transpose("proj.weight", "proj"),
     *under("old.", "new.", [move("norm", "norm")]),
 ]
 
@@ -28,6 +30,7 @@ def foreign() -> dict[str, torch.Tensor]:
         "both.weight": (6, 2),
         "qkv.weight": (12, 4),
         "qkv.bias": (12,),
+        "proj.weight": (3, 5),
         "old.norm.weight": (4,),
         "old.norm.bias": (4,),
     }
@@ -44,6 +47,7 @@ def shapes_here() -> dict[str, torch.Size]:
         "right.weight": (3, 2),
         "attention.qkv.weight": (12, 4),
         "attention.qkv.bias": (12,),
+        "proj": (5, 3),
         "new.norm.weight": (4,),
         "new.norm.bias": (4,),
     }
@@ -91,6 +95,26 @@ def test_rows_that_do_not_divide_are_a_shape_fault(name: str, shape: tuple[int, 
         to_here({**foreign(), name: torch.zeros(shape)}, RULES, shapes_here(), "x.ckpt")
 
 
+def test_tensors_are_cast_as_they_are_renamed() -> None:
+    state = foreign()
+    dtypes = {name: torch.float64 if name == "qk.weight" else torch.bfloat16 for name in shapes_here()}
+    here = to_here(state, RULES, shapes_here(), "x.ckpt", dtypes=dtypes)
+    assert {name: tensor.dtype for name, tensor in here.items()} == dtypes
+    assert torch.equal(here["positions"], state["embed"][0].bfloat16())
+
+
+def test_each_tensor_is_taken_once_and_one_rule_at_a_time() -> None:
+    state, taken = foreign(), []
+
+    class Reading(dict):
+        def __getitem__(self, name: str) -> torch.Tensor:
+            taken.append(name)
+            return super().__getitem__(name)
+
+    here = to_here(Reading(state), RULES, shapes_here(), "x.ckpt")
+    assert sorted(taken) == sorted(state) and here.keys() == shapes_here().keys()
+
+
 def test_what_is_ignored_is_named_by_a_pattern() -> None:
     state = {**foreign(), "text.position_ids": torch.arange(3)}
     here = to_here(state, RULES, shapes_here(), "x.ckpt", ignored=("*.position_ids",))
@@ -102,3 +126,19 @@ def test_a_rule_that_is_forgotten_is_our_own_fault() -> None:
         to_here({}, [], {"x": torch.Size([1])}, "x.ckpt")
     with pytest.raises(AssertionError, match="no rule takes"):
         to_there({"x": torch.zeros(1)}, [Rule(("a",), ("b",))])
+
+
+def test_a_network_is_built_with_parameters_in_the_dtype_and_statistics_in_float32() -> None:
+    state = {"w": torch.randn(3, 2), "b": torch.randn(3), "mean": torch.ones(2).half()}
+
+    class Scaled(nn.Linear):
+        def __init__(self, size: int) -> None:
+            super().__init__(size, 3)
+            self.register_buffer("mean", torch.zeros(size))
+
+    rules = [move("w", "weight"), move("b", "bias"), move("mean", "mean")]
+    module = build(Scaled, 2, state, rules, "a.ckpt", torch.bfloat16)
+    assert not module.training and torch.equal(module.weight, state["w"].bfloat16())
+    assert module.mean.dtype == torch.float32 and torch.equal(module.mean, torch.ones(2))
+    with pytest.raises(ValueError, match=r"a\.ckpt does not fit: missing: b"):
+        build(Scaled, 2, {"w": state["w"], "mean": state["mean"]}, rules, "a.ckpt")

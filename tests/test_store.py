@@ -196,14 +196,14 @@ def test_a_hub_id_is_fetched_without_pickles(tiny_folder, monkeypatch):
 
     asked = {}
 
-    def snapshot_download(hub_id, allow_patterns):
+    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
         asked.update(hub_id=hub_id, allow_patterns=allow_patterns)
         return str(tiny_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/tiny").source == "someone/tiny"
     assert asked["hub_id"] == "someone/tiny"
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.txt"]
+    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.txt", "README.md"]
 
 
 def test_without_a_network_a_hub_id_says_so(tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from unclip.tokenizer import BPETokenizer, warn_cut
 from unclip.types import TextEncoding
-from unclip.weights import load_strictly, read_tensors, write_tensors
+from unclip.weights import TensorFile, load_strictly, write_tensors
 
 
 def _import_open_clip() -> Any:
@@ -47,6 +48,8 @@ open_clip = _import_open_clip()
 
 CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"
 
+NO_TOWER = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}  # built in place of none, and thrown away
+
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids (B, L), mask (B, L)
 
 
@@ -54,12 +57,18 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids 
 class CLIPConfig:
     """open_clip's own two tables, as they stand in its `open_clip_config.json`."""
 
-    model_cfg: dict[str, Any]  # embed_dim, vision_cfg, text_cfg, quick_gelu, custom_text
+    model_cfg: dict[str, Any]  # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)  # size, mean, std, interpolation, resize_mode
 
     @property
     def context_length(self) -> int:
         return self.model_cfg["text_cfg"].get("context_length", 77)
+
+    @property
+    def plain(self) -> bool:
+        """Both towers are open_clip's own, not timm's or transformers'."""
+        vision, text = self.model_cfg.get("vision_cfg") or {}, self.model_cfg["text_cfg"]
+        return not (vision.get("timm_model_name") or text.get("hf_model_name"))
 
 
 class OpenCLIPTokenizer:
@@ -95,6 +104,8 @@ class CLIP(nn.Module):
         if "multimodal_cfg" in model_cfg:
             raise ValueError("this open_clip configuration is a captioner (multimodal_cfg); expected a plain CLIP")
         custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+        has_images = bool(model_cfg.get("vision_cfg"))
+        model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else NO_TOWER
         self.model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg)
         if custom_text:
             self.model.text.output_tokens = True  # it returns its states beside the embedding
@@ -103,6 +114,8 @@ class CLIP(nn.Module):
         self.preprocess = open_clip.transform.PreprocessCfg(
             **{"size": self.model.visual.image_size, **config.preprocess_cfg}
         )
+        if not has_images:
+            self.model.visual = None
 
     @classmethod
     def from_open_clip(cls, architecture: str, pretrained: str | None = None) -> CLIP:
@@ -141,9 +154,22 @@ class CLIP(nn.Module):
         raw = json.loads((folder / CONFIG_FILE).read_text())
         config = CLIPConfig(raw["model_cfg"], raw.get("preprocess_cfg", {}))
         own = folder / TOKENIZER_FILE
-        clip = cls(config, BPETokenizer.load(own, config.context_length) if own.is_file() else None)
-        weights = read_tensors(folder / WEIGHTS_FILE)
-        load_strictly(clip.model, weights, folder / WEIGHTS_FILE)
+        tokenizer = BPETokenizer.load(own, config.context_length) if own.is_file() else None
+        return cls.from_tensors(config, TensorFile(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, tokenizer)
+
+    @classmethod
+    def from_tensors(
+        cls, config: CLIPConfig, tensors: Mapping[str, Tensor], source: str | Path, tokenizer: Tokenize | None = None
+    ) -> CLIP:
+        """A model of given weights in open_clip's names, in float32; source is what an error calls them."""
+        # On the meta device nothing is initialised in vain; timm's and transformers' towers are not made for it.
+        with torch.device("meta") if config.plain else contextlib.nullcontext():
+            clip = cls(config, tokenizer)
+        load_strictly(clip.model, tensors, source)
+        tower = clip.model.text if isinstance(clip.model, open_clip.CustomTextCLIP) else clip.model
+        if config.plain and tower.attn_mask is not None:  # not among the weights
+            tower.attn_mask = torch.full(tower.attn_mask.shape, -torch.inf).triu(1)
+        assert not any(buffer.is_meta for buffer in clip.buffers())
         return clip.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -213,25 +239,47 @@ class CLIP(nn.Module):
         """Pictures -> (B, D): a tensor (B, 3, H, W) in [-1, 1] of any size, or PIL pictures."""
         return self.model.encode_image(self.prepare(images))
 
+    def image_features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps (B, C, h, w) of the image tower's stages: a tensor (B, 3, H, W) in [-1, 1] of any size."""
+        stages = self.model.visual.forward_intermediates(
+            self.prepare(images), output_fmt="NCHW", intermediates_only=True
+        )
+        return stages["image_intermediates"]
+
     def prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Resized, cropped and normalised as the model asks: (B, 3, S, S)."""
-        cfg = self.preprocess
+        """Resized, cropped and normalised as the model asks: (B, 3, S, S). ValueError without an image tower."""
+        if self.model.visual is None:
+            raise ValueError("this model has no image encoder, so it cannot see pictures; give image_emb, or a prompt")
+        cfg, size = self.preprocess, self.image_size
         if not isinstance(images, Tensor):
+            if cfg.resize_mode == "shortest":
+                images = [_centre(image, size, cfg.interpolation) for image in images]
             transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
             return torch.stack([transform(image) for image in images]).to(self.device, self.logit_scale.dtype)
-        size = self.image_size
         x = images.to(self.device)
         if x.shape[-2:] != (size, size):
             if cfg.resize_mode == "longest":
                 raise ValueError("this CLIP pads pictures (resize_mode 'longest'); give PIL pictures, not a tensor")
-            height, width = x.shape[-2:]
-            scale = size / min(height, width)
-            target = (size, size) if cfg.resize_mode == "squash" else (round(height * scale), round(width * scale))
+            target = (size, size) if cfg.resize_mode == "squash" else _resized(*x.shape[-2:], size)
             x = F.interpolate(x.float(), target, mode=cfg.interpolation, antialias=True).clamp(-1, 1)
             top, left = (target[0] - size) // 2, (target[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (cfg.mean, cfg.std))
         return ((x * 0.5 + 0.5 - mean) / std).to(self.logit_scale.dtype)
+
+
+def _resized(height: int, width: int, shortest: int) -> tuple[int, int]:
+    """Height and width of a picture whose shortest side becomes `shortest`."""
+    return tuple(int(shortest * side / min(height, width)) for side in (height, width))
+
+
+def _centre(image: Image.Image, size: int, interpolation: str) -> Image.Image:
+    """The square in the middle. Where it is half a pixel off, to the left or top, as in transformers."""
+    height, width = _resized(image.height, image.width, size)
+    bilinear = interpolation == "bilinear"  # all else is bicubic, as in open_clip
+    image = image.resize((width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from unclip.checkpoints import store
+from unclip.checkpoints import dalle2_pytorch, diffusers, diffusers_layout, glide, karlo, store
+from unclip.checkpoints.priors import PRIORS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,13 @@ class Format:
     load: Callable[[Path, torch.dtype], store.Bundle]
 
 
-FORMATS = (Format("unclip", store.recognise, store.load_bundle),)
+FORMATS = (
+    Format("unclip", store.recognise, store.load_bundle),
+    Format("diffusers", diffusers_layout.recognise, diffusers.load_bundle),
+    Format("Karlo's own", karlo.recognise, karlo.load_bundle),
+    Format("GLIDE", glide.recognise, glide.load_bundle),
+    Format("DALLE2-pytorch", dalle2_pytorch.recognise, dalle2_pytorch.load_bundle),
+)
 
 
 def load_any(path: Path, dtype: torch.dtype = torch.float32) -> store.Bundle:
@@ -28,5 +35,7 @@ def load_any(path: Path, dtype: torch.dtype = torch.float32) -> store.Bundle:
     for known in FORMATS:
         if known.recognise(path):
             return known.load(path, dtype)
+    if any(known.recognise(path) for known in PRIORS):
+        raise ValueError(f"{path} holds a prior, not a whole model; unclip.load_prior reads it")
     names = ", ".join(known.name for known in FORMATS)
     raise ValueError(f"{path} holds no model of a known format ({names}); a model folder has a model.json")

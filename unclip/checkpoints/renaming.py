@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.weights import fit_error
 
 # H heads, P parts (query, key, value), D rows of one head
 
+M = TypeVar("M", bound=nn.Module)
 Tensors = Sequence[Tensor]
 LEAVES = ("", ".weight", ".bias")
 
@@ -35,6 +37,11 @@ class Rule:
 def move(there: str, here: str, lead: int = 0, trail: int = 0) -> Rule:
     """The same values; there, tensors have `lead` axes of length 1 in front and (but for vectors) `trail` behind."""
     return Rule((there,), (here,), lambda x: [_drop(x[0], lead, trail)], lambda x: [_add(x[0], lead, trail)])
+
+
+def transpose(there: str, here: str) -> Rule:
+    """A matrix that multiplies from the left there and from the right here."""
+    return Rule((there,), (here,), lambda x: [x[0].mT.contiguous()], lambda x: [x[0].mT.contiguous()])
 
 
 def fuse(there: Sequence[str], here: str) -> Rule:
@@ -73,13 +80,16 @@ def to_here(
     shapes: Mapping[str, torch.Size],
     source: str | Path,
     ignored: Sequence[str] = (),
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
     """A foreign state under our names. ValueError unless every tensor finds a place and every place a tensor.
 
     shapes: of all tensors that are wanted here. ignored: patterns of names there that hold nothing learned
-    ("*.position_ids"). The error names what is missing, unexpected or of another shape, as it is called there.
+    ("*.position_ids"). dtypes: what to cast to, by names here. Tensors are taken, and cast, rule by rule, so that a
+    state that reads them from a file (`weights.TensorFile`) is never in memory twice. The error names what is missing,
+    unexpected or of another shape, as it is called there.
     """
-    left, out = dict(state), {}
+    left, out = set(state), {}
     missing, misshaped = [], []
     for rule in rules:
         for leaf in LEAVES:
@@ -91,7 +101,8 @@ def to_here(
                 missing += absent
                 out |= dict.fromkeys(places)
                 continue
-            given = [left.pop(name) for name in names]
+            left.difference_update(names)
+            given = [state[name] for name in names]
             try:
                 made = rule.forth(given)
             except (RuntimeError, ValueError):  # rows that don't divide
@@ -100,13 +111,36 @@ def to_here(
             if not fits:
                 wanted = rule.back([torch.empty(shapes[place], device="meta") for place in places])
                 pairs = zip(names, given, wanted, strict=True)
-                misshaped += [f"{n} is {tuple(x.shape)}, expected {tuple(w.shape)}" for n, x, w in pairs]
+                wrong = [(n, tuple(x.shape), tuple(w.shape)) for n, x, w in pairs if x.shape != w.shape]
+                misshaped += [f"{name} is {shape}, expected {expected}" for name, shape, expected in wrong]
+            if dtypes is not None:
+                made = [tensor.to(dtypes[place]) for place, tensor in zip(places, made, strict=False)]
             out |= zip(places, made, strict=False)
-    unexpected = [name for name in left if not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    unexpected = [name for name in state if name in left and not any(fnmatchcase(name, pattern) for pattern in ignored)]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     assert not (nowhere := [name for name in shapes if name not in out]), f"no rule gives {nowhere}"
     return out
+
+
+def build(
+    network: Callable[[Any], M],
+    config: Any,
+    state: Mapping[str, Tensor],
+    rules: Iterable[Rule],
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    ignored: Sequence[str] = (),
+) -> M:
+    """The network with a foreign state, in eval mode: parameters in `dtype`, buffers (statistics) in float32."""
+    with torch.device("meta"):
+        module = network(config)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    own = module.state_dict()
+    shapes, dtypes = ({name: getattr(tensor, kind) for name, tensor in own.items()} for kind in ("shape", "dtype"))
+    module.load_state_dict(to_here(state, rules, shapes, source, ignored, dtypes), assign=True)
+    return module.eval()
 
 
 def to_there(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:

@@ -5,13 +5,16 @@ emoji/
   options.json             how to sample, unless the caller says otherwise
   clip/                    open_clip's layout (see clip.py)
   prior/                   config.json (type and fields), schedule.json, model.safetensors
-  decoder/  upsampler_0/   likewise
+  decoder/  upsampler_0/   likewise; of DALL-E instead: codec/, dalle/, without a schedule
+  tokenizer/               where the tokenizer is not CLIP's: config.json (type and fields), tokenizer.json
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +35,61 @@ from unclip.checkpoints.catalogue import (
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import atomic_folder
+from unclip.models.cross_attention_decoder import (
+    CrossAttentionDecoder,
+    CrossAttentionDecoderConfig,
+    CrossAttentionUpsampler,
+    CrossAttentionUpsamplerConfig,
+)
+from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.dvae import DVAE, DVAEConfig
+from unclip.models.glide import GLIDE, GLIDEConfig
+from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.relative_prior import RelativePrior, RelativePriorConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.types import UnCLIPOptions
-from unclip.weights import load_strictly, read_tensors, write_tensors
+from unclip.models.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.vqgan import VQGAN, VQGANConfig
+from unclip.models.vqvae import VQVAE, VQVAEConfig
+from unclip.tokenizer import load_tokenizer
+from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
+from unclip.weights import TensorFile, load_strictly, write_tensors
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "DiffusionPrior": (DiffusionPrior, PriorConfig),
     "Decoder": (Decoder, DecoderConfig),
     "Upsampler": (Upsampler, UpsamplerConfig),
+    "GLIDE": (GLIDE, GLIDEConfig),
+    "RelativePrior": (RelativePrior, RelativePriorConfig),
+    "CrossAttentionDecoder": (CrossAttentionDecoder, CrossAttentionDecoderConfig),
+    "CrossAttentionUpsampler": (CrossAttentionUpsampler, CrossAttentionUpsamplerConfig),
+    "DALLE": (DALLE, DALLEConfig),
+    "DVAE": (DVAE, DVAEConfig),
+    "PlainDVAE": (PlainDVAE, PlainDVAEConfig),
+    "VQVAE": (VQVAE, VQVAEConfig),
+    "VQGAN": (VQGAN, VQGANConfig),
+    "GaussianVAE": (GaussianVAE, GaussianVAEConfig),
 }
-OPTIONS = {"unclip": UnCLIPOptions}  # by kind of model
+OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
+
+
+class Components(Mapping[str, Any]):
+    """Components that are read from their files when they are first asked for, one without the others."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
+        self._readers, self._read = dict(readers), {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._read:
+            self._read[name] = self._readers[name]()
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
 
 
 @dataclass(frozen=True)
@@ -51,7 +97,7 @@ class Bundle:
     """All that a checkpoint holds; a pipeline is made from it."""
 
     kind: str
-    components: dict[str, nn.Module]  # clip, prior, decoder, upsampler_0, ...
+    components: Mapping[str, Any]  # networks: clip, prior, decoder, upsampler_0, ...; a tokenizer if there is no CLIP
     schedules: dict[str, ScheduleConfig]  # of each component that is sampled by diffusion
     options: Any
     name: str
@@ -72,12 +118,17 @@ def save_component(
 
 
 def load_component(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    mapped: bool = False,
 ) -> nn.Module:
     """The network in a folder, in eval mode; parameters in `dtype`, buffers (statistics) in float32 whatever it is.
 
-    Built on the meta device and then given its tensors, so nothing is initialised in vain. ValueError names an unknown
-    type, a wrong config key, tensors that are missing, unexpected or mis-shaped, and a truncated file.
+    Built on the meta device and then given its tensors one by one, each in its dtype at once: nothing is initialised
+    in vain, and at most one tensor is in memory twice. ValueError names an unknown type, a wrong config key, tensors
+    that are missing, unexpected or mis-shaped, and a truncated file. mapped: see `TensorFile`.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
@@ -89,9 +140,7 @@ def load_component(
         module = network(parse(config_type, config, str(folder / CONFIG_FILE)))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    # Copies of the mapped memory: the file may be replaced while the model is in use.
-    tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / WEIGHTS_FILE).items()}
-    load_strictly(module, tensors, folder / WEIGHTS_FILE)
+    load_strictly(module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE)
     assert not any(buffer.is_meta for buffer in module.buffers()), f"{kind} has a buffer that is not saved"
     return module.to(device).eval()
 
@@ -116,8 +165,8 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = 
             if file.is_file():
                 shutil.copy2(file, part)
         for name, module in bundle.components.items():
-            if name in bundle.schedules:
-                save_component(module, part / name, dtype, bundle.schedules[name])
+            if type(module).__name__ in NETWORKS:
+                save_component(module, part / name, dtype, bundle.schedules.get(name))
             else:
                 module.save_pretrained(part / name, dtype)
         save_json(bundle.options, part / OPTIONS_FILE)
@@ -136,21 +185,23 @@ def recognise(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32)."""
+def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32, *, mapped: bool = False) -> Bundle:
+    """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32). mapped: see `TensorFile`."""
     from unclip.clip import CLIP  # late: open_clip is slow to import, and a component alone does without it
 
     folder = Path(folder)
     model = read_model_json(folder)
     if model["kind"] not in OPTIONS:
         raise ValueError(f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {', '.join(OPTIONS)}")
-    networks = [name for name in model["components"] if name != "clip"]
-    components: dict[str, nn.Module] = {"clip": CLIP.from_pretrained(folder / "clip")}
-    components |= {name: load_component(folder / name, dtype) for name in networks}
+    readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
+    networks = [name for name in model["components"] if name not in readers]
+    diffused = [] if model["kind"] == "dalle" else networks
+    readers |= dict.fromkeys(networks, partial(load_component, dtype=dtype, mapped=mapped))
+    components = Components({name: partial(readers[name], folder / name) for name in model["components"]})
     return Bundle(
         kind=model["kind"],
         components=components,
-        schedules={name: load_schedule(folder / name) for name in networks},
+        schedules={name: load_schedule(folder / name) for name in diffused},
         options=parse(OPTIONS[model["kind"]], read_json(folder / OPTIONS_FILE), str(folder / OPTIONS_FILE)),
         name=model["name"],
         licence=model["licence"],
