@@ -14,10 +14,9 @@ import torch
 from scripts import ROOT, load_script, run_script
 from torch import nn
 
+from unclip.checkpoints.store import NETWORKS
 from unclip.clip import CLIP
 from unclip.config import load_config, to_dict
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
 from unclip.models.unet import Attention
 from unclip.models.upsampler import Upsampler
 
@@ -27,7 +26,10 @@ CONFIG_CLASSES = {
     "prior": ("prior", "PriorTraining"),
     "decoder": ("decoder", "DecoderTraining"),
     "upsampler": ("upsampler", "UpsamplerTraining"),
-    "model": ("bundle", "ModelParts"),
+    "codec": ("codec", "CodecTraining"),
+    "dvae": ("codec", "CodecTraining"),
+    "dalle": ("dalle", "DALLETraining"),
+    "model": ("bundle", "Parts"),
 }
 STACKS = sorted({Path(name).parent.name for name in CONFIGS})
 PROCESSES = 64  # that configs/paper and configs/karlo are written for
@@ -38,6 +40,8 @@ PARAMETERS = {
     "paper/decoder": 3_567_370_758,
     "paper/upsampler_256": 729_702_083,
     "paper/upsampler_1024": 282_059_139,
+    "paper/dvae": 97_616_006,
+    "paper/dalle": 12_293_857_024,
     "karlo/prior": 1_022_028_544,
     "karlo/decoder": 893_318_086,
     "karlo/upsampler": 691_579_523,
@@ -47,6 +51,7 @@ PAPER_SIZES = {  # Table 3
     "paper/decoder": 3.5e9,
     "paper/upsampler_256": 0.7e9,
     "paper/upsampler_1024": 0.3e9,
+    "paper/dalle": 12.0e9,  # 2102.12092, table 1
 }
 VISION = {"image_size": 256, "patch_size": 16, "width": 1280, "layers": 32}
 UPSAMPLER = {"optim.betas": [0.9, 0.999], "optim.eps": 1e-8, "optim.weight_decay": 0, "model.unet.mid_attention": False}
@@ -127,6 +132,48 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
         "fit.ema": 0.9999,
         "batch": 512,
     },
+    "paper/dvae": {  # 2102.12092, A
+        "model.image_size": 256,
+        "model.vocab_size": 8192,
+        "anneal.temperature.start": 1,
+        "anneal.temperature.end": 1 / 16,
+        "anneal.temperature.steps": 150_000,
+        "anneal.kl_weight.end": 6.6,
+        "anneal.kl_weight.steps": 5000,
+        "optim.lr": 1e-4,
+        "optim.betas": [0.9, 0.999],
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 1e-4,
+        "optim.final_lr": 1.25e-6 / 1e-4,
+        "optim.decay_steps": 1_200_000,
+        "fit.steps": 3_000_000,
+        "fit.ema": 0.999,
+        "batch": 512,
+    },
+    "paper/dalle": {  # 2102.12092, 2.2, B.1 and B.2
+        "model.text_vocab": 16_384,
+        "model.context_length": 256,
+        "model.image_vocab": 8192,
+        "model.grid": [32, 32],
+        "model.depth": 64,
+        "model.heads": 62,
+        "model.head_dim": 64,
+        "model.width": 3968,
+        "model.attention": ["row", "column", "row", "row"],
+        "model.last_attention": "conv",
+        "model.kernel": 11,
+        "loss.text_weight": 1 / 8,
+        "loss.bpe_dropout": 0.1,
+        "optim.lr": 4.5e-4,
+        "optim.betas": [0.9, 0.96],
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 0.045,
+        "optim.warmup": 5000,
+        "optim.final_lr": 2**-5,
+        "optim.clip_norm": 4,
+        "fit.steps": 430_000,
+        "batch": 1024,
+    },
 }
 
 
@@ -145,10 +192,9 @@ def config(name: str) -> Any:
 @cache
 def network(name: str) -> nn.Module:
     """What a config trains, without memory for its parameters."""
-    networks = {"prior": DiffusionPrior, "decoder": Decoder, "upsampler": Upsampler}
-    kind, model = kind_of(name), config(name).model
+    networks, model = {config: network for network, config in NETWORKS.values()}, config(name).model
     with torch.device("meta"):
-        return CLIP(model, tokenizer=lambda texts: None) if kind == "clip" else networks[kind](model)
+        return CLIP(model, tokenizer=lambda texts: None) if kind_of(name) == "clip" else networks[type(model)](model)
 
 
 def count(module: nn.Module) -> int:
@@ -163,8 +209,9 @@ def at(values: Mapping[str, Any], place: str) -> Any:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_is_valid_and_what_it_trains_can_be_built(name):
-    if Path(name).stem == "model":
-        assert len(config(name).options.upsamplers) == len(config(name).upsamplers)
+    if kind_of(name) == "model":
+        parts = config(name)
+        assert parts.kind == "dalle" or len(parts.options.upsamplers) == len(parts.upsamplers)
     else:
         assert count(network(name)) > 0
 
@@ -183,6 +230,13 @@ def test_the_paper_s_hyperparameters(name):
         settings["attention"] = [level["attention"] for level in unet["levels"]]
         (settings["depth"],) = {level["blocks"] for level in unet["levels"]}
     assert {place: at(settings, place) for place in PAPER[name]} == PAPER[name]
+
+
+def test_the_layers_of_the_12_billion_model_hold_12_09_billion_weights():
+    layers = network("paper/dalle.yaml").layers
+    assert sum(p.numel() for p in layers.parameters() if p.ndim == 2) == 64 * 12 * 3968**2 == 12_092_178_432
+    kinds = [pattern.kind for pattern in config("paper/dalle.yaml").model.patterns]
+    assert kinds == ["conv" if i == 64 else "column" if (i - 2) % 4 == 0 else "row" for i in range(1, 65)]
 
 
 def test_the_table_of_sizes_is_right_and_explains_every_difference_above_a_tenth():
@@ -232,6 +286,15 @@ def test_the_networks_of_a_folder_fit_together(stack):
         assert (part.model.low_size, part.data.image_size) == (size, part.model.high_size)
         assert part.data.crop % part.model.unet.size_divisor == 0
         size = part.model.high_size
+
+
+@pytest.mark.parametrize("stack", ["emoji", "tiny"])
+def test_codec_and_transformer_of_a_folder_fit_together(stack):
+    codec, dalle, model = (config(f"{stack}/{name}.yaml") for name in ("codec", "dalle", "model_dalle"))
+    dalle.model.check_codec(codec.model.vocab_size, network(f"{stack}/codec.yaml").grid)
+    assert dalle.codec == model.codec == f"{codec.fit.output}/model" and model.dalle == f"{dalle.fit.output}/model"
+    assert dalle.data.image_size == codec.model.image_size
+    assert model.clip in (None, f"{config(f'{stack}/clip.yaml').fit.output}/model")
 
 
 def test_a_decoder_is_not_trained_on_pictures_of_another_size():

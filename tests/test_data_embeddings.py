@@ -52,7 +52,7 @@ def test_what_is_written_is_read(tmp_path):
     assert batch["image_emb"][:, 0].tolist() == [4, 0, 2, 3] and batch["image_emb"].dtype == torch.float32
     assert torch.equal(batch["text_emb"], -batch["image_emb"])
     assert batch["caption"] == ["c4", "c0", "c2", "c3"] and batch["key"] == ["1-1", "0-0", "0-2", "1-0"]
-    assert isinstance(dataset._image[0], np.memmap)
+    assert isinstance(dataset._arrays["img_emb"][0], np.memmap)
 
 
 def test_clip_retrievals_own_variations_are_read(tmp_path):

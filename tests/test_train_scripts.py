@@ -13,9 +13,10 @@ import torch
 from scripts import ROOT, draw_pictures, run_script
 
 import unclip
+from unclip.checkpoints.codecs import load_codec
 from unclip.weights import read_tensors
 
-NETWORKS = ("clip", "prior", "decoder", "upsampler")
+NETWORKS = ("clip", "prior", "decoder", "upsampler", "codec")
 
 
 def train(network: str, *arguments: str) -> None:
@@ -47,7 +48,7 @@ def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
     assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 8
 
 
-@pytest.mark.parametrize("network", ["decoder", "upsampler"])
+@pytest.mark.parametrize("network", ["decoder", "upsampler", "codec"])
 def test_networks_that_draw_leave_previews(workplace, network):
     assert list((workplace / "runs/tiny" / network).rglob("*.png"))
 
@@ -100,6 +101,29 @@ def test_a_typo_is_named_with_its_place(workplace, tmp_path):
     config.write_text((ROOT / "configs/tiny/prior.yaml").read_text().replace("warmup:", "warm_up:"))
     with pytest.raises(SystemExit, match=r"typo\.yaml:\d+: optim\.warm_up is unknown; did you mean 'warmup'"):
         run_script(ROOT / "train/prior.py", "--config", str(config))
+
+
+def test_a_codec_is_trained_with_a_judge_and_exported_without(workplace):
+    codec = load_codec(workplace / "runs/tiny/codec/model")
+    assert (codec.grid, codec.vocab_size) == ((4, 4), 32)
+    rows = [json.loads(row) for row in (workplace / "runs/tiny/codec/metrics.jsonl").read_text().splitlines()]
+    assert {"nll", "kl_bits", "usage", "perplexity", "judge", "perceptual"} <= rows[0].keys()
+    temperatures = [row["temperature"] for row in rows if "temperature" in row]
+    assert temperatures == sorted(temperatures, reverse=True) and temperatures[-1] < 0.3
+    train("codec", "--init", "runs/tiny/codec/model", "--set", "fit.output=runs/tiny/tuned", "--set", "fit.steps=1")
+    tuned = load_codec(workplace / "runs/tiny/tuned/model")
+    assert (tuned.encoder.input.w - codec.encoder.input.w).abs().max() < 0.01
+
+
+def test_a_codec_s_faulty_config_is_told(workplace):
+    with pytest.raises(SystemExit, match="data gives pictures of 8 pixels; this model has 16"):
+        train("codec", "--set", "data.image_size=8", "--set", "fit.output=runs/tiny/faulty")
+    with pytest.raises(SystemExit, match="anneal.kl is unknown; this codec anneals temperature, kl_weight"):
+        train("codec", "--set", "anneal.kl={start: 0, end: 1, steps: 2}", "--set", "fit.output=runs/tiny/faulty")
+    with pytest.raises(SystemExit, match="model.kind is 'vae'; expected 'dvae' or 'gaussian' or 'vqgan' or 'vqvae'"):
+        train("codec", "--set", "model.kind=vae", "--set", "fit.output=runs/tiny/faulty")
+    with pytest.raises(SystemExit, match="model.withd is unknown; did you mean 'width'"):
+        train("codec", "--set", "model.withd=3", "--set", "fit.output=runs/tiny/faulty")
 
 
 def test_accelerate_launches_a_script(workplace):

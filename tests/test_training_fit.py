@@ -370,7 +370,7 @@ class Script:
 def main(run: Run[Script]) -> None:
     config = run.config
     loader = TinyLoader(1, rank=int(os.environ.get("RANK", 0)), processes=int(os.environ.get("WORLD_SIZE", 1)))
-    fit(plain_model(), straight, loader, config.fit, config.optim, run=run)
+    fit(plain_model().to(run.device), straight, loader, config.fit, config.optim, run=run)
 
 
 def plain_model() -> nn.Module:
@@ -415,6 +415,21 @@ def test_a_script_trains_and_resumes(tmp_path: Path) -> None:
     )
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step-0000003" / "state.json").read_text())
     assert (saved["settings"]["optim"]["lr"], saved["data"]) == (1e-5, {"epoch": 3, "batch": 0})
+
+
+def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
+    config = script_config(tmp_path)
+    launch(main, Script, None, ["--config", config])
+    file = tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json"
+    state = json.loads(file.read_text())
+    again = ["--config", config, "--resume", "latest", "--set", "fit.steps=3"]
+    file.write_text(json.dumps({**state, "settings": {**state["settings"], "optim": {"betas": [0.5, 0.9]}}}))
+    with pytest.raises(SystemExit, match=r"optim\.betas\.0 was 0\.5, is 0\.9"):
+        launch(main, Script, None, again)
+    del state["settings"]["optim"]["betas"]  # as if the setting were new: it was then as is the default now
+    file.write_text(json.dumps(state))
+    launch(main, Script, None, again)
+    assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
 
 
 def test_resume_command_goes_through_accelerate_if_it_was_started_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,13 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert config.lr_at(110, 110) == pytest.approx(0.1)
     assert replace(config, schedule="constant").lr_at(109, 110) == 1.0
     assert OptimConfig(lr=1.0, warmup=0).lr_at(0, 10) == 1.0
+    early = replace(config, decay_steps=110)
+    assert [early.lr_at(step, 1000) for step in (60, 110, 900)] == pytest.approx([0.55, 0.1, 0.1])
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"warmup": -1}, {"final_lr": 2.0}, {"clip_norm": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"lr": 0.0}, {"warmup": -1}, {"final_lr": 2.0}, {"clip_norm": 0.0}, {"decay_steps": 9}]
+)
 def test_impossible_optimisers_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         OptimConfig(**wrong)

@@ -1,6 +1,7 @@
 """Puts trained networks together as one model folder, which `unclip.load` opens.
 
-    python train/bundle.py --config configs/emoji/model.yaml
+python train/bundle.py --config configs/emoji/model.yaml
+python train/bundle.py --config configs/emoji/model_dalle.yaml
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ from typing import Literal
 
 import torch
 
-from unclip.checkpoints.store import Bundle, load_component, load_schedule, save_bundle
+from unclip.checkpoints.catalogue import read_model_json
+from unclip.checkpoints.codecs import load_codec
+from unclip.checkpoints.store import Bundle, load_component, load_schedule
 from unclip.clip import CLIP
 from unclip.config import load_config
-from unclip.types import UnCLIPOptions
+from unclip.models.dalle import DALLE
+from unclip.pipelines.dalle import DallePipeline
+from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.tokenizer import BPETokenizer
+from unclip.types import CodeOptions, UnCLIPOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class ModelParts:
+class UnCLIPParts:
+    """Of unCLIP."""
+
     name: str
     licence: str
     output: str  # the model folder; an older model there is replaced whole
@@ -32,24 +41,59 @@ class ModelParts:
     upsamplers: tuple[str, ...] = ()
     options: UnCLIPOptions = field(default_factory=UnCLIPOptions)  # how the model is sampled by default
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"  # of the stored weights
+    kind: Literal["unclip"] = "unclip"
 
 
-def main(parts: ModelParts) -> None:
+@dataclass(frozen=True)
+class DalleParts:
+    """Of DALL-E 1."""
+
+    kind: Literal["dalle"]
+    name: str
+    licence: str
+    output: str
+    codec: str  # folders of components
+    dalle: str  # with its tokenizer.json
+    clip: str | None = None  # that chooses among candidates
+    options: CodeOptions = field(default_factory=CodeOptions)
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+
+
+Parts = UnCLIPParts | DalleParts  # told by `kind`
+
+
+def main(parts: Parts) -> None:
+    pipe = _unclip(parts) if isinstance(parts, UnCLIPParts) else _dalle(parts)
+    pipe.save_pretrained(parts.output, DTYPES[parts.dtype])
+    size = sum(file.stat().st_size for file in Path(parts.output).rglob("*.safetensors"))
+    components = ", ".join(read_model_json(Path(parts.output))["components"])
+    print(f"{parts.output}: {components}; {size / 1e6:.1f} MB of weights in {parts.dtype}")
+
+
+def _dalle(parts: DalleParts) -> DallePipeline:
+    dalle = load_component(parts.dalle)
+    if not isinstance(dalle, DALLE):
+        raise ValueError(f"{parts.dalle} holds a {type(dalle).__name__}; expected a DALLE, as train/dalle.py makes it")
+    tokenizer = BPETokenizer.load(Path(parts.dalle) / "tokenizer.json", dalle.config.context_length, marked=False)
+    clip = None if parts.clip is None else CLIP.from_pretrained(parts.clip)
+    told = {"name": parts.name, "licence": parts.licence}
+    return DallePipeline(tokenizer, load_codec(parts.codec), dalle, clip, parts.options, **told)
+
+
+def _unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
     folders = {"prior": parts.prior, "decoder": parts.decoder}
     folders |= {f"upsampler_{i}": folder for i, folder in enumerate(parts.upsamplers)}
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     components = {"clip": CLIP.from_pretrained(parts.clip)}
     bundle = Bundle(
-        kind="unclip",
+        kind=parts.kind,
         components=components | {name: load_component(folder) for name, folder in folders.items()},
         schedules={name: load_schedule(folder) for name, folder in folders.items()},
         options=parts.options,
         name=parts.name,
         licence=parts.licence,
     )
-    save_bundle(bundle, parts.output, DTYPES[parts.dtype])
-    size = sum(file.stat().st_size for file in Path(parts.output).rglob("*.safetensors"))
-    print(f"{parts.output}: {', '.join(bundle.components)}; {size / 1e6:.1f} MB of weights in {parts.dtype}")
+    return UnCLIPPipeline.from_bundle(bundle)
 
 
 if __name__ == "__main__":
@@ -58,6 +102,6 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
     args = parser.parse_args()
     try:
-        main(load_config(args.config, ModelParts, args.set))
+        main(load_config(args.config, Parts, args.set))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

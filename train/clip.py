@@ -1,6 +1,6 @@
 """Trains a CLIP contrastively on pictures and captions (2103.00020).
 
-    accelerate launch train/clip.py --config configs/emoji/clip.yaml
+accelerate launch train/clip.py --config configs/emoji/clip.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the diffusion decoder: from a CLIP image embedding and a caption to a picture (unCLIP 2.1).
 
-    accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
+accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the diffusion prior on captions and CLIP image embeddings (unCLIP 2.2).
 
-    accelerate launch train/prior.py --config configs/emoji/prior.yaml
+accelerate launch train/prior.py --config configs/emoji/prior.yaml
 """
 
 from __future__ import annotations

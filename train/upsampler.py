@@ -1,6 +1,6 @@
 """Trains one diffusion upsampler on crops: from a low-res picture to a high-res one (unCLIP 2.1).
 
-    accelerate launch train/upsampler.py --config configs/emoji/upsampler.yaml
+accelerate launch train/upsampler.py --config configs/emoji/upsampler.yaml
 """
 
 from __future__ import annotations

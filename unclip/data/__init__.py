@@ -15,6 +15,7 @@ _HOME = {
     "FolderDataset": "folder",
     "ShardDataset": "shards",
     "ShardWriter": "shards",
+    "CodeDataset": "codes",
     "EmbeddingDataset": "embeddings",
     "EmbeddingWriter": "embeddings",
     "CorruptionConfig": "corruption",

@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from unclip.data.codes import CodeDataset
 from unclip.data.embeddings import EmbeddingDataset
 from unclip.data.folder import FolderDataset
 from unclip.data.order import BATCH, EpochOrder
+from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, square
 from unclip.data.shards import ShardDataset
 
@@ -66,17 +68,19 @@ class DataConfig:
             raise ValueError(f"max_broken is {self.max_broken}; expected a fraction in [0, 1)")
 
 
-def open_dataset(path: str | Path) -> Dataset | EmbeddingDataset:
-    """Tar shards (folder, file or pattern), a folder with pictures, a .csv or .jsonl, or a folder of embeddings."""
+def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
+    """Tar shards (folder, file or pattern), pictures (folder, .csv or .jsonl), or a folder of embeddings or codes."""
     place = Path(path)
     if place.suffix == ".tar" or any(sign in str(path) for sign in "*?{"):
         return ShardDataset(path)
     if not place.exists():
         raise FileNotFoundError(
-            f"no data at {path}; expected tar shards, a folder with pictures and captions, a CSV, or embeddings"
+            f"no data at {path}; expected tar shards, a folder with pictures and captions, a CSV, embeddings, or codes"
         )
     if (place / "img_emb").is_dir():
         return EmbeddingDataset(place)
+    if (place / "codes").is_dir():
+        return CodeDataset(place)
     if next(place.glob("*.tar"), None):
         return ShardDataset(place)
     return FolderDataset(place)
@@ -85,7 +89,8 @@ def open_dataset(path: str | Path) -> Dataset | EmbeddingDataset:
 class Loader:
     """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}.
 
-    Of embeddings, {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}.
+    Of embeddings, {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}; of codes, {"codes": long
+    (B, h, w), "caption", "key"}.
 
     Iterating gives the rest of the current epoch; the next iteration gives the next one. A last, smaller batch is
     dropped unless it is the only one. With P processes, batch n of each is every P-th sample of what one process would
@@ -97,7 +102,7 @@ class Loader:
     def __init__(
         self,
         config: DataConfig,
-        dataset: Dataset | EmbeddingDataset | None = None,
+        dataset: Dataset | PrecomputedDataset | None = None,
         num_processes: int | None = None,
         process_index: int | None = None,
     ) -> None:
@@ -112,8 +117,8 @@ class Loader:
         self._tried = 0
         if len(self._order) < self.num_processes:
             raise ValueError(f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes")
-        is_embeddings = isinstance(self.dataset, EmbeddingDataset)
-        self._pictures = None if is_embeddings else PictureReader(self.dataset, config.image_size, config.cache)
+        is_precomputed = isinstance(self.dataset, PrecomputedDataset)
+        self._pictures = None if is_precomputed else PictureReader(self.dataset, config.image_size, config.cache)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -135,7 +140,7 @@ class Loader:
 
     def captions(self) -> Iterator[str]:
         """All captions of all samples (of each its canonical one, if the config says so); broken samples have none."""
-        if isinstance(self.dataset, EmbeddingDataset):
+        if isinstance(self.dataset, PrecomputedDataset):
             yield from self.dataset.captions
             return
         for index in range(len(self.dataset)):

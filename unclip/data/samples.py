@@ -53,9 +53,6 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(f"no {', '.join(FORMATS)} picture") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"damaged picture: {error}") from None
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255
-        grey = (np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        image = ImageOps.exif_transpose(Image.fromarray(grey))
     return open_picture(image)
 
 

@@ -43,6 +43,7 @@ Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 Preview = Callable[[nn.Module], "Image.Image"]
 Export = Callable[[nn.Module, Path], None]
+BeforeStep = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def fit(
     val_loader: Loader | None = None,
     preview: Preview | None = None,
     export: Export | None = None,
+    before_step: BeforeStep | None = None,
 ) -> Path:
     """Train `model` and return the folder of its averaged weights, `<output>/model`.
 
@@ -105,6 +107,7 @@ def fit(
     its noise from torch's global generator, whose state is saved and restored. Frozen networks live in its closure.
     `preview(model)` draws a picture and `export(model, folder)` writes a component, both with the averaged weights;
     without `export` the folder gets model.safetensors. `<output>/model` is renewed at every checkpoint.
+    `before_step(step)` is told before each update how many there were: for a loss that changes as training goes on.
 
     A dry run, and a SIGTERM or Ctrl-C after saving, end in SystemExit(0). Raises FloatingPointError when the loss or
     the gradient is not finite, before the update; ValueError for settings that do not fit; OSError for a full disk.
@@ -114,7 +117,7 @@ def fit(
         if data is not None and len(data) < 1:
             raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
     try:
-        return _Fit(model, loss_fn, loader, config, optim, run, val_loader, preview, export).train()
+        return _Fit(model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step).train()
     finally:  # accelerate keeps its settings in process-wide singletons; the next fit may want another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -131,6 +134,7 @@ class _Fit:
     val_loader: Loader | None
     preview: Preview | None
     export: Export | None
+    before_step: BeforeStep | None
 
     def __post_init__(self, run: Run[Any]) -> None:
         config, model = self.config, self.raw
@@ -154,7 +158,7 @@ class _Fit:
             self.ema,
             self.loader,
             accelerator.scaler,
-            run.config if isinstance(run.config, dict) else to_dict(run.config),
+            run.config,
             accelerator.num_processes,
         )
         self.resumed_random_state = self.state.restore(source, accelerator.process_index) if source else None
@@ -211,6 +215,8 @@ class _Fit:
         accelerator, config = self.accelerator, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.optim.lr_at(self.state.step, config.steps)
+        if self.before_step is not None:
+            self.before_step(self.state.step)
         used, losses = [], []
         for i in range(config.accumulate):
             batch = next(batches)

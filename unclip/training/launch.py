@@ -31,8 +31,10 @@ class Run(Generic[C]):
     def device(self) -> torch.device:
         """Where `fit` will train in this process: for the frozen networks that a loss uses."""
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        return PartialState().device
+        # Whoever asks first settles for the whole process whether it is one of several, and of which kind.
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
 
 
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:

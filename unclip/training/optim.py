@@ -21,6 +21,7 @@ class OptimConfig:
     warmup: int = 500  # steps from 0 to lr
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: float = 0.0  # where the cosine ends, as a fraction of lr
+    decay_steps: int | None = None  # when it ends there, to stay; None = with the training
     clip_norm: float | None = 1.0  # the gradient is scaled down to this norm; None = only measured
 
     def __post_init__(self) -> None:
@@ -30,6 +31,8 @@ class OptimConfig:
             raise ValueError(f"warmup is {self.warmup}; expected 0 steps or more")
         if not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr is {self.final_lr}; expected a fraction of lr in [0, 1]")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup:
+            raise ValueError(f"decay_steps is {self.decay_steps}; expected more than warmup = {self.warmup}, or null")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; expected a positive number, or null for no clipping")
 
@@ -39,7 +42,7 @@ class OptimConfig:
             return self.lr * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.lr
-        done = (step - self.warmup) / max(1, steps - self.warmup)
+        done = (step - self.warmup) / max(1, (self.decay_steps or steps) - self.warmup)
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 

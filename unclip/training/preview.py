@@ -13,9 +13,14 @@ from unclip.clip import CLIP
 from unclip.diffusion.guidance import classifier_free
 from unclip.diffusion.samplers import randn, sample
 from unclip.diffusion.schedules import Schedule
+from unclip.models.codec import Autoencoder, ImageCodec
+from unclip.models.dalle import DALLE
+from unclip.models.dalle_sampling import sample_codes
 from unclip.pictures import grid
+from unclip.tokenizer import BPETokenizer
+from unclip.training.dalle import image_codes
 from unclip.training.losses import resized
-from unclip.types import StageOptions
+from unclip.types import CodeOptions, StageOptions
 
 Preview = Callable[[nn.Module], Image.Image]
 
@@ -71,6 +76,33 @@ def upsampler_preview(
             lambda x, t: upsampler.denoise(x, t, low_res.to(device)), truth.to(device), schedule, options, config
         )
         return sheet([nn.functional.interpolate(low_res, (side, side), mode="nearest"), drawn, truth])
+
+    return draw
+
+
+def codec_preview(codec: Autoencoder, loader: Iterable, count: int = 12) -> Preview:
+    """Validation pictures above what `codec`, which is trained or part of what is trained, makes of them."""
+    truth = next(iter(loader))["image"][:count]
+
+    def draw(_: nn.Module) -> Image.Image:
+        return sheet([truth, codec.reconstruct(truth.to(codec.last_layer.device))])
+
+    return draw
+
+
+def dalle_preview(
+    tokenizer: BPETokenizer, codec: ImageCodec, loader: Iterable, count: int = 12, options: CodeOptions | None = None
+) -> Preview:
+    """Validation pictures, as far as the codec can show them, above what the transformer draws from their captions."""
+    batch = next(iter(loader))
+    ids, mask = tokenizer(batch["caption"][:count])
+    truth = image_codes(codec, batch)[:count]
+
+    def draw(dalle: DALLE) -> Image.Image:
+        prefix = dalle.condition(dalle.tokens(ids, mask))
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prefix))]
+        drawn = sample_codes(dalle, prefix, generators, options or CodeOptions())
+        return sheet([codec.decode(truth), codec.decode(drawn)])
 
     return draw
 

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip import __version__
-from unclip.config import flatten, save_json
+from unclip.config import flatten, parse, save_json, to_dict
 from unclip.training.ema import EMA
 from unclip.weights import load_strictly, read_tensors
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = (
-    *("optim.lr", "optim.warmup", "optim.schedule", "optim.final_lr", "optim.clip_norm"),
+    *("optim.lr", "optim.warmup", "optim.schedule", "optim.final_lr", "optim.decay_steps", "optim.clip_norm"),
     *("fit.output", "fit.steps", "fit.keep", "fit.trackers", "fit.progress", "fit.val_batches"),
     *("fit.log_every", "fit.val_every", "fit.preview_every", "fit.save_every"),
     *("fit.compile", "fit.gradient_checkpointing", "fit.channels_last"),
@@ -52,10 +52,14 @@ class RunState:
     ema: EMA | None
     loader: HasPlace
     scaler: torch.amp.GradScaler | None  # fp16 only
-    settings: dict[str, Any]
+    config: Any  # all settings of the run: a dataclass, or a plain dict
     processes: int = 1
     step: int = 0
     hours: float = 0.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config if isinstance(self.config, dict) else to_dict(self.config)
 
     def save(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
         """Write all of it; `random_states` has that of each process."""
@@ -81,7 +85,7 @@ class RunState:
     def restore(self, folder: Path, process: int) -> dict[str, Any]:
         """Continue from what `save` wrote; returns the random state of this process, to be set before the next step."""
         place = read_json(folder / "state.json")
-        check_settings(place["settings"], self.settings, folder)
+        check_settings(_completed(place["settings"], self.config), self.settings, folder)
         if place["processes"] != self.processes:
             raise ValueError(f"{folder} is of a run on {place['processes']} process(es), this one has {self.processes}")
         try:  # in place: the optimiser holds these very parameters
@@ -108,6 +112,16 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
         path = files[0]
     # Copies, not the mapped file: trained weights must not depend on a file that may be replaced.
     load_strictly(model, {name: tensor.clone() for name, tensor in read_tensors(path).items()}, path)
+
+
+def _completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A checkpoint's settings, with the defaults of those that its version did not have yet."""
+    if isinstance(config, dict):
+        return saved
+    try:
+        return to_dict(parse(type(config), saved))
+    except ValueError:  # it had some that are gone, which will be told as differences
+        return saved
 
 
 def check_settings(saved: dict[str, Any], present: dict[str, Any], source: Path) -> None:

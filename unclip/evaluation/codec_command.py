@@ -1,0 +1,53 @@
+"""The command `unclip evaluate-codec`; torch is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from unclip.checkpoints.catalogue import locate
+
+SHOWN = 12  # pictures with their reconstructions
+
+
+def add_codec_command(commands: Any) -> None:
+    """Declares it on the subparsers of `unclip`."""
+    about = "measure what an image codec loses, and how it uses its codebook"
+    parser = commands.add_parser("evaluate-codec", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    parser.set_defaults(run=evaluate_codec)
+    parser.add_argument("codec", metavar="CODEC", help="folder or file of a codec, or a model that has one")
+    parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="pictures: tars, or a folder")
+    parser.add_argument("--size", type=int, metavar="S", help="side of the pictures (default: that of the training)")
+    parser.add_argument("--limit", type=int, metavar="N", help="take so many of them (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, mps (default: cpu)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="write pictures above their reconstructions here")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def evaluate_codec(args: Namespace) -> None:
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
+    path = locate(args.codec)  # a misspelt name is told before torch is imported
+
+    from unclip.checkpoints.codecs import load_codec
+    from unclip.evaluation import codec as evaluation
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.pictures import save_png
+
+    codec = load_codec(path / "codec" if (path / "codec").is_dir() else path, args.device)
+    images = load_pairs(args.data, args.size or codec.image_size, args.limit, not args.quiet).images
+    results = evaluation.evaluate_codec(codec, images, args.batch_size)
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:{width}}  {value:.4g}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(args.json)
+    if args.picture is not None:
+        chosen = images[:: max(1, len(images) // SHOWN)][:SHOWN]
+        save_png(evaluation.reconstructions(codec, chosen), args.picture)
+        print(args.picture)

@@ -1,0 +1,116 @@
+"""The parts of DALL-E (2102.12092), each callable alone: pictures -> codes -> pictures, and what both cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from unclip.clip import CLIP
+from unclip.models.codec import ImageCodec
+from unclip.models.dalle import DALLE
+from unclip.models.dalle_bound import JointBound, joint_bound
+from unclip.pipelines.base import Picture, check_prompts, seeds_from
+from unclip.pipelines.networks import SMALL_CLIP
+from unclip.pipelines.runs import batches_of, several, to_tensor
+from unclip.tokenizer import BPETokenizer
+from unclip.types import Prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# P prompts or pictures, B batch, L text tokens, h w grid of codes, S image size
+
+CHUNK = 16  # pictures that the codec encodes together
+
+
+class DalleStages:
+    """A tokenizer, a transformer that writes codes, the codec that draws them, and a CLIP that chooses, or none."""
+
+    name: str
+
+    def __init__(self, tokenizer: BPETokenizer, codec: ImageCodec, dalle: DALLE, clip: CLIP | None = None) -> None:
+        self.tokenizer, self.codec, self.dalle, self.clip = tokenizer, codec, dalle, clip
+        self._check_fit()
+        for module in (*self.networks().values(), *([] if clip is None else [clip])):
+            module.eval().requires_grad_(False)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """Every network but CLIP."""
+        return {"codec": self.codec, "dalle": self.dalle}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves all networks; parameters become `dtype`, but a small CLIP and a codebook's statistics stay float32."""
+        if self.clip is not None:
+            big = sum(p.numel() for p in self.clip.parameters()) > SMALL_CLIP
+            self.clip.to(device=device, dtype=dtype if big else None)
+        for network in self.networks().values():
+            network.to(device=device)
+            for parameter in network.parameters():
+                parameter.data = parameter.data.to(dtype=dtype)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.dalle.start.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dalle.start.dtype
+
+    @torch.inference_mode()
+    def encode(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Pictures of S x S pixels (PIL, paths, or tensors in [-1, 1]) -> their codes (P, h, w)."""
+        x = to_tensor(self._fitting(images)).to(self.device)
+        return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) -> pictures (B, 3, S, S) in [-1, 1]."""
+        return self.codec.decode(codes.to(self.device)).float()
+
+    def elbo(self, images: Picture | Sequence[Picture], captions: Prompt, *, seed: int | None = None) -> JointBound:
+        """The bound on ln p(x, y) for pictures of S x S pixels and their captions, estimated with one draw of codes.
+
+        Its `bits_per_dim` is what a value of a picture costs at most, the caption included.
+        """
+        pictures, captions = self._fitting(images), check_prompts(captions)
+        if len(pictures) != len(captions):
+            raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures; expected one for each")
+        generator = torch.Generator(self.device).manual_seed(seeds_from(seed, 1)[0])
+        x, tokens = to_tensor(pictures).to(self.device), self._tokens(captions)
+        chunks = batches_of(len(x), CHUNK)
+        return JointBound.cat([joint_bound(self.dalle, self.codec, x[i], tokens[i], generator) for i in chunks])
+
+    def _tokens(self, prompts: Sequence[str | None]) -> Tensor:
+        """(P, L); no prompt is the null, as the empty one is."""
+        return self.dalle.tokens(*self.tokenizer([prompt or "" for prompt in prompts]))
+
+    def _fitting(self, images: Picture | Sequence[Picture]) -> list[Image.Image]:
+        """Pictures as RGB; ValueError unless they are of the size that the codec was made for."""
+        for image in images if isinstance(images, Sequence) else [images]:
+            if isinstance(image, Tensor) and not (image.is_floating_point() and (image.abs() <= 1).all()):
+                raise ValueError(f"image is a tensor of {image.dtype}; expected floating-point values in [-1, 1]")
+        pictures, size = several(images), self.codec.image_size
+        for picture in pictures:
+            if picture.size != (size, size):
+                raise ValueError(
+                    f"the image is of {picture.width} x {picture.height} pixels; {self.name} takes {size} x {size}: "
+                    f"crop and resize it first (--fit on the command line)"
+                )
+        return pictures
+
+    def _check_fit(self) -> None:
+        """Parts that were not trained for one another are refused."""
+        if not isinstance(self.codec, ImageCodec):
+            raise ValueError(f"codec is a {type(self.codec).__name__}; expected an image codec, such as a DVAE")
+        config, tokenizer = self.dalle.config, self.tokenizer
+        config.check_codec(self.codec.vocab_size, self.codec.grid)
+        if tokenizer.vocab_size > config.text_vocab or tokenizer.context_length != config.context_length:
+            raise ValueError(
+                f"the tokenizer gives {tokenizer.context_length} of {tokenizer.vocab_size} tokens; the transformer "
+                f"expects {config.context_length} of {config.text_vocab}"
+            )
