@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
 
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A picture as upright RGB, transparent parts on white; ValueError if the file is no picture or is truncated."""
+    """A picture as upright RGB of 8 bits, transparent parts on white; of an animation, its first frame.
+
+    ValueError if the file is no picture, is truncated, or has more pixels than Pillow takes for honest (178 million).
+    """
+    image = _open(source)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def open_mask(source: str | Path | Image.Image) -> Image.Image:
+    """What is to be painted, as 255 in a picture of mode L, and 0 where it is kept.
+
+    That is the white of a mask (from middle grey on); or, if it has transparent parts, those.
+    """
+    image = _open(source)
+    if image.has_transparency_data:
+        return image.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
+    return image.convert("L").point([0] * 128 + [255] * 128)
+
+
+def _open(source: str | Path | Image.Image) -> Image.Image:
+    """Upright, with 8 bits a channel."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
-        image = ImageOps.exif_transpose(image)
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        with warnings.catch_warnings():  # a large picture is welcome; what is twice as large Pillow refuses itself
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+            image = ImageOps.exif_transpose(image)
+        if image.mode in ("F", "LAB"):
+            raise ValueError(f"{source}: its pixels are of kind {image.mode}; expected RGB, grey, CMYK or a palette")
+        if not image.mode.startswith("I"):
+            return image
+        grey = np.asarray(image, np.float64) / 257  # 16 bits, which Pillow would clip at 255
+        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture at {source}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -45,7 +77,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
 
 
 def read_metadata(path: str | Path) -> list[dict[str, Any]]:
-    """What `save_png` put into a PNG, one entry for each picture in it (a grid holds several).
+    """What `save_png` or `save_animation` put into a PNG or GIF, one entry for each picture in it.
 
     ValueError if the file is no picture, or one that was not drawn here.
     """
@@ -53,6 +85,8 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
     with Image.open(path) as image:
         image.load()  # text chunks may follow the pixels
         text = getattr(image, "text", {}).get(METADATA_KEY)
+        if image.format == "GIF" and image.info.get("comment", b"").startswith(b"["):
+            text = image.info["comment"]
     if text is None:
         raise ValueError(f"{path} holds no metadata of unclip; it was drawn elsewhere, or its metadata was stripped")
     metadata = json.loads(text)
@@ -70,3 +104,75 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
+
+
+def cell(pictures: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures side by side, `size` pixels each (None stays white), titles above, the caption below on two lines."""
+    font = ImageFont.load_default(max(12, size // 10))
+    line = round(font.size * 1.3)
+    top, width = line if titles else 0, (size + 4) * len(pictures) - 4
+    image = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
+    pen = ImageDraw.Draw(image)
+    for i, picture in enumerate(pictures):
+        left = i * (size + 4)
+        if titles:
+            pen.text((left + 2, 0), titles[i], fill="black", font=font)
+        if picture is not None:
+            image.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
+    letters = max(8, int(width / font.getlength("n")))
+    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" …")
+    pen.text((2, top + size + 2), "\n".join(lines), fill="black", font=font)
+    return image
+
+
+def save_animation(images: Sequence[Image.Image], path: str | Path, fps: float = 10.0, metadata: Any = None) -> None:
+    """Writes pictures of one size as a .gif or an .mp4, whole or not at all; a GIF repeats and holds the metadata.
+
+    ValueError for another ending, or if there is no ffmpeg to write an .mp4.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".gif", ".mp4"):
+        raise ValueError(f"{path}: an animation is written as .gif or .mp4")
+    if fps <= 0:
+        raise ValueError(f"fps is {fps}; expected a positive number of pictures a second")
+    write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # ffmpeg tells the format by the ending
+    try:
+        write(images, part, fps, metadata)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: Any) -> None:
+    # One palette for all frames: with one of its own each, still parts would flicker.
+    sheet = grid(images, columns=len(images), gap=0)
+    palette = sheet.quantize(256, dither=Image.Dither.NONE)
+    frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
+    comment = json.dumps(metadata, ensure_ascii=True).encode() if metadata is not None else b""
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, comment=comment)
+
+
+def find_ffmpeg() -> str:
+    """The program that writes an .mp4: that of imageio-ffmpeg, or else the system's; ValueError if there is neither."""
+    try:
+        import imageio_ffmpeg
+
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        if (found := shutil.which("ffmpeg")) is None:
+            raise ValueError("an .mp4 needs ffmpeg (pip install imageio-ffmpeg brings one); or write a .gif") from None
+        return found
+
+
+def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float, metadata: Any) -> None:
+    width, height = images[0].size
+    even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # H.264 with colours at half resolution asks for it
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-vf", even, "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
+    command = [find_ffmpeg(), "-loglevel", "error", "-y", *source, *target]
+    done = subprocess.run(command, input=b"".join(image.tobytes() for image in images), capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ValueError(f"{path.name} could not be written: ffmpeg says {lines[-1]}")

@@ -1,0 +1,113 @@
+"""What all commands that draw have in common: their arguments, the model they load, where their pictures go."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from unclip.pipelines.base import TextToImage
+
+DEFAULT_MODEL = "emoji"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Drawing(NamedTuple):
+    """A picture to be written."""
+
+    name: str  # of its file, without the ending
+    picture: Image.Image
+    metadata: Any
+
+
+def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
+    parser.add_argument("--model", metavar="NAME", help=f"bundled name, folder or Hub id (default: {default})")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
+
+
+def add_output(parser: ArgumentParser, about: str = "a .png file, or a folder (default: this one)") -> None:
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
+    parser.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no file names")
+
+
+def whole_number(text: str) -> int:
+    """The type of an argument that is a number of things."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def load_model(args: Namespace, model: str | None = None, dtype: str | None = None) -> TextToImage:
+    """The model of --model, or else `model`, in --dtype, or else `dtype`."""
+    from unclip.pipelines import load
+
+    name, dtype = args.model or model or DEFAULT_MODEL, args.dtype or dtype
+    if dtype is None:
+        return load(name, args.device)  # which tells a misspelt name before torch is imported
+
+    import torch
+
+    return load(name, args.device, getattr(torch, DTYPES[dtype]))
+
+
+def check_output(args: Namespace, number: int) -> None:
+    """Before anything is drawn: can so many pictures go where --output says?"""
+    path = args.output
+    if path is None:
+        return
+    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4"):
+        raise ValueError(f"{path}: pictures are written as .png, which can hold how they were drawn")
+    if is_png(path):
+        if number > 1 and not args.grid:
+            raise ValueError(f"{path} is one file, but {number} pictures will be drawn; give a folder, or --grid")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; expected a file name")
+    elif path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file that is no .png; expected a .png or a folder")
+
+
+def is_png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def write(drawings: Sequence[Drawing], args: Namespace, columns: int) -> None:
+    """Writes pictures where --output says; as a sheet of so many columns under --grid."""
+    from unclip.pictures import grid, save_png
+
+    target = args.output or Path()
+    if args.grid:
+        sheet = grid([one.picture for one in drawings], columns)
+        files = [(target if is_png(target) else target / "grid.png", sheet, [one.metadata for one in drawings])]
+    elif is_png(target):
+        files = [(target, drawings[0].picture, drawings[0].metadata)]
+    else:
+        files = [(target / f"{one.name}.png", one.picture, one.metadata) for one in drawings]
+    for path, picture, metadata in files:
+        save_png(picture, path, metadata)
+        if not args.quiet:
+            print(path)
+
+
+def columns_of(entries: Sequence[dict[str, Any]]) -> int:
+    """Of a sheet, by its metadata: a row for each prompt or picture. Of a single one, a square; a path stays a row."""
+    origins = [[entry.get(name) for name in ("prompt", "image_emb", "sources", "picture")] for entry in entries]
+    same = len(list(next(groupby(origins))[1]))
+    if same < len(entries) or entries[0].get("operation") in ("interpolate", "text_diff"):
+        return same
+    return math.ceil(math.sqrt(len(entries)))
+
+
+def slug(text: str) -> str:
+    """A file name of at most 60 characters, in any script."""
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"

@@ -1,0 +1,312 @@
+"""What unCLIP's section 3 does with latents: inversion, reconstruction, variations, interpolation, text diffs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion.inversion import InversionOptions, draw, invert
+from unclip.diffusion.samplers import randn
+from unclip.latents import text_diff
+from unclip.pipelines.base import (
+    Picture,
+    check_count,
+    check_prompts,
+    generators_from,
+    progress_bar,
+    seeds_from,
+    to_pil,
+)
+from unclip.pipelines.latent import Latent, along, check_invertible, deterministic
+from unclip.pipelines.memory import kept_memory
+from unclip.pipelines.recipes import picture_source, random_source
+from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tensor
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
+
+# B pictures, D CLIP embedding width, S size of a stage's pictures
+
+
+class UnCLIPManipulations(UnCLIPRuns):
+    """Takes pictures, or their latents where they have been inverted already.
+
+    Unless options are given, those of the latent hold: for a picture, the model's own with at least 50 steps of DDIM in
+    the decoder. on_step, batch_size and progress are as in a call of the pipeline.
+    """
+
+    def invert(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> Latent:
+        """The latents of pictures: CLIP's embeddings, and the noise by DDIM inversion under them.
+
+        A picture is fitted to the square that the model draws, its middle kept. Each upsampler is inverted on the small
+        picture that `reconstruct` will give it, so that it makes good what the stage before has lost.
+        """
+        options, inversion = options or deterministic(self.options), inversion or InversionOptions()
+        self._check_inversion(options, batch_size)
+        sizes = self._sizes(options)
+        squares = [fit(image, sizes[-1]) for image in several(images)]
+        batches = list(batches_of(len(squares), batch_size))
+        steps = [stage.steps for stage in (options.decoder, *options.upsamplers)]
+        embs: list[Tensor] = []
+        noises: list[list[Tensor]] = []  # of each batch, for each stage
+        with (
+            torch.inference_mode(),
+            kept_memory(self.device),
+            progress_bar(len(batches) * (2 * sum(steps) - steps[-1]), progress, on_step) as report,
+        ):
+            for rows in batches:
+                image_emb, low_res, noise = self.encode_image(squares[rows]), None, []
+                for i, size in enumerate(sizes):
+                    run = self._run(i, options, image_emb, low_res)
+                    pictures = to_tensor([fit(square, size) for square in squares[rows]]).to(self.device)
+                    on_sample = run.reporter(report)
+                    x_T = invert(run.estimate, pictures, run.schedule, run.timesteps, inversion, on_sample)
+                    if i + 1 < len(sizes):
+                        drawn = draw(run.estimate, x_T, run.schedule, run.timesteps, on_step=on_sample)
+                        low_res = drawn.clamp(-1, 1)
+                    noise.append(x_T.cpu())
+                embs.append(image_emb.cpu())
+                noises.append(noise)
+        sources = tuple(picture_source(square, inversion) for square in squares)
+        return Latent(torch.cat(embs), tuple(map(torch.cat, zip(*noises, strict=True))), options, sources)
+
+    def random_latent(
+        self, image_emb: Tensor, *, seed: int | None = None, options: UnCLIPOptions | None = None
+    ) -> Latent:
+        """Latents of embeddings (B, D), with the noise that `variations` draws from seeds `seed`, `seed` + 1, ..."""
+        options = options or deterministic(self.options)
+        self._check_inversion(options)
+        if image_emb.ndim != 2 or image_emb.shape[1] != self.clip.emb_dim or not len(image_emb):
+            raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {self.clip.emb_dim})")
+        image_emb, seeds = image_emb.detach().float().cpu().clone(), seeds_from(seed, len(image_emb))
+        generators = generators_from(seeds)
+        noise = tuple(randn((len(seeds), 3, size, size), generators) for size in self._sizes(options))
+        sources = tuple(random_source(*one) for one in zip(image_emb, seeds, strict=True))
+        return Latent(image_emb, noise, options, sources)
+
+    def imagine(
+        self,
+        prompts: Prompt,
+        *,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        on_step: OnStep | None = None,
+        progress: bool = True,
+    ) -> Latent:
+        """Latents of pictures that were never there: the prior's embeddings of prompts, and random noise."""
+        options, prompts = options or deterministic(self.options), check_prompts(prompts)
+        seeds = seeds_from(seed, len(prompts))
+        with progress_bar(options.prior.steps, progress, on_step) as report:
+            image_emb = self.sample_prior(
+                self.encode_text(prompts),
+                generators=generators_from(seeds),
+                options=options.prior,
+                candidates=options.prior_candidates,
+                on_step=report,
+            )
+        return self.random_latent(image_emb, seed=seeds[0], options=options)
+
+    def reconstruct(
+        self,
+        source: Picture | Sequence[Picture] | Latent,
+        *,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """The pictures that latents are of, as nearly as they hold them."""
+        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
+        latent = self._latent(source, options, inversion, how)
+        recipes = [{"sources": [made_of]} for made_of in latent.sources]
+        return self._draw_latent("reconstruct", latent, options, recipes, **how)
+
+    def vary(
+        self,
+        source: Picture | Sequence[Picture] | Latent,
+        *,
+        eta: float = 0.5,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Variations of pictures, `num_images` of each: more of them the larger eta is (unCLIP 3.1).
+
+        eta: share of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Picture k has the seed `seed` + k.
+        """
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta is {eta}; expected 0 (the picture again) to 1 (the most variation)")
+        check_count("num_images", num_images)
+        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
+        latent = self._latent(source, options, inversion, how).repeat_interleave(num_images)
+        recipes = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
+        seeds = seeds_from(seed, len(latent))
+        return self._draw_latent("vary", latent, options, recipes, eta=eta, seeds=seeds, **how)
+
+    def interpolate(
+        self,
+        path: Sequence[Picture] | Latent | None = None,
+        *,
+        prompts: Sequence[str] | None = None,
+        frames: int | Sequence[float] = 9,
+        noise: Literal["slerp", "first", "random"] = "slerp",
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Pictures on the path through two pictures or more, or two prompts or more (unCLIP 3.2).
+
+        frames: how many, evenly from end to end, which are the reconstructions; or their places in [0, 1]. Embeddings
+        run along great circles; so does the noise, or it is throughout the first picture's, or drawn from `seed`.
+        """
+        if (path is None) == (prompts is None):
+            raise ValueError("give either pictures (or their latents) or prompts, one of the two")
+        if noise not in ("slerp", "first", "random"):
+            raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
+        places = _places(frames)
+        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
+        seed = seeds_from(seed, 1)[0]
+        if prompts is not None:
+            latent = self.imagine(prompts, seed=seed, options=options, on_step=on_step, progress=progress)
+        else:
+            latent = self._latent(path, options, inversion, how)
+        if len(latent) < 2:
+            raise ValueError(f"a path leads through at least 2 pictures or prompts; got {len(latent)}")
+        points = along(latent, places)
+        if noise != "slerp":
+            random = self.random_latent(latent.image_emb[:1], seed=seed, options=latent.options)
+            throughout = latent[:1] if noise == "first" else random
+            points = replace(points, noise=throughout.repeat_interleave(len(points)).noise)
+        made_of = {"sources": list(latent.sources)} if latent.sources else {}
+        recipes = [{**made_of, "arguments": {"frames": [place], "noise": noise}} for place in places]
+        seeds = [seed] * len(points) if noise == "random" else None
+        return self._draw_latent("interpolate", points, options, recipes, seeds=seeds, **how)
+
+    def text_diff(
+        self,
+        source: Picture | Sequence[Picture] | Latent,
+        base: str,
+        target: str,
+        theta: float | Sequence[float] = 0.3,
+        *,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Pictures turned from what `base` says, which may be "", to what `target` says; noise is kept (unCLIP 3.3).
+
+        theta: how far, from 0 (the reconstruction) to 1 (the text alone); the paper goes to 0.25 - 0.5. With several,
+        each picture is drawn at each.
+        """
+        thetas = [float(one) for one in (theta if isinstance(theta, Sequence) else [theta])]
+        if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
+            raise ValueError(f"theta is {theta}; expected a fraction of the arc from 0 to 1, or several")
+        base_emb, text_emb = self.encode_text([base, target]).emb.cpu()  # (D,) each
+        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
+        latent = self._latent(source, options, inversion, how)
+        of_each = thetas * len(latent)
+        latent = latent.repeat_interleave(len(thetas))
+        turned = text_diff(latent.image_emb, text_emb, base_emb, torch.tensor(of_each))
+        recipes = [
+            {"sources": [made_of], "arguments": {"base": base, "target": target, "theta": one}}
+            for made_of, one in zip(latent.sources, of_each, strict=False)
+        ]
+        return self._draw_latent("text_diff", replace(latent, image_emb=turned), options, recipes, **how)
+
+    def _latent(
+        self,
+        source: Picture | Sequence[Picture] | Latent,
+        options: UnCLIPOptions | None,
+        inversion: InversionOptions | None,
+        how: dict[str, Any],
+    ) -> Latent:
+        return (
+            source if isinstance(source, Latent) else self.invert(source, options=options, inversion=inversion, **how)
+        )
+
+    def _draw_latent(
+        self,
+        operation: str,
+        latent: Latent,
+        options: UnCLIPOptions | None,
+        recipes: Sequence[dict[str, Any]],
+        *,
+        eta: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        on_step: OnStep | None,
+        batch_size: int,
+        progress: bool,
+    ) -> GenerationResult:
+        """Pictures of latents. recipes: what the metadata of each is to tell beside the model."""
+        options = options or latent.options
+        self._check_inversion(options, batch_size)
+        sizes = self._sizes(options)
+        if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
+            given = ", ".join(str(x.shape[-1]) for x in latent.noise)
+            raise ValueError(
+                f"the latent holds noise of {given} px, but the model draws {', '.join(map(str, sizes))} px"
+            )
+        batches = list(batches_of(len(latent), batch_size))
+        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        images = []
+        with (
+            torch.inference_mode(),
+            kept_memory(self.device),
+            progress_bar(len(batches) * steps, progress, on_step) as report,
+        ):
+            for rows in batches:
+                part, x = latent[rows], None
+                generators = generators_from(seeds[rows]) if eta > 0 and seeds is not None else []
+                for i in range(len(sizes)):
+                    run, x_T = self._run(i, options, part.image_emb, x), part.noise[i].to(self.device)
+
+                    def noise(shape: torch.Size = x_T.shape, generators: Any = generators) -> Tensor:
+                        return randn(shape, generators, self.device)
+
+                    x = draw(run.estimate, x_T, run.schedule, run.timesteps, eta, noise, run.reporter(report))
+                    x = x.clamp(-1, 1)
+                images += to_pil(x)
+        told = seeds or [None] * len(latent)
+        recipes = recipes or [{}] * len(latent)  # a latent need not know what it was made of
+        metadata = [
+            {"operation": operation, **recipe, "seed": seed, **self._about(options)}
+            for recipe, seed in zip(recipes, told, strict=True)
+        ]
+        return GenerationResult(images, list(told), [None] * len(latent), latent.image_emb, metadata)
+
+    def _check_inversion(self, options: UnCLIPOptions, batch_size: int = 1) -> None:
+        check_count("batch_size", batch_size)
+        self._check_options(options)
+        check_invertible(options)
+
+
+def _places(frames: int | Sequence[float]) -> list[float]:
+    if isinstance(frames, Sequence):
+        if not frames or not all(0.0 <= place <= 1.0 for place in frames):
+            raise ValueError(f"frames is {frames}; expected places on the path, each from 0 to 1")
+        return [float(place) for place in frames]
+    check_count("frames", frames)
+    if frames < 2:
+        raise ValueError("frames is 1; a path shows at least its two ends")
+    return [k / (frames - 1) for k in range(frames)]
