@@ -11,10 +11,13 @@ from torch import nn
 
 from unclip.clip import CLIP, CLIPConfig
 from unclip.diffusion.schedules import ScheduleConfig
+from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.dvae import DVAE, DVAEConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.unet import LevelSpec, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.pipelines.dalle import DallePipeline
 from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.tokenizer import BPETokenizer
 from unclip.types import StageOptions, UnCLIPOptions
@@ -61,12 +64,12 @@ def tiny_upsampler(low: int = 8, **changes: object) -> Upsampler:
     return Upsampler(replace(UpsamplerConfig(tiny_unet(6, 3), low_size=low, high_size=2 * low), **changes))
 
 
-def scrambled(module: nn.Module) -> nn.Module:
+def scrambled(module: nn.Module, std: float = 0.1) -> nn.Module:
     """Parameters that start at zero would make a network answer the same whatever it is given."""
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.any():
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=std)
     return module
 
 
@@ -81,6 +84,48 @@ def tiny_pipe() -> UnCLIPPipeline:
     return UnCLIPPipeline(
         clip, prior, decoder, [upsampler], TINY_OPTIONS, schedules=schedules, name="tiny", licence="MIT"
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_dalle() -> DallePipeline:
+    """DALL-E with random weights, large enough that each code hangs on those before it; not to be changed by a test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        codec = DVAE(DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8))
+        tokenizer = BPETokenizer.train(["a red apple", "a blue fish"], 270, CONTEXT, marked=False)
+        config = DALLEConfig(
+            tokenizer.vocab_size, CONTEXT, 24, (4, 4), width=24, depth=3, heads=2, head_dim=8, kernel=3
+        )
+        dalle = DALLE(config)
+        for p in dalle.parameters():
+            nn.init.normal_(p, std=0.5)
+        return DallePipeline(tokenizer, codec, dalle, tiny_clip(), name="tiny-dalle", licence="MIT")
+
+
+@pytest.fixture(scope="session")
+def tiny_dalle_folder(tiny_dalle: DallePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model on disk; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-dalle"
+    tiny_dalle.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def invertible_pipe() -> UnCLIPPipeline:
+    """Random weights whose answers change as little with x_t as those of a trained model do; not to be changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        clip, prior = scrambled(tiny_clip()), scrambled(tiny_prior())
+        unet = tiny_unet(3, 3, context_dim=24)
+        decoder = scrambled(tiny_decoder(unet=unet, prediction="v", learned_variance=False), std=0.02)
+        upsampler = scrambled(tiny_upsampler(prediction="v"), std=0.02)
+    options = UnCLIPOptions(
+        prior=StageOptions(steps=3, guidance=2.0, sampler="ancestral"),
+        decoder=StageOptions(steps=4, guidance=2.0),
+        upsamplers=(StageOptions(steps=3),),
+    )
+    schedules = {"decoder": ScheduleConfig(shift=2.0)}
+    return UnCLIPPipeline(clip, prior, decoder, [upsampler], options, schedules=schedules, name="still", licence="MIT")
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def test_prompts_from_a_file(run):
 
 
 def test_sampling_options_reach_their_stages(run):
-    args = "--steps 4 --guidance 2.5 --sampler ancestral --prior-steps 5 --prior-guidance 1 --candidates 1"
+    args = "--steps 4 --guidance 2.5 --sampler ancestral --prior-steps 5 --prior-guidance 1 --prior-candidates 1"
     run("generate", "a", *args.split(), "--upsampler-steps", "1", "-o", "a.png", "--quiet")
     options = read_metadata("a.png")[0]["options"]
     assert [options["decoder"][key] for key in ("steps", "guidance", "sampler")] == [4, 2.5, "ancestral"]

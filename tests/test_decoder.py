@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-from parity import TEXT_PROJ, load_from_diffusers, randomize, unet_table
+from parity import load_from_diffusers, randomize
 
+from unclip.checkpoints.diffusers_names import text_proj_rules, unet_rules
 from unclip.models.decoder import ClipStates, Decoder, DecoderConfig, DecoderContext, TextTransformer
 from unclip.models.unet import LevelSpec, UNetConfig
 from unclip.types import TextEncoding
@@ -64,8 +65,8 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
     levels = (LevelSpec(32, 3), LevelSpec(64, 3, attention=True), LevelSpec(64, 3, attention=True))
     unet = UNetConfig(3, 6, levels, head_dim=16, context_dim=20)
     decoder = Decoder(DecoderConfig(unet, SIZE, D, D, null_text="empty_prompt", learned_variance=True)).to(dtype)
-    load_from_diffusers(decoder.unet, reference, *unet_table(unet))
-    load_from_diffusers(decoder, text_proj, TEXT_PROJ, {}, but_for="unet")
+    load_from_diffusers(decoder.unet, reference, unet_rules(unet))
+    load_from_diffusers(decoder, text_proj, text_proj_rules(), but_for="unet")
 
     text, (x_t, t, image_emb) = make_text(D, dtype), make_rest(dtype)
     drop_image = torch.tensor([True] * B + [False] * B)  # diffusers' order: [null; cond]

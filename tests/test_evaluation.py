@@ -277,7 +277,7 @@ def test_sheets_show_what_they_say(evaluation, held_out, train):
 
 def test_the_command_writes_figures_and_pictures(tiny_folder, data, tmp_path, capsys):
     arguments = ["evaluate", "--model", str(tiny_folder), "--data", *map(str, data.glob("heldout-*.tar"))]
-    drawing = ["--steps", "2", "--decoder-guidance", "1", "--prior-guidance", "1", "--candidates", "1", "--quiet"]
+    drawing = ["--steps", "2", "--decoder-guidance", "1", "--prior-guidance", "1", "--prior-candidates", "1", "--quiet"]
     written = ["--json", str(tmp_path / "e.json"), "--pictures", str(tmp_path / "p")]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fish\n\na sun\n")

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import PriorTransformer
-from parity import load_from_diffusers, prior_table, randomize
+from parity import load_from_diffusers, randomize
 
+from unclip.checkpoints.diffusers_names import prior_rules
 from unclip.models.prior import DiffusionPrior, PriorConfig, TextPrefix
 from unclip.types import TextEncoding
 
@@ -46,7 +47,7 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
     )
     reference = randomize(reference).to(dtype)
     prior = DiffusionPrior(PriorConfig(**{**vars(CONFIG), "null_text": "empty_prompt"})).to(dtype)
-    load_from_diffusers(prior, reference, *prior_table(CONFIG.depth))
+    load_from_diffusers(prior, reference, prior_rules(CONFIG))
     text, (x_t, t) = make_text(dtype), make_noised(dtype)
 
     expected = reference(x_t, t, text.emb, text.states, text.mask).predicted_image_embedding

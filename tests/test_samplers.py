@@ -105,23 +105,24 @@ def test_ancestral_timesteps_are_karlos(num_steps):
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 @pytest.mark.parametrize(("tables", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_ancestral_step_is_unclips(variance_type, prediction, tables, tolerance):
-    """Exact with the same tables. In the reference's float32 ones, 1 - alpha_bar has lost digits near t = 0 (its last
-    step scales the sample by 1.0005), and alpha near t = T, so those steps are left out there."""
+    """Exact with the same tables. In the reference's float32 ones, 1 - alpha_bar has lost digits near t = 0: its last
+    step scales the sample by 1.0005, and `precision` does as much."""
+    schedule = Schedule(ScheduleConfig(precision=tables))
     reference = UnCLIPScheduler(variance_type=variance_type, prediction_type=DIFFUSERS_NAMES[prediction])
     reference = widen(reference, COSINE) if tables == "float64" else reference
     learned = variance_type == "learned_range"
     generator = torch.Generator().manual_seed(0)
-    times = [958, 916, 500, 458, 83, 42] if tables == "float32" else [999, 998, 500, 499, 2, 1, 0, -1]
-    for t, t_prev in pairwise(times):
+    for t, t_prev in pairwise([999, 998, 958, 916, 500, 499, 83, 42, 2, 1, 0, -1]):
         x_t, output, variance = torch.randn(3, 1, 3, 4, 4, dtype=torch.float64, generator=generator)
         model_output = torch.cat([output, variance], dim=1) if learned else output
         seed = seeds(t)[0]
         expected = reference.step(model_output, t, x_t, prev_timestep=t_prev, generator=seed).prev_sample
 
-        x_0 = COSINE.predict_x0(output, x_t, torch.tensor([t]), prediction).clamp(-1, 1)
+        x_0 = schedule.predict_x0(output, x_t, torch.tensor([t]), prediction).clamp(-1, 1)
         noise = randn(x_t.shape, seeds(t), dtype=torch.float64) if t > 0 else None
-        levels = alpha_bar(COSINE, t), alpha_bar(COSINE, t_prev)
-        ours = ancestral_step(x_t, x_0, *levels, noise, variance if learned else None)
+        levels = alpha_bar(schedule, t), alpha_bar(schedule, t_prev)
+        beta = float(schedule.betas[t]) if t_prev == t - 1 else None
+        ours = ancestral_step(x_t, x_0, *levels, noise, variance if learned else None, beta)
         torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 

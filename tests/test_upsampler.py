@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from parity import load_from_diffusers, randomize, unet_table
+from parity import load_from_diffusers, randomize
 
+from unclip.checkpoints.diffusers_names import unet_rules
 from unclip.models.unet import LevelSpec, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
@@ -42,8 +43,8 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
 
     unet = UNetConfig(6, 3, tuple(LevelSpec(c, 3) for c in widths), time_shift="additive", mid_attention=False)
     upsampler = Upsampler(UpsamplerConfig(unet, 8, 32, last_unet=unet)).to(dtype)
-    load_from_diffusers(upsampler.unet, references[0], *unet_table(unet))
-    load_from_diffusers(upsampler.last_unet, references[1], *unet_table(unet))
+    load_from_diffusers(upsampler.unet, references[0], unet_rules(unet))
+    load_from_diffusers(upsampler.last_unet, references[1], unet_rules(unet))
 
     x_t, low_res, t = (
         torch.randn(2, 3, 32, 32, dtype=dtype),

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from unclip.checkpoints.codecs import load_codec as load_codec
     from unclip.clip import CLIP as CLIP
+    from unclip.diffusion.inversion import InversionOptions as InversionOptions
+    from unclip.diffusion.repaint import PaintOptions as PaintOptions
     from unclip.pipelines import load as load
+    from unclip.pipelines import load_prior as load_prior
+    from unclip.pipelines.compiling import compile as compile
+    from unclip.pipelines.dalle import DallePipeline as DallePipeline
+    from unclip.pipelines.latent import Latent as Latent
     from unclip.pipelines.unclip import UnCLIPPipeline as UnCLIPPipeline
+    from unclip.types import CodeOptions as CodeOptions
     from unclip.types import GenerationResult as GenerationResult
     from unclip.types import Progress as Progress
     from unclip.types import StageOptions as StageOptions
@@ -20,13 +28,21 @@ if TYPE_CHECKING:
 # Resolved on first use (PEP 562): importing torch and open_clip takes seconds, and `import unclip` must not.
 _HOME = {
     "CLIP": "unclip.clip",
+    "CodeOptions": "unclip.types",
+    "DallePipeline": "unclip.pipelines.dalle",
     "GenerationResult": "unclip.types",
+    "InversionOptions": "unclip.diffusion.inversion",
+    "Latent": "unclip.pipelines.latent",
+    "PaintOptions": "unclip.diffusion.repaint",
     "Progress": "unclip.types",
     "StageOptions": "unclip.types",
     "TextEncoding": "unclip.types",
     "UnCLIPOptions": "unclip.types",
     "UnCLIPPipeline": "unclip.pipelines.unclip",
+    "compile": "unclip.pipelines.compiling",
     "load": "unclip.pipelines",
+    "load_codec": "unclip.checkpoints.codecs",
+    "load_prior": "unclip.pipelines",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip import __version__
+from unclip.evaluation.codec_command import add_codec_command
 from unclip.evaluation.commands import add_commands
+from unclip.pipelines.arguments import (
+    FROM_PICTURE,
+    FROM_TEXT,
+    RERANKING,
+    SAMPLING,
+    add_arguments,
+    given,
+    sampling_options,
+)
+from unclip.pipelines.command_line import (
+    DEFAULT_MODEL,
+    DTYPES,
+    Drawing,
+    add_model,
+    add_output,
+    check_output,
+    columns_of,
+    load_model,
+    slug,
+    whole_number,
+    write,
+)
+from unclip.pipelines.commands import add_commands as add_manipulations
 
 # torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
 if TYPE_CHECKING:
     from PIL import Image
 
     from unclip.pipelines.base import TextToImage
-    from unclip.types import UnCLIPOptions
 
-DEFAULT_MODEL = "emoji"
 BATCH_SIZE = 16
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-SAMPLERS = ("ancestral", "ddim", "dpm++", "unipc")
+LAYOUTS = ("unclip", "diffusers")
+COMPLETING_MODEL = "emoji-dalle1"  # unless --model says otherwise
 Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metadata
 
 
@@ -56,10 +74,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="unclip", description="Text to image by CLIP latents (DALL-E 2, unCLIP).")
+    parser = _Parser(
+        prog="unclip", description="Text to image by CLIP latents (DALL-E 2, unCLIP), or by image codes (DALL-E 1)."
+    )
     parser.add_argument("--version", action="version", version=f"unclip {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_variations, _add_info, _add_models, add_commands):
+    drawing = (_add_generate, _add_variations, _add_complete, add_manipulations)
+    for add in (*drawing, _add_info, _add_models, _add_convert, add_commands, add_codec_command):
         add(commands)
     return parser
 
@@ -79,9 +100,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one in each line")
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help="draw again what a PNG of unclip shows")
     _add_drawing(parser)
-    parser.add_argument("--prior-steps", type=int, metavar="N", help="sampling steps of the prior")
-    parser.add_argument("--prior-guidance", type=float, metavar="SCALE", help="guidance of the prior; 1 = none")
-    parser.add_argument("--candidates", type=int, metavar="N", help="embeddings drawn; the best is decoded")
+    add_arguments(parser, SAMPLING, FROM_TEXT, RERANKING)
 
 
 def generate(args: Namespace) -> None:
@@ -90,20 +109,24 @@ def generate(args: Namespace) -> None:
     prompts = [*args.prompts, *_read_prompts(args.prompts_file)]
     if not prompts:
         raise ValueError("no prompt; give at least one, or --prompts-file, or --from a picture")
+    if args.mix is not None:
+        prompts = [_mixture(prompts, args.mix)]
     count = len(prompts) * args.num_images
-    _check_output(args, count)
-    pipe = _load(args, args.model or DEFAULT_MODEL, args.dtype)
+    check_output(args, count)
+    pipe = load_model(args)
 
     from unclip.pipelines.base import seeds_from
 
     # Written as they are drawn, so that whoever interrupts a long list keeps its beginning; a grid needs them all.
-    at_once = len(prompts) if args.grid else max(1, BATCH_SIZE // args.num_images)
-    seeds, options = seeds_from(args.seed, count), _options(pipe, args)
+    each = args.num_images if args.candidates is None else args.candidates
+    at_once = len(prompts) if args.grid else max(1, BATCH_SIZE // each)
+    seeds, options = seeds_from(args.seed, len(prompts) * each), sampling_options(pipe, args)
     for i in range(0, len(prompts), at_once):
         result = pipe(
             prompts[i : i + at_once],
+            **_told(negative_prompt=args.negative, num_candidates=args.candidates),
             num_images=args.num_images,
-            seed=seeds[i * args.num_images],
+            seed=seeds[i * each],
             options=options,
             batch_size=BATCH_SIZE,
             progress=not args.quiet,
@@ -111,24 +134,34 @@ def generate(args: Namespace) -> None:
         _write(list(zip(result.images, result.metadata, strict=True)), args)
 
 
+def _told(**arguments: Any) -> dict[str, Any]:
+    """Those that are given: other kinds of models don't know them."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    if len(prompts) != len(weights):
+        raise ValueError(f"--mix gives {len(weights)} weights for {len(prompts)} prompts; expected one for each")
+    return dict(zip(prompts, weights, strict=True))
+
+
 def _redraw(args: Namespace) -> None:
     from unclip.pictures import read_metadata
 
-    said = ("seed", "steps", "guidance", "sampler", "upsampler_steps", "prior_steps", "prior_guidance", "candidates")
-    asked = [name for name in said if vars(args)[name] is not None]
-    if args.prompts or args.prompts_file or args.num_images > 1 or asked:
+    if args.prompts or args.prompts_file or args.num_images > 1 or args.seed is not None or given(args):
         raise ValueError(
             "--from draws what the picture says; prompts, seed and sampling options cannot be given with it"
         )
     entries = read_metadata(args.source)
     args.grid = args.grid or len(entries) > 1
-    _check_output(args, len(entries))
+    check_output(args, len(entries))
     stored = {long: short for short, long in DTYPES.items()}.get(entries[0].get("dtype"))
-    pipe = _load(args, args.model or entries[0].get("model", DEFAULT_MODEL), args.dtype or stored)
+    pipe = load_model(args, entries[0].get("model"), stored)
 
     from unclip.pipelines.base import redraw
 
-    results = [redraw(pipe, entry, progress=not args.quiet) for entry in entries]
+    latents: dict[str, Any] = {}  # of pictures that several entries were made of
+    results = [redraw(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries]
     _write([(result.images[0], result.metadata[0]) for result in results], args)
 
 
@@ -136,18 +169,72 @@ def _add_variations(commands: Any) -> None:
     parser = _command(commands, variations, "draw pictures that mean what a picture means")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     _add_drawing(parser)
+    add_arguments(parser, SAMPLING, FROM_PICTURE)
+    _add_fit(parser)
 
 
 def variations(args: Namespace) -> None:
     from unclip.pictures import open_picture
 
     image = open_picture(args.image)
-    _check_output(args, args.num_images)
-    pipe = _load(args, args.model or DEFAULT_MODEL, args.dtype)
+    check_output(args, args.num_images)
+    pipe = load_model(args)
     result = pipe.variations(
-        image, num_images=args.num_images, seed=args.seed, options=_options(pipe, args), progress=not args.quiet
+        _fitted(image, pipe, args),
+        **_told(prompt=args.prompt, keep=args.keep),
+        num_images=args.num_images,
+        seed=args.seed,
+        options=sampling_options(pipe, args),
+        progress=not args.quiet,
     )
     _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
+
+
+def _add_complete(commands: Any) -> None:
+    parser = _command(commands, complete, "draw the rest of a picture whose beginning is given (DALL-E)")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what it is to show (default: nothing said)")
+    _add_drawing(parser, COMPLETING_MODEL)
+    about = "how much of the picture stays, from the top, in [0, 1) (default: 0.4375)"
+    parser.add_argument("--keep", type=float, metavar="X", help=about)
+    add_arguments(parser, SAMPLING, RERANKING)
+    _add_fit(parser)
+
+
+def complete(args: Namespace) -> None:
+    from unclip.pictures import open_picture
+
+    image = open_picture(args.image)
+    check_output(args, args.num_images)
+    pipe = load_model(args, COMPLETING_MODEL)
+    if not hasattr(pipe, "complete"):
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which completes no pictures; give a DALL-E as --model")
+    result = pipe.complete(
+        _fitted(image, pipe, args),
+        args.prompt,
+        **_told(keep=args.keep),
+        num_images=args.num_images,
+        num_candidates=args.candidates,
+        seed=args.seed,
+        options=sampling_options(pipe, args),
+        progress=not args.quiet,
+    )
+    _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fit", action="store_true", help="DALL-E: take the picture's middle square, at the right size"
+    )
+
+
+def _fitted(image: Image.Image, pipe: TextToImage, args: Namespace) -> Image.Image:
+    if not args.fit or pipe.kind != "dalle":  # others take any size
+        return image
+
+    from unclip.pipelines.runs import fit
+
+    return fit(image, pipe.codec.image_size)
 
 
 def _add_info(commands: Any) -> None:
@@ -168,9 +255,10 @@ def _picture_info(path: Path) -> None:
     from unclip.pictures import read_metadata
 
     for entry in read_metadata(path):
-        told = {key: value for key, value in entry.items() if key not in ("options", "image_emb")}
-        if "image_emb" in entry:
-            told["drawn from"] = "a CLIP image embedding, which the picture holds"
+        held = {"image_emb": "a CLIP image embedding", "sources": "latents", "picture": "another picture"}
+        told = {key: value for key, value in entry.items() if key not in ("options", "mask", *held)}
+        for key in held.keys() & entry.keys():
+            told["drawn from"] = f"{held[key]}, which the picture holds"
         for key, value in {**told, **entry.get("options", {})}.items():
             print(f"{key}: {_one_line(value)}")
         print()
@@ -178,17 +266,18 @@ def _picture_info(path: Path) -> None:
 
 
 def _model_info(name: str) -> None:
-    from unclip.checkpoints.catalogue import OPTIONS_FILE, describe, locate, read_json, read_model_json
+    from unclip.checkpoints.catalogue import locate, summary
 
     folder = locate(name)
-    model, components = read_model_json(folder), describe(folder)
-    print(f"{model['name']}: {model['kind']} in {folder}")
-    print(f"licence: {model['licence'] or 'not told'}\n")
-    for part in components:
+    model = summary(folder)
+    print(f"{model.name}: {model.kind} in {folder}")
+    print(f"licence: {model.licence or 'not told'}\n")
+    for part in model.components:
         print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes))
-    print(_size_line("all", sum(part.parameters for part in components), sum(part.size for part in components)))
+    parameters, size = (sum(getattr(part, of) for part in model.components) for of in ("parameters", "size"))
+    print(_size_line("all", parameters, size))
     print("\ndefault options:")
-    for key, value in read_json(folder / OPTIONS_FILE).items():
+    for key, value in model.options.items():
         print(f"  {key}: {_one_line(value)}")
 
 
@@ -199,7 +288,7 @@ def _one_line(value: Any) -> str:
 
 
 def _size_line(name: str, parameters: int, size: int) -> str:
-    return f"{name:<12}{parameters / 1e6:10.2f} M parameters{size / 1e6:10.2f} MB "
+    return f"{name:<16}{parameters / 1e6:10.2f} M parameters{size / 1e6:10.2f} MB "
 
 
 def _add_models(commands: Any) -> None:
@@ -214,29 +303,36 @@ def models(args: Namespace) -> None:
         print(f"{name}  {size / 1e6:.0f} MB  {read_model_json(folder)['licence']}")
 
 
-def _add_drawing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help=f"bundled name, folder or Hub id (default: {DEFAULT_MODEL})")
-    parser.add_argument("-n", "--num-images", type=_count, default=1, metavar="N", help="pictures of each (default: 1)")
+def _add_convert(commands: Any) -> None:
+    parser = _command(commands, convert, "write a model in another layout")
+    parser.add_argument("source", metavar="MODEL", help="bundled name, folder or Hub id")
+    parser.add_argument("output", type=Path, metavar="FOLDER")
+    parser.add_argument("--to", choices=LAYOUTS, required=True, help="our own layout, or diffusers' unCLIP pipelines'")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
+
+
+def convert(args: Namespace) -> None:
+    from unclip.checkpoints.catalogue import locate
+
+    source = locate(args.source)  # a misspelt name is told before torch is imported
+
+    import torch
+
+    from unclip.checkpoints.convert import convert
+
+    convert(source, args.output, args.to, args.dtype and getattr(torch, DTYPES[args.dtype]))
+    print(args.output)
+
+
+def _add_drawing(parser: argparse.ArgumentParser, model: str = DEFAULT_MODEL) -> None:
+    add_model(parser, model)
+    parser.add_argument(
+        "-n", "--num-images", type=whole_number, default=1, metavar="N", help="pictures of each (default: 1)"
+    )
     parser.add_argument(
         "--seed", type=int, metavar="S", help="of the first picture, the next has S + 1 (default: random)"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of the decoder")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance of the decoder; 1 = none")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="sampler of the decoder")
-    parser.add_argument("--upsampler-steps", type=int, metavar="N", help="sampling steps of each upsampler")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="PATH", help="a .png file, or a folder (default: this one)"
-    )
-    parser.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no file names")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    add_output(parser)
 
 
 def _read_prompts(file: Path | None) -> list[str]:
@@ -251,78 +347,13 @@ def _read_prompts(file: Path | None) -> list[str]:
     return prompts
 
 
-def _load(args: Namespace, model: str, dtype: str | None) -> TextToImage:
-    from unclip.pipelines import load
-
-    if dtype is None:
-        return load(model, args.device)  # which tells a misspelt name before torch is imported
-
-    import torch
-
-    return load(model, args.device, getattr(torch, DTYPES[dtype]))
-
-
-def _options(pipe: TextToImage, args: Namespace) -> UnCLIPOptions:
-    """The model's own options, changed where the command line says so."""
-
-    def change(options: Any, **values: Any) -> Any:
-        return replace(options, **{name: value for name, value in values.items() if value is not None})
-
-    options = change(
-        pipe.options,
-        decoder=change(pipe.options.decoder, steps=args.steps, guidance=args.guidance, sampler=args.sampler),
-        upsamplers=tuple(change(stage, steps=args.upsampler_steps) for stage in pipe.options.upsamplers),
-    )
-    if args.run is not generate:
-        return options
-    prior = change(options.prior, steps=args.prior_steps, guidance=args.prior_guidance)
-    return change(options, prior=prior, prior_candidates=args.candidates)
-
-
-def _check_output(args: Namespace, count: int) -> None:
-    """Before anything is drawn: can `count` pictures go where --output says?"""
-    path = args.output
-    if path is None:
-        return
-    if path.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
-        raise ValueError(f"{path}: pictures are written as .png, which can hold how they were drawn")
-    if _is_png(path):
-        if count > 1 and not args.grid:
-            raise ValueError(f"{path} is one file, but {count} pictures will be drawn; give a folder, or --grid")
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; expected a file name")
-    elif path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file that is no .png; expected a .png or a folder")
-
-
-def _is_png(path: Path) -> bool:
-    return path.suffix.lower() == ".png"
-
-
 def _write(drawn: Drawn, args: Namespace, name: str = "") -> None:
-    from unclip.pictures import grid, save_png
-
-    folder = args.output or Path()
-    if args.grid:
-        sheet = grid([picture for picture, _ in drawn], _columns(drawn))
-        files = [(folder if _is_png(folder) else folder / "grid.png", sheet, [metadata for _, metadata in drawn])]
-    elif _is_png(folder):
-        files = [(folder, *drawn[0])]
-    else:
-        files = [(folder / f"{_slug(m.get('prompt') or name)}-{m['seed']}.png", p, m) for p, m in drawn]
-    for path, picture, metadata in files:
-        save_png(picture, path, metadata)
-        if not args.quiet:
-            print(path)
+    drawings = []
+    for i, (picture, metadata) in enumerate(drawn):
+        seed = metadata["seed"] if metadata["seed"] is not None else i
+        drawings.append(Drawing(f"{slug(_in_words(metadata.get('prompt')) or name)}-{seed}", picture, metadata))
+    write(drawings, args, columns_of([metadata for _, metadata in drawn]))
 
 
-def _columns(drawn: Drawn) -> int:
-    """A row for each prompt; of a single one, a square."""
-    origins = [metadata.get("prompt") or metadata.get("image_emb") for _, metadata in drawn]
-    same = len(list(next(groupby(origins))[1]))
-    return same if same < len(drawn) else math.ceil(math.sqrt(len(drawn)))
-
-
-def _slug(text: str) -> str:
-    """A file name of at most 60 characters, in any script."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"
+def _in_words(prompt: str | dict[str, float] | None) -> str:
+    return prompt if isinstance(prompt, str) else " and ".join(prompt or ())

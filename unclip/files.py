@@ -1,14 +1,29 @@
-"""Folders that are written whole or not at all."""
+"""JSON files, and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; FileNotFoundError or ValueError naming the file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} holds a {type(data).__name__}; expected a JSON object")
+    return data
 
 
 @contextlib.contextmanager

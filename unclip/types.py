@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # importing `unclip` must stay cheap
@@ -38,7 +38,7 @@ class TextEncoding:
 
     def trim(self) -> TextEncoding:
         """Without the columns that are padding in every row; networks that heed the mask answer the same, sooner."""
-        length = int(self.mask.any(0).nonzero().max()) + 1
+        length = max([1, *(self.mask.any(0).nonzero().flatten() + 1).tolist()])
         return self._map(lambda x: x if x is self.emb else x[:, :length])
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
@@ -57,6 +57,7 @@ class StageOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only where t / T lies in it (2404.07724)
     guidance_rescale: float = 0.0  # 2305.08891
     dynamic_threshold: float | None = None  # percentile in (0, 1] for x_0 (Imagen 2.3); None = static clipping
+    reuse: int = 1  # compute deep levels at every n-th step only (DeepCache, 2312.00858; approximate); 1 = all
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -66,6 +67,26 @@ class StageOptions:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1")
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
             raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]")
+        if self.reuse < 1:
+            raise ValueError(f"reuse is {self.reuse}; expected 1 (compute everything at every step) or more")
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """How an autoregressive model draws one image code after the other."""
+
+    temperature: float = 1.0  # that the logits are divided by; 0 = always the likeliest code
+    top_k: int | None = None  # draw among this many of the likeliest codes; None = all
+    top_p: float = 1.0  # draw among the fewest codes that together have this probability
+    guidance: float = 1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}; expected a number of codes, at least 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; expected a probability in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,14 @@ class UnCLIPOptions:
     decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
     upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=7),))
     prior_candidates: int = 2  # unCLIP 2.2: draw 2, keep the one with the higher dot product with the text embedding
+
+
+@dataclass(frozen=True)
+class GLIDEOptions:
+    """How GLIDE is sampled (2112.10741); only the first stage is guided in its own code."""
+
+    decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=100, guidance=3.0, sampler="ancestral"))
+    upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=27),))
 
 
 @dataclass(frozen=True)
@@ -93,13 +122,38 @@ class GenerationResult:
     """Pictures and all that it takes to draw them again."""
 
     images: list[Image.Image]
-    seeds: list[int]  # seed of each picture
+    seeds: list[int | None]  # seed of each picture; None where nothing was left to chance
     prompts: list[str | None]  # prompt of each picture; None for variations
     image_emb: torch.Tensor | None = None  # (N, D) CLIP image embeddings the decoder was given
     metadata: list[dict[str, Any]] = field(default_factory=list)  # one for each picture; goes into its PNG
+    codes: torch.Tensor | None = None  # (N, h, w) that a codec's decoder was given
+    scores: list[float] | None = None  # cosine of picture and prompt in CLIP, where candidates were compared
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pick(self, rows: Sequence[int]) -> GenerationResult:
+        """Some of the pictures, in the order of `rows`."""
+
+        def some(column: Any) -> Any:
+            if isinstance(column, list):
+                return [column[row] for row in rows] if column else []  # metadata may be left out
+            return None if column is None else column[list(rows)]
+
+        return GenerationResult(**{part.name: some(getattr(self, part.name)) for part in fields(self)})
+
+    @staticmethod
+    def cat(parts: Sequence[GenerationResult]) -> GenerationResult:
+        """The pictures of several results of one kind, one after the other."""
+        import torch
+
+        def joined(columns: list[Any]) -> Any:
+            if isinstance(columns[0], list):
+                return [entry for column in columns for entry in column]
+            return None if columns[0] is None else torch.cat(columns)
+
+        names = [part.name for part in fields(GenerationResult)]
+        return GenerationResult(**{name: joined([getattr(result, name) for result in parts]) for name in names})
 
 
 OnStep = Callable[[Progress], None]

@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+MAPPED_AT_MOST = 2**26  # bytes
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for; errors are those of `read_tensors`, at once.
+
+    mapped: views of the file, which must then stay as it is while they are in use, rather than copies.
+    """
+
+    def __init__(self, file: str | Path, mapped: bool = False) -> None:
+        self.file, self.mapped = Path(file), mapped
+        self._open()
+        self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in self._opened.keys()}  # noqa: SIM118
+
+    def _open(self) -> None:
+        self._opened, self._mapped = _told(self.file, lambda: safe_open(self.file, "pt")), 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        if self._mapped > MAPPED_AT_MOST:  # what was read of a mapped file counts as memory until the file is closed
+            self._open()
+        tensor = self._opened.get_tensor(name)
+        self._mapped += tensor.nbytes
+        return tensor if self.mapped else tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped; ValueError if the file is truncated or of another format."""
+    return _told(file, lambda: load_file(file))
+
+
+def _told(file: str | Path, read: Callable[[], T]) -> T:
     if not Path(file).is_file():
         raise FileNotFoundError(f"no weights at {file}; expected a safetensors file")
     try:
-        return load_file(file)
+        return read()
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or is no safetensors file ({error}); fetch or export it again") from None
 
@@ -36,10 +75,11 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     The module may stand on the meta device. A missing, unexpected or mis-shaped tensor is a ValueError that names it.
     """
     own = module.state_dict()
-    shapes = {name: (tuple(tensors[name].shape), tuple(own[name].shape)) for name in own if name in tensors}
-    misshaped = [f"{name} is {given}, expected {wanted}" for name, (given, wanted) in shapes.items() if given != wanted]
-    missing = [name for name in own if name not in tensors]
-    unexpected = [name for name in tensors if name not in own]
+    given = getattr(tensors, "shapes", None) or {name: tuple(tensors[name].shape) for name in tensors}
+    shapes = {name: (given[name], tuple(own[name].shape)) for name in own if name in given}
+    misshaped = [f"{name} is {here}, expected {wanted}" for name, (here, wanted) in shapes.items() if here != wanted]
+    missing = [name for name in own if name not in given]
+    unexpected = [name for name in given if name not in own]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=True)

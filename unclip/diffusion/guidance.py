@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from unclip.types import StageOptions
 # B batch, C channels of x
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, ...), t (B,) -> (B, C or 2C, ...)
+
+
+def at(denoise: Denoise, t: float) -> Denoise:
+    """The denoiser for the next step, at timestep t: what its own method `at` answers, if it has one.
+
+    So all that hangs on t is settled on the host: to read t from a device tensor would be to wait for the device.
+    """
+    return denoise.at(t) if hasattr(denoise, "at") else denoise
 
 
 def classifier_free(
@@ -43,20 +52,43 @@ class Guided:
     learned_variance: bool
 
     def at(self, t: float) -> Denoise:
-        """The denoiser for one timestep, chosen on the host: reading t from a device tensor would wait for it."""
         low, high = self.options.guidance_interval
-        return self._guide if low <= t / self.num_timesteps <= high else self.denoise_cond
+        if not low <= t / self.num_timesteps <= high:
+            return at(self.denoise_cond, t)
+        return partial(self._guide, at(self.denoise_both, t))
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         return self.at(t[0].item())(x_t, t)
 
-    def _guide(self, x_t: Tensor, t: Tensor) -> Tensor:
-        cond, null = self.denoise_both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
+    def _guide(self, denoise_both: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
+        cond, null = denoise_both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
         if not self.learned_variance:
             return guide(cond, null, self.options.guidance, self.options.guidance_rescale)
         (cond, variance), (null, _) = cond.chunk(2, dim=1), null.chunk(2, dim=1)
         guided = guide(cond, null, self.options.guidance, self.options.guidance_rescale)
         return torch.cat([guided, variance.to(guided.dtype)], dim=1)  # the variance is the conditional pass's own
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A denoiser under K conditions at once: the weighted sum of its K answers (2206.01714).
+
+    denoise answers for K * B rows, those of the first condition first; weights (K, B) should sum to 1 over K.
+    """
+
+    denoise: Denoise
+    weights: Tensor
+
+    def at(self, t: float) -> Denoise:
+        return partial(self._mix, at(self.denoise, t))
+
+    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._mix(self.denoise, x_t, t)
+
+    def _mix(self, denoise: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
+        K = len(self.weights)
+        answers = denoise(x_t.repeat(K, *[1] * (x_t.ndim - 1)), t.repeat(K)).unflatten(0, (K, -1))  # (K, B, C, ...)
+        return (answers * self.weights.to(answers).view(K, -1, *[1] * (x_t.ndim - 1))).sum(dim=0)
 
 
 def guide(cond: Tensor, null: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import Denoise, Guided, threshold
+from unclip.diffusion.guidance import Denoise, at, threshold
 from unclip.diffusion.losses import log_variance
 from unclip.diffusion.schedules import Prediction, Schedule
 from unclip.types import StageOptions
@@ -35,8 +35,10 @@ def randn(
     """Normal noise (B, ...) on `device`; row i is drawn from generators[i] alone, on that generator's own device."""
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} samples; give one for each")
-    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype).to(device) for g in generators]
-    return torch.cat(rows)
+    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators]
+    if torch.device(device).type == "cuda":  # from pinned memory, so that the host goes on while they are copied
+        rows = [row.pin_memory().to(device, non_blocking=True) if row.is_cpu else row for row in rows]
+    return torch.cat([row.to(device) for row in rows])
 
 
 @torch.no_grad()
@@ -62,23 +64,21 @@ def sample(
     denoise_last answers at the last step instead of denoise (Karlo's upsampler).
     """
     schedule.check(prediction)
-    if options.steps > schedule.num_timesteps:
-        raise ValueError(f"steps is {options.steps}, but the model has only {schedule.num_timesteps} timesteps")
+    _check_steps(options, schedule)
     if not 0.0 <= options.eta <= 1.0:
         raise ValueError(f"eta is {options.eta}; expected 0 (deterministic) to 1 (as noisy as ancestral sampling)")
     if len(generators) != x_T.shape[0]:
         raise ValueError(f"{len(generators)} generators for {x_T.shape[0]} samples; give one for each")
-
-    def estimate(x_t: Tensor, t: float, last: bool) -> tuple[Tensor, Tensor | None]:
-        rows = torch.full((x_t.shape[0],), t, device=x_t.device)
-        network = denoise_last if last and denoise_last is not None else denoise
-        if isinstance(network, Guided):
-            network = network.at(t)
-        output, variance = network(x_t.to(x_T.dtype), rows), None
-        if learned_variance:
-            output, variance = output.to(x_t.dtype).chunk(2, dim=1)
-        x_0 = schedule.predict_x0(output, x_t, torch.full_like(rows, round(t), dtype=torch.long), prediction)
-        return threshold(x_0, clip, options.dynamic_threshold), variance
+    estimate = estimator(
+        denoise,
+        schedule,
+        prediction=prediction,
+        learned_variance=learned_variance,
+        clip=clip,
+        percentile=options.dynamic_threshold,
+        denoise_last=denoise_last,
+        dtype=x_T.dtype,
+    )
 
     def noise() -> Tensor:  # in the network's dtype, as diffusers draws it: the same seed gives the same numbers
         return randn(x_T.shape, generators, x_T.device, x_T.dtype).to(x.dtype)
@@ -86,15 +86,46 @@ def sample(
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     if options.sampler in ("ancestral", "ddim"):
         return _sample_own(estimate, x, schedule, options, noise, on_step)
-    if options.sampler in ("dpm++", "unipc"):
-        scheduler = make_scheduler(options.sampler, schedule)
-    elif hasattr(options.sampler, "set_timesteps"):
-        scheduler = copy.deepcopy(options.sampler)  # it keeps its state in itself
-    else:
-        raise ValueError(
-            f"sampler is {options.sampler!r}; expected 'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
-        )
-    return _sample_scheduler(estimate, x, schedule, scheduler, options, generators, on_step)
+    return _sample_scheduler(estimate, x, schedule, options, generators, on_step)
+
+
+def estimator(
+    denoise: Denoise,
+    schedule: Schedule,
+    *,
+    prediction: Prediction,
+    learned_variance: bool = False,
+    clip: float | None,
+    percentile: float | None = None,
+    denoise_last: Denoise | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Estimate:
+    """The network as samplers see it, given x_t in `dtype`. See `sample` for the other arguments, and `threshold`."""
+
+    def estimate(x_t: Tensor, t: float, last: bool) -> tuple[Tensor, Tensor | None]:
+        network = at(denoise_last if last and denoise_last is not None else denoise, t)
+        output, variance = network(x_t.to(dtype), torch.full((x_t.shape[0],), t, device=x_t.device)), None
+        if learned_variance:
+            output, variance = output.to(x_t.dtype).chunk(2, dim=1)
+        x_0 = schedule.predict_x0(output, x_t, round(t), prediction)
+        return threshold(x_0, clip, percentile), variance
+
+    return estimate
+
+
+def timesteps(options: StageOptions, schedule: Schedule) -> list[float]:
+    """The timesteps at which `sample` asks the network, in order; whole numbers except under a few of diffusers'."""
+    _check_steps(options, schedule)
+    if options.sampler == "ancestral":
+        return ancestral_timesteps(options.steps, schedule.num_timesteps)
+    if options.sampler == "ddim":
+        return ddim_timesteps(options.steps, schedule.num_timesteps)
+    return _timesteps_of(_scheduler(options, schedule))
+
+
+def _check_steps(options: StageOptions, schedule: Schedule) -> None:
+    if options.steps > schedule.num_timesteps:
+        raise ValueError(f"steps is {options.steps}, but the model has only {schedule.num_timesteps} timesteps")
 
 
 def _sample_own(
@@ -106,13 +137,14 @@ def _sample_own(
     on_step: OnSample | None,
 ) -> Tensor:
     ancestral, num_steps = options.sampler == "ancestral", options.steps
-    timesteps = (ancestral_timesteps if ancestral else ddim_timesteps)(num_steps, schedule.num_timesteps)
-    for step, (t, t_prev) in enumerate(pairwise([*timesteps, -1]), 1):
+    for step, (t, t_prev) in enumerate(pairwise([*timesteps(options, schedule), -1]), 1):
         x_0, variance = estimate(x_t, t, step == num_steps)
         draw = noise() if (ancestral or options.eta > 0) and step < num_steps else None
         levels = alpha_bar(schedule, t), alpha_bar(schedule, t_prev)
         if ancestral:
-            x_t = ancestral_step(x_t, x_0, *levels, draw, variance)
+            # In float32, 1 - alpha_bar / alpha_bar_prev is not quite beta; diffusers takes it only where t is skipped.
+            beta = float(schedule.betas[t]) if t_prev == t - 1 else None
+            x_t = ancestral_step(x_t, x_0, *levels, draw, variance, beta)
         else:
             x_t = ddim_step(x_t, x_0, *levels, options.eta, draw)
         if on_step is not None:
@@ -124,14 +156,12 @@ def _sample_scheduler(
     estimate: Estimate,
     x_t: Tensor,
     schedule: Schedule,
-    scheduler: Any,
     options: StageOptions,
     generators: Sequence[torch.Generator],
     on_step: OnSample | None,
 ) -> Tensor:
     """Through a diffusers scheduler's own API; it is given the prediction type that it expects."""
-    _check_scheduler(scheduler, schedule)
-    scheduler.set_timesteps(options.steps)  # tables stay on the CPU, so that no step waits for the device
+    scheduler = _scheduler(options, schedule)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # else it looks its place up by t, and misses where rounding made two alike
     accepted = inspect.signature(scheduler.step).parameters
@@ -139,12 +169,12 @@ def _sample_scheduler(
     extra = {name: value for name, value in extra.items() if name in accepted}
     takes_variance = str(scheduler.config.get("variance_type")).startswith("learned")
 
-    timesteps = [int(t) if float(t).is_integer() else t for t in scheduler.timesteps.tolist()]
+    ts = _timesteps_of(scheduler)
     x_t = x_t * float(scheduler.init_noise_sigma)
-    for step, (t, t_prev) in enumerate(pairwise([*timesteps, None]), 1):
+    for step, (t, t_prev) in enumerate(pairwise([*ts, None]), 1):
         t_scheduler = scheduler.timesteps[step - 1]
         x_model = scheduler.scale_model_input(x_t, t_scheduler)
-        x_0, variance = estimate(x_model, t, step == len(timesteps))
+        x_0, variance = estimate(x_model, t, step == len(ts))
         output = _as_prediction(x_0, x_model, alpha_bar(schedule, round(t)), scheduler.config.prediction_type)
         if takes_variance and variance is not None:
             output = torch.cat([output, variance], dim=1)
@@ -152,8 +182,27 @@ def _sample_scheduler(
             extra["prev_timestep"] = t_prev
         x_t = scheduler.step(output, t_scheduler, x_t, **extra).prev_sample
         if on_step is not None:
-            on_step(step, len(timesteps), x_0)
+            on_step(step, len(ts), x_0)
     return x_t
+
+
+def _scheduler(options: StageOptions, schedule: Schedule) -> Any:
+    """The diffusers scheduler that is asked for, with its timesteps set; a copy, for it keeps its state in itself."""
+    if options.sampler in ("dpm++", "unipc"):
+        scheduler = make_scheduler(options.sampler, schedule)
+    elif hasattr(options.sampler, "set_timesteps"):
+        scheduler = copy.deepcopy(options.sampler)
+    else:
+        raise ValueError(
+            f"sampler is {options.sampler!r}; expected 'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
+        )
+    _check_scheduler(scheduler, schedule)
+    scheduler.set_timesteps(options.steps)  # tables stay on the CPU, so that no step waits for the device
+    return scheduler
+
+
+def _timesteps_of(scheduler: Any) -> list[float]:
+    return [int(t) if float(t).is_integer() else t for t in scheduler.timesteps.tolist()]
 
 
 def ancestral_timesteps(num_steps: int, num_timesteps: int) -> list[int]:
@@ -181,12 +230,15 @@ def ancestral_step(
     alpha_bar_prev: float,
     noise: Tensor | None = None,
     variance: Tensor | None = None,
+    beta: float | None = None,
 ) -> Tensor:
     """A draw from q(x_prev | x_t, x_0), or its mean if noise is None (DDPM, 2006.11239, equations 6 and 7).
 
-    variance is the network's raw answer (see `losses.log_variance`); None = the posterior's own.
+    variance is the network's raw answer (see `losses.log_variance`); None = the posterior's own. beta is that of the
+    step; None = as alpha_bar tells.
     """
-    beta = 1 - alpha_bar_t / alpha_bar_prev
+    if beta is None:
+        beta = 1 - alpha_bar_t / alpha_bar_prev
     remaining = (1 - alpha_bar_prev) / (1 - alpha_bar_t)
     mean = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar_t) * x_0 + math.sqrt(1 - beta) * remaining * x_t
     if noise is None:

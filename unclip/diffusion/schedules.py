@@ -26,6 +26,7 @@ class ScheduleConfig:
     num_timesteps: int = 1000
     zero_terminal_snr: bool = False  # the last timestep is pure noise (2305.08891); needs x0 or v prediction
     shift: float = 1.0  # divides α/σ: pictures twice as large need 2 for the same shapes to vanish at the same t
+    precision: Literal["float64", "float32"] = "float64"  # of betas; rounded as diffusers does, seeds give its pictures
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear"):
@@ -34,10 +35,13 @@ class ScheduleConfig:
             raise ValueError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least 2")
         if self.shift <= 0:
             raise ValueError(f"shift is {self.shift}; expected a positive factor, 1 for none")
+        if self.precision not in ("float64", "float32"):
+            raise ValueError(f"precision is {self.precision!r}; expected 'float64' or 'float32'")
 
 
 class Schedule:
-    """The forward process at T timesteps. Methods take t as a (B,) long tensor on the device of the samples.
+    """The forward process at T timesteps. Methods take t as a (B,) long tensor on the device of the samples, or as one
+    int for all of them, which costs the device nothing.
 
     `alpha_bar` and `betas` are (T,) float64 on the CPU.
     """
@@ -45,7 +49,9 @@ class Schedule:
     def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
         self.config = config
         betas = _cosine_betas(config.num_timesteps) if config.kind == "cosine" else _linear_betas(config.num_timesteps)
-        self.alpha_bar = (1 - betas).cumprod(0)
+        betas = betas.to(getattr(torch, config.precision))
+        self.alpha_bar = (1 - betas).cumprod(0).double()
+        betas = betas.double()
         if config.shift != 1:  # simple diffusion (2301.11093), section 3.1
             self.alpha_bar = self.alpha_bar / (self.alpha_bar + config.shift**2 * (1 - self.alpha_bar))
         if config.zero_terminal_snr:
@@ -73,8 +79,10 @@ class Schedule:
     def num_timesteps(self) -> int:
         return self.config.num_timesteps
 
-    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+    def at(self, name: str, t: Tensor | int, like: Tensor) -> Tensor | float:
         """Values of a table at t (B,), shaped (B, 1, ...) to broadcast with `like`, in float32 or wider."""
+        if isinstance(t, int):
+            return self._tables[name][t].item()
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = (name, t.device, dtype)
         if key not in self._copies:  # cast before moving: not every device has float64
@@ -100,7 +108,7 @@ class Schedule:
             return noise
         return x_0 if prediction == "x0" else self.velocity(x_0, noise, t)
 
-    def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction) -> Tensor:
         """The network's output as an estimate of x_0, in float32 or wider."""
         self.check(prediction)
         x_t, output = _widen(x_t), _widen(output)
@@ -109,7 +117,7 @@ class Schedule:
         alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
         return (x_t - sigma * output) / alpha if prediction == "eps" else alpha * x_t - sigma * output
 
-    def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
+    def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction) -> Tensor:
         """The network's output as an estimate of the noise, in float32 or wider."""
         self.check(prediction)
         x_t, output = _widen(x_t), _widen(output)

@@ -1,42 +1,72 @@
-"""The commands `unclip evaluate` and `unclip bench`; torch is imported when one of them runs."""
+"""The commands `unclip evaluate`, `unclip bench` and `unclip drift`; torch is imported when one of them runs."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.catalogue import locate
-from unclip.evaluation import PARTS
+from unclip.evaluation import DTYPES, PARTS, STAGES
+from unclip.files import read_json
 
 if TYPE_CHECKING:
+    from unclip.evaluation.bench import BenchConfig
     from unclip.evaluation.harness import Evaluation
+    from unclip.pipelines.unclip import UnCLIPPipeline
     from unclip.types import UnCLIPOptions
 
 MODEL = "emoji"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def add_commands(commands: Any) -> None:
-    """Declares both on the subparsers of `unclip`."""
-    about = "measure what a model has learned, on pairs that it was not trained on"
-    parser = commands.add_parser("evaluate", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=evaluate)
+    """Declares them on the subparsers of `unclip`."""
+    parser = _command(commands, evaluate, "measure what a model has learned, on pairs that it was not trained on")
     add_evaluation(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write sheets of drawn pictures here")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="for the sheet of samples, one in each line")
 
-    about = "measure how quick a model is and how much memory it takes"
-    parser = commands.add_parser("bench", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=bench)
+    parser = _command(commands, bench, "measure how quick a model is and how much memory it takes")
     add_model(parser)
+    parser.add_argument("--against", choices=("diffusers", "diffusers-compiled"), help="take turns with its networks")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in each warm call (default: 1)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each kind (default: 5)")
+    parser.add_argument("--repeat", type=int, metavar="N", help="measurements of each kind (default: 5; --against: 3)")
+    about = f"some of {','.join(STAGES)} (default: all)"
+    parser.add_argument("--stages", type=_stages, default=STAGES, metavar="A,B", help=about)
+    about = "compose each stage from two of its steps (default for karlo-random)"
+    parser.add_argument("--steps-only", action="store_true", help=about)
+    about = "all steps and whole pictures, where a few steps are the default (karlo-random, --against)"
+    parser.add_argument("--whole", action="store_true", help=about)
+    parser.add_argument("--preset", metavar="NAME", help="options by name: exact, fast")
+    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--quantize", choices=("int8",), help="the weights")
+    parser.add_argument("--offload", action="store_true", help="keep one network in memory at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    parser = _command(commands, drift, "measure how far faster options stray from the exact result")
+    add_model(parser)
+    parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="captions: tars, or a folder")
+    parser.add_argument("--limit", type=int, default=128, metavar="N", help="draw so many pictures (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
+    about = "keep all figures here, row by row: started again, it goes on where it stopped"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _command(commands: Any, run: Callable[[Namespace], None], about: str) -> ArgumentParser:
+    parser = commands.add_parser(run.__name__, help=about, description=f"{about[0].upper()}{about[1:]}.")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -58,7 +88,7 @@ def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
     parser.add_argument("--decoder-guidance", type=float, metavar="SCALE", help="guidance of the decoder; 1 = none")
     parser.add_argument("--prior-steps", type=int, metavar="N", help="sampling steps of the prior")
     parser.add_argument("--prior-guidance", type=float, metavar="SCALE", help="guidance of the prior; 1 = none")
-    parser.add_argument("--candidates", type=int, metavar="N", help="embeddings drawn; the best is decoded")
+    parser.add_argument("--prior-candidates", type=int, metavar="N", help="embeddings drawn; the best is decoded")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -81,17 +111,10 @@ def evaluate(args: Namespace) -> None:
 
 def make_evaluation(args: Namespace) -> Evaluation:
     """The model and the data that the arguments name."""
-    locate(args.model)  # a misspelt name is told before torch is imported
-    import torch
-
+    pipe = _load(args)
     from unclip.evaluation.harness import Evaluation
     from unclip.evaluation.pairs import load_pairs
-    from unclip.pipelines import load
-    from unclip.pipelines.unclip import UnCLIPPipeline
 
-    pipe = load(args.model, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{args.model} is no unCLIP model, and only those can be evaluated")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
     size = pipe.decoder.config.image_size
@@ -108,18 +131,109 @@ def make_evaluation(args: Namespace) -> Evaluation:
     )
 
 
+def _load(args: Namespace) -> UnCLIPPipeline:
+    locate(args.model)  # a misspelt name is told before torch is imported
+    import torch
+
+    from unclip.pipelines import load
+    from unclip.pipelines.unclip import UnCLIPPipeline
+
+    pipe = load(args.model, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
+    if not isinstance(pipe, UnCLIPPipeline):
+        raise ValueError(f"{args.model} is no unCLIP model, and only those can be evaluated")
+    return pipe
+
+
 def bench(args: Namespace) -> None:
-    from unclip.evaluation import bench as timing
-    from unclip.evaluation import report
+    from unclip.evaluation.bench import RANDOM, BenchConfig
 
     _check_writable(args.json)
-    locate(args.model)
-    config = timing.BenchConfig(args.model, args.dtype, args.device, args.batch, args.repeat)
+    if args.model not in RANDOM:
+        locate(args.model)
+    if args.repeat is None:
+        args.repeat = 3 if args.against else 5
+    if args.steps_only and args.whole:
+        raise ValueError("--steps-only and --whole exclude each other")
+    if args.model in RANDOM and not (args.against or args.whole or args.preset):
+        args.steps_only = True  # all of them take minutes on a CPU
+    config = BenchConfig(**{field.name: getattr(args, field.name) for field in fields(BenchConfig)})
+    (_bench_against if args.against else _bench_alone)(config, args)
+
+
+def _bench_alone(config: BenchConfig, args: Namespace) -> None:
+    from unclip.evaluation import bench as timing
+    from unclip.evaluation import report
+    from unclip.evaluation.bench import tables
+
     results = timing.bench(config, not args.quiet)
-    head = report.Row(f"{args.model}, median of {args.repeat}", "", "spread")
-    print(timing.describe(results["machine"]))
-    print(report.plain([head, *timing.rows(results)]))
+    print(tables.describe(results["machine"]))
+    print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
+    head = report.Row(f"{config.model}, median of {config.repeat}", "", "lowest to highest")
+    print(report.plain([head, *tables.rows(results)]))
+    if config.model == "karlo-random" and (claim := tables.memory_claim(results)):  # a small one is all PyTorch
+        print(claim)
+    print(f"\n{tables.stage_table(results)}")
     _write_json(results, args.json)
+
+
+def _bench_against(config: BenchConfig, args: Namespace) -> None:
+    from unclip.evaluation.bench import tables
+
+    if config.preset or config.quantize or config.offload or config.steps_only:
+        raise ValueError("--against measures the exact options and the preset 'fast', of unchanged networks")
+    try:
+        from unclip.evaluation.bench import compare
+    except ImportError as error:
+        raise ValueError(f"this diffusers cannot be compared with ({error}); version 0.42 can") from None
+    compiled = args.against == "diffusers-compiled"
+    results = compare.begin(config, compiled)
+    print(tables.describe(results["machine"]))
+    print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
+    rows = compare.compare_whole if args.whole else compare.compare_stages
+    try:
+        for row in rows(config, compiled, not args.quiet):
+            results["rows"].append(row.plain())
+            print(tables.comparison(results["rows"][-1]), flush=True)
+            _write_json(results, args.json, tell=False)  # whoever stops it keeps the rows until there
+    finally:
+        if results["rows"]:
+            print(f"\n{tables.comparison_table(results)}")
+            _write_json(results, args.json)
+
+
+def drift(args: Namespace) -> None:
+    _check_writable(args.json)
+    pipe = _load(args)
+    from unclip.config import to_dict
+    from unclip.evaluation.drift import Drift, line, table
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.pipelines import load
+
+    pairs = load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet)
+    measured = Drift(
+        pipe,
+        pairs.captions,
+        lambda dtype: load(args.model, args.device, dtype),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    settings = {"model": args.model, "seed": args.seed, "pictures": len(pairs), "options": to_dict(pipe.options)}
+    results = {**settings, "machine": {"device": str(pipe.device), "dtype": str(pipe.dtype)}, "rows": []}
+    if args.json and args.json.is_file():
+        before = read_json(args.json)
+        if any(before.get(name) != value for name, value in results.items() if name != "rows"):
+            raise ValueError(f"{args.json} holds figures of other settings; give another file")
+        results = before
+    try:
+        for row in measured.rows(done=[row["name"] for row in results["rows"]]):
+            results["rows"].append(row)
+            print("  ".join(line(row)), flush=True)
+            _write_json(results, args.json, tell=False)  # whoever stops it keeps the rows until there
+    finally:
+        if results["rows"]:
+            print(f"\n{table(results['rows'])}")
+            _write_json(results, args.json)
 
 
 def _options(options: UnCLIPOptions, args: Namespace) -> UnCLIPOptions:
@@ -132,7 +246,7 @@ def _options(options: UnCLIPOptions, args: Namespace) -> UnCLIPOptions:
         options,
         prior=change(options.prior, steps=args.prior_steps, guidance=args.prior_guidance),
         decoder=change(options.decoder, steps=args.steps, guidance=args.decoder_guidance),
-        prior_candidates=args.candidates,
+        prior_candidates=args.prior_candidates,
     )
 
 
@@ -142,10 +256,11 @@ def _check_writable(file: Path | None) -> None:
         raise ValueError(f"{file} cannot be written: there is no folder {file.parent}")
 
 
-def _write_json(results: dict[str, Any], file: Path | None) -> None:
+def _write_json(results: dict[str, Any], file: Path | None, tell: bool = True) -> None:
     if file is not None:
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(file)
+        if tell:
+            print(file)
 
 
 def _read_prompts(file: Path | None) -> list[str]:

@@ -24,10 +24,10 @@ def plain(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Sequence[Row]) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first row is the head."""
     lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|---|---|---|", *lines[1:]])
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 HEAD = Row("figure", "model", "reference")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from unclip.evaluation.harness import Evaluation
 from unclip.evaluation.pairs import Pairs, canonical
-from unclip.pictures import grid, save_png
+from unclip.pictures import cell, grid, save_png
 
 PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
     "a red apple",
@@ -27,25 +26,6 @@ PROMPTS = (  # for the README: what one would try first, and things that no pict
     "a house with a tree",
 )
 SHOWN = 8  # pairs on each sheet but the samples'
-
-
-def cell(pictures: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()) -> Image.Image:
-    """Pictures side by side, `size` pixels each (None stays white), titles above, the caption below on two lines."""
-    font = ImageFont.load_default(max(12, size // 10))
-    line = round(font.size * 1.3)
-    top, width = line if titles else 0, (size + 4) * len(pictures) - 4
-    image = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
-    pen = ImageDraw.Draw(image)
-    for i, picture in enumerate(pictures):
-        left = i * (size + 4)
-        if titles:
-            pen.text((left + 2, 0), titles[i], fill="black", font=font)
-        if picture is not None:
-            image.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
-    letters = max(8, int(width / font.getlength("n")))
-    lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" …")
-    pen.text((2, top + size + 2), "\n".join(lines), fill="black", font=font)
-    return image
 
 
 def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:

@@ -200,7 +200,22 @@ class Decoder(nn.Module):
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
         """(B, 3, s, s), (B,) -> (B, 3 or 6, s, s): the prediction, then the variance if it is learned."""
-        return self.unet(x_t, self.unet.time_embedding(t) + context.time_shift, context.kv)
+        modulation = self.unet.modulation(self.unet.time_embedding(t) + context.time_shift)
+        return self.step(x_t, modulation, context)[0]
+
+    def embed(self, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
+        """What `step` is to be told at T timesteps: (T,) -> (T, B, M)."""
+        return self.unet.modulation(self.unet.time_embedding(t)[:, None] + context.time_shift)
+
+    def step(
+        self,
+        x_t: torch.Tensor,
+        modulation: torch.Tensor,
+        context: DecoderContext,
+        deep: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`denoise` from the modulation (B, M) on; `deep` goes in and comes out as in `UNet.run`."""
+        return self.unet.run(x_t, modulation, context.kv, deep)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 KV = TypeVar("KV", bound="KeyValues")
@@ -35,7 +36,7 @@ class TimeMLP(nn.Module):
         self.fc2 = nn.Linear(out_dim, out_dim)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        h = timestep_embedding(t, self.in_dim).to(self.fc1.weight.dtype)
+        h = timestep_embedding(t, self.in_dim).to(self.fc1.bias.dtype)
         return self.fc2(F.silu(self.fc1(h)))
 
 
@@ -57,6 +58,32 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
             scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)  # B*H S N
             return torch.bmm(scores.softmax(dim=-1), v).view(shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def attend_after(
+    prefix: tuple[torch.Tensor, torch.Tensor], seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention of S tokens (B, H, S, d) to themselves and to all of a prefix that is `seen` -> (B, H, S, d).
+
+    The prefix, keys and values (R, H, N, d) and seen (R, N) bool, has a row for each B / R rows of the tokens in a row,
+    and is not copied for them.
+    """
+    (k_prefix, v_prefix), (R, N), (B, _, S, d) = prefix, seen.shape, q.shape
+    causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
+    if R == B:
+        visible = torch.cat([seen[:, None, None].expand(-1, -1, S, -1), causal.expand(B, 1, S, S)], dim=-1)  # B 1 S N+S
+        return attend(q, torch.cat([k_prefix, k], dim=2), torch.cat([v_prefix, v], dim=2), visible)
+
+    def together(x: torch.Tensor) -> torch.Tensor:  # the rows that share a row of the prefix, as if they were one
+        return rearrange(x, "(r n) h s m -> r h (n s) m", r=R)
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        return rearrange(x, "r h (n s) m -> (r n) h s m", s=S)
+
+    to_prefix = (together(q) @ k_prefix.mT).masked_fill(~seen[:, None, None], -torch.inf)  # R H nS N
+    to_selves = (q @ k.mT).masked_fill(~causal, -torch.inf)  # B H S S
+    weights = (torch.cat([apart(to_prefix), to_selves], dim=-1) * d**-0.5).softmax(dim=-1)  # B H S N+S
+    return apart(together(weights[..., :N]) @ v_prefix) + weights[..., N:] @ v
 
 
 class TransformerBlock(nn.Module):
@@ -81,7 +108,10 @@ class TransformerBlock(nn.Module):
         self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         """Tokens (B, n, C), their queries, keys and values (B, H, N, d), and which of them they see -> (B, n, C)."""
-        h = attend(q, k, v, mask)  # B H n d
+        return self.finish(x, attend(q, k, v, mask))
+
+    def finish(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, n, C) and what each head attended to (B, H, n, d) -> (B, n, C)."""
         x = x + self.dropout(self.out(h.transpose(1, 2).flatten(2)))  # B n C
         return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
@@ -97,8 +127,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if x.is_cpu and x.dtype == torch.bfloat16:
-            # Here PyTorch's kernel for channels-last costs six times as much as plain sums, and more backward.
+        if x.is_cpu and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            # Plain sums cost less than PyTorch's kernel for channels-last does backward.
             weight, bias = self.weight.float().expand(x.shape[:2]), self.bias.float().expand(x.shape[:2])  # B C
             if scale is not None and shift is not None:
                 weight, bias = weight * (1 + scale), torch.addcmul(shift.float(), bias, 1 + scale)
@@ -106,7 +136,8 @@ class GroupNorm(nn.GroupNorm):
         h = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if scale is None or shift is None:
             return h
-        return torch.addcmul(shift[:, :, None, None], h, 1 + scale[:, :, None, None])
+        gain, shift = 1 + scale[:, :, None, None], shift[:, :, None, None]
+        return torch.addcmul(shift, h, gain, out=None if torch.is_grad_enabled() else h)
 
 
 class _GroupNormBySums(torch.autograd.Function):
@@ -176,8 +207,10 @@ class KeyValues:
         return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
     def expand(self: KV, batch: int) -> KV:
-        """A single row seen as `batch` equal rows, without a copy."""
-        return self._map(lambda x: x.expand(batch, *x.shape[1:]))
+        """Seen as `batch` rows, each row an equal number of times in a row; a single one without a copy."""
+        if len(self) == 1:
+            return self._map(lambda x: x.expand(batch, *x.shape[1:]))
+        return self if len(self) == batch else self.repeat_interleave(batch // len(self))
 
     def pad(self: KV, n: int) -> KV:
         """Lengthened to n tokens by closed positions."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unclip.models.layers import KeyValues, TimeMLP, TransformerBlock, zeroed
+from unclip.models.layers import KeyValues, TimeMLP, TransformerBlock, attend_after, zeroed
 from unclip.types import TextEncoding
 
 
@@ -26,6 +26,7 @@ class PriorConfig:
     mlp_ratio: int = 4
     dropout: float = 0.0
     null_text: Literal["learned", "empty_prompt"] = "learned"
+    x0_limit: float | None = 5.0  # sampling keeps x_0 within it, in standard deviations (Karlo); None = anywhere
 
     def __post_init__(self) -> None:
         for name in ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"):
@@ -37,6 +38,8 @@ class PriorConfig:
             raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
         if self.width % 2:
             raise ValueError(f"width is {self.width}; the time sinusoids need an even number")
+        if self.x0_limit is not None and self.x0_limit <= 0:
+            raise ValueError(f"x0_limit is {self.x0_limit}; expected a positive number, or None for no limit")
 
 
 class TextPrefix(KeyValues):
@@ -69,6 +72,11 @@ class DiffusionPrior(nn.Module):
             self.null_state = nn.Parameter(torch.randn(config.text_width))
         self.register_buffer("emb_mean", torch.zeros(D))
         self.register_buffer("emb_std", torch.full((D,), D**-0.5))
+
+    @property
+    def x0_limit(self) -> float | None:
+        """Bound of x_0 in sampling."""
+        return self.config.x0_limit
 
     def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales."""
@@ -127,18 +135,24 @@ class DiffusionPrior(nn.Module):
         return TextEncoding(emb, states, mask)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
-        """Predicts the normalised embedding: (B, D), (B,) -> (B, D). A prefix of one row serves the whole batch."""
+        """Predicts the normalised embedding: (B, D), (B,) -> (B, D). Each row of the prefix serves an equal share."""
+        return self.step(x_t, self.time(t), prefix)[0]
+
+    def embed(self, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
+        """What `step` is to be told at T timesteps: (T,) -> (T, 1, C)."""
+        return self.time(t)[:, None]
+
+    def step(
+        self, x_t: torch.Tensor, time: torch.Tensor, prefix: TextPrefix, deep: None = None
+    ) -> tuple[torch.Tensor, None]:
+        """`denoise` from the time embedding (B or 1, C) on; there is nothing to be used again at another step."""
         B = len(x_t)
-        if len(prefix) == 1:
-            prefix = prefix.expand(B)
-        tokens = [self.time(t), self.x_proj(x_t.to(self.query.dtype)), self.query.expand(B, -1)]
+        tokens = [time.expand(B, -1), self.x_proj(x_t.to(self.query.dtype)), self.query.expand(B, -1)]
         x = torch.stack(tokens, dim=1) + self.positions[-3:]  # B 3 C
-        causal = torch.ones(3, 3, dtype=torch.bool, device=x.device).tril().expand(B, 1, 3, 3)
-        visible = torch.cat([prefix.mask[:, None, None].expand(-1, -1, 3, -1), causal], dim=-1)  # B 1 3 L+4
-        for block, k_text, v_text in zip(self.blocks, prefix.k, prefix.v, strict=True):
+        for block, *prefix_kv in zip(self.blocks, prefix.k, prefix.v, strict=True):
             q, k, v = block.project(x)  # B H 3 d
-            x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), visible)
-        return self.head(self.norm(x[:, -1]))
+            x = block.finish(x, attend_after(prefix_kv, prefix.mask, q, k, v))
+        return self.head(self.norm(x[:, -1])), None
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, drop: torch.Tensor | None = None

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,33 +70,46 @@ class UNetConfig:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, norm modulated by time, SiLU, conv, plus the input (ADM); `resize` "up" or "down" by 2."""
+    """norm, SiLU, conv, norm modulated by time, SiLU, conv, plus the input (ADM); `resize` "up" or "down" by 2.
+
+    The modulation M is computed outside, by `time`: (B, time_dim) -> (B, M).
+    """
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, resize: Literal["up", "down"] | None = None) -> None:
         super().__init__()
         self.resize = resize
         self.scale_shift = config.time_shift == "scale_shift"
+        self.modulation = 2 * c_out if self.scale_shift else c_out  # M
         self.norm1 = GroupNorm(config.groups, c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(config.time_width, 2 * c_out if self.scale_shift else c_out)
+        self.conv1 = UpConv2d(c_in, c_out) if resize == "up" else nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(config.time_width, self.modulation)
         self.norm2 = GroupNorm(config.groups, c_out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        h = F.silu(self.norm1(x))  # B C h w
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        h = silu(self.norm1(x))  # B C h w
         if self.resize == "up":
-            x, h = double(x), double(h)
+            x = double(x)  # as conv1 doubles h
         elif self.resize == "down":
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         h = self.conv1(h)
-        time = self.time(time)
         if self.scale_shift:
-            h = self.norm2(h, *time.chunk(2, dim=1))
+            h = self.norm2(h, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm2(h + time[:, :, None, None])
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(plus(h, modulation[:, :, None, None]))
+        return plus(self.conv2(self.dropout(silu(h))), self.skip(x))
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """SiLU, in the memory of x where no gradient needs x: fresh memory costs more than the arithmetic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def plus(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x + y, likewise in the memory of x."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
@@ -104,23 +117,13 @@ def double(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class Downsample(nn.Conv2d):
-    """Half the size by one strided convolution."""
+class UpConv2d(nn.Conv2d):
+    """Double the size by nearest neighbour and one convolution: (B, C, h, w) -> (B, C', 2h, 2w)."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(c_in, c_out, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
-
-
-class Upsample(nn.Conv2d):
-    """Double the size by nearest neighbour and one convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(double(x))
 
 
@@ -150,7 +153,7 @@ class Attention(nn.Module):
             mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
         h = attend(q, k, v, mask)  # B H S d
         h = self.out(h.transpose(1, 2).flatten(2))  # B S C
-        return x + h.mT.unflatten(2, size)
+        return plus(h.mT.unflatten(2, size), x)
 
 
 class Block(nn.Module):
@@ -163,16 +166,17 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        time: torch.Tensor,
+        modulations: Sequence[torch.Tensor],  # one for each residual block in it
         k: torch.Tensor | None = None,
         v: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x = self.res(x, time)
+        modulations = iter(modulations)
+        x = self.res(x, next(modulations)) if isinstance(self.res, ResBlock) else self.res(x)
         if self.attention is not None:
             x = self.attention(x, k, v, mask)
         if self.resize is not None:
-            x = self.resize(x, time)
+            x = self.resize(x, next(modulations)) if isinstance(self.resize, ResBlock) else self.resize(x)
         return x
 
 
@@ -200,7 +204,8 @@ class UNet(nn.Module):
                 c = level.channels
                 skips.append(c)
             if i < len(config.levels) - 1:
-                self.down.append(Block(ResBlock(c, c, config, "down") if residual else Downsample(c)))
+                down = ResBlock(c, c, config, "down") if residual else nn.Conv2d(c, c, 3, stride=2, padding=1)
+                self.down.append(Block(down))
                 skips.append(c)
 
         self.mid = nn.ModuleList(
@@ -216,7 +221,7 @@ class UNet(nn.Module):
                 res = ResBlock(c + skips.pop(), level.channels, config)
                 c = level.channels
                 ends_level = i > 0 and j == level.blocks
-                resize = (ResBlock(c, c, config, "up") if residual else Upsample(c)) if ends_level else None
+                resize = (ResBlock(c, c, config, "up") if residual else UpConv2d(c, c)) if ends_level else None
                 self.up.append(Block(res, attention(c, level.attention), resize))
         assert not skips
 
@@ -227,9 +232,18 @@ class UNet(nn.Module):
         """The attention layers in the order in which `forward` meets them."""
         return (m for m in self.modules() if isinstance(m, Attention))
 
+    def res_blocks(self) -> Iterator[ResBlock]:
+        """The residual blocks in the order in which `forward` meets them."""
+        return (m for m in self.modules() if isinstance(m, ResBlock))
+
     def time_embedding(self, t: torch.Tensor) -> torch.Tensor:
         """(B,) -> (B, time_dim)."""
         return self.time(t)
+
+    def modulation(self, time_emb: torch.Tensor) -> torch.Tensor:
+        """(..., time_dim) -> (..., M): what the time embedding says to every residual block, side by side."""
+        time = F.silu(time_emb)
+        return torch.cat([block.time(time) for block in self.res_blocks()], dim=-1)
 
     def project_context(self, context: torch.Tensor, mask: torch.Tensor) -> KeyValues:
         """Context (B, N, context_dim), mask (B, N) bool -> keys and values for every attention."""
@@ -237,31 +251,59 @@ class UNet(nn.Module):
         return KeyValues(k, v, mask)
 
     def forward(self, x: torch.Tensor, time_emb: torch.Tensor, context: KeyValues | None = None) -> torch.Tensor:
+        return self.run(x, self.modulation(time_emb), context)[0]
+
+    def run(
+        self,
+        x: torch.Tensor,
+        modulation: torch.Tensor,
+        context: KeyValues | None = None,
+        deep: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` from the modulation (B or 1, M) on; also gives what the levels under the first answered.
+
+        Given back as `deep` at a later step, that answer stands in for those levels (DeepCache, 2312.00858).
+        """
         divisor = self.config.size_divisor
         if x.shape[2] % divisor or x.shape[3] % divisor:
             raise ValueError(f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}")
         if (context is None) != (self.config.context_dim is None):
             state = "missing" if context is None else "not expected"
             raise ValueError(f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}")
-        time = F.silu(time_emb)  # B time_dim
+        down, mid, up = self._calls(modulation, context)
+        shallow = self.config.levels[0].blocks  # blocks of the first level on the way down; one more on the way up
+
+        h = self.stem(F.pixel_unshuffle(x.to(self.stem.bias.dtype), self.config.patch))  # B C h w
+        skips = [h]
+        for call in down[:shallow]:
+            skips.append(h := call(h))
+        if deep is None:
+            for call in down[shallow:]:
+                skips.append(h := call(h))
+            for call in mid:
+                h = call(h)
+            for call in up[: -shallow - 1]:
+                h = call(torch.cat([h, skips.pop()], dim=1))
+            deep = h
+        h = deep
+        for call in up[-shallow - 1 :]:
+            h = call(torch.cat([h, skips.pop()], dim=1))
+        h = self.head(silu(self.norm(h)))
+        return F.pixel_shuffle(h, self.config.patch), deep  # B out s s; B C h w
+
+    def _calls(
+        self, modulation: torch.Tensor, context: KeyValues | None
+    ) -> list[list[Callable[[torch.Tensor], torch.Tensor]]]:
+        """The blocks of `down`, `mid` and `up` with what they are given beside x."""
+        pieces = iter(modulation.split([block.modulation for block in self.res_blocks()], dim=1))
         kvs = iter(zip(context.k, context.v, strict=True)) if context is not None else None
 
-        def run(block: Block, x: torch.Tensor) -> torch.Tensor:
-            args = (x, time)
+        def bind(block: Block) -> Callable[[torch.Tensor], torch.Tensor]:
+            args = ([next(pieces) for part in (block.res, block.resize) if isinstance(part, ResBlock)],)
             if block.attention is not None and kvs is not None:
                 args += (*next(kvs), context.mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, *args, use_reentrant=False)
-            return block(*args)
+                return lambda x: checkpoint(block, x, *args, use_reentrant=False)
+            return lambda x: block(x, *args)
 
-        h = self.stem(F.pixel_unshuffle(x.to(self.stem.weight.dtype), self.config.patch))  # B C h w
-        skips = [h]
-        for block in self.down:
-            h = run(block, h)
-            skips.append(h)
-        for block in self.mid:
-            h = run(block, h)
-        for block in self.up:
-            h = run(block, torch.cat([h, skips.pop()], dim=1))
-        h = self.head(F.silu(self.norm(h)))
-        return F.pixel_shuffle(h, self.config.patch)  # B out s s
+        return [[bind(block) for block in part] for part in (self.down, self.mid, self.up)]

@@ -60,8 +60,29 @@ class Upsampler(nn.Module):
         size = (low_res.shape[2] * factor, low_res.shape[3] * factor)
         return F.interpolate(wide, size, mode="bicubic", antialias=True).to(low_res.dtype)
 
+    def network(self, last: bool = False) -> UNet:
+        """Of the last step, or of those before."""
+        return self.last_unet if last and self.last_unet is not None else self.unet
+
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, last: bool = False) -> torch.Tensor:
         """(B, 3, S, S), (B,), low_res in [-1, 1] at low or high size -> (B, 3 or 6, S, S). Crops will do as well."""
+        unet = self.network(last)
+        return self.step(x_t, unet.modulation(unet.time_embedding(t)), low_res, last=last)[0]
+
+    def embed(self, t: torch.Tensor, low_res: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """What `step` is to be told at T timesteps: (T,) -> (T, 1, M)."""
+        unet = self.network(last)
+        return unet.modulation(unet.time_embedding(t))[:, None]
+
+    def step(
+        self,
+        x_t: torch.Tensor,
+        modulation: torch.Tensor,
+        low_res: torch.Tensor,
+        deep: torch.Tensor | None = None,
+        last: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`denoise` from the modulation (B or 1, M) on; `deep` goes in and comes out as in `UNet.run`."""
         if low_res.shape[2:] != x_t.shape[2:]:
             given = low_res.shape[2:]
             low_res = self.prepare(low_res)
@@ -70,12 +91,11 @@ class Upsampler(nn.Module):
                     f"low_res is {tuple(given)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
                     f"or {self.config.high_size // self.config.low_size} times smaller"
                 )
-        unet = self.last_unet if last and self.last_unet is not None else self.unet
         low_res = low_res.to(x_t.dtype)
-        output = unet(torch.cat([x_t, low_res], dim=1), unet.time_embedding(t))
+        output, deep = self.network(last).run(torch.cat([x_t, low_res], dim=1), modulation, deep=deep)
         if not self.config.residual:
-            return output
+            return output, deep
         prediction, *variance = output.split(3, dim=1)
-        return torch.cat([prediction + low_res, *variance], dim=1)
+        return torch.cat([prediction + low_res, *variance], dim=1), deep
 
     forward = denoise

@@ -6,6 +6,8 @@ import base64
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unclip.config import parse
-from unclip.types import GenerationResult, OnStep, Progress, Prompt
+from unclip import __version__
+from unclip.config import parse, to_dict
+from unclip.types import GenerationResult, OnStep, Progress, Prompt, StageOptions
 
 # B batch, D CLIP embedding width, S image size
 
@@ -30,6 +33,7 @@ class TextToImage(Protocol):
     not depend on the others: drawn alone under its own seed it is the same, to the tolerance of batched arithmetic.
     """
 
+    kind: str
     name: str
     licence: str
     options: Any  # the defaults of this model, a frozen dataclass
@@ -64,19 +68,30 @@ class TextToImage(Protocol):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextToImage: ...
 
 
-def redraw(pipe: TextToImage, metadata: dict[str, Any], progress: bool = True) -> GenerationResult:
-    """Draws a picture again from the metadata in its PNG."""
+def redraw(
+    pipe: TextToImage, metadata: dict[str, Any], progress: bool = True, latents: dict[str, Any] | None = None
+) -> GenerationResult:
+    """Draws a picture again from the metadata in its PNG.
+
+    latents: a dictionary that keeps what had to be inverted; given to several calls, nothing is inverted twice.
+    """
     if missing := {"seed", "options"} - metadata.keys():
         raise ValueError(f"the metadata lacks {' and '.join(sorted(missing))}; the picture cannot be drawn again")
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
+    if "operation" in metadata:
+        from unclip.pipelines.recipes import repeat  # which builds on this module
+
+        return repeat(pipe, metadata, options, progress, latents)
     chosen: dict[str, Any] = {"seed": metadata["seed"], "options": options, "progress": progress}
     if metadata.get("prompt") is not None:
+        if metadata.get("negative_prompt") is not None:
+            chosen["negative_prompt"] = metadata["negative_prompt"]
         return pipe(metadata["prompt"], **chosen)
     if metadata.get("image_emb") is None:
         raise ValueError(
             "the metadata holds neither a prompt nor an image embedding; the picture cannot be drawn again"
         )
-    return pipe.variations(image_emb=_decode(metadata["image_emb"])[None], **chosen)
+    return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **chosen)
 
 
 def find_device(device: torch.device | str | None = None) -> torch.device:
@@ -128,6 +143,67 @@ def seeds_from(seed: int | None, count: int) -> list[int]:
     return list(range(seed, seed + count))
 
 
+def split_batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[slice, int]]:
+    """(some prompts, pictures for each) of at most batch_size pictures, in the order of their seeds."""
+    if num_images <= batch_size:
+        at_once = batch_size // num_images
+        yield from ((slice(i, i + at_once), num_images) for i in range(0, num_prompts, at_once))
+    else:
+        for i in range(num_prompts):
+            yield from ((slice(i, i + 1), min(batch_size, num_images - k)) for k in range(0, num_images, batch_size))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of a call that are drawn together."""
+
+    prompts: slice  # of the call's
+    num_images: int  # of each of these
+    seeds: list[int]  # of all pictures
+    on_step: OnStep
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One for each picture."""
+        return generators_from(self.seeds)
+
+
+def in_batches(
+    num_prompts: int,
+    num_images: int,
+    seed: int | None,
+    batch_size: int,
+    num_steps: int,
+    progress: bool,
+    on_step: OnStep | None,
+) -> Iterator[Batch]:
+    """The batches of a call, each of num_steps steps, under one progress bar."""
+    check_count("num_images", num_images)
+    check_count("batch_size", batch_size)
+    seeds = seeds_from(seed, num_prompts * num_images)
+    batches = list(split_batches(num_prompts, num_images, batch_size))
+    with progress_bar(len(batches) * num_steps, progress, on_step) as report:
+        for rows, n in batches:
+            count = n * len(range(num_prompts)[rows])
+            yield Batch(rows, n, seeds[:count], report)
+            seeds = seeds[count:]
+
+
+def about_drawing(model: str, dtype: torch.dtype, options: Any) -> dict[str, Any]:
+    """What the metadata of every picture tells of the model; options: a dataclass."""
+    return {
+        "model": model,
+        "dtype": str(dtype).removeprefix("torch."),
+        "version": __version__,
+        "options": to_dict(options),
+    }
+
+
+def with_named_sampler(stage: StageOptions) -> StageOptions:
+    """For metadata: a scheduler object is told by its class, from which it can't be made again."""
+    return stage if isinstance(stage.sampler, str) else replace(stage, sampler=type(stage.sampler).__name__)
+
+
 def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:
     """One generator for each picture, on the CPU, so that a seed gives the same noise on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -162,5 +238,6 @@ def encode_array(values: Tensor) -> str:
     return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
 
 
-def _decode(text: str) -> Tensor:
+def decode_array(text: str) -> Tensor:
+    """What `encode_array` wrote, as float32."""
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from unclip.clip import CLIP
-from unclip.diffusion.guidance import Denoise, classifier_free
-from unclip.diffusion.samplers import randn, sample
-from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.decoder import Decoder, DecoderContext
+from unclip.diffusion.guidance import Denoise, Mixed, classifier_free
+from unclip.diffusion.samplers import randn, sample, timesteps
+from unclip.models.decoder import DecoderContext
 from unclip.models.prior import DiffusionPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
 from unclip.pipelines.base import Picture, check_prompts, random_generators
-from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from unclip.pipelines.memory import kept_memory
+from unclip.pipelines.networks import UnCLIPNetworks
+from unclip.pipelines.stepping import Stepper
+from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
 
 # P prompts, N images of each, C candidates, B batch (P * N), D embedding width, S image size
 
-PRIOR_CLIP = 5.0  # bound of normalised embeddings, in standard deviations (Karlo)
-SMALL_CLIP = 200_000_000  # parameters up to which CLIP stays in float32: it runs once a call
 
-
-class UnCLIPStages:
+class UnCLIPStages(UnCLIPNetworks):
     """CLIP, a prior (or none, for variations only), a decoder and any number of upsamplers, ready to sample.
 
     `generators` are one for each picture. Through the stages each draws in this order: the prior's noise for candidate
@@ -38,60 +33,16 @@ class UnCLIPStages:
     its steps', and so through the upsamplers.
     """
 
-    def __init__(
-        self,
-        clip: CLIP,
-        prior: DiffusionPrior | None,
-        decoder: Decoder,
-        upsamplers: Sequence[Upsampler] = (),
-        options: UnCLIPOptions | None = None,
-        *,
-        schedules: Mapping[str, ScheduleConfig] | None = None,
-    ) -> None:
-        """schedules: of "prior", "decoder", "upsampler_0", ...; cosine for those left out."""
-        self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, tuple(upsamplers)
-        self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(self.upsamplers))
-        schedules = dict(schedules or {})
-        self.schedules = {stage: Schedule(schedules.pop(stage, ScheduleConfig())) for stage in self.networks()}
-        if schedules:
-            raise ValueError(f"schedules of {', '.join(schedules)}; the model has {', '.join(self.schedules)}")
-        self._check_fit()
-        for module in (clip, *self.networks().values()):
-            module.eval().requires_grad_(False)
-        for network in (decoder, *self.upsamplers):
-            network.to(memory_format=torch.channels_last)
-
-    def networks(self) -> dict[str, nn.Module]:
-        """Every network but CLIP, under the name of its stage."""
-        prior = {} if self.prior is None else {"prior": self.prior}
-        return {**prior, "decoder": self.decoder, **{f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)}}
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves all networks; parameters become `dtype`, but a small CLIP and the prior's statistics stay float32."""
-        big = sum(p.numel() for p in self.clip.parameters()) > SMALL_CLIP
-        self.clip.to(device=device, dtype=dtype if big else None)
-        for network in self.networks().values():
-            network.to(device=device)
-            for parameter in network.parameters():
-                parameter.data = parameter.data.to(dtype=dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.decoder.parameters()).dtype
-
     @torch.inference_mode()
     def encode_text(self, prompts: Prompt) -> TextEncoding:
         """P prompts -> TextEncoding in float32; a prompt longer than CLIP's context is cut with a warning."""
+        self._use(self.clip)
         return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
 
     @torch.inference_mode()
     def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Pictures (PIL, paths, or tensors in [-1, 1]) -> CLIP embeddings (N, D), not normalised."""
+        self._use(self.clip)
         if isinstance(images, Tensor):
             if images.ndim not in (3, 4) or images.shape[-3] != 3:
                 raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
@@ -113,34 +64,49 @@ class UnCLIPStages:
         options: StageOptions | None = None,
         candidates: int | None = None,
         on_step: OnStep | None = None,
+        negative: TextEncoding | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """P texts -> CLIP image embeddings (P * N, D), N for each: the best of `candidates` by dot product with it.
 
-        generators: one for each of the P * N embeddings.
+        generators: one for each of the P * N embeddings. negative: 1 or P texts, in place of the null of guidance.
+        weights (K, P): text holds the first of K texts for each of the P, then the second, ..., to be mixed so.
         """
         prior = self._need_prior()
         options, candidates = options or self.options.prior, candidates or self.options.prior_candidates
-        generators = generators or random_generators(len(text) * num_images)
-        batch = len(text) * num_images * candidates
+        K, P = (1, len(text)) if weights is None else weights.shape
+        text_emb = text.emb.float()
+        if weights is not None:
+            text_emb = einsum(text_emb.unflatten(0, (K, P)), weights.to(text_emb), "k p d, k p -> p d")
+        generators = generators or random_generators(P * num_images)
+        each = num_images * candidates
+
+        def prefix(text: TextEncoding) -> TextPrefix:
+            self._use(prior)
+            return prior.condition(text)
 
         def null() -> TextPrefix:
-            learned = prior.config.null_text == "learned"
-            return prior.condition(prior.null_text(1) if learned else self._no_text())
+            if negative is not None:
+                without = prefix(self._trimmed(negative))
+                return without if len(without) == 1 else TextPrefix.cat([without] * K)
+            if prior.config.null_text == "learned":
+                return self._keep("null prefix", [prior], lambda: prefix(prior.null_text(1)))
+            return self._keep("null prefix", [self.clip, prior], lambda: prefix(self._no_text()))
 
-        prefix = prior.condition(text.to(self.device, self.dtype))  # once for each prompt
-        prefix = prefix.repeat_interleave(num_images * candidates)
+        # A row of the prefix for each prompt, which serves all of its embeddings.
+        denoise = self._guided("prior", prior, prefix(self._trimmed(text)), null, options)
         x_0 = self._sample(
             "prior",
-            self._guided("prior", prior.denoise, prefix, null, options),
-            (batch, prior.config.emb_dim),
+            denoise if weights is None else Mixed(denoise, weights.repeat_interleave(each, dim=1)),
+            (P * each, prior.config.emb_dim),
             [generator for generator in generators for _ in range(candidates)],
             options,
             on_step,
             prediction="x0",
-            clip=PRIOR_CLIP,
+            clip=prior.x0_limit,
         )
-        emb = rearrange(prior.denormalize(x_0), "(p n c) d -> p n c d", p=len(text), c=candidates)
-        best = einsum(emb, text.emb.float(), "p n c d, p d -> p n c").argmax(dim=-1)  # unCLIP 2.2
+        emb = rearrange(prior.denormalize(x_0), "(p n c) d -> p n c d", p=P, c=candidates)
+        best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)  # unCLIP 2.2
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
 
     @torch.inference_mode()
@@ -152,25 +118,34 @@ class UnCLIPStages:
         generators: Sequence[torch.Generator] | None = None,
         options: StageOptions | None = None,
         on_step: OnStep | None = None,
+        negative: TextEncoding | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """CLIP image embeddings (B, D), and their B texts or None for no text -> pictures (B, 3, s, s) in [-1, 1]."""
+        """CLIP image embeddings (B, D), and their B texts or None for no text -> pictures (B, 3, s, s) in [-1, 1].
+
+        negative: B texts in place of the null of guidance. weights (K, B): text holds the first of K texts for each of
+        the B, then the second, ..., to be mixed so.
+        """
         decoder, config = self.decoder, self.decoder.config
         options = options or self.options.decoder
-        if text is not None and len(text) != len(image_emb):
-            raise ValueError(f"{len(text)} texts for {len(image_emb)} image embeddings; expected one for each")
-        image_emb = image_emb.to(self.device, self.dtype)
+        B, K = len(image_emb), 1 if weights is None else len(weights)
+        if text is not None and len(text) != K * B:
+            raise ValueError(f"{len(text)} texts for {B} image embeddings; expected {K} for each")
+        image_emb = image_emb.to(self.device, self.dtype).repeat(K, 1)
 
         def null() -> DecoderContext:
-            return self._context(image_emb[:1], None, drop_image=True)
+            if negative is not None:
+                return DecoderContext.cat([self._context(image_emb[:B], negative, drop_image=True)] * K)
+            return self._null_context(image_emb)
 
         denoise = self._guided(
-            "decoder", decoder.denoise, self._context(image_emb, text), null, options, config.learned_variance
+            "decoder", decoder, self._context(image_emb, text), null, options, config.learned_variance
         )
         return self._sample(
             "decoder",
-            denoise,
-            (len(image_emb), 3, config.image_size, config.image_size),
-            generators or random_generators(len(image_emb)),
+            denoise if weights is None else Mixed(denoise, weights),
+            (B, 3, config.image_size, config.image_size),
+            generators or random_generators(B),
             options,
             on_step,
             prediction=config.prediction,
@@ -196,14 +171,10 @@ class UnCLIPStages:
             raise ValueError(f"images are of shape {tuple(images.shape)}; expected (B, 3, {size}, {size})")
         images = images.to(self.device)
         for i, (upsampler, stage_options) in enumerate(zip(self.upsamplers, options, strict=False)):
-            config, low_res = upsampler.config, upsampler.prepare(images)
-
-            def denoise(x_t: Tensor, t: Tensor, last: bool = False, upsampler=upsampler, low_res=low_res) -> Tensor:
-                return upsampler.denoise(x_t.to(self.dtype), t, low_res, last)
-
+            config, low_res, stage = upsampler.config, upsampler.prepare(images), f"upsampler_{i}"
             images = self._sample(
-                f"upsampler_{i}",
-                denoise,
+                stage,
+                self._denoiser(stage, upsampler, low_res, stage_options),
                 (len(images), 3, config.high_size, config.high_size),
                 generators,
                 stage_options,
@@ -211,43 +182,79 @@ class UnCLIPStages:
                 prediction=config.prediction,
                 learned_variance=config.learned_variance,
                 clip=1.0,
-                denoise_last=partial(denoise, last=True),
+                denoise_last=self._last_denoiser(stage, upsampler, low_res, stage_options),
             ).clamp(-1, 1)
         return images
 
     def _context(self, image_emb: Tensor, text: TextEncoding | None, drop_image: bool = False) -> DecoderContext:
         rows = torch.ones(len(image_emb), dtype=torch.bool, device=self.device)
-        if text is not None:
-            return self.decoder.condition(image_emb, text.to(self.device, self.dtype))
-        return self.decoder.condition(
-            image_emb,
-            self._no_text().repeat_interleave(len(image_emb)),
-            drop_image=rows if drop_image else None,
-            drop_text=rows if self.decoder.config.null_text == "learned" else None,
-        )
+        dropped = rows if drop_image else None
+        if text is None:
+            text = self._no_text().repeat_interleave(len(image_emb))
+            drop_text = rows if self.decoder.config.null_text == "learned" else None
+        else:
+            text, drop_text = self._trimmed(text), None
+        self._use(self.decoder)
+        return self.decoder.condition(image_emb, text, drop_image=dropped, drop_text=drop_text)
+
+    def _null_context(self, image_emb: Tensor) -> DecoderContext:
+        """Without image and text: one row; of image_emb only the width is used."""
+        modules = [self.clip, self.decoder]
+        return self._keep("null context", modules, lambda: self._context(image_emb[:1], None, drop_image=True))
 
     def _no_text(self) -> TextEncoding:
-        return self.encode_text("").to(self.device, self.dtype)
+        return self._keep("empty prompt", [self.clip], lambda: self._trimmed(self.encode_text("")))
+
+    def _trimmed(self, text: TextEncoding) -> TextEncoding:
+        """As the networks want it, without the columns that are padding in every row."""
+        text = text.to(self.device, self.dtype)
+        return text if self.static_shapes else text.trim()
 
     def _guided(
         self,
         stage: str,
-        denoise: Callable[[Tensor, Tensor, Any], Tensor],
+        network: nn.Module,
         cond: Any,
         null: Callable[[], Any],
         options: StageOptions,
         learned_variance: bool = False,
     ) -> Denoise:
-        """`denoise` under classifier-free guidance; at scale 1 the null is never computed."""
-
-        def given(context: Any) -> Denoise:
-            return lambda x_t, t: denoise(x_t.to(self.dtype), t, context)
-
+        """The network under classifier-free guidance; at scale 1 the null is never computed."""
         if options.guidance == 1.0:
-            return given(cond)
-        both = type(cond).cat([cond, null().repeat_interleave(len(cond))])
-        num_timesteps = self.schedules[stage].num_timesteps
-        return classifier_free(given(both), given(cond), options, num_timesteps, learned_variance)
+            return self._denoiser(stage, network, cond, options)
+        without = null()
+        both = type(cond).cat([cond, without.repeat_interleave(len(cond) // len(without))])
+        denoisers = [self._denoiser(stage, network, context, options) for context in (both, cond)]
+        return classifier_free(*denoisers, options, self.schedules[stage].num_timesteps, learned_variance)
+
+    def _denoiser(self, stage: str, network: nn.Module, context: Any, options: StageOptions, **which: Any) -> Denoise:
+        """The network of a stage under one context; which: `last` for an upsampler."""
+        part = network.network(**which) if hasattr(network, "network") else network
+        if hasattr(network, "step"):
+            return Stepper(
+                lambda x_t, told, deep: network.step(x_t.to(self.dtype), told, context, deep, **which),
+                lambda t: network.embed(t, context, **which),
+                timesteps(options, self.schedules[stage]),
+                self.device,
+                options.reuse,
+                partial(self._use, part),
+            )
+        if options.reuse > 1:
+            raise ValueError(f"{stage} is a {type(network).__name__}, which cannot reuse deep features; set reuse to 1")
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            self._use(part)
+            return network.denoise(x_t.to(self.dtype), t, context, **which)
+
+        return denoise
+
+    def _last_denoiser(
+        self, stage: str, upsampler: Upsampler, low_res: Tensor, options: StageOptions
+    ) -> Denoise | None:
+        """Of an upsampler with a network of its own for the last step."""
+        if getattr(upsampler, "last_unet", None) is None:
+            return None
+        return self._denoiser(stage, upsampler, low_res, options, last=True)
 
     def _sample(
         self,
@@ -267,30 +274,10 @@ class UnCLIPStages:
             on_step(Progress(stage, step, num_steps, x_0 if x_0.ndim == 4 else None))
 
         schedule, report = self.schedules[stage], report if on_step else None
-        return sample(denoise, x_T, schedule, options, generators=generators, on_step=report, **network)
+        with kept_memory(self.device):
+            return sample(denoise, x_T, schedule, options, generators=generators, on_step=report, **network)
 
     def _need_prior(self) -> DiffusionPrior:
         if self.prior is None:
             raise ValueError("this model has no prior and cannot draw from text; use variations(image)")
         return self.prior
-
-    def _check_fit(self) -> None:
-        """Networks that were not trained for one another are refused."""
-        clip, decoder = self.clip, self.decoder.config
-        for stage, config in {"prior": self.prior and self.prior.config, "decoder": decoder}.items():
-            for size in ("emb_dim", "text_width"):
-                if config and getattr(config, size) != getattr(clip, size):
-                    raise ValueError(f"{stage} has {size} {getattr(config, size)}, but CLIP has {getattr(clip, size)}")
-        size = decoder.image_size
-        for i, upsampler in enumerate(self.upsamplers):
-            if upsampler.config.low_size != size:
-                raise ValueError(f"upsampler_{i} takes pictures of {upsampler.config.low_size} px, but gets {size} px")
-            size = upsampler.config.high_size
-
-    def _check_upsampling(self, options: Sequence[StageOptions]) -> None:
-        """Fewer stages than the model has are fine: the picture then stays smaller."""
-        if len(options) > len(self.upsamplers):
-            have = len(self.upsamplers)
-            raise ValueError(
-                f"options for {len(options)} upsamplers, but the model has {have}; start from pipe.options"
-            )

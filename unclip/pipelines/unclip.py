@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unclip import __version__
 from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
 from unclip.clip import CLIP
-from unclip.config import to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
@@ -21,20 +19,22 @@ from unclip.models.upsampler import Upsampler
 from unclip.pipelines.base import (
     Picture,
     check_count,
-    check_prompts,
     encode_array,
-    generators_from,
-    progress_bar,
-    seeds_from,
+    in_batches,
     to_pil,
 )
-from unclip.pipelines.stages import UnCLIPStages
-from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, UnCLIPOptions
+from unclip.pipelines.editing import UnCLIPEditing
+from unclip.pipelines.manipulation import UnCLIPManipulations
+from unclip.pipelines.networks import settled
+from unclip.pipelines.offload import Residency, parts
+from unclip.pipelines.rerank import best_of
+from unclip.pipelines.wording import Mixture, Wording, in_words
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 # P prompts, N images of each, D embedding width
 
 
-class UnCLIPPipeline(UnCLIPStages):
+class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
     """The whole stack as one `TextToImage`; its stages stay callable alone."""
 
     kind = "unclip"
@@ -48,30 +48,46 @@ class UnCLIPPipeline(UnCLIPStages):
         options: UnCLIPOptions | None = None,
         *,
         schedules: Mapping[str, ScheduleConfig] | None = None,
+        residency: Residency | None = None,
         name: str = "unnamed",
         licence: str = "",
         source: str | None = None,
     ) -> None:
-        """schedules: see `UnCLIPStages`. source: what `unclip.load` was given, for the pictures' metadata."""
-        super().__init__(clip, prior, decoder, upsamplers, options, schedules=schedules)
+        """schedules, residency: see `UnCLIPNetworks`. source: what `unclip.load` was given, for pictures' metadata."""
+        super().__init__(clip, prior, decoder, upsamplers, options, schedules=schedules, residency=residency)
         self.name, self.licence, self.source = name, licence, source or name
         self._check_upsampling(self.options.upsamplers)
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, source: str | None = None) -> UnCLIPPipeline:
-        """A pipeline of what a checkpoint holds."""
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        source: str | None = None,
+        residency: Residency | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> UnCLIPPipeline:
+        """A pipeline of what a checkpoint holds; offloaded, in `dtype`, if a residency is given."""
         if bundle.kind != cls.kind:
             raise ValueError(f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}")
         if missing := {"clip", "decoder"} - bundle.components.keys():
             raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
         ups = sorted((name for name in bundle.components if name.startswith("upsampler_")), key=lambda n: int(n[10:]))
+
+        def component(name: str) -> Any:
+            module = bundle.components[name]
+            if residency is not None:  # before the next one is read
+                for part in parts([settled(module, dtype)]):
+                    residency.add(part)
+            return module
+
         return cls(
-            bundle.components["clip"],
-            bundle.components.get("prior"),
-            bundle.components["decoder"],
-            [bundle.components[name] for name in ups],
+            component("clip"),
+            component("prior") if "prior" in bundle.components else None,
+            component("decoder"),
+            [component(name) for name in ups],
             bundle.options,
             schedules=bundle.schedules,
+            residency=residency,
             name=bundle.name,
             licence=bundle.licence,
             source=source,
@@ -89,6 +105,7 @@ class UnCLIPPipeline(UnCLIPStages):
         for stage in (self.options.prior, self.options.decoder, *self.options.upsamplers):
             if not isinstance(stage.sampler, str):
                 raise ValueError(f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved")
+        self._check_whole()
         bundle = Bundle(
             kind=self.kind,
             components={"clip": self.clip, **self.networks()},
@@ -101,22 +118,35 @@ class UnCLIPPipeline(UnCLIPStages):
 
     def __call__(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Mixture | Sequence[str | Mixture],
         *,
+        negative_prompt: Prompt | None = None,
         num_images: int = 1,
         seed: int | None = None,
         options: UnCLIPOptions | None = None,
+        num_candidates: int | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
         """Draws `num_images` pictures of each prompt; picture k has the seed `seed` + k (random if None).
 
-        on_step is called after every step of every batch of at most `batch_size` pictures.
+        With num_candidates, so many are drawn of each, and those are kept that CLIP finds closest to the prompt, the
+        best first: see their seeds and scores.
+
+        A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder follow all its texts at once, by
+        their weights. negative_prompt, one for all or one for each, says what guidance leads away from. on_step is
+        called after every step of every batch of at most `batch_size` pictures.
         """
-        prompts = check_prompts(prompt)
+        wording = Wording.of(prompt, negative_prompt)
         self._need_prior()
-        return self._draw(prompts, None, num_images, seed, options, on_step, batch_size, progress)
+
+        def draw(num_images: int) -> Iterator[GenerationResult]:
+            return self._draw(wording, None, num_images, seed, options, on_step, batch_size, progress)
+
+        if num_candidates is None:
+            return GenerationResult.cat(list(draw(num_images)))
+        return best_of(draw, self.encode_image, partial(self._meaning, wording), num_images, num_candidates)
 
     def variations(
         self,
@@ -138,11 +168,12 @@ class UnCLIPPipeline(UnCLIPStages):
         if image_emb.ndim != 2 or image_emb.shape[1] != self.clip.emb_dim or not len(image_emb):
             raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {self.clip.emb_dim})")
         given = image_emb.to(self.device, torch.float32)
-        return self._draw([None] * len(given), given, num_images, seed, options, on_step, batch_size, progress)
+        drawn = self._draw(None, given, num_images, seed, options, on_step, batch_size, progress)
+        return GenerationResult.cat(list(drawn))
 
     def _draw(
         self,
-        prompts: Sequence[str | None],
+        wording: Wording | None,
         given: Tensor | None,
         num_images: int,
         seed: int | None,
@@ -150,72 +181,59 @@ class UnCLIPPipeline(UnCLIPStages):
         on_step: OnStep | None,
         batch_size: int,
         progress: bool,
-    ) -> GenerationResult:
-        """Pictures of prompts through the prior, or of the embeddings `given` (one for each prompt, which is None)."""
-        check_count("num_images", num_images)
-        check_count("batch_size", batch_size)
+    ) -> Iterator[GenerationResult]:
+        """Batches of pictures of prompts through the prior, or of the embeddings `given`."""
         options = options or self.options
         if not isinstance(options, UnCLIPOptions):
             raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
         self._check_upsampling(options.upsamplers)
         check_count("prior_candidates", options.prior_candidates)
-        seeds = seeds_from(seed, len(prompts) * num_images)
-        batches = list(_batches(len(prompts), num_images, batch_size))
+        if wording is not None:
+            wording.check(options)
+        count = len(given) if wording is None else len(wording)
         stages = [options.decoder, *options.upsamplers, *([options.prior] if given is None else [])]
-        images, embs = [], []
-        with (
-            torch.inference_mode(),
-            progress_bar(len(batches) * sum(stage.steps for stage in stages), progress, on_step) as report,
-        ):
-            for rows, n in batches:
-                done = len(images)
-                generators = generators_from(seeds[done : done + n * len(prompts[rows])])
-                drawing = {"generators": generators, "on_step": report}
-                if given is None:
-                    text = self.encode_text(prompts[rows])
-                    candidates = options.prior_candidates
-                    emb = self.sample_prior(text, num_images=n, options=options.prior, candidates=candidates, **drawing)
-                    text = text.repeat_interleave(n)
+        steps, about = sum(stage.steps for stage in stages), self._about(options)
+        for batch in in_batches(count, num_images, seed, batch_size, steps, progress, on_step):
+            rows, n = batch.prompts, batch.num_images
+            drawing = {"generators": batch.generators, "on_step": batch.on_step}
+            with torch.inference_mode():
+                if wording is None:
+                    emb, told = given[rows].repeat_interleave(n, dim=0), {}
                 else:
-                    emb, text = given[rows].repeat_interleave(n, dim=0), None
-                x = self.decode(emb, text, options=options.decoder, **drawing)
-                images += to_pil(self.upsample(x, options=options.upsamplers, **drawing))
-                embs.append(emb.cpu())
-        image_emb = torch.cat(embs)  # outside of inference mode: the caller may compute with it
-        told = [prompt for prompt in prompts for _ in range(num_images)]
-        return GenerationResult(images, seeds, told, image_emb, self._metadata(told, seeds, image_emb, options))
+                    emb, told = self._imagine(wording[rows], n, options, drawing)
+                x = self.decode(emb, options=options.decoder, **told, **drawing)
+                images = to_pil(self.upsample(x, options=options.upsamplers, **drawing))
+            emb = emb.cpu().clone()  # outside of inference mode: the caller may compute with it
+            if wording is None:
+                prompts, made_of = [None] * len(images), [{"image_emb": encode_array(one)} for one in emb]
+            else:
+                prompts = [in_words(prompt) for prompt in wording[rows].prompts for _ in range(n)]
+                made_of = [entry for entry in wording[rows].metadata() for _ in range(n)]
+            metadata = [{**entry, "seed": seed, **about} for entry, seed in zip(made_of, batch.seeds, strict=True)]
+            yield GenerationResult(images, batch.seeds, prompts, emb, metadata)
 
-    def _metadata(
-        self, prompts: Sequence[str | None], seeds: Sequence[int], image_emb: Tensor, options: UnCLIPOptions
-    ) -> list[dict[str, Any]]:
-        shared = {
-            "model": self.source,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "version": __version__,
-            "options": _plain(options),
+    def _meaning(self, wording: Wording) -> Tensor:
+        """CLIP's embeddings of the prompts (P, D); of a mixture, the weighted sum."""
+        emb = self.encode_text(wording.texts).emb.unflatten(0, (-1, len(wording)))  # K P D
+        return emb[0] if wording.weights is None else (emb * wording.weights[..., None].to(emb)).sum(dim=0)
+
+    def _imagine(
+        self, wording: Wording, num_images: int, options: UnCLIPOptions, drawing: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (B, D) of the pictures of some prompts, and what else the decoder is to be told."""
+        text, weights = self.encode_text(wording.texts), wording.weights
+        negative = None if wording.negative is None else self.encode_text(wording.negative)
+        emb = self.sample_prior(
+            text,
+            num_images=num_images,
+            options=options.prior,
+            candidates=options.prior_candidates,
+            negative=negative,
+            weights=weights,
+            **drawing,
+        )
+        return emb, {
+            "text": text.repeat_interleave(num_images),
+            "negative": negative and negative.repeat_interleave(num_images),
+            "weights": None if weights is None else weights.repeat_interleave(num_images, dim=1),
         }
-        what = [
-            {"image_emb": encode_array(emb)} if prompt is None else {"prompt": prompt}
-            for prompt, emb in zip(prompts, image_emb, strict=True)
-        ]
-        return [{**made_of, "seed": seed, **shared} for made_of, seed in zip(what, seeds, strict=True)]
-
-
-def _plain(options: UnCLIPOptions) -> dict[str, Any]:
-    """Options as JSON types; a scheduler object is told by its class, from which it can't be made again."""
-
-    def plain(stage: StageOptions) -> StageOptions:
-        return stage if isinstance(stage.sampler, str) else replace(stage, sampler=type(stage.sampler).__name__)
-
-    upsamplers = tuple(map(plain, options.upsamplers))
-    return to_dict(replace(options, prior=plain(options.prior), decoder=plain(options.decoder), upsamplers=upsamplers))
-
-
-def _batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[slice, int]]:
-    """(some prompts, pictures for each) of at most batch_size pictures, in the order of their seeds."""
-    if num_images <= batch_size:
-        at_once = batch_size // num_images
-        yield from ((slice(i, i + at_once), num_images) for i in range(0, num_prompts, at_once))
-    else:
-        for i in range(num_prompts):
-            yield from ((slice(i, i + 1), min(batch_size, num_images - k)) for k in range(0, num_images, batch_size))

@@ -1,0 +1,110 @@
+"""One network in memory at a time: the others wait on the CPU, or on the disk where the CPU is what computes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unclip.pipelines.memory import give_back
+
+
+class Residency:
+    """Keeps at most one of some modules on `device`; `use` brings it there and sends the one before away.
+
+    On an accelerator the others wait in main memory. Where the CPU computes they wait in files of a temporary folder
+    that goes when this object does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._folder = tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
+        self._waiting: dict[nn.Module, InMemory | OnDisk] = {}
+        self._here: nn.Module | None = None
+
+    def add(self, module: nn.Module) -> None:
+        """From now on the module waits for its `use`."""
+        if self._folder is None:
+            self._waiting[module] = InMemory(module, self.device)
+        else:
+            self._waiting[module] = OnDisk(module, Path(self._folder.name) / str(len(self._waiting)))
+
+    def use(self, module: nn.Module) -> None:
+        """Makes the module ready to compute, until the next call for another one."""
+        if module is self._here or module not in self._waiting:
+            return
+        if self._here is not None:
+            self._waiting[self._here].drop()
+            give_back(self.device)
+        self._waiting[module].fetch()
+        self._here = module
+
+
+class InMemory:
+    """A module in main memory, which an accelerator has after `fetch`."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module, self.device = module.to("cpu"), device
+
+    def fetch(self) -> None:
+        self.module.to(self.device)
+
+    def drop(self) -> None:
+        self.module.to("cpu")
+
+
+class OnDisk:
+    """A module whose state is in a file, and in memory after `fetch`; what is not in its state stays in memory."""
+
+    def __init__(self, module: nn.Module, file: Path) -> None:
+        self.module, self.file = module, file
+        self.places: dict[str, tuple[int, Tensor]] = {}  # name -> first byte, and the tensor without its data
+        with file.open("wb") as out:
+            for name in list(module.state_dict()):
+                owner, leaf = self._place(name)
+                tensor = getattr(owner, leaf).detach()
+                self.places[name] = (out.tell(), tensor.to("meta"))  # which keeps dtype and memory format
+                out.write(_bytes(tensor))
+                del tensor
+                self._give(name, self.places[name][1])  # one by one: of a mapped checkpoint little is in memory then
+
+    def fetch(self) -> None:
+        with self.file.open("rb", buffering=0) as source:
+            for name, (start, like) in self.places.items():
+                tensor = torch.empty_like(like, device="cpu")
+                source.seek(start)
+                if source.readinto(_bytes(tensor)) < tensor.nbytes:
+                    raise OSError(f"{self.file} has been cut off while the model was in use; load it again")
+                self._give(name, tensor)
+
+    def drop(self) -> None:
+        for name, (_, like) in self.places.items():
+            self._give(name, like)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.module.get_submodule(path), leaf
+
+    def _give(self, name: str, tensor: Tensor) -> None:
+        owner, leaf = self._place(name)
+        if leaf in owner._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        setattr(owner, leaf, tensor)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    """The numbers in the order in which they lie in memory; x must have no gaps."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    return memoryview(x.permute(order).reshape(-1).view(torch.uint8).numpy())
+
+
+def parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """What need not be in memory together: the modules, but of an upsampler each of its networks."""
+    found: list[nn.Module] = []
+    for module in modules:
+        networks = [getattr(module, name, None) for name in ("unet", "last_unet")]
+        found += [unet for unet in networks if unet is not None] if hasattr(module, "last_unet") else [module]
+    return found

@@ -1,0 +1,142 @@
+"""A stage that is told what to draw and can be stepped through in either direction, for manipulation and editing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from unclip.diffusion.samplers import Estimate, OnSample, estimator, timesteps
+from unclip.diffusion.schedules import Schedule
+from unclip.pictures import open_picture
+from unclip.pipelines.base import Picture, about_drawing, to_pil, with_named_sampler
+from unclip.pipelines.stages import UnCLIPStages
+from unclip.types import OnStep, Progress, StageOptions, TextEncoding, UnCLIPOptions
+
+# B pictures, D CLIP embedding width, S size of a stage's pictures
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """The decoder or an upsampler with its condition and its timesteps."""
+
+    name: str
+    estimate: Estimate
+    schedule: Schedule
+    timesteps: list[int]
+
+    def reporter(self, on_step: OnStep | None) -> OnSample | None:
+        """`on_step` as the loops of unclip.diffusion call it."""
+        if on_step is None:
+            return None
+        return lambda step, num_steps, x_0: on_step(Progress(self.name, step, num_steps, x_0))
+
+
+class UnCLIPRuns(UnCLIPStages):
+    """Gives decoder and upsamplers, stage 0, 1, ..., as `StageRun`s."""
+
+    source: str  # what the model was loaded from
+
+    def _run(
+        self,
+        stage: int,
+        options: UnCLIPOptions,
+        image_emb: Tensor,
+        low_res: Tensor | None,
+        text: TextEncoding | None = None,
+    ) -> StageRun:
+        """The decoder (stage 0) for B embeddings and texts, or an upsampler for low_res (B, 3, s, s) in [-1, 1]."""
+        if stage == 0:
+            return self._decoder_run(options.decoder, image_emb.to(self.device, self.dtype), text)
+        return self._upsampler_run(stage - 1, options.upsamplers[stage - 1], low_res)
+
+    def _decoder_run(self, options: StageOptions, image_emb: Tensor, text: TextEncoding | None) -> StageRun:
+        config, schedule = self.decoder.config, self.schedules["decoder"]
+
+        denoise = self._guided(
+            "decoder",
+            self.decoder,
+            self._context(image_emb, text),
+            lambda: self._null_context(image_emb),
+            options,
+            config.learned_variance,
+        )
+        estimate = estimator(
+            denoise,
+            schedule,
+            prediction=config.prediction,
+            learned_variance=config.learned_variance,
+            clip=1.0,
+            percentile=options.dynamic_threshold,
+        )
+        return StageRun("decoder", estimate, schedule, timesteps(options, schedule))
+
+    def _upsampler_run(self, i: int, options: StageOptions, low_res: Tensor) -> StageRun:
+        upsampler, name = self.upsamplers[i], f"upsampler_{i}"
+        config, schedule, low_res = upsampler.config, self.schedules[name], upsampler.prepare(low_res.to(self.device))
+        if config.last_unet is not None:  # which knows no timestep but 0, and there ancestral sampling ends
+            options = replace(options, sampler="ancestral")
+        estimate = estimator(
+            self._denoiser(name, upsampler, low_res, options),
+            schedule,
+            prediction=config.prediction,
+            learned_variance=config.learned_variance,
+            clip=1.0,
+            percentile=options.dynamic_threshold,
+            denoise_last=self._last_denoiser(name, upsampler, low_res, options),
+        )
+        return StageRun(name, estimate, schedule, timesteps(options, schedule))
+
+    def _sizes(self, options: UnCLIPOptions) -> list[int]:
+        """Sides of the pictures of the decoder and of each upsampler that is used, in pixels."""
+        used = self.upsamplers[: len(options.upsamplers)]
+        return [self.decoder.config.image_size, *(upsampler.config.high_size for upsampler in used)]
+
+    def _check_options(self, options: UnCLIPOptions) -> None:
+        if not isinstance(options, UnCLIPOptions):
+            raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
+        self._check_upsampling(options.upsamplers)
+
+    def _about(self, options: UnCLIPOptions) -> dict[str, Any]:
+        """What the metadata of every picture tells of the model."""
+        upsamplers = tuple(map(with_named_sampler, options.upsamplers))
+        stages = {name: with_named_sampler(getattr(options, name)) for name in ("prior", "decoder")}
+        return about_drawing(self.source, self.dtype, replace(options, upsamplers=upsamplers, **stages))
+
+
+def several(images: Picture | Sequence[Picture]) -> list[Image.Image]:
+    """Pictures as upright RGB; a tensor is one (3, H, W) or several (B, 3, H, W) in [-1, 1]."""
+    if isinstance(images, Tensor):
+        if images.ndim not in (3, 4) or images.shape[-3] != 3:
+            raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
+        return to_pil(images if images.ndim == 4 else images[None])
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        return [open_picture(images)]
+    if not images:
+        raise ValueError("the list of images is empty; expected at least one picture")
+    return [
+        picture
+        for image in images
+        for picture in (several(image) if isinstance(image, Tensor) else [open_picture(image)])
+    ]
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture at size x size pixels, as the training data is made."""
+    return image if image.size == (size, size) else ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """B pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def batches_of(count: int, batch_size: int) -> Iterator[slice]:
+    """Slices of range(count)."""
+    return (slice(start, start + batch_size) for start in range(0, count, batch_size))
