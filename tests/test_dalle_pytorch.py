@@ -8,15 +8,27 @@ from typing import Any
 import pytest
 import torch
 from recorded import numbers, recording, sampled, weights
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from unclip.checkpoints.dalle_pytorch import DALLEFile, load, plain_names, read_config, recognise, rules
+import unclip
+from unclip.checkpoints.dalle_pytorch import (
+    DALLEFile,
+    load,
+    plain_names,
+    read_config,
+    read_tokenizer,
+    recognise,
+    rules,
+)
 from unclip.checkpoints.renaming import to_there
 from unclip.checkpoints.store import load_component, save_component
 from unclip.checkpoints.taming import rules as taming_rules
+from unclip.models.dalle import DALLEConfig
 from unclip.models.dalle_rotary import rotary_angles
 from unclip.models.dvae import DVAE, DVAEConfig
 from unclip.models.unet import LevelSpec
 from unclip.models.vqgan import VQGAN, VQGANConfig
+from unclip.types import CodeOptions
 
 RECORDED = recording("dalle_pytorch")
 VARIANTS = RECORDED["variants"]
@@ -117,6 +129,30 @@ def test_openai_s_and_taming_s_codecs_may_lie_in_it(tmp_path):
     assert isinstance(codec, VQGAN) and torch.equal(codec.quantizer.codebook, vqgan.quantizer.codebook)
 
 
+def test_a_file_draws_with_the_tokenizer_beside_it(tmp_path):
+    torch.save(content("full"), tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match="texts of 20 tokens and does not hold its tokenizer; put it beside as token"):
+        unclip.load(tmp_path / "dalle.pt", "cpu")
+    words = ["[UNK]", *"a red apple blue fish".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    pipe = unclip.load(tmp_path / "dalle.pt", "cpu")
+    assert (pipe.kind, pipe.name, pipe.options) == ("dalle", "dalle", CodeOptions())
+    tokens = pipe._tokens(["a blue fish", "", None])
+    assert tokens[0].tolist() == [1, 4, 5, 23, 24] and torch.equal(tokens[1:], pipe.dalle.null_tokens(2))
+    result = unclip.load(tmp_path, "cpu")("a blue fish", seed=1, progress=False)
+    assert result.images[0].size == (32, 32)
+    assert result.codes.tolist() == pipe("a blue fish", seed=1, progress=False).codes.tolist()
+
+
+def test_its_usual_tokenizer_is_clip_s(tmp_path):
+    config = DALLEConfig(49408, 5, 11, (4, 4), width=8, depth=1, heads=1)
+    tokenizer = read_tokenizer(tmp_path / "dalle.pt", config)
+    assert tokenizer.vocab_size == 49408
+    assert tokenizer(["a Red apple"])[0].tolist() == [[320, 736, 3055, 0, 0]]
+
+
 def test_files_of_another_kind_are_told(tmp_path):
     saved = content("full")
     with pytest.raises(ValueError, match=r"attention of kind 'sparse'; those known are full, axial_row"):
@@ -134,4 +170,5 @@ def test_files_of_another_kind_are_told(tmp_path):
     ):
         loaded(tmp_path, {**saved, "vae_params": {**RECORDED["vae_params"], "image_size": 64}})
     torch.save({"model": saved["weights"]}, tmp_path / "other.pt")
+    (tmp_path / "dalle.pt").unlink()
     assert not recognise(tmp_path / "other.pt") and not recognise(tmp_path)

@@ -244,24 +244,27 @@ def test_the_licence_is_read_from_the_card(folder: Path, tmp_path: Path, capsys)
     assert "licence: creativeml-openrail-m" in capsys.readouterr().out
 
 
-def test_only_from_where_there_is_nothing_else_a_bin_is_fetched(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_snapshot_of_the_hub_draws_with_a_bin_where_there_is_nothing_else(
+    folder: Path, tmp_path, monkeypatch
+) -> None:
     import huggingface_hub
 
     snapshot = Path(shutil.copytree(folder, tmp_path / "models--someone--karlo" / "snapshots" / "0a1b"))
     weights = snapshot / "prior" / "diffusion_pytorch_model.safetensors"
-    state, asked = load_file(weights), []
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
+    names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
+    asked = []
 
-    def snapshot_download(hub_id: str, allow_patterns: list[str], ignore_patterns: Any = None) -> str:
-        asked.append(allow_patterns)
-        if len(asked) == 2:
-            torch.save(state, weights.with_suffix(".bin"))
+    def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
         return str(snapshot)
 
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: [*names, "decoder/w.bin"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/karlo", "cpu").name == "karlo"
-    assert not any("bin" in pattern for pattern in asked[0])
-    assert asked[1] == ["prior/*.safetensors", "prior/*.bin"]
+    assert [name for name in asked if name.endswith(".bin")] == ["prior/diffusion_pytorch_model.bin"]
+    assert set(asked) == set(names)
 
 
 def test_options_of_the_scheduler_reach_the_prior(folder: Path, tmp_path: Path) -> None:

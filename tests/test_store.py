@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import unclip
 from unclip.checkpoints import catalogue, store
 from unclip.checkpoints.formats import load_any
+from unclip.cli import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pipelines.unclip import UnCLIPPipeline
 
@@ -184,26 +185,42 @@ def test_bundled_models_are_found_in_a_checkout_and_in_a_wheel(tiny_folder, tmp_
         assert catalogue.locate("emoji") == assets / "emoji"
 
 
+def test_a_component_may_be_a_bundled_model_s(tiny_folder, tiny_dalle, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path)
+    shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
+    parts = {"tokenizer": tiny_dalle.tokenizer, **tiny_dalle.networks()}
+    bundle = store.Bundle("dalle", parts, {}, tiny_dalle.options, "second", "MIT")
+    folder = tmp_path / "assets" / "second"
+    store.save_bundle(bundle, folder, borrowed={"clip": "emoji"})
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"tokenizer", "codec", "dalle"}
+    borrowing = unclip.load("second")
+    lent = unclip.load("emoji").clip
+    assert all(torch.equal(a, b) for a, b in zip(borrowing.clip.parameters(), lent.parameters(), strict=True))
+    assert borrowing("a fish", num_candidates=2, progress=False).scores is not None
+
+    described = {part.name: part for part in catalogue.describe(folder)}
+    assert {name: part.lender for name, part in described.items()} == {"clip": "emoji", "codec": None, "dalle": None}
+    assert main(["info", "second"]) == main(["models"]) == 0
+    told = capsys.readouterr().out
+    assert "F32, from emoji" in told and told.count("from emoji") == 1
+    borrowing.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "clip").is_dir() and not catalogue.lenders(tmp_path / "whole")
+
+    shutil.rmtree(tmp_path / "assets" / "emoji")
+    for ask in (unclip.load, catalogue.describe):
+        with pytest.raises(ValueError, match="borrows clip from 'emoji', which is no bundled model.*: second$"):
+            ask(folder)
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**model, "borrowed": ["clip"]}))
+    with pytest.raises(ValueError, match="borrowed is .*; expected names of components and models"):
+        unclip.load(folder)
+
+
 def test_an_unknown_name_lists_the_models_there_are(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
     monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path)
     with pytest.raises(ValueError, match="unknown model 'emojis'; bundled models: emoji; or give"):
         unclip.load("emojis")
-
-
-def test_a_hub_id_is_fetched_without_pickles(tiny_folder, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot_download(hub_id, allow_patterns, ignore_patterns):
-        asked.update(hub_id=hub_id, allow_patterns=allow_patterns)
-        return str(tiny_folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert unclip.load("someone/tiny").source == "someone/tiny"
-    assert asked["hub_id"] == "someone/tiny"
-    assert asked["allow_patterns"] == ["*.safetensors", "*.json", "*.txt", "README.md"]
 
 
 def test_without_a_network_a_hub_id_says_so(tmp_path, monkeypatch):

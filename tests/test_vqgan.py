@@ -71,7 +71,7 @@ def test_faulty_checkpoints_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"missing: decoder\.norm_out\.bias; unexpected: decoder\.extra\.weight"):
         load_codec(write(tmp_path, "nearest", state))
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="is no VQ-GAN of taming-transformers: encoder.down is missing"):
+    with pytest.raises(ValueError, match="is no VQ-GAN of taming-transformers: decoder.up is missing"):
         load_codec(tmp_path / "other.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="has no 'state_dict'"):

@@ -6,23 +6,19 @@ import json
 import math
 import re
 import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unclip.checkpoints import diffusers_layout
+from unclip.checkpoints import diffusers_layout, hub
 from unclip.checkpoints.diffusers_layout import weight_files
+from unclip.checkpoints.hub import MODEL_FILE, MODEL_FILES
 from unclip.files import read_json
 
-MODEL_FILE, OPTIONS_FILE, CONFIG_FILE, SCHEDULE_FILE = "model.json", "options.json", "config.json", "schedule.json"
+OPTIONS_FILE, CONFIG_FILE, SCHEDULE_FILE = "options.json", "config.json", "schedule.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT, VERSION = "unclip", 1
-
-# What is fetched of a repository on the Hub. A prior's may hold far larger encoders, which are not wanted.
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "README.md")
-VARIANTS = ("*.fp16.*", "*.fp16-*")  # of weights that are there in full precision too
-PRIOR_FILES = ("prior*", "*_stats.th", "scheduler/*", "model_index.json", "model.*", CONFIG_FILE, SCHEDULE_FILE)
 
 _NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -51,25 +47,11 @@ def locate(name_or_path: str | Path, files: Sequence[str] = MODEL_FILES) -> Path
 
 
 def _fetch(hub_id: str, files: Sequence[str], known: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
     try:
-        if files != MODEL_FILES:
-            return Path(snapshot_download(hub_id, allow_patterns=list(files)))
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=list(VARIANTS)))
-        components = (file.parent for file in sorted(folder.glob(f"*/{CONFIG_FILE}")))
-        if bare := [component.name for component in components if not any(component.glob("*.safetensors"))]:
-            last = [f"{name}/*{ending}" for name in bare for ending in (".safetensors", ".bin")]
-            snapshot_download(hub_id, allow_patterns=last)
-        return folder
-    except RepositoryNotFoundError:
-        reason = "the Hub has no such model, or it is private"
-    except LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached and nothing of it is cached"
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-    raise ValueError(f"model {hub_id!r} is no local folder and could not be fetched: {reason}; {known}")
+        return hub.fetch(hub_id, files)
+    except ValueError as error:
+        fault = f"model {hub_id!r} is no local folder and could not be fetched: {error}; {known}"
+        raise ValueError(fault) from None
 
 
 def read_model_json(folder: Path) -> dict[str, Any]:
@@ -88,6 +70,28 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     return model
 
 
+def lenders(folder: Path) -> dict[str, str]:
+    """Components that a model folder leaves to a bundled model: their names -> the model's."""
+    borrowed = read_model_json(folder).get("borrowed", {})
+    if not isinstance(borrowed, dict) or not all(isinstance(name, str) for name in borrowed.values()):
+        raise ValueError(f"{folder / MODEL_FILE}: borrowed is {borrowed!r}; expected names of components and models")
+    return borrowed
+
+
+def component_folders(folder: Path) -> dict[str, Path]:
+    """Where each component of a model folder lies; ValueError if it is borrowed from a model that is not there."""
+    found, bundled = {}, bundled_models()
+    for name, lender in lenders(folder).items():
+        if lender not in bundled or name not in read_model_json(bundled[lender])["components"]:
+            there = ", ".join(bundled) or "none"
+            raise ValueError(
+                f"{folder / MODEL_FILE} borrows {name} from {lender!r}, which is no bundled model that has it; "
+                f"bundled models: {there}"
+            )
+        found[name] = bundled[lender] / name
+    return found | {name: folder / name for name in read_model_json(folder)["components"]}
+
+
 @dataclass(frozen=True)
 class ComponentInfo:
     """One network of a model folder, as the headers of its weights files tell."""
@@ -96,47 +100,57 @@ class ComponentInfo:
     parameters: int  # numbers stored, buffers included
     size: int  # bytes
     dtypes: tuple[str, ...]  # as safetensors names them: F16, BF16, F32
+    lender: str | None = None  # the bundled model whose it is, where that is another one
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder, ours or diffusers', says of itself."""
+    """What a model's files say of it."""
 
     name: str
     kind: str
     licence: str  # "" = not told
     components: list[ComponentInfo]
-    options: dict[str, Any]  # how to sample, unless the caller says otherwise
+    options: dict[str, Any]  # how to sample, unless the caller says otherwise; empty if the files don't tell
+    format: str = FORMAT  # as formats.FORMATS calls it
 
 
-def summary(folder: Path) -> ModelInfo:
-    """Read from JSON and from the headers of the weights."""
-    if diffusers_layout.recognise(folder):
-        name, licence = diffusers_layout.name(folder), diffusers_layout.licence(folder)
+def summary(path: Path) -> ModelInfo:
+    """Of ours and diffusers' folders, from JSON and the headers of the weights; of other formats, from the tensors."""
+    if (path / MODEL_FILE).is_file():
+        model = read_model_json(path)
+        options = read_json(path / OPTIONS_FILE)
+        return ModelInfo(model["name"], model["kind"], model["licence"], describe(path), options)
+    if diffusers_layout.recognise(path) and not diffusers_layout.is_prior_only(path):
+        name, licence = diffusers_layout.name(path), diffusers_layout.licence(path)
         options = json.loads(json.dumps(asdict(diffusers_layout.KARLO_OPTIONS)))
-        return ModelInfo(name, "unclip", licence, describe(folder), options)
-    model = read_model_json(folder)
-    return ModelInfo(model["name"], model["kind"], model["licence"], describe(folder), read_json(folder / OPTIONS_FILE))
+        return ModelInfo(name, "unclip", licence, describe(path), options, "diffusers")
+
+    from unclip.checkpoints.contents import foreign_summary  # late: it imports torch
+
+    return foreign_summary(path)
 
 
 def describe(folder: Path) -> list[ComponentInfo]:
     """The components of a model folder, as the headers of their weights tell."""
     if diffusers_layout.recognise(folder):
         names = [name for name in diffusers_layout.read_index(folder) if (folder / name / CONFIG_FILE).is_file()]
-    else:
-        names = [name for name in read_model_json(folder)["components"] if name != "tokenizer"]
-    return [_describe(folder / name) for name in names]
+        return [_describe(folder / name) for name in names]
+    borrowed, places = lenders(folder), component_folders(folder)
+    return [_describe(place, borrowed.get(name)) for name, place in places.items() if name != "tokenizer"]
 
 
-def _describe(folder: Path) -> ComponentInfo:
+def _describe(folder: Path, lender: str | None = None) -> ComponentInfo:
     files = weight_files(folder)
-    tensors = [tensor for file in files for tensor in _header(file)]
-    return ComponentInfo(
-        name=folder.name,
-        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
-        size=sum(file.stat().st_size for file in files),
-        dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
-    )
+    tensors = [(tensor["dtype"], tensor["shape"]) for file in files for tensor in _header(file)]
+    return replace(tensors_info(folder.name, tensors, sum(file.stat().st_size for file in files)), lender=lender)
+
+
+def tensors_info(name: str, tensors: Iterable[tuple[str, Sequence[int]]], size: int) -> ComponentInfo:
+    """Of tensors of these dtypes, as safetensors or torch calls them, and shapes."""
+    tensors = list(tensors)
+    dtypes = {_NAMES.get(dtype, dtype) for dtype, _ in tensors}
+    return ComponentInfo(name, sum(math.prod(shape) for _, shape in tensors), size, tuple(sorted(dtypes)))
 
 
 def _header(file: Path) -> list[dict[str, Any]]:
@@ -144,7 +158,7 @@ def _header(file: Path) -> list[dict[str, Any]]:
     if file.suffix != ".safetensors":
         from unclip.checkpoints.pickles import read_state  # late: it imports torch
 
-        return [{"dtype": _NAMES.get(str(x.dtype), str(x.dtype)), "shape": x.shape} for x in read_state(file).values()]
+        return [{"dtype": str(x.dtype), "shape": x.shape} for x in read_state(file).values()]
     fault = ValueError(f"{file} is truncated or is no safetensors file; fetch or export it again")
     with file.open("rb") as stream:
         start = stream.read(8)

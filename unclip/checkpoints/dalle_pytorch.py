@@ -17,6 +17,8 @@ from torch import Tensor
 from unclip.checkpoints import openai_dvae, taming
 from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import Rule, build, move, under
+from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.transformers_tokenizer import clip_tokenizer, open_clip_vocabulary
 from unclip.models.codec import ImageCodec
 from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.dalle_attention import Kind
@@ -25,28 +27,61 @@ from unclip.models.dalle_rotary import rotary_angles
 from unclip.models.dvae import DVAE
 from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.vqgan import VQGAN
+from unclip.tokenizer import BPETokenizer
+from unclip.types import CodeOptions
 
 KINDS: dict[str, Kind] = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "corner"}
 KERNEL = 5  # of conv_like, fixed there
 # A branch stands in wrappers (reversible, shift, cache) which hold nothing: they are called fn, a reversible one net.
 BRANCH = re.compile(r"transformer\.layers\.(layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.((?:fn\.)*)(.+)")
 ANGLES = "transformer.pos_emb"
+TOKENIZER_FILE, CLIP_VOCAB = "tokenizer.json", 49408
 IGNORED = (ANGLES, "text_emb.linear.*", "image_emb.linear.*", "logits_mask")
 
 
 @dataclass(frozen=True)
 class DALLEFile:
-    """What a `dalle.pt` holds. Its tokenizer, of `dalle.config.text_vocab` tokens, is not in it."""
+    """What a `dalle.pt` holds. Its tokenizer is not in it (`read_tokenizer`)."""
 
     dalle: DALLE
     codec: ImageCodec
 
 
 def recognise(path: Path) -> bool:
+    """A file, or a folder with dalle.pt."""
+    path = _file(path)
     if path.suffix != ".pt" or not path.is_file():
         return False
     content = read_checkpoint(path)
     return isinstance(content, dict) and {"hparams", "vae_params", "weights"} <= content.keys()
+
+
+def _file(path: Path) -> Path:
+    return path / "dalle.pt" if path.is_dir() else path
+
+
+def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
+    """The file with its tokenizer, drawing as DALLE-pytorch does: at temperature 1, from all codes."""
+    file = _file(path)
+    content = load(file, dtype)
+    tokenizer = read_tokenizer(file, content.dalle.config)
+    parts = {"tokenizer": tokenizer, "codec": content.codec, "dalle": content.dalle}
+    return Bundle("dalle", parts, {}, CodeOptions(), file.stem, "")
+
+
+def read_tokenizer(file: Path, config: DALLEConfig) -> BPETokenizer:
+    """The tokenizer.json beside the file, or else CLIP's, which DALLE-pytorch takes if it is not told otherwise."""
+    if (beside := file.with_name(TOKENIZER_FILE)).is_file():
+        return BPETokenizer.load(beside, config.context_length, marked=False)
+    if config.text_vocab != CLIP_VOCAB:
+        raise ValueError(
+            f"{file} was trained on texts of {config.text_vocab} tokens and does not hold its tokenizer; put it beside "
+            f"as {TOKENIZER_FILE}"
+        )
+    from open_clip import SimpleTokenizer  # late: it is slow to import
+
+    tokenizer = clip_tokenizer(*open_clip_vocabulary(SimpleTokenizer()), special=[])
+    return BPETokenizer(tokenizer, config.context_length, marked=False)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:

@@ -51,6 +51,11 @@ def recognise(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
+def is_prior_only(folder: Path) -> bool:
+    """Whether a pipeline, such as Kandinsky's, has a prior but no decoder that is known here."""
+    return read_json(folder / INDEX_FILE).get("_class_name") not in PIPELINES and (folder / "prior").is_dir()
+
+
 def read_index(folder: Path) -> list[str]:
     """The components of a folder; ValueError or FileNotFoundError for one that is unknown, missing or of another class.
 

@@ -1,4 +1,4 @@
-"""The formats that a model can be loaded from; a foreign one adds its own file here and a line to FORMATS."""
+"""The formats that a model can be loaded from; a foreign one adds a file, a line to FORMATS and one to CONTENTS."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from unclip.checkpoints import dalle2_pytorch, diffusers, diffusers_layout, glide, karlo, store
+from unclip.checkpoints import (
+    dalle2_pytorch,
+    dalle_pytorch,
+    diffusers,
+    diffusers_layout,
+    glide,
+    karlo,
+    min_dalle,
+    store,
+)
 from unclip.checkpoints.priors import PRIORS
 
 
@@ -27,6 +36,8 @@ FORMATS = (
     Format("Karlo's own", karlo.recognise, karlo.load_bundle),
     Format("GLIDE", glide.recognise, glide.load_bundle),
     Format("DALLE2-pytorch", dalle2_pytorch.recognise, dalle2_pytorch.load_bundle),
+    Format("min-dalle", min_dalle.recognise, min_dalle.load_bundle),
+    Format("DALLE-pytorch", dalle_pytorch.recognise, dalle_pytorch.load_bundle),
 )
 
 

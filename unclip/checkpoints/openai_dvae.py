@@ -23,16 +23,22 @@ def recognise(path: Path) -> bool:
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DVAE:
     """The dVAE in a folder, in eval mode; its sizes are read from the tensors. ValueError for any other content."""
-    state = {}
-    for part in PARTS:
-        content = read_checkpoint(path / f"{part}.pkl")
-        tensors = module_state(content) if isinstance(content, Stub) else content
-        state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    state = read(path)
     with torch.device("meta"):
         dvae = DVAE(sizes(state, path)).to(dtype)
     shapes = {name: tensor.shape for name, tensor in dvae.state_dict().items()}
     load_strictly(dvae, to_here(state, rules(shapes), shapes, path), path)
     return dvae.eval()
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of both files."""
+    state = {}
+    for part in PARTS:
+        content = read_checkpoint(path / f"{part}.pkl")
+        tensors = module_state(content) if isinstance(content, Stub) else content
+        state |= {f"{part}.{name}": tensor for name, tensor in tensors.items()}
+    return state
 
 
 def rules(names: Mapping[str, torch.Size]) -> list[Rule]:

@@ -12,11 +12,11 @@ from torch import nn
 from unclip.checkpoints import dalle2_pytorch, diffusers, karlo
 from unclip.checkpoints.catalogue import CONFIG_FILE, MODEL_FILE
 from unclip.checkpoints.diffusers_layout import INDEX_FILE, SCHEDULER_FILE
-from unclip.checkpoints.store import load_component, load_schedule
+from unclip.checkpoints.store import is_diffused, load_component, load_schedule
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import read_json
 
-Loaded = tuple[nn.Module, ScheduleConfig]  # a prior, and the noise schedule that it was trained on
+Loaded = tuple[nn.Module, ScheduleConfig | None]  # a prior, and the noise schedule of a diffusion prior
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PriorFormat:
 
 
 def load_any_prior(path: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Reads a prior of whatever format; its noise schedule becomes its attribute `schedule`."""
+    """Reads a prior of whatever format; a diffusion prior's noise schedule becomes its attribute `schedule`."""
     for known in PRIORS:
         if known.recognise(path):
             prior, prior.schedule = known.load(path, dtype)
@@ -50,7 +50,7 @@ def _load_ours(path: Path, dtype: torch.dtype) -> Loaded:
     prior = load_component(folder, dtype)
     if not hasattr(prior, "denormalize"):
         raise ValueError(f"{folder} holds a {type(prior).__name__}; expected a prior")
-    return prior, load_schedule(folder)
+    return prior, load_schedule(folder) if is_diffused(folder) else None
 
 
 def _is_diffusers(path: Path) -> bool:

@@ -1,10 +1,11 @@
 """Our own format: a folder of JSON and safetensors, strict on the way in and atomic on the way out.
 
 emoji/
-  model.json               format, version, kind, name, licence, components
+  model.json               format, version, kind, name, licence, components; borrowed: those of a bundled model
   options.json             how to sample, unless the caller says otherwise
   clip/                    open_clip's layout (see clip.py)
   prior/                   config.json (type and fields), schedule.json, model.safetensors
+                           (no schedule where the prior draws without diffusion)
   decoder/  upsampler_0/   likewise; of DALL-E instead: codec/, dalle/, without a schedule
   tokenizer/               where the tokenizer is not CLIP's: config.json (type and fields), tokenizer.json
 """
@@ -29,12 +30,15 @@ from unclip.checkpoints.catalogue import (
     SCHEDULE_FILE,
     VERSION,
     WEIGHTS_FILE,
+    component_folders,
     read_json,
     read_model_json,
 )
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import atomic_folder
+from unclip.models.ar_prior import ARPrior, ARPriorConfig
+from unclip.models.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.models.cross_attention_decoder import (
     CrossAttentionDecoder,
     CrossAttentionDecoderConfig,
@@ -45,9 +49,11 @@ from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.dvae import DVAE, DVAEConfig
 from unclip.models.glide import GLIDE, GLIDEConfig
+from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.relative_prior import RelativePrior, RelativePriorConfig
+from unclip.models.text_prior import DirectPrior
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.models.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.vqgan import VQGAN, VQGANConfig
@@ -58,6 +64,8 @@ from unclip.weights import TensorFile, load_strictly, write_tensors
 
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "DiffusionPrior": (DiffusionPrior, PriorConfig),
+    "ARPrior": (ARPrior, ARPriorConfig),
+    "OneShotPrior": (OneShotPrior, OneShotPriorConfig),
     "Decoder": (Decoder, DecoderConfig),
     "Upsampler": (Upsampler, UpsamplerConfig),
     "GLIDE": (GLIDE, GLIDEConfig),
@@ -65,6 +73,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "CrossAttentionDecoder": (CrossAttentionDecoder, CrossAttentionDecoderConfig),
     "CrossAttentionUpsampler": (CrossAttentionUpsampler, CrossAttentionUpsamplerConfig),
     "DALLE": (DALLE, DALLEConfig),
+    "BartDALLE": (BartDALLE, BartDALLEConfig),
     "DVAE": (DVAE, DVAEConfig),
     "PlainDVAE": (PlainDVAE, PlainDVAEConfig),
     "VQVAE": (VQVAE, VQVAEConfig),
@@ -128,7 +137,8 @@ def load_component(
 
     Built on the meta device and then given its tensors one by one, each in its dtype at once: nothing is initialised
     in vain, and at most one tensor is in memory twice. ValueError names an unknown type, a wrong config key, tensors
-    that are missing, unexpected or mis-shaped, and a truncated file. mapped: see `TensorFile`.
+    that are missing, unexpected or mis-shaped, and a truncated file. mapped: parameters are views of the file, in its
+    dtype (see `TensorFile`).
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
@@ -140,9 +150,15 @@ def load_component(
         module = network(parse(config_type, config, str(folder / CONFIG_FILE)))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    load_strictly(module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE)
+    load_strictly(module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE, as_stored=mapped)
     assert not any(buffer.is_meta for buffer in module.buffers()), f"{kind} has a buffer that is not saved"
     return module.to(device).eval()
+
+
+def is_diffused(folder: str | Path) -> bool:
+    """Whether the network in a folder is sampled by diffusion, and so has a schedule."""
+    network, _ = NETWORKS.get(read_json(Path(folder) / CONFIG_FILE).get("type"), (None, None))
+    return network is None or not issubclass(network, DirectPrior)
 
 
 def load_schedule(folder: str | Path) -> ScheduleConfig:
@@ -151,8 +167,12 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
     return parse(ScheduleConfig, read_json(file), str(file))
 
 
-def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_bundle(
+    bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None, borrowed: Mapping[str, str] | None = None
+) -> None:
     """Writes a model folder whole or not at all; a model card and its pictures, if they lie there, stay.
+
+    borrowed: components that are read from a bundled model instead, such as {"clip": "emoji"}.
 
     ValueError rather than replacing a folder of anything else.
     """
@@ -177,6 +197,7 @@ def save_bundle(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = 
             "name": bundle.name,
             "licence": bundle.licence,
             "components": list(bundle.components),
+            **({"borrowed": dict(borrowed)} if borrowed else {}),
         }
         save_json(model, part / MODEL_FILE)
 
@@ -186,7 +207,7 @@ def recognise(folder: Path) -> bool:
 
 
 def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32, *, mapped: bool = False) -> Bundle:
-    """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32). mapped: see `TensorFile`."""
+    """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32). mapped: see `load_component`."""
     from unclip.clip import CLIP  # late: open_clip is slow to import, and a component alone does without it
 
     folder = Path(folder)
@@ -194,14 +215,15 @@ def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32, *, mappe
     if model["kind"] not in OPTIONS:
         raise ValueError(f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {', '.join(OPTIONS)}")
     readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
-    networks = [name for name in model["components"] if name not in readers]
-    diffused = [] if model["kind"] == "dalle" else networks
+    places = component_folders(folder)
+    networks = [name for name in places if name not in readers]
+    diffused = [] if model["kind"] == "dalle" else [name for name in networks if is_diffused(places[name])]
     readers |= dict.fromkeys(networks, partial(load_component, dtype=dtype, mapped=mapped))
-    components = Components({name: partial(readers[name], folder / name) for name in model["components"]})
+    components = Components({name: partial(readers[name], place) for name, place in places.items()})
     return Bundle(
         kind=model["kind"],
         components=components,
-        schedules={name: load_schedule(folder / name) for name in diffused},
+        schedules={name: load_schedule(places[name]) for name in diffused},
         options=parse(OPTIONS[model["kind"]], read_json(folder / OPTIONS_FILE), str(folder / OPTIONS_FILE)),
         name=model["name"],
         licence=model["licence"],

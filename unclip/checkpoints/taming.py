@@ -45,15 +45,15 @@ def sizes(state: Mapping[str, Tensor], source: str | Path, image_size: int = IMA
     """What the shapes and names of taming's tensors tell; ValueError if they are of something else."""
     try:
         levels = []
-        for i in range(1 + max(_numbers(state, r"encoder\.down\.(\d+)\."))):
-            blocks = 1 + max(_numbers(state, rf"encoder\.down\.{i}\.block\.(\d+)\."))
-            channels = len(state[f"encoder.down.{i}.block.0.conv1.weight"])
-            levels.append(LevelSpec(channels, blocks, f"encoder.down.{i}.attn.0.q.weight" in state))
+        for i in range(1 + max(_numbers(state, r"decoder\.up\.(\d+)\."))):
+            blocks = max(_numbers(state, rf"decoder\.up\.{i}\.block\.(\d+)\."))  # one more than the encoder has
+            channels = len(state[f"decoder.up.{i}.block.0.conv1.weight"])
+            levels.append(LevelSpec(channels, blocks, f"decoder.up.{i}.attn.0.q.weight" in state))
         nearest = "quantize.embedding.weight" in state
         codebook = state["quantize.embedding.weight" if nearest else "quantize.embed.weight"]
-        feature_width = len(state["encoder.conv_out.weight"])
+        feature_width = state["decoder.conv_in.weight"].shape[1]
     except (KeyError, ValueError) as error:
-        missing = error.args[0] if isinstance(error, KeyError) else "encoder.down"
+        missing = error.args[0] if isinstance(error, KeyError) else "decoder.up"
         raise ValueError(f"{source} is no VQ-GAN of taming-transformers: {missing} is missing") from None
     return VQGANConfig(
         image_size=image_size,

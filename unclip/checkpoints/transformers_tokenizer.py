@@ -97,15 +97,19 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
         pad = CLIP_PAD if tokenizer.pad_id in tokenizer.tokenizer.get_added_tokens_decoder() else CLIP_END
     else:
         assert isinstance(tokenizer, OpenCLIPTokenizer)
-        theirs = tokenizer.tokenizer
-        names = {theirs.sot_token_id: CLIP_START, theirs.eot_token_id: CLIP_END}
-        vocab, merges = {names.get(i, word): i for word, i in theirs.encoder.items()}, list(theirs.bpe_ranks)
+        vocab, merges = open_clip_vocabulary(tokenizer.tokenizer)
         pad = CLIP_END  # "!" would get another id if it were the pad
     special = {"bos": CLIP_START, "eos": CLIP_END, "unk": CLIP_END, "pad": pad}
     (folder / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / MERGES_FILE).write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8")
     _write_settings(folder, "CLIPTokenizer", tokenizer.context_length, special)
     return "CLIPTokenizer"
+
+
+def open_clip_vocabulary(theirs: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of open_clip's SimpleTokenizer, start and end under CLIP's own names."""
+    names = {theirs.sot_token_id: CLIP_START, theirs.eot_token_id: CLIP_END}
+    return {names.get(i, word): i for word, i in theirs.encoder.items()}, list(theirs.bpe_ranks)
 
 
 def _write_own(own: BPETokenizer, folder: Path) -> str:
