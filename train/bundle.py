@@ -14,9 +14,9 @@ from typing import Literal
 
 import torch
 
-from unclip.checkpoints.catalogue import read_model_json
+from unclip.checkpoints.catalogue import bundled_models, component_folders
 from unclip.checkpoints.codecs import load_codec
-from unclip.checkpoints.store import Bundle, load_component, load_schedule
+from unclip.checkpoints.store import Bundle, is_diffused, load_component, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import load_config
 from unclip.models.dalle import DALLE
@@ -38,6 +38,7 @@ class UnCLIPParts:
     clip: str  # folders of components, as training leaves them in <fit.output>/model
     decoder: str
     prior: str | None = None
+    inpainter: str | None = None  # a decoder that was trained with the task "inpaint"
     upsamplers: tuple[str, ...] = ()
     options: UnCLIPOptions = field(default_factory=UnCLIPOptions)  # how the model is sampled by default
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"  # of the stored weights
@@ -54,7 +55,7 @@ class DalleParts:
     output: str
     codec: str  # folders of components
     dalle: str  # with its tokenizer.json
-    clip: str | None = None  # that chooses among candidates
+    clip: str | None = None  # that chooses among candidates; or the name of a bundled model, which then lends its own
     options: CodeOptions = field(default_factory=CodeOptions)
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
@@ -63,32 +64,39 @@ Parts = UnCLIPParts | DalleParts  # told by `kind`
 
 
 def main(parts: Parts) -> None:
-    pipe = _unclip(parts) if isinstance(parts, UnCLIPParts) else _dalle(parts)
-    pipe.save_pretrained(parts.output, DTYPES[parts.dtype])
+    dtype = DTYPES[parts.dtype]
+    if isinstance(parts, UnCLIPParts):
+        _unclip(parts).save_pretrained(parts.output, dtype)
+    else:
+        borrowed = {"clip": parts.clip} if parts.clip in bundled_models() else {}
+        save_bundle(_dalle(parts, copy_clip=not borrowed), parts.output, dtype, borrowed)
     size = sum(file.stat().st_size for file in Path(parts.output).rglob("*.safetensors"))
-    components = ", ".join(read_model_json(Path(parts.output))["components"])
+    components = ", ".join(component_folders(Path(parts.output)))
     print(f"{parts.output}: {components}; {size / 1e6:.1f} MB of weights in {parts.dtype}")
 
 
-def _dalle(parts: DalleParts) -> DallePipeline:
+def _dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
     dalle = load_component(parts.dalle)
     if not isinstance(dalle, DALLE):
         raise ValueError(f"{parts.dalle} holds a {type(dalle).__name__}; expected a DALLE, as train/dalle.py makes it")
     tokenizer = BPETokenizer.load(Path(parts.dalle) / "tokenizer.json", dalle.config.context_length, marked=False)
-    clip = None if parts.clip is None else CLIP.from_pretrained(parts.clip)
-    told = {"name": parts.name, "licence": parts.licence}
-    return DallePipeline(tokenizer, load_codec(parts.codec), dalle, clip, parts.options, **told)
+    components = {"tokenizer": tokenizer, "codec": load_codec(parts.codec), "dalle": dalle}
+    if copy_clip and parts.clip is not None:
+        components["clip"] = CLIP.from_pretrained(parts.clip)
+    bundle = Bundle(parts.kind, components, {}, parts.options, parts.name, parts.licence)
+    DallePipeline.from_bundle(bundle)  # which refuses parts that don't fit
+    return bundle
 
 
 def _unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
-    folders = {"prior": parts.prior, "decoder": parts.decoder}
+    folders = {"prior": parts.prior, "decoder": parts.decoder, "inpainter": parts.inpainter}
     folders |= {f"upsampler_{i}": folder for i, folder in enumerate(parts.upsamplers)}
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     components = {"clip": CLIP.from_pretrained(parts.clip)}
     bundle = Bundle(
         kind=parts.kind,
         components=components | {name: load_component(folder) for name, folder in folders.items()},
-        schedules={name: load_schedule(folder) for name, folder in folders.items()},
+        schedules={name: load_schedule(folder) for name, folder in folders.items() if is_diffused(folder)},
         options=parts.options,
         name=parts.name,
         licence=parts.licence,

@@ -1,12 +1,14 @@
 """Trains the diffusion decoder: from a CLIP image embedding and a caption to a picture (unCLIP 2.1).
 
 accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
+accelerate launch train/decoder.py --config configs/emoji/inpaint.yaml --init runs/emoji/decoder/model
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
@@ -15,6 +17,7 @@ from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
+from unclip.training.inpainting import HoleConfig, start_inpainting
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DecoderLoss, DropConfig
 from unclip.training.optim import OptimConfig
@@ -32,8 +35,13 @@ class DecoderTraining:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
+    task: Literal["draw", "inpaint"] = "draw"  # inpaint: around random holes, best from a trained decoder's weights
+    holes: HoleConfig = field(default_factory=HoleConfig)  # of the task "inpaint"
 
     def __post_init__(self) -> None:
+        if self.model.inpaints != (self.task == "inpaint"):
+            expected = str(self.task == "inpaint").lower()
+            raise ValueError(f"task is {self.task!r}; expected a model with inpaints: {expected}")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
@@ -43,17 +51,21 @@ def main(run: Run[DecoderTraining]) -> None:
     config = run.config
     clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
     decoder = Decoder(config.model).to(run.device)
+    if config.task == "inpaint" and run.init:
+        start_inpainting(decoder, run.init)
+        run = replace(run, init=None)
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
+    holes = config.holes if config.task == "inpaint" else None
     fit(
         decoder,
-        DecoderLoss(decoder, clip, schedule, config.drop, config.loss),
+        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes),
         Loader(config.data),
         config.fit,
         config.optim,
         run=run,
         val_loader=val_loader,
-        preview=decoder_preview(clip, schedule, val_loader) if val_loader else None,
+        preview=decoder_preview(clip, schedule, val_loader, holes=holes) if val_loader else None,
         export=partial(save_component, schedule=config.schedule),
     )
 

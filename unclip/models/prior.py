@@ -1,138 +1,44 @@
 """The diffusion prior: a causal transformer from a caption's encoding to a CLIP image embedding (unCLIP 2.2)."""
 
-# B batch, L text tokens, D CLIP embedding width, W text width, C width, H heads, d width of a head
+# B batch, D CLIP embedding width, C width
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from unclip.models.layers import KeyValues, TimeMLP, TransformerBlock, attend_after, zeroed
+from unclip.models.layers import TimeMLP, zeroed
+from unclip.models.text_prior import TextPrefix, TextPrior, TextPriorConfig
 from unclip.types import TextEncoding
 
 
 @dataclass(frozen=True)
-class PriorConfig:
-    emb_dim: int  # D, of CLIP's embeddings
-    text_width: int  # W, of CLIP's text states
-    context_length: int  # slots for text tokens; a text may use fewer
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: int = 4
-    dropout: float = 0.0
-    null_text: Literal["learned", "empty_prompt"] = "learned"
+class PriorConfig(TextPriorConfig):
     x0_limit: float | None = 5.0  # sampling keeps x_0 within it, in standard deviations (Karlo); None = anywhere
 
     def __post_init__(self) -> None:
-        for name in ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
-        if self.width % 2:
-            raise ValueError(f"width is {self.width}; the time sinusoids need an even number")
+        super().__post_init__()
         if self.x0_limit is not None and self.x0_limit <= 0:
             raise ValueError(f"x0_limit is {self.x0_limit}; expected a positive number, or None for no limit")
 
 
-class TextPrefix(KeyValues):
-    """Keys and values of the text tokens and the text embedding, L + 1 positions, in every block of the prior."""
-
-
-class DiffusionPrior(nn.Module):
+class DiffusionPrior(TextPrior):
     """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
 
-    emb_mean: torch.Tensor
-    emb_std: torch.Tensor
-
     def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, own=3)
         D, C = config.emb_dim, config.width
-        self.state_proj = nn.Linear(config.text_width, C)
-        self.emb_proj = nn.Linear(D, C)
         self.time = TimeMLP(C, C)
         self.x_proj = nn.Linear(D, C)
         self.query = nn.Parameter(torch.randn(C) * 0.02)
-        self.positions = nn.Parameter(torch.randn(config.context_length + 4, C) * 0.02)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(C, config.heads, config.mlp_ratio, config.dropout) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(C)
         self.head = zeroed(nn.Linear(C, D))
-        if config.null_text == "learned":
-            self.null_emb = nn.Parameter(torch.randn(D) * D**-0.5)
-            self.null_state = nn.Parameter(torch.randn(config.text_width))
-        self.register_buffer("emb_mean", torch.zeros(D))
-        self.register_buffer("emb_std", torch.full((D,), D**-0.5))
 
     @property
     def x0_limit(self) -> float | None:
         """Bound of x_0 in sampling."""
         return self.config.x0_limit
-
-    def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales."""
-        D = self.config.emb_dim
-        if mean.numel() != D or std.numel() != D:
-            raise ValueError(f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each")
-        if not (std > 0).all():
-            raise ValueError(f"std has {int((std <= 0).sum())} dimensions that are not positive")
-        self.emb_mean.copy_(mean.reshape(D))
-        self.emb_std.copy_(std.reshape(D))
-
-    def normalize(self, emb: torch.Tensor) -> torch.Tensor:
-        """CLIP image embeddings (..., D) -> x_0, of about unit variance."""
-        return (emb - self.emb_mean) / self.emb_std
-
-    def denormalize(self, x_0: torch.Tensor) -> torch.Tensor:
-        """x_0 (..., D) -> CLIP image embeddings."""
-        return x_0 * self.emb_std + self.emb_mean
-
-    def null_text(self, batch: int) -> TextEncoding:
-        """The learned null: one token and an embedding that say nothing. ValueError if the null is the empty prompt."""
-        if self.config.null_text != "learned":
-            raise ValueError('this prior has no learned null (null_text is "empty_prompt"): pass the encoding of ""')
-        emb = self.null_emb.expand(batch, -1)
-        return TextEncoding(emb, self.null_state.expand(batch, 1, -1), emb.new_ones(batch, 1, dtype=torch.bool))
-
-    def condition(self, text: TextEncoding, drop: torch.Tensor | None = None) -> TextPrefix:
-        """The part that sees neither t nor x_t; where `drop` (B,) bool is True the null stands in for the text."""
-        L, most = text.states.shape[1], self.config.context_length
-        if L > most:
-            raise ValueError(f"the text has {L} tokens; this prior takes at most {most}")
-        text = text.to(dtype=self.query.dtype)
-        if drop is not None:
-            text = self._with_nulls(text, drop)
-        tokens = [self.state_proj(text.states), self.emb_proj(text.emb)[:, None]]
-        positions = torch.cat([self.positions[:L], self.positions[most : most + 1]])  # the embedding keeps its slot
-        x = torch.cat(tokens, dim=1) + positions  # B L+1 C
-        mask = F.pad(text.mask, (0, 1), value=True)  # B L+1
-        visible = torch.ones(L + 1, L + 1, dtype=torch.bool, device=mask.device)
-        # A pad sees itself, or the softmax of a caption without any token would be 0 / 0; nobody sees the pad.
-        visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 L+1 L+1
-        ks, vs = [], []
-        for i, block in enumerate(self.blocks):
-            q, k, v = block.project(x)  # B H L+1 d
-            ks.append(k)
-            vs.append(v)
-            if i + 1 < len(self.blocks):  # of the last block only the keys and values are wanted
-                x = block(x, q, k, v, visible)
-        return TextPrefix(tuple(ks), tuple(vs), mask)
-
-    def _with_nulls(self, text: TextEncoding, drop: torch.Tensor) -> TextEncoding:
-        null = self.null_text(len(text))
-        emb = torch.where(drop[:, None], null.emb, text.emb)
-        states = torch.where(drop[:, None, None], null.states, text.states)
-        mask = torch.where(drop[:, None], F.pad(null.mask, (0, text.mask.shape[1] - 1), value=False), text.mask)
-        return TextEncoding(emb, states, mask)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
         """Predicts the normalised embedding: (B, D), (B,) -> (B, D). Each row of the prefix serves an equal share."""
@@ -149,10 +55,7 @@ class DiffusionPrior(nn.Module):
         B = len(x_t)
         tokens = [time.expand(B, -1), self.x_proj(x_t.to(self.query.dtype)), self.query.expand(B, -1)]
         x = torch.stack(tokens, dim=1) + self.positions[-3:]  # B 3 C
-        for block, *prefix_kv in zip(self.blocks, prefix.k, prefix.v, strict=True):
-            q, k, v = block.project(x)  # B H 3 d
-            x = block.finish(x, attend_after(prefix_kv, prefix.mask, q, k, v))
-        return self.head(self.norm(x[:, -1])), None
+        return self.head(self.norm(self.through(x, prefix)[:, -1])), None
 
     def forward(
         self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, drop: torch.Tensor | None = None

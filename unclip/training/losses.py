@@ -12,9 +12,13 @@ from unclip.clip import CLIP, contrastive_loss
 from unclip.data.corruption import CorruptionConfig, corrupt
 from unclip.diffusion.losses import LossConfig, diffusion_loss
 from unclip.diffusion.schedules import Schedule, sample_timesteps
-from unclip.models.decoder import Decoder
+from unclip.latents import normalise
+from unclip.models.ar_prior import ARPrior
+from unclip.models.decoder import Decoder, known_part
+from unclip.models.one_shot_prior import OneShotPrior
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
+from unclip.training.inpainting import HoleConfig, random_holes
 from unclip.types import TextEncoding
 
 # B batch, D CLIP embedding, s picture side
@@ -65,11 +69,71 @@ class PriorLoss:
         return _means(losses)
 
 
-class DecoderLoss:
-    """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1)."""
+class ARPriorLoss:
+    """Cross-entropy of the codes of an image embedding, in nats a code (unCLIP 2.2)."""
 
-    def __init__(self, decoder: Decoder, clip: CLIP, schedule: Schedule, drop: DropConfig, config: LossConfig):
+    def __init__(self, prior: ARPrior, clip: CLIP, drop: DropConfig) -> None:
+        self.prior, self.clip, self.drop = prior, clip, drop
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        image_emb = _image_emb(self.clip, batch)
+        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        with torch.no_grad():  # the dot product is that with the caption, even where it is dropped
+            told = text if drop_text is not None else self.clip.encode_text(batch["caption"])
+        codes, dot = self.prior.codes.encode(image_emb), self.prior.codes.encode_dot(image_emb, told.emb)
+        logits = model(codes, dot, text, drop_text)  # (B, K, V)
+        return {"loss": nn.functional.cross_entropy(logits.float().flatten(0, 1), codes.flatten())}
+
+
+@dataclass(frozen=True)
+class OneShotLossConfig:
+    contrastive: float = 0.2  # weight beside the mean squared error (ECLIPSE, 2312.04655)
+
+    def __post_init__(self) -> None:
+        if not self.contrastive >= 0:
+            raise ValueError(f"loss.contrastive is {self.contrastive}; expected 0 or more")
+
+
+class OneShotPriorLoss:
+    """MSE of the normalised image embedding, and InfoNCE towards the captions at CLIP's temperature (2312.04655).
+
+    A caption that was dropped cannot be found, and does not count for the second.
+    """
+
+    def __init__(self, prior: OneShotPrior, clip: CLIP, drop: DropConfig, config: OneShotLossConfig) -> None:
+        self.prior, self.clip, self.drop, self.config = prior, clip, drop, config
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        x_0 = self.prior.normalize(_image_emb(self.clip, batch))
+        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        predicted = model(text, torch.randn_like(x_0), drop_text).float()  # (B, D)
+        mse = nn.functional.mse_loss(predicted, x_0)
+        cosines = normalise(self.prior.denormalize(predicted)) @ normalise(text.emb.float()).T  # (B, B)
+        scale = self.clip.logit_scale.detach().float().exp().clamp(max=100)
+        rows = torch.arange(len(x_0), device=x_0.device)
+        kept = rows if drop_text is None else rows[~drop_text]
+        contrastive = nn.functional.cross_entropy(scale * cosines[kept], kept) if len(kept) else mse.new_zeros(())
+        loss = mse + self.config.contrastive * contrastive
+        return {"loss": loss, "mse": mse.detach(), "contrastive": contrastive.detach()}
+
+
+class DecoderLoss:
+    """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1).
+
+    With `holes`, the decoder is told what is known around random ones; the loss is over the whole picture (GLIDE 2.4).
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        clip: CLIP,
+        schedule: Schedule,
+        drop: DropConfig,
+        config: LossConfig,
+        holes: HoleConfig | None = None,
+    ):
         self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
+        self.holes = holes
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
@@ -77,9 +141,11 @@ class DecoderLoss:
         text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image = torch.rand(len(x_0), device=x_0.device) < self.drop.image
-        return _denoising_loss(
-            model, (image_emb, text, drop_image, drop_text), x_0, self.schedule, model_config, self.config
-        )
+        conditions = image_emb, text, drop_image, drop_text
+        if self.holes is not None:
+            holes = random_holes(len(x_0), model_config.image_size, self.holes)
+            conditions += (known_part(x_0, holes.to(x_0.device)),)
+        return _denoising_loss(model, conditions, x_0, self.schedule, model_config, self.config)
 
 
 class UpsamplerLoss:

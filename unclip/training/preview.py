@@ -16,9 +16,11 @@ from unclip.diffusion.schedules import Schedule
 from unclip.models.codec import Autoencoder, ImageCodec
 from unclip.models.dalle import DALLE
 from unclip.models.dalle_sampling import sample_codes
+from unclip.models.decoder import known_part
 from unclip.pictures import grid
 from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import image_codes
+from unclip.training.inpainting import HoleConfig, random_holes
 from unclip.training.losses import resized
 from unclip.types import CodeOptions, StageOptions
 
@@ -28,9 +30,17 @@ Preview = Callable[[nn.Module], Image.Image]
 
 
 def decoder_preview(
-    clip: CLIP, schedule: Schedule, loader: Iterable, count: int = 12, options: StageOptions | None = None
+    clip: CLIP,
+    schedule: Schedule,
+    loader: Iterable,
+    count: int = 12,
+    options: StageOptions | None = None,
+    holes: HoleConfig | None = None,
 ) -> Preview:
-    """Validation pictures above what the decoder draws from their CLIP embeddings and captions."""
+    """Validation pictures above what the decoder draws from their CLIP embeddings and captions.
+
+    With `holes`, for a decoder that inpaints: between them, what it is told of the pictures.
+    """
     options = options or StageOptions(steps=20, guidance=2.0)
     batch = next(iter(loader))
     truth, captions = batch["image"][:count], batch["caption"][:count]
@@ -39,12 +49,18 @@ def decoder_preview(
     def draw(decoder: nn.Module) -> Image.Image:
         config, rows = decoder.config, len(truth)
         text, image_emb = clip.encode_text(captions), clip.encode_image(truth).float()
-        cond = decoder.condition(image_emb, text)
+        small, known = resized(truth.to(image_emb.device), config.image_size), None
+        if holes is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                marked = random_holes(rows, config.image_size, holes)
+            known = known_part(small, marked.to(small.device))
+        cond = decoder.condition(image_emb, text, known=known)
         dropped = torch.ones(rows, dtype=torch.bool, device=image_emb.device)
         if config.null_text == "learned":
-            null = decoder.condition(image_emb, text, dropped, dropped)
+            null = decoder.condition(image_emb, text, dropped, dropped, known)
         else:
-            null = decoder.condition(image_emb, clip.encode_text([""] * rows), dropped)
+            null = decoder.condition(image_emb, clip.encode_text([""] * rows), dropped, known=known)
         both = type(cond).cat([cond, null])
         denoise = classifier_free(
             lambda x, t: decoder.denoise(x, t, both),
@@ -53,8 +69,8 @@ def decoder_preview(
             schedule.num_timesteps,
             config.learned_variance,
         )
-        small = resized(truth.to(image_emb.device), config.image_size)
-        return sheet([small, _draw(denoise, small, schedule, options, config)])
+        drawn = _draw(denoise, small, schedule, options, config)
+        return sheet([small, drawn] if known is None else [small, known[:, :3], drawn])
 
     return draw
 

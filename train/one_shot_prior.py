@@ -1,0 +1,56 @@
+"""Trains a prior that predicts the image embedding in one pass (ECLIPSE, 2312.04655).
+
+accelerate launch train/one_shot_prior.py --config configs/emoji/one_shot_prior.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from unclip.checkpoints.store import save_component
+from unclip.clip import CLIP
+from unclip.data.loader import DataConfig
+from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.training.embedded import embedding_pairs, open_loader
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run, launch
+from unclip.training.losses import DropConfig, OneShotLossConfig, OneShotPriorLoss
+from unclip.training.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class OneShotPriorTraining:
+    clip: str  # folder of a trained CLIP
+    model: OneShotPriorConfig
+    data: DataConfig
+    optim: OptimConfig
+    fit: FitConfig
+    val_data: DataConfig | None = None
+    loss: OneShotLossConfig = field(default_factory=OneShotLossConfig)
+    drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
+    embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
+    stats_batches: int = 100  # batches that the embeddings' mean and standard deviation are measured on
+
+
+def main(run: Run[OneShotPriorTraining]) -> None:
+    config = run.config
+    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    prior = OneShotPrior(config.model).to(run.device)
+    if not (run.resume or run.init):  # else they come with the weights
+        image_emb, _ = embedding_pairs(clip, loader, config.stats_batches)
+        prior.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
+    fit(
+        prior,
+        OneShotPriorLoss(prior, clip, config.drop, config.loss),
+        loader,
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        export=save_component,
+    )
+
+
+if __name__ == "__main__":
+    launch(main, OneShotPriorTraining, __doc__)

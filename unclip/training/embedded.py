@@ -1,0 +1,88 @@
+"""CLIP's embeddings of the training data: all at once before the training, and what can be learned from them."""
+
+# B batch, N pairs, D CLIP embedding width
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unclip.clip import CLIP
+from unclip.data.loader import Augment, DataConfig, Loader
+from unclip.data.precomputed import PrecomputedDataset
+
+AT_ONCE = 64  # pictures
+
+
+class EmbeddedLoader:
+    """A loader whose pictures CLIP has embedded already: batches hold "image_emb" (B, D) instead of "image".
+
+    They are embedded in the order of the data set, not when they first come: a resumed run gets the same bits.
+    ValueError if augmentation makes another picture of each every time, or two have the same key.
+    """
+
+    def __init__(self, loader: Loader, clip: CLIP) -> None:
+        if loader.config.augment != Augment() or loader.config.crop is not None:
+            raise ValueError("pictures that are augmented or cropped cannot be embedded once for all")
+        self.loader, self.image_emb = loader, _embed_all(loader, clip)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            image_emb = torch.stack([self.image_emb[key] for key in batch["key"]])
+            yield {"image_emb": image_emb, "caption": batch["caption"], "key": batch["key"]}
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def broken(self) -> dict[int, str]:
+        """As `Loader.broken`."""
+        return self.loader.broken
+
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loader.load_state_dict(state)
+
+
+def open_loader(config: DataConfig, clip: CLIP, embed_once: bool) -> Loader | EmbeddedLoader:
+    """A loader of captioned pictures or embeddings; embed_once: pictures are embedded now."""
+    loader = Loader(config)
+    if embed_once and not isinstance(loader.dataset, PrecomputedDataset):
+        return EmbeddedLoader(loader, clip)
+    return loader
+
+
+@torch.no_grad()
+def _embed_all(loader: Loader, clip: CLIP) -> dict[str, Tensor]:
+    """CLIP's embedding (D,) of each picture, by its key."""
+    config = replace(loader.config, batch_size=1, weighted=False, captions="canonical", cache=False)
+    pictures, found = Loader(config, loader.dataset, num_processes=1, process_index=0), {}
+    batches = iter(tqdm(pictures, desc=f"embedding {config.path}", leave=False))
+    keys: list[str] = []
+    while some := list(islice(batches, AT_ONCE)):
+        keys += [key for batch in some for key in batch["key"]]
+        image_emb = clip.encode_image(torch.cat([batch["image"] for batch in some]))  # (B, D)
+        found.update(zip(keys[-len(some) :], image_emb.float().cpu(), strict=True))
+    if len(keys) > len(found) + len(pictures.broken):  # another stands in for a broken one
+        raise ValueError(f"{config.path}: several pictures have the same key; embed at each step instead")
+    return found
+
+
+@torch.no_grad()
+def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> tuple[Tensor, Tensor]:
+    """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU."""
+    state, image_embs, text_embs = loader.state_dict(), [], []
+    for batch, _ in zip(loader, tqdm(range(batches), desc="embedding statistics", leave=False), strict=False):
+        image_emb = batch["image_emb"] if "image_emb" in batch else clip.encode_image(batch["image"])
+        image_embs.append(image_emb.float().cpu())
+        text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
+    loader.load_state_dict(state)
+    return torch.cat(image_embs), torch.cat(text_embs)
