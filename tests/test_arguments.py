@@ -123,6 +123,9 @@ def test_a_picture_of_another_size_is_fitted_if_that_is_asked_for(run):
         ("dalle", ["generate", "a", "-n", "3", "--candidates", "2"], "expected at least num_images, which is 3"),
         ("unclip", ["generate", "a", "--candidates", "0"], "'0' is not a whole number of at least 1"),
         (None, ["generate", "--from", "a.png", "--top-k", "3"], "--from draws what the picture says"),
+        (None, ["generate", "--from", "a.png", "--preset", "fast"], "--from draws what the picture says"),
+        ("dalle", ["generate", "a", "--preset", "fast"], "preset 'fast' takes steps of diffusion less often"),
+        ("unclip", ["generate", "a", "--offload", "--compile"], "--offload and --compile do not go together"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused_in_one_line(run, model, arguments, message):
@@ -130,6 +133,22 @@ def test_what_a_model_does_not_have_is_refused_in_one_line(run, model, arguments
     code, out, err = run(*arguments, model=model)
     assert (code, out) == (2, "") and message in err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["unclip", "dalle"])
+def test_a_model_may_be_offloaded_compiled_and_quantized(run, model):
+    drawing = ("generate", "a red apple", "--seed", "1", "--quiet", "-o")
+    for name, how in {"plain": [], "offloaded": ["--offload"], "compiled": ["--compile"]}.items():
+        assert run(*drawing, f"{name}.png", *how, model=model) == (0, "", "")
+        assert np.abs(pixels(f"{name}.png") - pixels("plain.png")).max() <= 1
+    assert run(*drawing, "rounded.png", "--quantize", "int8", "--offload", model=model) == (0, "", "")
+
+
+def test_the_preset_can_be_changed_further(run):
+    assert run("generate", "a", "--preset", "fast", "--steps", "5", "-o", "a.png", "--quiet", model="unclip")[0] == 0
+    (metadata,) = read_metadata("a.png")
+    stage = metadata["options"]["decoder"]
+    assert (stage["steps"], stage["sampler"], stage["guidance_interval"]) == (5, "unipc", [0.2, 0.9])
 
 
 @pytest.mark.parametrize("command", ["generate", "variations", "complete"])

@@ -183,20 +183,23 @@ def test_drawing_does_not_import_diffusers(tiny_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_bundled_model(tmp_path):
+def test_the_wheel_holds_the_bundled_models(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("unclip-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    shown = subprocess.run(
-        [sys.executable, "-c", "import unclip.cli as c; print(c.__file__); c.main(['models'])"],
-        cwd=tmp_path / "site",
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.splitlines()
-    assert shown[0].startswith(str(tmp_path / "site")) and shown[1].startswith("emoji ")
-    held = [path.relative_to(tmp_path / "site") for path in (tmp_path / "site/unclip/assets/emoji").rglob("*")]
-    source = ROOT / "assets" / "emoji"
-    assert sorted(held) == sorted("unclip/assets/emoji" / path.relative_to(source) for path in source.rglob("*"))
+    script = (
+        "import unclip, unclip.cli as c; print(c.__file__); c.main(['models'])\n"
+        "for name in c.sys.argv[1:]: print(unclip.load(name).name)"  # what one model borrows from another is found too
+    )
+    names = sorted(file.parent.name for file in (ROOT / "assets").glob("*/model.json"))
+    command = [sys.executable, "-c", script, *names]
+    site = tmp_path / "site"
+    shown = subprocess.run(command, cwd=site, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert shown[0].startswith(str(site)) and [line.split()[0] for line in shown[1:]] == [*names, *names]
+    for name in names:
+        source, held = ROOT / "assets" / name, site / "unclip" / "assets" / name
+        assert sorted(path.relative_to(held) for path in held.rglob("*")) == sorted(
+            path.relative_to(source) for path in source.rglob("*")
+        )

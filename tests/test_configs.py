@@ -24,7 +24,10 @@ CONFIGS = sorted(path.relative_to(ROOT / "configs").as_posix() for path in ROOT.
 CONFIG_CLASSES = {
     "clip": ("clip", "CLIPTraining"),
     "prior": ("prior", "PriorTraining"),
+    "ar": ("ar_prior", "ARPriorTraining"),
+    "one": ("one_shot_prior", "OneShotPriorTraining"),
     "decoder": ("decoder", "DecoderTraining"),
+    "inpaint": ("decoder", "DecoderTraining"),
     "upsampler": ("upsampler", "UpsamplerTraining"),
     "codec": ("codec", "CodecTraining"),
     "dvae": ("codec", "CodecTraining"),
@@ -37,6 +40,7 @@ PROCESSES = 64  # that configs/paper and configs/karlo are written for
 PARAMETERS = {
     "paper/clip": 986_523_137,
     "paper/prior": 1_225_927_680,
+    "paper/ar_prior": 1_220_275_200,
     "paper/decoder": 3_567_370_758,
     "paper/upsampler_256": 729_702_083,
     "paper/upsampler_1024": 282_059_139,
@@ -48,6 +52,7 @@ PARAMETERS = {
 }
 PAPER_SIZES = {  # Table 3
     "paper/prior": 1.0e9,
+    "paper/ar_prior": 1.0e9,
     "paper/decoder": 3.5e9,
     "paper/upsampler_256": 0.7e9,
     "paper/upsampler_1024": 0.3e9,
@@ -77,6 +82,22 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
         "optim.weight_decay": 0.06,
         "fit.steps": 600_000,
         "fit.ema": 0.9999,
+        "batch": 4096,
+    },
+    "paper/ar_prior": {
+        "model.context_length": 256,
+        "model.width": 2048,  # of the text encoder, whose answer is CLIP's here
+        "model.depth": 24,
+        "model.heads": 32,
+        "model.components": 319,
+        "model.buckets": 1024,
+        "drop.text": 0.1,
+        "optim.lr": 1.6e-4,
+        "optim.betas": [0.9, 0.91],
+        "optim.eps": 1e-10,
+        "optim.weight_decay": 0.04,
+        "fit.steps": 1_000_000,
+        "fit.ema": 0.999,
         "batch": 4096,
     },
     "paper/decoder": {
@@ -276,6 +297,11 @@ def test_the_networks_of_a_folder_fit_together(stack):
         assert text_cfg["context_length"] == prior.model.context_length
         assert decoder.model.text.kind != "transformer" or text_cfg["vocab_size"] == decoder.model.text.vocab_size
     assert prior.clip == decoder.clip == model.clip == clip
+    if "inpaint" in parts:  # fine-tuned from the decoder, so all but its input is the same
+        tuned = parts["inpaint"]
+        unet = replace(decoder.model.unet, in_channels=7)
+        assert tuned.model == replace(decoder.model, unet=unet, inpaints=True)
+        assert (tuned.clip, tuned.schedule, tuned.loss) == (clip, decoder.schedule, decoder.loss)
     assert (prior.model.emb_dim, prior.model.text_width) == (decoder.model.emb_dim, decoder.model.text_width)
     assert [model.prior, model.decoder] == [f"{part.fit.output}/model" for part in (prior, decoder)]
     size = decoder.model.image_size
@@ -288,18 +314,31 @@ def test_the_networks_of_a_folder_fit_together(stack):
         size = part.model.high_size
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if Path(name).stem in ("ar_prior", "one_shot_prior")])
+def test_other_priors_fit_where_the_diffusion_prior_does(name):
+    own, other = config(f"{Path(name).parent}/prior.yaml"), config(name)
+    sizes = ("emb_dim", "text_width", "context_length")
+    assert [getattr(own.model, size) for size in sizes] == [getattr(other.model, size) for size in sizes]
+    assert (own.clip, own.data, own.val_data, own.drop) == (other.clip, other.data, other.val_data, other.drop)
+
+
 @pytest.mark.parametrize("stack", ["emoji", "tiny"])
 def test_codec_and_transformer_of_a_folder_fit_together(stack):
     codec, dalle, model = (config(f"{stack}/{name}.yaml") for name in ("codec", "dalle", "model_dalle"))
     dalle.model.check_codec(codec.model.vocab_size, network(f"{stack}/codec.yaml").grid)
     assert dalle.codec == model.codec == f"{codec.fit.output}/model" and model.dalle == f"{dalle.fit.output}/model"
     assert dalle.data.image_size == codec.model.image_size
-    assert model.clip in (None, f"{config(f'{stack}/clip.yaml').fit.output}/model")
+    assert model.clip in (None, "emoji")
 
 
 def test_a_decoder_is_not_trained_on_pictures_of_another_size():
     with pytest.raises(SystemExit, match="image_size is 8; this model draws 16"):
         train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")
+
+
+def test_a_task_needs_its_kind_of_model():
+    with pytest.raises(SystemExit, match="task is 'inpaint'; expected a model with inpaints: true"):
+        train("decoder", "tiny/decoder.yaml", "--set", "task=inpaint")
 
 
 def test_a_last_network_without_weights_is_refused():

@@ -123,6 +123,8 @@ def test_a_compiled_step_draws_the_same(tiny_dalle, draw):
     result = pipe("a red apple", seed=3, options=GUIDED, progress=False)
     assert len(calls) == 15  # one graph, for every code but the first
     assert torch.equal(result.codes, draw("a red apple", seed=3, options=GUIDED).codes)
+    with pytest.raises(ValueError, match="the networks are compiled, and must stay where they are"):
+        pipe.offload()
     packed = unclip.compile(copy.deepcopy(tiny_dalle))
     assert torch.equal(packed("a red apple", seed=3, options=GUIDED, progress=False).codes, result.codes)
 

@@ -141,8 +141,8 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
         ("generate a --steps 0", "steps is 0"),
         ("generate a --sampler euler", "invalid choice: 'euler'"),
         ("generate a --seed -3", "seed is -3"),
-        ("generate a --model emojis", "unknown model 'emojis'; bundled models: emoji;"),
-        ("generate a --model ./nowhere", "unknown model './nowhere'; bundled models: emoji;"),
+        ("generate a --model emojis", "unknown model 'emojis'; bundled models: emoji"),
+        ("generate a --model ./nowhere", "unknown model './nowhere'; bundled models: emoji"),
         ("generate a --model broken", "broken/prior/model.safetensors is truncated"),
         ("generate a --model partial", "partial/decoder/schedule.json is missing"),
         ("generate a --device abacus", "unknown device 'abacus'"),
@@ -159,9 +159,9 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
         ("variations none.png", "no picture at none.png"),
         ("variations empty.txt", "empty.txt: not a picture that can be read"),
         ("variations plain.png --candidates 2", "unrecognized arguments: --candidates 2"),
-        ("info nothing", "unknown model 'nothing'; bundled models: emoji;"),
+        ("info nothing", "unknown model 'nothing'; bundled models: emoji"),
         ("info plain.png", "plain.png holds no metadata"),
-        ("info assets", "assets is not a model folder"),
+        ("info assets", "assets holds no model, codec or prior of a known format"),
     ],
 )
 def test_the_command_line_tells_what_is_wrong(here, capsys, command, message):

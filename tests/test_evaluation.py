@@ -10,47 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from styled import HELD_OUT, STYLES, png, write_pairs
 
 from unclip.cli import main
-from unclip.data.shards import ShardWriter
 from unclip.evaluation import card, harness, report, sheets
-from unclip.evaluation.drawing import Drawn, Imagined
-from unclip.evaluation.harness import NOISE_LEVELS, Evaluation
+from unclip.evaluation.drawing import Drawn, Imagined, UnCLIPDrawer
 from unclip.evaluation.metrics import agreement, diversity, nearest_by_cosine, nearest_by_pixels, psnr, recall
 from unclip.evaluation.pairs import Pairs, load_pairs
 from unclip.evaluation.style import train_classifier
-
-CONCEPTS = ("apple", "fish", "disc", "sun", "moon", "leaf")
-STYLES = ("dark", "pale")
-HELD_OUT = {("apple", "dark"), ("fish", "pale"), ("sun", "dark"), ("moon", "pale")}
+from unclip.evaluation.unclip_harness import NOISE_LEVELS, UnCLIPEvaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
 
-def png(concept: str, style: str) -> bytes:
-    """A square whose place tells the concept and whose darkness tells the style."""
-    image = Image.new("RGB", (32, 32), "white")
-    i = CONCEPTS.index(concept)
-    colour = (20, 40 * i, 20) if style == "dark" else (200, 40 * i, 250)
-    ImageDraw.Draw(image).rectangle((4 * i, 4, 4 * i + 10, 26), fill=colour)
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Tar shards in the layout of the emoji data: heldout-*.tar and train-*.tar."""
-    folder = tmp_path_factory.mktemp("data")
-    with ShardWriter(folder, "train", 4) as train, ShardWriter(folder, "heldout") as held_out:
-        for i, concept in enumerate(CONCEPTS):
-            for style in STYLES:
-                meta = {"annotation": concept, "style": style, "group": f"group {i // 2}"}
-                meta |= {"captions": [f"{concept}, {style} emoji", concept], "tone": [3] if concept == "moon" else None}
-                writer = held_out if (concept, style) in HELD_OUT else train
-                writer.write(f"{style}-{concept}", {"png": png(concept, style), "json": meta})
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +45,8 @@ def short_training_of_the_classifier(monkeypatch):
 
 
 @pytest.fixture
-def evaluation(tiny_pipe, held_out, train) -> Evaluation:
-    return Evaluation(tiny_pipe, held_out, train, seed=5, batch_size=3, progress=False)
+def evaluation(tiny_pipe, held_out, train) -> UnCLIPEvaluation:
+    return UnCLIPEvaluation(UnCLIPDrawer(tiny_pipe, batch_size=3, progress=False), held_out, train, seed=5)
 
 
 # -- metrics
@@ -255,7 +231,7 @@ def test_error_of_a_decoder_that_is_known(evaluation, tiny_pipe, held_out, monke
 
 def test_parts_can_be_left_out_and_misspelt_ones_are_named(evaluation, tiny_pipe, held_out):
     assert not evaluation.run(["decoder"]).keys() & {"prior", "recall", "style", "nearest", "upsampler"}
-    alone = Evaluation(tiny_pipe, held_out, progress=False).run(["pictures"])
+    alone = UnCLIPEvaluation(UnCLIPDrawer(tiny_pipe, progress=False), held_out).run(["pictures"])
     assert "recall" in alone and not alone.keys() & {"style", "nearest", "train"}
     with pytest.raises(ValueError, match="unknown part 'decodr'"):
         evaluation.run(["decodr"])
@@ -277,7 +253,7 @@ def test_sheets_show_what_they_say(evaluation, held_out, train):
 
 def test_the_command_writes_figures_and_pictures(tiny_folder, data, tmp_path, capsys):
     arguments = ["evaluate", "--model", str(tiny_folder), "--data", *map(str, data.glob("heldout-*.tar"))]
-    drawing = ["--steps", "2", "--decoder-guidance", "1", "--prior-guidance", "1", "--prior-candidates", "1", "--quiet"]
+    drawing = ["--steps", "2", "--guidance", "1", "--prior-guidance", "1", "--prior-candidates", "1", "--quiet"]
     written = ["--json", str(tmp_path / "e.json"), "--pictures", str(tmp_path / "p")]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a fish\n\na sun\n")
@@ -343,10 +319,11 @@ def test_a_card_is_filled_in(tiny_folder, data, tmp_path, capsys):
         card.main(["--out", str(tmp_path)])
 
 
-def test_the_card_of_the_bundled_model_can_be_filled_in():
-    readme = (Path(__file__).parent.parent / "assets" / "emoji" / "README.md").read_text(encoding="utf-8")
-    for name in ("hours", "runs", "figures"):
-        assert "new" in card.fill(readme, name, "new").split(f"<!-- {name} -->")[1]
+@pytest.mark.parametrize("name", ["emoji", "emoji-dalle1"])
+def test_the_card_of_a_bundled_model_can_be_filled_in(name):
+    readme = (Path(__file__).parent.parent / "assets" / name / "README.md").read_text(encoding="utf-8")
+    for block in ("hours", "runs", "figures"):
+        assert "new" in card.fill(readme, block, "new").split(f"<!-- {block} -->")[1]
 
 
 def test_loss_curves_without_matplotlib(tmp_path, monkeypatch):

@@ -334,7 +334,7 @@ def test_the_bundled_model_reconstructs_its_own_picture(emoji):
     from unclip.pipelines.runs import to_tensor
 
     options = replace(deterministic(emoji.options), upsamplers=())
-    options = replace(options, decoder=replace(options.decoder, steps=12))
+    options = replace(options, decoder=replace(options.decoder, steps=20))
     drawn = emoji("a red apple", seed=0, options=options, progress=False)
 
     def decibels(iterations: int) -> float:
@@ -342,4 +342,4 @@ def test_the_bundled_model_reconstructs_its_own_picture(emoji):
         return psnr(to_tensor(again.images), to_tensor(drawn.images)).item()
 
     better, plain = decibels(10), decibels(0)
-    assert better > 25 and better > plain + 5
+    assert better > 25 and better > plain + 10

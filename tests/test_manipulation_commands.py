@@ -198,6 +198,7 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
         ("edit apple.png --extend 0 0 0 0", "are all 0"),
         ("edit apple.png --extend 1 0 0 0 --strength 0.5", "--strength does not go with --extend"),
         ("edit apple.png --resamples 3", "that --resamples could harmonise with"),
+        ("edit apple.png --training-free", "--training-free says nothing"),
         ("edit apple.png --strength 0", "strength is 0.0"),
         ("probe apple.png", "either --data to fit a PCA on, or --pca"),
         ("probe apple.png --word a", "--word and --classes go together"),

@@ -75,9 +75,9 @@ def test_text_diffs_and_components_have_known_ends(results):
 
 def test_inpainting_keeps_what_it_should(results):
     part = results["inpainting"]
-    assert part["inpainted"]["kept_differs_by"] == part["pasted"]["kept_differs_by"] == 0
+    assert part["training-free"]["kept_differs_by"] == part["pasted"]["kept_differs_by"] == 0
     assert part["captions"] == 4 and part["random"] == 0.25
-    assert part["inpainted"]["seam"] < part["pasted"]["seam"] + 20
+    assert part["training-free"]["seam"] < part["pasted"]["seam"] + 20 and "fine-tuned" not in part
 
 
 def test_what_was_measured_is_not_measured_again(model, data, tmp_path, monkeypatch):

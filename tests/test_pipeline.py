@@ -69,19 +69,23 @@ def test_the_global_generator_is_left_alone(draw):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_text_prefix_is_computed_once_for_each_prompt(tiny_pipe, draw, monkeypatch):
+def test_the_text_prefix_is_computed_once_for_each_prompt(tiny_pipe, monkeypatch):
+    pipe = UnCLIPPipeline(tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder)  # which has kept nothing yet
     rows = []
-    condition = tiny_pipe.prior.condition
-    monkeypatch.setattr(tiny_pipe.prior, "condition", lambda text: rows.append(len(text)) or condition(text))
-    draw(PROMPTS, num_images=4, options=replace(TINY_OPTIONS, prior_candidates=3))
+    condition = pipe.prior.condition
+    monkeypatch.setattr(pipe.prior, "condition", lambda text: rows.append(len(text)) or condition(text))
+    options = replace(TINY_OPTIONS, prior_candidates=3, upsamplers=())
+    pipe(PROMPTS, num_images=4, options=options, progress=False)
     assert rows == [3, 1]  # the prompts, and one null
+    pipe(PROMPTS[:2], options=options, progress=False)
+    assert rows == [3, 1, 2]  # the null is kept
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [(1.0, 2), (3.0, 4)])
 def test_without_guidance_there_is_no_second_half(tiny_pipe, draw, monkeypatch, guidance, rows):
     seen = set()
-    denoise = tiny_pipe.decoder.denoise
-    monkeypatch.setattr(tiny_pipe.decoder, "denoise", lambda x, t, context: seen.add(len(x)) or denoise(x, t, context))
+    step = tiny_pipe.decoder.step
+    monkeypatch.setattr(tiny_pipe.decoder, "step", lambda x, *given: seen.add(len(x)) or step(x, *given))
     draw("a red apple", num_images=2, options=with_stage("decoder", guidance=guidance))
     assert seen == {rows}
 
@@ -211,15 +215,17 @@ def test_two_upsamplers(tiny_pipe):
     assert [p.stage for p in steps[-3:]] == ["upsampler_0", "upsampler_0", "upsampler_1"]
 
 
-def test_the_second_network_of_an_upsampler_takes_the_last_step(tiny_pipe):
+def test_the_second_network_of_an_upsampler_takes_the_last_step(tiny_pipe, monkeypatch):
     unet = tiny_pipe.upsamplers[0].config.unet
     upsampler = scrambled(tiny_upsampler(last_unet=unet))
     pipe = UnCLIPPipeline(tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder, [upsampler])
     calls = []
-    upsampler.unet.register_forward_hook(lambda *_: calls.append("unet"))
-    upsampler.last_unet.register_forward_hook(lambda *_: calls.append("last"))
+    for name in ("unet", "last_unet"):
+        unet = getattr(upsampler, name)
+        run = unet.run
+        monkeypatch.setattr(unet, "run", lambda *x, name=name, run=run, **y: calls.append(name) or run(*x, **y))
     pipe.upsample(torch.zeros(1, 3, 8, 8), options=[StageOptions(3)])
-    assert calls == ["unet", "unet", "last"]
+    assert calls == ["unet", "unet", "last_unet"]
 
 
 def test_half_precision(tiny_pipe, draw):

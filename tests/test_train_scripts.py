@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scripts import ROOT, draw_pictures, run_script
 
 import unclip
+from unclip.checkpoints import catalogue
 from unclip.checkpoints.codecs import load_codec
 from unclip.weights import read_tensors
 
-NETWORKS = ("clip", "prior", "decoder", "upsampler", "codec")
+NETWORKS = ("clip", "prior", "ar_prior", "one_shot_prior", "decoder", "upsampler", "codec", "dalle")
 
 
 def train(network: str, *arguments: str) -> None:
@@ -48,7 +50,7 @@ def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
     assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 8
 
 
-@pytest.mark.parametrize("network", ["decoder", "upsampler", "codec"])
+@pytest.mark.parametrize("network", ["decoder", "upsampler", "codec", "dalle"])
 def test_networks_that_draw_leave_previews(workplace, network):
     assert list((workplace / "runs/tiny" / network).rglob("*.png"))
 
@@ -68,6 +70,39 @@ def test_the_bundle_draws(workplace):
     assert again.images[0].size == (32, 32)
 
 
+@pytest.mark.parametrize("clip", [None, "runs/tiny/clip/model", "lender"])
+def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(workplace, clip, monkeypatch):
+    lender = {"lender": workplace / "runs/tiny/model"}
+    monkeypatch.setattr(catalogue, "bundled_models", lambda: lender)
+    setting = [] if clip is None else [f"--set=clip={clip}"]
+    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model_dalle.yaml"), *setting)
+    folder = workplace / "runs/tiny/model_dalle"
+    assert (folder / "clip").is_dir() == (clip == "runs/tiny/clip/model")
+    assert catalogue.lenders(folder) == ({"clip": "lender"} if clip == "lender" else {})
+    pipe = unclip.load(folder)
+    result = pipe("a red circle", num_candidates=None if clip is None else 2, seed=3, progress=False)
+    assert result.images[0].size == (16, 16) and (result.scores is None) == (pipe.clip is None) == (clip is None)
+
+
+@pytest.mark.parametrize("kind", ["ar_prior", "one_shot_prior"])
+def test_a_prior_without_diffusion_takes_the_place_of_the_other(workplace, kind):
+    pipe = unclip.load(workplace / "runs/tiny/model")
+    pipe.prior = unclip.load_prior(workplace / "runs/tiny" / kind / "model")
+    assert pipe("a red circle", seed=0, progress=False).image_emb.isfinite().all()
+    assert not torch.equal(pipe.prior.emb_std, torch.full((32,), 32**-0.5))  # measured on the data
+    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"),
+               f"--set=prior=runs/tiny/{kind}/model", f"--set=output=runs/tiny/with_{kind}")  # fmt: skip
+    assert type(unclip.load(workplace / f"runs/tiny/with_{kind}").prior) is type(pipe.prior)
+
+
+def test_as_many_components_are_coded_as_explain_the_variance(workplace):
+    train("ar_prior", "--set", "explained=0.9", "--set", "fit.output=runs/tiny/explained", "--set", "fit.steps=1")
+    config = json.loads((workplace / "runs/tiny/explained/model/config.json").read_text())
+    assert config["components"] == 2
+    codes = unclip.load_prior(workplace / "runs/tiny/explained/model").codes
+    assert codes.components.shape == (2, 32) and codes.mean.any()
+
+
 def test_a_run_is_resumed_and_goes_further(workplace):
     run = workplace / "runs/tiny/prior"
     before = read_tensors(run / "model/model.safetensors")["head.weight"].clone()
@@ -82,6 +117,28 @@ def test_weights_of_another_run_can_be_started_from(workplace):
     train("decoder", "--init", "runs/tiny/decoder/model", output, "--set=fit.steps=1", "--set=optim.lr=1e-9")
     after = read_tensors(workplace / "runs/tiny/continued/model/model.safetensors")["image_to_time.weight"]
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
+    config = ["--config", str(ROOT / "configs/tiny/inpaint.yaml"), "--set", "optim.lr=1e-6"]
+    script, run, plain = ROOT / "train/decoder.py", workplace / "runs/tiny/inpaint", "runs/tiny/decoder/model"
+    run_script(script, *config, "--init", plain, "--set", "fit.steps=4")
+    run_script(script, *config, "--resume", "latest", "--set", "fit.steps=8")
+    weights, before = (read_tensors(Path(folder) / "model.safetensors") for folder in (run / "model", plain))
+    told = before["unet.stem.weight"].shape[1]
+    after = weights["unet.stem.weight"]
+    assert after.shape[1] == told // 3 * 7 and after[:, told:].any()
+    torch.testing.assert_close(after[:, :told], before["unet.stem.weight"], atol=1e-4, rtol=0)
+    assert list(run.rglob("*.png"))
+
+    bundle = ["--set", "inpainter=runs/tiny/inpaint/model", "--set", "output=runs/tiny/painter"]
+    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), *bundle)
+    pipe = unclip.load(workplace / "runs/tiny/painter")
+    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    painted = pipe.inpaint(picture, mask, "a blue square", seed=0, progress=False)
+    assert painted.metadata[0]["arguments"]["painting"]["trained"] is True
+    assert painted.images[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unclip import __version__
 from unclip.evaluation.codec_command import add_codec_command
 from unclip.evaluation.commands import add_commands
+from unclip.evaluation.priors_command import add_priors_command
 from unclip.pipelines.arguments import (
     FROM_PICTURE,
     FROM_TEXT,
@@ -29,6 +30,7 @@ from unclip.pipelines.command_line import (
     Drawing,
     add_model,
     add_output,
+    add_placement,
     check_output,
     columns_of,
     load_model,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 16
 LAYOUTS = ("unclip", "diffusers")
+MODEL_ENDINGS = (".pt", ".pth", ".ckpt")
 COMPLETING_MODEL = "emoji-dalle1"  # unless --model says otherwise
 Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metadata
 
@@ -80,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"unclip {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     drawing = (_add_generate, _add_variations, _add_complete, add_manipulations)
-    for add in (*drawing, _add_info, _add_models, _add_convert, add_commands, add_codec_command):
+    for add in (*drawing, _add_info, _add_models, _add_convert, add_commands, add_codec_command, add_priors_command):
         add(commands)
     return parser
 
@@ -156,6 +159,7 @@ def _redraw(args: Namespace) -> None:
     args.grid = args.grid or len(entries) > 1
     check_output(args, len(entries))
     stored = {long: short for short, long in DTYPES.items()}.get(entries[0].get("dtype"))
+    args.prior = entries[0].get("prior_model")
     pipe = load_model(args, entries[0].get("model"), stored)
 
     from unclip.pipelines.base import redraw
@@ -239,12 +243,14 @@ def _fitted(image: Image.Image, pipe: TextToImage, args: Namespace) -> Image.Ima
 
 def _add_info(commands: Any) -> None:
     parser = _command(commands, info, "tell what a model holds, or how a picture was drawn")
-    parser.add_argument("target", metavar="MODEL|PNG")
+    about = "bundled name, folder, checkpoint file (.pt, .pth, .ckpt) or Hub id; or a picture of unclip's"
+    parser.add_argument("target", metavar="MODEL|PNG", help=about)
 
 
 def info(args: Namespace) -> None:
-    if Path(args.target).is_file():
-        _picture_info(Path(args.target))
+    path = Path(args.target)
+    if path.is_file() and path.suffix.lower() not in MODEL_ENDINGS:
+        _picture_info(path)
     else:
         _model_info(args.target)
 
@@ -266,17 +272,19 @@ def _picture_info(path: Path) -> None:
 
 
 def _model_info(name: str) -> None:
-    from unclip.checkpoints.catalogue import locate, summary
+    from unclip.checkpoints.catalogue import FORMAT, locate, summary
 
     folder = locate(name)
     model = summary(folder)
-    print(f"{model.name}: {model.kind} in {folder}")
+    print(f"{model.name}: {model.kind} in {folder}{'' if model.format == FORMAT else f' (format: {model.format})'}")
     print(f"licence: {model.licence or 'not told'}\n")
     for part in model.components:
-        print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes))
+        lent = f", from {part.lender}" if part.lender else ""
+        print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes) + lent)
     parameters, size = (sum(getattr(part, of) for part in model.components) for of in ("parameters", "size"))
     print(_size_line("all", parameters, size))
-    print("\ndefault options:")
+    if model.options:
+        print("\ndefault options:")
     for key, value in model.options.items():
         print(f"  {key}: {_one_line(value)}")
 
@@ -299,7 +307,7 @@ def models(args: Namespace) -> None:
     from unclip.checkpoints.catalogue import bundled_models, describe, read_model_json
 
     for name, folder in bundled_models().items():
-        size = sum(part.size for part in describe(folder))
+        size = sum(part.size for part in describe(folder) if part.lender is None)
         print(f"{name}  {size / 1e6:.0f} MB  {read_model_json(folder)['licence']}")
 
 
@@ -307,7 +315,8 @@ def _add_convert(commands: Any) -> None:
     parser = _command(commands, convert, "write a model in another layout")
     parser.add_argument("source", metavar="MODEL", help="bundled name, folder or Hub id")
     parser.add_argument("output", type=Path, metavar="FOLDER")
-    parser.add_argument("--to", choices=LAYOUTS, required=True, help="our own layout, or diffusers' unCLIP pipelines'")
+    layout = "our own layout (default), or diffusers' unCLIP pipelines'"
+    parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help=layout)
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are stored)")
 
 
@@ -326,6 +335,7 @@ def convert(args: Namespace) -> None:
 
 def _add_drawing(parser: argparse.ArgumentParser, model: str = DEFAULT_MODEL) -> None:
     add_model(parser, model)
+    add_placement(parser)
     parser.add_argument(
         "-n", "--num-images", type=whole_number, default=1, metavar="N", help="pictures of each (default: 1)"
     )

@@ -17,6 +17,7 @@ from unclip.files import read_json
 
 PAD, START, END = "<pad>", "<start>", "<end>"
 CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
+BART = ("<pad>", "<s>", "</s>")
 
 
 def warn_cut(text: str, cut: str, context_length: int) -> None:
@@ -30,18 +31,18 @@ def warn_cut(text: str, cut: str, context_length: int) -> None:
 class BPETokenizer:
     """Byte-level BPE over lower-cased text: any string can be encoded.
 
-    A tokenizer that was trained here has pad, start and end as ids 0, 1, 2. CLIP's has its own names for them, and pads
-    with "!", which stands in captions too. marked: whether a text stands between start and end, as CLIP wants it;
-    DALL-E has a start of its own and no end.
+    A tokenizer that was trained here has pad, start and end as ids 0, 1, 2. CLIP's and BART's have their own names for
+    them, and CLIP's pads with "!", which stands in captions too. marked: whether a text stands between start and end,
+    as CLIP and BART want it; DALL-E has a start of its own and no end.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int, marked: bool = True) -> None:
-        clips = tokenizer.token_to_id(CLIP_START) is not None
-        names = (CLIP_PAD, CLIP_START, CLIP_END) if clips else (PAD, START, END)
+        others = ((CLIP_PAD, CLIP_START, CLIP_END), BART)
+        names = next((names for names in others if tokenizer.token_to_id(names[1]) is not None), (PAD, START, END))
         ids = [tokenizer.token_to_id(name) for name in names]
-        if missing := [name for name, i in zip(names, ids, strict=True) if i is None]:
+        if marked and (missing := [name for name, i in zip(names, ids, strict=True) if i is None]):
             raise ValueError(f"this tokenizer has no {' and no '.join(missing)}; train one with BPETokenizer.train")
-        self.pad_id, self.start_id, self.end_id = ids
+        self.pad_id, self.start_id, self.end_id = (i or 0 for i in ids)  # unmarked, a text needs none of them
         self.tokenizer = tokenizer
         self.context_length, self.marked = context_length, marked
 

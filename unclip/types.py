@@ -57,6 +57,7 @@ class StageOptions:
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only where t / T lies in it (2404.07724)
     guidance_rescale: float = 0.0  # 2305.08891
     dynamic_threshold: float | None = None  # percentile in (0, 1] for x_0 (Imagen 2.3); None = static clipping
+    temperature: float = 1.0  # autoregressive prior only: of the codes' logits; 0 = always the likeliest code
     reuse: int = 1  # compute deep levels at every n-th step only (DeepCache, 2312.00858; approximate); 1 = all
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class StageOptions:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1")
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
             raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
         if self.reuse < 1:
             raise ValueError(f"reuse is {self.reuse}; expected 1 (compute everything at every step) or more")
 
@@ -97,6 +100,8 @@ class UnCLIPOptions:
     decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
     upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=7),))
     prior_candidates: int = 2  # unCLIP 2.2: draw 2, keep the one with the higher dot product with the text embedding
+    # What the decoder gets as image embedding: the prior's, or (unCLIP 5.1) the caption's own one, or none.
+    embedding: Literal["prior", "text", "none"] = "prior"
 
 
 @dataclass(frozen=True)

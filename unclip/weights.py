@@ -69,10 +69,13 @@ def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None
     save_file(tensors, file)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def load_strictly(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, as_stored: bool = False
+) -> None:
     """Puts `tensors` in place of the module's own, each in the dtype that the module has for it.
 
     The module may stand on the meta device. A missing, unexpected or mis-shaped tensor is a ValueError that names it.
+    as_stored: parameters keep the dtype that they are given in.
     """
     own = module.state_dict()
     given = getattr(tensors, "shapes", None) or {name: tuple(tensors[name].shape) for name in tensors}
@@ -82,7 +85,9 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
     unexpected = [name for name in given if name not in own]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
-    module.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own}, assign=True)
+    kept = {name for name, _ in module.named_parameters()} if as_stored else ()
+    cast = {name: tensors[name] if name in kept else tensors[name].to(own[name].dtype) for name in own}
+    module.load_state_dict(cast, assign=True)
 
 
 def fit_error(source: str | Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> ValueError:

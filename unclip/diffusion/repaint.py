@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.diffusion.samplers import Estimate, OnSample, alpha_bar, ancestral_step
+from unclip.diffusion.samplers import Estimate, OnSample, alpha_bar, ancestral_step, ddim_step
 from unclip.diffusion.schedules import Schedule
 
 # B batch, C channels, h w height and width
@@ -24,6 +24,7 @@ class PaintOptions:
     resamples: int = 4  # times that each stretch of steps is gone through; 1 = once, as if nothing were kept
     jump: int = 5  # steps in a stretch
     strength: float = 1.0  # 1 = paint from noise; less = from what is there, noised so far (SDEdit, 2108.01073)
+    trained: bool | None = None  # by a decoder that was trained to inpaint, once through; None = if there is one
 
     def __post_init__(self) -> None:
         for name in ("resamples", "jump"):
@@ -70,6 +71,29 @@ def repaint(
                 done += 1
                 if on_step is not None:
                     on_step(done, total, x_0)
+    return x_0
+
+
+@torch.no_grad()
+def inpaint(
+    estimate: Estimate,
+    picture: Tensor,
+    hole: Tensor,
+    schedule: Schedule,
+    timesteps: Sequence[int],
+    noise: Callable[[], Tensor],
+    strength: float = 1.0,
+    on_step: OnSample | None = None,
+) -> Tensor:
+    """`repaint` for a network that is told what is known (GLIDE 2.4): DDIM, with what is known in every x_0."""
+    steps = list(pairwise([*timesteps, -1]))[-PaintOptions(strength=strength).steps(len(timesteps)) :]
+    x_t = noise() if strength == 1 else _noised(picture, 1.0, alpha_bar(schedule, steps[0][0]), noise)
+    for step, (t, t_prev) in enumerate(steps, 1):
+        x_0, _ = estimate(x_t, t, t_prev < 0)
+        levels = alpha_bar(schedule, t), alpha_bar(schedule, t_prev)
+        x_t = ddim_step(x_t, torch.where(hole, x_0, picture), *levels)
+        if on_step is not None:
+            on_step(step, len(steps), x_0)
     return x_0
 
 

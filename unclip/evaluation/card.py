@@ -1,6 +1,6 @@
 """The figures of a model card: loss curves, sheets of pictures, and the tables between the markers of its README.md.
 
-    python -m unclip.evaluation.card --out assets/emoji --runs runs/emoji
+    python -m unclip.evaluation.card --out assets/emoji --runs runs/emoji/{clip,prior,decoder32,decoder,upsampler}
     python -m unclip.evaluation.card --out assets/emoji --model assets/emoji --data 'data/emoji/heldout-*.tar' \
         --train-data 'data/emoji/train-*.tar'
 
@@ -22,7 +22,8 @@ from unclip.evaluation import bench, report
 from unclip.evaluation.commands import add_evaluation, make_evaluation
 
 README, EVALUATION, BENCH, LOSS = "README.md", "evaluation.json", "bench.json", "loss.png"
-ORDER = ("clip", "prior", "decoder", "upsampler")  # runs of other names come after these
+METRICS = "metrics.jsonl"  # of a run
+ORDER = ("clip", "prior", "decoder", "upsampler", "codec", "dalle")  # runs of other names come after these
 
 Metrics = list[dict[str, float]]
 
@@ -30,7 +31,8 @@ Metrics = list[dict[str, float]]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the card")
-    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of training runs, each with a metrics.jsonl")
+    about = "training runs, which have a metrics.jsonl, or folders of several"
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help=about)
     add_evaluation(parser, data_required=False)
     args = parser.parse_args(argv)
     try:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_card(args: argparse.Namespace) -> None:
     out: Path = args.out
     card = (out / README).read_text(encoding="utf-8")
-    runs = read_runs(args.runs) if args.runs else {}
+    runs = read_runs(args.runs or ())
     if runs:
         draw_losses(runs, out / LOSS)
         card = fill(card, "runs", runs_table(runs))
@@ -62,16 +64,8 @@ def make_card(args: argparse.Namespace) -> None:
 def figures(folder: Path) -> str:
     """The tables of evaluation.json and, if there is one, of bench.json, as Markdown."""
     results = _read(folder / EVALUATION)
-    pairs, told = results["held_out"]["pairs"], results["options"]
-    stages = {"prior": told["prior"], "decoder": told["decoder"]}
-    stages |= {f"upsampler {i}": stage for i, stage in enumerate(told["upsamplers"])}
-    options = "; ".join(
-        f"{name} {stage['sampler']}, {stage['steps']} steps, guidance {stage['guidance']:g}"
-        for name, stage in stages.items()
-    )
     parts = [
-        f"On {pairs} held-out pairs, seed {results['seed']}; {options}. Pictures are measured as the decoder draws "
-        "them, before the upsampler: CLIP and the style classifier see no more pixels than that.",
+        f"On {results['held_out']['pairs']} held-out pairs, seed {results['seed']}; {sampling(results['options'])}",
         report.markdown([report.HEAD, *report.rows(results)]),
     ]
     if (folder / BENCH).is_file():
@@ -79,6 +73,23 @@ def figures(folder: Path) -> str:
         head = report.Row("speed and memory", f"median of {timed['repeat']}", "spread")
         parts += [bench.describe(timed["machine"]), report.markdown([head, *bench.rows(timed)])]
     return "\n\n".join(parts)
+
+
+def sampling(options: dict[str, Any]) -> str:
+    """How pictures were drawn, and what of them is measured."""
+    if "decoder" not in options:
+        told = {name: value for name, value in options.items() if value is not None}
+        return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in told.items()) + "."
+    stages = {"prior": options["prior"], "decoder": options["decoder"]}
+    stages |= {f"upsampler {i}": stage for i, stage in enumerate(options["upsamplers"])}
+    told = "; ".join(
+        f"{name} {stage['sampler']}, {stage['steps']} steps, guidance {stage['guidance']:g}"
+        for name, stage in stages.items()
+    )
+    return (
+        f"{told}. Pictures are measured as the decoder draws them, before the upsampler: CLIP and the style classifier "
+        "see no more pixels than that."
+    )
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -89,11 +100,14 @@ def fill(text: str, name: str, content: str) -> str:
     return block.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
-def read_runs(folder: Path) -> dict[str, Metrics]:
+def read_runs(folders: Sequence[Path]) -> dict[str, Metrics]:
     """The rows of each run's metrics.jsonl, by the name of its folder; runs without a loss yet are left out."""
-    files = {file.parent.name: file for file in folder.glob("*/metrics.jsonl")}
-    if not files:
-        raise FileNotFoundError(f"no runs in {folder}; expected folders with a metrics.jsonl")
+    files: dict[str, Path] = {}
+    for folder in folders:
+        found = [folder / METRICS] if (folder / METRICS).is_file() else list(folder.glob(f"*/{METRICS}"))
+        if not found:
+            raise FileNotFoundError(f"no runs in {folder}; expected a {METRICS}, or folders with one")
+        files |= {file.parent.name: file for file in found}
     names = sorted(files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     runs = {name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names}
     return {name: metrics for name, metrics in runs.items() if curve(metrics, "loss")}

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.catalogue import locate
-from unclip.evaluation import DTYPES, PARTS, STAGES
+from unclip.evaluation import CODE_STAGES, DTYPES, PARTS, STAGES
 from unclip.files import read_json
+from unclip.pipelines.arguments import PRIOR, SAMPLING, add_arguments, sampling_options
+from unclip.pipelines.command_line import give_prior
 
 if TYPE_CHECKING:
     from unclip.evaluation.bench import BenchConfig
+    from unclip.evaluation.bench.turns import Comparison
     from unclip.evaluation.harness import Evaluation
-    from unclip.pipelines.unclip import UnCLIPPipeline
-    from unclip.types import UnCLIPOptions
+    from unclip.pipelines.base import TextToImage
 
 MODEL = "emoji"
+AGAINST = ("diffusers", "diffusers-compiled", "dalle-pytorch", "plain")
 
 
 def add_commands(commands: Any) -> None:
@@ -32,11 +35,13 @@ def add_commands(commands: Any) -> None:
 
     parser = _command(commands, bench, "measure how quick a model is and how much memory it takes")
     add_model(parser)
-    parser.add_argument("--against", choices=("diffusers", "diffusers-compiled"), help="take turns with its networks")
+    parser.add_argument("--against", choices=AGAINST, help="take turns with its networks")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in each warm call (default: 1)")
     parser.add_argument("--repeat", type=int, metavar="N", help="measurements of each kind (default: 5; --against: 3)")
-    about = f"some of {','.join(STAGES)} (default: all)"
-    parser.add_argument("--stages", type=_stages, default=STAGES, metavar="A,B", help=about)
+    about = f"some of {','.join(STAGES)}; of a DALL-E some of {','.join(CODE_STAGES)} (default: all)"
+    parser.add_argument("--stages", type=_stages, metavar="A,B", help=about)
+    about = "also time N pictures with and without CLIP choosing the best of them"
+    parser.add_argument("--candidates", type=int, metavar="N", help=about)
     about = "compose each stage from two of its steps (default for karlo-random)"
     parser.add_argument("--steps-only", action="store_true", help=about)
     about = "all steps and whole pictures, where a few steps are the default (karlo-random, --against)"
@@ -82,13 +87,12 @@ def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
     parser.add_argument("--data", nargs="+", required=data_required, metavar="DATA", help=about)
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help="training pairs, for style and nearest ones")
     parser.add_argument("--limit", type=int, metavar="N", help="draw so many of the held-out pairs (default: all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    about = "another model, drawn of the same captions for comparison"
+    parser.add_argument("--beside", metavar="NAME", help=about)
+    known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
+    parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"some of {', '.join(known)}")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps of the decoder")
-    parser.add_argument("--decoder-guidance", type=float, metavar="SCALE", help="guidance of the decoder; 1 = none")
-    parser.add_argument("--prior-steps", type=int, metavar="N", help="sampling steps of the prior")
-    parser.add_argument("--prior-guidance", type=float, metavar="SCALE", help="guidance of the prior; 1 = none")
-    parser.add_argument("--prior-candidates", type=int, metavar="N", help="embeddings drawn; the best is decoded")
+    add_arguments(parser, SAMPLING, PRIOR)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -111,41 +115,41 @@ def evaluate(args: Namespace) -> None:
 
 def make_evaluation(args: Namespace) -> Evaluation:
     """The model and the data that the arguments name."""
-    pipe = _load(args)
-    from unclip.evaluation.harness import Evaluation
-    from unclip.evaluation.pairs import load_pairs
-
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
-    size = pipe.decoder.config.image_size
-    held_out = load_pairs(args.data, size, args.limit, not args.quiet)
-    train = load_pairs(args.train_data, size, None, not args.quiet) if args.train_data else None
-    return Evaluation(
-        pipe,
-        held_out,
-        train,
-        options=_options(pipe.options, args),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        progress=not args.quiet,
-    )
+    pipe = _load(args, args.model)
+    give_prior(pipe, args)
+    beside = None if args.beside is None else _load(args, args.beside)
+
+    from unclip.evaluation.dalle_harness import DalleEvaluation
+    from unclip.evaluation.drawing import DalleDrawer, UnCLIPDrawer
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.evaluation.unclip_harness import UnCLIPEvaluation
+
+    drawers = {"unclip": UnCLIPDrawer, "dalle": DalleDrawer}
+    for other in (pipe, beside):
+        if other is not None and other.kind not in drawers:
+            raise ValueError(f"{other.name} is of kind {other.kind}; only unCLIP models and DALL-Es can be evaluated")
+    drawing = {"batch_size": args.batch_size, "progress": not args.quiet}
+    drawer = drawers[pipe.kind](pipe, sampling_options(pipe, args), **drawing)
+    held_out = load_pairs(args.data, drawer.size, args.limit, not args.quiet)
+    train = load_pairs(args.train_data, drawer.size, None, not args.quiet) if args.train_data else None
+    evaluation = {"unclip": UnCLIPEvaluation, "dalle": DalleEvaluation}[pipe.kind]
+    beside = beside and drawers[beside.kind](beside, **drawing)
+    return evaluation(drawer, held_out, train, beside=beside, seed=args.seed)
 
 
-def _load(args: Namespace) -> UnCLIPPipeline:
-    locate(args.model)  # a misspelt name is told before torch is imported
+def _load(args: Namespace, name: str) -> TextToImage:
+    locate(name)  # a misspelt one is told before torch is imported
     import torch
 
     from unclip.pipelines import load
-    from unclip.pipelines.unclip import UnCLIPPipeline
 
-    pipe = load(args.model, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{args.model} is no unCLIP model, and only those can be evaluated")
-    return pipe
+    return load(name, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
 
 
 def bench(args: Namespace) -> None:
-    from unclip.evaluation.bench import RANDOM, BenchConfig
+    from unclip.evaluation.bench import KARLO, RANDOM, BenchConfig
 
     _check_writable(args.json)
     if args.model not in RANDOM:
@@ -154,7 +158,7 @@ def bench(args: Namespace) -> None:
         args.repeat = 3 if args.against else 5
     if args.steps_only and args.whole:
         raise ValueError("--steps-only and --whole exclude each other")
-    if args.model in RANDOM and not (args.against or args.whole or args.preset):
+    if args.model in KARLO and not (args.against or args.whole or args.preset):
         args.steps_only = True  # all of them take minutes on a CPU
     config = BenchConfig(**{field.name: getattr(args, field.name) for field in fields(BenchConfig)})
     (_bench_against if args.against else _bench_alone)(config, args)
@@ -172,6 +176,8 @@ def _bench_alone(config: BenchConfig, args: Namespace) -> None:
     print(report.plain([head, *tables.rows(results)]))
     if config.model == "karlo-random" and (claim := tables.memory_claim(results)):  # a small one is all PyTorch
         print(claim)
+    for line in tables.other_claims(results):
+        print(line)
     print(f"\n{tables.stage_table(results)}")
     _write_json(results, args.json)
 
@@ -179,31 +185,46 @@ def _bench_alone(config: BenchConfig, args: Namespace) -> None:
 def _bench_against(config: BenchConfig, args: Namespace) -> None:
     from unclip.evaluation.bench import tables
 
-    if config.preset or config.quantize or config.offload or config.steps_only:
+    if config.preset or config.quantize or config.offload or config.candidates:
         raise ValueError("--against measures the exact options and the preset 'fast', of unchanged networks")
-    try:
-        from unclip.evaluation.bench import compare
-    except ImportError as error:
-        raise ValueError(f"this diffusers cannot be compared with ({error}); version 0.42 can") from None
-    compiled = args.against == "diffusers-compiled"
-    results = compare.begin(config, compiled)
+    against, rows = _rows_against(config, args)
+    from unclip.evaluation.bench.memory import PeakMemory
+    from unclip.evaluation.bench.stages import where
+    from unclip.evaluation.bench.turns import begin
+
+    results = begin(config, against)
+    memory = PeakMemory(where(config)[0])
     print(tables.describe(results["machine"]))
     print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
-    rows = compare.compare_whole if args.whole else compare.compare_stages
     try:
-        for row in rows(config, compiled, not args.quiet):
+        for row in rows:
             results["rows"].append(row.plain())
             print(tables.comparison(results["rows"][-1]), flush=True)
             _write_json(results, args.json, tell=False)  # whoever stops it keeps the rows until there
     finally:
         if results["rows"]:
+            results["peak_memory"] = memory.highest
             print(f"\n{tables.comparison_table(results)}")
             _write_json(results, args.json)
 
 
+def _rows_against(config: BenchConfig, args: Namespace) -> tuple[str, Iterator[Comparison]]:
+    if not args.against.startswith("diffusers"):
+        from unclip.evaluation.bench import compare_codes
+
+        return compare_codes.compare(config, args.against, not args.quiet)
+    try:
+        from unclip.evaluation.bench import compare
+    except ImportError as error:
+        raise ValueError(f"this diffusers cannot be compared with ({error}); version 0.42 can") from None
+    return compare.compare(config, args.against == "diffusers-compiled", args.whole, not args.quiet)
+
+
 def drift(args: Namespace) -> None:
     _check_writable(args.json)
-    pipe = _load(args)
+    pipe = _load(args, args.model)
+    if pipe.kind != "unclip":
+        raise ValueError(f"{args.model} is no unCLIP model, and only those have faster options")
     from unclip.config import to_dict
     from unclip.evaluation.drift import Drift, line, table
     from unclip.evaluation.pairs import load_pairs
@@ -234,20 +255,6 @@ def drift(args: Namespace) -> None:
         if results["rows"]:
             print(f"\n{table(results['rows'])}")
             _write_json(results, args.json)
-
-
-def _options(options: UnCLIPOptions, args: Namespace) -> UnCLIPOptions:
-    """The model's own options, changed where the arguments say so."""
-
-    def change(stage: Any, **values: Any) -> Any:
-        return replace(stage, **{name: value for name, value in values.items() if value is not None})
-
-    return change(
-        options,
-        prior=change(options.prior, steps=args.prior_steps, guidance=args.prior_guidance),
-        decoder=change(options.decoder, steps=args.steps, guidance=args.decoder_guidance),
-        prior_candidates=args.prior_candidates,
-    )
 
 
 def _check_writable(file: Path | None) -> None:

@@ -1,7 +1,8 @@
-"""The evaluation of an unCLIP model on pairs that it was never trained on."""
+"""The evaluation of a model on pairs that it was never trained on: what is asked of every kind."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -14,49 +15,54 @@ from torch import Tensor
 
 from unclip import __version__
 from unclip.config import to_dict
-from unclip.diffusion.samplers import randn
 from unclip.evaluation import PARTS
-from unclip.evaluation.drawing import Drawer, Drawn, Imagined, no_cut_warnings
-from unclip.evaluation.metrics import agreement, diversity, nearest_by_cosine, nearest_by_pixels, psnr, recall
+from unclip.evaluation.drawing import Drawer, Drawn, no_cut_warnings
+from unclip.evaluation.metrics import diversity, nearest_by_cosine, nearest_by_pixels, recall
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.style import train_classifier
-from unclip.pipelines.base import generators_from, redraw
-from unclip.pipelines.unclip import UnCLIPPipeline
-from unclip.types import UnCLIPOptions
+from unclip.pipelines.base import redraw
 
-# N held-out pairs, M training pairs, B batch, D CLIP embedding width, s decoder's and S model's picture side
+# N held-out pairs, M training pairs, D CLIP embedding width, s side of the pictures that are measured
 
-NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)  # t / T at which the decoder alone is measured
-UPSAMPLED = 64  # pictures that the upsampler alone is measured on
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 8, 4
 
 
-class Evaluation:
-    """One model, its options and its data; what several parts need is computed once, when first asked for.
+class Evaluation(ABC):
+    """One model and its data; what several parts need is computed once, when first asked for.
 
-    Pictures are measured as the decoder draws them: CLIP and the style classifier see no more pixels than that.
+    Pictures are measured at the size s at which `drawer` first has them: CLIP and the style classifier see no more
+    pixels than that.
     """
 
     def __init__(
         self,
-        pipe: UnCLIPPipeline,
+        drawer: Drawer,
         held_out: Pairs,
         train: Pairs | None = None,
         *,
-        options: UnCLIPOptions | None = None,
+        beside: Drawer | None = None,
         seed: int = 0,
-        batch_size: int = 32,
-        progress: bool = True,
     ) -> None:
+        """beside: another model, to draw the same captions at the same size; the same CLIP looks at them."""
+        pipe = drawer.pipe
         if len(held_out) < 2:
             raise ValueError("only one held-out pair; an evaluation compares at least 2")
-        self.pipe, self.held_out, self.train, self.seed = pipe, held_out, train, seed
-        self.drawer = Drawer(pipe, options or pipe.options, batch_size, progress)
+        if pipe.clip is None:
+            raise ValueError(f"{pipe.name} has no CLIP, which tells what its pictures show")
+        if beside is not None and beside.size != drawer.size:
+            raise ValueError(
+                f"{beside.pipe.name} draws {beside.size} pixels and {pipe.name} {drawer.size}; pictures of different "
+                "sizes can't be compared"
+            )
+        self.pipe, self.drawer, self.beside = pipe, drawer, beside
+        self.held_out, self.train, self.seed = held_out, train, seed
+        self.results: dict[str, Any] = {}  # of the last `run`
 
-    def run(self, parts: Sequence[str] = PARTS) -> dict[str, Any]:
-        """Results of some parts, as JSON types; those that need training pairs only if there are any."""
-        if unknown := [part for part in parts if part not in PARTS]:
-            raise ValueError(f"unknown part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    def run(self, parts: Sequence[str] | None = None) -> dict[str, Any]:
+        """Results of some parts or all, as JSON types; those that need training pairs only if there are any."""
+        known = PARTS[self.pipe.kind]
+        if unknown := [part for part in parts or () if part not in known]:
+            raise ValueError(f"unknown part {unknown[0]!r}; expected some of {', '.join(known)}")
         networks = {"clip": self.pipe.clip, **self.pipe.networks()}
         results: dict[str, Any] = {
             "model": self.pipe.name,
@@ -68,22 +74,25 @@ class Evaluation:
         }
         if self.train is not None:
             results["train"] = {"pairs": len(self.train), "broken": self.train.broken}
-        if "prior" in parts:
-            results["prior"] = self.prior()
-        if "pictures" in parts:
-            results["recall"] = self.recall()
-            results["diversity"] = self.diversity()
-            if self.train is not None:
-                results["nearest"] = self.nearest(self.train)
-                if len(self.train.styles) > 1:
-                    results["style"] = self.style(self.train)
-        if "decoder" in parts:
-            results["decoder"] = self.decoder()
-        if "upsampler" in parts and self.drawer.options.upsamplers:
-            results["upsampler"] = self.upsampler()
-        if "repeatable" in parts:
-            results["repeatable"] = self.repeatable()
+        if self.beside is not None:
+            results["beside"] = self.beside.pipe.name
+        for part in known:
+            if parts is None or part in parts:
+                results |= self._measure(part)
+        self.results = results
         return results
+
+    @abstractmethod
+    def _measure(self, part: str) -> dict[str, Any]:
+        """The figures of one of the parts, by name; none if the model has no such stage."""
+
+    def _pictures(self) -> dict[str, Any]:
+        found = {"recall": self.recall(), "diversity": self.diversity()}
+        if self.train is not None:
+            found["nearest"] = self.nearest(self.train)
+            if len(self.train.styles) > 1:
+                found["style"] = self.style(self.train)
+        return found
 
     @cached_property
     def text_emb(self) -> Tensor:
@@ -96,19 +105,26 @@ class Evaluation:
         return self.drawer.embed(self.held_out.images)
 
     @cached_property
-    def imagined(self) -> Imagined:
-        """The prior's embeddings for the held-out captions."""
-        return self.drawer.imagine(self.held_out.captions, self.seed)
-
-    @cached_property
     def drawn(self) -> Drawn:
         """A picture of each held-out caption."""
-        return self.drawer.decode(self.imagined)
+        return self.drawer.draw(self.held_out.captions, self.seed)
 
     @cached_property
     def drawn_emb(self) -> Tensor:
         """CLIP's embeddings of the drawn pictures (N, D)."""
         return self.drawer.embed(self.drawn.images)
+
+    @cached_property
+    def drawn_beside(self) -> Drawn:
+        """What the other model draws, from the same seeds."""
+        assert self.beside is not None
+        return self.beside.draw(self.held_out.captions, self.seed)
+
+    @cached_property
+    def embeddings(self) -> dict[str, Tensor]:
+        """CLIP's embeddings of what is compared: of pictures that are drawn, beside and true, (N, D) each."""
+        beside = {} if self.beside is None else {"beside": self.drawer.embed(self.drawn_beside.images)}
+        return {"drawn": self.drawn_emb, **beside, "true": self.true_emb}
 
     @cached_property
     def train_emb(self) -> Tensor:
@@ -125,16 +141,6 @@ class Evaluation:
             "pixels": nearest_by_pixels(self.drawn.images, self.train.images),
         }
 
-    def prior(self) -> dict[str, Any]:
-        """The prior's embeddings against those of the true pictures, and the same of the captions' own embeddings."""
-        emb, network = self.imagined.image_emb, self.pipe.prior
-        normalised = [network.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)]
-        return {
-            "cosine": agreement(emb, self.true_emb),
-            "cosine_of_text": agreement(self.text_emb, self.true_emb),
-            "normalised_mse": F.mse_loss(*normalised).item(),
-        }
-
     def recall(self) -> dict[str, Any]:
         """Is the caption found from its picture, among all held-out captions? Also from the true pictures."""
         entries = self.held_out.entries
@@ -148,22 +154,24 @@ class Evaluation:
         return {
             "groups": {name: self._recall(*rows) for name, rows in groups.items()},
             "caption_cosine": {
-                "drawn": F.cosine_similarity(self.text_emb, self.drawn_emb).mean().item(),
-                "true": F.cosine_similarity(self.text_emb, self.true_emb).mean().item(),
+                of: F.cosine_similarity(self.text_emb, emb).mean().item() for of, emb in self.embeddings.items()
             },
         }
 
     def _recall(self, pictures: list[int], captions: list[int]) -> dict[str, Any]:
-        row_of = {self.held_out.captions[row]: row for row in captions}  # a caption that two share is right for both
-        position = {caption: i for i, caption in enumerate(row_of)}
-        right = torch.tensor([position[self.held_out.captions[row]] for row in pictures])
-        candidates = self.text_emb[list(row_of.values())]
+        candidates, right = self._among(captions, pictures)
         return {
             "pictures": len(pictures),
             "captions": len(candidates),
-            "drawn": recall(self.drawn_emb[pictures], candidates, right),
-            "true": recall(self.true_emb[pictures], candidates, right),
+            **{of: recall(emb[pictures], candidates, right) for of, emb in self.embeddings.items()},
         }
+
+    def _among(self, captions: Sequence[int], pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings of the different captions of some rows, and which of them is right for each of some others."""
+        row_of = {self.held_out.captions[row]: row for row in captions}  # a caption that two share is right for both
+        position = {caption: i for i, caption in enumerate(row_of)}
+        right = torch.tensor([position[self.held_out.captions[row]] for row in pictures])
+        return self.text_emb[list(row_of.values())], right
 
     def diversity(self) -> dict[str, Any]:
         """How far apart in CLIP's space pictures of one prompt are, and pictures of different prompts."""
@@ -211,55 +219,17 @@ class Evaluation:
         classifier = train_classifier(train, self.seed, progress=self.drawer.progress)
         rows = [row for row, pair in enumerate(self.held_out.entries) if pair.style in classifier.styles]
         styles = [self.held_out.entries[row].style for row in rows]
-        drawn = classifier.right(self.drawn.images[rows], styles)
-        true = classifier.right(self.held_out.floats(rows), styles)
+        right = {"drawn": classifier.right(self.drawn.images[rows], styles)}
+        if self.beside is not None:
+            right["beside"] = classifier.right(self.drawn_beside.images[rows], styles)
+        right["true"] = true = classifier.right(self.held_out.floats(rows), styles)
         of_style = {style: torch.tensor([other == style for other in styles]) for style in sorted(set(styles))}
         groups = {"all": torch.ones_like(true), **of_style, "where the true picture is told right": true}
         return {
-            name: {"pictures": int(chosen.sum()), "drawn": _fraction(drawn[chosen]), "true": _fraction(true[chosen])}
+            name: {"pictures": int(chosen.sum()), **{of: _fraction(told[chosen]) for of, told in right.items()}}
             for name, chosen in groups.items()
             if chosen.any()
         }
-
-    def decoder(self) -> dict[str, Any]:
-        """Mean squared error of the decoder's one-step estimate of x_0, given caption and true picture's embedding.
-
-        The estimate is clipped to [-1, 1], as samplers do.
-        """
-        pipe, decoder, schedule = self.pipe, self.pipe.decoder, self.pipe.schedules["decoder"]
-        generators = generators_from(range(self.seed, self.seed + len(self.held_out)))
-        errors: dict[str, list[Tensor]] = {str(level): [] for level in NOISE_LEVELS}
-        for part in self.drawer.batches(len(self.held_out), "decoder alone"):
-            x_0 = self.held_out.floats(part).to(pipe.device)  # (B, 3, s, s)
-            text = self.drawer.encode_text(self.held_out.captions[part]).to(dtype=pipe.dtype)
-            with torch.inference_mode():
-                context = decoder.condition(self.true_emb[part].to(pipe.device, pipe.dtype), text)
-                for level, found in zip(NOISE_LEVELS, errors.values(), strict=True):
-                    t = torch.full((len(x_0),), round(level * schedule.num_timesteps), device=pipe.device)  # (B,)
-                    x_t = schedule.add_noise(x_0, randn(x_0.shape, generators[part], pipe.device), t)
-                    output = decoder.denoise(x_t.to(pipe.dtype), t, context)[:, :3]  # without the learned variance
-                    estimate = schedule.predict_x0(output, x_t, t, decoder.config.prediction)
-                    found.append((estimate.clamp(-1, 1) - x_0).square().mean(dim=(1, 2, 3)).cpu())
-        of_level = {level: torch.cat(found).mean().item() for level, found in errors.items()}
-        return {"x0_mse": of_level, "mean_x0_mse": float(np.mean(list(of_level.values())))}
-
-    def upsampler(self) -> dict[str, Any]:
-        """True pictures made small, then large again, against the true large ones; beside bicubic interpolation."""
-        pipe, options = self.pipe, self.drawer.options.upsamplers
-        small, large = pipe.decoder.config.image_size, pipe.upsamplers[len(options) - 1].config.high_size
-        count = min(UPSAMPLED, len(self.held_out))
-        generators = generators_from(range(self.seed, self.seed + count))
-        found: dict[str, list[Tensor]] = {"upsampled": [], "bicubic": []}
-        for part in self.drawer.batches(count, "upsampler alone", 8):
-            rows = range(count)[part]
-            truth = torch.stack([_pixels(self.held_out.picture(row, large)) for row in rows]).div(127.5).sub(1)
-            low_res = F.interpolate(truth, (small, small), mode="bicubic", antialias=True).clamp(-1, 1)
-            bicubic = F.interpolate(low_res, (large, large), mode="bicubic").clamp(-1, 1)
-            upsampled = pipe.upsample(low_res, generators=generators[part], options=options).cpu()  # (B, 3, S, S)
-            found["upsampled"].append(psnr(upsampled, truth))
-            found["bicubic"].append(psnr(bicubic, truth))
-        means = {name: torch.cat(values).mean().item() for name, values in found.items()}
-        return {"pictures": count, "from": small, "to": large, "psnr": means}
 
     def repeatable(self) -> dict[str, Any]:
         """Is a seed's picture the same again, alone as in a batch, and redrawn from its metadata?"""

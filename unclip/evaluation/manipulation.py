@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions
+from unclip.diffusion.repaint import PaintOptions
 from unclip.evaluation import DTYPES
 from unclip.evaluation.commands import add_model
 from unclip.evaluation.drawing import no_cut_warnings
@@ -40,9 +41,11 @@ from unclip.types import GenerationResult
 
 PARTS = ("reconstruction", "variations", "interpolation", "text_diff", "pca", "inpainting")
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-THETAS = (0.0, 0.125, 0.25, 0.375, 0.5)
+THETAS = (0.0, 0.15, 0.3, 0.45)  # the paper ends between 0.25 and 0.5
 FRAMES = 9
-UPSAMPLED = 4  # pictures that are reconstructed at full size
+RECONSTRUCTED = 16  # pictures, of those that are given
+UPSAMPLED = 4  # of them at full size
+STEPS = 25  # of the decoder in all parts but reconstruction, at most: what they show hardly hangs on it
 HOLE = 0.75  # side of the square that is painted, in the middle of the picture, as a share of its side
 
 
@@ -67,7 +70,9 @@ class Manipulations:
         self.how = {"batch_size": batch_size, "progress": progress}
         size = pipe.decoder.config.image_size
         self.pictures = [pairs.picture(row, size) for row in range(len(pairs))]
-        self.options = replace(deterministic(pipe.options, steps), upsamplers=())
+        self.options, self.fewer = (
+            replace(deterministic(pipe.options, most), upsamplers=()) for most in (steps, min(steps, STEPS))
+        )
         self._latent: Latent | None = None
         with no_cut_warnings():
             self.text_emb = pipe.encode_text(pairs.captions).emb.cpu()  # (N, D)
@@ -76,7 +81,7 @@ class Manipulations:
     def latent(self) -> Latent:
         """Of all pictures, under the model's own guidance."""
         if self._latent is None:
-            self._latent = self.pipe.invert(self.pictures, options=self.options, **self.how)
+            self._latent = self.pipe.invert(self.pictures, options=self.fewer, **self.how)
         return self._latent
 
     def run(self, part: str) -> dict[str, Any]:
@@ -86,12 +91,13 @@ class Manipulations:
 
     def reconstruction(self) -> dict[str, Any]:
         """PSNR in dB of what is drawn from the inverted latents."""
-        found: dict[str, Any] = {"pictures": len(self.pictures), "steps": self.options.decoder.steps, "psnr": {}}
+        pictures = self.pictures[:RECONSTRUCTED]
+        found: dict[str, Any] = {"pictures": len(pictures), "steps": self.options.decoder.steps, "psnr": {}}
         for name, guidance in (("none", 1.0), ("own", self.options.decoder.guidance)):
             options = replace(self.options, decoder=replace(self.options.decoder, guidance=guidance))
             for kind, inversion in (("fixed_point", InversionOptions()), ("plain", InversionOptions(iterations=0))):
-                drawn = self.pipe.reconstruct(self.pictures, options=options, inversion=inversion, **self.how)
-                decibels = psnr(to_tensor(drawn.images), to_tensor(self.pictures))
+                drawn = self.pipe.reconstruct(pictures, options=options, inversion=inversion, **self.how)
+                decibels = psnr(to_tensor(drawn.images), to_tensor(pictures))
                 told = {"mean": decibels.mean().item(), "least": decibels.min().item()}
                 found["psnr"][f"{kind}, guidance {guidance:g}" if name == "own" else f"{kind}, no guidance"] = told
         few = [self.pairs.dataset[index].image for index in self.pairs.indices[:UPSAMPLED]]
@@ -131,7 +137,7 @@ class Manipulations:
 
     def text_diff(self) -> dict[str, Any]:
         """From each picture's caption to another's: does CLIP see the target come nearer, and the source stay?"""
-        similar, kept = [], []
+        similar, kept, given = [], [], []
         for row in self._bar(range(len(self.pictures))):
             target = (row + len(self.pictures) // 2) % len(self.pictures)
             captions = self.pairs.captions[row], self.pairs.captions[target]
@@ -139,11 +145,13 @@ class Manipulations:
             emb = self._embed(drawn)  # (thetas, D)
             similar.append(emb @ normalise(self.text_emb[target]))
             kept.append(emb @ normalise(self.latent.image_emb[row]))
+            given.append(normalise(drawn.image_emb) @ normalise(self.text_emb[target]))
         table = torch.stack(similar)  # (N, thetas)
         return {
             "cases": len(table),
             "monotone": _mean((table.diff(dim=1) > 0).all(dim=1)),
             "rising_steps": _mean(table.diff(dim=1) > 0),
+            "monotone_embeddings": _mean((torch.stack(given).diff(dim=1) > 0).all(dim=1)),
             "cosine_to_target": dict(zip(map(str, THETAS), table.mean(dim=0).tolist(), strict=True)),
             "cosine_to_source": dict(zip(map(str, THETAS), torch.stack(kept).mean(dim=0).tolist(), strict=True)),
         }
@@ -165,18 +173,24 @@ class Manipulations:
         return found
 
     def inpainting(self) -> dict[str, Any]:
-        """Each picture's middle painted after another's caption: does CLIP see it there, and is there a seam?"""
+        """Each picture's middle painted after another's caption: does CLIP see it there, and is there a seam?
+
+        By the inpainter, if the model has one, and by the plain decoder; and a whole picture's middle pasted in.
+        """
         size = self.pictures[0].width
-        margin = round(size * (1 - HOLE) / 2)
+        margin = max(2, round(size * (1 - HOLE) / 2))
         middle = (margin, margin, size - margin, size - margin)
         mask = Image.new("L", (size, size))
         mask.paste(255, middle)
         targets = [(row + len(self.pictures) // 2) % len(self.pictures) for row in range(len(self.pictures))]
-        options, drawn = replace(self.pipe.options, upsamplers=()), {"inpainted": [], "pasted": []}
+        ways = {"training-free": False} if self.pipe.inpainter is None else {"fine-tuned": True, "training-free": False}
+        options, drawn = replace(self.pipe.options, upsamplers=()), {name: [] for name in (*ways, "pasted")}
         for row in self._bar(range(len(self.pictures))):
             chosen = {"seed": self.seed + row, "options": options, "progress": False}
             prompt, picture = self.pairs.captions[targets[row]], self.pictures[row]
-            drawn["inpainted"].append(self.pipe.inpaint(picture, mask, prompt, **chosen).images[0])
+            for name, trained in ways.items():
+                painting = PaintOptions(trained=trained)
+                drawn[name] += self.pipe.inpaint(picture, mask, prompt, painting=painting, **chosen).images
             whole = self.pipe(prompt, **chosen).images[0]
             drawn["pasted"].append(Image.composite(whole, picture, mask))
         outside = np.asarray(mask) == 0
@@ -226,12 +240,20 @@ def _difference(a: Image.Image, b: Image.Image, where: np.ndarray | None = None)
 
 
 def _seam(image: Image.Image, box: tuple[int, int, int, int]) -> float:
-    """Mean step of the colours, of 255, from the last pixels outside a box to the first ones inside."""
-    pixels = np.asarray(image, dtype=float)
+    """By how much the colours step from the last pixels outside a box to the first inside, of 255; 0 = no seam.
+
+    That is, more than they do on the mean a pixel farther out and farther in.
+    """
     left, top, right, bottom = box
-    across = [pixels[top:bottom, edge] - pixels[top:bottom, edge - 1] for edge in (left, right)]
-    down = [pixels[edge, left:right] - pixels[edge - 1, left:right] for edge in (top, bottom)]
-    return float(np.mean([np.abs(step).mean() for step in (*across, *down)]))
+    excess = []
+    for pixels, edges, (start, end) in (
+        (np.asarray(image, dtype=float), (top, bottom), (left, right)),
+        (np.asarray(image, dtype=float).swapaxes(0, 1), (left, right), (top, bottom)),
+    ):
+        for edge in edges:
+            out, across, within = np.abs(np.diff(pixels[edge - 2 : edge + 2, start:end], axis=0)).mean(axis=(1, 2))
+            excess.append(across - (out + within) / 2)
+    return float(np.mean(excess))
 
 
 def rows(results: dict[str, Any]) -> Iterator[Row]:
@@ -254,7 +276,8 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
         yield Row("largest step over mean step, by CLIP's cosine of the frames", f"{step['mean']:.2f}", beside)
         yield Row(f"paths without a step over twice the mean ({part['paths']})", f"{part['even_paths']:.0%}")
     if part := results.get("text_diff"):
-        yield Row(f"text diff: monotone towards the target ({part['cases']} cases)", f"{part['monotone']:.0%}")
+        beside = f"steps that rise {part['rising_steps']:.0%}; embeddings given {part['monotone_embeddings']:.0%}"
+        yield Row(f"text diff: monotone towards the target ({part['cases']} cases)", f"{part['monotone']:.0%}", beside)
         for theta in map(str, THETAS):
             target, source = part["cosine_to_target"][theta], part["cosine_to_source"][theta]
             yield Row(f"... theta {theta}: cosine to the target", f"{target:.3f}", f"to the source {source:.3f}")
@@ -264,16 +287,17 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
             yield Row(what, f"{of['recall@1']:.1%}", f"cosine to the whole {of['cosine']:.3f}")
         yield Row("the whole embedding", f"{part['whole']['recall@1']:.1%}")
     if part := results.get("inpainting"):
-        for name in ("inpainted", "pasted"):
-            of = part[name]
-            beside = f"random {part['random']:.1%}"
-            yield Row(f"{name}: recall@1 of the prompt in the hole", f"{of['recall@1']:.1%}", beside)
-            what, beside = f"{name}: step at the seam, of 255", f"true pictures {part['seam_of_true_pictures']:.1f}"
-            yield Row(what, f"{of['seam']:.1f}", beside)
-            yield Row(f"{name}: what is kept differs by", f"{of['kept_differs_by']}/255")
+        for name in [name for name in ("fine-tuned", "training-free", "pasted") if name in part]:
+            of, what = part[name], f"inpainting, {name}" if name != "pasted" else "a whole picture's part pasted in"
+            yield Row(
+                f"{what}: recall@1 of the prompt in the hole", f"{of['recall@1']:.1%}", f"random {part['random']:.1%}"
+            )
+            beside = f"true pictures {part['seam_of_true_pictures']:.1f}"
+            yield Row(f"{what}: seam, of 255", f"{of['seam']:.1f}", beside)
+            yield Row(f"{what}: what is kept differs by", f"{of['kept_differs_by']}/255")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m unclip.evaluation.manipulation", description=__doc__.split("\n")[0]
     )
@@ -283,12 +307,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
     parser.add_argument("--limit", type=int, default=32, metavar="N", help="pairs (default: 32)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of inverted DDIM, at least (default: 50)")
+    about = "of inverted DDIM, at least (default: 50); parts other than reconstruction need no more than 25"
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures of each part here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(arguments)
     try:
         print(plain([Row("figure", "model", "beside it"), *rows(measure(args))]))
     except (ValueError, OSError) as error:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from unclip.evaluation.codec import reconstructions
+from unclip.evaluation.dalle_harness import DalleEvaluation
 from unclip.evaluation.harness import Evaluation
 from unclip.evaluation.pairs import Pairs, canonical
 from unclip.pictures import cell, grid, save_png
+from unclip.pipelines.base import to_pil
 
 PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
     "a red apple",
@@ -26,6 +29,7 @@ PROMPTS = (  # for the README: what one would try first, and things that no pict
     "a house with a tree",
 )
 SHOWN = 8  # pairs on each sheet but the samples'
+REBUILT = 12  # pictures above their reconstructions
 
 
 def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
@@ -79,14 +83,35 @@ def nearest_sheet(evaluation: Evaluation, train: Pairs, size: int = 96) -> Image
 
 
 def samples_sheet(evaluation: Evaluation, prompts: Sequence[str] = PROMPTS, size: int = 160) -> Image.Image:
-    """A picture of each prompt, from the seeds `seed`, `seed` + 1, ..."""
-    drawn = evaluation.drawer.draw(prompts, evaluation.seed)
-    pictures = evaluation.drawer.enlarge(drawn)
-    return grid([cell([p], size, prompt) for p, prompt in zip(pictures, prompts, strict=True)], columns=4, gap=8)
+    """A picture of each prompt, from the seeds `seed`, `seed` + 1, ...; and another model's beside it."""
+    drawers = [drawer for drawer in (evaluation.drawer, evaluation.beside) if drawer is not None]
+    titles = [drawer.pipe.name for drawer in drawers] if len(drawers) > 1 else []
+    columns = [drawer.enlarge(drawer.draw(prompts, evaluation.seed)) for drawer in drawers]
+    cells = [cell(pictures, size, prompt, titles) for *pictures, prompt in zip(*columns, prompts, strict=True)]
+    return grid(cells, columns=4 // len(drawers), gap=8)
+
+
+def candidates_sheet(evaluation: DalleEvaluation, size: int = 96) -> Image.Image:
+    """The best of more and more candidates, as CLIP finds."""
+    chosen = evaluation.chosen
+    pictures = [to_pil(images) for images in chosen.first.values()]
+    titles = [f"best of {n}" for n in chosen.first]
+    captions = [evaluation.held_out.captions[row] for row in chosen.rows]
+    cells = [cell(best, size, caption, titles) for *best, caption in zip(*pictures, captions, strict=True)]
+    return grid(cells, columns=2, gap=12)
+
+
+def codec_sheet(evaluation: DalleEvaluation) -> Image.Image:
+    """Held-out pictures above what their codes hold of them."""
+    rows = evaluation.held_out.spread(REBUILT)
+    return reconstructions(evaluation.pipe.codec, evaluation.held_out.images[rows])
 
 
 def write_sheets(evaluation: Evaluation, folder: str | Path, prompts: Sequence[str] = PROMPTS) -> list[Path]:
-    """heldout.png, failures.png, samples.png and, if there are training pairs, nearest.png; returns their paths."""
+    """heldout.png, failures.png, samples.png; if there are training pairs, nearest.png; returns their paths.
+
+    Of a DALL-E also codec.png, and candidates.png if the candidates were measured.
+    """
     sheets = {
         "heldout": held_out_sheet(evaluation),
         "failures": failures_sheet(evaluation),
@@ -94,6 +119,10 @@ def write_sheets(evaluation: Evaluation, folder: str | Path, prompts: Sequence[s
     }
     if evaluation.train is not None:
         sheets["nearest"] = nearest_sheet(evaluation, evaluation.train)
+    if isinstance(evaluation, DalleEvaluation):
+        sheets["codec"] = codec_sheet(evaluation)
+        if "candidates" in evaluation.results:
+            sheets["candidates"] = candidates_sheet(evaluation)
     paths = {Path(folder) / f"{name}.png": sheet for name, sheet in sheets.items()}
     for path, sheet in paths.items():
         save_png(sheet, path)

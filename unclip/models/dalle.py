@@ -22,8 +22,28 @@ from unclip.models.dalle_rotary import rotary_angles, rotate
 from unclip.models.dalle_streams import FirstCodes, FromStart, Kernel, NextCode, Run
 
 
+class CodeGrid:
+    """Of a transformer that writes codes: what its config says of them."""
+
+    image_vocab: int
+    grid: tuple[int, int]
+
+    @property
+    def num_codes(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    def check_codec(self, vocab_size: int, grid: tuple[int, int]) -> None:
+        """ValueError unless a codec of this vocabulary and grid is the one that the transformer writes for."""
+        if (vocab_size, tuple(grid)) != (self.image_vocab, tuple(self.grid)):
+            raise ValueError(
+                f"the codec has {vocab_size} codes on a grid of {grid[0]} x {grid[1]}; the transformer expects "
+                f"{self.image_vocab} on {self.grid[0]} x {self.grid[1]}"
+            )
+
+
 @dataclass(frozen=True)
-class DALLEConfig:
+class DALLEConfig(CodeGrid):
     text_vocab: int  # V, of the tokenizer
     context_length: int  # L, text tokens; a shorter text is padded, each place by a token of its own
     image_vocab: int  # K, of the codec
@@ -58,25 +78,12 @@ class DALLEConfig:
             raise ValueError(f"width is {self.width}; shifted layers need a multiple of 4")
 
     @property
-    def num_codes(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
-
-    @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The attention of each layer."""
         kinds = [self.attention[i % len(self.attention)] for i in range(self.depth)]
         if self.last_attention is not None:
             kinds[-1] = self.last_attention
         return tuple(Pattern(kind, self.grid, self.kernel) for kind in kinds)
-
-    def check_codec(self, vocab_size: int, grid: tuple[int, int]) -> None:
-        """ValueError unless a codec of this vocabulary and grid is the one that the transformer writes for."""
-        if (vocab_size, tuple(grid)) != (self.image_vocab, tuple(self.grid)):
-            raise ValueError(
-                f"the codec has {vocab_size} codes on a grid of {grid[0]} x {grid[1]}; the transformer expects "
-                f"{self.image_vocab} on {self.grid[0]} x {self.grid[1]}"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from unclip.models.bart_dalle import BartCache, BartDALLE, BartPrefix
 from unclip.models.dalle import DALLE, TextPrefix
 from unclip.models.dalle_cache import CodeCache
 from unclip.types import CodeOptions
 
-Step = Callable[[Tensor, Tensor, CodeCache], Tensor]
+AnyDALLE = DALLE | BartDALLE
+Prefix = TextPrefix | BartPrefix
+Step = Callable[[Tensor, Tensor, CodeCache | BartCache], Tensor]
 OnCode = Callable[[int, Tensor], None]  # codes drawn or given so far, n; those codes (B, n)
 
 
 @torch.inference_mode()
 def sample_codes(
-    dalle: DALLE,
-    prefix: TextPrefix,
+    dalle: AnyDALLE,
+    prefix: Prefix,
     generators: Sequence[torch.Generator],
     options: CodeOptions,
     *,
     prime: Tensor | None = None,
-    null: TextPrefix | None = None,
+    null: Prefix | None = None,
     on_code: OnCode | None = None,
     compiled_step: Step | None = None,
 ) -> Tensor:
@@ -48,7 +51,7 @@ def sample_codes(
     guided = options.guidance != 1.0
     if guided:
         null = dalle.condition(dalle.null_tokens(1)) if null is None else null
-        prefix = TextPrefix.cat([prefix, null.repeat_interleave(B)])
+        prefix = prefix.cat([prefix, null.repeat_interleave(B)])
 
     def both(given: Tensor) -> Tensor:
         return given.repeat(2, *[1] * (given.ndim - 1)) if guided else given
@@ -95,7 +98,7 @@ def draw_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor:
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
-def _checked(dalle: DALLE, prime: Tensor, batch: int) -> Tensor:
+def _checked(dalle: AnyDALLE, prime: Tensor, batch: int) -> Tensor:
     """The given codes (batch, m); ValueError if they can't begin a picture."""
     config = dalle.config
     if prime.ndim != 2 or len(prime) not in (1, batch) or prime.shape[1] >= config.num_codes:

@@ -56,13 +56,15 @@ class DecoderConfig:
     text_emb_in_time: bool = True  # the caption's embedding is added to the time embedding too
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
+    inpaints: bool = False  # it is told which pixels are known, and what they are (GLIDE 2.4)
 
     def __post_init__(self) -> None:
-        channels = 6 if self.learned_variance else 3
-        if self.unet.in_channels != 3 or self.unet.out_channels != channels:
+        channels = (7 if self.inpaints else 3), (6 if self.learned_variance else 3)
+        if (self.unet.in_channels, self.unet.out_channels) != channels:
             raise ValueError(
-                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
-                f"a decoder with learned_variance={self.learned_variance} needs 3 and {channels}"
+                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; a decoder with "
+                f"inpaints={self.inpaints} and learned_variance={self.learned_variance} needs {channels[0]} and "
+                f"{channels[1]}"
             )
         if self.unet.context_dim is None:
             raise ValueError("unet.context_dim is not set; the decoder's attention needs the width of its context")
@@ -79,22 +81,25 @@ class DecoderContext:
 
     time_shift: torch.Tensor  # (B, time_dim), added to the time embedding
     kv: KeyValues  # of the N context tokens
+    known: torch.Tensor | None = None  # (B, 4, s, s), of a decoder that inpaints: see `known_part`
 
     def __len__(self) -> int:
         return self.time_shift.shape[0]
 
     def __getitem__(self, rows: slice | torch.Tensor) -> DecoderContext:
         """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
-        return DecoderContext(self.time_shift[rows], self.kv[rows])
+        return DecoderContext(self.time_shift[rows], self.kv[rows], None if self.known is None else self.known[rows])
 
     def repeat_interleave(self, n: int) -> DecoderContext:
         """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        return DecoderContext(self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n))
+        known = None if self.known is None else self.known.repeat_interleave(n, dim=0)
+        return DecoderContext(self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n), known)
 
     @classmethod
     def cat(cls, parts: Sequence[DecoderContext]) -> DecoderContext:
         """Rows of all parts one after the other; the shorter contexts are padded to the longest."""
-        return cls(torch.cat([part.time_shift for part in parts]), KeyValues.cat([part.kv for part in parts]))
+        known = None if parts[0].known is None else torch.cat([part.known for part in parts])
+        return cls(torch.cat([part.time_shift for part in parts]), KeyValues.cat([part.kv for part in parts]), known)
 
 
 class ClipStatesEncoder(nn.Module):
@@ -160,6 +165,15 @@ def first_only(mask: torch.Tensor) -> torch.Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
 
 
+def known_part(picture: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """What a decoder that inpaints is told: picture (B, 3, s, s), hole (B or 1, 1, s, s) bool -> (B, 4, s, s).
+
+    The picture outside of the hole, 0 inside; then 1 where it is known, 0 where it is not.
+    """
+    known = (~hole).to(picture.dtype).expand(len(picture), -1, -1, -1)
+    return torch.cat([picture * known, known], dim=1)
+
+
 class Decoder(nn.Module):
     """A U-Net that sees the image embedding and the caption in its time embedding and in its attention."""
 
@@ -173,6 +187,14 @@ class Decoder(nn.Module):
         self.text = (ClipStatesEncoder if config.text.kind == "clip_states" else TextTransformerEncoder)(config)
         self.text_to_time = nn.Linear(self.text.emb_dim, time_dim) if config.text_emb_in_time else None
         self.unet = UNet(config.unet)
+        if config.inpaints:
+            with torch.no_grad():
+                self.known_weight.zero_()
+
+    @property
+    def known_weight(self) -> torch.Tensor:
+        """Of the first convolution, a view: what it makes of the known pixels. Zero where fine-tuning begins."""
+        return self.unet.stem.weight[:, 3 * self.config.unet.patch**2 :]
 
     def condition(
         self,
@@ -180,8 +202,14 @@ class Decoder(nn.Module):
         text: TextEncoding,
         drop_image: torch.Tensor | None = None,
         drop_text: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
     ) -> DecoderContext:
-        """Image embeddings (B, D) as CLIP gives them and captions -> context; `drop_*` (B,) bool marks the nulls."""
+        """Image embeddings (B, D) as CLIP gives them and captions -> context; `drop_*` (B,) bool marks the nulls.
+
+        known: (B, 4, s, s), for a decoder that inpaints: see `known_part`; None = nothing is known.
+        """
+        if known is not None and not self.config.inpaints:
+            raise ValueError("this decoder does not inpaint: it can't be told what is known")
         if drop_text is not None and self.config.null_text == "empty_prompt":
             raise ValueError('drop_text was given, but null_text is "empty_prompt": pass the encoding of "" as text')
         dtype = self.null_image.dtype
@@ -196,7 +224,10 @@ class Decoder(nn.Module):
         image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
         context = torch.cat([image_tokens, text_tokens], dim=1)  # B n+L context_dim
         mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
-        return DecoderContext(time_shift, self.unet.project_context(context, mask))
+        if self.config.inpaints:
+            size = self.config.image_size
+            known = image_emb.new_zeros(len(image_emb), 4, size, size) if known is None else known.to(dtype)
+        return DecoderContext(time_shift, self.unet.project_context(context, mask), known)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
         """(B, 3, s, s), (B,) -> (B, 3 or 6, s, s): the prediction, then the variance if it is learned."""
@@ -215,6 +246,8 @@ class Decoder(nn.Module):
         deep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`denoise` from the modulation (B, M) on; `deep` goes in and comes out as in `UNet.run`."""
+        if context.known is not None:
+            x_t = torch.cat([x_t, context.known.to(x_t.dtype)], dim=1)
         return self.unet.run(x_t, modulation, context.kv, deep)
 
     def forward(
@@ -225,5 +258,6 @@ class Decoder(nn.Module):
         text: TextEncoding,
         drop_image: torch.Tensor | None = None,
         drop_text: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text))
+        return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text, known))

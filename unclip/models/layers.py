@@ -137,7 +137,8 @@ class GroupNorm(nn.GroupNorm):
         if scale is None or shift is None:
             return h
         gain, shift = 1 + scale[:, :, None, None], shift[:, :, None, None]
-        return torch.addcmul(shift, h, gain, out=None if torch.is_grad_enabled() else h)
+        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which cannot trace `out`, and fuses this
+        return torch.addcmul(shift, h, gain, out=None if fresh else h)
 
 
 class _GroupNormBySums(torch.autograd.Function):

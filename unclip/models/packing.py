@@ -25,7 +25,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     return known and dtype in (torch.float32, torch.bfloat16)
 
 
-def pack(network: nn.Module) -> nn.Module:
+def pack(network: nn.Module) -> None:
     """Replaces layers in place, by such as give the same answers (see `PackedUpConv2d`) and save the same tensors.
 
     For good; the network can then neither be trained nor moved, and is not to be compiled.
@@ -33,7 +33,6 @@ def pack(network: nn.Module) -> nn.Module:
     for name, layer in list(network.named_modules()):
         if (kind := _kind(layer)) is not None:
             network.set_submodule(name, kind(layer))
-    return network
 
 
 def _kind(layer: nn.Module) -> type[Packed] | None:
@@ -49,14 +48,12 @@ class Packed(nn.Module):
     """Stands in for a layer whose weight it keeps in oneDNN's own layout; in its state the weight is as it was."""
 
     packed: torch.Tensor
+    _pack: Callable[[torch.Tensor], torch.Tensor]
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.bias = layer.bias
         self.packed = self._pack(layer.weight.detach())
-
-    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
 
     @property
     def weight(self) -> torch.Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unclip.checkpoints.catalogue import PRIOR_FILES, locate
+from unclip.checkpoints.catalogue import locate
+from unclip.checkpoints.hub import PRIOR_FILES
 
 if TYPE_CHECKING:
     import torch
 
     from unclip.models.prior import DiffusionPrior
+    from unclip.models.text_prior import DirectPrior
     from unclip.pipelines.base import TextToImage
 
 
@@ -42,15 +44,14 @@ def load(
     dtype = dtype or default_dtype(device)
     # What waits on the disk is no more than mapped into memory on its way there; other formats always map.
     bundle = store.load_bundle(path, dtype, mapped=True) if offload and store.recognise(path) else load_any(path, dtype)
-    if offload:
-        if bundle.kind != UnCLIPPipeline.kind:
-            raise ValueError(f"{bundle.name} is a model of kind {bundle.kind!r}; only unclip's can be offloaded")
-        return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Residency(device), dtype)
-    return pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path)).to(device, dtype)
+    if offload and bundle.kind == UnCLIPPipeline.kind:
+        return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Residency(device, dtype))
+    pipe = pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path))
+    return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
 
 
-def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DiffusionPrior:
-    """A prior alone, for `pipe.prior = prior`: Kandinsky's, or the one of any model that `load` reads.
+def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DiffusionPrior | DirectPrior:
+    """A prior alone, for `pipe.prior = prior`: trained here, Kandinsky's, or the one of any model that `load` reads.
 
     A file, a folder, or a Hub id of which no more than the prior is fetched. On the CPU, in float32 unless dtype says
     otherwise; a pipeline brings it to its own device and dtype. ValueError if there is none, or it is damaged.
@@ -61,4 +62,6 @@ def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> Di
 
     from unclip.checkpoints.priors import load_any_prior
 
-    return load_any_prior(path, dtype or torch.float32)
+    prior = load_any_prior(path, dtype or torch.float32)
+    prior.source = str(name_or_path)  # for the metadata of its pictures
+    return prior

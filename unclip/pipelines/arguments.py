@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from unclip.pipelines.command_line import whole_number
+from unclip.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:  # torch must not be imported by `unclip --help`
     from unclip.pipelines.base import TextToImage
@@ -48,19 +49,38 @@ SAMPLING = (
     ),
     Argument("--sampler", "sampler of the decoder", _in(DIFFUSION, "decoder.sampler"), {"choices": SAMPLERS}),
     _number("--upsampler-steps", "sampling steps of each upsampler", _in(DIFFUSION, "upsamplers.*.steps")),
+    Argument(
+        "--preset",
+        "options by name: exact, the model's own; or fast, for nearly the same picture several times sooner",
+        _in(DIFFUSION, None),
+        {"choices": PRESETS},
+    ),
     _number(
-        "--temperature", "DALL-E: that logits are divided by; 0 = the likeliest code", _in(DALLE, "temperature"), float
+        "--temperature",
+        "DALL-E and autoregressive priors: that logits are divided by; 0 = the likeliest code",
+        {**_in(DALLE, "temperature"), **_in(UNCLIP, "prior.temperature")},
+        float,
     ),
     _number("--top-k", "DALL-E: draw among so many of the likeliest codes", _in(DALLE, "top_k")),
     _number("--top-p", "DALL-E: draw among the fewest codes of this probability", _in(DALLE, "top_p"), float),
 )
-FROM_TEXT = (
+PRIOR = (
+    Argument("--prior", "folder or Hub id of another prior", _in(UNCLIP, None), {"metavar": "NAME"}),
     _number("--prior-steps", "sampling steps of the prior", _in(UNCLIP, "prior.steps")),
     _number("--prior-guidance", "guidance of the prior; 1 = none", _in(UNCLIP, "prior.guidance"), float),
     _number(
         "--prior-candidates",
         "embeddings drawn for a picture; only the best is decoded",
         _in(UNCLIP, "prior_candidates"),
+    ),
+)
+FROM_TEXT = (
+    *PRIOR,
+    Argument(
+        "--embedding",
+        "what is decoded: the prior's embedding, the caption's own (text), or none, the caption alone",
+        _in(UNCLIP, "embedding"),
+        {"choices": ("prior", "text", "none")},
     ),
     Argument("--negative", "what guidance leads away from", _in(UNCLIP, None), {"metavar": "TEXT"}),
     Argument(
@@ -101,11 +121,11 @@ def given(args: Namespace) -> list[Argument]:
 
 
 def sampling_options(pipe: TextToImage, args: Namespace) -> Any:
-    """The model's own options, changed where the command line says so.
+    """The model's own options, or those of --preset, changed where the command line says so.
 
     ValueError if it gives an argument that is not for this kind of model.
     """
-    options = pipe.options
+    options = pipe.options if getattr(args, "preset", None) is None else pipe.preset(args.preset)
     for argument in given(args):
         if pipe.kind not in argument.places:
             known = [other.flag for other in ARGUMENTS if hasattr(args, other.name) and pipe.kind in other.places]

@@ -35,6 +35,13 @@ def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
 
 
+def add_placement(parser: ArgumentParser) -> None:
+    parser.add_argument("--offload", action="store_true", help="keep one network in memory at a time")
+    parser.add_argument("--compile", action="store_true", help="prepare the networks first, for many pictures")
+    about = "round the weights, for half of bf16's memory; the pictures are no longer quite the same"
+    parser.add_argument("--quantize", choices=("int8",), help=about)
+
+
 def add_output(parser: ArgumentParser, about: str = "a .png file, or a folder (default: this one)") -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
     parser.add_argument("--grid", action="store_true", help="write one sheet with all pictures")
@@ -49,16 +56,44 @@ def whole_number(text: str) -> int:
 
 
 def load_model(args: Namespace, model: str | None = None, dtype: str | None = None) -> TextToImage:
-    """The model of --model, or else `model`, in --dtype, or else `dtype`."""
+    """The model of --model, or else `model`, in --dtype, or else `dtype`; with the prior of --prior, if it is given.
+
+    Offloaded, compiled and quantized where the command has these arguments and they are given.
+    """
     from unclip.pipelines import load
 
+    offload, compiled, quantize = (getattr(args, name, None) for name in ("offload", "compile", "quantize"))
+    if offload and compiled:
+        raise ValueError("--offload and --compile do not go together: compiled networks must stay where they are")
     name, dtype = args.model or model or DEFAULT_MODEL, args.dtype or dtype
-    if dtype is None:
-        return load(name, args.device)  # which tells a misspelt name before torch is imported
+    chosen: dict[str, Any] = {"offload": True} if offload and not quantize else {}
+    if dtype is not None:  # else a misspelt name is told before torch is imported
+        import torch
 
-    import torch
+        chosen["dtype"] = getattr(torch, DTYPES[dtype])
+    pipe = load(name, args.device, **chosen)
+    give_prior(pipe, args)
+    if quantize:
+        pipe.quantize(quantize)
+    if compiled:
+        from unclip.pipelines.compiling import compile
 
-    return load(name, args.device, getattr(torch, DTYPES[dtype]))
+        compile(pipe)
+    if offload:
+        pipe.offload()
+    return pipe
+
+
+def give_prior(pipe: TextToImage, args: Namespace) -> None:
+    """Puts the prior of --prior, if it is given, in place of the model's own."""
+    if getattr(args, "prior", None) is None:
+        return
+    if pipe.kind != "unclip":
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no prior")
+
+    from unclip.pipelines import load_prior
+
+    pipe.prior = load_prior(args.prior)
 
 
 def check_output(args: Namespace, number: int) -> None:
@@ -100,10 +135,11 @@ def write(drawings: Sequence[Drawing], args: Namespace, columns: int) -> None:
 
 
 def columns_of(entries: Sequence[dict[str, Any]]) -> int:
-    """Of a sheet, by its metadata: a row for each prompt or picture. Of a single one, a square; a path stays a row."""
+    """Of a sheet, by its metadata: a row for each prompt or picture. One of each, or many of one, make a square; a path
+    stays a row."""
     origins = [[entry.get(name) for name in ("prompt", "image_emb", "sources", "picture")] for entry in entries]
     same = len(list(next(groupby(origins))[1]))
-    if same < len(entries) or entries[0].get("operation") in ("interpolate", "text_diff"):
+    if 1 < same < len(entries) or entries[0].get("operation") in ("interpolate", "text_diff"):
         return same
     return math.ceil(math.sqrt(len(entries)))
 

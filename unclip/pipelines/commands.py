@@ -102,6 +102,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--strength", type=float, metavar="SHARE", help=about)
     about = "times each stretch of steps is repeated to harmonise what is painted (default: 4)"
     parser.add_argument("--resamples", type=whole_number, metavar="N", help=about)
+    about = "with the plain decoder, though the model has one that was trained to inpaint"
+    parser.add_argument("--training-free", action="store_true", help=about)
     parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="(default: 1)")
     _add_seed(parser)
     _add_sampling(parser)
@@ -220,6 +222,8 @@ def edit(args: Namespace) -> None:
     painted = args.mask is not None or args.extend is not None
     if args.resamples is not None and not painted:
         raise ValueError("without --mask or --extend nothing is kept that --resamples could harmonise with")
+    if args.training_free and not painted:
+        raise ValueError("without --mask or --extend the plain decoder draws anyway: --training-free says nothing")
     image = open_picture(args.image)
     check_output(args, args.num_images)
     pipe = _load(args)
@@ -229,7 +233,8 @@ def edit(args: Namespace) -> None:
     options = _sampling(pipe.options, args)
     drawn = {"num_images": args.num_images, "seed": args.seed, "options": options, "progress": not args.quiet}
     if painted:
-        said = {"strength": args.strength, "resamples": args.resamples}
+        trained = False if args.training_free else None
+        said = {"strength": args.strength, "resamples": args.resamples, "trained": trained}
         drawn["painting"] = PaintOptions(**{name: value for name, value in said.items() if value is not None})
     if args.mask is not None:
         result = pipe.inpaint(image, args.mask, args.prompt, **drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from unclip.models.packing import can_pack, pack
 from unclip.models.prior import DiffusionPrior
 from unclip.models.unet import UNet
+from unclip.pipelines.placement import Placement
 
 P = TypeVar("P")
 
@@ -25,40 +27,45 @@ def compile(pipe: P, **options: Any) -> P:
     On the CPU weights are laid out as its kernels want them (see `unclip.models.packing`): the same bits, but for the
     rounding of the enlarging convolutions. Where this PyTorch can't do that, nothing is changed.
     """
-    if not hasattr(pipe, "networks"):
+    if not isinstance(pipe, Placement):
         raise ValueError(f"a {type(pipe).__name__} was given; expected a pipeline, such as unclip.load gives")
-    if getattr(pipe, "offloaded", False):
+    if pipe.offloaded:
         raise ValueError("the networks are offloaded, and compiled ones must stay where they are; use one or the other")
     if pipe.device.type == "cpu" and not options:
         if can_pack(pipe.dtype):
-            for network in pipe.networks().values():
-                pack(network)
-            pipe.compiled = True
+            _prepare(pipe, pack)
         return pipe
     options.setdefault("dynamic", False)
     if hasattr(pipe, "dalle"):  # whose steps write into their cache, which no CUDA graph may
         pipe.step = torch.compile(pipe.dalle.step, **options)
+        _prepare(pipe, lambda network: None)
         return pipe
     if pipe.device.type == "cuda":
         options.setdefault("mode", "reduce-overhead")
-    for module in _modules(pipe):
-        name = "run" if isinstance(module, UNet) else "step"
-        setattr(module, name, _compiled(getattr(module, name), options))
-    pipe.compiled = pipe.static_shapes = True
+    _prepare(pipe, partial(_compile_steps, options=options))
+    pipe.static_shapes = True
     return pipe
 
 
-def _modules(pipe: Any) -> list[nn.Module]:
-    networks = pipe.networks().values()
-    return [module for network in networks for module in network.modules() if isinstance(module, UNet | DiffusionPrior)]
+def _prepare(pipe: Placement, prepare: Callable[[nn.Module], None]) -> None:
+    for network in pipe.networks().values():
+        prepare(network)
+    pipe._prepare = prepare  # for networks that come later
+
+
+def _compile_steps(network: nn.Module, options: dict[str, Any]) -> None:
+    for module in network.modules():
+        if isinstance(module, UNet | DiffusionPrior):
+            name = "run" if isinstance(module, UNet) else "step"
+            setattr(module, name, _compiled(getattr(module, name), options))
 
 
 def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
     compiled = torch.compile(function, **options)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        answer, deep = compiled(*args)
+        answer, deep = compiled(*args, **kwargs)
         # A CUDA graph answers in memory of its own, which the next step overwrites.
         return answer.clone(), None if deep is None else deep.clone()
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.models.codec import ImageCodec
-from unclip.models.dalle import DALLE
-from unclip.models.dalle_sampling import OnCode, Step, draw_code, guide, sample_codes
+from unclip.models.dalle_sampling import AnyDALLE, OnCode, Step, draw_code, guide, sample_codes
 from unclip.pipelines.base import Batch, Picture, about_drawing, check_prompts, in_batches, to_pil
 from unclip.pipelines.dalle_stages import DalleStages
 from unclip.pipelines.recipes import encode_picture
@@ -68,7 +67,7 @@ class DallePipeline(DalleStages):
         self,
         tokenizer: BPETokenizer,
         codec: ImageCodec,
-        dalle: DALLE,
+        dalle: AnyDALLE,
         clip: CLIP | None = None,
         options: CodeOptions | None = None,
         *,
@@ -100,6 +99,7 @@ class DallePipeline(DalleStages):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder, weights in `dtype` if given; the folder that was there is replaced only at the end."""
+        self._check_whole()
         clip = {} if self.clip is None else {"clip": self.clip}
         parts = {**clip, "tokenizer": self.tokenizer, **self.networks()}
         save_bundle(Bundle(self.kind, parts, {}, self.options, self.name, self.licence), folder, dtype)
@@ -185,13 +185,17 @@ class DallePipeline(DalleStages):
             raise ValueError("candidates are compared with the prompt, but there is none; give one")
         if self.clip is None:
             raise ValueError(f"{self.name} has no CLIP to choose the best candidates; leave num_candidates out")
-        return best_of(
-            lambda n: self._draw(order, n, *drawing),
-            self.clip.encode_image,
-            lambda: self.clip.encode_text(order.prompts).emb,
-            num_images,
-            num_candidates,
-        )
+        clip = self.clip
+
+        def look(images: Sequence[Image.Image]) -> Tensor:
+            self._use(clip)
+            return clip.encode_image(images)
+
+        def read() -> Tensor:
+            self._use(clip)
+            return clip.encode_text(order.prompts).emb
+
+        return best_of(lambda n: self._draw(order, n, *drawing), look, read, num_images, num_candidates)
 
     def _draw(
         self,
@@ -215,6 +219,7 @@ class DallePipeline(DalleStages):
             rows, n = batch.prompts, batch.num_images
             prompts = order.prompts[rows]
             codes = None if order.codes is None else order.codes[rows].repeat_interleave(n, dim=0)
+            self._use(self.dalle)
             with torch.inference_mode():
                 if given == N:
                     codes = self._anew(self._tokens(prompts), order.codes[rows], batch, options)
@@ -230,7 +235,7 @@ class DallePipeline(DalleStages):
                         options,
                         prime=codes,
                         null=null,
-                        on_code=self._reporter(batch, given, preview=on_step is not None),
+                        on_code=self._reporter(batch, given, preview=on_step is not None and not self.offloaded),
                         compiled_step=self.step,
                     )
                 images = self.decode(codes)

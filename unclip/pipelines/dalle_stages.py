@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -11,65 +10,46 @@ from torch import Tensor, nn
 
 from unclip.clip import CLIP
 from unclip.models.codec import ImageCodec
-from unclip.models.dalle import DALLE
 from unclip.models.dalle_bound import JointBound, joint_bound
+from unclip.models.dalle_sampling import AnyDALLE
 from unclip.pipelines.base import Picture, check_prompts, seeds_from
-from unclip.pipelines.networks import SMALL_CLIP
+from unclip.pipelines.placement import Placement
 from unclip.pipelines.runs import batches_of, several, to_tensor
+from unclip.pipelines.settling import settled
 from unclip.tokenizer import BPETokenizer
 from unclip.types import Prompt
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # P prompts or pictures, B batch, L text tokens, h w grid of codes, S image size
 
 CHUNK = 16  # pictures that the codec encodes together
 
 
-class DalleStages:
+class DalleStages(Placement):
     """A tokenizer, a transformer that writes codes, the codec that draws them, and a CLIP that chooses, or none."""
 
     name: str
 
-    def __init__(self, tokenizer: BPETokenizer, codec: ImageCodec, dalle: DALLE, clip: CLIP | None = None) -> None:
+    def __init__(self, tokenizer: BPETokenizer, codec: ImageCodec, dalle: AnyDALLE, clip: CLIP | None = None) -> None:
         self.tokenizer, self.codec, self.dalle, self.clip = tokenizer, codec, dalle, clip
         self._check_fit()
-        for module in (*self.networks().values(), *([] if clip is None else [clip])):
-            module.eval().requires_grad_(False)
+        for module in self._modules:
+            settled(module)
 
     def networks(self) -> dict[str, nn.Module]:
         """Every network but CLIP."""
         return {"codec": self.codec, "dalle": self.dalle}
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves all networks; parameters become `dtype`, but a small CLIP and a codebook's statistics stay float32."""
-        if self.clip is not None:
-            big = sum(p.numel() for p in self.clip.parameters()) > SMALL_CLIP
-            self.clip.to(device=device, dtype=dtype if big else None)
-        for network in self.networks().values():
-            network.to(device=device)
-            for parameter in network.parameters():
-                parameter.data = parameter.data.to(dtype=dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.dalle.start.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.dalle.start.dtype
-
     @torch.inference_mode()
     def encode(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Pictures of S x S pixels (PIL, paths, or tensors in [-1, 1]) -> their codes (P, h, w)."""
         x = to_tensor(self._fitting(images)).to(self.device)
+        self._use(self.codec)
         return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) -> pictures (B, 3, S, S) in [-1, 1]."""
+        self._use(self.codec)
         return self.codec.decode(codes.to(self.device)).float()
 
     def elbo(self, images: Picture | Sequence[Picture], captions: Prompt, *, seed: int | None = None) -> JointBound:
@@ -77,6 +57,8 @@ class DalleStages:
 
         Its `bits_per_dim` is what a value of a picture costs at most, the caption included.
         """
+        if self.offloaded:
+            raise ValueError("the networks are offloaded, but the bound needs both in memory; take it before offload()")
         pictures, captions = self._fitting(images), check_prompts(captions)
         if len(pictures) != len(captions):
             raise ValueError(f"{len(captions)} captions for {len(pictures)} pictures; expected one for each")

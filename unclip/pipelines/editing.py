@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.diffusion.repaint import PaintOptions, fill, paste, repaint
+from unclip.diffusion.repaint import PaintOptions, fill, inpaint, paste, repaint
 from unclip.diffusion.samplers import randn
+from unclip.models.decoder import known_part
 from unclip.pictures import open_mask
 from unclip.pipelines.base import Picture, check_count, generators_from, progress_bar, seeds_from, to_pil
 from unclip.pipelines.memory import kept_memory
@@ -25,7 +26,7 @@ from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
 
 # B pictures, H W height and width of the canvas, S size of the model's pictures, s of a stage's
 
-ONCE = PaintOptions(resamples=1)  # for upsamplers: what their low-res picture says is in harmony already
+ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers: what they enlarge is in harmony already
 KNOWN = 0.25  # of a window should be known when it is painted
 MOST_WINDOWS = 64
 
@@ -48,6 +49,8 @@ class UnCLIPEditing(UnCLIPRuns):
 
     The prompt tells what the whole picture shows; without one, it is to mean what it means now. A picture of any size
     is painted through square windows of its shorter side, which the model sees at its own size.
+
+    A model with an inpainter paints with it, unless painting.trained is False; any other with its plain decoder.
     """
 
     def inpaint(
@@ -79,7 +82,6 @@ class UnCLIPEditing(UnCLIPRuns):
             warnings.warn("everything is marked in the mask (white = paint): nothing is kept", stacklevel=2)
         recipe = {"operation": "inpaint", "picture": encode_picture(picture), "mask": encode_picture(marked)}
         canvas = Canvas(picture, np.asarray(picture), hole, min(picture.size), recipe)
-        painting = painting or PaintOptions()
         return self._paint(canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress)
 
     def outpaint(
@@ -112,7 +114,6 @@ class UnCLIPEditing(UnCLIPRuns):
         hole = np.pad(np.zeros(picture.size[::-1], dtype=bool), around, constant_values=True)
         recipe = {"operation": "outpaint", "picture": encode_picture(picture), "arguments": borders}
         canvas = Canvas(picture, pixels, hole, min(picture.size), recipe)
-        painting = painting or PaintOptions()
         return self._paint(canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress)
 
     def image_to_image(
@@ -146,7 +147,7 @@ class UnCLIPEditing(UnCLIPRuns):
         self,
         canvas: Canvas,
         prompt: str | None,
-        painting: PaintOptions,
+        painting: PaintOptions | None,
         num_images: int,
         seed: int | None,
         options: UnCLIPOptions | None,
@@ -154,6 +155,7 @@ class UnCLIPEditing(UnCLIPRuns):
         batch_size: int,
         progress: bool,
     ) -> GenerationResult:
+        painting = self._settled(painting or PaintOptions())
         check_count("num_images", num_images)
         check_count("batch_size", batch_size)
         options = options or self.options
@@ -163,9 +165,9 @@ class UnCLIPEditing(UnCLIPRuns):
         seeds = seeds_from(seed, num_images)
         windows = list(windows_over(canvas.hole, canvas.side))
         batches = list(batches_of(num_images, batch_size))
-        once = painting.resamples * painting.steps(options.decoder.steps)
+        once = (1 if painting.trained else painting.resamples) * painting.steps(options.decoder.steps)
         steps = len(windows) * (once + sum(stage.steps for stage in options.upsamplers))
-        steps += 0 if prompt is None else options.prior.steps
+        steps += 0 if prompt is None else self.prior_steps(options.prior)
         images, embs = [], []
         with (
             torch.inference_mode(),
@@ -190,6 +192,12 @@ class UnCLIPEditing(UnCLIPRuns):
         told = {**canvas.recipe.get("arguments", {}), "prompt": prompt, "painting": asdict(painting)}
         entries = [{**canvas.recipe, "arguments": told, "seed": one, **self._about(options)} for one in seeds]
         return GenerationResult(images, list(seeds), [prompt] * num_images, torch.cat(embs), entries)
+
+    def _settled(self, painting: PaintOptions) -> PaintOptions:
+        """`painting` that says which decoder paints."""
+        if painting.trained and self.inpainter is None:
+            raise ValueError("this model has no inpainter: painting.trained must be False or None")
+        return replace(painting, trained=self.inpainter is not None) if painting.trained is None else painting
 
     def _content(
         self,
@@ -234,9 +242,13 @@ class UnCLIPEditing(UnCLIPRuns):
             def noise(shape: torch.Size = picture.shape) -> Tensor:
                 return randn(shape, generators, self.device)
 
-            run, how = self._run(i, options, image_emb, x, text), painting if i == 0 else ONCE
-            on_sample = run.reporter(on_step)
-            painted = repaint(run.estimate, picture, marked, run.schedule, run.timesteps, noise, how, on_sample)
+            how = painting if i == 0 else ONCE
+            run = self._run(i, options, image_emb, x, text, known_part(picture, marked) if how.trained else None)
+            task = run.estimate, picture, marked, run.schedule, run.timesteps, noise
+            if how.trained:
+                painted = inpaint(*task, how.strength, run.reporter(on_step))
+            else:
+                painted = repaint(*task, how, run.reporter(on_step))
             x = paste(painted, picture, marked, radius=max(1, size // 32)).clamp(-1, 1)
         return x
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from unclip.pipelines.base import (
     to_pil,
     with_named_sampler,
 )
+from unclip.pipelines.placement import Placement
+from unclip.pipelines.settling import settled
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GenerationResult, GLIDEOptions, OnStep, Progress, Prompt, StageOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # B batch, L text slots, s picture size
 
 
-class GLIDEPipeline:
+class GLIDEPipeline(Placement):
     """A network that draws from a caption, and any number that enlarge; each reads the caption by itself.
 
     `generators` are one for each picture; each draws the first noise and the steps' of stage after stage.
@@ -64,7 +63,7 @@ class GLIDEPipeline:
         self._check_fit()
         self._check_options(self.options)
         for network in self.networks().values():
-            network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+            settled(network)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> GLIDEPipeline:
@@ -83,6 +82,7 @@ class GLIDEPipeline:
         for stage in (self.options.decoder, *self.options.upsamplers):
             if not isinstance(stage.sampler, str):
                 raise ValueError(f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved")
+        self._check_whole()
         schedules = {stage: schedule.config for stage, schedule in self.schedules.items()}
         parts = {"tokenizer": self.tokenizer, **self.networks()}
         save_bundle(Bundle(self.kind, parts, schedules, self.options, self.name, self.licence), folder, dtype)
@@ -90,19 +90,6 @@ class GLIDEPipeline:
     def networks(self) -> dict[str, GLIDE]:
         """Every network under the name of its stage."""
         return {"decoder": self.decoder, **{f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)}}
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        for network in self.networks().values():
-            network.to(device=device, dtype=dtype)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.text.padding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.text.padding.dtype
 
     def __call__(
         self,
@@ -176,6 +163,7 @@ class GLIDEPipeline:
         low_res: Tensor | None = None,
     ) -> Tensor:
         network = self.networks()[stage]
+        self._use(network)
         context, size = self._context(network, captions), network.config.image_size
 
         def given(context: DecoderContext, low_res: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:

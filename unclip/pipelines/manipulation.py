@@ -107,7 +107,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         """Latents of pictures that were never there: the prior's embeddings of prompts, and random noise."""
         options, prompts = options or deterministic(self.options), check_prompts(prompts)
         seeds = seeds_from(seed, len(prompts))
-        with progress_bar(options.prior.steps, progress, on_step) as report:
+        with progress_bar(self.prior_steps(options.prior), progress, on_step) as report:
             image_emb = self.sample_prior(
                 self.encode_text(prompts),
                 generators=generators_from(seeds),

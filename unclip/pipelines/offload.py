@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from unclip.pipelines.memory import give_back
+from unclip.pipelines.settling import settled, settling
 
 
 class Residency:
@@ -19,18 +20,23 @@ class Residency:
     that goes when this object does.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the parameters; None = as they are."""
+        self.device, self.dtype = device, dtype
         self._folder = tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
         self._waiting: dict[nn.Module, InMemory | OnDisk] = {}
         self._here: nn.Module | None = None
 
     def add(self, module: nn.Module) -> None:
-        """From now on the module waits for its `use`."""
+        """From now on the module waits for its `use`, as it may do already."""
+        if module in self._waiting:
+            return
         if self._folder is None:
-            self._waiting[module] = InMemory(module, self.device)
+            self._waiting[module] = InMemory(settled(module, self.dtype), self.device)
         else:
-            self._waiting[module] = OnDisk(module, Path(self._folder.name) / str(len(self._waiting)))
+            file = Path(self._folder.name) / str(len(self._waiting))
+            self._waiting[module] = OnDisk(module, file, settling(module, self.dtype))
+            give_back(self.device)
 
     def use(self, module: nn.Module) -> None:
         """Makes the module ready to compute, until the next call for another one."""
@@ -59,17 +65,20 @@ class InMemory:
 class OnDisk:
     """A module whose state is in a file, and in memory after `fetch`; what is not in its state stays in memory."""
 
-    def __init__(self, module: nn.Module, file: Path) -> None:
+    def __init__(self, module: nn.Module, file: Path, settle: Callable[[Tensor], Tensor]) -> None:
+        """settle: what is done to the parameters on their way, one by one: little of a mapped file is in memory."""
         self.module, self.file = module, file
         self.places: dict[str, tuple[int, Tensor]] = {}  # name -> first byte, and the tensor without its data
         with file.open("wb") as out:
             for name in list(module.state_dict()):
                 owner, leaf = self._place(name)
                 tensor = getattr(owner, leaf).detach()
+                if leaf in owner._parameters:
+                    tensor = settle(tensor)
                 self.places[name] = (out.tell(), tensor.to("meta"))  # which keeps dtype and memory format
                 out.write(_bytes(tensor))
                 del tensor
-                self._give(name, self.places[name][1])  # one by one: of a mapped checkpoint little is in memory then
+                self._give(name, self.places[name][1])
 
     def fetch(self) -> None:
         with self.file.open("rb", buffering=0) as source:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from unclip.types import StageOptions, UnCLIPOptions
+from unclip.types import StageOptions
+
+Options = TypeVar("Options")
 
 PRESETS = ("exact", "fast")
 
 
-def preset(name: str, options: UnCLIPOptions, upsamplers: Sequence[Any]) -> UnCLIPOptions:
+def preset(name: str, options: Options, upsamplers: Sequence[Any]) -> Options:
     """A model's own `options` ("exact"), or made several times cheaper at a small loss ("fast").
 
     upsamplers: their configs.
@@ -20,15 +22,18 @@ def preset(name: str, options: UnCLIPOptions, upsamplers: Sequence[Any]) -> UnCL
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     if name == "exact":
         return options
+    if not hasattr(options, "decoder"):
+        raise ValueError(f"preset {name!r} takes steps of diffusion less often, and this kind of model has none")
+    prior = {"prior": _fewer(options.prior, 0.4)} if hasattr(options, "prior") else {}
     return replace(
         options,
-        prior=_fewer(options.prior, 0.4),
-        decoder=_fewer(options.decoder, 0.5, guidance_interval=(0.2, 0.9)),
+        **prior,
+        decoder=_fewer(options.decoder, 0.4, guidance_interval=(0.2, 0.9)),
         # A network that was trained for t = 0 alone must not meet another t: ancestral sampling ends there.
         upsamplers=tuple(
             _fewer(stage, 0.6)
             if getattr(config, "last_unet", None) is None
-            else replace(stage, steps=max(2, round(0.6 * stage.steps)), reuse=3)
+            else replace(stage, steps=max(2, round(0.45 * stage.steps)), reuse=3)
             for stage, config in zip(options.upsamplers, upsamplers, strict=False)
         ),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unclip.diffusion.samplers import Estimate, OnSample, estimator, timesteps
 from unclip.diffusion.schedules import Schedule
+from unclip.models.decoder import DecoderContext
 from unclip.pictures import open_picture
 from unclip.pipelines.base import Picture, about_drawing, to_pil, with_named_sampler
 from unclip.pipelines.stages import UnCLIPStages
@@ -49,23 +50,33 @@ class UnCLIPRuns(UnCLIPStages):
         image_emb: Tensor,
         low_res: Tensor | None,
         text: TextEncoding | None = None,
+        known: Tensor | None = None,
     ) -> StageRun:
-        """The decoder (stage 0) for B embeddings and texts, or an upsampler for low_res (B, 3, s, s) in [-1, 1]."""
+        """The decoder (stage 0) for B embeddings and texts, or an upsampler for low_res (B, 3, s, s) in [-1, 1].
+
+        With known (B, 4, s, s), see `known_part`, the inpainter takes the decoder's place.
+        """
         if stage == 0:
-            return self._decoder_run(options.decoder, image_emb.to(self.device, self.dtype), text)
+            return self._decoder_run(options.decoder, image_emb.to(self.device, self.dtype), text, known)
         return self._upsampler_run(stage - 1, options.upsamplers[stage - 1], low_res)
 
-    def _decoder_run(self, options: StageOptions, image_emb: Tensor, text: TextEncoding | None) -> StageRun:
-        config, schedule = self.decoder.config, self.schedules["decoder"]
+    def _decoder_run(
+        self, options: StageOptions, image_emb: Tensor, text: TextEncoding | None, known: Tensor | None
+    ) -> StageRun:
+        if known is None:
+            name, decoder = "decoder", self.decoder
+            cond = self._context(image_emb, text)
+        else:
+            name, decoder = "inpainter", self.inpainter
+            cond = self._context(image_emb, text, known=known)
 
-        denoise = self._guided(
-            "decoder",
-            self.decoder,
-            self._context(image_emb, text),
-            lambda: self._null_context(image_emb),
-            options,
-            config.learned_variance,
-        )
+        def null() -> DecoderContext:
+            if known is None:
+                return self._null_context(image_emb)
+            return self._context(image_emb, None, drop_image=True, known=known)
+
+        config, schedule = decoder.config, self.schedules[name]
+        denoise = self._guided(name, decoder, cond, null, options, config.learned_variance)
         estimate = estimator(
             denoise,
             schedule,
@@ -74,12 +85,14 @@ class UnCLIPRuns(UnCLIPStages):
             clip=1.0,
             percentile=options.dynamic_threshold,
         )
-        return StageRun("decoder", estimate, schedule, timesteps(options, schedule))
+        return StageRun(name, estimate, schedule, timesteps(options, schedule))
 
     def _upsampler_run(self, i: int, options: StageOptions, low_res: Tensor) -> StageRun:
         upsampler, name = self.upsamplers[i], f"upsampler_{i}"
         config, schedule, low_res = upsampler.config, self.schedules[name], upsampler.prepare(low_res.to(self.device))
-        if config.last_unet is not None:  # which knows no timestep but 0, and there ancestral sampling ends
+        if (
+            getattr(config, "last_unet", None) is not None
+        ):  # which knows no timestep but 0, and there ancestral sampling ends
             options = replace(options, sampler="ancestral")
         estimate = estimator(
             self._denoiser(name, upsampler, low_res, options),
@@ -100,13 +113,17 @@ class UnCLIPRuns(UnCLIPStages):
     def _check_options(self, options: UnCLIPOptions) -> None:
         if not isinstance(options, UnCLIPOptions):
             raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
+        if options.embedding != "prior":
+            raise ValueError(f"embedding is {options.embedding!r}, which is for pictures of prompts alone; set 'prior'")
         self._check_upsampling(options.upsamplers)
 
     def _about(self, options: UnCLIPOptions) -> dict[str, Any]:
         """What the metadata of every picture tells of the model."""
         upsamplers = tuple(map(with_named_sampler, options.upsamplers))
         stages = {name: with_named_sampler(getattr(options, name)) for name in ("prior", "decoder")}
-        return about_drawing(self.source, self.dtype, replace(options, upsamplers=upsamplers, **stages))
+        told = about_drawing(self.source, self.dtype, replace(options, upsamplers=upsamplers, **stages))
+        source = getattr(self.prior, "source", None)  # of a prior that is not the model's own
+        return told if source is None else {**told, "prior_model": source}
 
 
 def several(images: Picture | Sequence[Picture]) -> list[Image.Image]:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from unclip.diffusion.guidance import Denoise, Mixed, classifier_free
 from unclip.diffusion.samplers import randn, sample, timesteps
+from unclip.latents import normalise
 from unclip.models.decoder import DecoderContext
-from unclip.models.prior import DiffusionPrior, TextPrefix
+from unclip.models.prior import DiffusionPrior
+from unclip.models.text_prior import DirectPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
 from unclip.pipelines.base import Picture, check_prompts, random_generators
@@ -75,9 +77,7 @@ class UnCLIPStages(UnCLIPNetworks):
         prior = self._need_prior()
         options, candidates = options or self.options.prior, candidates or self.options.prior_candidates
         K, P = (1, len(text)) if weights is None else weights.shape
-        text_emb = text.emb.float()
-        if weights is not None:
-            text_emb = einsum(text_emb.unflatten(0, (K, P)), weights.to(text_emb), "k p d, k p -> p d")
+        text_emb = mixed(text.emb.float(), weights)
         generators = generators or random_generators(P * num_images)
         each = num_images * candidates
 
@@ -94,25 +94,37 @@ class UnCLIPStages(UnCLIPNetworks):
             return self._keep("null prefix", [self.clip, prior], lambda: prefix(self._no_text()))
 
         # A row of the prefix for each prompt, which serves all of its embeddings.
-        denoise = self._guided("prior", prior, prefix(self._trimmed(text)), null, options)
-        x_0 = self._sample(
-            "prior",
-            denoise if weights is None else Mixed(denoise, weights.repeat_interleave(each, dim=1)),
-            (P * each, prior.config.emb_dim),
-            [generator for generator in generators for _ in range(candidates)],
-            options,
-            on_step,
-            prediction="x0",
-            clip=prior.x0_limit,
-        )
-        emb = rearrange(prior.denormalize(x_0), "(p n c) d -> p n c d", p=P, c=candidates)
+        cond = prefix(self._trimmed(text))
+        drawing = [generator for generator in generators for _ in range(candidates)]
+        mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
+        if isinstance(prior, DirectPrior):
+            emb = self._sample_directly(prior, cond, null, drawing, options, on_step, mixing)
+        else:
+            denoise = self._guided("prior", prior, cond, null, options)
+            x_0 = self._sample(
+                "prior",
+                denoise if mixing is None else Mixed(denoise, mixing),
+                (P * each, prior.config.emb_dim),
+                drawing,
+                options,
+                on_step,
+                prediction="x0",
+                clip=prior.x0_limit,
+            )
+            emb = prior.denormalize(x_0)
+        emb = rearrange(emb, "(p n c) d -> p n c d", p=P, c=candidates)
         best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)  # unCLIP 2.2
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
 
     @torch.inference_mode()
+    def as_image(self, text_emb: Tensor) -> Tensor:
+        """Text embeddings (N, D) at the usual length of image embeddings, to be decoded as such (unCLIP 5.1)."""
+        return normalise(text_emb.float()) * self._need_prior().emb_norm
+
+    @torch.inference_mode()
     def decode(
         self,
-        image_emb: Tensor,
+        image_emb: Tensor | None,
         text: TextEncoding | None = None,
         *,
         generators: Sequence[torch.Generator] | None = None,
@@ -123,12 +135,18 @@ class UnCLIPStages(UnCLIPNetworks):
     ) -> Tensor:
         """CLIP image embeddings (B, D), and their B texts or None for no text -> pictures (B, 3, s, s) in [-1, 1].
 
+        Without embeddings (None) the decoder follows the texts alone (unCLIP 5.1).
         negative: B texts in place of the null of guidance. weights (K, B): text holds the first of K texts for each of
         the B, then the second, ..., to be mixed so.
         """
         decoder, config = self.decoder, self.decoder.config
         options = options or self.options.decoder
-        B, K = len(image_emb), 1 if weights is None else len(weights)
+        K, blind = 1 if weights is None else len(weights), image_emb is None
+        if blind:
+            if text is None:
+                raise ValueError("neither image_emb nor text is given; the decoder needs one of the two")
+            image_emb = text.emb.new_zeros(len(text) // K, config.emb_dim)  # gives way to the null
+        B = len(image_emb)
         if text is not None and len(text) != K * B:
             raise ValueError(f"{len(text)} texts for {B} image embeddings; expected {K} for each")
         image_emb = image_emb.to(self.device, self.dtype).repeat(K, 1)
@@ -139,7 +157,7 @@ class UnCLIPStages(UnCLIPNetworks):
             return self._null_context(image_emb)
 
         denoise = self._guided(
-            "decoder", decoder, self._context(image_emb, text), null, options, config.learned_variance
+            "decoder", decoder, self._context(image_emb, text, drop_image=blind), null, options, config.learned_variance
         )
         return self._sample(
             "decoder",
@@ -186,16 +204,25 @@ class UnCLIPStages(UnCLIPNetworks):
             ).clamp(-1, 1)
         return images
 
-    def _context(self, image_emb: Tensor, text: TextEncoding | None, drop_image: bool = False) -> DecoderContext:
+    def _context(
+        self,
+        image_emb: Tensor,
+        text: TextEncoding | None,
+        drop_image: bool = False,
+        known: Tensor | None = None,
+    ) -> DecoderContext:
+        """What the decoder is told; with known, what the inpainter is."""
+        decoder = self.decoder if known is None else self.inpainter
         rows = torch.ones(len(image_emb), dtype=torch.bool, device=self.device)
         dropped = rows if drop_image else None
         if text is None:
             text = self._no_text().repeat_interleave(len(image_emb))
-            drop_text = rows if self.decoder.config.null_text == "learned" else None
+            drop_text = rows if decoder.config.null_text == "learned" else None
         else:
             text, drop_text = self._trimmed(text), None
-        self._use(self.decoder)
-        return self.decoder.condition(image_emb, text, drop_image=dropped, drop_text=drop_text)
+        self._use(decoder)
+        told = {} if known is None else {"known": known}  # to a decoder of another kind it would be unknown
+        return decoder.condition(image_emb, text, drop_image=dropped, drop_text=drop_text, **told)
 
     def _null_context(self, image_emb: Tensor) -> DecoderContext:
         """Without image and text: one row; of image_emb only the width is used."""
@@ -230,6 +257,8 @@ class UnCLIPStages(UnCLIPNetworks):
     def _denoiser(self, stage: str, network: nn.Module, context: Any, options: StageOptions, **which: Any) -> Denoise:
         """The network of a stage under one context; which: `last` for an upsampler."""
         part = network.network(**which) if hasattr(network, "network") else network
+        if options.reuse > 1 and not (hasattr(network, "step") and hasattr(network, "unet")):
+            raise ValueError(f"{stage} is a {type(network).__name__}, which cannot reuse deep features; set reuse to 1")
         if hasattr(network, "step"):
             return Stepper(
                 lambda x_t, told, deep: network.step(x_t.to(self.dtype), told, context, deep, **which),
@@ -239,8 +268,6 @@ class UnCLIPStages(UnCLIPNetworks):
                 options.reuse,
                 partial(self._use, part),
             )
-        if options.reuse > 1:
-            raise ValueError(f"{stage} is a {type(network).__name__}, which cannot reuse deep features; set reuse to 1")
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             self._use(part)
@@ -277,7 +304,49 @@ class UnCLIPStages(UnCLIPNetworks):
         with kept_memory(self.device):
             return sample(denoise, x_T, schedule, options, generators=generators, on_step=report, **network)
 
-    def _need_prior(self) -> DiffusionPrior:
+    def _sample_directly(
+        self,
+        prior: DirectPrior,
+        cond: TextPrefix,
+        null: Callable[[], TextPrefix],
+        generators: Sequence[torch.Generator],
+        options: StageOptions,
+        on_step: OnStep | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Embeddings (B, D) without diffusion: guidance, and weights (K, B), act on what the prior predicts."""
+        guided, rows = options.guidance != 1.0, len(generators) * (1 if weights is None else len(weights))
+        if guided:
+            without = null()
+            cond = TextPrefix.cat([cond, without.repeat_interleave(len(cond) // len(without))])
+            rows *= 2
+
+        def combine(predicted: Tensor) -> Tensor:
+            if guided:
+                told, untold = predicted.chunk(2)
+                predicted = torch.lerp(untold, told, options.guidance)
+            if weights is None:
+                return predicted
+            return einsum(predicted.unflatten(0, weights.shape), weights.to(predicted), "k b ..., k b -> b ...")
+
+        def report(step: int) -> None:
+            on_step(Progress("prior", step, prior.steps))
+
+        self._use(prior)
+        with kept_memory(self.device):
+            told = {"temperature": options.temperature, "on_draw": report if on_step else None}
+            return prior.sample(cond.expand(rows), generators, combine, **told)
+
+    def prior_steps(self, options: StageOptions) -> int:
+        """How often the prior will call `on_step`, of which only diffusion lets the options choose."""
+        return self.prior.steps if isinstance(self.prior, DirectPrior) else options.steps
+
+    def _need_prior(self) -> DiffusionPrior | DirectPrior:
         if self.prior is None:
             raise ValueError("this model has no prior and cannot draw from text; use variations(image)")
         return self.prior
+
+
+def mixed(emb: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted sums (P, D) of K embeddings each, (K * P, D); weights (K, P), or None for a single one."""
+    return emb if weights is None else einsum(emb.unflatten(0, weights.shape), weights.to(emb), "k p d, k p -> p d")

@@ -15,6 +15,7 @@ from unclip.clip import CLIP
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.decoder import Decoder
 from unclip.models.prior import DiffusionPrior
+from unclip.models.text_prior import DirectPrior
 from unclip.models.upsampler import Upsampler
 from unclip.pipelines.base import (
     Picture,
@@ -25,9 +26,9 @@ from unclip.pipelines.base import (
 )
 from unclip.pipelines.editing import UnCLIPEditing
 from unclip.pipelines.manipulation import UnCLIPManipulations
-from unclip.pipelines.networks import settled
 from unclip.pipelines.offload import Residency, parts
 from unclip.pipelines.rerank import best_of
+from unclip.pipelines.stages import mixed
 from unclip.pipelines.wording import Mixture, Wording, in_words
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
@@ -42,19 +43,21 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
     def __init__(
         self,
         clip: CLIP,
-        prior: DiffusionPrior | None,
+        prior: DiffusionPrior | DirectPrior | None,
         decoder: Decoder,
         upsamplers: Sequence[Upsampler] = (),
         options: UnCLIPOptions | None = None,
         *,
+        inpainter: Decoder | None = None,
         schedules: Mapping[str, ScheduleConfig] | None = None,
         residency: Residency | None = None,
         name: str = "unnamed",
         licence: str = "",
         source: str | None = None,
     ) -> None:
-        """schedules, residency: see `UnCLIPNetworks`. source: what `unclip.load` was given, for pictures' metadata."""
-        super().__init__(clip, prior, decoder, upsamplers, options, schedules=schedules, residency=residency)
+        """source: what `unclip.load` was given, for pictures' metadata. For the rest see `UnCLIPNetworks`."""
+        fitted = {"inpainter": inpainter, "schedules": schedules, "residency": residency}
+        super().__init__(clip, prior, decoder, upsamplers, options, **fitted)
         self.name, self.licence, self.source = name, licence, source or name
         self._check_upsampling(self.options.upsamplers)
 
@@ -64,9 +67,8 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         bundle: Bundle,
         source: str | None = None,
         residency: Residency | None = None,
-        dtype: torch.dtype | None = None,
     ) -> UnCLIPPipeline:
-        """A pipeline of what a checkpoint holds; offloaded, in `dtype`, if a residency is given."""
+        """A pipeline of what a checkpoint holds; offloaded if a residency is given."""
         if bundle.kind != cls.kind:
             raise ValueError(f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}")
         if missing := {"clip", "decoder"} - bundle.components.keys():
@@ -76,7 +78,7 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         def component(name: str) -> Any:
             module = bundle.components[name]
             if residency is not None:  # before the next one is read
-                for part in parts([settled(module, dtype)]):
+                for part in parts([module]):
                     residency.add(part)
             return module
 
@@ -86,6 +88,7 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
             component("decoder"),
             [component(name) for name in ups],
             bundle.options,
+            inpainter=component("inpainter") if "inpainter" in bundle.components else None,
             schedules=bundle.schedules,
             residency=residency,
             name=bundle.name,
@@ -139,7 +142,6 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         called after every step of every batch of at most `batch_size` pictures.
         """
         wording = Wording.of(prompt, negative_prompt)
-        self._need_prior()
 
         def draw(num_images: int) -> Iterator[GenerationResult]:
             return self._draw(wording, None, num_images, seed, options, on_step, batch_size, progress)
@@ -190,9 +192,12 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         check_count("prior_candidates", options.prior_candidates)
         if wording is not None:
             wording.check(options)
+            if options.embedding != "none":
+                self._need_prior()
         count = len(given) if wording is None else len(wording)
-        stages = [options.decoder, *options.upsamplers, *([options.prior] if given is None else [])]
-        steps, about = sum(stage.steps for stage in stages), self._about(options)
+        steps, about = sum(stage.steps for stage in (options.decoder, *options.upsamplers)), self._about(options)
+        if wording is not None and options.embedding == "prior":
+            steps += self.prior_steps(options.prior)
         for batch in in_batches(count, num_images, seed, batch_size, steps, progress, on_step):
             rows, n = batch.prompts, batch.num_images
             drawing = {"generators": batch.generators, "on_step": batch.on_step}
@@ -203,7 +208,8 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
                     emb, told = self._imagine(wording[rows], n, options, drawing)
                 x = self.decode(emb, options=options.decoder, **told, **drawing)
                 images = to_pil(self.upsample(x, options=options.upsamplers, **drawing))
-            emb = emb.cpu().clone()  # outside of inference mode: the caller may compute with it
+            # Cloned outside of inference mode: the caller may compute with it.
+            emb = None if emb is None else emb.cpu().clone()
             if wording is None:
                 prompts, made_of = [None] * len(images), [{"image_emb": encode_array(one)} for one in emb]
             else:
@@ -214,24 +220,27 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
 
     def _meaning(self, wording: Wording) -> Tensor:
         """CLIP's embeddings of the prompts (P, D); of a mixture, the weighted sum."""
-        emb = self.encode_text(wording.texts).emb.unflatten(0, (-1, len(wording)))  # K P D
-        return emb[0] if wording.weights is None else (emb * wording.weights[..., None].to(emb)).sum(dim=0)
+        return mixed(self.encode_text(wording.texts).emb, wording.weights)
 
     def _imagine(
         self, wording: Wording, num_images: int, options: UnCLIPOptions, drawing: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Embeddings (B, D) of the pictures of some prompts, and what else the decoder is to be told."""
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Embeddings (B, D) of the pictures of some prompts, or None, and what else the decoder is to be told."""
         text, weights = self.encode_text(wording.texts), wording.weights
         negative = None if wording.negative is None else self.encode_text(wording.negative)
-        emb = self.sample_prior(
-            text,
-            num_images=num_images,
-            options=options.prior,
-            candidates=options.prior_candidates,
-            negative=negative,
-            weights=weights,
-            **drawing,
-        )
+        emb = None
+        if options.embedding == "text":
+            emb = self.as_image(mixed(text.emb, weights)).repeat_interleave(num_images, dim=0)
+        elif options.embedding == "prior":
+            emb = self.sample_prior(
+                text,
+                num_images=num_images,
+                options=options.prior,
+                candidates=options.prior_candidates,
+                negative=negative,
+                weights=weights,
+                **drawing,
+            )
         return emb, {
             "text": text.repeat_interleave(num_images),
             "negative": negative and negative.repeat_interleave(num_images),

@@ -14,13 +14,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from unclip.evaluation import STAGES
+from unclip.evaluation import CODE_STAGES, STAGES
 from unclip.evaluation.bench.processes import host, import_time, run
 from unclip.evaluation.bench.tables import describe as describe
 from unclip.evaluation.bench.tables import rows as rows
 
 PROMPT = "a red apple"
-RANDOM = ("karlo-random", "karlo-tiny")  # built here, see karlo.py; the second is for tests
+# Models with random weights, the second for tests: karlo.py, dalle.py
+KARLO, DALLE, MEGA = ("karlo-random", "karlo-tiny"), ("dalle-random", "dalle-tiny"), ("mega-random", "mega-tiny")
+RANDOM = (*KARLO, *DALLE, *MEGA)
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,23 @@ class BenchConfig:
     device: str | None = None
     batch: int = 1  # pictures drawn at once in the warm runs
     repeat: int = 5
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] | None = None  # None = all that the model has
     steps_only: bool = False  # two steps of each stage instead of all
     preset: str | None = None
     compile: bool = False
     quantize: str | None = None
     offload: bool = False
+    candidates: int | None = None  # how many are drawn and compared, beside drawing as many
 
     def __post_init__(self) -> None:
         for name in ("batch", "repeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if unknown := [stage for stage in self.stages if stage not in STAGES]:
-            raise ValueError(f"unknown stage {unknown[0]!r}; expected some of {', '.join(STAGES)}")
+        known = dict.fromkeys((*STAGES, *CODE_STAGES))
+        if unknown := [stage for stage in self.stages or () if stage not in known]:
+            raise ValueError(f"unknown stage {unknown[0]!r}; expected some of {', '.join(known)}")
+        if self.candidates is not None and self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}; expected at least 1")
         if self.steps_only and self.preset not in (None, "exact"):
             raise ValueError(f"the steps of {self.preset!r} are not alike; measure it without --steps-only")
 
@@ -52,7 +58,7 @@ class BenchConfig:
     def plain(self) -> bool:
         """Whether `unclip generate` draws what is measured."""
         changed = self.preset or self.compile or self.quantize or self.offload or self.steps_only
-        return not changed and self.stages == STAGES and self.model not in RANDOM
+        return not changed and self.stages is None and self.model not in RANDOM
 
 
 def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
         "machine": {**host(), **measured.pop("machine")},
         "machine_peak": rates,
         "seconds": {**started, **measured.pop("seconds")},
-        "peak_memory": {**at_start, "warm": warm_peak, **measured.pop("peak_memory")},
+        "peak_memory": {**at_start, "warm": warm_peak, **measured.pop("peak_memory")},  # where it knows better
         **measured,
     }
 
@@ -99,7 +105,7 @@ def _generate(config: BenchConfig) -> list[str]:
 
 def _warm(config: BenchConfig, folder: Path) -> tuple[dict[str, Any], int | None]:
     """What stages.py measures, and the peak memory of that process."""
-    if config.offload and config.model in RANDOM:  # else all of it would be in memory once, to begin with
+    if config.offload and config.model in KARLO:  # else all of it would be in memory once, to begin with
         dtype = [] if config.dtype is None else ["--dtype", config.dtype]
         run(["-m", "unclip.evaluation.bench.karlo", config.model, str(folder / "model"), *dtype])
         config = dataclasses.replace(config, model=str(folder / "model"))

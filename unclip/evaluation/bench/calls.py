@@ -17,6 +17,15 @@ from unclip.types import OnStep, TextEncoding, UnCLIPOptions
 
 
 @dataclass(frozen=True)
+class Work:
+    """A pipeline's stages as calls that can be timed one by one."""
+
+    calls: dict[str, Stage[Tensor]]
+    steps: dict[str, int]  # of those that are sampled
+    size: int  # pixels of a picture's side
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What the stages are given; how long they take does not depend on the values."""
 
@@ -72,3 +81,11 @@ def stage_steps(options: UnCLIPOptions) -> dict[str, int]:
     """Sampling steps of each stage; the text has none."""
     upsampler = sum(stage.steps for stage in options.upsamplers)
     return {"text": 0, "prior": options.prior.steps, "decoder": options.decoder.steps, "upsampler": upsampler}
+
+
+def picture_work(pipe: UnCLIPPipeline, prompt: str, num_images: int, options: UnCLIPOptions) -> Work:
+    """For pictures of one prompt."""
+    calls = stage_calls(pipe, Inputs.make(pipe, [prompt], num_images), options)
+    steps = {name: count for name, count in stage_steps(options).items() if count}
+    last = pipe.upsamplers[len(options.upsamplers) - 1].config.high_size if options.upsamplers else None
+    return Work(calls, steps, last or pipe.decoder.config.image_size)

@@ -3,82 +3,40 @@
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import diffusers
 import numpy as np
-import torch
-from tqdm import tqdm
 
 import unclip
 from unclip.checkpoints.diffusers_export import reasons_against
 from unclip.checkpoints.diffusers_layout import KARLO_OPTIONS
 from unclip.checkpoints.store import Bundle
-from unclip.evaluation.bench import PROMPT, RANDOM, BenchConfig, machine_peak, reference
+from unclip.evaluation import STAGES
+from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig, reference
 from unclip.evaluation.bench.calls import Inputs, stage_calls, stage_steps
-from unclip.evaluation.bench.clock import Stage, Steps, counted, timed
-from unclip.evaluation.bench.processes import host
-from unclip.evaluation.bench.stages import machine, open_model, where
+from unclip.evaluation.bench.clock import Steps, counted, timed
+from unclip.evaluation.bench.stages import open_model
+from unclip.evaluation.bench.turns import OURS, THEIRS, Comparison, Contender, Turns, images, take_turns, wholes
 from unclip.pipelines.base import generators_from, to_pil
 from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.types import UnCLIPOptions
 
 # B batch, S image size
 
-THEIRS, OURS, FAST = "diffusers", "unclip", "unclip fast"
+FAST = "unclip fast"
 SHOWN = {"prior": 2, "decoder": 3, "upsampler": 1}  # steps in a turn, where all of them would take minutes
 SEVERAL = 4  # images of one prompt, in the second row of the prior
 
-Turns = dict[str, list[Steps[Any]]]  # by contender
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """A row of the table: seconds in each turn."""
-
-    what: str
-    theirs: list[float]
-    ours: list[float]
-    composed: bool = False  # put together from what was measured, not run as a whole
-    flops: tuple[float, float] | None = None  # theirs, ours
-    difference: float | None = None  # between the answers, the largest
-    unit: str = "standard deviations at most"  # of the difference
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast as the reference: the ratio of the medians."""
-        return statistics.median(self.theirs) / statistics.median(self.ours)
-
-    @property
-    def ratios(self) -> list[float]:
-        """Turn by turn."""
-        return [theirs / ours for theirs, ours in zip(self.theirs, self.ours, strict=True)]
-
-    def plain(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio, "ratios": self.ratios}
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One side, and how many of its steps are run in a turn (None = all)."""
-
-    call: Stage[Any]
-    most: int | None = None
-
-
-def begin(config: BenchConfig, compiled: bool) -> dict[str, Any]:
-    """The head of the results: what is compared, where, and what the machine can do at best."""
-    here = {**host(), **machine(*where(config))}
-    return {
-        **asdict(config),
-        "against": f"diffusers {diffusers.__version__}{', compiled' if compiled else ''}",
-        "machine": here,
-        "machine_peak": machine_peak(here),
-        "rows": [],
-    }
+def compare(config: BenchConfig, compiled: bool, whole: bool, progress: bool) -> tuple[str, Iterator[Comparison]]:
+    """The reference's name and version, and the rows."""
+    if config.model in (*DALLE, *MEGA):
+        raise ValueError(f"{config.model} is no unCLIP model, and diffusers has only those")
+    rows = compare_whole if whole else compare_stages
+    return f"diffusers {diffusers.__version__}{', compiled' if compiled else ''}", rows(config, compiled, progress)
 
 
 def compare_stages(config: BenchConfig, compiled: bool, progress: bool = True) -> Iterator[Comparison]:
@@ -86,11 +44,11 @@ def compare_stages(config: BenchConfig, compiled: bool, progress: bool = True) -
 
     compiled: the reference's networks too go through torch.compile. Both sides sample with Karlo's options.
     """
-    count, of = _images(config.batch), "one prompt" if config.batch == 1 else f"each of {config.batch} prompts"
+    count, of = images(config.batch), "one prompt" if config.batch == 1 else f"each of {config.batch} prompts"
     steps = stage_steps(KARLO_OPTIONS)
     turns: dict[str, Turns] = {}
     for stage in ("prior", "decoder", "upsampler"):
-        if stage not in config.stages:
+        if stage not in (config.stages or STAGES):
             continue
         arena = Arena(stage, config, compiled, progress)
         turns[stage] = arena.take_turns(arena.contenders())
@@ -107,10 +65,13 @@ def compare_stages(config: BenchConfig, compiled: bool, progress: bool = True) -
     if turns.keys() == {"text", "prior", "decoder", "upsampler"}:
         for name, what in {OURS: "exact", FAST: "fast"}.items():
             seconds = {
-                side: [sum(parts) for parts in zip(*(_wholes(turns[s][side], steps[s]) for s in turns), strict=True)]
+                side: [sum(parts) for parts in zip(*(wholes(turns[s][side], steps[s]) for s in turns), strict=True)]
                 for side in (THEIRS, name)
             }
-            yield Comparison(f"whole pipeline, {what}, {count}", seconds[THEIRS], seconds[name], composed=True)
+            made = config.batch, "images"
+            yield Comparison(
+                f"whole pipeline, {what}, {count}", seconds[THEIRS], seconds[name], composed=True, made=made
+            )
 
 
 def compare_whole(config: BenchConfig, compiled: bool, progress: bool = True) -> Iterator[Comparison]:
@@ -134,16 +95,16 @@ def compare_whole(config: BenchConfig, compiled: bool, progress: bool = True) ->
         OURS: draw(pipe.options),
         FAST: draw(pipe.preset("fast")),
     }
-    if config.compile or compiled or pipe.device.type == "cuda":
+    if compiled or pipe.device.type != "cpu":
         for contender in contenders.values():
             timed(contender.call, pipe.device)
     turns = take_turns(contenders, pipe.device, config.repeat, "whole pictures", progress)
     for name, what in {OURS: "exact", FAST: "fast"}.items():
-        seconds = [_wholes(turns[side], 0) for side in (THEIRS, name)]
+        seconds = [wholes(turns[side], 0) for side in (THEIRS, name)]
         pictures = [np.stack(turns[side][0].result).astype(float) for side in (THEIRS, name)]
         difference = float(np.abs(pictures[0] - pictures[1]).mean()) / 255
-        what = f"whole pipeline, {what}, {_images(config.batch)}"
-        yield Comparison(what, *seconds, difference=difference, unit="of the pixels' range on average")
+        what, made = f"whole pipeline, {what}, {images(config.batch)}", (config.batch, "images")
+        yield Comparison(what, *seconds, difference=difference, unit="of the pixels' range on average", made=made)
 
 
 class Arena:
@@ -157,7 +118,8 @@ class Arena:
         check_comparable(pipe, config)
         self.reference = reference.REFERENCES[stage](pipe)
         self.difference = reference.difference(self.reference, self._inputs(1))
-        self.in_full = compiled or config.compile or pipe.device.type == "cuda"  # where all steps take seconds
+        # Where all steps take seconds, or the first ones are not like the rest; on the CPU `unclip.compile` is at once.
+        self.in_full = compiled or pipe.device.type != "cpu"
         # Compiled networks hide their operations.
         self.flops = {n: self._count(n) for n in ((1, SEVERAL) if stage == "prior" else (1,))}
         if config.compile:
@@ -173,7 +135,7 @@ class Arena:
             for options in (self.pipe.options, self.pipe.preset("fast"))
         )
         return {
-            THEIRS: Contender(self.reference.call(inputs), most),
+            THEIRS: Contender(self.reference.call(inputs), most and (1 if num_images > 1 else most)),
             OURS: Contender(ours, None if self.stage == "prior" else most),
             FAST: Contender(fast),
         }
@@ -198,7 +160,7 @@ class Arena:
         """whole: the seconds of all steps, rather than of one."""
 
         def amounts(steps: list[Steps[Any]]) -> list[float]:
-            return _wholes(steps, self.steps) if whole else [one.step for one in steps]
+            return wholes(steps, self.steps) if whole else [one.step for one in steps]
 
         composed = whole and turns[THEIRS][0].result is None
         flops = tuple(amounts(self.flops[num_images]))
@@ -208,38 +170,19 @@ class Arena:
         return Inputs.make(self.pipe, [PROMPT] * self.config.batch, num_images)
 
     def _count(self, num_images: int) -> list[Steps[Any]]:
+        """Of the reference, whose steps are alike, and ours."""
         contenders = self.contenders(num_images)
-        timed(contenders[OURS].call, self.pipe.device, most=1)  # what it keeps from call to call is not counted
-        return [counted(contenders[side].call, SHOWN[self.stage]) for side in (THEIRS, OURS)]
+        theirs, ours = (contenders[side].call for side in (THEIRS, OURS))
+        if self.stage != "upsampler":
+            timed(ours, self.pipe.device, most=1)  # what it keeps from call to call is not counted
+        return [counted(theirs, most=1), counted(ours, SHOWN[self.stage])]
 
 
 def check_comparable(pipe: UnCLIPPipeline, config: BenchConfig) -> None:
     """ValueError for a model that diffusers' classes cannot express."""
-    if config.model in RANDOM:
+    if config.model in KARLO:
         return
     schedules = {stage: schedule.config for stage, schedule in pipe.schedules.items()}
     parts = {"clip": pipe.clip, **pipe.networks()}
     if against := reasons_against(Bundle(pipe.kind, parts, schedules, pipe.options, pipe.name, pipe.licence)):
         raise ValueError(f"{config.model} cannot be compared with diffusers: {'; '.join(against)}")
-
-
-def take_turns(
-    contenders: dict[str, Contender], device: torch.device, repeat: int, about: str, progress: bool
-) -> Turns:
-    """Each contender `repeat` times: in order, then in reverse order, then in order, ..."""
-    turns: Turns = {name: [] for name in contenders}
-    with tqdm(total=repeat * len(contenders), disable=not progress, leave=False) as bar:
-        for i in range(repeat):
-            for name in list(contenders)[:: -1 if i % 2 else 1]:
-                bar.set_description(f"{about}: {name}")
-                turns[name].append(timed(contenders[name].call, device, contenders[name].most))
-                bar.update()
-    return turns
-
-
-def _wholes(turns: list[Steps[Any]], num_steps: int) -> list[float]:
-    return [turn.whole(num_steps) for turn in turns]
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count > 1)}"

@@ -18,6 +18,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
         "import": "import unclip",
         "cold": "unclip generate, from cold to PNG",
         "call": f"a further call for {results['batch']} of {results['size']} px",
+        "drawn": f"drawing {results.get('candidates')}",
+        "chosen": f"drawing {results.get('candidates')}, and CLIP choosing the best",
     }
     table = []
     for name, seconds in results["seconds"].items():
@@ -30,25 +32,27 @@ def rows(results: dict[str, Any]) -> list[Row]:
             "warm": "peak memory of the further calls",
             "device": "peak memory on the device",
         }[name]
-        table.append(Row(what, "not told by this system" if size is None else f"{size / MIB:.0f} MiB"))
+        table.append(Row(what, _mib(size) or "not told by this system"))
     return table
 
 
 def stage_table(results: dict[str, Any]) -> str:
     """Each stage and the whole, as Markdown."""
     peak = max(results["machine_peak"].values())
-    lines = [("stage", "seconds", "lowest to highest", "a step", "TFLOP", "of the machine's peak")]
+    head = ("stage", "seconds", "lowest to highest", "a step", "TFLOP", "of the machine's peak", "peak memory")
+    lines = [head]
     stages = {name: results["seconds"][name] for name in results["flops"]}
     for name, seconds in stages.items():
         steps, flops = results["steps"].get(name), results["flops"][name]
         step = tell_seconds(statistics.median(results["step_seconds"][name])) if steps else ""
         what = f"{name}, {steps} steps" if steps else name
-        lines.append((what, *_cells(seconds), step, _tera(flops), share(flops, statistics.median(seconds), peak)))
+        speed = share(flops, statistics.median(seconds), peak)
+        lines.append((what, *_cells(seconds), step, _tera(flops), speed, _mib(results["stage_memory"].get(name))))
     whole = results["seconds"].get("call") or [sum(turn) for turn in zip(*stages.values(), strict=True)]
     if "call" in results["seconds"] or len(stages) > 1:
         flops, images = sum(results["flops"].values()), results["batch"] / statistics.median(whole)
         what = f"all, {results['batch']} of {results['size']} px: {images:.3g} a second"
-        lines.append((what, *_cells(whole), "", _tera(flops), share(flops, statistics.median(whole), peak)))
+        lines.append((what, *_cells(whole), "", _tera(flops), share(flops, statistics.median(whole), peak), ""))
     return markdown(lines)
 
 
@@ -61,24 +65,43 @@ def comparison(row: dict[str, Any]) -> str:
 def comparison_table(results: dict[str, Any]) -> str:
     """All rows as Markdown; notes below tell what is composed, and how far the answers are apart."""
     peak = max(results["machine_peak"].values())
-    lines = [("", results["against"], "unclip", "times as fast", "lowest to highest", "of the machine's peak")]
+    lines = [
+        ("", results["against"], "unclip", "times as fast", "lowest to highest", "of the machine's peak, or speed")
+    ]
     for row in results["rows"]:
         seconds = [statistics.median(row[side]) for side in ("theirs", "ours")]
         if row["flops"]:
             speeds = " and ".join(share(flops, s, peak) for flops, s in zip(row["flops"], seconds, strict=True))
         else:
-            speeds = " and ".join(f"{results['batch'] / s:.3g}" for s in seconds) + " images a second"
+            count, kind = row["made"]
+            speeds = " and ".join(_figure(count / s) for s in seconds) + f" {kind} a second"
         what = row["what"] + (" *" if row["composed"] else "")
         lines.append((what, *map(tell_seconds, seconds), _times(row["ratio"]), _ratios(row), speeds))
     notes = []
     if any(row["composed"] for row in results["rows"]):
-        notes.append(
-            "\\* Put together: what is computed once, plus the number of steps x the median step; stages added up."
-        )
+        notes.append("\\* Put together: single steps x their number, what is computed once added; stages added up.")
     apart = {row["what"]: f"{row['difference']:.1e} {row['unit']}" for row in results["rows"] if row["difference"]}
     if apart:
         notes.append(f"How far both sides' answers are apart: {'; '.join(f'{k} {v}' for k, v in apart.items())}.")
+    if results["peak_memory"]:
+        notes.append(f"Both sides needed {_gb(results['peak_memory'])} of memory at most.")
     return "\n\n".join([markdown(lines), *notes])
+
+
+def other_claims(results: dict[str, Any]) -> list[str]:
+    """Figures of an autoregressive model, and of choosing among candidates: a line each."""
+    seconds, lines = results["seconds"], []
+    if "codes" in seconds:
+        tokens = results["batch"] * results["steps"]["codes"]
+        lines.append(f"{_figure(tokens / statistics.median(seconds['codes']))} image tokens a second")
+    if "chosen" in seconds:
+        ratios = [chosen / drawn for drawn, chosen in zip(seconds["drawn"], seconds["chosen"], strict=True)]
+        ratio = statistics.median(seconds["chosen"]) / statistics.median(seconds["drawn"])
+        lines.append(
+            f"choosing among {results['candidates']} candidates takes {ratio:.3g}x as long as drawing them "
+            f"({min(ratios):.3g}x to {max(ratios):.3g}x)"
+        )
+    return lines
 
 
 def memory_claim(results: dict[str, Any]) -> str | None:
@@ -120,6 +143,10 @@ def share(flops: float, seconds: float, peak: float) -> str:
     return f"{flops / seconds / peak:.0%}"
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:.3g}x"
 
@@ -134,6 +161,10 @@ def _cells(seconds: Sequence[float]) -> tuple[str, str]:
 
 def _tera(flops: float) -> str:
     return f"{flops / TERA:.3g}"
+
+
+def _mib(size: float | None) -> str:
+    return "" if size is None else f"{size / MIB:.0f} MiB"
 
 
 def _gb(size: float) -> str:

@@ -1,0 +1,234 @@
+"""A decoder that is told what is known: random holes, fine-tuning from a plain one, and painting with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, scrambled, tiny_clip, tiny_decoder, tiny_unet
+from PIL import Image
+
+from unclip.checkpoints.store import load_component, save_component
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.repaint import PaintOptions, inpaint
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.decoder import Decoder, DecoderContext, known_part
+from unclip.pictures import read_metadata, save_png
+from unclip.pipelines.base import redraw
+from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.training.inpainting import HOLES, HoleConfig, random_holes, start_inpainting
+from unclip.training.losses import DecoderLoss, DropConfig
+from unclip.types import TextEncoding
+
+QUICK = {"progress": False, "batch_size": 2}
+
+
+def inpainting(**changes: object) -> Decoder:
+    unet = tiny_unet(7, 3, context_dim=24)
+    return tiny_decoder(**{"unet": unet, "learned_variance": False, "prediction": "v", "inpaints": True, **changes})
+
+
+def text(rows: int) -> TextEncoding:
+    mask = torch.ones(rows, CONTEXT, dtype=torch.bool)
+    return TextEncoding(torch.randn(rows, EMB_DIM), torch.randn(rows, CONTEXT, TEXT_WIDTH), mask)
+
+
+# -- holes
+
+
+@pytest.mark.parametrize("kind", HOLES)
+def test_a_hole_of_each_kind_leaves_something_to_do(kind):
+    torch.manual_seed(0)
+    holes = random_holes(40, 32, HoleConfig(**{name: float(name == kind) for name in HOLES}))
+    assert holes.shape == (40, 1, 32, 32) and holes.dtype == torch.bool
+    share = holes.float().mean(dim=(1, 2, 3))
+    assert share.min() > 0 and (share.max() < 1 or kind == "all")
+    assert len({hole.numpy().tobytes() for hole in holes}) > 30 or kind == "all"
+
+
+def test_kinds_come_as_often_as_they_are_weighted():
+    torch.manual_seed(0)
+    everything = random_holes(400, 8, HoleConfig(box=3, stroke=0, half=0, border=0, all=1)).all(dim=(1, 2, 3))
+    assert everything.float().mean() == pytest.approx(0.25, abs=0.06)
+    with pytest.raises(ValueError, match="holes.box is -1"):
+        HoleConfig(box=-1)
+    with pytest.raises(ValueError, match="all weights in holes are 0"):
+        HoleConfig(0, 0, 0, 0, 0)
+
+
+# -- the network
+
+
+def test_what_is_known_is_told_and_nothing_of_the_hole():
+    picture, hole = torch.rand(2, 3, 4, 4) - 2, torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    hole[..., :2] = True
+    known = known_part(picture, hole)
+    assert known.shape == (2, 4, 4, 4) and not known[..., :2].any()
+    assert torch.equal(known[:, :3, :, 2:], picture[..., 2:]) and (known[:, 3, :, 2:] == 1).all()
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_fine_tuning_begins_with_what_the_plain_decoder_draws(tmp_path, patch):
+    torch.manual_seed(0)
+    unet = replace(tiny_unet(3, 3, context_dim=24), patch=patch)
+    plain = scrambled(tiny_decoder(unet=unet, learned_variance=False, prediction="v"))
+    save_component(plain, tmp_path / "plain")
+    decoder = inpainting(unet=replace(unet, in_channels=7))
+    start_inpainting(decoder, tmp_path / "plain")
+    x_t, t, emb, said = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, EMB_DIM), text(2)
+    known = known_part(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.5)
+    torch.testing.assert_close(decoder(x_t, t, emb, said, known=known), plain(x_t, t, emb, said))
+
+    decoder(x_t, t, emb, said, known=known).square().mean().backward()
+    grad = decoder.unet.stem.weight.grad[:, 3 * patch**2 :]
+    assert decoder.known_weight.shape[1] == 4 * patch**2 and grad.flatten(2).abs().amax(dim=(0, 2)).min() > 0
+
+    scrambled(decoder)
+    torch.nn.init.normal_(decoder.known_weight.data, std=0.1)
+    assert not torch.equal(decoder(x_t, t, emb, said, known=known), decoder(x_t, t, emb, said))
+    save_component(decoder, tmp_path / "tuned")
+    again = inpainting(unet=replace(unet, in_channels=7))
+    start_inpainting(again, tmp_path / "tuned")  # to go on with
+    torch.testing.assert_close(again.state_dict(), decoder.state_dict())
+    assert load_component(tmp_path / "tuned").config.inpaints
+
+
+def test_contexts_keep_what_is_known():
+    decoder, emb = inpainting(), torch.randn(3, EMB_DIM)
+    known = torch.rand(3, 4, 8, 8)
+    context = decoder.condition(emb, text(3), known=known)
+    assert torch.equal(context[1:].known, known[1:])
+    assert torch.equal(context.repeat_interleave(2).known, known.repeat_interleave(2, dim=0))
+    assert torch.equal(DecoderContext.cat([context, context[:1]]).known, known[[0, 1, 2, 0]])
+    assert not decoder.condition(emb, text(3)).known.any()
+
+
+def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
+    pipe = invertible_pipe
+    with pytest.raises(ValueError, match="needs 7 and 3"):
+        inpainting(unet=tiny_unet(3, 3, context_dim=24))
+    with pytest.raises(ValueError, match="does not inpaint"):
+        tiny_decoder().condition(torch.randn(1, EMB_DIM), text(1), known=torch.rand(1, 4, 8, 8))
+    for wrong in (pipe.decoder, inpainting(image_size=16)):
+        with pytest.raises(ValueError, match="no decoder of 8 px that was trained to inpaint"):
+            UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, inpainter=wrong)
+    save_component(tiny_decoder(image_size=16, emb_dim=8), tmp_path)
+    with pytest.raises(ValueError, match="does not fit"):
+        start_inpainting(inpainting(), tmp_path)
+
+
+def test_it_learns_to_copy_what_is_known():
+    """Also under noise alone, where a decoder that is told nothing can only guess."""
+    torch.manual_seed(0)
+    clip, decoder, schedule = tiny_clip().requires_grad_(False), inpainting(prediction="x0"), Schedule(ScheduleConfig())
+    holes = HoleConfig(box=0, stroke=0, half=1, border=0, all=0)
+    loss = DecoderLoss(decoder, clip, schedule, DropConfig(0.5, 0.1), LossConfig(), holes)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=6e-3)
+    for _ in range(100):
+        colours = torch.rand(16, 3, 1, 1) * 2 - 1
+        batch = {"image": colours.expand(-1, -1, 8, 8).contiguous(), "caption": ["a"] * 16}
+        optimizer.zero_grad()
+        loss(decoder, batch)["loss"].backward()
+        optimizer.step()
+    picture = torch.tensor([0.7, -0.7, 0.1]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
+    hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    hole[..., 4:] = True
+
+    def miss(known: torch.Tensor | None) -> float:
+        told = clip.encode_image(torch.zeros(1, 3, 8, 8)).float(), clip.encode_text(["a"])
+        drawn = decoder(torch.randn(1, 3, 8, 8), torch.tensor([999]), *told, known=known)
+        return (drawn - picture).abs()[hole.expand_as(picture)].mean().item()
+
+    with torch.no_grad():
+        assert miss(known_part(picture, hole)) < 0.5 * miss(None)
+
+
+# -- painting
+
+
+@pytest.fixture(scope="module")
+def pipe(invertible_pipe) -> UnCLIPPipeline:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        inpainter = scrambled(inpainting(), std=0.02)
+        torch.nn.init.normal_(inpainter.known_weight.data, std=0.2)
+    own = invertible_pipe
+    schedules = {"decoder": ScheduleConfig(shift=2.0), "inpainter": ScheduleConfig(shift=3.0)}
+    parts = own.clip, own.prior, own.decoder, own.upsamplers, own.options
+    return UnCLIPPipeline(*parts, inpainter=inpainter, schedules=schedules, name="still", licence="MIT")
+
+
+def scene() -> tuple[Image.Image, Image.Image]:
+    image, mask = Image.linear_gradient("L").resize((20, 16)).convert("RGB"), Image.new("L", (20, 16))
+    mask.paste(255, (3, 3, 12, 11))
+    return image, mask
+
+
+def test_a_model_that_has_an_inpainter_uses_it_once_through(pipe):
+    image, mask = scene()
+    steps = []
+    result = pipe.inpaint(image, mask, "a red apple", seed=1, num_images=2, on_step=steps.append, **QUICK)
+    kept = np.asarray(mask) == 0
+    for one in result.images:
+        assert (np.asarray(one)[kept] == np.asarray(image)[kept]).all() and one.tobytes() != image.tobytes()
+    assert [(p.stage, p.step, p.num_steps) for p in steps if p.stage != "prior"] == [
+        *(("inpainter", i, 4) for i in (1, 2, 3, 4)),
+        *(("upsampler_0", i, 3) for i in (1, 2, 3)),
+    ]
+    assert {entry["arguments"]["painting"]["trained"] for entry in result.metadata} == {True}
+    free = pipe.inpaint(image, mask, "a red apple", seed=1, painting=PaintOptions(trained=False), **QUICK)
+    assert free.images[0].tobytes() != result.images[0].tobytes()
+    assert pipe.outpaint(image, right=8, seed=1, **QUICK).metadata[0]["arguments"]["painting"]["trained"]
+    assert pipe.image_to_image(image, seed=1, **QUICK).images[0].size == image.size  # by the plain decoder
+
+
+def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):
+    image, mask = scene()
+    other, painted_over = image.copy(), image.copy()
+    other.paste((200, 20, 20), (0, 0, 20, 3))
+    painted_over.paste((200, 20, 20), (4, 4, 10, 10))
+    emb_free = {"prompt": "a red apple", "seed": 1, **QUICK}
+    first, second, third = (
+        np.asarray(pipe.inpaint(one, mask, **emb_free).images[0]) for one in (image, other, painted_over)
+    )
+    hole = np.asarray(mask) > 0
+    assert (first[hole] != second[hole]).any() and (first[hole] == third[hole]).all()
+
+
+def test_strength_is_heeded_and_the_estimate_is_of_what_is_there():
+    schedule, picture = Schedule(ScheduleConfig()), torch.full((1, 3, 4, 4), 0.5)
+    hole = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    hole[..., :2] = True
+    seen = []
+
+    def estimate(x_t, t, last):
+        seen.append((t, x_t))
+        return torch.zeros_like(x_t), None
+
+    steps = [999, 749, 499, 249]
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(1, 3, 4, 4, generator=generator)  # noqa: E731
+    assert not inpaint(estimate, picture, hole, schedule, steps, noise, strength=0.5).any()
+    assert [t for t, _ in seen] == [499, 249]
+    x_t, start = seen[1][1], seen[0][1]
+    alpha, sigma = schedule.alpha_bar[499].sqrt().item(), (1 - schedule.alpha_bar[499]).sqrt().item()
+    alpha_prev, sigma_prev = schedule.alpha_bar[249].sqrt().item(), (1 - schedule.alpha_bar[249]).sqrt().item()
+    x_0 = torch.where(hole, torch.zeros(()), picture)
+    torch.testing.assert_close(x_t, alpha_prev * x_0 + sigma_prev * (start - alpha * x_0) / sigma)
+
+
+def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    assert "inpainter" in json.loads((tmp_path / "model/model.json").read_text())["components"]
+    again = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    assert again.schedules["inpainter"].config.shift == 3.0
+    image, mask = scene()
+    result = pipe.inpaint(image, mask, "a red apple", seed=2, **QUICK)
+    save_png(result.images[0], tmp_path / "a.png", result.metadata[0])
+    (metadata,) = read_metadata(tmp_path / "a.png")
+    assert redraw(again, metadata, progress=False).images[0].tobytes() == result.images[0].tobytes()
+    with pytest.raises(ValueError, match="has no inpainter"):
+        redraw(invertible_pipe, metadata, progress=False)
