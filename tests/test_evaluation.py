@@ -237,6 +237,12 @@ def test_parts_can_be_left_out_and_misspelt_ones_are_named(evaluation, tiny_pipe
         evaluation.run(["decodr"])
 
 
+def test_what_is_measured_is_kept_part_by_part(evaluation):
+    kept = []
+    evaluation.run(["prior", "decoder"], keep=lambda results: kept.append({"prior", "decoder"} & results.keys()))
+    assert kept == [{"prior"}, {"prior", "decoder"}]
+
+
 # -- pictures, tables, cards
 
 

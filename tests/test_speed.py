@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, TINY_OPTIONS, scrambled, tiny_decoder, tiny_prior, tiny_unet
 from conftest import tiny_upsampler as make_upsampler
 
 from unclip.diffusion.guidance import classifier_free
+from unclip.models.layers import Linear
 from unclip.pipelines.base import generators_from
 from unclip.pipelines.presets import preset
 from unclip.pipelines.stepping import Stepper
@@ -227,3 +229,17 @@ def test_presets_of_other_kinds(tiny_dalle):
         tiny_dalle.preset("fast")
     with pytest.raises(ValueError, match="unknown preset 'faster'; expected one of exact, fast"):
         tiny_dalle.preset("faster")
+
+
+# -- layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (4, 1), (4, 2)])
+def test_a_linear_layer_for_few_rows_gives_the_usual_answer(shape, bias):
+    layer, x = Linear(24, 40, bias=bias), torch.randn(*shape, 24)
+    usual = F.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), usual, rtol=1e-5, atol=1e-6)
+        assert layer(x).is_contiguous()
+    torch.testing.assert_close(layer(x), usual, rtol=0, atol=0)  # in training

@@ -99,16 +99,15 @@ def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
 
 def evaluate(args: Namespace) -> None:
     from unclip.evaluation import report
+    from unclip.evaluation.sheets import PROMPTS, write_sheets
 
     _check_writable(args.json)
     prompts = _read_prompts(args.prompts_file)
     evaluation = make_evaluation(args)
-    results = evaluation.run(args.parts)
+    results = evaluation.run(args.parts, keep=lambda results: _write_json(results, args.json, tell=False))
     print(report.plain([report.HEAD, *report.rows(results)]))
     _write_json(results, args.json)
     if args.pictures is not None:
-        from unclip.evaluation.sheets import PROMPTS, write_sheets
-
         for path in write_sheets(evaluation, args.pictures, prompts or PROMPTS):
             print(path)
 

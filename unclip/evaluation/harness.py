@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -58,8 +58,13 @@ class Evaluation(ABC):
         self.held_out, self.train, self.seed = held_out, train, seed
         self.results: dict[str, Any] = {}  # of the last `run`
 
-    def run(self, parts: Sequence[str] | None = None) -> dict[str, Any]:
-        """Results of some parts or all, as JSON types; those that need training pairs only if there are any."""
+    def run(
+        self, parts: Sequence[str] | None = None, keep: Callable[[dict[str, Any]], None] = lambda results: None
+    ) -> dict[str, Any]:
+        """Results of some parts or all, as JSON types; those that need training pairs only if there are any.
+
+        keep: is given all results so far after each part, which may have taken minutes.
+        """
         known = PARTS[self.pipe.kind]
         if unknown := [part for part in parts or () if part not in known]:
             raise ValueError(f"unknown part {unknown[0]!r}; expected some of {', '.join(known)}")
@@ -79,6 +84,7 @@ class Evaluation(ABC):
         for part in known:
             if parts is None or part in parts:
                 results |= self._measure(part)
+                keep(results)
         self.results = results
         return results
 

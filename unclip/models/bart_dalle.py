@@ -21,7 +21,7 @@ from unclip.models.dalle import CodeGrid
 from unclip.models.dalle_attention import Pattern
 from unclip.models.dalle_cache import CodeCache
 from unclip.models.dalle_streams import FirstCodes, FromStart, NextCode, Run
-from unclip.models.layers import attend
+from unclip.models.layers import Linear, attend
 
 See = Callable[[Tensor, Tensor], Tensor]  # queries (B, H, m, d), keys and values (B, 2, H, m, d) -> (B, H, m, d)
 Read = Callable[[Tensor], Tensor]  # queries (B, H, m, d) -> (B, H, m, d)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.norm = nn.LayerNorm(config.width)
-        self.out = nn.Linear(config.width, config.width, bias=False)
+        self.out = Linear(config.width, config.width, bias=False)
         self.norm_out = nn.LayerNorm(config.width)
 
     def left(self, h: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     def __init__(self, config: BartDALLEConfig) -> None:
         super().__init__(config)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.qkv = Linear(config.width, 3 * config.width, bias=False)
 
     def forward(self, x: Tensor, see: See) -> Tensor:
         """(B, m, C) -> (B, m, C)."""
@@ -87,8 +87,8 @@ class CrossAttention(Attention):
 
     def __init__(self, config: BartDALLEConfig) -> None:
         super().__init__(config)
-        self.q = nn.Linear(config.width, config.width, bias=False)
-        self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.q = Linear(config.width, config.width, bias=False)
+        self.kv = Linear(config.width, 2 * config.width, bias=False)
 
     def of_text(self, states: Tensor) -> Tensor:
         """What the encoder says, (P, L, C) -> keys and values (P, 2, H, L, d)."""
@@ -106,9 +106,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: BartDALLEConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.width)
-        self.fc1 = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
+        self.fc1 = Linear(config.width, 2 * config.mlp_width, bias=False)
         self.norm_in = nn.LayerNorm(config.mlp_width)
-        self.fc2 = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.fc2 = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, h = self.fc1(self.norm(x)).chunk(2, dim=-1)
@@ -214,7 +214,7 @@ class BartDALLE(nn.Module):
         self.code_norm = nn.LayerNorm(C)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(C)
-        self.code_head = nn.Linear(C, config.image_vocab, bias=False)
+        self.code_head = Linear(C, config.image_vocab, bias=False)
         for p in self.parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=0.02)

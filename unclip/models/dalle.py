@@ -20,6 +20,7 @@ from unclip.models.dalle_cache import CodeCache
 from unclip.models.dalle_layers import Layer, LayerSpec
 from unclip.models.dalle_rotary import rotary_angles, rotate
 from unclip.models.dalle_streams import FirstCodes, FromStart, Kernel, NextCode, Run
+from unclip.models.layers import Linear
 
 
 class CodeGrid:
@@ -141,8 +142,8 @@ class DALLE(nn.Module):
         shape = (C, config.heads, config.head_dim, config.mlp_ratio, config.dropout, config.layer)
         self.layers = nn.ModuleList(Layer(*shape) for _ in range(config.depth))
         self.norm = nn.LayerNorm(C)
-        self.text_head = nn.Linear(C, text_vocab)
-        self.code_head = nn.Linear(C, config.image_vocab)
+        self.text_head = Linear(C, text_vocab)
+        self.code_head = Linear(C, config.image_vocab)
         self._init_weights()
 
     def _init_weights(self) -> None:

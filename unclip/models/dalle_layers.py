@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.models.layers import Linear
+
 Attend = Callable[[Tensor, Tensor], Tensor]  # queries (B, H, n, d), keys and values (B, 2, H, n, d) -> (B, H, n, d)
 Shift = Callable[[int, Tensor], Tensor]  # of branch 0 or 1: tokens (B, n, C) -> (B, n, C)
 
@@ -35,11 +37,11 @@ class Layer(nn.Module):
         self.heads, self.spec = heads, spec
         hidden = mlp_ratio * width
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * heads * head_dim, bias=spec.qkv_bias)
-        self.out = nn.Linear(heads * head_dim, width)
+        self.qkv = Linear(width, 3 * heads * head_dim, bias=spec.qkv_bias)
+        self.out = Linear(heads * head_dim, width)
         self.norm2 = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, 2 * hidden if spec.mlp == "geglu" else hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, 2 * hidden if spec.mlp == "geglu" else hidden)
+        self.fc2 = Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
         if spec.sandwich:
             self.norm1_out, self.norm2_out = nn.LayerNorm(width), nn.LayerNorm(width)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unclip.models.layers import Linear
 from unclip.models.unet import UpConv2d, double
 
 SMALLEST = 4096  # numbers in a weight; smaller ones gain nothing
@@ -62,7 +63,7 @@ class Int8UpConv2d(Int8Conv2d):
         return super().forward(double(x))
 
 
-LAYERS = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d, UpConv2d: Int8UpConv2d}
+LAYERS = {nn.Linear: Int8Linear, Linear: Int8Linear, nn.Conv2d: Int8Conv2d, UpConv2d: Int8UpConv2d}
 
 
 def quantize(network: nn.Module) -> None:

@@ -26,6 +26,21 @@ def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10_000.0) 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Linear(nn.Linear):
+    """A linear layer of a network that decodes token by token, for a row or few at a time.
+
+    With the weight as the left factor, MKL's product for 2 to 4 rows in float32 takes down to a third of the time.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        few = 1 < x.shape[:-1].numel() <= 4 and x.dtype == torch.float32 and x.device.type == "cpu"
+        if not few or torch.is_grad_enabled():
+            return super().forward(x)
+        rows = x.reshape(-1, x.shape[-1]).T  # I B
+        out = self.weight @ rows if self.bias is None else torch.addmm(self.bias[:, None], self.weight, rows)  # O B
+        return out.T.contiguous().view(*x.shape[:-1], -1)
+
+
 class TimeMLP(nn.Module):
     """Timestep -> sinusoids of width `in_dim` -> Linear, SiLU, Linear: (B,) -> (B, out_dim)."""
 

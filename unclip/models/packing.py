@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unclip.models.layers import Linear
 from unclip.models.unet import UpConv2d
 
 LAYOUTS = ("_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise")
@@ -36,7 +37,7 @@ def pack(network: nn.Module) -> None:
 
 
 def _kind(layer: nn.Module) -> type[Packed] | None:
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, Linear):
         # In float32 the usual library (MKL) is as quick, and its sums have another order.
         return PackedLinear if layer.weight.dtype == torch.bfloat16 else None
     if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
