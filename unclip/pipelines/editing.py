@@ -19,7 +19,6 @@ from unclip.diffusion.samplers import randn
 from unclip.models.decoder import known_part
 from unclip.pictures import open_mask
 from unclip.pipelines.base import Picture, check_count, generators_from, progress_bar, seeds_from, to_pil
-from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.recipes import encode_picture
 from unclip.pipelines.runs import UnCLIPRuns, batches_of, several, to_tensor
 from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
@@ -171,7 +170,7 @@ class UnCLIPEditing(UnCLIPRuns):
         images, embs = [], []
         with (
             torch.inference_mode(),
-            kept_memory(self.device),
+            self._keeping(),
             progress_bar(len(batches) * steps, progress, on_step) as report,
         ):
             for rows in batches:

@@ -22,7 +22,6 @@ from unclip.pipelines.base import (
     to_pil,
 )
 from unclip.pipelines.latent import Latent, along, check_invertible, deterministic
-from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.recipes import picture_source, random_source
 from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tensor
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
@@ -62,7 +61,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         noises: list[list[Tensor]] = []  # of each batch, for each stage
         with (
             torch.inference_mode(),
-            kept_memory(self.device),
+            self._keeping(),
             progress_bar(len(batches) * (2 * sum(steps) - steps[-1]), progress, on_step) as report,
         ):
             for rows in batches:
@@ -272,7 +271,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         images = []
         with (
             torch.inference_mode(),
-            kept_memory(self.device),
+            self._keeping(),
             progress_bar(len(batches) * steps, progress, on_step) as report,
         ):
             for rows in batches:

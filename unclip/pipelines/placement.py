@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from unclip.models import int8
 from unclip.models.codec import ImageCodec
 from unclip.pipelines import presets
 from unclip.pipelines.base import find_device
+from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.offload import Residency, parts
 from unclip.pipelines.settling import settled
 
@@ -98,6 +100,10 @@ class Placement:
     def preset(self, name: str) -> Any:
         """The model's options by a name: "exact" for its own, "fast" for several times cheaper ones (approximate)."""
         return presets.preset(name, self.options, [up.config for up in getattr(self, "upsamplers", ())])
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        """To be entered for a call's steps: they go quicker with memory kept, and offloading is for having little."""
+        return nullcontext() if self.offloaded else kept_memory(self.device)
 
     def _use(self, module: nn.Module) -> None:
         """To be called before a network (of an upsampler: one of its U-Nets) computes."""

@@ -19,7 +19,6 @@ from unclip.models.text_prior import DirectPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
 from unclip.pipelines.base import Picture, check_prompts, random_generators
-from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.networks import UnCLIPNetworks
 from unclip.pipelines.stepping import Stepper
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
@@ -301,7 +300,7 @@ class UnCLIPStages(UnCLIPNetworks):
             on_step(Progress(stage, step, num_steps, x_0 if x_0.ndim == 4 else None))
 
         schedule, report = self.schedules[stage], report if on_step else None
-        with kept_memory(self.device):
+        with self._keeping():
             return sample(denoise, x_T, schedule, options, generators=generators, on_step=report, **network)
 
     def _sample_directly(
@@ -333,7 +332,7 @@ class UnCLIPStages(UnCLIPNetworks):
             on_step(Progress("prior", step, prior.steps))
 
         self._use(prior)
-        with kept_memory(self.device):
+        with self._keeping():
             told = {"temperature": options.temperature, "on_draw": report if on_step else None}
             return prior.sample(cond.expand(rows), generators, combine, **told)
 
