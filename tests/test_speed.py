@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, TINY_OPTIONS, scrambled, tiny_decoder, tiny_prior, tiny_unet
 from conftest import tiny_upsampler as make_upsampler
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.diffusion.guidance import classifier_free
 from unclip.models.layers import Linear
@@ -243,3 +245,57 @@ def test_a_linear_layer_for_few_rows_gives_the_usual_answer(shape, bias):
         torch.testing.assert_close(layer(x), usual, rtol=1e-5, atol=1e-6)
         assert layer(x).is_contiguous()
     torch.testing.assert_close(layer(x), usual, rtol=0, atol=0)  # in training
+
+
+# -- layout, and what a device would have to wait for
+
+
+def test_networks_draw_channels_last_and_answer_as_before(tiny_pipe):
+    convolutions = [
+        module.weight
+        for network in (tiny_pipe.decoder, *tiny_pipe.upsamplers)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
+
+    def draw() -> torch.Tensor:
+        generators = generators_from([3])
+        return tiny_pipe.upsample(tiny_pipe.decode(emb, text, generators=generators), generators=generators)
+
+    usual = draw()
+    for weight in convolutions:
+        weight.data = weight.data.contiguous()
+    torch.testing.assert_close(draw(), usual, rtol=0, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the calls that read a number out of a tensor, for which the CPU waits until a device has computed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.9)])
+def test_no_step_waits_for_the_device(tiny_pipe, sampler, interval):
+    """Tables, timesteps and guidance are numbers of the CPU: a step more reads no number more."""
+    text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
+
+    def waits(steps: int) -> int:
+        options = StageOptions(steps=steps, guidance=3.0, sampler=sampler, guidance_interval=interval)
+        with Waits() as mode:
+            tiny_pipe.decode(emb, text, generators=generators_from([0]), options=options)
+        return mode.count
+
+    with Waits() as mode:
+        torch.ones(1).item()
+    assert mode.count == 1
+    waits(2)  # what is kept between calls
+    assert waits(2) == waits(6)

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.data.precomputed import Indices, PartWriter, PrecomputedDataset, caption_rows, parquet, precompute
+from unclip.data.precomputed import (
+    Indices,
+    PartWriter,
+    PrecomputedDataset,
+    add_arguments,
+    caption_rows,
+    precompute,
+    run_command,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -90,39 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m unclip.data.embeddings", description="Computes CLIP embeddings; started again, it goes on."
     )
-    parser.add_argument("data", metavar="DATA", help="tar shards, a folder with pictures and captions, or a CSV")
-    parser.add_argument("out", metavar="OUT", help="folder for img_emb, text_emb and metadata")
+    add_arguments(parser, "img_emb, text_emb and metadata", part_size=10_000)
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
-    parser.add_argument("--all-captions", action="store_true", help="a row for each caption, not the first only")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: %(default)s)")
-    parser.add_argument("--part-size", type=int, default=10_000, help="pictures in a file (default: %(default)s)")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     options = parser.parse_args(arguments)
     from unclip.clip import CLIP  # takes seconds to import
-    from unclip.data.loader import open_dataset  # which reads what this writes
 
-    try:
-        parquet()
-        dataset = open_dataset(options.data)
-        if isinstance(dataset, PrecomputedDataset):
-            raise ValueError(f"{options.data} holds {dataset.told} already; expected pictures")
-        clip = CLIP.from_pretrained(options.clip)
-        broken = embed(
-            dataset,
-            clip.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
-            options.out,
-            all_captions=options.all_captions,
-            batch_size=options.batch_size,
-            part_size=options.part_size,
-            source={"data": options.data, "clip": options.clip},
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from the last complete part") from None
-    print(f"{options.out}: {len(EmbeddingDataset(options.out))} rows, {len(broken)} broken pictures left out")
-    for reason in broken.values():
-        print(f"broken: {reason}")
+    def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
+        source = {"data": options.data, "clip": options.clip}
+        return embed(dataset, CLIP.from_pretrained(options.clip).to(device), out, source=source, **how)
+
+    run_command(options, compute, EmbeddingDataset)
 
 
 if __name__ == "__main__":

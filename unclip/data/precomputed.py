@@ -16,6 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+
     from PIL import Image
 
     from unclip.data.samples import Dataset, Sample
@@ -164,6 +166,42 @@ def precompute(
                     {name: [value for column in columns for value in column[name]] for name in columns[0]},
                 )
     return broken
+
+
+def add_arguments(parser: ArgumentParser, out: str, part_size: int) -> None:
+    """Of a command that precomputes; out: what its folder is for."""
+    parser.add_argument("data", metavar="DATA", help="tar shards (a pattern in quotes), a folder of pictures, or a CSV")
+    parser.add_argument("out", metavar="OUT", help=f"folder for {out}")
+    parser.add_argument("--all-captions", action="store_true", help="a row for each caption, not the first only")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: %(default)s)")
+    parser.add_argument("--part-size", type=int, default=part_size, help="pictures in a file (default: %(default)s)")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+
+
+def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind: type[PrecomputedDataset]) -> None:
+    """Opens the data, and tells in the end what is in `out`; SystemExit with one line if something is wrong.
+
+    compute: as `unclip.data.embeddings.embed`, but the device takes the place of the network.
+    """
+    import torch
+
+    from unclip.data.loader import open_dataset  # which reads what this writes
+
+    how = {name: getattr(options, name) for name in ("all_captions", "batch_size", "part_size")}
+    try:
+        parquet()
+        dataset = open_dataset(options.data)
+        if isinstance(dataset, PrecomputedDataset):
+            raise ValueError(f"{options.data} holds {dataset.told} already; expected pictures")
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        broken = compute(dataset, device, options.out, **how)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last complete part") from None
+    print(f"{options.out}: {len(kind(options.out))} rows, {len(broken)} broken pictures left out")
+    for reason in broken.values():
+        print(f"broken: {reason}")
 
 
 def caption_rows(samples: Sequence[Sample], all_captions: bool) -> tuple[dict[str, list[Any]], list[int]]:

@@ -63,12 +63,8 @@ class UnCLIPRuns(UnCLIPStages):
     def _decoder_run(
         self, options: StageOptions, image_emb: Tensor, text: TextEncoding | None, known: Tensor | None
     ) -> StageRun:
-        if known is None:
-            name, decoder = "decoder", self.decoder
-            cond = self._context(image_emb, text)
-        else:
-            name, decoder = "inpainter", self.inpainter
-            cond = self._context(image_emb, text, known=known)
+        name, decoder = ("decoder", self.decoder) if known is None else ("inpainter", self.inpainter)
+        cond = self._context(image_emb, text, known=known)
 
         def null() -> DecoderContext:
             if known is None:
@@ -90,9 +86,7 @@ class UnCLIPRuns(UnCLIPStages):
     def _upsampler_run(self, i: int, options: StageOptions, low_res: Tensor) -> StageRun:
         upsampler, name = self.upsamplers[i], f"upsampler_{i}"
         config, schedule, low_res = upsampler.config, self.schedules[name], upsampler.prepare(low_res.to(self.device))
-        if (
-            getattr(config, "last_unet", None) is not None
-        ):  # which knows no timestep but 0, and there ancestral sampling ends
+        if getattr(config, "last_unet", None) is not None:  # it knows t = 0 alone, where ancestral sampling ends
             options = replace(options, sampler="ancestral")
         estimate = estimator(
             self._denoiser(name, upsampler, low_res, options),
