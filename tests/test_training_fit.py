@@ -7,94 +7,25 @@ import math
 import os
 import resource
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fitting import OPTIM, TinyLoader, denoising, plain_model, quiet, run, straight, weights
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.training.dry_run import describe
 from unclip.training.fit import FitConfig, fit
-from unclip.training.launch import Run, launch, resume_command
+from unclip.training.launch import Run
 from unclip.training.log import available_trackers
 from unclip.training.optim import OptimConfig
-from unclip.weights import read_tensors
-
-OPTIM = OptimConfig(lr=1e-2, warmup=2)
-
-
-class TinyLoader:
-    """Five batches of four pictures an epoch; what a batch holds depends on its place only."""
-
-    def __init__(self, batches: int = 5, size: int = 4, rank: int = 0, processes: int = 1) -> None:
-        self.batches, self.size, self.rank, self.processes = batches, size, rank, processes
-        self.epoch = self.batch = 0
-        self.broken: dict[str, str] = {}
-        self.given: list[str] = []
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self.epoch
-        torch.empty((), dtype=torch.int64).random_()  # as a DataLoader does when a pass begins
-        while self.epoch == epoch:
-            generator = torch.Generator().manual_seed(100 * epoch + self.batch)
-            image = torch.randn(self.size * self.processes, 3, 4, 4, generator=generator)[self.rank :: self.processes]
-            key = f"e{epoch}b{self.batch}"
-            self.given.append(key)
-            self.batch += 1
-            if self.batch == len(self):
-                self.epoch, self.batch = epoch + 1, 0
-            yield {"image": image, "key": [f"{key}i{i}" for i in range(self.size)]}
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batch": self.batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batch = state["epoch"], state["batch"]
-
-
-def tiny_model(width: int = 8) -> nn.Module:
-    torch.manual_seed(7)
-    first, last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
-    return nn.Sequential(first, nn.GroupNorm(2, width), nn.SiLU(), nn.Dropout(0.2), last)
-
-
-def denoising(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-    noise = torch.randn_like(batch["image"])
-    loss = (model(batch["image"] + noise) - noise).square().mean()
-    return {"loss": loss, "root": loss.detach().sqrt()}
-
-
-def quiet(folder: Path, steps: int = 6, **changes: Any) -> FitConfig:
-    config = FitConfig(str(folder), steps, val_every=0, preview_every=0, save_every=0, trackers=())
-    return replace(config, **changes)
-
-
-def run(config: FitConfig, loss_fn: Callable = denoising, **options: Any) -> TinyLoader:
-    loader = options.pop("loader", None) or TinyLoader()
-    start = options.pop("start", {})
-    settings = {"fit": vars(config), "model": {"width": options.get("width", 8)}}
-    model = tiny_model(options.pop("width", 8))
-    fit(model, loss_fn, loader, config, options.pop("optim", OPTIM), run=Run(settings, **start), **options)
-    return loader
-
-
-def weights(folder: Path, step: int) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, of the model, its average and the optimiser."""
-    checkpoint = folder / "checkpoints" / f"step-{step:07d}"
-    files = ("model", "ema", "optimizer")
-    return {f"{f}/{k}": t for f in files for k, t in read_tensors(checkpoint / f"{f}.safetensors").items()}
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -359,113 +290,3 @@ def test_without_tensorboard_the_default_only_warns(monkeypatch: pytest.MonkeyPa
 def test_impossible_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         quiet(tmp_path, **{"steps": 1, **wrong})
-
-
-@dataclass(frozen=True)
-class Script:
-    fit: FitConfig
-    optim: OptimConfig = OPTIM
-
-
-def main(run: Run[Script]) -> None:
-    config = run.config
-    loader = TinyLoader(1, rank=int(os.environ.get("RANK", 0)), processes=int(os.environ.get("WORLD_SIZE", 1)))
-    fit(plain_model().to(run.device), straight, loader, config.fit, config.optim, run=run)
-
-
-def plain_model() -> nn.Module:
-    """Without dropout, which draws something else in each process."""
-    torch.manual_seed(7)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 1))
-
-
-def straight(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-    return {"loss": model(batch["image"]).square().mean()}
-
-
-def script_config(folder: Path, **settings: Any) -> str:
-    values = {"output": str(folder / "run"), "steps": 2, "trackers": [], "val_every": 0, "preview_every": 0, **settings}
-    (folder / "run.yaml").write_text(json.dumps({"fit": values}))
-    return str(folder / "run.yaml")
-
-
-def test_a_mistake_ends_a_script_with_one_line(tmp_path: Path) -> None:
-    config = script_config(tmp_path)
-    for argv, message in [
-        (
-            ["--config", config, "--set", "fit.stepps=3"],
-            "error: --set fit.stepps=3: fit.stepps is unknown; did you mean",
-        ),
-        (["--config", config, "--resume", "latest"], "error: no checkpoint in"),
-        (["--config", config, "--init", "nowhere"], "error: no weights at nowhere"),
-    ]:
-        with pytest.raises(SystemExit) as stop:
-            launch(main, Script, None, argv)
-        assert str(stop.value.code).startswith(message)
-        assert "\n" not in str(stop.value.code)
-    with pytest.raises(FileNotFoundError):
-        launch(main, Script, None, ["--config", config, "--resume", "latest", "--traceback"])
-
-
-def test_a_script_trains_and_resumes(tmp_path: Path) -> None:
-    config = script_config(tmp_path)
-    launch(main, Script, None, ["--config", config])
-    launch(
-        main, Script, None, ["--config", config, "--resume", "latest", "--set", "fit.steps=3", "--set", "optim.lr=1e-5"]
-    )
-    saved = json.loads((tmp_path / "run" / "checkpoints" / "step-0000003" / "state.json").read_text())
-    assert (saved["settings"]["optim"]["lr"], saved["data"]) == (1e-5, {"epoch": 3, "batch": 0})
-
-
-def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
-    config = script_config(tmp_path)
-    launch(main, Script, None, ["--config", config])
-    file = tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json"
-    state = json.loads(file.read_text())
-    again = ["--config", config, "--resume", "latest", "--set", "fit.steps=3"]
-    file.write_text(json.dumps({**state, "settings": {**state["settings"], "optim": {"betas": [0.5, 0.9]}}}))
-    with pytest.raises(SystemExit, match=r"optim\.betas\.0 was 0\.5, is 0\.9"):
-        launch(main, Script, None, again)
-    del state["settings"]["optim"]["betas"]  # as if the setting were new: it was then as is the default now
-    file.write_text(json.dumps(state))
-    launch(main, Script, None, again)
-    assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
-
-
-def test_resume_command_goes_through_accelerate_if_it_was_started_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(sys, "argv", ["train/clip.py", "--config", "c.yaml", "--set", "optim.lr=1"])
-    assert resume_command() == "accelerate launch train/clip.py --config c.yaml --set optim.lr=1 --resume latest"
-
-
-def test_two_processes_train_like_one_on_their_joined_batch(tmp_path: Path) -> None:
-    (tmp_path / "two").mkdir()
-    config = script_config(tmp_path / "two", precision="fp32", accumulate=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [*launcher, __file__, "--config", config], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    fit(
-        plain_model(),
-        straight,
-        TinyLoader(1, size=8),
-        quiet(tmp_path / "one", 2, precision="fp32", accumulate=2),
-        OPTIM,
-    )
-    one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two" / "run", 2)
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)
-
-
-if __name__ == "__main__":  # one of the two processes
-    launch(main, Script, __doc__)
