@@ -26,6 +26,7 @@ CONFIG_CLASSES = {
     "prior": ("prior", "PriorTraining"),
     "ar": ("ar_prior", "ARPriorTraining"),
     "one": ("one_shot_prior", "OneShotPriorTraining"),
+    "layout": ("layout", "LayoutTraining"),
     "decoder": ("decoder", "DecoderTraining"),
     "inpaint": ("decoder", "DecoderTraining"),
     "upsampler": ("upsampler", "UpsamplerTraining"),
@@ -302,6 +303,9 @@ def test_the_networks_of_a_folder_fit_together(stack):
         unet = replace(decoder.model.unet, in_channels=7)
         assert tuned.model == replace(decoder.model, unet=unet, inpaints=True)
         assert (tuned.clip, tuned.schedule, tuned.loss) == (clip, decoder.schedule, decoder.loss)
+    if decoder.layout:
+        layout = parts["layout"]
+        assert (layout.clip, f"{layout.fit.output}/model", layout.model) == (clip, decoder.layout, decoder.model.layout)
     assert (prior.model.emb_dim, prior.model.text_width) == (decoder.model.emb_dim, decoder.model.text_width)
     assert [model.prior, model.decoder] == [f"{part.fit.output}/model" for part in (prior, decoder)]
     size = decoder.model.image_size

@@ -25,6 +25,7 @@ from unclip.cli import main
 from unclip.clip import CLIP, CLIPConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.layout import LayoutConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.unet import LevelSpec, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
@@ -163,11 +164,17 @@ def reconfigure(module: Any, **changes: Any) -> None:
     module.config = replace(module.config, **changes)
 
 
+def drawing_from_a_layout(decoder: Decoder) -> Decoder:
+    unet, layout = replace(decoder.config.unet, in_channels=6), LayoutConfig(decoder.config.emb_dim, size=4, width=8)
+    return Decoder(replace(decoder.config, unet=unet, layout=layout))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (lambda p: reconfigure(p.prior, mlp_ratio=2), "prior (mlp_ratio is 2, not 4)"),
         (lambda p: reconfigure(p.decoder, text_width=8), "decoder (text_width 8 is not emb_dim 16)"),
+        (lambda p: setattr(p, "decoder", drawing_from_a_layout(p.decoder)), "decoder (it is shown a layout)"),
         (lambda p: reconfigure(p.upsamplers[0], unet=UNEVEN), "upsampler_0 (attention, levels of different depth)"),
         (lambda p: setattr(p, "upsamplers", ()), "upsamplers (there are 0; the pipeline has one)"),
         (lambda p: setattr(p, "decoder", p.upsamplers[0]), "decoder (it is a Upsampler)"),

@@ -13,7 +13,7 @@ from PIL import Image
 from unclip.cli import _parser
 from unclip.evaluation import gallery
 from unclip.evaluation.figures import FIGURES, Figure
-from unclip.evaluation.gallery import main, page, shown
+from unclip.evaluation.gallery import inpaints, main, page, shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
@@ -53,6 +53,14 @@ def test_lines_build_on_what_lines_before_have_written():
             there |= own | set(re.findall(r"(?:-o|--save-latent) (\S+)", line))
     files = [shown(name) for figure in FIGURES for name in figure.shows]
     assert len(set(files)) == len(files)
+
+
+@pytest.mark.parametrize(("there", "expected"), [("decoder", True), ("inpainter", True), ("other", False)])
+def test_a_model_inpaints_with_either_decoder(there, expected, model, tmp_path):
+    assert not inpaints(Path(model))
+    (tmp_path / there).mkdir()
+    (tmp_path / there / "config.json").write_text('{"type": "Decoder", "inpaints": true}')
+    assert inpaints(tmp_path) is expected
 
 
 def test_every_command_that_manipulates_is_shown():

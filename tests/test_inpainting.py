@@ -19,8 +19,9 @@ from unclip.models.decoder import Decoder, DecoderContext, known_part
 from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
-from unclip.training.inpainting import HOLES, HoleConfig, random_holes, start_inpainting
+from unclip.training.inpainting import HOLES, HoleConfig, random_holes
 from unclip.training.losses import DecoderLoss, DropConfig
+from unclip.training.warm_start import warm_start
 from unclip.types import TextEncoding
 
 QUICK = {"progress": False, "batch_size": 2}
@@ -77,21 +78,23 @@ def test_fine_tuning_begins_with_what_the_plain_decoder_draws(tmp_path, patch):
     plain = scrambled(tiny_decoder(unet=unet, learned_variance=False, prediction="v"))
     save_component(plain, tmp_path / "plain")
     decoder = inpainting(unet=replace(unet, in_channels=7))
-    start_inpainting(decoder, tmp_path / "plain")
+    warm_start(decoder, tmp_path / "plain")
     x_t, t, emb, said = torch.randn(2, 3, 8, 8), torch.tensor([3, 900]), torch.randn(2, EMB_DIM), text(2)
     known = known_part(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.5)
     torch.testing.assert_close(decoder(x_t, t, emb, said, known=known), plain(x_t, t, emb, said))
 
     decoder(x_t, t, emb, said, known=known).square().mean().backward()
     grad = decoder.unet.stem.weight.grad[:, 3 * patch**2 :]
-    assert decoder.known_weight.shape[1] == 4 * patch**2 and grad.flatten(2).abs().amax(dim=(0, 2)).min() > 0
+    assert (
+        decoder.weights_beside()["known"].shape[1] == 4 * patch**2 and grad.flatten(2).abs().amax(dim=(0, 2)).min() > 0
+    )
 
     scrambled(decoder)
-    torch.nn.init.normal_(decoder.known_weight.data, std=0.1)
+    torch.nn.init.normal_(decoder.weights_beside()["known"].data, std=0.1)
     assert not torch.equal(decoder(x_t, t, emb, said, known=known), decoder(x_t, t, emb, said))
     save_component(decoder, tmp_path / "tuned")
     again = inpainting(unet=replace(unet, in_channels=7))
-    start_inpainting(again, tmp_path / "tuned")  # to go on with
+    warm_start(again, tmp_path / "tuned")  # to go on with
     torch.testing.assert_close(again.state_dict(), decoder.state_dict())
     assert load_component(tmp_path / "tuned").config.inpaints
 
@@ -100,10 +103,10 @@ def test_contexts_keep_what_is_known():
     decoder, emb = inpainting(), torch.randn(3, EMB_DIM)
     known = torch.rand(3, 4, 8, 8)
     context = decoder.condition(emb, text(3), known=known)
-    assert torch.equal(context[1:].known, known[1:])
-    assert torch.equal(context.repeat_interleave(2).known, known.repeat_interleave(2, dim=0))
-    assert torch.equal(DecoderContext.cat([context, context[:1]]).known, known[[0, 1, 2, 0]])
-    assert not decoder.condition(emb, text(3)).known.any()
+    assert torch.equal(context[1:].beside, known[1:])
+    assert torch.equal(context.repeat_interleave(2).beside, known.repeat_interleave(2, dim=0))
+    assert torch.equal(DecoderContext.cat([context, context[:1]]).beside, known[[0, 1, 2, 0]])
+    assert not decoder.condition(emb, text(3)).beside.any()
 
 
 def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
@@ -117,7 +120,7 @@ def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
             UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, inpainter=wrong)
     save_component(tiny_decoder(image_size=16, emb_dim=8), tmp_path)
     with pytest.raises(ValueError, match="does not fit"):
-        start_inpainting(inpainting(), tmp_path)
+        warm_start(inpainting(), tmp_path)
 
 
 def test_it_learns_to_copy_what_is_known():
@@ -154,7 +157,7 @@ def pipe(invertible_pipe) -> UnCLIPPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         inpainter = scrambled(inpainting(), std=0.02)
-        torch.nn.init.normal_(inpainter.known_weight.data, std=0.2)
+        torch.nn.init.normal_(inpainter.weights_beside()["known"].data, std=0.2)
     own = invertible_pipe
     schedules = {"decoder": ScheduleConfig(shift=2.0), "inpainter": ScheduleConfig(shift=3.0)}
     parts = own.clip, own.prior, own.decoder, own.upsamplers, own.options
@@ -183,6 +186,20 @@ def test_a_model_that_has_an_inpainter_uses_it_once_through(pipe):
     assert free.images[0].tobytes() != result.images[0].tobytes()
     assert pipe.outpaint(image, right=8, seed=1, **QUICK).metadata[0]["arguments"]["painting"]["trained"]
     assert pipe.image_to_image(image, seed=1, **QUICK).images[0].size == image.size  # by the plain decoder
+
+
+def test_a_decoder_that_inpaints_is_its_own_inpainter(pipe, tmp_path):
+    schedules = {"decoder": ScheduleConfig(shift=3.0)}
+    alone = UnCLIPPipeline(pipe.clip, pipe.prior, pipe.inpainter, pipe.upsamplers, pipe.options, schedules=schedules)
+    assert alone.inpainter is alone.decoder and "inpainter" not in alone.networks()
+    image, mask = scene()
+    steps: list[str] = []
+    drawn = {"prompt": "a red apple", "seed": 1, **QUICK}
+    result = alone.inpaint(image, mask, on_step=lambda p: steps.append(p.stage), **drawn)
+    assert "decoder" in steps and result.metadata[0]["arguments"]["painting"]["trained"]
+    assert result.images[0].tobytes() == pipe.inpaint(image, mask, **drawn).images[0].tobytes()
+    alone.save_pretrained(tmp_path / "model")
+    assert UnCLIPPipeline.from_pretrained(tmp_path / "model").inpainter is not None
 
 
 def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):

@@ -18,7 +18,7 @@ from unclip.checkpoints import catalogue
 from unclip.checkpoints.codecs import load_codec
 from unclip.weights import read_tensors
 
-NETWORKS = ("clip", "prior", "ar_prior", "one_shot_prior", "decoder", "upsampler", "codec", "dalle")
+NETWORKS = ("clip", "prior", "ar_prior", "one_shot_prior", "layout", "decoder", "upsampler", "codec", "dalle")
 
 
 def train(network: str, *arguments: str) -> None:
@@ -139,6 +139,23 @@ def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
     painted = pipe.inpaint(picture, mask, "a blue square", seed=0, progress=False)
     assert painted.metadata[0]["arguments"]["painting"]["trained"] is True
     assert painted.images[0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
+    shown = ["--set=layout=runs/tiny/layout/model", "--set=fit.output=runs/tiny/shown", "--set=emb_noise=0.5"]
+    shown += ["--set=model.layout={emb_dim: 32, size: 8, width: 32, depth: 2}", "--set=model.unet.in_channels=6"]
+    train("decoder", *shown, "--init", "runs/tiny/decoder/model", "--set=fit.steps=4")
+    train("decoder", *shown, "--resume", "latest", "--set=fit.steps=8")
+    after, layout = (
+        read_tensors(workplace / f"runs/tiny/{name}/model/model.safetensors") for name in ("shown", "layout")
+    )
+    for name, tensor in layout.items():
+        assert torch.equal(after[f"layout.{name}"], tensor)
+    assert after["unet.stem.weight"][:, 12:].any()
+    with pytest.raises(SystemExit, match="layout .* and model.layout .* go together"):
+        train("decoder", *shown[1:])
+    with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 or more, and 0 without a layout"):
+        train("decoder", "--set=emb_noise=0.5")
 
 
 def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):

@@ -1,7 +1,7 @@
 """Trains the diffusion decoder: from a CLIP image embedding and a caption to a picture (unCLIP 2.1).
 
 accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
-accelerate launch train/decoder.py --config configs/emoji/inpaint.yaml --init runs/emoji/decoder/model
+accelerate launch train/decoder.py --config configs/tiny/inpaint.yaml --init runs/tiny/decoder/model
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
-from unclip.training.inpainting import HoleConfig, start_inpainting
+from unclip.training.inpainting import HoleConfig
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DecoderLoss, DropConfig
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import decoder_preview
+from unclip.training.run_state import load_weights
+from unclip.training.warm_start import warm_start
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class DecoderTraining:
     drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
     task: Literal["draw", "inpaint"] = "draw"  # inpaint: around random holes, best from a trained decoder's weights
     holes: HoleConfig = field(default_factory=HoleConfig)  # of the task "inpaint"
+    layout: str | None = None  # folder of a trained one, for a model that is shown it; it stays as it is
+    emb_noise: float = 0.0  # standard deviations of noise on embeddings, at most; for a model that is shown a layout
 
     def __post_init__(self) -> None:
         if self.model.inpaints != (self.task == "inpaint"):
             expected = str(self.task == "inpaint").lower()
             raise ValueError(f"task is {self.task!r}; expected a model with inpaints: {expected}")
+        if (self.model.layout is None) != (self.layout is None):
+            raise ValueError("layout (a trained one's folder) and model.layout (its shape) go together; one is missing")
+        if self.emb_noise < 0 or (self.emb_noise and self.layout is None):
+            raise ValueError(f"emb_noise is {self.emb_noise}; expected 0 or more, and 0 without a layout")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
@@ -51,15 +59,17 @@ def main(run: Run[DecoderTraining]) -> None:
     config = run.config
     clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
     decoder = Decoder(config.model).to(run.device)
-    if config.task == "inpaint" and run.init:
-        start_inpainting(decoder, run.init)
+    if config.layout:
+        load_weights(decoder.layout.requires_grad_(False), config.layout)
+    if run.init:
+        warm_start(decoder, run.init)
         run = replace(run, init=None)
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
     fit(
         decoder,
-        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes),
+        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, config.emb_noise),
         Loader(config.data),
         config.fit,
         config.optim,

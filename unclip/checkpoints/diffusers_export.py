@@ -119,6 +119,8 @@ def _against_decoder(config: DecoderConfig) -> Iterable[str]:
         yield "it predicts v"
     if not config.learned_variance:
         yield "its variance is not learned"
+    if config.layout:
+        yield "it is shown a layout"
     if config.inpaints:
         yield "it inpaints"
     yield from _against_widths(config)

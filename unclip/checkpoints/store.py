@@ -49,6 +49,7 @@ from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.dvae import DVAE, DVAEConfig
 from unclip.models.glide import GLIDE, GLIDEConfig
+from unclip.models.layout import Layout, LayoutConfig
 from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
@@ -66,6 +67,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "DiffusionPrior": (DiffusionPrior, PriorConfig),
     "ARPrior": (ARPrior, ARPriorConfig),
     "OneShotPrior": (OneShotPrior, OneShotPriorConfig),
+    "Layout": (Layout, LayoutConfig),  # on its way into a decoder
     "Decoder": (Decoder, DecoderConfig),
     "Upsampler": (Upsampler, UpsamplerConfig),
     "GLIDE": (GLIDE, GLIDEConfig),

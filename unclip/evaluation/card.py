@@ -1,6 +1,6 @@
 """The figures of a model card: loss curves, sheets of pictures, and the tables between the markers of its README.md.
 
-    python -m unclip.evaluation.card --out assets/emoji --runs runs/emoji/{clip,prior,decoder32,decoder,upsampler}
+    python -m unclip.evaluation.card --out assets/emoji-dalle1 --runs runs/emoji/codec runs/emoji/dalle
     python -m unclip.evaluation.card --out assets/emoji --model assets/emoji --data 'data/emoji/heldout-*.tar' \
         --train-data 'data/emoji/train-*.tar'
 

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 import unclip
-from unclip.checkpoints.catalogue import locate, read_model_json
+from unclip.checkpoints.catalogue import CONFIG_FILE, locate, read_json, read_model_json
 from unclip.evaluation import manipulation
 from unclip.evaluation.commands import MODEL
 from unclip.evaluation.figures import FIGURES, Figure
@@ -75,7 +75,7 @@ def make_gallery(args: argparse.Namespace) -> None:
     model = read_model_json(locate(args.model))
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    there = {"": True, "training data": bool(args.train_data), "inpainter": "inpainter" in model["components"]}
+    there = {"": True, "training data": bool(args.train_data), "inpainter": inpaints(locate(args.model))}
     figures = [figure for figure in FIGURES if there[figure.needs]]
     with tempfile.TemporaryDirectory() as place:
         for figure in figures:
@@ -86,6 +86,12 @@ def make_gallery(args: argparse.Namespace) -> None:
     if args.data:
         measure(folder / RESULTS, args)
     out.write_text(page(model["name"], folder), encoding="utf-8")
+
+
+def inpaints(model: Path) -> bool:
+    """Whether a decoder in a model's folder was trained to inpaint."""
+    decoders = [model / name / CONFIG_FILE for name in ("inpainter", "decoder")]
+    return any(read_json(file).get("inpaints", False) for file in decoders if file.is_file())
 
 
 def run(figure: Figure, place: Path, args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from unclip.models.layers import KeyValues, TransformerBlock
+from unclip.models.layout import Layout, LayoutConfig
 from unclip.models.unet import UNet, UNetConfig
 from unclip.types import TextEncoding
 
@@ -56,16 +57,19 @@ class DecoderConfig:
     text_emb_in_time: bool = True  # the caption's embedding is added to the time embedding too
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
+    layout: LayoutConfig | None = None  # it is shown what the image embedding tells of shapes
     inpaints: bool = False  # it is told which pixels are known, and what they are (GLIDE 2.4)
 
     def __post_init__(self) -> None:
-        channels = (7 if self.inpaints else 3), (6 if self.learned_variance else 3)
+        channels = 3 + (3 if self.layout else 0) + (4 if self.inpaints else 0), (6 if self.learned_variance else 3)
         if (self.unet.in_channels, self.unet.out_channels) != channels:
             raise ValueError(
                 f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; a decoder with "
-                f"inpaints={self.inpaints} and learned_variance={self.learned_variance} needs {channels[0]} and "
-                f"{channels[1]}"
+                f"{'a' if self.layout else 'no'} layout, inpaints={self.inpaints} and "
+                f"learned_variance={self.learned_variance} needs {channels[0]} and {channels[1]}"
             )
+        if self.layout and self.layout.emb_dim != self.emb_dim:
+            raise ValueError(f"layout.emb_dim is {self.layout.emb_dim}; expected emb_dim, {self.emb_dim}")
         if self.unet.context_dim is None:
             raise ValueError("unet.context_dim is not set; the decoder's attention needs the width of its context")
         if self.image_size % self.unet.size_divisor:
@@ -81,25 +85,25 @@ class DecoderContext:
 
     time_shift: torch.Tensor  # (B, time_dim), added to the time embedding
     kv: KeyValues  # of the N context tokens
-    known: torch.Tensor | None = None  # (B, 4, s, s), of a decoder that inpaints: see `known_part`
+    beside: torch.Tensor | None = None  # (B, 3, 4 or 7, s, s), channels beside those of x_t: layout, known part
 
     def __len__(self) -> int:
         return self.time_shift.shape[0]
 
     def __getitem__(self, rows: slice | torch.Tensor) -> DecoderContext:
         """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
-        return DecoderContext(self.time_shift[rows], self.kv[rows], None if self.known is None else self.known[rows])
+        return DecoderContext(self.time_shift[rows], self.kv[rows], None if self.beside is None else self.beside[rows])
 
     def repeat_interleave(self, n: int) -> DecoderContext:
         """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        known = None if self.known is None else self.known.repeat_interleave(n, dim=0)
-        return DecoderContext(self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n), known)
+        beside = None if self.beside is None else self.beside.repeat_interleave(n, dim=0)
+        return DecoderContext(self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n), beside)
 
     @classmethod
     def cat(cls, parts: Sequence[DecoderContext]) -> DecoderContext:
         """Rows of all parts one after the other; the shorter contexts are padded to the longest."""
-        known = None if parts[0].known is None else torch.cat([part.known for part in parts])
-        return cls(torch.cat([part.time_shift for part in parts]), KeyValues.cat([part.kv for part in parts]), known)
+        beside = None if parts[0].beside is None else torch.cat([part.beside for part in parts])
+        return cls(torch.cat([part.time_shift for part in parts]), KeyValues.cat([part.kv for part in parts]), beside)
 
 
 class ClipStatesEncoder(nn.Module):
@@ -186,15 +190,17 @@ class Decoder(nn.Module):
         self.image_to_context = nn.Linear(config.emb_dim, config.context_tokens * width)
         self.text = (ClipStatesEncoder if config.text.kind == "clip_states" else TextTransformerEncoder)(config)
         self.text_to_time = nn.Linear(self.text.emb_dim, time_dim) if config.text_emb_in_time else None
+        self.layout = None if config.layout is None else Layout(config.layout)
         self.unet = UNet(config.unet)
-        if config.inpaints:
-            with torch.no_grad():
-                self.known_weight.zero_()
+        with torch.no_grad():
+            for weight in self.weights_beside().values():
+                weight.zero_()
 
-    @property
-    def known_weight(self) -> torch.Tensor:
-        """Of the first convolution, a view: what it makes of the known pixels. Zero where fine-tuning begins."""
-        return self.unet.stem.weight[:, 3 * self.config.unet.patch**2 :]
+    def weights_beside(self) -> dict[str, torch.Tensor]:
+        """Of the first convolution, views: what it makes of "layout" and "known". Zero where training begins."""
+        channels = {"x_t": 3, "layout": 3 if self.config.layout else 0, "known": 4 if self.config.inpaints else 0}
+        weights = self.unet.stem.weight.split([n * self.config.unet.patch**2 for n in channels.values()], dim=1)
+        return {name: w for name, w in zip(channels, weights, strict=True) if name != "x_t" and w.shape[1]}
 
     def condition(
         self,
@@ -224,10 +230,20 @@ class Decoder(nn.Module):
         image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
         context = torch.cat([image_tokens, text_tokens], dim=1)  # B n+L context_dim
         mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
+        beside = self._beside(image_emb, drop_image, known)
+        return DecoderContext(time_shift, self.unet.project_context(context, mask), beside)
+
+    def _beside(
+        self, image_emb: torch.Tensor, drop_image: torch.Tensor | None, known: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Layout and known part, where the decoder is shown them; zeros where there is nothing to be shown."""
+        size, pictures = (self.config.image_size, self.config.image_size), []
+        if self.layout is not None:
+            layout = F.interpolate(self.layout(image_emb), size, mode="bilinear")  # B 3 s s
+            pictures.append(layout if drop_image is None else layout * ~drop_image[:, None, None, None])
         if self.config.inpaints:
-            size = self.config.image_size
-            known = image_emb.new_zeros(len(image_emb), 4, size, size) if known is None else known.to(dtype)
-        return DecoderContext(time_shift, self.unet.project_context(context, mask), known)
+            pictures.append(image_emb.new_zeros(len(image_emb), 4, *size) if known is None else known.to(image_emb))
+        return torch.cat(pictures, dim=1) if pictures else None
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
         """(B, 3, s, s), (B,) -> (B, 3 or 6, s, s): the prediction, then the variance if it is learned."""
@@ -246,8 +262,8 @@ class Decoder(nn.Module):
         deep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`denoise` from the modulation (B, M) on; `deep` goes in and comes out as in `UNet.run`."""
-        if context.known is not None:
-            x_t = torch.cat([x_t, context.known.to(x_t.dtype)], dim=1)
+        if context.beside is not None:
+            x_t = torch.cat([x_t, context.beside.to(x_t.dtype)], dim=1)
         return self.unet.run(x_t, modulation, context.kv, deep)
 
     def forward(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unclip.models.embedding_stats import EmbeddingStats
 from unclip.models.layers import KeyValues, TransformerBlock, attend_after
 from unclip.types import TextEncoding
 
@@ -48,14 +49,11 @@ class TextPrefix(KeyValues):
     """Keys and values of the text tokens and the text embedding, L + 1 positions, in every block of a prior."""
 
 
-class TextPrior(nn.Module):
+class TextPrior(EmbeddingStats):
     """Tokens [text states, text embedding | the prior's own]; own tokens take the last positions."""
 
-    emb_mean: torch.Tensor
-    emb_std: torch.Tensor
-
     def __init__(self, config: TextPriorConfig, own: int) -> None:
-        super().__init__()
+        super().__init__(config.emb_dim)
         self.config = config
         D, C = config.emb_dim, config.width
         self.state_proj = nn.Linear(config.text_width, C)
@@ -68,31 +66,6 @@ class TextPrior(nn.Module):
         if config.null_text == "learned":
             self.null_emb = nn.Parameter(torch.randn(D) * D**-0.5)
             self.null_state = nn.Parameter(torch.randn(config.text_width))
-        self.register_buffer("emb_mean", torch.zeros(D))
-        self.register_buffer("emb_std", torch.full((D,), D**-0.5))
-
-    def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales."""
-        D = self.config.emb_dim
-        if mean.numel() != D or std.numel() != D:
-            raise ValueError(f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each")
-        if not (std > 0).all():
-            raise ValueError(f"std has {int((std <= 0).sum())} dimensions that are not positive")
-        self.emb_mean.copy_(mean.reshape(D))
-        self.emb_std.copy_(std.reshape(D))
-
-    @property
-    def emb_norm(self) -> torch.Tensor:
-        """The usual length of an image embedding, ()."""
-        return (self.emb_mean.square() + self.emb_std.square()).sum().sqrt()
-
-    def normalize(self, emb: torch.Tensor) -> torch.Tensor:
-        """CLIP image embeddings (..., D) -> x_0, of about unit variance."""
-        return (emb - self.emb_mean) / self.emb_std
-
-    def denormalize(self, x_0: torch.Tensor) -> torch.Tensor:
-        """x_0 (..., D) -> CLIP image embeddings."""
-        return x_0 * self.emb_std + self.emb_mean
 
     def null_text(self, batch: int) -> TextEncoding:
         """The learned null: one token and an embedding that say nothing. ValueError if the null is the empty prompt."""

@@ -40,12 +40,12 @@ class UnCLIPNetworks(Placement):
         schedules: Mapping[str, ScheduleConfig] | None = None,
         residency: Residency | None = None,
     ) -> None:
-        """inpainter: a decoder that was trained to inpaint, of the same size.
+        """inpainter: a decoder that was trained to inpaint, of the same size; not needed if `decoder` was.
 
         schedules: of "prior", "decoder", "upsampler_0", ...; cosine for those left out. residency: see `offload`.
         """
         self.clip, self._prior, self.decoder, self.upsamplers = clip, prior, decoder, tuple(upsamplers)
-        self.inpainter = inpainter
+        self.inpainter = decoder if inpainter is None and getattr(decoder.config, "inpaints", False) else inpainter
         self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(self.upsamplers))
         self.static_shapes = False  # whether texts of different lengths must look alike to the networks
         self._residency = residency
@@ -91,7 +91,7 @@ class UnCLIPNetworks(Placement):
     def networks(self) -> dict[str, nn.Module]:
         """Every network but CLIP, under the name of its stage."""
         prior = {} if self.prior is None else {"prior": self.prior}
-        inpainter = {} if self.inpainter is None else {"inpainter": self.inpainter}
+        inpainter = {} if self.inpainter in (None, self.decoder) else {"inpainter": self.inpainter}
         upsamplers = {f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)}
         return {**prior, "decoder": self.decoder, **inpainter, **upsamplers}
 

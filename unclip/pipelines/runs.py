@@ -63,7 +63,8 @@ class UnCLIPRuns(UnCLIPStages):
     def _decoder_run(
         self, options: StageOptions, image_emb: Tensor, text: TextEncoding | None, known: Tensor | None
     ) -> StageRun:
-        name, decoder = ("decoder", self.decoder) if known is None else ("inpainter", self.inpainter)
+        decoder = self.decoder if known is None else self.inpainter
+        name = "decoder" if decoder is self.decoder else "inpainter"
         cond = self._context(image_emb, text, known=known)
 
         def null() -> DecoderContext:

@@ -21,7 +21,7 @@ AT_ONCE = 64  # pictures
 
 
 class EmbeddedLoader:
-    """A loader whose pictures CLIP has embedded already: batches hold "image_emb" (B, D) instead of "image".
+    """A loader whose pictures CLIP has embedded already: batches hold "image_emb" (B, D) too.
 
     They are embedded in the order of the data set, not when they first come: a resumed run gets the same bits.
     ValueError if augmentation makes another picture of each every time, or two have the same key.
@@ -35,7 +35,7 @@ class EmbeddedLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
             image_emb = torch.stack([self.image_emb[key] for key in batch["key"]])
-            yield {"image_emb": image_emb, "caption": batch["caption"], "key": batch["key"]}
+            yield {**batch, "image_emb": image_emb}
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -1,17 +1,13 @@
-"""Fine-tuning a decoder to inpaint: random holes, and weights of a decoder that has never seen any (GLIDE 2.4)."""
+"""Random holes, around which a decoder learns to inpaint (GLIDE 2.4)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from unclip.models.decoder import Decoder
-from unclip.training.run_state import load_weights
 
 # B batch, s picture side
 
@@ -96,19 +92,3 @@ def _pixels(side: int) -> Tensor:
 
 def _uniform(low: float, high: float) -> float:
     return low + (high - low) * torch.rand(()).item()
-
-
-@torch.no_grad()
-def start_inpainting(decoder: Decoder, source: str | Path) -> None:
-    """Gives a decoder that inpaints the weights in `source`, of such a one or of a plain decoder.
-
-    The latter knows nothing of known pixels yet: their weights are 0, and so it draws what the plain one draws.
-    """
-    config = decoder.config
-    plain = Decoder(replace(config, unet=replace(config.unet, in_channels=3), inpaints=False))
-    try:
-        load_weights(plain, source)
-    except ValueError:  # of an inpainting one, or of neither, which is told
-        return load_weights(decoder, source)
-    state, stem, unknown = plain.state_dict(), "unet.stem.weight", torch.zeros_like(decoder.known_weight)
-    decoder.load_state_dict({**state, stem: torch.cat([state[stem].to(unknown), unknown], dim=1)})

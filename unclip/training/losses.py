@@ -15,6 +15,8 @@ from unclip.diffusion.schedules import Schedule, sample_timesteps
 from unclip.latents import normalise
 from unclip.models.ar_prior import ARPrior
 from unclip.models.decoder import Decoder, known_part
+from unclip.models.embedding_stats import EmbeddingStats
+from unclip.models.layout import Layout
 from unclip.models.one_shot_prior import OneShotPrior
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
@@ -117,10 +119,32 @@ class OneShotPriorLoss:
         return {"loss": loss, "mse": mse.detach(), "contrastive": contrastive.detach()}
 
 
+class LayoutLoss:
+    """MSE of the picture at the layout's size, told from its embedding under up to `emb_noise` of noise."""
+
+    def __init__(self, layout: Layout, clip: CLIP, emb_noise: float) -> None:
+        self.layout, self.clip, self.emb_noise = layout, clip, emb_noise
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        image_emb = noised(_image_emb(self.clip, batch), self.layout, self.emb_noise)
+        truth = nn.functional.adaptive_avg_pool2d(batch["image"].to(image_emb.device), self.layout.config.size)
+        return {"loss": nn.functional.mse_loss(model(image_emb).float(), truth)}
+
+
+def noised(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
+    """Embeddings (B, D) with noise of 0 to `most` standard deviations, another share of it in each row.
+
+    What a prior predicts is off by about half of one: what is trained on noised ones doesn't take it too exactly.
+    """
+    share = most * torch.rand(len(image_emb), 1, device=image_emb.device)
+    return image_emb + share * stats.emb_std * torch.randn_like(image_emb)
+
+
 class DecoderLoss:
     """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1).
 
     With `holes`, the decoder is told what is known around random ones; the loss is over the whole picture (GLIDE 2.4).
+    emb_noise: see `noised`; for a decoder that is shown a layout.
     """
 
     def __init__(
@@ -131,13 +155,16 @@ class DecoderLoss:
         drop: DropConfig,
         config: LossConfig,
         holes: HoleConfig | None = None,
+        emb_noise: float = 0.0,
     ):
         self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
-        self.holes = holes
+        self.holes, self.emb_noise = holes, emb_noise
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
         image_emb = _image_emb(self.clip, batch)  # of the pictures as they are loaded: CLIP may want them larger
+        if self.emb_noise:
+            image_emb = noised(image_emb, self.decoder.layout, self.emb_noise)
         text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image = torch.rand(len(x_0), device=x_0.device) < self.drop.image

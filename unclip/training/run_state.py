@@ -104,6 +104,12 @@ class RunState:
 
 def load_weights(model: nn.Module, source: str | Path) -> None:
     """Start from the weights in `source`: a safetensors file, a component or a checkpoint folder (its EMA weights)."""
+    path, tensors = read_weights(source)
+    load_strictly(model, tensors, path)
+
+
+def read_weights(source: str | Path) -> tuple[Path, dict[str, Tensor]]:
+    """What `load_weights` loads, and the file that it is from."""
     path = Path(source)
     if path.is_dir():
         files = [path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()]
@@ -111,7 +117,7 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
             raise FileNotFoundError(f"no ema.safetensors or model.safetensors in {path}")
         path = files[0]
     # Copies, not the mapped file: trained weights must not depend on a file that may be replaced.
-    load_strictly(model, {name: tensor.clone() for name, tensor in read_tensors(path).items()}, path)
+    return path, {name: tensor.clone() for name, tensor in read_tensors(path).items()}
 
 
 def _completed(saved: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""Trains the layout that a decoder is shown: a small blurred picture from a CLIP image embedding.
+
+accelerate launch train/layout.py --config configs/emoji/layout.yaml
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unclip.checkpoints.store import save_component
+from unclip.clip import CLIP
+from unclip.data.loader import DataConfig
+from unclip.models.layout import Layout, LayoutConfig
+from unclip.training.embedded import embedding_pairs, open_loader
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run, launch
+from unclip.training.losses import LayoutLoss
+from unclip.training.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class LayoutTraining:
+    clip: str  # folder of a trained CLIP
+    model: LayoutConfig
+    data: DataConfig
+    optim: OptimConfig
+    fit: FitConfig
+    val_data: DataConfig | None = None
+    emb_noise: float = 1.0  # standard deviations of noise on embeddings, at most
+    embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
+    stats_batches: int = 100  # batches that the embeddings' mean and standard deviation are measured on
+
+
+def main(run: Run[LayoutTraining]) -> None:
+    config = run.config
+    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    layout = Layout(config.model).to(run.device)
+    if not (run.resume or run.init):  # else they come with the weights
+        image_emb, _ = embedding_pairs(clip, loader, config.stats_batches)
+        layout.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
+    fit(
+        layout,
+        LayoutLoss(layout, clip, config.emb_noise),
+        loader,
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        export=save_component,
+    )
+
+
+if __name__ == "__main__":
+    launch(main, LayoutTraining, __doc__)
