@@ -11,7 +11,7 @@ from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
 from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.training.embedded import embedding_pairs, open_loader
+from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DropConfig, OneShotLossConfig, OneShotPriorLoss
@@ -38,8 +38,7 @@ def main(run: Run[OneShotPriorTraining]) -> None:
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     prior = OneShotPrior(config.model).to(run.device)
     if not (run.resume or run.init):  # else they come with the weights
-        image_emb, _ = embedding_pairs(clip, loader, config.stats_batches)
-        prior.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
+        measure_stats(prior, clip, loader, config.stats_batches)
     fit(
         prior,
         OneShotPriorLoss(prior, clip, config.drop, config.loss),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from unclip.clip import CLIP
 from unclip.data.loader import Augment, DataConfig, Loader
 from unclip.data.precomputed import PrecomputedDataset
+from unclip.models.embedding_stats import EmbeddingStats
 
 AT_ONCE = 64  # pictures
 
@@ -86,3 +87,9 @@ def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -
         text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
     loader.load_state_dict(state)
     return torch.cat(image_embs), torch.cat(text_embs)
+
+
+def measure_stats(network: EmbeddingStats, clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> None:
+    """Tells a network the mean and standard deviation of the image embeddings of the first `batches` batches."""
+    image_emb, _ = embedding_pairs(clip, loader, batches)
+    network.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
