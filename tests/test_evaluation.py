@@ -319,6 +319,12 @@ def test_a_card_is_filled_in(tiny_folder, data, tmp_path, capsys):
 
     card.main(["--out", str(tmp_path)])  # from evaluation.json alone
     assert (tmp_path / "README.md").read_text() == text
+    rows = [{"name": "one-shot", "parameters": 2_340_000, "guidance": 1.0, "cosine": 0.7, "recall@1": 0.25}]
+    (tmp_path / "priors.json").write_text(json.dumps({"pairs": 128, "rows": rows}))
+    card.main(["--out", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "Other priors, and none, on 128 held-out captions" in text
+    assert "| one-shot | 2.3 M | 1 | 0.700 |  | 25.0% |  |  |" in text
 
     (tmp_path / "README.md").write_text("# A card without markers\n")
     with pytest.raises(SystemExit, match="needs the lines <!-- figures -->"):

@@ -5,7 +5,8 @@
         --train-data 'data/emoji/train-*.tar'
 
 With --data the model is evaluated first; without, the figures are those that evaluation.json in the folder holds. The
-tables of bench.json, which `unclip bench --json` writes, are added if it lies there.
+tables of bench.json and priors.json, which `unclip bench --json` and `unclip evaluate-priors --json` write, are added if
+they lie there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unclip.evaluation import bench, report
+from unclip.evaluation import bench, priors, report
 from unclip.evaluation.commands import add_evaluation, make_evaluation
 
-README, EVALUATION, BENCH, LOSS = "README.md", "evaluation.json", "bench.json", "loss.png"
+README, EVALUATION, BENCH, PRIORS, LOSS = "README.md", "evaluation.json", "bench.json", "priors.json", "loss.png"
 METRICS = "metrics.jsonl"  # of a run
 ORDER = ("clip", "prior", "decoder", "upsampler", "codec", "dalle")  # runs of other names come after these
 
@@ -62,12 +63,16 @@ def make_card(args: argparse.Namespace) -> None:
 
 
 def figures(folder: Path) -> str:
-    """The tables of evaluation.json and, if there is one, of bench.json, as Markdown."""
+    """The tables of evaluation.json and, where they are, of priors.json and bench.json, as Markdown."""
     results = _read(folder / EVALUATION)
     parts = [
         f"On {results['held_out']['pairs']} held-out pairs, seed {results['seed']}; {sampling(results['options'])}",
         report.markdown([report.HEAD, *report.rows(results)]),
     ]
+    if (folder / PRIORS).is_file():
+        compared = _read(folder / PRIORS)
+        about = "held-out captions, by `unclip evaluate-priors`; the decoder draws all embeddings from the same noise"
+        parts += [f"Other priors, and none, on {compared['pairs']} {about}:", priors.table(compared["rows"])]
     if (folder / BENCH).is_file():
         timed = _read(folder / BENCH)
         head = report.Row("speed and memory", f"median of {timed['repeat']}", "spread")
