@@ -4,9 +4,8 @@
     python -m unclip.evaluation.card --out assets/emoji --model assets/emoji --data 'data/emoji/heldout-*.tar' \
         --train-data 'data/emoji/train-*.tar'
 
-With --data the model is evaluated first; without, the figures are those that evaluation.json in the folder holds. The
-tables of bench.json and priors.json, which `unclip bench --json` and `unclip evaluate-priors --json` write, are added if
-they lie there.
+With --data the model is evaluated first; without, the figures are those that evaluation.json in the folder holds. Where
+bench.json (`unclip bench --json`) and priors.json (`unclip evaluate-priors --json`) lie, their tables are added.
 """
 
 from __future__ import annotations
