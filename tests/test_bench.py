@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,12 +20,15 @@ from unclip.clip import open_clip
 from unclip.config import parse
 from unclip.evaluation import STAGES, bench
 from unclip.evaluation.bench import BenchConfig, clock, karlo, memory, peak, processes, tables
-from unclip.evaluation.bench.calls import Inputs, stage_calls, stage_steps
+from unclip.evaluation.bench.calls import Inputs, picture_work, stage_calls, stage_steps
 from unclip.evaluation.bench.stages import measure
 from unclip.models.decoder import DecoderConfig
 from unclip.models.int8 import is_quantized
+from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.text_prior import TextPriorConfig
 from unclip.models.upsampler import UpsamplerConfig
+from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.types import UnCLIPOptions
 
 CPU = torch.device("cpu")
@@ -138,6 +141,14 @@ def test_operations_of_two_steps_tell_those_of_all(karlo_pipe):
         assert len(every.each) == steps[stage] and every.result is not None
         composed = clock.counted(calls[stage], most=2).whole(steps[stage])
         assert composed == pytest.approx(every.whole(steps[stage]), rel=1e-3)  # little is computed elsewhere
+
+
+def test_a_prior_without_diffusion_has_steps_of_its_own(tiny_pipe):
+    sizes = {field.name: getattr(tiny_pipe.prior.config, field.name) for field in fields(TextPriorConfig)}
+    prior = OneShotPrior(OneShotPriorConfig(**sizes))
+    pipe = UnCLIPPipeline(tiny_pipe.clip, prior, tiny_pipe.decoder, tiny_pipe.upsamplers, tiny_pipe.options)
+    ours, theirs = (picture_work(one, "a fish", 1, FEW_STEPS).steps for one in (pipe, tiny_pipe))
+    assert ours["prior"] == 1 < theirs["prior"] and ours["decoder"] == theirs["decoder"]
 
 
 def test_operations_are_those_of_the_layers():

@@ -78,7 +78,7 @@ def stage_calls(pipe: UnCLIPPipeline, inputs: Inputs, options: UnCLIPOptions) ->
 
 
 def stage_steps(options: UnCLIPOptions) -> dict[str, int]:
-    """Sampling steps of each stage; the text has none."""
+    """Sampling steps of each stage, of a prior that has a choice; the text has none."""
     upsampler = sum(stage.steps for stage in options.upsamplers)
     return {"text": 0, "prior": options.prior.steps, "decoder": options.decoder.steps, "upsampler": upsampler}
 
@@ -86,6 +86,9 @@ def stage_steps(options: UnCLIPOptions) -> dict[str, int]:
 def picture_work(pipe: UnCLIPPipeline, prompt: str, num_images: int, options: UnCLIPOptions) -> Work:
     """For pictures of one prompt."""
     calls = stage_calls(pipe, Inputs.make(pipe, [prompt], num_images), options)
-    steps = {name: count for name, count in stage_steps(options).items() if count}
+    steps = stage_steps(options)
+    if pipe.prior is not None:
+        steps["prior"] = pipe.prior_steps(options.prior)
+    steps = {name: count for name, count in steps.items() if count}
     last = pipe.upsamplers[len(options.upsamplers) - 1].config.high_size if options.upsamplers else None
     return Work(calls, steps, last or pipe.decoder.config.image_size)
