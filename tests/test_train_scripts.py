@@ -152,9 +152,15 @@ def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
     for name, tensor in layout.items():
         assert torch.equal(after[f"layout.{name}"], tensor)
     assert after["unet.stem.weight"][:, 12:].any()
-    with pytest.raises(SystemExit, match="layout .* and model.layout .* go together"):
-        train("decoder", *shown[1:])
-    with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 or more, and 0 without a layout"):
+    own = ["--set=fit.output=runs/tiny/shown_again", "--set=fit.steps=1"]
+    train("decoder", *shown[2:], *own, "--init", "runs/tiny/shown/model")  # which brings its layout
+    again = read_tensors(workplace / "runs/tiny/shown_again/model/model.safetensors")
+    assert all(torch.equal(again[f"layout.{name}"], tensor) for name, tensor in layout.items())
+    with pytest.raises(SystemExit, match="model.layout is not trained here: set layout to a trained one's folder"):
+        train("decoder", *shown[2:], *own)
+    with pytest.raises(SystemExit, match="layout is runs/tiny/layout/model; expected its shape in model.layout"):
+        train("decoder", shown[0])
+    with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 or more, and 0 without model.layout"):
         train("decoder", "--set=emb_noise=0.5")
 
 

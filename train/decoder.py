@@ -39,17 +39,17 @@ class DecoderTraining:
     drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
     task: Literal["draw", "inpaint"] = "draw"  # inpaint: around random holes, best from a trained decoder's weights
     holes: HoleConfig = field(default_factory=HoleConfig)  # of the task "inpaint"
-    layout: str | None = None  # folder of a trained one, for a model that is shown it; it stays as it is
+    layout: str | None = None  # folder of a trained one, for a model that is shown it; None = the one in --init
     emb_noise: float = 0.0  # standard deviations of noise on embeddings, at most; for a model that is shown a layout
 
     def __post_init__(self) -> None:
         if self.model.inpaints != (self.task == "inpaint"):
             expected = str(self.task == "inpaint").lower()
             raise ValueError(f"task is {self.task!r}; expected a model with inpaints: {expected}")
-        if (self.model.layout is None) != (self.layout is None):
-            raise ValueError("layout (a trained one's folder) and model.layout (its shape) go together; one is missing")
-        if self.emb_noise < 0 or (self.emb_noise and self.layout is None):
-            raise ValueError(f"emb_noise is {self.emb_noise}; expected 0 or more, and 0 without a layout")
+        if self.layout and not self.model.layout:
+            raise ValueError(f"layout is {self.layout}; expected its shape in model.layout, which is missing")
+        if self.emb_noise < 0 or (self.emb_noise and not self.model.layout):
+            raise ValueError(f"emb_noise is {self.emb_noise}; expected 0 or more, and 0 without model.layout")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
@@ -59,10 +59,14 @@ def main(run: Run[DecoderTraining]) -> None:
     config = run.config
     clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
     decoder = Decoder(config.model).to(run.device)
-    if config.layout:
-        load_weights(decoder.layout.requires_grad_(False), config.layout)
+    if decoder.layout is not None:
+        decoder.layout.requires_grad_(False)
+        if config.layout:
+            load_weights(decoder.layout, config.layout)
+        elif not (run.init or run.resume):
+            raise ValueError("model.layout is not trained here: set layout to a trained one's folder, or give --init")
     if run.init:
-        warm_start(decoder, run.init)
+        warm_start(decoder, run.init, keep_layout=config.layout is not None)
         run = replace(run, init=None)
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None

@@ -14,11 +14,11 @@ STEM = "unet.stem.weight"
 
 
 @torch.no_grad()
-def warm_start(decoder: Decoder, source: str | Path) -> None:
+def warm_start(decoder: Decoder, source: str | Path, keep_layout: bool = False) -> None:
     """Gives a decoder the weights in `source`, of one that is alike but for what it is shown beside x_t.
 
-    What is shown for the first time weighs nothing yet, so that it draws what the other one draws; a layout that the
-    other one lacks stays as it is. ValueError if the two differ in more.
+    What is shown for the first time weighs nothing yet, so that it draws what the other one draws. keep_layout: its
+    layout stays as it is, and the other one needs none. ValueError if the two differ in more.
     """
     file, state = read_weights(source)
     has_layout = any(name.startswith("layout.") for name in state)
@@ -30,6 +30,6 @@ def warm_start(decoder: Decoder, source: str | Path) -> None:
         if shown.keys() <= wanted.keys():  # else it is told below that they do not fit
             beside = [shown.get(name, torch.zeros_like(weight)) for name, weight in wanted.items()]
             state[STEM] = torch.cat([x_t, *beside], dim=1)
-    if decoder.layout is not None and not has_layout:
+    if keep_layout and decoder.layout is not None:
         state |= {f"layout.{name}": tensor for name, tensor in decoder.layout.state_dict().items()}
     load_strictly(decoder, state, file)
