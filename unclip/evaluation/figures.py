@@ -131,7 +131,8 @@ FIGURES = (
     Figure(
         "outpaint",
         "Outpainting, and image to image",
-        "Beyond the borders of a picture; and over all of it, from what some noise leaves.",
+        "Beyond the borders of a picture, where a model of single things sees more of them; and over all of it, from "
+        "what some noise leaves.",
         (
             'unclip edit apple.png --extend 64 0 64 0 --prompt "a red apple" --seed 0 -o wider.png',
             'unclip edit apple.png --prompt "a slice of pizza" --strength 0.7 -n 3 --seed 0 --grid -o over.png',

@@ -30,7 +30,7 @@ class LayoutConfig:
 
 
 class Layout(EmbeddingStats):
-    """The mean of all pictures with an embedding, (B, D) -> (B, 3, size, size), about in [-1, 1]."""
+    """The mean of all pictures with an embedding: (B, D) -> (B, 3, size, size), in about [-1, 1]."""
 
     def __init__(self, config: LayoutConfig) -> None:
         super().__init__(config.emb_dim)
@@ -40,5 +40,5 @@ class Layout(EmbeddingStats):
         self.mlp = nn.Sequential(*sum(hidden, []), nn.Linear(config.width, 3 * config.size**2))
 
     def forward(self, image_emb: torch.Tensor) -> torch.Tensor:
-        x = self.mlp(self.normalize(image_emb.float()).to(self.mlp[0].weight.dtype))
+        x = self.mlp(self.normalize(image_emb.float()).to(image_emb.dtype))
         return x.unflatten(1, (3, self.config.size, self.config.size))
