@@ -107,11 +107,13 @@ def test_figures_are_small_pictures_beside_their_lines(made):
 
 
 def test_what_was_measured_is_told(made, tmp_path):
-    results = {"settings": {"pairs": 32}, "interpolation": {"paths": 3, "ends_differ_by": 1, "even_paths": 1.0}}
-    results["interpolation"]["largest_step_over_mean"] = {"mean": 1.5, "most": 1.9, "of_embeddings": 1.0}
+    step = {"mean": 1.5, "most": 1.9, "within_twice": 1.0}
+    path = {"paths": 3, "ends_differ_by": 1, "largest_step_of_embeddings": 1.0}
+    path["largest_step"] = {"plain": step, "even": step}
+    results = {"settings": {"pairs": 32}, "interpolation": path}
     (tmp_path / "manipulation.json").write_text(json.dumps(results))
     text = page("emoji", tmp_path)
-    assert "On 32 held-out pairs" in text and "| paths without a step over twice the mean (3) | 100% |" in text
+    assert "On 32 held-out pairs" in text and "| 1.50 | most 1.90; 100% of 3 paths within twice |" in text
 
 
 def test_measuring_is_left_to_the_harness(monkeypatch, model, tmp_path):

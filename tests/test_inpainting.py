@@ -20,7 +20,7 @@ from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.training.inpainting import HOLES, HoleConfig, random_holes
-from unclip.training.losses import DecoderLoss, DropConfig
+from unclip.training.losses import DecoderLoss, DropConfig, mixed
 from unclip.training.warm_start import warm_start
 from unclip.types import TextEncoding
 
@@ -147,6 +147,33 @@ def test_it_learns_to_copy_what_is_known():
 
     with torch.no_grad():
         assert miss(known_part(picture, hole)) < 0.5 * miss(None)
+
+
+def test_embeddings_beside_holes_are_of_other_pictures_in_part():
+    torch.manual_seed(0)
+    emb, rows = torch.eye(EMB_DIM).repeat(100, 1), torch.arange(100 * EMB_DIM) % 2 == 0
+    turned = mixed(emb, rows, most=0.5)
+    torch.testing.assert_close(turned[~rows], emb[~rows])
+    cosine = (turned * emb).sum(dim=1)[rows]
+    assert cosine.min() > 0.5**0.5 - 1e-6 and cosine.min() < 0.72 and cosine.max() > 0.99  # up to an eighth of a circle
+    torch.testing.assert_close(turned.square() @ torch.ones(EMB_DIM), torch.ones(len(emb)))
+    other = (turned * emb.roll(-1, dims=0)).sum(dim=1)[rows]
+    torch.testing.assert_close(cosine**2 + other**2, torch.ones(int(rows.sum())))
+
+
+def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
+    seen = {}
+    decoder, clip = inpainting(), tiny_clip().requires_grad_(False)
+    real = decoder.condition
+    monkeypatch.setattr(decoder, "condition", lambda *given: seen.update(emb=given[0], known=given[4]) or real(*given))
+    holes = HoleConfig(box=1, stroke=0, half=0, border=0, all=1)
+    loss = DecoderLoss(decoder, clip, Schedule(ScheduleConfig()), DropConfig(), LossConfig(), holes, emb_mix=0.5)
+    emb = torch.randn(64, EMB_DIM)
+    loss(decoder, {"image": torch.zeros(64, 3, 8, 8), "image_emb": emb, "caption": ["a"] * 64})
+    told = seen["known"][:, 3].flatten(1).any(dim=1)
+    assert 10 < told.sum() < 54
+    torch.testing.assert_close(seen["emb"][~told], emb[~told])
+    assert not torch.isclose(seen["emb"][told], emb[told]).all(dim=1).any()
 
 
 # -- painting

@@ -19,6 +19,7 @@ from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.latent import Latent, along, deterministic
 from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.types import GenerationResult
 
 ROOT = Path(__file__).parent.parent
 FEW = {"progress": False, "batch_size": 2}
@@ -181,6 +182,26 @@ def test_a_path_through_several_runs_evenly_through_each_part(latent):
     torch.testing.assert_close(norms[:5], torch.lerp(norms[0], norms[4], torch.linspace(0, 1, 5)))
 
 
+@pytest.mark.parametrize("noise", ["slerp", "random"])
+def test_even_frames_are_where_steps_are_equal_for_clip(pipe, latent, again, noise):
+    def steps(path: GenerationResult) -> torch.Tensor:
+        seen = normalise(pipe.encode_image(path.images))
+        return (seen[1:] - seen[:-1]).norm(dim=1)
+
+    chosen = {"noise": noise, "seed": 1, "options": replace(latent.options, upsamplers=()), **FEW}
+    plain, even = (pipe.interpolate(latent[:2], frames=7, even=one, **chosen) for one in (False, True))
+    assert steps(even).max() / steps(even).mean() < min(1.5, steps(plain).max() / steps(plain).mean())
+    places = [entry["arguments"]["frames"][0] for entry in even.metadata]
+    assert places == sorted(set(places)) and (places[0], places[-1]) == (0, 1)
+    again = pipe.interpolate(latent[:2], frames=places, **chosen)
+    assert [difference(*pair) for pair in zip(again.images, even.images, strict=True)] == [0] * 7
+
+
+def test_even_frames_between_equals_are_where_they_would_be(pipe, latent):
+    path = pipe.interpolate(latent[[0, 0]], frames=3, even=True, **FEW)
+    assert [entry["arguments"]["frames"] for entry in path.metadata] == [[0.0], [0.5], [1.0]]
+
+
 def test_a_path_between_prompts(pipe, options):
     path = pipe.interpolate(prompts=["a red apple", "a blue fish"], frames=3, seed=5, options=options, **FEW)
     ends = pipe.imagine(["a red apple", "a blue fish"], seed=5, options=options, progress=False)
@@ -199,6 +220,7 @@ def test_a_path_between_prompts(pipe, options):
         ({"prompts": ["a"]}, "at least 2 pictures or prompts; got 1"),
         ({"prompts": ["a", "b"], "frames": 1}, "frames is 1"),
         ({"prompts": ["a", "b"], "frames": [0.5, 1.5]}, "expected places on the path"),
+        ({"prompts": ["a", "b"], "frames": [0.5, 1], "even": True}, "even=True, which finds the places"),
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
 )

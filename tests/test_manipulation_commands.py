@@ -110,8 +110,9 @@ def test_the_way_between_pictures_is_a_strip_a_folder_or_an_animation(run):
 
 def test_the_way_between_prompts(run):
     args = ["--prompts", "a red apple", "a blue fish", "--frames", "3", "--seed", "4", "--noise", "first"]
-    assert run("interpolate", *args, "--steps", "6", "--quiet", "-o", "way.png") == (0, "", "")
-    assert drawn_again(run, "way.png") <= 2
+    for more in ([], ["--even"]):
+        assert run("interpolate", *args, *more, "--steps", "6", "--quiet", "-o", "way.png") == (0, "", "")
+        assert drawn_again(run, "way.png") <= 2
 
 
 def test_a_strip_of_text_diffs(run):

@@ -67,12 +67,12 @@ FIGURES = (
         "interpolate",
         "Interpolation",
         "Embedding and noise both along great circles; then the noise of the first picture throughout; then between "
-        "prompts. A `.gif` or an `.mp4` moves.",
+        "prompts. A `.gif` or an `.mp4` moves; with `--even`, in steps that are equal for CLIP.",
         (
             "unclip interpolate both.safetensors --frames 7 -o between.png",
             "unclip interpolate both.safetensors --frames 7 --noise first -o first.png",
             'unclip interpolate --prompts "a green tree" "a blue fish" --noise random --seed 0 -o prompts.png',
-            "unclip interpolate both.safetensors --frames 16 -o between.gif",
+            "unclip interpolate both.safetensors --frames 16 --even -o between.gif",
         ),
         ("between.png", "first.png", "prompts.png", "between.gif"),
     ),

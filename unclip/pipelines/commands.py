@@ -66,6 +66,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("sources", nargs="*", type=Path, metavar="IMAGE", help="or saved latents (.safetensors)")
     parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="in place of pictures")
     parser.add_argument("--frames", type=whole_number, default=9, metavar="N", help="with both ends (default: 9)")
+    about = "frames where CLIP sees equal steps between them, rather than at equal steps of the way"
+    parser.add_argument("--even", action="store_true", help=about)
     about = "of the frames: on the way too (slerp, the default), the first picture's, or random from --seed"
     parser.add_argument("--noise", choices=("slerp", "first", "random"), default="slerp", help=about)
     parser.add_argument("--fps", type=float, default=10.0, metavar="N", help="frames a second of a .gif or .mp4")
@@ -193,7 +195,8 @@ def interpolate(args: Namespace) -> None:
     if not animated:
         args.grid = args.grid or (args.output is not None and args.output.suffix.lower() == ".png")
         check_output(args, args.frames)
-    chosen = {"frames": args.frames, "noise": args.noise, "seed": args.seed, "progress": not args.quiet}
+    chosen = {name: getattr(args, name) for name in ("frames", "even", "noise", "seed")}
+    chosen["progress"] = not args.quiet
     if args.prompts:
         pipe = _load(args)
         result = pipe.interpolate(prompts=args.prompts, options=_deterministic(pipe, args), **chosen)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unclip.diffusion.inversion import InversionOptions, draw, invert
 from unclip.diffusion.samplers import randn
-from unclip.latents import text_diff
+from unclip.latents import normalise, text_diff
 from unclip.pipelines.base import (
     Picture,
     check_count,
@@ -27,6 +28,8 @@ from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tenso
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 # B pictures, D CLIP embedding width, S size of a stage's pictures
+
+EVEN_ROUNDS = 3  # of drawing frames where their steps seem to be even
 
 
 class UnCLIPManipulations(UnCLIPRuns):
@@ -164,6 +167,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         *,
         prompts: Sequence[str] | None = None,
         frames: int | Sequence[float] = 9,
+        even: bool = False,
         noise: Literal["slerp", "first", "random"] = "slerp",
         seed: int | None = None,
         options: UnCLIPOptions | None = None,
@@ -176,11 +180,14 @@ class UnCLIPManipulations(UnCLIPRuns):
 
         frames: how many, evenly from end to end, which are the reconstructions; or their places in [0, 1]. Embeddings
         run along great circles; so does the noise, or it is throughout the first picture's, or drawn from `seed`.
+        even: so many frames are put where CLIP sees equal steps between them, which takes drawing small ones first.
         """
         if (path is None) == (prompts is None):
             raise ValueError("give either pictures (or their latents) or prompts, one of the two")
         if noise not in ("slerp", "first", "random"):
             raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
+        if even and isinstance(frames, Sequence):
+            raise ValueError(f"frames is {frames} with even=True, which finds the places; expected how many")
         places = _places(frames)
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
         seed = seeds_from(seed, 1)[0]
@@ -190,11 +197,13 @@ class UnCLIPManipulations(UnCLIPRuns):
             latent = self._latent(path, options, inversion, how)
         if len(latent) < 2:
             raise ValueError(f"a path leads through at least 2 pictures or prompts; got {len(latent)}")
-        points = along(latent, places)
         if noise != "slerp":
             random = self.random_latent(latent.image_emb[:1], seed=seed, options=latent.options)
             throughout = latent[:1] if noise == "first" else random
-            points = replace(points, noise=throughout.repeat_interleave(len(points)).noise)
+            latent = replace(latent, noise=throughout.repeat_interleave(len(latent)).noise)
+        if even:
+            places = self._evenly_seen(latent, len(places), options, how)
+        points = along(latent, places)
         made_of = {"sources": list(latent.sources)} if latent.sources else {}
         recipes = [{**made_of, "arguments": {"frames": [place], "noise": noise}} for place in places]
         seeds = [seed] * len(points) if noise == "random" else None
@@ -232,6 +241,25 @@ class UnCLIPManipulations(UnCLIPRuns):
             for made_of, one in zip(latent.sources, of_each, strict=False)
         ]
         return self._draw_latent("text_diff", replace(latent, image_emb=turned), options, recipes, **how)
+
+    def _evenly_seen(
+        self, path: Latent, frames: int, options: UnCLIPOptions | None, how: dict[str, Any]
+    ) -> list[float]:
+        """Places on the path from 0 to 1 with equal steps between them for CLIP, as far as EVEN_ROUNDS can tell."""
+        options, places = replace(options or path.options, upsamplers=()), _places(frames)
+        seen: dict[float, Tensor] = {}
+        for _ in range(EVEN_ROUNDS):
+            new = [place for place in dict.fromkeys(places) if place not in seen]
+            if not new:
+                break
+            drawn = self._draw_latent("interpolate", along(path, new), options, [], **how)
+            seen.update(zip(new, normalise(self.encode_image(drawn.images).cpu()), strict=True))
+            known = sorted(seen)
+            steps = torch.stack([seen[place] for place in known]).diff(dim=0).norm(dim=1)
+            walked = np.concatenate([[0.0], steps.double().cumsum(dim=0).numpy()])
+            if walked[-1] > 0:
+                places = np.interp(np.linspace(0, walked[-1], frames), walked, known).tolist()
+        return places
 
     def _latent(
         self,

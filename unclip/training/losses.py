@@ -12,7 +12,7 @@ from unclip.clip import CLIP, contrastive_loss
 from unclip.data.corruption import CorruptionConfig, corrupt
 from unclip.diffusion.losses import LossConfig, diffusion_loss
 from unclip.diffusion.schedules import Schedule, sample_timesteps
-from unclip.latents import normalise
+from unclip.latents import normalise, slerp
 from unclip.models.ar_prior import ARPrior
 from unclip.models.decoder import Decoder, known_part
 from unclip.models.embedding_stats import EmbeddingStats
@@ -140,11 +140,21 @@ def noised(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
     return image_emb + share * stats.emb_std * torch.randn_like(image_emb)
 
 
+def mixed(image_emb: Tensor, rows: Tensor, most: float) -> Tensor:
+    """Embeddings (B, D) turned by 0 to `most` of the way to the next row's, where `rows` (B,) is True.
+
+    Who paints into a picture asks for something else than it shows: an inpainter learns to reconcile the two.
+    """
+    share = most * torch.rand(len(image_emb), device=image_emb.device) * rows
+    return slerp(image_emb, image_emb.roll(-1, dims=0), share)
+
+
 class DecoderLoss:
     """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1).
 
     With `holes`, the decoder is told what is known around random ones; the loss is over the whole picture (GLIDE 2.4).
-    emb_noise: see `noised`; for a decoder that is shown a layout.
+    emb_mix: see `mixed`; of pictures of which something is known. emb_noise: see `noised`; for a decoder that is shown
+    a layout.
     """
 
     def __init__(
@@ -156,22 +166,25 @@ class DecoderLoss:
         config: LossConfig,
         holes: HoleConfig | None = None,
         emb_noise: float = 0.0,
+        emb_mix: float = 0.0,
     ):
         self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
-        self.holes, self.emb_noise = holes, emb_noise
+        self.holes, self.emb_noise, self.emb_mix = holes, emb_noise, emb_mix
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
         image_emb = _image_emb(self.clip, batch)  # of the pictures as they are loaded: CLIP may want them larger
-        if self.emb_noise:
-            image_emb = noised(image_emb, self.decoder.layout, self.emb_noise)
         text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
-        drop_image = torch.rand(len(x_0), device=x_0.device) < self.drop.image
-        conditions = image_emb, text, drop_image, drop_text
+        drop_image, known = torch.rand(len(x_0), device=x_0.device) < self.drop.image, None
         if self.holes is not None:
-            holes = random_holes(len(x_0), model_config.image_size, self.holes)
-            conditions += (known_part(x_0, holes.to(x_0.device)),)
+            holes = random_holes(len(x_0), model_config.image_size, self.holes).to(x_0.device)
+            known = known_part(x_0, holes)
+            if self.emb_mix:
+                image_emb = mixed(image_emb, ~holes.flatten(1).all(dim=1), self.emb_mix)
+        if self.emb_noise:
+            image_emb = noised(image_emb, self.decoder.layout, self.emb_noise)
+        conditions = image_emb, text, drop_image, drop_text, known
         return _denoising_loss(model, conditions, x_0, self.schedule, model_config, self.config)
 
 
