@@ -13,7 +13,7 @@ from PIL import Image
 
 from unclip.checkpoints.store import load_component, save_component
 from unclip.diffusion.losses import LossConfig
-from unclip.diffusion.repaint import PaintOptions, inpaint
+from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderContext, known_part
 from unclip.pictures import read_metadata, save_png
@@ -197,7 +197,7 @@ def scene() -> tuple[Image.Image, Image.Image]:
     return image, mask
 
 
-def test_a_model_that_has_an_inpainter_uses_it_once_through(pipe):
+def test_a_model_that_has_an_inpainter_uses_it(pipe):
     image, mask = scene()
     steps = []
     result = pipe.inpaint(image, mask, "a red apple", seed=1, num_images=2, on_step=steps.append, **QUICK)
@@ -205,7 +205,7 @@ def test_a_model_that_has_an_inpainter_uses_it_once_through(pipe):
     for one in result.images:
         assert (np.asarray(one)[kept] == np.asarray(image)[kept]).all() and one.tobytes() != image.tobytes()
     assert [(p.stage, p.step, p.num_steps) for p in steps if p.stage != "prior"] == [
-        *(("inpainter", i, 4) for i in (1, 2, 3, 4)),
+        *(("inpainter", i, 16) for i in range(1, 17)),
         *(("upsampler_0", i, 3) for i in (1, 2, 3)),
     ]
     assert {entry["arguments"]["painting"]["trained"] for entry in result.metadata} == {True}
@@ -240,28 +240,6 @@ def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):
     )
     hole = np.asarray(mask) > 0
     assert (first[hole] != second[hole]).any() and (first[hole] == third[hole]).all()
-
-
-def test_strength_is_heeded_and_the_estimate_is_of_what_is_there():
-    schedule, picture = Schedule(ScheduleConfig()), torch.full((1, 3, 4, 4), 0.5)
-    hole = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    hole[..., :2] = True
-    seen = []
-
-    def estimate(x_t, t, last):
-        seen.append((t, x_t))
-        return torch.zeros_like(x_t), None
-
-    steps = [999, 749, 499, 249]
-    generator = torch.Generator().manual_seed(0)
-    noise = lambda: torch.randn(1, 3, 4, 4, generator=generator)  # noqa: E731
-    assert not inpaint(estimate, picture, hole, schedule, steps, noise, strength=0.5).any()
-    assert [t for t, _ in seen] == [499, 249]
-    x_t, start = seen[1][1], seen[0][1]
-    alpha, sigma = schedule.alpha_bar[499].sqrt().item(), (1 - schedule.alpha_bar[499]).sqrt().item()
-    alpha_prev, sigma_prev = schedule.alpha_bar[249].sqrt().item(), (1 - schedule.alpha_bar[249]).sqrt().item()
-    x_0 = torch.where(hole, torch.zeros(()), picture)
-    torch.testing.assert_close(x_t, alpha_prev * x_0 + sigma_prev * (start - alpha * x_0) / sigma)
 
 
 def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_pipe, tmp_path):

@@ -1,4 +1,4 @@
-"""Painting into a picture with a model that was trained to draw whole ones (RePaint, 2201.09865)."""
+"""Painting into a picture, also with a model that was trained to draw whole ones only (RePaint, 2201.09865)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.diffusion.samplers import Estimate, OnSample, alpha_bar, ancestral_step, ddim_step
+from unclip.diffusion.samplers import Estimate, OnSample, alpha_bar, ancestral_step
 from unclip.diffusion.schedules import Schedule
 
 # B batch, C channels, h w height and width
@@ -24,7 +24,7 @@ class PaintOptions:
     resamples: int = 4  # times that each stretch of steps is gone through; 1 = once, as if nothing were kept
     jump: int = 5  # steps in a stretch
     strength: float = 1.0  # 1 = paint from noise; less = from what is there, noised so far (SDEdit, 2108.01073)
-    trained: bool | None = None  # by a decoder that was trained to inpaint, once through; None = if there is one
+    trained: bool | None = None  # by a decoder that was trained to inpaint (GLIDE 2.4); None = if there is one
 
     def __post_init__(self) -> None:
         for name in ("resamples", "jump"):
@@ -51,6 +51,8 @@ def repaint(
 ) -> Tensor:
     """Paints where `hole` (1 or B, 1, h, w) is True, so that it goes with the rest of picture (B, C, h, w).
 
+    A network that was trained for it is told by its `estimate` what is known; any other sees it in x_t alone.
+
     The last estimate of x_0 is given as it is, also where the picture is kept: `paste` needs both.
     noise gives (B, C, h, w) afresh at each call.
     """
@@ -71,29 +73,6 @@ def repaint(
                 done += 1
                 if on_step is not None:
                     on_step(done, total, x_0)
-    return x_0
-
-
-@torch.no_grad()
-def inpaint(
-    estimate: Estimate,
-    picture: Tensor,
-    hole: Tensor,
-    schedule: Schedule,
-    timesteps: Sequence[int],
-    noise: Callable[[], Tensor],
-    strength: float = 1.0,
-    on_step: OnSample | None = None,
-) -> Tensor:
-    """`repaint` for a network that is told what is known (GLIDE 2.4): DDIM, with what is known in every x_0."""
-    steps = list(pairwise([*timesteps, -1]))[-PaintOptions(strength=strength).steps(len(timesteps)) :]
-    x_t = noise() if strength == 1 else _noised(picture, 1.0, alpha_bar(schedule, steps[0][0]), noise)
-    for step, (t, t_prev) in enumerate(steps, 1):
-        x_0, _ = estimate(x_t, t, t_prev < 0)
-        levels = alpha_bar(schedule, t), alpha_bar(schedule, t_prev)
-        x_t = ddim_step(x_t, torch.where(hole, x_0, picture), *levels)
-        if on_step is not None:
-            on_step(step, len(steps), x_0)
     return x_0
 
 

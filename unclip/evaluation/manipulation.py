@@ -41,7 +41,7 @@ from unclip.types import GenerationResult
 
 PARTS = ("reconstruction", "variations", "interpolation", "text_diff", "pca", "inpainting")
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-THETAS = (0.0, 0.15, 0.3, 0.45)  # the paper ends between 0.25 and 0.5
+THETAS = (0.0, 0.25, 0.5)  # the paper ends between the last two
 FRAMES = 9
 RECONSTRUCTED = 16  # pictures, of those that are given
 UPSAMPLED = 4  # of them at full size

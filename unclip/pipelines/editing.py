@@ -1,4 +1,4 @@
-"""Inpainting, outpainting and image-to-image, on any decoder and without training for it."""
+"""Inpainting, outpainting and image-to-image, on any decoder, whether it was trained for it or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.diffusion.repaint import PaintOptions, fill, inpaint, paste, repaint
+from unclip.diffusion.repaint import PaintOptions, fill, paste, repaint
 from unclip.diffusion.samplers import randn
 from unclip.models.decoder import known_part
 from unclip.pictures import open_mask
@@ -164,7 +164,7 @@ class UnCLIPEditing(UnCLIPRuns):
         seeds = seeds_from(seed, num_images)
         windows = list(windows_over(canvas.hole, canvas.side))
         batches = list(batches_of(num_images, batch_size))
-        once = (1 if painting.trained else painting.resamples) * painting.steps(options.decoder.steps)
+        once = painting.resamples * painting.steps(options.decoder.steps)
         steps = len(windows) * (once + sum(stage.steps for stage in options.upsamplers))
         steps += 0 if prompt is None else self.prior_steps(options.prior)
         images, embs = [], []
@@ -244,10 +244,7 @@ class UnCLIPEditing(UnCLIPRuns):
             how = painting if i == 0 else ONCE
             run = self._run(i, options, image_emb, x, text, known_part(picture, marked) if how.trained else None)
             task = run.estimate, picture, marked, run.schedule, run.timesteps, noise
-            if how.trained:
-                painted = inpaint(*task, how.strength, run.reporter(on_step))
-            else:
-                painted = repaint(*task, how, run.reporter(on_step))
+            painted = repaint(*task, how, run.reporter(on_step))
             x = paste(painted, picture, marked, radius=max(1, size // 32)).clamp(-1, 1)
         return x
 
