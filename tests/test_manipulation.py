@@ -247,8 +247,21 @@ def test_a_text_diff_begins_with_the_reconstruction_and_turns_the_embedding(pipe
     for theta in (1.5, []):
         with pytest.raises(ValueError, match="theta is"):
             pipe.text_diff(latent, "a", "b", theta)
+    with pytest.raises(ValueError, match="eta is 1.5"):
+        pipe.text_diff(latent, "a", "b", eta=1.5)
     with pytest.raises(ValueError, match="same embedding"):
         pipe.text_diff(latent, "a fish", "a fish")
+
+
+def test_a_text_diff_may_loosen_the_noise(pipe, latent, again):
+    chosen = {"theta": [0.0, 0.3], "eta": 0.5, **FEW}
+    result = pipe.text_diff(latent[:2], "", "a blue fish", seed=4, **chosen)
+    assert result.seeds == [4, 4, 5, 5]
+    assert difference(result.images[0], again.images[0]) > 0
+    varied = pipe.vary(latent[:2], eta=0.5, seed=4, **FEW)  # which is what it is at theta 0
+    assert [difference(result.images[2 * i], varied.images[i]) for i in range(2)] == [0, 0]
+    alone = pipe.text_diff(latent[[1]], "", "a blue fish", seed=5, **chosen)
+    assert difference(alone.images[1], result.images[3]) <= 1
 
 
 # -- what a picture tells about itself
@@ -262,6 +275,7 @@ def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, 
         pipe.interpolate(latent, frames=3, noise="random", seed=8, **FEW),
         pipe.interpolate(prompts=["a red apple", "a blue fish"], frames=3, seed=2, options=latent.options, **FEW),
         pipe.text_diff(latent, "", "a blue fish", [0.1, 0.4], **FEW),
+        pipe.text_diff(latent, "", "a blue fish", [0.1, 0.4], eta=0.4, seed=6, **FEW),
     ]
     latents: dict = {}
     for result in results:

@@ -85,6 +85,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help="what it is to become")
     about = "how far, from 0 (not at all) to 1; several make a strip (default: 0.3)"
     parser.add_argument("--theta", nargs="+", type=float, default=[0.3], metavar="FRACTION", help=about)
+    about = "share of fresh noise; the more, the less is kept of the picture beside the text (default: 0)"
+    parser.add_argument("--eta", type=float, default=0.0, metavar="SHARE", help=about)
+    _add_seed(parser)
     _add_inversion(parser)
 
     parser = _command(
@@ -212,7 +215,8 @@ def interpolate(args: Namespace) -> None:
 def diff(args: Namespace) -> None:
     check_output(args, len(args.sources) * len(args.theta))
     pipe, latent = _invert(args)
-    _write(pipe.text_diff(latent, args.base, args.target, args.theta, progress=not args.quiet), args)
+    drawn = {"eta": args.eta, "seed": args.seed, "progress": not args.quiet}
+    _write(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args)
 
 
 def edit(args: Namespace) -> None:

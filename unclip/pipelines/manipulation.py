@@ -152,8 +152,7 @@ class UnCLIPManipulations(UnCLIPRuns):
 
         eta: share of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Picture k has the seed `seed` + k.
         """
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"eta is {eta}; expected 0 (the picture again) to 1 (the most variation)")
+        _check_eta(eta)
         check_count("num_images", num_images)
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
         latent = self._latent(source, options, inversion, how).repeat_interleave(num_images)
@@ -216,6 +215,8 @@ class UnCLIPManipulations(UnCLIPRuns):
         target: str,
         theta: float | Sequence[float] = 0.3,
         *,
+        eta: float = 0.0,
+        seed: int | None = None,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
         on_step: OnStep | None = None,
@@ -225,8 +226,10 @@ class UnCLIPManipulations(UnCLIPRuns):
         """Pictures turned from what `base` says, which may be "", to what `target` says; noise is kept (unCLIP 3.3).
 
         theta: how far, from 0 (the reconstruction) to 1 (the text alone); the paper goes to 0.25 - 0.5. With several,
-        each picture is drawn at each.
+        each picture is drawn at each. eta: as in `vary`; what the noise holds of the picture gives way to the text the
+        larger it is. Picture k has the seed `seed` + k at each theta.
         """
+        _check_eta(eta)
         thetas = [float(one) for one in (theta if isinstance(theta, Sequence) else [theta])]
         if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
             raise ValueError(f"theta is {theta}; expected a fraction of the arc from 0 to 1, or several")
@@ -234,13 +237,15 @@ class UnCLIPManipulations(UnCLIPRuns):
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
         latent = self._latent(source, options, inversion, how)
         of_each = thetas * len(latent)
+        seeds = [one for one in seeds_from(seed, len(latent)) for _ in thetas] if eta > 0 else None
         latent = latent.repeat_interleave(len(thetas))
         turned = text_diff(latent.image_emb, text_emb, base_emb, torch.tensor(of_each))
         recipes = [
-            {"sources": [made_of], "arguments": {"base": base, "target": target, "theta": one}}
+            {"sources": [made_of], "arguments": {"base": base, "target": target, "theta": one, "eta": eta}}
             for made_of, one in zip(latent.sources, of_each, strict=False)
         ]
-        return self._draw_latent("text_diff", replace(latent, image_emb=turned), options, recipes, **how)
+        turned = replace(latent, image_emb=turned)
+        return self._draw_latent("text_diff", turned, options, recipes, eta=eta, seeds=seeds, **how)
 
     def _evenly_seen(
         self, path: Latent, frames: int, options: UnCLIPOptions | None, how: dict[str, Any]
@@ -326,6 +331,11 @@ class UnCLIPManipulations(UnCLIPRuns):
         check_count("batch_size", batch_size)
         self._check_options(options)
         check_invertible(options)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta is {eta}; expected 0 (the picture again) to 1 (the most variation)")
 
 
 def _places(frames: int | Sequence[float]) -> list[float]:
