@@ -120,7 +120,7 @@ FIGURES = (
     Figure(
         "training-free",
         "Inpainting by the plain decoder",
-        "The same without the decoder that was trained for it, by going back and forth between steps.",
+        "The same by a decoder that is not told what is kept, and sees it in the noised picture alone.",
         (
             'unclip edit face.png --mask mask.png --prompt "a sad face with tears" -n 4 --seed 0 --training-free '
             "--grid -o free.png",
