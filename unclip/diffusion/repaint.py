@@ -21,7 +21,7 @@ from unclip.diffusion.schedules import Schedule
 class PaintOptions:
     """How what is painted is brought into harmony with what is kept."""
 
-    resamples: int = 4  # times that each stretch of steps is gone through; 1 = once, as if nothing were kept
+    resamples: int = 4  # times that each stretch of steps is gone through; the more, the less of a seam
     jump: int = 5  # steps in a stretch
     strength: float = 1.0  # 1 = paint from noise; less = from what is there, noised so far (SDEdit, 2108.01073)
     trained: bool | None = None  # by a decoder that was trained to inpaint (GLIDE 2.4); None = if there is one

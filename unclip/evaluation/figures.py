@@ -79,7 +79,8 @@ FIGURES = (
     Figure(
         "diff",
         "Text diffs",
-        "The embedding is turned by what sets one caption apart from another, or from none; the noise stays.",
+        "The embedding is turned by what sets one caption apart from another, or from none; the noise stays, "
+        "or most of it with `--eta`.",
         (
             'unclip diff face.png --from "a smiling face" --to "an angry face" --theta 0 0.1 0.2 0.3 0.4 0.5 --grid '
             "-o angry.png",
