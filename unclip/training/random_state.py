@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ def random_state() -> dict[str, Any]:
     """The generators of Python, NumPy, torch and this process's accelerator."""
     version, python, gauss = random.getstate()
     numpy = dict(np.random.get_state(legacy=False))
-    device = torch.accelerator.current_accelerator()
+    device = _accelerator()
     return {
         "python": [version, list(python), gauss],
         "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
         "torch": _encode(torch.get_rng_state()),
-        "device": _encode(torch.get_device_module(device).get_rng_state()) if device else None,
+        "device": _encode(device.get_rng_state()) if device else None,
     }
 
 
@@ -31,9 +32,16 @@ def set_random_state(state: dict[str, Any]) -> None:
     numpy = state["numpy"]
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
     torch.set_rng_state(_decode(state["torch"]))
-    device = torch.accelerator.current_accelerator()
+    device = _accelerator()
     if device and state["device"]:
-        torch.get_device_module(device).set_rng_state(_decode(state["device"]))
+        device.set_rng_state(_decode(state["device"]))
+
+
+def _accelerator() -> ModuleType | None:
+    """torch.cuda or the like, if the machine has what this build of torch is for."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
 
 
 def _encode(state: Tensor) -> str:
