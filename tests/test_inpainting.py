@@ -19,7 +19,7 @@ from unclip.models.decoder import Decoder, DecoderContext, known_part
 from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
-from unclip.training.inpainting import HOLES, HoleConfig, random_holes
+from unclip.training.inpainting import HOLES, HoleConfig, copy_paste, cut_out, random_holes
 from unclip.training.losses import DecoderLoss, DropConfig, mixed
 from unclip.training.warm_start import warm_start
 from unclip.types import TextEncoding
@@ -58,6 +58,39 @@ def test_kinds_come_as_often_as_they_are_weighted():
         HoleConfig(box=-1)
     with pytest.raises(ValueError, match="all weights in holes are 0"):
         HoleConfig(0, 0, 0, 0, 0)
+
+
+def disc(rows: int, side: int = 32) -> torch.Tensor:
+    """Red discs with a blue middle on white: (B, 3, s, s)."""
+    middle = (torch.arange(side) + 0.5 - side / 2).square()
+    far = (middle + middle[:, None]).sqrt()[None, None] / side
+    red, blue = (torch.tensor(colour).view(1, 3, 1, 1) for colour in ([1.0, -1, -1], [-1.0, -1, 1]))
+    return torch.where(far < 0.15, blue, torch.where(far < 0.4, red, 1.0)).expand(rows, -1, -1, -1)
+
+
+def test_things_are_cut_out_of_plain_grounds_only():
+    opaque = cut_out(disc(1))[0, 0]
+    assert opaque[16, 16] == 1 and opaque[16, 8] == 1 and not opaque[:2].any() and not opaque[:, :2].any()
+    holed = torch.where(disc(1)[:, 2:] > disc(1)[:, :1], 1.0, disc(1))
+    assert cut_out(holed)[0, 0, 16, 16] == 1, "white inside a thing is not its ground"
+    assert torch.equal(cut_out(-disc(1)), cut_out(disc(1))), "the ground may have any colour"
+    noise = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert cut_out(noise).mean() > 0.8
+
+
+def test_pasted_things_lie_within_their_holes_and_the_ground_goes_on():
+    torch.manual_seed(0)
+    ground = torch.full((20, 3, 32, 32), 0.5) * torch.tensor([1.0, 1, -1]).view(1, 3, 1, 1)
+    pictures, holes = copy_paste(ground, disc(20))
+    assert holes.shape == (20, 1, 32, 32) and holes.dtype == torch.bool
+    changed = (pictures - ground).abs().amax(dim=1, keepdim=True) > 1e-6
+    assert not (changed & ~holes).any()
+    share = (changed & holes).flatten(1).sum(dim=1) / holes.flatten(1).sum(dim=1)
+    assert share.min() > 0.05 and share.max() < 0.8
+    assert pictures.abs().max() <= 1 + 1e-6 and not (pictures > 0.9).all(dim=1).any(), "no white of the thing's ground"
+    assert (pictures[:, 2].flatten(1).amax(dim=1) > 0.3).all(), "its blue middle is there"
+    assert torch.equal(ground, torch.full((20, 3, 32, 32), 0.5) * torch.tensor([1.0, 1, -1]).view(1, 3, 1, 1))
+    assert copy_paste(ground[:0], disc(0))[1].shape == (0, 1, 32, 32)
 
 
 # -- the network
@@ -174,6 +207,27 @@ def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
     assert 10 < told.sum() < 54
     torch.testing.assert_close(seen["emb"][~told], emb[~told])
     assert not torch.isclose(seen["emb"][told], emb[told]).all(dim=1).any()
+
+
+def test_who_is_shown_a_pasted_thing_is_asked_for_it(monkeypatch):
+    torch.manual_seed(0)
+    seen = {}
+    decoder, clip = inpainting(), tiny_clip().requires_grad_(False)
+    real = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda *given: seen.update(given=given) or real(*given))
+    schedule, holes = Schedule(ScheduleConfig()), HoleConfig(box=1, stroke=0, half=0, border=0, all=1)
+    loss = DecoderLoss(decoder, clip, schedule, DropConfig(0, 0), LossConfig(), holes, copy_paste=0.5)
+    emb, captions = torch.randn(64, EMB_DIM), [f"{chr(97 + i % 26)} {chr(97 + i // 26)}" for i in range(64)]
+    batch = {"image": disc(64, 8).contiguous(), "image_emb": emb, "caption": captions}
+    loss(decoder, batch)
+    _, _, image_emb, text, _, _, known = seen["given"]
+    nexts, own = ((image_emb == other).all(dim=1) for other in (emb.roll(-1, dims=0), emb))
+    partly = known[:, 3].flatten(1).any(dim=1)
+    assert (nexts ^ own).all() and not (nexts & ~partly).any()
+    assert nexts.float().mean() == pytest.approx(0.25, abs=0.12)
+    said = clip.encode_text(captions)
+    torch.testing.assert_close(text.emb, torch.where(nexts[:, None], said.emb.roll(-1, dims=0), said.emb))
+    assert torch.equal(batch["image"], disc(64, 8)), "the batch is as it was"
 
 
 # -- painting

@@ -164,6 +164,8 @@ def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
         train("decoder", "--set=emb_noise=0.5")
     with pytest.raises(SystemExit, match="emb_mix is 0.5; expected 0 to 1, and 0 for task: draw"):
         train("decoder", "--set=emb_mix=0.5")
+    with pytest.raises(SystemExit, match="copy_paste is 2.0; expected 0 to 1, and 0 for task: draw"):
+        train("decoder", "--set=copy_paste=2.0")
 
 
 def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):

@@ -39,6 +39,7 @@ class DecoderTraining:
     drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
     task: Literal["draw", "inpaint"] = "draw"  # inpaint: around random holes, best from a trained decoder's weights
     holes: HoleConfig = field(default_factory=HoleConfig)  # of the task "inpaint"
+    copy_paste: float = 0.0  # share of pictures with holes that another one's thing is pasted into; for plain grounds
     emb_mix: float = 0.0  # of another picture's in embeddings of pictures with holes, as a share of the arc, at most
     layout: str | None = None  # folder of a trained one, for a model that is shown it; None = the one in --init
     emb_noise: float = 0.0  # standard deviations of noise on embeddings, at most; for a model that is shown a layout
@@ -47,8 +48,9 @@ class DecoderTraining:
         if self.model.inpaints != (self.task == "inpaint"):
             expected = str(self.task == "inpaint").lower()
             raise ValueError(f"task is {self.task!r}; expected a model with inpaints: {expected}")
-        if not 0 <= self.emb_mix <= 1 or (self.emb_mix and self.task == "draw"):
-            raise ValueError(f"emb_mix is {self.emb_mix}; expected 0 to 1, and 0 for task: draw")
+        for name in ("copy_paste", "emb_mix"):
+            if not 0 <= (share := getattr(self, name)) <= 1 or (share and self.task == "draw"):
+                raise ValueError(f"{name} is {share}; expected 0 to 1, and 0 for task: draw")
         if self.layout and not self.model.layout:
             raise ValueError(f"layout is {self.layout}; expected its shape in model.layout, which is missing")
         if self.emb_noise < 0 or (self.emb_noise and not self.model.layout):
@@ -74,9 +76,10 @@ def main(run: Run[DecoderTraining]) -> None:
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
+    asked = config.emb_noise, config.emb_mix, config.copy_paste
     fit(
         decoder,
-        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, config.emb_noise, config.emb_mix),
+        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, *asked),
         Loader(config.data),
         config.fit,
         config.optim,

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # B batch, s picture side
+
+PLAIN = 0.1  # of 2: how far a ground's colours may be from that of its corners
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,46 @@ def random_holes(count: int, side: int, config: HoleConfig = HoleConfig()) -> Te
     names, weights = zip(*vars(config).items(), strict=True)
     kinds = torch.multinomial(torch.tensor(weights, dtype=torch.float), count, replacement=True).tolist()
     return torch.stack([HOLES[names[kind]](side) for kind in kinds])[:, None]
+
+
+def copy_paste(pictures: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts a thing somewhere into each picture, smaller (2012.07177); what is to be painted is a rectangle around it.
+
+    So an inpainter learns to put what a prompt asks for on the ground that goes on around the hole.
+
+    pictures, things: (B, 3, s, s) in [-1, 1], things on plain grounds, of which they are cut out.
+    Returns the pictures, and the holes (B, 1, s, s) bool.
+    """
+    side, alpha = pictures.shape[-1], cut_out(things)
+    pictures, holes = pictures.clone(), torch.zeros_like(alpha, dtype=torch.bool)
+    for picture, hole, thing, shape in zip(pictures, holes, things, alpha, strict=True):
+        top, left, bottom, right = _rectangle(side, 0.3, 0.9)
+        hole[:, top:bottom, left:right] = True
+        size = max(1, round(min(bottom - top, right - left) * _uniform(0.6, 1)))
+        y, x = (int(torch.randint(a, b - size + 1, ())) for a, b in ((top, bottom), (left, right)))
+        small, opaque = (_shrunk(one, size) for one in (thing * shape, shape))
+        picture[:, y : y + size, x : x + size].mul_(1 - opaque).add_(small)
+    return pictures, holes
+
+
+def cut_out(things: Tensor) -> Tensor:
+    """How opaque each pixel is of things (B, 3, s, s) on plain grounds: (B, 1, s, s) from 0 to 1.
+
+    The ground is what is joined to a corner by pixels of nearly the corners' colour.
+    """
+    corners = torch.zeros_like(things[:, :1], dtype=torch.bool)
+    corners[..., :: things.shape[-2] - 1, :: things.shape[-1] - 1] = True
+    colour = things[:, :, :: things.shape[-2] - 1, :: things.shape[-1] - 1].flatten(2).median(dim=2).values
+    alike = (things - colour[:, :, None, None]).abs().amax(dim=1, keepdim=True) < PLAIN
+    ground, reached = corners & alike, 0
+    while (count := int(ground.sum())) > reached:
+        ground, reached = (F.max_pool2d(ground.float(), 3, stride=1, padding=1) > 0) & alike, count
+    inside = F.avg_pool2d((~ground).float(), 3, stride=1, padding=1, count_include_pad=False)
+    return torch.where(ground, 0.0, 2 * inside - 1).clamp(0, 1)  # edges, which hold some of the ground, in part
+
+
+def _shrunk(image: Tensor, size: int) -> Tensor:
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _box(side: int) -> Tensor:

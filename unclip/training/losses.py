@@ -20,7 +20,7 @@ from unclip.models.layout import Layout
 from unclip.models.one_shot_prior import OneShotPrior
 from unclip.models.prior import DiffusionPrior
 from unclip.models.upsampler import Upsampler
-from unclip.training.inpainting import HoleConfig, random_holes
+from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
 
 # B batch, D CLIP embedding, s picture side
@@ -153,8 +153,9 @@ class DecoderLoss:
     """The decoder's diffusion loss, picture and caption dropped independently (unCLIP 2.1).
 
     With `holes`, the decoder is told what is known around random ones; the loss is over the whole picture (GLIDE 2.4).
-    emb_mix: see `mixed`; of pictures of which something is known. emb_noise: see `noised`; for a decoder that is shown
-    a layout.
+    copy_paste: share of the pictures of which something is known that another's thing is put into: see `copy_paste`;
+    what is asked for is the thing. emb_mix: see `mixed`; of the other pictures of which something is known.
+    emb_noise: see `noised`; for a decoder that is shown a layout.
     """
 
     def __init__(
@@ -167,9 +168,10 @@ class DecoderLoss:
         holes: HoleConfig | None = None,
         emb_noise: float = 0.0,
         emb_mix: float = 0.0,
+        copy_paste: float = 0.0,
     ):
         self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
-        self.holes, self.emb_noise, self.emb_mix = holes, emb_noise, emb_mix
+        self.holes, self.emb_noise, self.emb_mix, self.copy_paste = holes, emb_noise, emb_mix, copy_paste
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
@@ -178,14 +180,27 @@ class DecoderLoss:
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image, known = torch.rand(len(x_0), device=x_0.device) < self.drop.image, None
         if self.holes is not None:
-            holes = random_holes(len(x_0), model_config.image_size, self.holes).to(x_0.device)
-            known = known_part(x_0, holes)
-            if self.emb_mix:
-                image_emb = mixed(image_emb, ~holes.flatten(1).all(dim=1), self.emb_mix)
+            x_0, image_emb, text, known = self._with_holes(x_0, image_emb, text)
         if self.emb_noise:
             image_emb = noised(image_emb, self.decoder.layout, self.emb_noise)
         conditions = image_emb, text, drop_image, drop_text, known
         return _denoising_loss(model, conditions, x_0, self.schedule, model_config, self.config)
+
+    def _with_holes(
+        self, x_0: Tensor, image_emb: Tensor, text: TextEncoding
+    ) -> tuple[Tensor, Tensor, TextEncoding, Tensor]:
+        """The pictures, what is asked for in them, and what is known around their holes."""
+        B, device = len(x_0), x_0.device
+        holes = random_holes(B, x_0.shape[-1], self.holes).to(device)
+        own = partly = ~holes.flatten(1).all(dim=1)
+        if self.copy_paste:
+            pasted, rows = partly & (torch.rand(B, device=device) < self.copy_paste), torch.arange(B, device=device)
+            told, own = torch.where(pasted, rows.roll(-1), rows), partly & ~pasted
+            x_0, things, image_emb, text = x_0.clone(), x_0[told], image_emb[told], text[told]
+            x_0[pasted], holes[pasted] = copy_paste(x_0[pasted], things[pasted])
+        if self.emb_mix:
+            image_emb = mixed(image_emb, own, self.emb_mix)
+        return x_0, image_emb, text, known_part(x_0, holes)
 
 
 class UpsamplerLoss:
