@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +37,25 @@ def run_script(script: Path, *arguments: str) -> None:
         except SystemExit as stop:
             if stop.code:
                 raise
+
+
+def run_in_two_processes(script: Path | str, *arguments: str) -> str:
+    """Runs a file as `torchrun` does on two CPUs; what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    done = subprocess.run(
+        [*launcher, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def draw_pictures(folder: Path, size: int = 32) -> list[str]:

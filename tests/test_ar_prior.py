@@ -71,6 +71,16 @@ def test_decoding_errs_by_half_a_bucket_of_each_component_at_most(buckets):
     assert torch.equal(codes.encode(codes.decode(found)), found)
 
 
+def test_codes_are_the_same_under_autocast():
+    image_emb, text_emb = pairs()
+    codes = EmbeddingCodes(D, D, 1024)
+    codes.fit(image_emb, text_emb)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = codes.encode(image_emb)
+        assert codes.decode(low).dtype == torch.float32
+    assert torch.equal(low, codes.encode(image_emb))
+
+
 def test_what_lies_beyond_goes_into_the_outermost_bucket():
     codes = EmbeddingCodes(D, K, V)
     codes.fit(*pairs())

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from unclip.cli import main
-from unclip.pictures import read_metadata
+from unclip.pictures import read_metadata, save_png
 
 
 @pytest.fixture
@@ -142,6 +142,28 @@ def test_a_model_may_be_offloaded_compiled_and_quantized(run, model):
         assert run(*drawing, f"{name}.png", *how, model=model) == (0, "", "")
         assert np.abs(pixels(f"{name}.png") - pixels("plain.png")).max() <= 1
     assert run(*drawing, "rounded.png", "--quantize", "int8", "--offload", model=model) == (0, "", "")
+
+
+def test_a_quantized_model_draws_again_what_it_drew(run):
+    drawing = ("generate", "a red apple", "--seed", "1", "--quiet", "-o")
+    for name, how in {"plain": [], "rounded": ["--quantize", "int8"]}.items():
+        run(*drawing, f"{name}.png", *how, model="unclip")
+    assert (pixels("rounded.png") - pixels("plain.png")).any()
+    assert "quantized: int8\n" in run("info", "rounded.png", model=None)[1]
+    assert run("generate", "--from", "rounded.png", "-o", "again.png", "--quiet", model=None) == (0, "", "")
+    assert not (pixels("again.png") - pixels("rounded.png")).any()
+
+
+@pytest.mark.parametrize(("drawer", "other"), [("unclip", "dalle"), ("dalle", "unclip")])
+def test_a_picture_of_another_kind_of_model_is_not_drawn_again(run, drawer, other):
+    run("generate", "a", "-o", "a.png", "--quiet", model=drawer)
+    (metadata,) = read_metadata("a.png")
+    del metadata["kind"]
+    save_png(Image.open("a.png"), "untold.png", metadata)
+    for path in ("a.png", "untold.png"):
+        code, _, err = run("generate", "--from", path, "-o", "b.png", "--quiet", model=other)
+        assert code == 2 and err.count("\n") == 1 and not Path("b.png").exists()
+        assert f"is of kind {other}, but the picture was drawn by another kind of model; draw it again with" in err
 
 
 def test_the_preset_can_be_changed_further(run):

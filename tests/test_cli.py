@@ -64,9 +64,10 @@ def test_a_grid_has_a_row_for_each_prompt(run):
 
 
 def test_prompts_from_a_file(run):
-    Path("prompts.txt").write_text("a red apple\n\n  a blue fish \n", encoding="utf-8")
+    Path("prompts.txt").write_text("a red apple\n\n  a blue fish \n", encoding="utf-8-sig")
     code, out, _ = run("generate", "a cat", "--prompts-file", "prompts.txt", "--seed", "0")
     assert code == 0 and out.split() == ["a-cat-0.png", "a-red-apple-1.png", "a-blue-fish-2.png"]
+    assert read_metadata("a-red-apple-1.png")[0]["prompt"] == "a red apple"  # without the byte order mark
 
 
 def test_sampling_options_reach_their_stages(run):

@@ -170,6 +170,8 @@ def test_the_temperature_is_clipped_at_100(own):
         own.logit_scale.fill_(math.log(1e4))
         image_emb, text_emb, scale = own(torch.zeros(1, 3, 32, 32), ids, mask)
     torch.testing.assert_close(scale, torch.tensor(100.0))
+    own(torch.zeros(1, 3, 32, 32), ids, mask)[2].backward()
+    assert own.logit_scale.grad > 0, "so that it can come back"
     for emb in (image_emb, text_emb):
         torch.testing.assert_close(emb.norm(dim=-1), torch.ones(1))
 

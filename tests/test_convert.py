@@ -226,8 +226,13 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_whole(tmp_path: Path, monkey
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
     monkeypatch.undo()
     weights = tensors(source)
+    (source / "pictures").mkdir()
+    kept = {source / name: b"mine" for name in ("README.md", "notes.txt", "pictures/apple.png")}
+    for file, content in kept.items():
+        file.write_bytes(content)
     convert(source, source, "diffusers")  # over itself, whose files are still mapped
     assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors(source).items())
+    assert {file: file.read_bytes() for file in kept} == kept
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

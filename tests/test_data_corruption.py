@@ -110,6 +110,13 @@ def test_small_pictures_and_half_precision_work():
         assert out.shape == tiny.shape and out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["blur", "bsr"])
+def test_a_training_in_bfloat16_corrupts_alike(images, kind):
+    expected = run(images, kind=kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(images, kind=kind), expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -20,7 +20,7 @@ def as_pairs(dataset):
 
 def test_captions_beside_pictures(folder):
     for name in ("a", "b", "sub/c"):
-        (folder / f"{name}.txt").write_text(f" picture {name}\n")
+        (folder / f"{name}.txt").write_text(f" picture {name}\n", encoding="utf-8-sig" if name == "b" else "utf-8")
     dataset = FolderDataset(folder)
     expected = [("a", ["picture a"]), ("b", ["picture b"]), ("sub/c", ["picture sub/c"])]
     assert as_pairs(dataset) == expected and dataset.weights.tolist() == [1, 1, 1]

@@ -55,7 +55,7 @@ def test_samples_are_grouped_up_to_the_first_dot(tmp_path):
 
 def test_json_captions_go_before_txt(tmp_path):
     members = {"a.txt": b"from txt", "a.png": png(), "a.json": b'{"captions": ["one", "two"]}', "b.png": png()}
-    write_members(tmp_path / "a.tar", members | {"b.txt": b" from txt\n", "b.json": b"{}"})
+    write_members(tmp_path / "a.tar", members | {"b.txt": "\ufeff from txt\n".encode(), "b.json": b"{}"})
     dataset = ShardDataset(tmp_path / "a.tar")
     assert dataset[0].captions == ["one", "two"] and dataset[1].captions == ["from txt"]
 
@@ -99,6 +99,12 @@ def test_sources_can_be_patterns_ranges_lists_and_folders(tmp_path):
     assert len(find_shards(tmp_path)) == 3
 
 
+def test_what_macos_puts_beside_each_file_is_passed_over(tmp_path):
+    write_members(tmp_path / "a.tar", {"._a.png": b"?", "a.png": png(), "._a.txt": b"?", "a.txt": b"said"})
+    dataset = ShardDataset(tmp_path)
+    assert len(dataset) == 1 and dataset[0].captions == ["said"]
+
+
 def test_wrong_input_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no shards at .*missing-\*\.tar"):
         ShardDataset(str(tmp_path / "missing-*.tar"))
@@ -106,6 +112,15 @@ def test_wrong_input_is_named(tmp_path):
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:700])
     with pytest.raises(ValueError, match=r"cut\.tar: no readable"):
+        ShardDataset(tmp_path / "cut.tar")
+    write_members(tmp_path / "long.tar", {f"{i}.{kind}": png() for i in range(9) for kind in ("png", "txt")})
+    whole = bytearray((tmp_path / "long.tar").read_bytes())
+    (tmp_path / "cut.tar").write_bytes(whole[:4096])  # where a member ends
+    with pytest.raises(ValueError, match=r"cut\.tar: no readable.*damaged at byte 4,096, or ends there"):
+        ShardDataset(tmp_path / "cut.tar")
+    whole[4096] ^= 1  # in the header of the next
+    (tmp_path / "cut.tar").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"cut\.tar: no readable.*damaged at byte 4,096"):
         ShardDataset(tmp_path / "cut.tar")
     write_members(tmp_path / "bare.tar", {"a.png": png()})
     with pytest.raises(ValueError, match="no captions"):

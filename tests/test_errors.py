@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_OPTIONS, tiny_decoder, tiny_upsampler
@@ -57,6 +59,11 @@ def test_a_bad_call_is_refused(tiny_pipe, prompt, changes, message):
         ({"image": "a.png", "image_emb": torch.ones(1, 16)}, "either an image or image_emb"),
         ({"image": []}, "list of images is empty"),
         ({"image": torch.zeros(1, 4, 8, 8)}, r"image is of shape \(1, 4, 8, 8\); expected"),
+        ({"image": torch.zeros(0, 3, 8, 8)}, r"image is of shape \(0, 3, 8, 8\); expected"),
+        ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, r"a tensor of torch.uint8; expected floating-point"),
+        ({"image": torch.full((3, 8, 8), 255.0)}, r"image is of values from 255 to 255; expected them in \[-1, 1\]"),
+        ({"image": [torch.full((3, 8, 8), torch.nan)]}, r"image is of values from nan to nan"),
+        ({"image": np.zeros((8, 8, 3))}, "a ndarray is no picture; expected a path or a PIL picture"),
         ({"image_emb": torch.ones(16)}, r"image_emb is of shape \(16,\); expected \(N, 16\)"),
         ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
     ],
@@ -66,14 +73,39 @@ def test_bad_variations_are_refused(tiny_pipe, given, message):
         tiny_pipe.variations(**given, progress=False)
 
 
+def test_an_unknown_embedding_is_refused():
+    with pytest.raises(ValueError, match="embedding is 'imge'; expected 'prior', 'text' or 'none'"):
+        replace(TINY_OPTIONS, embedding="imge")
+
+
 def test_stages_check_what_they_are_given(tiny_pipe):
     text = tiny_pipe.encode_text(["a", "b"])
     with pytest.raises(ValueError, match="2 texts for 3 image embeddings"):
         tiny_pipe.decode(torch.ones(3, 16), text)
+    for emb in (torch.ones(16), torch.ones(2, 8)):
+        with pytest.raises(
+            ValueError, match=rf"image_emb is of shape {re.escape(str(tuple(emb.shape)))}; expected \(B, 16"
+        ):
+            tiny_pipe.decode(emb)
+    bright = torch.full((1, 3, 16, 16), 255.0)
+    for draw in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
+        with pytest.raises(ValueError, match="image is of values from 255 to 255"):
+            draw(bright)
+    with pytest.raises(ValueError, match="a Tensor is no picture"):
+        tiny_pipe.inpaint(Image.new("RGB", (16, 16)), torch.zeros(16, 16))
     with pytest.raises(ValueError, match=r"expected \(B, 3, 8, 8\)"):
         tiny_pipe.upsample(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="1 generators for 2 samples"):
         tiny_pipe.decode(torch.ones(2, 16), text, generators=[torch.Generator()])
+
+
+def test_a_pipeline_moves_to_devices_that_there_are_alone(tiny_pipe, tiny_folder):
+    there_is_no = "there is no device cuda:99 here; available: .*cpu"
+    for device, message in {"cuda:99": there_is_no, "gpu": "unknown device 'gpu'", torch.half: "device torch"}.items():
+        with pytest.raises(ValueError, match=message):
+            tiny_pipe.to(device)
+    with pytest.raises(ValueError, match=there_is_no):
+        UnCLIPPipeline.from_pretrained(tiny_folder, device="cuda:99")
 
 
 def test_networks_that_were_not_made_for_one_another_are_refused(tiny_pipe):
@@ -147,6 +179,8 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
         ("generate a --model partial", "partial/decoder/schedule.json is missing"),
         ("generate a --device abacus", "unknown device 'abacus'"),
         ("generate a --device cuda:99", "there is no device cuda:99 here"),
+        ("generate a --device xpu", "there is no device xpu here"),
+        ("generate a --device meta", "there is no device meta here"),
         ("generate a -n 2 -o a.png", "a.png is one file, but 2 pictures will be drawn"),
         ("generate a -o a.jpg", "a.jpg: pictures are written as .png"),
         ("generate a -o empty.txt", "empty.txt is a file"),

@@ -152,11 +152,15 @@ def test_pca_keeps_what_it_is_told_to():
 
 def test_a_pca_is_saved_and_loaded(tmp_path):
     pca = PCA.fit(randn(20, 5), 3)
-    pca.save(tmp_path / "pca.safetensors")
-    again = PCA.load(tmp_path / "pca.safetensors")
+    pca.save(tmp_path / "new" / "pca.safetensors")
+    again = PCA.load(tmp_path / "new" / "pca.safetensors")
     assert all(torch.equal(getattr(pca, name), getattr(again, name)) for name in pca.__dataclass_fields__)
     from safetensors.torch import save_file
 
     save_file({"mean": torch.ones(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds mean; expected a PCA"):
         PCA.load(tmp_path / "other.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"cannot write .*folder\.safetensors: "):
+        pca.save(tmp_path / "folder.safetensors")
+    assert not list(tmp_path.glob(".*"))

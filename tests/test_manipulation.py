@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -286,6 +288,20 @@ def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, 
     assert len(latents) == 5  # three pictures and two embeddings: nothing was inverted twice
 
 
+def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_again(pipe, latent):
+    guided = replace(latent.options, decoder=replace(latent.options.decoder, guidance=6.0))
+    latents: dict = {}
+    for result in (
+        pipe.vary(latent, eta=0.3, seed=1, options=guided, **FEW),
+        pipe.vary(pipe.random_latent(latent.image_emb, seed=4, options=latent.options), options=guided, **FEW),
+        pipe.reconstruct(PICTURES, options=guided, **FEW),
+    ):
+        again = redraw(pipe, json.loads(json.dumps(result.metadata[0])), progress=False, latents=latents)
+        assert difference(again.images[0], result.images[0]) <= 2 and again.metadata[0] == result.metadata[0]
+    assert len(latents) == 3  # of the first picture under either options
+    assert "options" not in result.metadata[0]["sources"][0]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -312,6 +328,9 @@ def test_only_deterministic_options_are_inverted(pipe, options):
         assert deterministic(bad, 8) == options
     with pytest.raises(ValueError, match="options is a StageOptions"):
         pipe.invert(PICTURES[0], options=options.decoder)
+    scheduler = replace(options, decoder=replace(options.decoder, sampler=DDIMScheduler()))
+    with pytest.raises(ValueError, match="the decoder is sampled with 'DDIMScheduler', eta"):
+        pipe.invert(PICTURES[0], options=scheduler)
 
 
 def test_noise_of_another_model_is_refused(pipe, latent):

@@ -81,6 +81,24 @@ def test_latents_are_kept_for_other_commands(run):
     assert code == 2 and "apple.pt: latents are written as .safetensors" in err
 
 
+def test_pictures_are_counted_and_each_gets_a_file_of_its_own(run):
+    for folder, picture in (("A", "apple.png"), ("B", "fish.png")):
+        Path(folder).mkdir()
+        Path(picture).replace(f"{folder}/1.png")
+    both = ["A/1.png", "B/1.png"]
+    code, out, _ = run("reconstruct", *both, "--steps", "6", "--save-latent", "both.safetensors", "-o", "drawn")
+    assert code == 0
+    assert out.split() == ["both.safetensors", "drawn/1-reconstruct-0.png", "drawn/1-reconstruct-1.png"]
+    assert np.abs(pixels("drawn/1-reconstruct-0.png") - pixels("A/1.png")).max() <= 16
+    for command, number in (("reconstruct", 2), ("vary -n 3", 6), ("diff --theta 0.1 0.2 --to a", 4)):
+        code, _, err = run(*command.split(), "both.safetensors", "-o", "one.png", model="unknown")
+        assert code == 2 and f"one.png is one file, but {number} pictures will be drawn" in err
+    code, out, err = run("reconstruct", "both.safetensors", "leaf.png", "-o", "mixed")
+    names = ["both-reconstruct-0", "both-reconstruct-1", "leaf-reconstruct"]
+    assert code == 0 and out.split() == [f"mixed/{name}.png" for name in names]
+    assert np.array_equal(pixels("mixed/both-reconstruct-1.png"), pixels("drawn/1-reconstruct-1.png"))
+
+
 def test_pictures_are_varied(run):
     code, out, _ = run("vary", "apple.png", "fish.png", "--eta", "0.4", "-n", "2", "--seed", "7", "--steps", "6")
     assert code == 0
@@ -145,6 +163,15 @@ def test_pictures_are_edited(run, args, size):
     assert drawn_again(run, "edited.png") <= 2
 
 
+def test_a_picture_too_large_for_metadata_is_told_of(run):
+    Image.new("RGB", (2100, 2000), "red").save("large.png")
+    code, _, err = run("edit", "large.png", "--strength", "0.5", "--steps", "3", "--quiet", "-o", "edited.png")
+    assert code == 0 and "warning: a picture of 2100 x 2000 px is too large for metadata" in err
+    told = run("info", "edited.png", model=None)[1]
+    assert "drawn from: another picture, which the picture does not hold" in told and "--from" not in told
+    assert told.endswith("it cannot be drawn again: what it was drawn from was too large for its metadata\n")
+
+
 def test_a_mask_that_marks_nothing_is_told_in_one_line(run):
     Image.new("L", (16, 16)).save("black.png")
     code, out, err = run("edit", "apple.png", "--mask", "black.png", "--prompt", "a", "-o", "same.png", "--quiet")
@@ -159,9 +186,11 @@ def test_components_are_probed(run, tmp_path):
         Image.effect_noise((16, 16), 20 * i).convert("RGB").save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(str(i))
     probe = ["probe", "apple.png", "fish.png", "--components", "1", "4", "--steps", "3", "--quiet"]
-    assert run(*probe, "--data", "data", "--save-pca", "pca.safetensors") == (0, "", "")
+    code, _, err = run(*probe, "--data", "data", "--save-pca", "apple.png/pca.safetensors")
+    assert code == 2 and err.startswith("error: cannot write apple.png/pca.safetensors: ") and err.count("\n") == 1
+    assert run(*probe, "--data", "data", "--save-pca", "new/pca.safetensors") == (0, "", "")
     assert len(read_metadata("components.png")) == 4 and Image.open("components.png").width == 3 * 100 - 4
-    assert run(*probe, "--pca", "pca.safetensors", "-o", "b.png") == (0, "", "")
+    assert run(*probe, "--pca", "new/pca.safetensors", "-o", "b.png") == (0, "", "")
     assert np.array_equal(pixels("components.png"), pixels("b.png"))
 
 

@@ -9,9 +9,11 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 
-from unclip.pictures import cell, open_mask, open_picture, read_metadata, save_animation
+from unclip import pictures
+from unclip.pictures import cell, lacks_picture, open_mask, open_picture, read_metadata, save_animation, save_png
 
 
 def saved(image: Image.Image, path, **how) -> str:
@@ -76,14 +78,52 @@ def test_floating_point_pixels_are_refused(tmp_path):
         open_picture(path)
 
 
+def test_what_is_no_picture_is_refused():
+    for source in (np.zeros((4, 4, 3), dtype=np.uint8), torch.zeros(3, 4, 4), None):
+        for opened in (open_picture, open_mask):
+            with pytest.raises(ValueError, match=f"a {type(source).__name__} is no picture; expected a path or a PIL"):
+                opened(source)
+
+
 def test_masks_are_white_or_transparent(tmp_path):
     grey = Image.fromarray(np.array([[0, 127], [128, 255]], dtype=np.uint8))
     assert np.asarray(open_mask(saved(grey, tmp_path / "grey.png"))).tolist() == [[0, 0], [255, 255]]
     clear = Image.new("RGBA", (2, 1), "white")
     clear.putpixel((1, 0), (0, 0, 0, 0))
     assert np.asarray(open_mask(saved(clear, tmp_path / "clear.png"))).tolist() == [[0, 255]]
+    for mode in ("RGBA", "LA"):  # an alpha channel that says nothing
+        opaque = grey.convert(mode)
+        assert np.asarray(open_mask(saved(opaque, tmp_path / f"{mode}.png"))).tolist() == [[0, 0], [255, 255]]
     with pytest.raises(FileNotFoundError, match="no picture at"):
         open_mask(tmp_path / "none.png")
+
+
+# -- what a picture tells about itself
+
+
+def test_a_picture_is_held_once_for_all_that_was_drawn_of_it(frames, tmp_path):
+    told = [
+        *({"seed": i, "operation": "inpaint", "picture": "P" * 9000, "mask": "M" * 900} for i in range(9)),
+        *({"sources": [{"picture": "P" * 9000}, {"picture": one}, {"seed": 2}]} for one in ("Q" * 9000, None)),
+        {"prompt": {"picture": 2.0}},
+    ]
+    save_png(frames[0], tmp_path / "a.png", told)
+    save_animation(frames, tmp_path / "a.gif", metadata=told)
+    for path in (tmp_path / "a.png", tmp_path / "a.gif"):
+        assert read_metadata(path) == told and path.stat().st_size < 22_000
+    assert [lacks_picture(entry) for entry in told] == [*[False] * 10, True, False]
+
+
+def test_pictures_that_are_too_large_together_are_left_out(frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 3000)
+    monkeypatch.setattr(pictures, "MOST_TEXT", 2800)
+    told = [{"seed": 1, "picture": "P" * 2000}, {"seed": 2, "sources": [{"picture": "Q" * 2000}]}]
+    for metadata in (told, {"picture": "P" * 3000}):
+        with pytest.warns(UserWarning, match="too large for metadata: it cannot be drawn again from the file") as said:
+            save_png(frames[0], tmp_path / "a.png", metadata)
+        assert said[0].filename == __file__ and all(map(lacks_picture, read_metadata(tmp_path / "a.png")))
+    save_png(frames[0], tmp_path / "a.png", told[:1] * 9)
+    assert read_metadata(tmp_path / "a.png") == told[:1] * 9
 
 
 # -- animations

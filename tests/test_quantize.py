@@ -68,6 +68,8 @@ def test_the_pictures_stay_close(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
     assert pipe.quantize("int8") is pipe
     assert all(is_quantized(network) for network in pipe.networks().values())
+    told = [one("a", seed=0, progress=False).metadata[0] for one in (pipe, tiny_pipe)]
+    assert told[0]["quantized"] == "int8" and "quantized" not in told[1]
     assert not is_quantized(pipe.clip) and torch.equal(pipe.prior.emb_std, tiny_pipe.prior.emb_std)
 
     def draw(pipe):
@@ -106,3 +108,4 @@ def test_the_codec_of_dalle_is_left_alone(tiny_dalle):
     pipe.codec.more, pipe.dalle.more = nn.Linear(64, 64), nn.Linear(64, 64)
     pipe.quantize()
     assert is_quantized(pipe.dalle) and not is_quantized(pipe.codec)
+    assert pipe("a", seed=0, progress=False).metadata[0]["quantized"] == "int8"

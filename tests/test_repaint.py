@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_holes_are_filled_with_what_is_around_them():
     assert filled[..., 4:28, 2:10].min() > 0.7  # of the white side
     assert torch.equal(fill(picture, torch.zeros_like(hole)), picture)
     assert torch.equal(fill(picture, torch.ones_like(hole)), torch.zeros_like(picture))  # grey
+
+
+def test_a_wide_hole_is_filled_quickly():
+    picture, hole = torch.ones(1, 3, 256, 256), torch.ones(1, 1, 256, 256, dtype=torch.bool)
+    hole[..., 0, 0] = False  # little to begin with, so that all radii are gone through
+    started = time.process_time()
+    fill(picture, hole)
+    assert time.process_time() - started < 8  # seconds; with boxes that are not taken apart it is several times that
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,14 @@ def test_ddim_with_eta_1_is_ancestral():
     torch.testing.assert_close(ddim_step(x_t, x_0, *levels, 1.0, noise), ancestral_step(x_t, x_0, *levels, noise))
 
 
+@pytest.mark.parametrize("steps", [3, 25, 40])
+def test_ddim_with_eta_1_begins_at_no_signal_at_all(steps):
+    schedule = Schedule(ScheduleConfig(zero_terminal_snr=True))
+    x_T, options = randn((1, 3, 4, 4), seeds(0)), StageOptions(steps, eta=1.0)
+    drawn = sample(lambda x, t: 0 * x, x_T, schedule, options, prediction="v", clip=None, generators=seeds(0))
+    assert drawn.isfinite().all()
+
+
 def test_ddim_step_runs_backwards():
     x_t, x_0 = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, generator=seeds(0)[0])
     low, high = alpha_bar(COSINE, 400), alpha_bar(COSINE, 600)

@@ -130,14 +130,34 @@ def test_a_model_can_be_saved_over_itself(tiny_folder, tmp_path):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_folder, folder)
     (folder / "README.md").write_text("its card")
-    (folder / "upsampler_9").mkdir()
+    (folder / "decoder" / "old.json").write_text("{}")
     pipe = unclip.load(folder)
-    pipe.name = "renamed"
-    pipe.save_pretrained(folder)
+    UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, name="renamed").save_pretrained(folder)
     assert unclip.load(folder).name == "renamed"
     assert (folder / "README.md").read_text() == "its card"
-    assert not (folder / "upsampler_9").exists()  # components are replaced as a whole
+    assert not (folder / "upsampler_0").exists()  # components are replaced as a whole
+    assert not (folder / "decoder" / "old.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_folders_of_the_user_stay_in_a_model(tiny_pipe, tiny_folder, tmp_path):
+    folder = tmp_path / "tiny"
+    bare = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder)
+    bare.save_pretrained(folder)
+    (folder / "pictures" / "best").mkdir(parents=True)
+    picture, link = folder / "pictures" / "best" / "apple.png", folder / "pictures" / "link"
+    picture.write_bytes(b"apple")
+    picture.chmod(0o444)
+    link.symlink_to("nowhere")
+    bare.save_pretrained(folder)
+    assert main(["convert", str(tiny_folder), str(folder)]) == 0
+    assert picture.read_bytes() == b"apple" and str(link.readlink()) == "nowhere"
+
+    bare.save_pretrained(folder)
+    (folder / "prior").mkdir()
+    with pytest.raises(ValueError, match=r"tiny.prior is in the way: .*; move it away"):
+        tiny_pipe.save_pretrained(folder)
+    assert unclip.load(folder).prior is None and picture.is_file() and (folder / "prior").is_dir()
 
 
 def test_a_card_may_be_written_before_the_model(tiny_pipe, tmp_path):

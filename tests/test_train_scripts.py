@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, draw_pictures, run_script
+from scripts import ROOT, draw_pictures, run_in_two_processes, run_script
 
 import unclip
 from unclip.checkpoints import catalogue
@@ -218,6 +218,17 @@ def test_accelerate_launches_a_script(workplace):
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
+
+
+def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
+    settings = "--set=fit.steps=1", "--set=fit.output=runs/tiny/explained", "--set=explained=0.7"
+    run_in_two_processes(ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings)
+    assert (workplace / "runs/tiny/explained/model").is_dir()
+
+
+def test_a_dry_run_of_two_processes_ends_also_where_they_gather(workplace):
+    arguments = f"--config={ROOT}/configs/tiny/clip.yaml", "--dry-run", "--set=fit.output=runs/tiny/dry"
+    assert run_in_two_processes(ROOT / "train/clip.py", *arguments).count("a step") == 1
 
 
 def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fitting import OPTIM, TinyLoader, plain_model, quiet, straight, weights
+from scripts import run_in_two_processes
 
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch, resume_command
@@ -90,20 +89,7 @@ def test_resume_command_goes_through_accelerate_if_it_was_started_so(monkeypatch
 def test_two_processes_train_like_one_on_their_joined_batch(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     config = script_config(tmp_path / "two", precision="fp32", accumulate=2)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [*launcher, __file__, "--config", config], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    run_in_two_processes(__file__, "--config", config)
     fit(
         plain_model(),
         straight,

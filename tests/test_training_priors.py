@@ -134,11 +134,18 @@ def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_drop
     image_emb = normalise(predicted * prior.emb_std + prior.emb_mean)
     logits = clip.logit_scale.exp() * image_emb @ normalise(text_emb).T
     kept = [row for row in range(12) if not dropped[0][row]]
-    expected = -torch.stack([logits[row].log_softmax(dim=0)[row] for row in kept]).mean()
+    expected = -torch.stack([logits[row, kept].log_softmax(dim=0)[i] for i, row in enumerate(kept)]).mean()
     mse = F.mse_loss(predicted, (batch["image_emb"] - prior.emb_mean) / prior.emb_std)
     torch.testing.assert_close(terms["contrastive"], expected)
     torch.testing.assert_close(terms["loss"], mse + 0.2 * expected)
     assert 0 < len(kept) < 12
+
+    prior = OneShotPrior(replace(prior.config, null_text="empty_prompt"))
+    prior.set_stats(batch["image_emb"].mean(0), batch["image_emb"].std(0))
+    torch.manual_seed(0)
+    others = OneShotPriorLoss(prior, clip, DropConfig(text=0.5), OneShotLossConfig(0.2))(model, batch)
+    assert dropped[1] is None
+    torch.testing.assert_close(others["contrastive"], expected)
     with pytest.raises(ValueError, match="loss.contrastive is -1"):
         OneShotLossConfig(-1)
 

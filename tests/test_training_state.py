@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_clip, tiny_prior
 from safetensors.torch import save_file
 from torch import nn
 
 from unclip.files import atomic_folder
+from unclip.models.quantizers import NearestConfig, VectorQuantizer
 from unclip.training.checkpoints import Checkpoints
 from unclip.training.ema import EMA
 from unclip.training.optim import OptimConfig, build_optimizer
@@ -87,6 +89,14 @@ def test_weight_decay_spares_gains_biases_and_embeddings() -> None:
     decayed, spared = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
     assert [p is model["linear"].weight for p in decayed["params"]] == [True]
     assert (decayed["weight_decay"], spared["weight_decay"], len(spared["params"])) == (0.5, 0.0, 4)
+
+
+def test_weight_decay_spares_embeddings_that_are_plain_parameters() -> None:
+    prior, codec = tiny_prior(), VectorQuantizer(NearestConfig(), 8, 4)
+    for model, name in ((prior, "positions"), (codec, "codebook"), (tiny_clip(), "positional_embedding")):
+        spared = {id(p) for p in build_optimizer(model, OptimConfig()).param_groups[-1]["params"]}
+        tables = [p for key, p in model.named_parameters() if key.endswith(name)]
+        assert tables and all(id(p) in spared for p in tables)
 
 
 def test_nothing_to_train_is_an_error() -> None:

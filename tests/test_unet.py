@@ -134,6 +134,14 @@ def test_bfloat16_group_norm(modulated: bool, channels_last: bool) -> None:
         assert ours.stride() == exact.stride()
 
 
+@pytest.mark.parametrize("mean", [20, 1000])
+def test_bfloat16_group_norm_far_from_zero(mean: float) -> None:
+    torch.manual_seed(0)
+    x, norm = (mean + torch.randn(4, 32, 8, 8) * mean / 20).bfloat16(), GroupNorm(8, 32)
+    exact = F.group_norm(x.double(), 8)
+    assert (norm(x) - exact).norm() / exact.norm() < 0.01
+
+
 def test_bfloat16_attention() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 6, 6))

@@ -163,3 +163,7 @@ def test_without_guidance_a_negative_prompt_is_refused(draw, invertible_pipe):
     stages = {stage: replace(getattr(options, stage), guidance=1.0) for stage in ("prior", "decoder")}
     with pytest.raises(ValueError, match="guidance is 1 in prior and decoder"):
         draw(APPLE, negative_prompt=FISH, options=replace(options, **stages))
+    for embedding in ("text", "none"):  # of which the prior has no part
+        unguided = replace(options, decoder=stages["decoder"], embedding=embedding)
+        with pytest.raises(ValueError, match="guidance is 1 in decoder; set it higher in decoder"):
+            draw(APPLE, negative_prompt=FISH, options=unguided)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from accelerate.utils import broadcast_object_list
+
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
@@ -40,7 +42,9 @@ def main(run: Run[ARPriorTraining]) -> None:
     pairs = embedding_pairs(clip, loader, config.stats_batches)
     model = config.model
     if config.explained is not None:
-        model = replace(model, components=len(PCA.fit(pairs[0], config.explained)))
+        components = [len(PCA.fit(pairs[0], config.explained))]
+        broadcast_object_list(components)  # each process has other pairs
+        model = replace(model, components=components[0])
     prior = ARPrior(model).to(run.device)
     prior.fit(*pairs)  # with the weights of another run come its own
     fit(

@@ -34,6 +34,7 @@ from unclip.pipelines.command_line import (
     check_output,
     columns_of,
     load_model,
+    read_prompts,
     slug,
     whole_number,
     write,
@@ -109,7 +110,7 @@ def _add_generate(commands: Any) -> None:
 def generate(args: Namespace) -> None:
     if args.source is not None:
         return _redraw(args)
-    prompts = [*args.prompts, *_read_prompts(args.prompts_file)]
+    prompts = [*args.prompts, *read_prompts(args.prompts_file)]
     if not prompts:
         raise ValueError("no prompt; give at least one, or --prompts-file, or --from a picture")
     if args.mix is not None:
@@ -159,7 +160,7 @@ def _redraw(args: Namespace) -> None:
     args.grid = args.grid or len(entries) > 1
     check_output(args, len(entries))
     stored = {long: short for short, long in DTYPES.items()}.get(entries[0].get("dtype"))
-    args.prior = entries[0].get("prior_model")
+    args.prior, args.quantize = entries[0].get("prior_model"), args.quantize or entries[0].get("quantized")
     pipe = load_model(args, entries[0].get("model"), stored)
 
     from unclip.pipelines.base import redraw
@@ -258,17 +259,22 @@ def info(args: Namespace) -> None:
 def _picture_info(path: Path) -> None:
     import shlex
 
-    from unclip.pictures import read_metadata
+    from unclip.pictures import lacks_picture, read_metadata
 
-    for entry in read_metadata(path):
+    entries = read_metadata(path)
+    for entry in entries:
         held = {"image_emb": "a CLIP image embedding", "sources": "latents", "picture": "another picture"}
         told = {key: value for key, value in entry.items() if key not in ("options", "mask", *held)}
         for key in held.keys() & entry.keys():
-            told["drawn from"] = f"{held[key]}, which the picture holds"
+            holds = "does not hold" if lacks_picture(entry) else "holds"
+            told["drawn from"] = f"{held[key]}, which the picture {holds}"
         for key, value in {**told, **entry.get("options", {})}.items():
             print(f"{key}: {_one_line(value)}")
         print()
-    print(f"draw it again: unclip generate --from {shlex.quote(str(path))} -o again.png")
+    if any(map(lacks_picture, entries)):
+        print("it cannot be drawn again: what it was drawn from was too large for its metadata")
+    else:
+        print(f"draw it again: unclip generate --from {shlex.quote(str(path))} -o again.png")
 
 
 def _model_info(name: str) -> None:
@@ -343,18 +349,6 @@ def _add_drawing(parser: argparse.ArgumentParser, model: str = DEFAULT_MODEL) ->
         "--seed", type=int, metavar="S", help="of the first picture, the next has S + 1 (default: random)"
     )
     add_output(parser)
-
-
-def _read_prompts(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text; expected one prompt in each line") from None
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt; expected one in each line")
-    return prompts
 
 
 def _write(drawn: Drawn, args: Namespace, name: str = "") -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from unclip.resize import resize
 from unclip.tokenizer import BPETokenizer, warn_cut
 from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, write_tensors
@@ -233,7 +234,9 @@ class CLIP(nn.Module):
         """What contrastive training needs: normalised embeddings (B, D) of both kinds, and the inverse temperature."""
         image_emb = F.normalize(self.encode_image(images).float(), dim=-1)  # (B, D)
         text_emb = F.normalize(self.encode_tokens(ids, mask).emb.float(), dim=-1)  # (B, D)
-        return image_emb, text_emb, self.logit_scale.float().clamp(max=math.log(100)).exp()
+        with torch.no_grad():  # not in the graph: beyond the limit there would be no gradient to come back by
+            self.logit_scale.clamp_(max=math.log(100))
+        return image_emb, text_emb, self.logit_scale.float().exp()
 
     def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """Pictures -> (B, D): a tensor (B, 3, H, W) in [-1, 1] of any size, or PIL pictures."""
@@ -261,7 +264,7 @@ class CLIP(nn.Module):
             if cfg.resize_mode == "longest":
                 raise ValueError("this CLIP pads pictures (resize_mode 'longest'); give PIL pictures, not a tensor")
             target = (size, size) if cfg.resize_mode == "squash" else _resized(*x.shape[-2:], size)
-            x = F.interpolate(x.float(), target, mode=cfg.interpolation, antialias=True).clamp(-1, 1)
+            x = resize(x.float(), target, cfg.interpolation).clamp(-1, 1)
             top, left = (target[0] - size) // 2, (target[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (cfg.mean, cfg.std))

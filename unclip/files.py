@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            if not path.is_symlink():  # it may lead nowhere
+                _flush(path)
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
             target.rename(replaced)
@@ -54,10 +55,26 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             replaced.rename(target)
 
 
+def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
+    """Copies into a new folder what an old one, if there is one, holds besides `replaced`; links stay links.
+
+    ValueError for what cannot stay, as the new folder has something of the same name.
+    """
+    for path in old.iterdir() if old.is_dir() else ():
+        if path.name in replaced:
+            continue
+        if (new / path.name).exists():
+            raise ValueError(f"{path} is in the way: the new folder has something else of that name; move it away")
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new, follow_symlinks=False)
+
+
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # a file may be read-only
     try:
         os.fsync(descriptor)
     finally:

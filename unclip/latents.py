@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from unclip.weights import read_tensors
+from unclip.weights import read_tensors, save_tensors
 
 # N embeddings, M candidates, K parts of a mixture or principal components, D embedding width
 
@@ -161,8 +160,8 @@ class PCA:
         return self.restore(self.project(emb)[..., :k])
 
     def save(self, file: str | Path) -> None:
-        """Writes a safetensors file."""
-        save_file({name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}, file)
+        """Writes a safetensors file; the folder it goes into is made."""
+        save_tensors({name: getattr(self, name) for name in self.__dataclass_fields__}, file)
 
     @classmethod
     def load(cls, file: str | Path) -> PCA:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
+MOST_TEXT = 60_000_000  # characters of metadata; Pillow opens no PNG with texts beyond 64 MB
 
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
@@ -37,12 +38,18 @@ def open_mask(source: str | Path | Image.Image) -> Image.Image:
     """
     image = _open(source)
     if image.has_transparency_data:
-        return image.convert("RGBA").getchannel("A").point([255] * 128 + [0] * 128)
+        image = image.convert("RGBA")
+        clear = image.getchannel("A").point([255] * 128 + [0] * 128)
+        if clear.getbbox():
+            return clear
     return image.convert("L").point([0] * 128 + [255] * 128)
 
 
 def _open(source: str | Path | Image.Image) -> Image.Image:
     """Upright, with 8 bits a channel."""
+    if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
+        kind = type(source).__name__
+        raise ValueError(f"a {kind} is no picture; expected a path or a PIL picture (of an array: Image.fromarray)")
     try:
         with warnings.catch_warnings():  # a large picture is welcome; what is twice as large Pillow refuses itself
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -67,7 +74,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
-        info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+        info.add_itxt(METADATA_KEY, _to_json(metadata))
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         image.save(part, format="PNG", pnginfo=info)
@@ -85,12 +92,49 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
     with Image.open(path) as image:
         image.load()  # text chunks may follow the pixels
         text = getattr(image, "text", {}).get(METADATA_KEY)
-        if image.format == "GIF" and image.info.get("comment", b"").startswith(b"["):
+        if image.format == "GIF" and image.info.get("comment", b"").startswith((b"[", b'{"pictures":')):
             text = image.info["comment"]
     if text is None:
         raise ValueError(f"{path} holds no metadata of unclip; it was drawn elsewhere, or its metadata was stripped")
     metadata = json.loads(text)
+    if "pictures" in metadata:
+        return _with_pictures(metadata["entries"], lambda place: None if place is None else metadata["pictures"][place])
     return metadata if isinstance(metadata, list) else [metadata]
+
+
+def lacks_picture(entry: dict[str, Any]) -> bool:
+    """Whether a picture that it was drawn from was too large for its metadata."""
+    return any(None in (source.get("picture", ""), source.get("mask", "")) for source in _sources(entry))
+
+
+def _to_json(metadata: Any, ensure_ascii: bool = False) -> str:
+    """For `read_metadata`: several entries hold each picture once. A warning if all pictures must be left out."""
+    told = metadata
+    if isinstance(metadata, list):
+        places: dict[str, int] = {}
+        entries = _with_pictures(metadata, lambda one: None if one is None else places.setdefault(one, len(places)))
+        told = {"pictures": list(places), "entries": entries} if places else entries
+    text = json.dumps(told, ensure_ascii=ensure_ascii)
+    if len(text) <= MOST_TEXT:
+        return text
+    warnings.warn("what was drawn from is too large for metadata: it cannot be drawn again from the file", stacklevel=3)
+    bare = _with_pictures(metadata if isinstance(metadata, list) else [metadata], lambda _: None)
+    return json.dumps(bare, ensure_ascii=ensure_ascii)
+
+
+def _sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where an entry holds pictures."""
+    return [entry, *entry.get("sources", [])]
+
+
+def _with_pictures(entries: Sequence[dict[str, Any]], change: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """Entries with other values in place of the pictures."""
+
+    def changed(source: dict[str, Any]) -> dict[str, Any]:
+        inner = {"sources": list(map(changed, source["sources"]))} if "sources" in source else {}
+        return {**source, **{name: change(source[name]) for name in ("picture", "mask") if name in source}, **inner}
+
+    return list(map(changed, entries))
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
@@ -150,7 +194,7 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
     sheet = grid(images, columns=len(images), gap=0)
     palette = sheet.quantize(256, dither=Image.Dither.NONE)
     frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
-    comment = json.dumps(metadata, ensure_ascii=True).encode() if metadata is not None else b""
+    comment = _to_json(metadata, ensure_ascii=True).encode() if metadata is not None else b""
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, comment=comment)
 
 

@@ -103,6 +103,10 @@ class UnCLIPOptions:
     # What the decoder gets as image embedding: the prior's, or (unCLIP 5.1) the caption's own one, or none.
     embedding: Literal["prior", "text", "none"] = "prior"
 
+    def __post_init__(self) -> None:
+        if self.embedding not in ("prior", "text", "none"):
+            raise ValueError(f"embedding is {self.embedding!r}; expected 'prior', 'text' or 'none'")
+
 
 @dataclass(frozen=True)
 class GLIDEOptions:

@@ -69,6 +69,21 @@ def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None
     save_file(tensors, file)
 
 
+def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all; the folder it goes into is made. A failure is an OSError."""
+    path = Path(file)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+
+
 def load_strictly(
     module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path, as_stored: bool = False
 ) -> None:

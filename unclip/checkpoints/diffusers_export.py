@@ -28,7 +28,7 @@ from unclip.checkpoints.renaming import LEAVES, Rule, to_there
 from unclip.checkpoints.store import Bundle
 from unclip.config import save_json
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.files import atomic_folder
+from unclip.files import atomic_folder, keep_others, read_json
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.unet import UNetConfig
@@ -44,6 +44,7 @@ def save_for_diffusers(bundle: Bundle, folder: str | Path, dtype: torch.dtype | 
     """Writes a folder for diffusers' UnCLIPPipeline, or without a prior for UnCLIPImageVariationPipeline.
 
     Whole or not at all, weights in `dtype` if it is given; with prior and image encoder it serves either pipeline.
+    What lies there beside an old model's components stays.
     ValueError, which tells the reason for each part, if diffusers has no class for one of them.
     """
     folder = Path(folder)
@@ -51,6 +52,7 @@ def save_for_diffusers(bundle: Bundle, folder: str | Path, dtype: torch.dtype | 
         raise ValueError(f"{bundle.name} cannot be written for diffusers: {'; '.join(against)}")
     if folder.exists() and not recognise(folder) and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is no folder of diffusers'; give a new folder")
+    old = read_json(folder / INDEX_FILE) if recognise(folder) else {}
     with atomic_folder(folder) as part:
         index: Entries = _write_clip(bundle, part, dtype)
         for name, write in {"prior": _write_prior, "decoder": _write_decoder, "upsampler_0": _write_upsampler}.items():
@@ -59,10 +61,10 @@ def save_for_diffusers(bundle: Bundle, folder: str | Path, dtype: torch.dtype | 
         pipeline = "UnCLIPPipeline" if "prior" in bundle.components else "UnCLIPImageVariationPipeline"
         head = {"_class_name": pipeline, "_diffusers_version": version("diffusers")}
         save_json({**head, **{name: list(entry) for name, entry in sorted(index.items())}}, part / INDEX_FILE)
-        card = f"---\nlicense: {json.dumps(bundle.licence, ensure_ascii=False)}\n---\n\n# {bundle.name}\n"
-        if (folder / CARD_FILE).is_file():  # somebody may have written more
-            card = (folder / CARD_FILE).read_text(encoding="utf-8")
-        (part / CARD_FILE).write_text(card, encoding="utf-8")
+        if not (folder / CARD_FILE).is_file():  # else somebody may have written more
+            card = f"---\nlicense: {json.dumps(bundle.licence, ensure_ascii=False)}\n---\n\n# {bundle.name}\n"
+            (part / CARD_FILE).write_text(card, encoding="utf-8")
+        keep_others(folder, part, {*old, INDEX_FILE})
     _tell_options(bundle)
 
 

@@ -12,7 +12,6 @@ emoji/
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +35,7 @@ from unclip.checkpoints.catalogue import (
 )
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.files import atomic_folder
+from unclip.files import atomic_folder, keep_others
 from unclip.models.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.models.cross_attention_decoder import (
@@ -172,20 +171,17 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
 def save_bundle(
     bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None, borrowed: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a model folder whole or not at all; a model card and its pictures, if they lie there, stay.
+    """Writes a model folder whole or not at all; what lies there beside the old model's components stays.
 
     borrowed: components that are read from a bundled model instead, such as {"clip": "emoji"}.
 
     ValueError rather than replacing a folder of anything else.
     """
     folder = Path(folder)
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    if folder.is_file() or (not recognise(folder) and any(entry.is_dir() for entry in inside)):
+    old = read_model_json(folder)["components"] if recognise(folder) else []
+    if folder.is_file() or (not recognise(folder) and folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))):
         raise ValueError(f"{folder} exists and is no model folder; give a new folder")
     with atomic_folder(folder) as part:
-        for file in inside:
-            if file.is_file():
-                shutil.copy2(file, part)
         for name, module in bundle.components.items():
             if type(module).__name__ in NETWORKS:
                 save_component(module, part / name, dtype, bundle.schedules.get(name))
@@ -202,6 +198,7 @@ def save_bundle(
             **({"borrowed": dict(borrowed)} if borrowed else {}),
         }
         save_json(model, part / MODEL_FILE)
+        keep_others(folder, part, {*old, MODEL_FILE, OPTIONS_FILE})
 
 
 def recognise(folder: Path) -> bool:

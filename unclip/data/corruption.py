@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unclip.resize import resize
+
 # B batch, s side of the low-res picture, K side of a blur kernel
 
 
@@ -86,7 +88,8 @@ def _filter(images: Tensor, kernels: Tensor) -> Tensor:
     pad = kernels.shape[-1] // 2
     padded = F.pad(images, (pad, pad, pad, pad), mode="replicate").flatten(0, 1)[None]  # (1, B C, H + 2 pad, W + 2 pad)
     weight = kernels.to(images).repeat_interleave(channels, dim=0)[:, None]  # (B C, 1, K, K)
-    return F.conv2d(padded, weight, groups=batch * channels).view(batch, channels, height, width)
+    with torch.autocast(images.device.type, enabled=False):  # a corruption is not the network's
+        return F.conv2d(padded, weight, groups=batch * channels).view(batch, channels, height, width)
 
 
 def _bsr(image: Tensor, noise: Tensor, draw: Tensor, config: CorruptionConfig) -> Tensor:
@@ -120,7 +123,7 @@ def _bsr(image: Tensor, noise: Tensor, draw: Tensor, config: CorruptionConfig) -
 
 
 def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    return F.interpolate(x, size, mode=mode, antialias=mode != "nearest-exact")
+    return F.interpolate(x, size, mode=mode) if mode == "nearest-exact" else resize(x, size, mode)
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:

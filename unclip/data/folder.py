@@ -40,7 +40,7 @@ class FolderDataset:
         row = self._rows[index]
         path = self.folder / row["file_name"]
         try:
-            captions = caption_list(row["text"] or path.with_suffix(".txt").read_text(encoding="utf-8"))
+            captions = caption_list(row["text"] or path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         key = Path(row["file_name"]).with_suffix("").as_posix()

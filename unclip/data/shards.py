@@ -98,7 +98,7 @@ class ShardDataset:
             meta = json.loads(_read(shard, members["json"])) if "json" in members else {}
             said = meta.get("captions") or meta.get("caption") if isinstance(meta, dict) else None
             if not said and "txt" in members:
-                said = _read(shard, members["txt"]).decode("utf-8")
+                said = _read(shard, members["txt"]).decode("utf-8-sig")
             captions, weight = caption_list(said), sample_weight(meta)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{shard}: {key}: {error}") from None
@@ -150,6 +150,8 @@ def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
             for info in tar:
                 head, _, base = info.name.rpartition("/")
                 stem, _, extension = base.partition(".")
+                if not stem:  # a hidden file, such as macOS keeps beside each
+                    continue
                 name = f"{head}/{stem}" if head else stem
                 if name != key:
                     samples.append((key, members, weight))
@@ -160,6 +162,8 @@ def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
                 members[extension] = _Member(info.offset_data, info.size)
                 if extension == "json":
                     weight = _weight_in(tar.extractfile(info).read())
+            if _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE)) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"it is damaged at byte {tar.offset:,}, or ends there without an end mark")
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{shard}: no readable, uncompressed tar ({error})") from None
     samples.append((key, members, weight))

@@ -104,6 +104,7 @@ def fill(picture: Tensor, hole: Tensor) -> Tensor:
 
 def _blur(x: Tensor, radius: int) -> Tensor:
     """Two box filters, which together weigh like a tent; beyond the border the picture goes on as it ends."""
-    for _ in range(2):
-        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    for across, down in ((0, radius), (radius, 0)) * 2:  # a box is a column, then a row: far less work when it is wide
+        x = F.pad(x, (across, across, down, down), mode="replicate")
+        x = F.avg_pool2d(x, (2 * down + 1, 2 * across + 1), stride=1)
     return x

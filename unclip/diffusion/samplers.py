@@ -262,7 +262,7 @@ def ddim_step(
         return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(1 - alpha_bar_prev) * eps
     posterior = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
     std = eta * math.sqrt(posterior)
-    return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(1 - alpha_bar_prev - std**2) * eps + std * noise
+    return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_bar_prev - std**2)) * eps + std * noise
 
 
 def make_scheduler(name: str, schedule: Schedule) -> Any:
@@ -284,7 +284,7 @@ def _check_scheduler(scheduler: Any, schedule: Schedule) -> None:
     name, levels = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None)
     if levels is None or scheduler.config.get("prediction_type") not in ("epsilon", "sample", "v_prediction"):
         raise ValueError(f"sampler {name} is not for variance-preserving diffusion, in which this model was trained")
-    levels = levels.double().cpu()
+    levels = levels.cpu().double()
     if levels.shape != schedule.alpha_bar.shape or not torch.allclose(levels, schedule.alpha_bar, rtol=0, atol=1e-4):
         raise ValueError(
             f"sampler {name} has another noise schedule than the model was trained with; "

@@ -13,7 +13,7 @@ from unclip.checkpoints.catalogue import locate
 from unclip.evaluation import CODE_STAGES, DTYPES, PARTS, STAGES
 from unclip.files import read_json
 from unclip.pipelines.arguments import PRIOR, SAMPLING, add_arguments, sampling_options
-from unclip.pipelines.command_line import give_prior
+from unclip.pipelines.command_line import give_prior, read_prompts
 
 if TYPE_CHECKING:
     from unclip.evaluation.bench import BenchConfig
@@ -102,7 +102,7 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
     _check_writable(args.json)
-    prompts = _read_prompts(args.prompts_file)
+    prompts = read_prompts(args.prompts_file)
     evaluation = make_evaluation(args)
     results = evaluation.run(args.parts, keep=lambda results: _write_json(results, args.json, tell=False))
     print(report.plain([report.HEAD, *report.rows(results)]))
@@ -267,12 +267,3 @@ def _write_json(results: dict[str, Any], file: Path | None, tell: bool = True) -
         file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if tell:
             print(file)
-
-
-def _read_prompts(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{file} holds no prompt; expected one in each line")
-    return prompts

@@ -121,10 +121,10 @@ def laplace_mixture(images: Tensor, drawn: Tensor) -> Tensor:
     A Laplace distribution of the error whose scale is one of 64, all as likely, for the whole picture. The smallest
     keeps a step of 1 / 256 from being likelier than 1.
     """
-    scales = torch.logspace(-9, 0, 64, base=2.0, dtype=torch.float64, device=images.device)
-    error = ((images - drawn).double() / 2).abs().flatten(1)  # B 3HW
+    scales = torch.logspace(-9, 0, 64, base=2.0, dtype=torch.float64)
+    error = ((images - drawn).cpu().double() / 2).abs().flatten(1)  # B 3HW; not every device has float64
     each = -error.shape[1] * torch.log(2 * scales) - error.sum(dim=1, keepdim=True) / scales  # B 64
-    return (each.logsumexp(dim=1) - math.log(len(scales))).float()
+    return (each.logsumexp(dim=1) - math.log(len(scales))).float().to(images.device)
 
 
 ConvKind = Literal["plain", "gated"]

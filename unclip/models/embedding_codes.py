@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.latents import PCA
+from unclip.models.quantizers import full_precision
 
 
 class EmbeddingCodes(nn.Module):
@@ -39,7 +40,7 @@ class EmbeddingCodes(nn.Module):
         coefficients = pca.project(image_emb.float())  # N K
         low, high = coefficients.amin(dim=0), coefficients.amax(dim=0)
         quantiles = torch.linspace(0, 1, self.buckets + 1, dtype=torch.float64)[1:-1]
-        dots = _dot(image_emb, text_emb).double().sort().values
+        dots = _dot(image_emb, text_emb).cpu().double().sort().values
         self.mean.copy_(pca.mean)
         self.components.copy_(pca.components)
         self.low.copy_(low)
@@ -48,12 +49,14 @@ class EmbeddingCodes(nn.Module):
 
     def encode(self, image_emb: Tensor) -> Tensor:
         """(..., D) -> codes (..., K) of 0 .. V - 1; what is beyond the outermost buckets goes into them."""
-        coefficients = (image_emb.to(self.mean) - self.mean) @ self.components.T
+        with full_precision(image_emb):  # which bucket it is must not hang on a rounding
+            coefficients = (image_emb.to(self.mean) - self.mean) @ self.components.T
         return ((coefficients - self.low) / self.bucket_width).floor().clamp(0, self.buckets - 1).long()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (..., K) -> image embeddings (..., D) of the middles of their buckets."""
-        return (self.low + (codes + 0.5) * self.bucket_width) @ self.components + self.mean
+        with full_precision(codes):
+            return (self.low + (codes + 0.5) * self.bucket_width) @ self.components + self.mean
 
     def encode_dot(self, image_emb: Tensor, text_emb: Tensor) -> Tensor:
         """Bucket (...) of the dot product of the embeddings (..., D) at unit length."""

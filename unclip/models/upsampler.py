@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from unclip.models.unet import UNet, UNetConfig
+from unclip.resize import resize
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ class Upsampler(nn.Module):
     def prepare(self, low_res: torch.Tensor) -> torch.Tensor:
         """Enlarged by high_size / low_size (bicubic, antialiased, not clamped): (B, 3, s, s) -> (B, 3, S, S)."""
         factor = self.config.high_size // self.config.low_size
-        wide = low_res if low_res.dtype == torch.float64 else low_res.float()
-        size = (low_res.shape[2] * factor, low_res.shape[3] * factor)
-        return F.interpolate(wide, size, mode="bicubic", antialias=True).to(low_res.dtype)
+        return resize(low_res, (low_res.shape[2] * factor, low_res.shape[3] * factor))
 
     def network(self, last: bool = False) -> UNet:
         """Of the last step, or of those before."""

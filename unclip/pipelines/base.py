@@ -6,10 +6,10 @@ import base64
 import contextlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from tqdm import tqdm
 from unclip import __version__
 from unclip.config import parse, to_dict
 from unclip.types import GenerationResult, OnStep, Progress, Prompt, StageOptions
+
+if TYPE_CHECKING:
+    from unclip.pipelines.placement import Placement  # which builds on this module
 
 # B batch, D CLIP embedding width, S image size
 
@@ -77,6 +80,11 @@ def redraw(
     """
     if missing := {"seed", "options"} - metadata.keys():
         raise ValueError(f"the metadata lacks {' and '.join(sorted(missing))}; the picture cannot be drawn again")
+    if _of_another_kind(pipe, metadata):
+        raise ValueError(
+            f"{pipe.name} is of kind {pipe.kind}, but the picture was drawn by another kind of model; draw it again "
+            f"with {metadata.get('model', 'the one that drew it')}"
+        )
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     if "operation" in metadata:
         from unclip.pipelines.recipes import repeat  # which builds on this module
@@ -94,6 +102,14 @@ def redraw(
     return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **chosen)
 
 
+def _of_another_kind(pipe: TextToImage, metadata: dict[str, Any]) -> bool:
+    """Whether another kind of model drew it; where the metadata does not tell, no option that it holds is known."""
+    options, known = metadata["options"], {option.name for option in fields(pipe.options)}
+    if "kind" in metadata:
+        return metadata["kind"] != pipe.kind
+    return isinstance(options, dict) and options != {} and known.isdisjoint(options)
+
+
 def find_device(device: torch.device | str | None = None) -> torch.device:
     """The device asked for, or the fastest there is; ValueError if there is no such device here."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -101,9 +117,9 @@ def find_device(device: torch.device | str | None = None) -> torch.device:
         return torch.device(next(name for name, available in there.items() if available))
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:1 or mps") from None
-    if not there.get(found.type, True) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+    if not there.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         available = ", ".join(name for name, available in there.items() if available)
         raise ValueError(f"there is no device {device} here; available: {available}")
     return found
@@ -189,14 +205,28 @@ def in_batches(
             seeds = seeds[count:]
 
 
-def about_drawing(model: str, dtype: torch.dtype, options: Any) -> dict[str, Any]:
+def about_drawing(pipe: Placement, options: Any) -> dict[str, Any]:
     """What the metadata of every picture tells of the model; options: a dataclass."""
     return {
-        "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
+        "model": pipe.source,
+        "kind": pipe.kind,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        **({} if pipe.quantized is None else {"quantized": pipe.quantized}),
         "version": __version__,
         "options": to_dict(options),
     }
+
+
+def check_images(images: Tensor) -> Tensor:
+    """One picture (3, H, W) or several (B, 3, H, W) -> (B, 3, H, W); ValueError unless values are in [-1, 1]."""
+    if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
+        raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
+    if not images.is_floating_point():
+        raise ValueError(f"image is a tensor of {images.dtype}; expected floating-point values in [-1, 1]")
+    if not (images.abs() <= 1).all():
+        low, high = (value.item() for value in images.aminmax())
+        raise ValueError(f"image is of values from {low:g} to {high:g}; expected them in [-1, 1]")
+    return images if images.ndim == 4 else images[None]
 
 
 def with_named_sampler(stage: StageOptions) -> StageOptions:

@@ -96,6 +96,19 @@ def give_prior(pipe: TextToImage, args: Namespace) -> None:
     pipe.prior = load_prior(args.prior)
 
 
+def read_prompts(file: Path | None) -> list[str]:
+    """Of a text file, with a byte order mark or without, those in its lines; none if no file is given."""
+    if file is None:
+        return []
+    try:
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text; expected one prompt in each line") from None
+    if not prompts:
+        raise ValueError(f"{file} holds no prompt; expected one in each line")
+    return prompts
+
+
 def check_output(args: Namespace, number: int) -> None:
     """Before anything is drawn: can so many pictures go where --output says?"""
     path = args.output

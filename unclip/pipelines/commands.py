@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,21 +170,23 @@ def _add_inversion(parser: ArgumentParser, output: str | None = None) -> None:
 
 
 def reconstruct(args: Namespace) -> None:
-    check_output(args, len(args.sources))
+    stems = _stems(args)
+    check_output(args, len(stems))
     if args.save_latent is not None and args.save_latent.suffix != LATENT:
         raise ValueError(f"{args.save_latent}: latents are written as {LATENT}")
     pipe, latent = _invert(args)
     if args.save_latent is not None:
         latent.save(args.save_latent)
         _tell(args.save_latent, args)
-    _write(pipe.reconstruct(latent, progress=not args.quiet), args)
+    _write(pipe.reconstruct(latent, progress=not args.quiet), args, stems)
 
 
 def vary(args: Namespace) -> None:
-    check_output(args, len(args.sources) * args.num_images)
+    stems = _stems(args)
+    check_output(args, len(stems) * args.num_images)
     pipe, latent = _invert(args)
     drawn = {"eta": args.eta, "num_images": args.num_images, "seed": args.seed, "progress": not args.quiet}
-    _write(pipe.vary(latent, **drawn), args)
+    _write(pipe.vary(latent, **drawn), args, stems)
 
 
 def interpolate(args: Namespace) -> None:
@@ -209,14 +211,15 @@ def interpolate(args: Namespace) -> None:
     if animated:
         save_animation(result.images, args.output, args.fps, result.metadata)
         return _tell(args.output, args)
-    _write(result, args, slug("-".join(args.prompts or [path.stem for path in args.sources])))
+    _write(result, args, [slug("-".join(args.prompts or [path.stem for path in args.sources]))])
 
 
 def diff(args: Namespace) -> None:
-    check_output(args, len(args.sources) * len(args.theta))
+    stems = _stems(args)
+    check_output(args, len(stems) * len(args.theta))
     pipe, latent = _invert(args)
     drawn = {"eta": args.eta, "seed": args.seed, "progress": not args.quiet}
-    _write(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args)
+    _write(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args, stems)
 
 
 def edit(args: Namespace) -> None:
@@ -251,7 +254,7 @@ def edit(args: Namespace) -> None:
     else:
         strength = {} if args.strength is None else {"strength": args.strength}
         result = pipe.image_to_image(image, args.prompt, **strength, **drawn)
-    _write(result, args, args.image.stem)
+    _write(result, args, [args.image.stem])
 
 
 def probe(args: Namespace) -> None:
@@ -339,6 +342,20 @@ def _invert(args: Namespace) -> tuple[UnCLIPPipeline, Latent]:
     return pipe, Latent.cat([latents[path] for path in args.sources])
 
 
+def _stems(args: Namespace) -> list[str]:
+    """Of each picture, the name of the file that it or its latent is in; a file may hold the latents of several."""
+    return [path.stem for path in args.sources for _ in range(_count(path))]
+
+
+def _count(path: Path) -> int:
+    if path.suffix != LATENT:
+        return 1
+
+    from unclip.pipelines.latent import Latent
+
+    return len(Latent.load(path))
+
+
 def _deterministic(pipe: UnCLIPPipeline, args: Namespace) -> UnCLIPOptions:
     from unclip.pipelines.latent import deterministic
 
@@ -356,11 +373,11 @@ def _sampling(options: UnCLIPOptions, args: Namespace) -> UnCLIPOptions:
     return replace(options, decoder=decoder, upsamplers=upsamplers)
 
 
-def _write(result: GenerationResult, args: Namespace, name: str | None = None) -> None:
-    """Files are named after what they were made of, and numbered where that made several."""
-    each = len(result) // len(args.sources) if name is None else len(result)
-    stems = [path.stem for path in args.sources] if name is None else [name]
-    numbered = [f"{stem}-{args.run.__name__}" + (f"-{i}" if each > 1 else "") for stem in stems for i in range(each)]
+def _write(result: GenerationResult, args: Namespace, stems: Sequence[str]) -> None:
+    """Files are named after what they were made of, and numbered where several have one name."""
+    each = len(result) // len(stems)
+    names = [f"{stem}-{args.run.__name__}" for stem in stems for _ in range(each)]
+    numbered = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name)}" for i, name in enumerate(names)]
     drawings = [Drawing(*one) for one in zip(numbered, result.images, result.metadata, strict=True)]
     write(drawings, args, columns_of(result.metadata))
 

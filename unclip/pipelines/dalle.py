@@ -211,7 +211,7 @@ class DallePipeline(DalleStages):
         options = options or self.options
         if not isinstance(options, CodeOptions):
             raise ValueError(f"options is a {type(options).__name__}; expected CodeOptions, such as pipe.options")
-        about = about_drawing(self.source, self.dtype, options)
+        about = about_drawing(self, options)
         N, given = self.dalle.config.num_codes, 0 if order.codes is None else order.codes.shape[1]
         steps = N - given or 1
         prefix, prefix_of, null = None, None, None

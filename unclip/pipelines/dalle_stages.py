@@ -73,9 +73,6 @@ class DalleStages(Placement):
 
     def _fitting(self, images: Picture | Sequence[Picture]) -> list[Image.Image]:
         """Pictures as RGB; ValueError unless they are of the size that the codec was made for."""
-        for image in images if isinstance(images, Sequence) else [images]:
-            if isinstance(image, Tensor) and not (image.is_floating_point() and (image.abs() <= 1).all()):
-                raise ValueError(f"image is a tensor of {image.dtype}; expected floating-point values in [-1, 1]")
         pictures, size = several(images), self.codec.image_size
         for picture in pictures:
             if picture.size != (size, size):

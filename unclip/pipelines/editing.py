@@ -19,7 +19,7 @@ from unclip.diffusion.samplers import randn
 from unclip.models.decoder import known_part
 from unclip.pictures import open_mask
 from unclip.pipelines.base import Picture, check_count, generators_from, progress_bar, seeds_from, to_pil
-from unclip.pipelines.recipes import encode_picture
+from unclip.pipelines.recipes import edited_source
 from unclip.pipelines.runs import UnCLIPRuns, batches_of, several, to_tensor
 from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
 
@@ -79,7 +79,7 @@ class UnCLIPEditing(UnCLIPRuns):
             warnings.warn("nothing is marked in the mask (black = keep): the picture stays as it is", stacklevel=2)
         elif hole.all():
             warnings.warn("everything is marked in the mask (white = paint): nothing is kept", stacklevel=2)
-        recipe = {"operation": "inpaint", "picture": encode_picture(picture), "mask": encode_picture(marked)}
+        recipe = {"operation": "inpaint", **edited_source(picture, marked)}
         canvas = Canvas(picture, np.asarray(picture), hole, min(picture.size), recipe)
         return self._paint(canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress)
 
@@ -111,7 +111,7 @@ class UnCLIPEditing(UnCLIPRuns):
         around = ((top, bottom), (left, right))
         pixels = np.pad(np.asarray(picture), (*around, (0, 0)))
         hole = np.pad(np.zeros(picture.size[::-1], dtype=bool), around, constant_values=True)
-        recipe = {"operation": "outpaint", "picture": encode_picture(picture), "arguments": borders}
+        recipe = {"operation": "outpaint", **edited_source(picture), "arguments": borders}
         canvas = Canvas(picture, pixels, hole, min(picture.size), recipe)
         return self._paint(canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress)
 
@@ -133,7 +133,7 @@ class UnCLIPEditing(UnCLIPRuns):
         strength: above 0 (nearly the same) to 1 (nothing is left of it).
         """
         picture = _one(image)
-        recipe = {"operation": "image_to_image", "picture": encode_picture(picture)}
+        recipe = {"operation": "image_to_image", **edited_source(picture)}
         hole = np.ones(picture.size[::-1], dtype=bool)
         canvas = Canvas(picture, np.asarray(picture), hole, min(picture.size), recipe)
         painting = replace(ONCE, strength=strength)

@@ -197,7 +197,7 @@ class GLIDEPipeline(Placement):
     def _metadata(self, captions: Sequence[str], seeds: Sequence[int], options: GLIDEOptions) -> list[dict[str, Any]]:
         upsamplers = tuple(map(with_named_sampler, options.upsamplers))
         named = replace(options, decoder=with_named_sampler(options.decoder), upsamplers=upsamplers)
-        shared = about_drawing(self.source, self.dtype, named)
+        shared = about_drawing(self, named)
         return [{"prompt": text, "seed": seed, **shared} for text, seed in zip(captions, seeds, strict=True)]
 
     def _check_fit(self) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip.config import parse, to_dict
 from unclip.latents import slerp
+from unclip.pipelines.base import with_named_sampler
 from unclip.types import StageOptions, UnCLIPOptions
-from unclip.weights import read_tensors
+from unclip.weights import read_tensors, save_tensors
 
 # B pictures, D CLIP embedding width, s side of the decoder's pictures, S of an upsampler's
 
@@ -61,13 +61,9 @@ class Latent:
 
     def save(self, file: str | Path) -> None:
         """Writes a safetensors file; the folder it goes into is made."""
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"image_emb": self.image_emb, **{f"noise_{i}": x for i, x in enumerate(self.noise)}}
         told = {"options": to_dict(self.options), "sources": list(self.sources)}
-        part = path.with_name(f".{path.name}.part")
-        save_file({name: x.contiguous() for name, x in tensors.items()}, part, {METADATA_KEY: json.dumps(told)})
-        part.replace(path)
+        save_tensors(tensors, file, {METADATA_KEY: json.dumps(told)})
 
     @classmethod
     def load(cls, file: str | Path) -> Latent:
@@ -100,8 +96,9 @@ def check_invertible(options: UnCLIPOptions) -> None:
         *((f"upsampler {i}", o) for i, o in enumerate(options.upsamplers)),
     ):
         if stage.sampler != "ddim" or stage.eta != 0 or stage.reuse != 1:
+            sampler = with_named_sampler(stage).sampler
             raise ValueError(
-                f"the {name} is sampled with {stage.sampler!r}, eta {stage.eta} and reuse {stage.reuse}; only 'ddim', "
+                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and reuse {stage.reuse}; only 'ddim', "
                 f"0 and 1 can be inverted: deterministic(options) in unclip.pipelines.latent sets them"
             )
 

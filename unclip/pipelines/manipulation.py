@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions, draw, invert
 from unclip.diffusion.samplers import randn
 from unclip.latents import normalise, text_diff
@@ -24,7 +25,7 @@ from unclip.pipelines.base import (
 )
 from unclip.pipelines.latent import Latent, along, check_invertible, deterministic
 from unclip.pipelines.recipes import picture_source, random_source
-from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tensor
+from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tensor, with_named_samplers
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 # B pictures, D CLIP embedding width, S size of a stage's pictures
@@ -321,6 +322,8 @@ class UnCLIPManipulations(UnCLIPRuns):
                 images += to_pil(x)
         told = seeds or [None] * len(latent)
         recipes = recipes or [{}] * len(latent)  # a latent need not know what it was made of
+        if options != latent.options:
+            recipes = [_told_under(latent.options, recipe) for recipe in recipes]
         metadata = [
             {"operation": operation, **recipe, "seed": seed, **self._about(options)}
             for recipe, seed in zip(recipes, told, strict=True)
@@ -331,6 +334,13 @@ class UnCLIPManipulations(UnCLIPRuns):
         check_count("batch_size", batch_size)
         self._check_options(options)
         check_invertible(options)
+
+
+def _told_under(options: UnCLIPOptions, recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe whose sources tell the options of their latents, which those of the drawing are not."""
+    under = to_dict(with_named_samplers(options))
+    sources = [{**source, "options": under} for source in recipe.get("sources", ())]
+    return {**recipe, **({"sources": sources} if sources else {})}
 
 
 def _check_eta(eta: float) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Placement:
     """A pipeline's hold on its networks. `_use` is to be called before one of them computes."""
 
+    kind: str
+    source: str  # what the model was loaded from
     options: Any
     clip: CLIP | None = None
     networks: Callable[[], dict[str, nn.Module]]  # every one but CLIP, under the name of its stage
@@ -52,6 +54,7 @@ class Placement:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves all networks; parameters become `dtype`, but a small CLIP and statistics stay float32."""
         self._check_untouched("to()")
+        device = None if device is None else find_device(device)
         for module in self._modules:
             settled(module.to(device=device), dtype)
         return self
@@ -97,6 +100,11 @@ class Placement:
                 int8.quantize(network)
         return self
 
+    @property
+    def quantized(self) -> str | None:
+        """The kind of weights that `quantize` made; None where they are as they were trained."""
+        return "int8" if any(int8.is_quantized(network) for network in self.networks().values()) else None
+
     def preset(self, name: str) -> Any:
         """The model's options by a name: "exact" for its own, "fast" for several times cheaper ones (approximate)."""
         return presets.preset(name, self.options, [up.config for up in getattr(self, "upsamplers", ())])
@@ -121,5 +129,5 @@ class Placement:
         """ValueError unless all weights are there and as they were trained."""
         if self.offloaded:
             raise ValueError("the networks are offloaded; save a model before offload()")
-        if any(int8.is_quantized(network) for network in self.networks().values()):
+        if self.quantized:
             raise ValueError("the weights are rounded to 8 bits, which is not to be saved; save before quantize()")

@@ -6,13 +6,14 @@ import base64
 import binascii
 import io
 import json
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
 
-from unclip.config import parse
+from unclip.config import parse, to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.pictures import open_picture
@@ -28,6 +29,16 @@ CANVAS_OPERATIONS = ("inpaint", "outpaint", "image_to_image")
 CODE_OPERATIONS = ("complete", "variations")  # of DALL-E
 MOST_PIXELS = 4_000_000  # of a picture in metadata
 LARGEST = 16_000_000  # characters of a picture in metadata; readers of PNG refuse texts beyond 64 MB
+
+
+def edited_source(picture: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
+    """Of an edit; a warning if it is too large for metadata."""
+    kept = {"picture": encode_picture(picture), **({} if mask is None else {"mask": encode_picture(mask)})}
+    if None in kept.values():
+        size = f"{picture.width} x {picture.height} px"
+        told = f"a picture of {size} is too large for metadata: what is drawn of it cannot be drawn again"
+        warnings.warn(told, stacklevel=3)
+    return kept
 
 
 def picture_source(picture: Image.Image, inversion: InversionOptions) -> dict[str, Any]:
@@ -65,9 +76,12 @@ def repeat(
     latents = {} if latents is None else latents
     parts = []
     for source in sources:
-        key = json.dumps([source, metadata["options"]], sort_keys=True)
+        under = options
+        if "options" in source:  # of the latent, where the picture was drawn under others
+            under = parse(UnCLIPOptions, source["options"], "options of a source in the metadata")
+        key = json.dumps([source, to_dict(under)], sort_keys=True)
         if key not in latents:
-            latents[key] = _latent(pipe, source, options, progress)
+            latents[key] = _latent(pipe, source, under, progress)
         parts.append(latents[key])
     return getattr(pipe, operation)(Latent.cat(parts), **arguments)
 
@@ -93,7 +107,7 @@ def encode_picture(picture: Image.Image) -> str | None:
 
 def decode_picture(text: str | None) -> Image.Image:
     if text is None:
-        raise ValueError("the picture that was edited is too large for metadata; it cannot be drawn again from it")
+        raise ValueError("the picture that it was drawn from is too large for metadata; it cannot be drawn again")
     try:
         return open_picture(Image.open(io.BytesIO(base64.b64decode(text))))
     except (binascii.Error, OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from unclip.diffusion.samplers import Estimate, OnSample, estimator, timesteps
 from unclip.diffusion.schedules import Schedule
 from unclip.models.decoder import DecoderContext
 from unclip.pictures import open_picture
-from unclip.pipelines.base import Picture, about_drawing, to_pil, with_named_sampler
+from unclip.pipelines.base import Picture, about_drawing, check_images, to_pil, with_named_sampler
 from unclip.pipelines.stages import UnCLIPStages
 from unclip.types import OnStep, Progress, StageOptions, TextEncoding, UnCLIPOptions
 
@@ -40,8 +40,6 @@ class StageRun:
 
 class UnCLIPRuns(UnCLIPStages):
     """Gives decoder and upsamplers, stage 0, 1, ..., as `StageRun`s."""
-
-    source: str  # what the model was loaded from
 
     def _run(
         self,
@@ -114,19 +112,22 @@ class UnCLIPRuns(UnCLIPStages):
 
     def _about(self, options: UnCLIPOptions) -> dict[str, Any]:
         """What the metadata of every picture tells of the model."""
-        upsamplers = tuple(map(with_named_sampler, options.upsamplers))
-        stages = {name: with_named_sampler(getattr(options, name)) for name in ("prior", "decoder")}
-        told = about_drawing(self.source, self.dtype, replace(options, upsamplers=upsamplers, **stages))
+        told = about_drawing(self, with_named_samplers(options))
         source = getattr(self.prior, "source", None)  # of a prior that is not the model's own
         return told if source is None else {**told, "prior_model": source}
+
+
+def with_named_samplers(options: UnCLIPOptions) -> UnCLIPOptions:
+    """For metadata, see `with_named_sampler`."""
+    upsamplers = tuple(map(with_named_sampler, options.upsamplers))
+    stages = {name: with_named_sampler(getattr(options, name)) for name in ("prior", "decoder")}
+    return replace(options, upsamplers=upsamplers, **stages)
 
 
 def several(images: Picture | Sequence[Picture]) -> list[Image.Image]:
     """Pictures as upright RGB; a tensor is one (3, H, W) or several (B, 3, H, W) in [-1, 1]."""
     if isinstance(images, Tensor):
-        if images.ndim not in (3, 4) or images.shape[-3] != 3:
-            raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
-        return to_pil(images if images.ndim == 4 else images[None])
+        return to_pil(check_images(images))
     if not isinstance(images, Sequence) or isinstance(images, str):
         return [open_picture(images)]
     if not images:

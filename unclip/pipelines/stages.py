@@ -18,7 +18,7 @@ from unclip.models.prior import DiffusionPrior
 from unclip.models.text_prior import DirectPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
-from unclip.pipelines.base import Picture, check_prompts, random_generators
+from unclip.pipelines.base import Picture, check_images, check_prompts, random_generators
 from unclip.pipelines.networks import UnCLIPNetworks
 from unclip.pipelines.stepping import Stepper
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
@@ -45,9 +45,7 @@ class UnCLIPStages(UnCLIPNetworks):
         """Pictures (PIL, paths, or tensors in [-1, 1]) -> CLIP embeddings (N, D), not normalised."""
         self._use(self.clip)
         if isinstance(images, Tensor):
-            if images.ndim not in (3, 4) or images.shape[-3] != 3:
-                raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
-            return self.clip.encode_image(images if images.ndim == 4 else images[None]).float()
+            return self.clip.encode_image(check_images(images)).float()
         several = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not several:
             raise ValueError("the list of images is empty; expected at least one picture")
@@ -145,6 +143,8 @@ class UnCLIPStages(UnCLIPNetworks):
             if text is None:
                 raise ValueError("neither image_emb nor text is given; the decoder needs one of the two")
             image_emb = text.emb.new_zeros(len(text) // K, config.emb_dim)  # gives way to the null
+        elif image_emb.ndim != 2 or image_emb.shape[1] != config.emb_dim:
+            raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (B, {config.emb_dim})")
         B = len(image_emb)
         if text is not None and len(text) != K * B:
             raise ValueError(f"{len(text)} texts for {B} image embeddings; expected {K} for each")

@@ -43,10 +43,11 @@ class Wording:
 
     def check(self, options: UnCLIPOptions) -> None:
         """ValueError if nothing is guided and so nothing can be led away from the negative prompts."""
-        if self.negative is not None and options.prior.guidance == 1 and options.decoder.guidance == 1:
+        stages = ("prior", "decoder") if options.embedding == "prior" else ("decoder",)
+        if self.negative is not None and all(getattr(options, stage).guidance == 1 for stage in stages):
             raise ValueError(
-                "negative_prompt takes the place of the null in guidance, but guidance is 1 in prior and decoder; "
-                "set it higher in one of them"
+                f"negative_prompt takes the place of the null in guidance, but guidance is 1 in {' and '.join(stages)}"
+                f"; set it higher in {' or '.join(stages)}"
             )
 
     def __len__(self) -> int:

@@ -232,10 +232,14 @@ class _Fit:
         self._check_finite(torch.stack(losses), norm, used)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema and not self.optimizer.step_was_skipped:
+        if self.ema and not self._overflowed(norm):
             self.ema.update()
         self.state.step += 1
         self.log.advance(norm)
+
+    def _overflowed(self, norm: Tensor) -> bool:
+        """Whether fp16's loss scale was too large, and the update was skipped; fused optimisers don't tell."""
+        return self.accelerator.scaler is not None and not torch.isfinite(norm)
 
     def _check_finite(self, losses: Tensor, norm: Tensor, batches: list[Batch]) -> None:
         scaler = self.accelerator.scaler
@@ -325,9 +329,9 @@ class _Fit:
 
     def _dry_run(self) -> None:
         batch = next(self._batches())
-        if self.accelerator.is_main_process:
-            with self.accelerator.autocast():
-                print(describe(self.raw, lambda: self.loss_fn(self.raw, batch)["loss"], batch, self.config))
+        with self.accelerator.autocast():  # in every process: a loss may gather what the others have
+            told = describe(self.raw, lambda: self.loss_fn(self.raw, batch)["loss"], batch, self.config)
+        self.accelerator.print(told)
         raise SystemExit(0)
 
     # -- keeping it

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.resize import resize
+
 # B batch, s picture side
 
 PLAIN = 0.1  # of 2: how far a ground's colours may be from that of its corners
@@ -55,7 +57,7 @@ def copy_paste(pictures: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
         hole[:, top:bottom, left:right] = True
         size = max(1, round(min(bottom - top, right - left) * _uniform(0.6, 1)))
         y, x = (int(torch.randint(a, b - size + 1, ())) for a, b in ((top, bottom), (left, right)))
-        small, opaque = (_shrunk(one, size) for one in (thing * shape, shape))
+        small, opaque = (resize(one[None], (size, size), "bilinear")[0] for one in (thing * shape, shape))
         picture[:, y : y + size, x : x + size].mul_(1 - opaque).add_(small)
     return pictures, holes
 
@@ -74,10 +76,6 @@ def cut_out(things: Tensor) -> Tensor:
         ground, reached = (F.max_pool2d(ground.float(), 3, stride=1, padding=1) > 0) & alike, count
     inside = F.avg_pool2d((~ground).float(), 3, stride=1, padding=1, count_include_pad=False)
     return torch.where(ground, 0.0, 2 * inside - 1).clamp(0, 1)  # edges, which hold some of the ground, in part
-
-
-def _shrunk(image: Tensor, size: int) -> Tensor:
-    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _box(side: int) -> Tensor:

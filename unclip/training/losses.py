@@ -19,7 +19,9 @@ from unclip.models.embedding_stats import EmbeddingStats
 from unclip.models.layout import Layout
 from unclip.models.one_shot_prior import OneShotPrior
 from unclip.models.prior import DiffusionPrior
+from unclip.models.quantizers import full_precision
 from unclip.models.upsampler import Upsampler
+from unclip.resize import resize
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
 
@@ -61,7 +63,7 @@ class PriorLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
-        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
         x_0 = self.prior.normalize(image_emb)
         t = sample_timesteps(len(x_0), self.schedule, device=x_0.device)
         noise = torch.randn_like(x_0)
@@ -79,7 +81,7 @@ class ARPriorLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
-        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
         with torch.no_grad():  # the dot product is that with the caption, even where it is dropped
             told = text if drop_text is not None else self.clip.encode_text(batch["caption"])
         codes, dot = self.prior.codes.encode(image_emb), self.prior.codes.encode_dot(image_emb, told.emb)
@@ -99,7 +101,7 @@ class OneShotLossConfig:
 class OneShotPriorLoss:
     """MSE of the normalised image embedding, and InfoNCE towards the captions at CLIP's temperature (2312.04655).
 
-    A caption that was dropped cannot be found, and does not count for the second.
+    Captions that were dropped cannot be found, and are left out of the second.
     """
 
     def __init__(self, prior: OneShotPrior, clip: CLIP, drop: DropConfig, config: OneShotLossConfig) -> None:
@@ -107,14 +109,15 @@ class OneShotPriorLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         x_0 = self.prior.normalize(_image_emb(self.clip, batch))
-        text, drop_text = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
-        predicted = model(text, torch.randn_like(x_0), drop_text).float()  # (B, D)
+        text, null_text, dropped = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        predicted = model(text, torch.randn_like(x_0), null_text).float()  # (B, D)
         mse = nn.functional.mse_loss(predicted, x_0)
-        cosines = normalise(self.prior.denormalize(predicted)) @ normalise(text.emb.float()).T  # (B, B)
+        image_emb, text_emb = self.prior.denormalize(predicted)[~dropped], text.emb[~dropped].float()
+        with full_precision(x_0):
+            cosines = normalise(image_emb) @ normalise(text_emb).T  # of those that were not dropped
         scale = self.clip.logit_scale.detach().float().exp().clamp(max=100)
-        rows = torch.arange(len(x_0), device=x_0.device)
-        kept = rows if drop_text is None else rows[~drop_text]
-        contrastive = nn.functional.cross_entropy(scale * cosines[kept], kept) if len(kept) else mse.new_zeros(())
+        rows = torch.arange(len(cosines), device=x_0.device)
+        contrastive = nn.functional.cross_entropy(scale * cosines, rows) if len(rows) else mse.new_zeros(())
         loss = mse + self.config.contrastive * contrastive
         return {"loss": loss, "mse": mse.detach(), "contrastive": contrastive.detach()}
 
@@ -176,7 +179,7 @@ class DecoderLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
         image_emb = _image_emb(self.clip, batch)  # of the pictures as they are loaded: CLIP may want them larger
-        text, drop_text = _text(self.clip, batch, self.drop.text, model_config.null_text)
+        text, drop_text, _ = _text(self.clip, batch, self.drop.text, model_config.null_text)
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image, known = torch.rand(len(x_0), device=x_0.device) < self.drop.image, None
         if self.holes is not None:
@@ -221,7 +224,7 @@ def resized(images: Tensor, side: int) -> Tensor:
     """Square pictures (B, 3, S, S) in [-1, 1] -> (B, 3, side, side), bicubic and antialiased."""
     if images.shape[-1] == side:
         return images
-    return nn.functional.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+    return resize(images, (side, side)).clamp(-1, 1)
 
 
 def _denoising_loss(
@@ -244,13 +247,16 @@ def _image_emb(clip: CLIP, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def _text(clip: CLIP, batch: Batch, p: float, null_text: str) -> tuple[TextEncoding, Tensor | None]:
-    """The captions' encoding and which rows the network is to null (None if the null is the empty prompt itself)."""
-    drop = torch.rand(len(batch["caption"])) < p
+def _text(clip: CLIP, batch: Batch, p: float, null_text: str) -> tuple[TextEncoding, Tensor | None, Tensor]:
+    """The captions' encoding, which rows the network is to null, and which were dropped.
+
+    The second is None if the null is the empty prompt: it is in their place already.
+    """
+    captions, drop = batch["caption"], torch.rand(len(batch["caption"])) < p
     if null_text == "empty_prompt":
-        captions = ["" if dropped else caption for caption, dropped in zip(batch["caption"], drop, strict=True)]
-        return clip.encode_text(captions).trim(), None
-    return clip.encode_text(batch["caption"]).trim(), drop.to(clip.device)
+        captions = ["" if dropped else caption for caption, dropped in zip(captions, drop, strict=True)]
+    text, drop = clip.encode_text(captions).trim(), drop.to(clip.device)
+    return text, None if null_text == "empty_prompt" else drop, drop
 
 
 def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:

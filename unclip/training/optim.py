@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+TABLES = ("positions", "positional_embedding", "padding", "no_token", "codebook")  # of embeddings, by parameters' names
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -49,6 +51,7 @@ class OptimConfig:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that require a gradient, fused where the device has a fused kernel."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in TABLES}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient; there is nothing to train")
