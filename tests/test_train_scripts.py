@@ -221,9 +221,9 @@ def test_accelerate_launches_a_script(workplace):
 
 
 def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
-    settings = "--set=fit.steps=1", "--set=fit.output=runs/tiny/explained", "--set=explained=0.7"
+    settings = "--set=fit.steps=1", "--set=fit.output=runs/tiny/explained_by_two", "--set=explained=0.7"
     run_in_two_processes(ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings)
-    assert (workplace / "runs/tiny/explained/model").is_dir()
+    assert (workplace / "runs/tiny/explained_by_two/model").is_dir()
 
 
 def test_a_dry_run_of_two_processes_ends_also_where_they_gather(workplace):
