@@ -220,6 +220,16 @@ def test_accelerate_launches_a_script(workplace):
     assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
 
 
+def test_a_saved_clip_is_gone_on_with(workplace):
+    before, after = workplace / "runs/tiny/clip/model", workplace / "runs/tiny/clip_more/model"
+    settings = "--set=fit.output=runs/tiny/clip_more", "--set=fit.steps=1", "--set=optim.lr=1e-9"
+    train("clip", "--init", str(before), *settings)
+    assert (after / "tokenizer.json").read_text() == (before / "tokenizer.json").read_text()
+    one, other = (read_tensors(folder / "open_clip_model.safetensors") for folder in (before, after))
+    floats = [name for name, tensor in one.items() if tensor.is_floating_point() and "running" not in name]
+    assert floats and all(torch.allclose(one[name], other[name], atol=1e-6) for name in floats)
+
+
 def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
     settings = "--set=fit.steps=1", "--set=fit.output=runs/tiny/explained_by_two", "--set=explained=0.7"
     run_in_two_processes(ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings)

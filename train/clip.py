@@ -5,15 +5,17 @@ accelerate launch train/clip.py --config configs/emoji/clip.yaml
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from unclip.clip import CLIP, CLIPConfig
+from unclip.clip import CLIP, TOKENIZER_FILE, WEIGHTS_FILE, CLIPConfig
 from unclip.data.loader import DataConfig, Loader
 from unclip.tokenizer import BPETokenizer
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
 from unclip.training.optim import OptimConfig
+from unclip.training.run_state import load_weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,11 @@ class CLIPTraining:
 def main(run: Run[CLIPTraining]) -> None:
     config = run.config
     loader = Loader(config.data)
-    clip = CLIP(config.model, make_tokenizer(config, loader))
+    saved = Path(run.init) if run.init and (Path(run.init) / WEIGHTS_FILE).is_file() else None
+    clip = CLIP(config.model, make_tokenizer(config, loader, saved))
+    if saved:
+        load_weights(clip.model, saved / WEIGHTS_FILE)
+        run = replace(run, init=None)
     fit(
         clip,
         CLIPLoss(clip),
@@ -42,11 +48,14 @@ def main(run: Run[CLIPTraining]) -> None:
     )
 
 
-def make_tokenizer(config: CLIPTraining, loader: Loader) -> BPETokenizer:
-    """The given tokenizer, or one learnt from all training captions, its size that of the text tower's vocabulary."""
+def make_tokenizer(config: CLIPTraining, loader: Loader, saved: Path | None = None) -> BPETokenizer:
+    """The given tokenizer, or that of a saved CLIP, or one learnt from all training captions.
+
+    The last is of the size of the text tower's vocabulary.
+    """
     text_cfg = config.model.model_cfg["text_cfg"]
-    if config.tokenizer:
-        return BPETokenizer.load(config.tokenizer, text_cfg["context_length"])
+    if given := config.tokenizer or (saved and saved / TOKENIZER_FILE):
+        return BPETokenizer.load(given, text_cfg["context_length"])
     return BPETokenizer.train(loader.captions(), text_cfg["vocab_size"], text_cfg["context_length"])
 
 
