@@ -67,11 +67,11 @@ def cut_out(things: Tensor) -> Tensor:
 
     The ground is what is joined to a corner by pixels of nearly the corners' colour.
     """
-    corners = torch.zeros_like(things[:, :1], dtype=torch.bool)
-    corners[..., :: things.shape[-2] - 1, :: things.shape[-1] - 1] = True
-    colour = things[:, :, :: things.shape[-2] - 1, :: things.shape[-1] - 1].flatten(2).median(dim=2).values
+    ends = slice(None, None, things.shape[-1] - 1)  # the first and the last
+    colour = things[..., ends, ends].flatten(2).median(dim=2).values
     alike = (things - colour[:, :, None, None]).abs().amax(dim=1, keepdim=True) < PLAIN
-    ground, reached = corners & alike, 0
+    ground, reached = torch.zeros_like(alike), 0
+    ground[..., ends, ends] = alike[..., ends, ends]
     while (count := int(ground.sum())) > reached:
         ground, reached = (F.max_pool2d(ground.float(), 3, stride=1, padding=1) > 0) & alike, count
     inside = F.avg_pool2d((~ground).float(), 3, stride=1, padding=1, count_include_pad=False)
