@@ -81,6 +81,7 @@ def test_inpainting_keeps_what_it_should(results):
     assert part["training-free"]["kept_differs_by"] == part["pasted"]["kept_differs_by"] == 0
     assert part["captions"] == 4 and part["random"] == 0.25
     assert part["training-free"]["seam"] < part["pasted"]["seam"] + 20 and "fine-tuned" not in part
+    assert part["training-free"]["seam_of_own_caption"] < part["pasted"]["seam"] + 20
 
 
 def test_what_was_measured_is_not_measured_again(model, data, tmp_path, monkeypatch):

@@ -190,7 +190,8 @@ class Manipulations:
     def inpainting(self) -> dict[str, Any]:
         """Each picture's middle painted after another's caption: does CLIP see it there, and is there a seam?
 
-        By the inpainter, if the model has one, and by the plain decoder; and a whole picture's middle pasted in.
+        By the inpainter, if the model has one, and by the plain decoder; and a whole picture's middle pasted in. The
+        seam also after the picture's own caption, which tells what the whole picture shows, as prompts should.
         """
         size = self.pictures[0].width
         margin = max(2, round(size * (1 - HOLE) / 2))
@@ -200,12 +201,14 @@ class Manipulations:
         targets = [(row + len(self.pictures) // 2) % len(self.pictures) for row in range(len(self.pictures))]
         ways = {"training-free": False} if self.pipe.inpainter is None else {"fine-tuned": True, "training-free": False}
         options, drawn = replace(self.pipe.options, upsamplers=()), {name: [] for name in (*ways, "pasted")}
+        suited: dict[str, list[Image.Image]] = {name: [] for name in ways}
         for row in self._bar(range(len(self.pictures))):
             chosen = {"seed": self.seed + row, "options": options, "progress": False}
             prompt, picture = self.pairs.captions[targets[row]], self.pictures[row]
             for name, trained in ways.items():
                 painting = PaintOptions(trained=trained)
-                drawn[name] += self.pipe.inpaint(picture, mask, prompt, painting=painting, **chosen).images
+                for told, images in ((prompt, drawn), (self.pairs.captions[row], suited)):
+                    images[name] += self.pipe.inpaint(picture, mask, told, painting=painting, **chosen).images
             whole = self.pipe(prompt, **chosen).images[0]
             drawn["pasted"].append(Image.composite(whole, picture, mask))
         outside = np.asarray(mask) == 0
@@ -219,6 +222,8 @@ class Manipulations:
                 "seam": float(np.mean([_seam(image, middle) for image in images])),
                 **recall(emb, self.text_emb[rows], right, ks=(1, 5)),
             }
+        for name, images in suited.items():
+            found[name]["seam_of_own_caption"] = float(np.mean([_seam(image, middle) for image in images]))
         found["seam_of_true_pictures"] = float(np.mean([_seam(image, middle) for image in self.pictures]))
         return found
 
@@ -313,6 +318,8 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
             )
             beside = f"true pictures {part['seam_of_true_pictures']:.1f}"
             yield Row(f"{what}: seam, of 255", f"{of['seam']:.1f}", beside)
+            if "seam_of_own_caption" in of:
+                yield Row("... the same, after the picture's own caption", f"{of['seam_of_own_caption']:.1f}", beside)
             yield Row(f"{what}: what is kept differs by", f"{of['kept_differs_by']}/255")
 
 
