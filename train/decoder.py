@@ -76,10 +76,10 @@ def main(run: Run[DecoderTraining]) -> None:
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
-    asked = config.emb_noise, config.emb_mix, config.copy_paste
+    given = {name: getattr(config, name) for name in ("emb_noise", "emb_mix", "copy_paste")}
     fit(
         decoder,
-        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, *asked),
+        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, **given),
         Loader(config.data),
         config.fit,
         config.optim,

@@ -45,7 +45,7 @@ def random_holes(count: int, side: int, config: HoleConfig = HoleConfig()) -> Te
 def copy_paste(pictures: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
     """Puts a thing somewhere into each picture, smaller (2012.07177); what is to be painted is a rectangle around it.
 
-    So an inpainter learns to put what a prompt asks for on the ground that goes on around the hole.
+    So an inpainter learns to put what a prompt asks for onto what goes on around the hole.
 
     pictures, things: (B, 3, s, s) in [-1, 1], things on plain grounds, of which they are cut out.
     Returns the pictures, and the holes (B, 1, s, s) bool.

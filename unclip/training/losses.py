@@ -199,8 +199,8 @@ class DecoderLoss:
         if self.copy_paste:
             pasted, rows = partly & (torch.rand(B, device=device) < self.copy_paste), torch.arange(B, device=device)
             told, own = torch.where(pasted, rows.roll(-1), rows), partly & ~pasted
-            x_0, things, image_emb, text = x_0.clone(), x_0[told], image_emb[told], text[told]
-            x_0[pasted], holes[pasted] = copy_paste(x_0[pasted], things[pasted])
+            x_0, things, image_emb, text = x_0.clone(), x_0[told[pasted]], image_emb[told], text[told]
+            x_0[pasted], holes[pasted] = copy_paste(x_0[pasted], things)
         if self.emb_mix:
             image_emb = mixed(image_emb, own, self.emb_mix)
         return x_0, image_emb, text, known_part(x_0, holes)
