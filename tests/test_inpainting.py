@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -11,11 +12,13 @@ import torch
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, scrambled, tiny_clip, tiny_decoder, tiny_unet
 from PIL import Image
 
+import unclip
 from unclip.checkpoints.store import load_component, save_component
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderContext, known_part
+from unclip.models.layout import LayoutConfig
 from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
@@ -230,6 +233,24 @@ def test_who_is_shown_a_pasted_thing_is_asked_for_it(monkeypatch):
     assert torch.equal(batch["image"], disc(64, 8)), "the batch is as it was"
 
 
+def test_training_asks_for_embeddings_that_agree_with_what_is_known(monkeypatch):
+    torch.manual_seed(0)
+    unet, layout = replace(tiny_unet(10, 3, context_dim=24), patch=2), LayoutConfig(EMB_DIM, size=4, width=16)
+    decoder, clip, seen = scrambled(inpainting(unet=unet, layout=layout)), tiny_clip().requires_grad_(False), {}
+    real = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda *given: seen.update(given=given) or real(*given))
+    schedule, holes = Schedule(ScheduleConfig()), HoleConfig(box=1, stroke=0, half=0, border=0, all=1)
+    loss = DecoderLoss(decoder, clip, schedule, DropConfig(0, 0), LossConfig(), holes, agreement=50.0)
+    emb = torch.randn(32, EMB_DIM)
+    loss(decoder, {"image": disc(32, 8).contiguous(), "image_emb": emb, "caption": ["a"] * 32})["loss"].backward()
+    _, _, image_emb, _, _, _, known = seen["given"]
+    partly = known[:, 3].flatten(1).any(dim=1)
+    assert torch.equal(image_emb[~partly], emb[~partly]) and image_emb[partly].ne(emb[partly]).any(dim=1).all()
+    truth, told = torch.nn.functional.adaptive_avg_pool2d(known, 4).split([3, 1], dim=1)
+    misses = [((decoder.layout(e) * told - truth).square().mean(dim=(1, 2, 3)))[partly] for e in (image_emb, emb)]
+    assert (misses[0] < misses[1]).float().mean() > 0.9
+
+
 # -- painting
 
 
@@ -294,6 +315,26 @@ def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):
     )
     hole = np.asarray(mask) > 0
     assert (first[hole] != second[hole]).any() and (first[hole] == third[hole]).all()
+
+
+@pytest.mark.parametrize("prepared", ["as it is", "int8", "packed", "offloaded"])
+def test_what_is_asked_for_is_bent_to_what_is_kept_if_the_decoder_sees_a_layout(pipe, prepared):
+    torch.manual_seed(0)
+    unet, layout = replace(pipe.inpainter.config.unet, in_channels=10), LayoutConfig(EMB_DIM, size=4, width=96)
+    decoder = scrambled(Decoder(replace(pipe.inpainter.config, unet=unet, layout=layout)), std=0.1)
+    clip, prior, upsamplers = (copy.deepcopy(part) for part in (pipe.clip, pipe.prior, pipe.upsamplers))
+    own = UnCLIPPipeline(clip, prior, decoder, upsamplers, pipe.options)
+    if prepared == "int8":
+        own.quantize()
+    elif prepared == "packed":
+        unclip.compile(own.to(dtype=torch.bfloat16))
+    elif prepared == "offloaded":
+        own.offload("cpu")
+    (image, mask), asked = scene(), {"prompt": "a red apple", "seed": 1, **QUICK}
+    bent, free = (own.inpaint(image, mask, painting=PaintOptions(agreement=w), **asked) for w in (10.0, 0.0))
+    assert torch.equal(bent.image_emb, free.image_emb), "what was asked for is told as it was"
+    assert bent.images[0].tobytes() != free.images[0].tobytes()
+    assert bent.metadata[0]["arguments"]["painting"]["agreement"] == 10.0
 
 
 def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_pipe, tmp_path):

@@ -52,6 +52,34 @@ def test_a_layout_has_as_many_layers_as_it_says_and_scales_what_it_reads():
         LayoutConfig(emb_dim=EMB_DIM, depth=0)
 
 
+def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
+    torch.manual_seed(0)
+    layout, std = scrambled(Layout(SHAPE)), torch.linspace(0.5, 2, EMB_DIM)
+    layout.set_stats(torch.zeros(EMB_DIM), std)
+    emb, true = (std * torch.randn(3, EMB_DIM) for _ in range(2))
+    picture, hole = layout(true).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3), torch.zeros(3, 1, 8, 8) > 0
+    hole[..., 4:] = True
+    hole[2] = True  # nothing is known
+    known = known_part(picture, hole)
+
+    def misses(found: torch.Tensor) -> torch.Tensor:
+        return (layout(found) - layout(true))[..., :2].square().mean(dim=(1, 2, 3))
+
+    slightly, fully = (layout.agreeing(emb, known, weight, steps=200) for weight in (1.0, 1000.0))
+    assert torch.equal(layout.agreeing(emb, known, 0.0), emb) and torch.equal(fully[2], emb[2])
+    assert (misses(fully)[:2] < 0.2 * misses(emb)[:2]).all() and (misses(slightly)[:2] < misses(emb)[:2]).all()
+    ways = [((found - emb) / std).square().mean(dim=1)[:2] for found in (slightly, fully)]
+    assert (0 < ways[0]).all() and (ways[0] < ways[1]).all()
+    weights = torch.tensor([1.0, 1000.0, 0.0])  # a row is as if it were alone
+    each = layout.agreeing(emb, known, weights, steps=200)
+    torch.testing.assert_close(each, torch.stack([slightly[0], fully[1], emb[2]]))
+    with torch.inference_mode():  # all that it is given may have been made there
+        inside = scrambled(Layout(SHAPE)).bfloat16()
+        bent = inside.agreeing(emb.bfloat16() + 0, known + 0, 10.0)
+    assert bent.dtype == torch.bfloat16 and bent[:2].ne(emb[:2].bfloat16()).any()
+    assert all(p.grad is None for p in layout.parameters())
+
+
 def test_it_learns_where_things_are_from_the_embedding():
     """Pictures that are bright on one side: their mean is grey everywhere, their embedding tells the side."""
     torch.manual_seed(0)

@@ -146,7 +146,7 @@ def test_a_strip_of_text_diffs(run):
 @pytest.mark.parametrize(
     ("args", "size"),
     [
-        (["--mask", "mask.png", "--resamples", "2"], (16, 16)),
+        (["--mask", "mask.png", "--resamples", "2", "--agreement", "0"], (16, 16)),
         (["--mask", "mask.png", "--strength", "0.5"], (16, 16)),
         (["--extend", "0", "4", "9", "0"], (25, 20)),
         (["--strength", "0.5"], (16, 16)),
@@ -227,7 +227,9 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
         ("edit apple.png --mask mask.png --extend 1 0 0 0", "give one of the two"),
         ("edit apple.png --extend 0 0 0 0", "are all 0"),
         ("edit apple.png --extend 1 0 0 0 --strength 0.5", "--strength does not go with --extend"),
-        ("edit apple.png --resamples 3", "that --resamples could harmonise with"),
+        ("edit apple.png --resamples 3", "that --resamples could bring into harmony"),
+        ("edit apple.png --agreement 3", "that --agreement could bring into harmony"),
+        ("edit apple.png --mask mask.png --agreement -1", "agreement is -1.0; expected 0 (none) or more"),
         ("edit apple.png --training-free", "--training-free says nothing"),
         ("edit apple.png --strength 0", "strength is 0.0"),
         ("probe apple.png", "either --data to fit a PCA on, or --pca"),

@@ -133,6 +133,8 @@ def test_a_wide_hole_is_filled_quickly():
         ({"resamples": 0}, "resamples is 0"),
         ({"jump": 0}, "jump is 0"),
         ({"strength": 0.0}, "strength is 0"),
+        ({"agreement": -1.0}, "agreement is -1"),
+        ({"agreement": float("nan")}, "agreement is nan"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -162,6 +162,10 @@ def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
         train("decoder", shown[0])
     with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 or more, and 0 without model.layout"):
         train("decoder", "--set=emb_noise=0.5")
+    with pytest.raises(SystemExit, match="agreement is 5.0; expected 0 or more, and 0 without model.layout"):
+        train("decoder", "--set=agreement=5.0")
+    with pytest.raises(SystemExit, match="agreement is 5.0; expected 0 for task: draw, which has no holes"):
+        train("decoder", *shown[1:], "--set=agreement=5.0")
     with pytest.raises(SystemExit, match="emb_mix is 0.5; expected 0 to 1, and 0 for task: draw"):
         train("decoder", "--set=emb_mix=0.5")
     with pytest.raises(SystemExit, match="copy_paste is 2.0; expected 0 to 1, and 0 for task: draw"):

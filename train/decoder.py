@@ -42,6 +42,7 @@ class DecoderTraining:
     copy_paste: float = 0.0  # share of pictures with holes that another one's thing is pasted into; for plain grounds
     emb_mix: float = 0.0  # of another picture's in embeddings of pictures with holes, as a share of the arc, at most
     layout: str | None = None  # folder of a trained one, for a model that is shown it; None = the one in --init
+    agreement: float = 0.0  # of embeddings with what is known around holes, at most, as in painting; needs a layout
     emb_noise: float = 0.0  # standard deviations of noise on embeddings, at most; for a model that is shown a layout
 
     def __post_init__(self) -> None:
@@ -53,8 +54,11 @@ class DecoderTraining:
                 raise ValueError(f"{name} is {share}; expected 0 to 1, and 0 for task: draw")
         if self.layout and not self.model.layout:
             raise ValueError(f"layout is {self.layout}; expected its shape in model.layout, which is missing")
-        if self.emb_noise < 0 or (self.emb_noise and not self.model.layout):
-            raise ValueError(f"emb_noise is {self.emb_noise}; expected 0 or more, and 0 without model.layout")
+        for name in ("agreement", "emb_noise"):
+            if (value := getattr(self, name)) < 0 or (value and not self.model.layout):
+                raise ValueError(f"{name} is {value}; expected 0 or more, and 0 without model.layout")
+        if self.agreement and self.task == "draw":
+            raise ValueError(f"agreement is {self.agreement}; expected 0 for task: draw, which has no holes")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}")
@@ -76,7 +80,7 @@ def main(run: Run[DecoderTraining]) -> None:
     schedule = Schedule(config.schedule)
     val_loader = Loader(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
-    given = {name: getattr(config, name) for name in ("emb_noise", "emb_mix", "copy_paste")}
+    given = {name: getattr(config, name) for name in ("emb_noise", "emb_mix", "copy_paste", "agreement")}
     fit(
         decoder,
         DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, **given),

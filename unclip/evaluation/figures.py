@@ -107,7 +107,9 @@ FIGURES = (
     Figure(
         "inpaint",
         "Inpainting",
-        "White in the mask is painted anew; all else is kept bit for bit.",
+        "White in the mask is painted anew; all else is kept bit for bit. A decoder that is shown a layout of what is "
+        "asked for bends that to what is kept, so that outlines go on; with `--agreement 0` it is drawn as it was "
+        "asked for.",
         (
             "from PIL import Image\n\n"
             'mask = Image.new("L", Image.open("face.png").size)\n'

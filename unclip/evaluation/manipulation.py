@@ -48,6 +48,7 @@ RECONSTRUCTED = 16  # pictures, of those that are given
 UPSAMPLED = 4  # of them at full size
 STEPS = 25  # of the decoder in all parts but reconstruction, at most: what they show hardly hangs on it
 HOLE = 0.75  # side of the square that is painted, in the middle of the picture, as a share of its side
+UNBENT = "fine-tuned, agreement 0"  # asked for just what the prompt says
 
 
 class Manipulations:
@@ -199,14 +200,17 @@ class Manipulations:
         mask = Image.new("L", (size, size))
         mask.paste(255, middle)
         targets = [(row + len(self.pictures) // 2) % len(self.pictures) for row in range(len(self.pictures))]
-        ways = {"training-free": False} if self.pipe.inpainter is None else {"fine-tuned": True, "training-free": False}
+        ways, inpainter = {"training-free": PaintOptions(trained=False)}, self.pipe.inpainter
+        if inpainter is not None:
+            ways["fine-tuned"] = PaintOptions(trained=True)
+        if getattr(inpainter, "layout", None) is not None:
+            ways[UNBENT] = PaintOptions(trained=True, agreement=0.0)
         options, drawn = replace(self.pipe.options, upsamplers=()), {name: [] for name in (*ways, "pasted")}
         suited: dict[str, list[Image.Image]] = {name: [] for name in ways}
         for row in self._bar(range(len(self.pictures))):
             chosen = {"seed": self.seed + row, "options": options, "progress": False}
             prompt, picture = self.pairs.captions[targets[row]], self.pictures[row]
-            for name, trained in ways.items():
-                painting = PaintOptions(trained=trained)
+            for name, painting in ways.items():
                 for told, images in ((prompt, drawn), (self.pairs.captions[row], suited)):
                     images[name] += self.pipe.inpaint(picture, mask, told, painting=painting, **chosen).images
             whole = self.pipe(prompt, **chosen).images[0]
@@ -311,7 +315,7 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
             yield Row(what, f"{of['recall@1']:.1%}", f"cosine to the whole {of['cosine']:.3f}")
         yield Row("the whole embedding", f"{part['whole']['recall@1']:.1%}")
     if part := results.get("inpainting"):
-        for name in [name for name in ("fine-tuned", "training-free", "pasted") if name in part]:
+        for name in [name for name in ("fine-tuned", UNBENT, "training-free", "pasted") if name in part]:
             of, what = part[name], f"inpainting, {name}" if name != "pasted" else "a whole picture's part pasted in"
             yield Row(
                 f"{what}: recall@1 of the prompt in the hole", f"{of['recall@1']:.1%}", f"random {part['random']:.1%}"

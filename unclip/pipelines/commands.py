@@ -107,6 +107,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--strength", type=float, metavar="SHARE", help=about)
     about = "times each stretch of steps is repeated to harmonise what is painted (default: 4)"
     parser.add_argument("--resamples", type=whole_number, metavar="N", help=about)
+    about = "how far what is asked for bends to what is kept, if the decoder is shown a layout (default: 10; 0: not)"
+    parser.add_argument("--agreement", type=float, metavar="WEIGHT", help=about)
     about = "with the plain decoder, though the model has one that was trained to inpaint"
     parser.add_argument("--training-free", action="store_true", help=about)
     parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="(default: 1)")
@@ -230,8 +232,10 @@ def edit(args: Namespace) -> None:
     if args.extend is not None and args.strength is not None:
         raise ValueError("beyond a picture there is nothing to be kept: --strength does not go with --extend")
     painted = args.mask is not None or args.extend is not None
-    if args.resamples is not None and not painted:
-        raise ValueError("without --mask or --extend nothing is kept that --resamples could harmonise with")
+    if not painted:
+        for name in ("resamples", "agreement"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"without --mask or --extend nothing is kept that --{name} could bring into harmony")
     if args.training_free and not painted:
         raise ValueError("without --mask or --extend the plain decoder draws anyway: --training-free says nothing")
     image = open_picture(args.image)
@@ -244,7 +248,7 @@ def edit(args: Namespace) -> None:
     drawn = {"num_images": args.num_images, "seed": args.seed, "options": options, "progress": not args.quiet}
     if painted:
         trained = False if args.training_free else None
-        said = {"strength": args.strength, "resamples": args.resamples, "trained": trained}
+        said = {name: getattr(args, name) for name in ("strength", "resamples", "agreement")} | {"trained": trained}
         drawn["painting"] = PaintOptions(**{name: value for name, value in said.items() if value is not None})
     if args.mask is not None:
         result = pipe.inpaint(image, args.mask, args.prompt, **drawn)

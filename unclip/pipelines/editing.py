@@ -242,11 +242,23 @@ class UnCLIPEditing(UnCLIPRuns):
                 return randn(shape, generators, self.device)
 
             how = painting if i == 0 else ONCE
-            run = self._run(i, options, image_emb, x, text, known_part(picture, marked) if how.trained else None)
+            told = known_part(picture, marked)
+            if i == 0:
+                image_emb = self._agreeing(image_emb, told, painting)
+            run = self._run(i, options, image_emb, x, text, told if how.trained else None)
             task = run.estimate, picture, marked, run.schedule, run.timesteps, noise
             painted = repaint(*task, how, run.reporter(on_step))
             x = paste(painted, picture, marked, radius=max(1, size // 32)).clamp(-1, 1)
         return x
+
+    def _agreeing(self, image_emb: Tensor, known: Tensor, painting: PaintOptions) -> Tensor:
+        """image_emb (B, D), bent to what is known, (B, 4, s, s), if the decoder that paints is shown a layout."""
+        decoder = self.inpainter if painting.trained else self.decoder
+        layout = getattr(decoder, "layout", None)
+        if layout is None or not painting.agreement or not known[:, 3:].any():
+            return image_emb
+        self._use(decoder)
+        return layout.agreeing(image_emb.to(self.device), known, painting.agreement)
 
 
 def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:

@@ -158,7 +158,8 @@ class DecoderLoss:
     With `holes`, the decoder is told what is known around random ones; the loss is over the whole picture (GLIDE 2.4).
     copy_paste: share of the pictures of which something is known that another's thing is put into: see `copy_paste`;
     what is asked for is the thing. emb_mix: see `mixed`; of the other pictures of which something is known.
-    emb_noise: see `noised`; for a decoder that is shown a layout.
+    For a decoder that is shown a layout: agreement, at most, see `Layout.agreeing`, as in painting; emb_noise: see
+    `noised`.
     """
 
     def __init__(
@@ -172,9 +173,11 @@ class DecoderLoss:
         emb_noise: float = 0.0,
         emb_mix: float = 0.0,
         copy_paste: float = 0.0,
+        agreement: float = 0.0,
     ):
         self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
-        self.holes, self.emb_noise, self.emb_mix, self.copy_paste = holes, emb_noise, emb_mix, copy_paste
+        self.holes, self.emb_noise, self.emb_mix = holes, emb_noise, emb_mix
+        self.copy_paste, self.agreement = copy_paste, agreement
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
@@ -203,7 +206,10 @@ class DecoderLoss:
             x_0[pasted], holes[pasted] = copy_paste(x_0[pasted], things)
         if self.emb_mix:
             image_emb = mixed(image_emb, own, self.emb_mix)
-        return x_0, image_emb, text, known_part(x_0, holes)
+        known = known_part(x_0, holes)
+        if self.agreement:
+            image_emb = self.decoder.layout.agreeing(image_emb, known, self.agreement * torch.rand(B, device=device))
+        return x_0, image_emb, text, known
 
 
 class UpsamplerLoss:
