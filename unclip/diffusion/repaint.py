@@ -24,7 +24,7 @@ class PaintOptions:
     resamples: int = 4  # times that each stretch of steps is gone through; the more, the less of a seam
     jump: int = 5  # steps in a stretch
     strength: float = 1.0  # 1 = paint from noise; less = from what is there, noised so far (SDEdit, 2108.01073)
-    agreement: float = 10.0  # how far what is asked for bends to what is kept; 0 = not. For a decoder shown a layout
+    agreement: float = 3.0  # how far what is asked for bends to what is kept; 0 = not. For a decoder shown a layout
     trained: bool | None = None  # by a decoder that was trained to inpaint (GLIDE 2.4); None = if there is one
 
     def __post_init__(self) -> None:

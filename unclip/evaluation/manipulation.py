@@ -42,7 +42,7 @@ from unclip.types import GenerationResult
 PARTS = ("reconstruction", "variations", "interpolation", "text_diff", "pca", "inpainting")
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 THETAS = (0.0, 0.25, 0.5)  # the paper ends between the last two
-LOOSENED = (0.0, 0.3)  # eta of text diffs
+LOOSENED = (0.0, 0.5)  # eta of text diffs
 FRAMES = 9
 RECONSTRUCTED = 16  # pictures, of those that are given
 UPSAMPLED = 4  # of them at full size

@@ -107,7 +107,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--strength", type=float, metavar="SHARE", help=about)
     about = "times each stretch of steps is repeated to harmonise what is painted (default: 4)"
     parser.add_argument("--resamples", type=whole_number, metavar="N", help=about)
-    about = "how far what is asked for bends to what is kept, if the decoder is shown a layout (default: 10; 0: not)"
+    about = "how far what is asked for bends to what is kept, if the decoder is shown a layout (default: 3; 0: not)"
     parser.add_argument("--agreement", type=float, metavar="WEIGHT", help=about)
     about = "with the plain decoder, though the model has one that was trained to inpaint"
     parser.add_argument("--training-free", action="store_true", help=about)
