@@ -241,9 +241,9 @@ class UnCLIPEditing(UnCLIPRuns):
             def noise(shape: torch.Size = picture.shape) -> Tensor:
                 return randn(shape, generators, self.device)
 
-            how = painting if i == 0 else ONCE
-            told = known_part(picture, marked)
+            how, told = ONCE, None
             if i == 0:
+                how, told = painting, known_part(picture, marked)
                 image_emb = self._agreeing(image_emb, told, painting)
             run = self._run(i, options, image_emb, x, text, told if how.trained else None)
             task = run.estimate, picture, marked, run.schedule, run.timesteps, noise
