@@ -123,7 +123,7 @@ FIGURES = (
     Figure(
         "training-free",
         "Inpainting by the plain decoder",
-        "The same by a decoder that is not told what is kept: it sees it in the noised picture and in what is asked for.",
+        "The same by a decoder that is not told what is kept: the noised picture and what is asked for hold it.",
         (
             'unclip edit face.png --mask mask.png --prompt "a sad face with tears" -n 4 --seed 0 --training-free '
             "--grid -o free.png",
