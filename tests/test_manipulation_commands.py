@@ -140,7 +140,7 @@ def test_a_strip_of_text_diffs(run):
     assert [entry["arguments"]["theta"] for entry in read_metadata("diff.png")] == [0.0, 0.2, 0.5] * 2
     assert drawn_again(run, "diff.png") <= 2
     assert run("diff", "apple.png", "--to", "a blue fish", *QUICK, "-o", "one.png")[0] == 0
-    assert read_metadata("one.png")[0]["arguments"] == {"base": "", "target": "a blue fish", "theta": 0.3, "eta": 0.0}
+    assert read_metadata("one.png")[0]["arguments"] == {"base": "", "target": "a blue fish", "theta": 0.3, "eta": 0.5}
 
 
 @pytest.mark.parametrize(

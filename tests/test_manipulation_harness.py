@@ -67,7 +67,7 @@ def test_variations_and_paths_are_told_as_they_are(results):
 
 def test_text_diffs_and_components_have_known_ends(results):
     assert results["text_diff"]["cases"] == 4
-    for eta in manipulation.LOOSENED:
+    for eta in manipulation.TEXT_DIFF_ETAS:
         diff = results["text_diff"][str(eta)]
         assert 0 <= diff["monotone"] <= diff["rising_steps"] <= 1 and diff["monotone_embeddings"] == 1
     assert results["text_diff"]["0.0"]["cosine_to_source"]["0.0"] > 0.9

@@ -79,14 +79,16 @@ FIGURES = (
     Figure(
         "diff",
         "Text diffs",
-        "The embedding is turned by what sets one caption apart from another, or from none; the noise stays, "
-        "or most of it with `--eta`.",
+        "The embedding is turned by what sets one caption apart from another, or from none; most of the noise stays. "
+        "With `--eta 0` all of it does, as in the paper's figure 5: the first picture is the one given, but shreds of "
+        "it are left in those that follow.",
         (
             'unclip diff face.png --from "a smiling face" --to "an angry face" --theta 0 0.1 0.2 0.3 0.4 0.5 --grid '
-            "-o angry.png",
-            'unclip diff apple.png --to "a yellow lemon" --theta 0 0.1 0.2 0.3 0.4 0.5 --grid -o lemon.png',
+            "--seed 0 -o angry.png",
+            'unclip diff apple.png --to "a yellow lemon" --theta 0 0.1 0.2 0.3 0.4 0.5 --grid --seed 0 -o lemon.png',
+            'unclip diff apple.png --to "a yellow lemon" --theta 0 0.1 0.2 0.3 0.4 0.5 --eta 0 --grid -o shreds.png',
         ),
-        ("angry.png", "lemon.png"),
+        ("angry.png", "lemon.png", "shreds.png"),
     ),
     Figure(
         "components",

@@ -42,7 +42,7 @@ from unclip.types import GenerationResult
 PARTS = ("reconstruction", "variations", "interpolation", "text_diff", "pca", "inpainting")
 ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 THETAS = (0.0, 0.25, 0.5)  # the paper ends between the last two
-LOOSENED = (0.0, 0.5)  # eta of text diffs
+TEXT_DIFF_ETAS = (0.5, 0.0)  # the default, the paper's
 FRAMES = 9
 RECONSTRUCTED = 16  # pictures, of those that are given
 UPSAMPLED = 4  # of them at full size
@@ -150,7 +150,7 @@ class Manipulations:
 
     def text_diff(self) -> dict[str, Any]:
         """From each picture's caption to another's: does CLIP see the target come nearer, and the source stay?"""
-        return {"cases": len(self.pictures), **{str(eta): self._text_diff(eta) for eta in LOOSENED}}
+        return {"cases": len(self.pictures), **{str(eta): self._text_diff(eta) for eta in TEXT_DIFF_ETAS}}
 
     def _text_diff(self, eta: float) -> dict[str, Any]:
         similar, kept, given = [], [], []
@@ -302,7 +302,7 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
             beside = f"most {step['most']:.2f}; {step['within_twice']:.0%} of {part['paths']} paths within twice"
             yield Row(f"... the same, {how}", f"{step['mean']:.2f}", beside)
     if part := results.get("text_diff"):
-        for eta in map(str, LOOSENED):
+        for eta in map(str, TEXT_DIFF_ETAS):
             of, what = part[eta], f"text diff, eta {eta}"
             beside = f"steps that rise {of['rising_steps']:.0%}; embeddings given {of['monotone_embeddings']:.0%}"
             yield Row(f"{what}: monotone towards the target ({part['cases']} cases)", f"{of['monotone']:.0%}", beside)

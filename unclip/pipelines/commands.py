@@ -85,8 +85,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help="what it is to become")
     about = "how far, from 0 (not at all) to 1; several make a strip (default: 0.3)"
     parser.add_argument("--theta", nargs="+", type=float, default=[0.3], metavar="FRACTION", help=about)
-    about = "share of fresh noise; the more, the less is kept of the picture beside the text (default: 0)"
-    parser.add_argument("--eta", type=float, default=0.0, metavar="SHARE", help=about)
+    about = "share of fresh noise; 0 (the paper) begins with the picture itself, but shreds of it stay (default: 0.5)"
+    parser.add_argument("--eta", type=float, default=0.5, metavar="SHARE", help=about)
     _add_seed(parser)
     _add_inversion(parser)
 

@@ -216,7 +216,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         target: str,
         theta: float | Sequence[float] = 0.3,
         *,
-        eta: float = 0.0,
+        eta: float = 0.5,
         seed: int | None = None,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
@@ -226,9 +226,10 @@ class UnCLIPManipulations(UnCLIPRuns):
     ) -> GenerationResult:
         """Pictures turned from what `base` says, which may be "", to what `target` says; noise is kept (unCLIP 3.3).
 
-        theta: how far, from 0 (the reconstruction) to 1 (the text alone); the paper goes to 0.25 - 0.5. With several,
-        each picture is drawn at each. eta: as in `vary`; what the noise holds of the picture gives way to the text the
-        larger it is. Picture k has the seed `seed` + k at each theta.
+        theta: how far, from 0 (the picture) to 1 (the text alone); the paper goes to 0.25 - 0.5. With several, each
+        picture is drawn at each. eta: as in `vary`. At 0, as in the paper, theta 0 is the reconstruction, but the noise
+        of a picture that is no longer asked for soon shows as shreds of it. The larger eta is, the more of them give
+        way, and the less is theta 0 the picture itself. Picture k has the seed `seed` + k at each theta.
         """
         _check_eta(eta)
         thetas = [float(one) for one in (theta if isinstance(theta, Sequence) else [theta])]
