@@ -110,7 +110,7 @@ def test_the_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch
     [
         ("--data nowhere", "no data at nowhere"),
         ("--data {data} --limit 1", "only one caption"),
-        ("--data {data} --batch-size 0", "batch_size is 0"),
+        ("--data {data} --batch-size 0", "'0' is not a whole number"),
         ("--data {data} --json no/folder/e.json", "there is no folder no/folder"),
         ("", "required: --data"),
     ],

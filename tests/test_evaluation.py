@@ -281,9 +281,9 @@ def test_the_command_writes_figures_and_pictures(tiny_folder, data, tmp_path, ca
     ("arguments", "message"),
     [
         ("--data nowhere", "no data at nowhere"),
-        ("--data {data}/heldout-*.tar --limit 0", "limit is 0; expected at least 1"),
+        ("--data {data}/heldout-*.tar --limit 0", "'0' is not a whole number"),
         ("--data {data}/heldout-*.tar --limit 1", "only one held-out pair"),
-        ("--data {data}/heldout-*.tar --batch-size 0", "--batch-size is 0"),
+        ("--data {data}/heldout-*.tar --batch-size 0", "'0' is not a whole number"),
         ("--data {data}/heldout-*.tar --json no/folder/e.json", "there is no folder no/folder"),
         ("--data {data}/heldout-*.tar --model emojy", "unknown model 'emojy'"),
         ("--data {data}/heldout-*.tar --steps 0", "steps is 0"),

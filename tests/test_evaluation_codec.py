@@ -121,7 +121,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     [
         (["nothing", "--data", "data"], "unknown model 'nothing'"),
         (["data", "--data", "data"], "data holds no codec; expected config.json"),
-        (["model", "--data", "data", "--batch-size", "0"], "--batch-size is 0"),
+        (["model", "--data", "data", "--batch-size", "0"], "'0' is not a whole number"),
         (["model", "--data", "data", "--size", "17"], r"pictures are \(12, 3, 17, 17\)"),
     ],
 )

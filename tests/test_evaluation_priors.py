@@ -102,7 +102,7 @@ def test_the_command_prints_a_table_and_writes_figures(tiny_folder, data, tmp_pa
         (["--prior", "nowhere"], "'nowhere' is not of the form NAME=VALUE"),
         (["--prior", "ar=nowhere"], "nowhere"),
         (["--prior-guidance", "diffusion=much"], "--prior-guidance diffusion=much: expected a number"),
-        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--batch-size", "0"], "'0' is not a whole number"),
         (["--json", "nowhere/priors.json"], "there is no folder nowhere"),
         (["--limit", "1"], "only one held-out pair"),
     ],

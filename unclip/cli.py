@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from unclip.pipelines.command_line import (
     DEFAULT_MODEL,
     DTYPES,
     Drawing,
+    add_command,
     add_model,
     add_output,
     add_placement,
@@ -89,21 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, run: Callable[[Namespace], None], about: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(run.__name__, help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=run)
-    return parser
-
-
 # Each command is a function, with an `_add_` that declares its arguments.
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _command(commands, generate, "draw pictures of prompts")
+    parser = add_command(commands, generate, "draw pictures of prompts")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one in each line")
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help="draw again what a PNG of unclip shows")
     _add_drawing(parser)
+    parser.set_defaults(model=None)  # with --from, that of the picture
     add_arguments(parser, SAMPLING, FROM_TEXT, RERANKING)
 
 
@@ -117,6 +113,7 @@ def generate(args: Namespace) -> None:
         prompts = [_mixture(prompts, args.mix)]
     count = len(prompts) * args.num_images
     check_output(args, count)
+    args.model = args.model or DEFAULT_MODEL
     pipe = load_model(args)
 
     from unclip.pipelines.base import seeds_from
@@ -161,7 +158,8 @@ def _redraw(args: Namespace) -> None:
     check_output(args, len(entries))
     stored = {long: short for short, long in DTYPES.items()}.get(entries[0].get("dtype"))
     args.prior, args.quantize = entries[0].get("prior_model"), args.quantize or entries[0].get("quantized")
-    pipe = load_model(args, entries[0].get("model"), stored)
+    args.model = args.model or entries[0].get("model") or DEFAULT_MODEL
+    pipe = load_model(args, stored)
 
     from unclip.pipelines.base import redraw
 
@@ -171,7 +169,7 @@ def _redraw(args: Namespace) -> None:
 
 
 def _add_variations(commands: Any) -> None:
-    parser = _command(commands, variations, "draw pictures that mean what a picture means")
+    parser = add_command(commands, variations, "draw pictures that mean what a picture means")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     _add_drawing(parser)
     add_arguments(parser, SAMPLING, FROM_PICTURE)
@@ -196,9 +194,9 @@ def variations(args: Namespace) -> None:
 
 
 def _add_complete(commands: Any) -> None:
-    parser = _command(commands, complete, "draw the rest of a picture whose beginning is given (DALL-E)")
+    parser = add_command(commands, complete, "draw the rest of a picture whose beginning is given (DALL-E)")
     parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what it is to show (default: nothing said)")
+    parser.add_argument("caption", nargs="?", metavar="PROMPT", help="what it is to show (default: nothing said)")
     _add_drawing(parser, COMPLETING_MODEL)
     about = "how much of the picture stays, from the top, in [0, 1) (default: 0.4375)"
     parser.add_argument("--keep", type=float, metavar="X", help=about)
@@ -211,12 +209,12 @@ def complete(args: Namespace) -> None:
 
     image = open_picture(args.image)
     check_output(args, args.num_images)
-    pipe = load_model(args, COMPLETING_MODEL)
+    pipe = load_model(args)
     if not hasattr(pipe, "complete"):
         raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which completes no pictures; give a DALL-E as --model")
     result = pipe.complete(
         _fitted(image, pipe, args),
-        args.prompt,
+        args.caption,
         **_told(keep=args.keep),
         num_images=args.num_images,
         num_candidates=args.candidates,
@@ -243,7 +241,7 @@ def _fitted(image: Image.Image, pipe: TextToImage, args: Namespace) -> Image.Ima
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(commands, info, "tell what a model holds, or how a picture was drawn")
+    parser = add_command(commands, info, "tell what a model holds, or how a picture was drawn")
     about = "bundled name, folder, checkpoint file (.pt, .pth, .ckpt) or Hub id; or a picture of unclip's"
     parser.add_argument("target", metavar="MODEL|PNG", help=about)
 
@@ -306,7 +304,7 @@ def _size_line(name: str, parameters: int, size: int) -> str:
 
 
 def _add_models(commands: Any) -> None:
-    _command(commands, models, "list the bundled models")
+    add_command(commands, models, "list the bundled models")
 
 
 def models(args: Namespace) -> None:
@@ -318,8 +316,8 @@ def models(args: Namespace) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    parser = _command(commands, convert, "write a model in another layout")
-    parser.add_argument("source", metavar="MODEL", help="bundled name, folder or Hub id")
+    parser = add_command(commands, convert, "write a model in another layout")
+    parser.add_argument("source", metavar="MODEL", help="bundled name, folder, checkpoint file or Hub id")
     parser.add_argument("output", type=Path, metavar="FOLDER")
     layout = "our own layout (default), or diffusers' unCLIP pipelines'"
     parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help=layout)

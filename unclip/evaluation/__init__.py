@@ -6,4 +6,3 @@ PARTS = {  # of an evaluation, by kind of model
 }
 STAGES = ("text", "prior", "decoder", "upsampler")  # of unCLIP, that a benchmark times
 CODE_STAGES = ("text", "codes", "codec")  # of DALL-E
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.catalogue import locate
+from unclip.pipelines.command_line import add_command, check_writable, whole_number, write_figures
 
 SHOWN = 12  # pictures with their reconstructions
 
@@ -15,13 +15,16 @@ SHOWN = 12  # pictures with their reconstructions
 def add_codec_command(commands: Any) -> None:
     """Declares it on the subparsers of `unclip`."""
     about = "measure what an image codec loses, and how it uses its codebook"
-    parser = commands.add_parser("evaluate-codec", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=evaluate_codec)
+    parser = add_command(commands, evaluate_codec, about)
     parser.add_argument("codec", metavar="CODEC", help="folder or file of a codec, or a model that has one")
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="pictures: tars, or a folder")
-    parser.add_argument("--size", type=int, metavar="S", help="side of the pictures (default: that of the training)")
-    parser.add_argument("--limit", type=int, metavar="N", help="take so many of them (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    parser.add_argument(
+        "--size", type=whole_number, metavar="S", help="side of the pictures (default: that of the training)"
+    )
+    parser.add_argument("--limit", type=whole_number, metavar="N", help="take so many of them (default: all)")
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=32, metavar="N", help="pictures at once (default: 32)"
+    )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, mps (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="write pictures above their reconstructions here")
@@ -29,8 +32,7 @@ def add_codec_command(commands: Any) -> None:
 
 
 def evaluate_codec(args: Namespace) -> None:
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
+    check_writable(args.json)
     path = locate(args.codec)  # a misspelt name is told before torch is imported
 
     from unclip.checkpoints.codecs import load_codec
@@ -44,9 +46,7 @@ def evaluate_codec(args: Namespace) -> None:
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:{width}}  {value:.4g}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        print(args.json)
+    write_figures(results, args.json)
     if args.picture is not None:
         chosen = images[:: max(1, len(images) // SHOWN)][:SHOWN]
         save_png(evaluation.reconstructions(codec, chosen), args.picture)

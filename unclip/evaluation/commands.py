@@ -2,82 +2,85 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.catalogue import locate
-from unclip.evaluation import CODE_STAGES, DTYPES, PARTS, STAGES
+from unclip.evaluation import CODE_STAGES, PARTS, STAGES
 from unclip.files import read_json
 from unclip.pipelines.arguments import PRIOR, SAMPLING, add_arguments, sampling_options
-from unclip.pipelines.command_line import give_prior, read_prompts
+from unclip.pipelines.command_line import (
+    add_command,
+    add_model,
+    check_writable,
+    load_model,
+    load_named,
+    read_prompts,
+    whole_number,
+    write_figures,
+)
+from unclip.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:
     from unclip.evaluation.bench import BenchConfig
     from unclip.evaluation.bench.turns import Comparison
     from unclip.evaluation.harness import Evaluation
-    from unclip.pipelines.base import TextToImage
 
-MODEL = "emoji"
 AGAINST = ("diffusers", "diffusers-compiled", "dalle-pytorch", "plain")
 
 
 def add_commands(commands: Any) -> None:
     """Declares them on the subparsers of `unclip`."""
-    parser = _command(commands, evaluate, "measure what a model has learned, on pairs that it was not trained on")
+    parser = add_command(commands, evaluate, "measure what a model has learned, on pairs that it was not trained on")
     add_evaluation(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write sheets of drawn pictures here")
     parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="for the sheet of samples, one in each line")
 
-    parser = _command(commands, bench, "measure how quick a model is and how much memory it takes")
+    parser = add_command(commands, bench, "measure how quick a model is and how much memory it takes")
     add_model(parser)
     parser.add_argument("--against", choices=AGAINST, help="take turns with its networks")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures in each warm call (default: 1)")
-    parser.add_argument("--repeat", type=int, metavar="N", help="measurements of each kind (default: 5; --against: 3)")
+    parser.add_argument(
+        "--batch", type=whole_number, default=1, metavar="N", help="pictures in each warm call (default: 1)"
+    )
+    parser.add_argument(
+        "--repeat", type=whole_number, metavar="N", help="measurements of each kind (default: 5; --against: 3)"
+    )
     about = f"some of {','.join(STAGES)}; of a DALL-E some of {','.join(CODE_STAGES)} (default: all)"
     parser.add_argument("--stages", type=_stages, metavar="A,B", help=about)
     about = "also time N pictures with and without CLIP choosing the best of them"
-    parser.add_argument("--candidates", type=int, metavar="N", help=about)
+    parser.add_argument("--candidates", type=whole_number, metavar="N", help=about)
     about = "compose each stage from two of its steps (default for karlo-random)"
     parser.add_argument("--steps-only", action="store_true", help=about)
     about = "all steps and whole pictures, where a few steps are the default (karlo-random, --against)"
     parser.add_argument("--whole", action="store_true", help=about)
-    parser.add_argument("--preset", metavar="NAME", help="options by name: exact, fast")
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
+    parser.add_argument("--preset", choices=PRESETS, help="options by name")
+    parser.add_argument("--compile", action="store_true", help="as unclip.compile does")
     parser.add_argument("--quantize", choices=("int8",), help="the weights")
     parser.add_argument("--offload", action="store_true", help="keep one network in memory at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    parser = _command(commands, drift, "measure how far faster options stray from the exact result")
+    parser = add_command(commands, drift, "measure how far faster options stray from the exact result")
     add_model(parser)
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="captions: tars, or a folder")
-    parser.add_argument("--limit", type=int, default=128, metavar="N", help="draw so many pictures (default: 128)")
+    parser.add_argument(
+        "--limit", type=whole_number, default=128, metavar="N", help="draw so many pictures (default: 128)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=16, metavar="N", help="pictures at once (default: 16)"
+    )
     about = "keep all figures here, row by row: started again, it goes on where it stopped"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def _command(commands: Any, run: Callable[[Namespace], None], about: str) -> ArgumentParser:
-    parser = commands.add_parser(run.__name__, help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _stages(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
-
-
-def add_model(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", default=MODEL, metavar="NAME", help=f"name, folder or Hub id (default: {MODEL})")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, mps (default: the fastest there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
 
 
 def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
@@ -86,14 +89,18 @@ def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
     about = "held-out pairs: tars, or a folder"
     parser.add_argument("--data", nargs="+", required=data_required, metavar="DATA", help=about)
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help="training pairs, for style and nearest ones")
-    parser.add_argument("--limit", type=int, metavar="N", help="draw so many of the held-out pairs (default: all)")
+    parser.add_argument(
+        "--limit", type=whole_number, metavar="N", help="draw so many of the held-out pairs (default: all)"
+    )
     about = "another model, drawn of the same captions for comparison"
     parser.add_argument("--beside", metavar="NAME", help=about)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     parser.add_argument("--parts", nargs="+", choices=known, metavar="PART", help=f"some of {', '.join(known)}")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)")
     add_arguments(parser, SAMPLING, PRIOR)
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=32, metavar="N", help="pictures at once (default: 32)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -101,12 +108,12 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation import report
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
-    _check_writable(args.json)
+    check_writable(args.json)
     prompts = read_prompts(args.prompts_file)
     evaluation = make_evaluation(args)
-    results = evaluation.run(args.parts, keep=lambda results: _write_json(results, args.json, tell=False))
+    results = evaluation.run(args.parts, keep=lambda results: write_figures(results, args.json, tell=False))
     print(report.plain([report.HEAD, *report.rows(results)]))
-    _write_json(results, args.json)
+    write_figures(results, args.json)
     if args.pictures is not None:
         for path in write_sheets(evaluation, args.pictures, prompts or PROMPTS):
             print(path)
@@ -114,11 +121,8 @@ def evaluate(args: Namespace) -> None:
 
 def make_evaluation(args: Namespace) -> Evaluation:
     """The model and the data that the arguments name."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
-    pipe = _load(args, args.model)
-    give_prior(pipe, args)
-    beside = None if args.beside is None else _load(args, args.beside)
+    pipe = load_model(args)
+    beside = None if args.beside is None else load_named(args.beside, args.device, args.dtype)
 
     from unclip.evaluation.dalle_harness import DalleEvaluation
     from unclip.evaluation.drawing import DalleDrawer, UnCLIPDrawer
@@ -138,19 +142,10 @@ def make_evaluation(args: Namespace) -> Evaluation:
     return evaluation(drawer, held_out, train, beside=beside, seed=args.seed)
 
 
-def _load(args: Namespace, name: str) -> TextToImage:
-    locate(name)  # a misspelt one is told before torch is imported
-    import torch
-
-    from unclip.pipelines import load
-
-    return load(name, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
-
-
 def bench(args: Namespace) -> None:
     from unclip.evaluation.bench import KARLO, RANDOM, BenchConfig
 
-    _check_writable(args.json)
+    check_writable(args.json)
     if args.model not in RANDOM:
         locate(args.model)
     if args.repeat is None:
@@ -178,7 +173,7 @@ def _bench_alone(config: BenchConfig, args: Namespace) -> None:
     for line in tables.other_claims(results):
         print(line)
     print(f"\n{tables.stage_table(results)}")
-    _write_json(results, args.json)
+    write_figures(results, args.json)
 
 
 def _bench_against(config: BenchConfig, args: Namespace) -> None:
@@ -199,12 +194,12 @@ def _bench_against(config: BenchConfig, args: Namespace) -> None:
         for row in rows:
             results["rows"].append(row.plain())
             print(tables.comparison(results["rows"][-1]), flush=True)
-            _write_json(results, args.json, tell=False)  # whoever stops it keeps the rows until there
+            write_figures(results, args.json, tell=False)  # whoever stops it keeps the rows until there
     finally:
         if results["rows"]:
             results["peak_memory"] = memory.highest
             print(f"\n{tables.comparison_table(results)}")
-            _write_json(results, args.json)
+            write_figures(results, args.json)
 
 
 def _rows_against(config: BenchConfig, args: Namespace) -> tuple[str, Iterator[Comparison]]:
@@ -220,8 +215,8 @@ def _rows_against(config: BenchConfig, args: Namespace) -> tuple[str, Iterator[C
 
 
 def drift(args: Namespace) -> None:
-    _check_writable(args.json)
-    pipe = _load(args, args.model)
+    check_writable(args.json)
+    pipe = load_model(args)
     if pipe.kind != "unclip":
         raise ValueError(f"{args.model} is no unCLIP model, and only those have faster options")
     from unclip.config import to_dict
@@ -249,21 +244,8 @@ def drift(args: Namespace) -> None:
         for row in measured.rows(done=[row["name"] for row in results["rows"]]):
             results["rows"].append(row)
             print("  ".join(line(row)), flush=True)
-            _write_json(results, args.json, tell=False)  # whoever stops it keeps the rows until there
+            write_figures(results, args.json, tell=False)  # whoever stops it keeps the rows until there
     finally:
         if results["rows"]:
             print(f"\n{table(results['rows'])}")
-            _write_json(results, args.json)
-
-
-def _check_writable(file: Path | None) -> None:
-    """Before hours of work: is there a folder that the file can go into?"""
-    if file is not None and not file.parent.is_dir():
-        raise ValueError(f"{file} cannot be written: there is no folder {file.parent}")
-
-
-def _write_json(results: dict[str, Any], file: Path | None, tell: bool = True) -> None:
-    if file is not None:
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        if tell:
-            print(file)
+            write_figures(results, args.json)

@@ -25,11 +25,12 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 import unclip
-from unclip.checkpoints.catalogue import CONFIG_FILE, locate, read_json, read_model_json
+from unclip.checkpoints.catalogue import CONFIG_FILE, locate, read_model_json
 from unclip.evaluation import manipulation
-from unclip.evaluation.commands import MODEL
 from unclip.evaluation.figures import FIGURES, Figure
 from unclip.evaluation.report import Row, markdown
+from unclip.files import read_json
+from unclip.pipelines.command_line import DEFAULT_MODEL
 
 WIDEST, HIGHEST = 900, 400  # pixels of a figure
 MOVING = 160  # of one that moves
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help=".md; figures go into a folder beside it"
     )
-    parser.add_argument("--model", default=MODEL, metavar="NAME", help=f"bundled name or folder (default: {MODEL})")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME", help=f"bundled name or folder (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--data", nargs="+", metavar="DATA", help="held-out pairs, for the table of figures")
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help="that the PCA is fitted on")
     parser.add_argument("--limit", type=int, default=32, metavar="N", help="held-out pairs (default: 32)")
@@ -106,7 +109,7 @@ def run(figure: Figure, place: Path, args: argparse.Namespace) -> None:
             words = [word for words in shlex.split(line)[1:] for word in (data if words == DATA else [words])]
             command = ["-m", "unclip", *words, "--model", model, "--quiet"]
         else:
-            command = ["-c", line.replace(f'load("{MODEL}")', f"load({model!r})")]
+            command = ["-c", line.replace(f'load("{DEFAULT_MODEL}")', f"load({model!r})")]
         environment = {**os.environ, "PYTHONPATH": search}
         done = subprocess.run(
             [sys.executable, *command], cwd=place, env=environment, stderr=subprocess.PIPE, encoding="utf-8"

@@ -23,14 +23,12 @@ from tqdm import tqdm
 from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
-from unclip.evaluation import DTYPES
-from unclip.evaluation.commands import add_model
 from unclip.evaluation.drawing import no_cut_warnings
 from unclip.evaluation.metrics import psnr, recall
 from unclip.evaluation.pairs import Pairs, load_pairs
 from unclip.evaluation.report import Row, plain
 from unclip.latents import PCA, normalise
-from unclip.pipelines import load
+from unclip.pipelines.command_line import add_model, load_model, whole_number, write_figures
 from unclip.pipelines.latent import Latent, deterministic
 from unclip.pipelines.probing import read_embeddings, shown_components
 from unclip.pipelines.runs import fit, to_tensor
@@ -335,12 +333,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="held-out pairs: tars, or a folder")
     about = "pictures or embeddings that the PCA is fitted on (default: those of --data)"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
-    parser.add_argument("--limit", type=int, default=32, metavar="N", help="pairs (default: 32)")
+    parser.add_argument("--limit", type=whole_number, default=32, metavar="N", help="pairs (default: 32)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     about = "of inverted DDIM, at least (default: 50); parts other than reconstruction need no more than 25"
     parser.add_argument("--steps", type=int, default=50, metavar="N", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="pictures at once (default: 16)")
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=16, metavar="N", help="pictures at once (default: 16)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures of each part here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -358,9 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All parts that are asked for: those in the file as they are, the others measured and added to it."""
-    pipe = load(args.model, args.device, getattr(torch, DTYPES[args.dtype]) if args.dtype else None)
+    pipe = load_model(args)
     if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{args.model} is no unCLIP model, and only those have latents to work on")
+        raise ValueError(f"{args.model} is of kind {pipe.kind}; only unCLIP models have latents")
     progress = not args.quiet
     settings = {
         "model": args.model,
@@ -390,8 +390,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for part in args.parts:
         if part not in results:
             results[part] = manipulations.run(part)
-            if args.json is not None:
-                args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            write_figures(results, args.json, tell=False)
     return results
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.evaluation.commands import add_model
 from unclip.pipelines.arguments import SAMPLING, add_arguments, sampling_options
-from unclip.pipelines.command_line import load_model
+from unclip.pipelines.command_line import (
+    add_command,
+    add_model,
+    check_writable,
+    load_model,
+    whole_number,
+    write_figures,
+)
 
 
 def add_priors_command(commands: Any) -> None:
     """Declares it on the subparsers of `unclip`."""
     about = "compare priors of one model, and its decoder without any, on the same held-out captions"
-    parser = commands.add_parser("evaluate-priors", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    parser.set_defaults(run=evaluate_priors)
+    parser = add_command(commands, evaluate_priors, about)
     add_model(parser)
     about = "another prior beside the model's own (repeat for more)"
     parser.add_argument(
@@ -27,19 +31,20 @@ def add_priors_command(commands: Any) -> None:
         "--prior-guidance", dest="scales", type=_named, action="append", default=[], metavar="NAME=SCALE", help=about
     )
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="held-out pairs: tars, or a folder")
-    parser.add_argument("--limit", type=int, default=128, metavar="N", help="take so many of them (default: 128)")
+    parser.add_argument(
+        "--limit", type=whole_number, default=128, metavar="N", help="take so many of them (default: 128)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first caption (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
+    parser.add_argument(
+        "--batch-size", type=whole_number, default=32, metavar="N", help="pictures at once (default: 32)"
+    )
     add_arguments(parser, SAMPLING)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def evaluate_priors(args: Namespace) -> None:
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise ValueError(f"{args.json} cannot be written: there is no folder {args.json.parent}")
+    check_writable(args.json)
     guidance = {name: _scale(name, value) for name, value in args.scales}
     pipe = load_model(args)
     if pipe.kind != "unclip":
@@ -64,8 +69,7 @@ def evaluate_priors(args: Namespace) -> None:
         results["rows"].append(row)
         head, line, cells = table([row]).splitlines()
         print(cells if len(results["rows"]) > 1 else f"{head}\n{line}\n{cells}", flush=True)
-        if args.json is not None:  # whoever stops it keeps the rows until there
-            args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_figures(results, args.json, tell=False)  # whoever stops it keeps the rows until there
     if args.json is not None:
         print(args.json)
 

@@ -1,12 +1,13 @@
-"""What all commands that draw have in common: their arguments, the model they load, where their pictures go."""
+"""What commands have in common: their arguments, the model they load, where their pictures and figures go."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,8 +30,22 @@ class Drawing(NamedTuple):
     metadata: Any
 
 
+def add_command(commands: Any, run: Callable[[Namespace], None], about: str, example: str = "") -> ArgumentParser:
+    """The parser of a command that is named as its function is."""
+    parser = commands.add_parser(
+        run.__name__.replace("_", "-"),
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=example and f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
-    parser.add_argument("--model", metavar="NAME", help=f"bundled name, folder or Hub id (default: {default})")
+    about = f"bundled name, folder, checkpoint file or Hub id (default: {default})"
+    parser.add_argument("--model", default=default, metavar="NAME", help=about)
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (default: the fastest there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks (default: half precision on CUDA, else fp32)")
 
@@ -55,23 +70,25 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def load_model(args: Namespace, model: str | None = None, dtype: str | None = None) -> TextToImage:
-    """The model of --model, or else `model`, in --dtype, or else `dtype`; with the prior of --prior, if it is given.
+def share(text: str) -> float:
+    """The type of an argument from 0 to 1."""
+    try:
+        if 0.0 <= (value := float(text)) <= 1.0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def load_model(args: Namespace, dtype: str | None = None) -> TextToImage:
+    """The model of --model in --dtype, or else `dtype`; with the prior of --prior, if it is given.
 
     Offloaded, compiled and quantized where the command has these arguments and they are given.
     """
-    from unclip.pipelines import load
-
     offload, compiled, quantize = (getattr(args, name, None) for name in ("offload", "compile", "quantize"))
     if offload and compiled:
         raise ValueError("--offload and --compile do not go together: compiled networks must stay where they are")
-    name, dtype = args.model or model or DEFAULT_MODEL, args.dtype or dtype
-    chosen: dict[str, Any] = {"offload": True} if offload and not quantize else {}
-    if dtype is not None:  # else a misspelt name is told before torch is imported
-        import torch
-
-        chosen["dtype"] = getattr(torch, DTYPES[dtype])
-    pipe = load(name, args.device, **chosen)
+    pipe = load_named(args.model, args.device, args.dtype or dtype, offload=bool(offload and not quantize))
     give_prior(pipe, args)
     if quantize:
         pipe.quantize(quantize)
@@ -82,6 +99,18 @@ def load_model(args: Namespace, model: str | None = None, dtype: str | None = No
     if offload:
         pipe.offload()
     return pipe
+
+
+def load_named(name: str, device: str | None, dtype: str | None, *, offload: bool = False) -> TextToImage:
+    """`unclip.load`, by what --device and --dtype say."""
+    from unclip.pipelines import load
+
+    if dtype is None:  # a misspelt name is told before torch is imported
+        return load(name, device, offload=offload)
+
+    import torch
+
+    return load(name, device, getattr(torch, DTYPES[dtype]), offload=offload)
 
 
 def give_prior(pipe: TextToImage, args: Namespace) -> None:
@@ -160,3 +189,17 @@ def columns_of(entries: Sequence[dict[str, Any]]) -> int:
 def slug(text: str) -> str:
     """A file name of at most 60 characters, in any script."""
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"
+
+
+def check_writable(file: Path | None) -> None:
+    """Before hours of work: is there a folder that the file can go into?"""
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"{file} cannot be written: there is no folder {file.parent}")
+
+
+def write_figures(results: dict[str, Any], file: Path | None, tell: bool = True) -> None:
+    """Writes them as JSON, if there is a file, and tells its name."""
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if tell:
+            print(file)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.pipelines.command_line import (
     Drawing,
+    add_command,
     add_model,
     add_output,
     check_output,
     columns_of,
     load_model,
+    share,
     slug,
     whole_number,
     write,
@@ -32,125 +33,8 @@ LATENT = ".safetensors"
 
 def add_commands(commands: Any) -> None:
     """Declares them on the subparsers of `unclip`."""
-    parser = _command(
-        commands,
-        reconstruct,
-        "invert pictures into latents, and draw them again from these",
-        "unclip reconstruct apple.png --save-latent apple.safetensors -o again.png",
-    )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
-    parser.add_argument(
-        "--save-latent", type=Path, metavar="FILE", help="keep the latents, in place of a picture later"
-    )
-    _add_inversion(parser)
-
-    parser = _command(
-        commands,
-        vary,
-        "draw variations of pictures, as near to them as you like",
-        "unclip vary apple.png --eta 0.3 -n 4 --grid -o variations.png",
-    )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
-    about = "share of fresh noise, from 0 (the picture again) to 1 (default: 0.5)"
-    parser.add_argument("--eta", type=float, default=0.5, metavar="SHARE", help=about)
-    parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="of each (default: 1)")
-    _add_seed(parser)
-    _add_inversion(parser)
-
-    parser = _command(
-        commands,
-        interpolate,
-        "draw the way from one picture or prompt to another",
-        "unclip interpolate apple.png lemon.png --frames 24 -o way.gif",
-    )
-    parser.add_argument("sources", nargs="*", type=Path, metavar="IMAGE", help="or saved latents (.safetensors)")
-    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="in place of pictures")
-    parser.add_argument("--frames", type=whole_number, default=9, metavar="N", help="with both ends (default: 9)")
-    about = "frames where CLIP sees equal steps between them, rather than at equal steps of the way"
-    parser.add_argument("--even", action="store_true", help=about)
-    about = "of the frames: on the way too (slerp, the default), the first picture's, or random from --seed"
-    parser.add_argument("--noise", choices=("slerp", "first", "random"), default="slerp", help=about)
-    parser.add_argument("--fps", type=float, default=10.0, metavar="N", help="frames a second of a .gif or .mp4")
-    _add_seed(parser)
-    _add_inversion(parser, "a .gif, an .mp4, a .png, or a folder (default: this one)")
-
-    parser = _command(
-        commands,
-        diff,
-        "turn pictures from what one caption says towards what another says",
-        'unclip diff cat.png --from "a photo of a cat" --to "a super saiyan cat" --theta 0 0.15 0.3 --grid -o cats.png',
-    )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
-    parser.add_argument("--from", dest="base", default="", metavar="TEXT", help="what it is now (default: nothing)")
-    parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help="what it is to become")
-    about = "how far, from 0 (not at all) to 1; several make a strip (default: 0.3)"
-    parser.add_argument("--theta", nargs="+", type=float, default=[0.3], metavar="FRACTION", help=about)
-    about = "share of fresh noise; 0 (the paper) begins with the picture itself, but shreds of it stay (default: 0.5)"
-    parser.add_argument("--eta", type=float, default=0.5, metavar="SHARE", help=about)
-    _add_seed(parser)
-    _add_inversion(parser)
-
-    parser = _command(
-        commands,
-        edit,
-        "paint into a picture, beyond its borders, or over it",
-        'unclip edit table.png --mask hole.png --prompt "an apple on a table" -o edited.png\n'
-        '  unclip edit table.png --extend 0 0 128 0 --prompt "an apple on a table" -o wider.png\n'
-        '  unclip edit sketch.png --strength 0.7 --prompt "a red apple" -o apple.png',
-    )
-    parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument("--prompt", metavar="TEXT", help="what the whole picture is to show (default: what it shows)")
-    parser.add_argument("--mask", type=Path, metavar="IMAGE", help="paint where it is white, or transparent")
-    about = "pixels to add on the left, above, on the right and below"
-    parser.add_argument("--extend", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=about)
-    about = "how much of what is there is given up, above 0 to 1 (default: 1 with --mask, else 0.6)"
-    parser.add_argument("--strength", type=float, metavar="SHARE", help=about)
-    about = "times each stretch of steps is repeated to harmonise what is painted (default: 4)"
-    parser.add_argument("--resamples", type=whole_number, metavar="N", help=about)
-    about = "how far what is asked for bends to what is kept, if the decoder is shown a layout (default: 3; 0: not)"
-    parser.add_argument("--agreement", type=float, metavar="WEIGHT", help=about)
-    about = "with the plain decoder, though the model has one that was trained to inpaint"
-    parser.add_argument("--training-free", action="store_true", help=about)
-    parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="(default: 1)")
-    _add_seed(parser)
-    _add_sampling(parser)
-    add_model(parser)
-    add_output(parser)
-
-    parser = _command(
-        commands,
-        probe,
-        "see what CLIP sees: principal components of pictures, or a word written on one",
-        "unclip probe apple.png cat.png --data data/emoji/train-*.tar --save-pca pca.safetensors -o components.png\n"
-        '  unclip probe apple.png --word pizza --classes "an apple" "a pizza" -o attack.png',
-    )
-    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--data", nargs="+", metavar="DATA", help="pictures or embeddings that the PCA is fitted on")
-    parser.add_argument("--pca", type=Path, metavar="FILE", help="a PCA that was saved, in place of --data")
-    parser.add_argument("--save-pca", type=Path, metavar="FILE", help="keep the PCA for the next time")
-    about = "how many to draw from (default: those of the paper)"
-    parser.add_argument("--components", nargs="+", type=whole_number, metavar="N", help=about)
-    parser.add_argument("--word", metavar="TEXT", help="to be written on the picture")
-    parser.add_argument("--classes", nargs="+", metavar="CAPTION", help="that the picture may be taken for")
-    parser.add_argument("-n", "--num-images", type=whole_number, default=3, metavar="N", help="variations (default: 3)")
-    _add_seed(parser, "fixed, so that only the embedding differs (default: 0)", 0)
-    _add_sampling(parser)
-    add_model(parser)
-    about = "a .png file (default: components.png or attack.png)"
-    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no file names")
-
-
-def _command(commands: Any, run: Callable[[Namespace], None], about: str, example: str) -> ArgumentParser:
-    parser = commands.add_parser(
-        run.__name__,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
+    for add in (_add_reconstruct, _add_vary, _add_interpolate, _add_diff, _add_edit, _add_probe):
+        add(commands)
 
 
 def _add_seed(parser: ArgumentParser, about: str = "of the first picture (default: random)", seed: Any = None) -> None:
@@ -171,6 +55,20 @@ def _add_inversion(parser: ArgumentParser, output: str | None = None) -> None:
     add_output(parser, **({"about": output} if output else {}))
 
 
+def _add_reconstruct(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        reconstruct,
+        "invert pictures into latents, and draw them again from these",
+        "unclip reconstruct apple.png --save-latent apple.safetensors -o again.png",
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
+    parser.add_argument(
+        "--save-latent", type=Path, metavar="FILE", help="keep the latents, in place of a picture later"
+    )
+    _add_inversion(parser)
+
+
 def reconstruct(args: Namespace) -> None:
     stems = _stems(args)
     check_output(args, len(stems))
@@ -183,12 +81,48 @@ def reconstruct(args: Namespace) -> None:
     _write(pipe.reconstruct(latent, progress=not args.quiet), args, stems)
 
 
+def _add_vary(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        vary,
+        "draw variations of pictures, as near to them as you like",
+        "unclip vary apple.png --eta 0.3 -n 4 --grid -o variations.png",
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
+    about = "share of fresh noise, from 0 (the picture again) to 1 (default: 0.5)"
+    parser.add_argument("--eta", type=share, default=0.5, metavar="SHARE", help=about)
+    parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="of each (default: 1)")
+    _add_seed(parser)
+    _add_inversion(parser)
+
+
 def vary(args: Namespace) -> None:
     stems = _stems(args)
     check_output(args, len(stems) * args.num_images)
     pipe, latent = _invert(args)
     drawn = {"eta": args.eta, "num_images": args.num_images, "seed": args.seed, "progress": not args.quiet}
     _write(pipe.vary(latent, **drawn), args, stems)
+
+
+def _add_interpolate(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        interpolate,
+        "draw the way from one picture or prompt to another",
+        "unclip interpolate apple.png lemon.png --frames 24 -o way.gif",
+    )
+    parser.add_argument("sources", nargs="*", type=Path, metavar="IMAGE", help="or saved latents (.safetensors)")
+    parser.add_argument("--prompts", nargs="+", metavar="PROMPT", help="in place of pictures")
+    parser.add_argument("--frames", type=whole_number, default=9, metavar="N", help="with both ends (default: 9)")
+    about = "frames where CLIP sees equal steps between them, rather than at equal steps of the way"
+    parser.add_argument("--even", action="store_true", help=about)
+    about = "of the frames: on the way too (slerp, the default), the first picture's, or random from --seed"
+    parser.add_argument("--noise", choices=("slerp", "first", "random"), default="slerp", help=about)
+    parser.add_argument(
+        "--fps", type=float, default=10.0, metavar="N", help="frames a second of a .gif or .mp4 (default: 10)"
+    )
+    _add_seed(parser)
+    _add_inversion(parser, "a .gif, an .mp4, a .png, or a folder (default: this one)")
 
 
 def interpolate(args: Namespace) -> None:
@@ -216,12 +150,59 @@ def interpolate(args: Namespace) -> None:
     _write(result, args, [slug("-".join(args.prompts or [path.stem for path in args.sources]))])
 
 
+def _add_diff(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        diff,
+        "turn pictures from what one caption says towards what another says",
+        'unclip diff cat.png --from "a photo of a cat" --to "a super saiyan cat" --theta 0 0.15 0.3 --grid -o cats.png',
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE", help="or a saved latent (.safetensors)")
+    parser.add_argument("--from", dest="base", default="", metavar="TEXT", help="what it is now (default: nothing)")
+    parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help="what it is to become")
+    about = "how far, from 0 (not at all) to 1; several make a strip (default: 0.3)"
+    parser.add_argument("--theta", nargs="+", type=share, default=[0.3], metavar="FRACTION", help=about)
+    about = "share of fresh noise; 0 (the paper) begins with the picture itself, but shreds of it stay (default: 0.5)"
+    parser.add_argument("--eta", type=share, default=0.5, metavar="SHARE", help=about)
+    _add_seed(parser)
+    _add_inversion(parser)
+
+
 def diff(args: Namespace) -> None:
     stems = _stems(args)
     check_output(args, len(stems) * len(args.theta))
     pipe, latent = _invert(args)
     drawn = {"eta": args.eta, "seed": args.seed, "progress": not args.quiet}
     _write(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args, stems)
+
+
+def _add_edit(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        edit,
+        "paint into a picture, beyond its borders, or over it",
+        'unclip edit table.png --mask hole.png --prompt "an apple on a table" -o edited.png\n'
+        '  unclip edit table.png --extend 0 0 128 0 --prompt "an apple on a table" -o wider.png\n'
+        '  unclip edit sketch.png --strength 0.7 --prompt "a red apple" -o apple.png',
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the whole picture is to show (default: what it shows)")
+    parser.add_argument("--mask", type=Path, metavar="IMAGE", help="paint where it is white, or transparent")
+    about = "pixels to add on the left, above, on the right and below"
+    parser.add_argument("--extend", nargs=4, type=int, metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"), help=about)
+    about = "how much of what is there is given up, above 0 to 1 (default: 1 with --mask, else 0.6)"
+    parser.add_argument("--strength", type=float, metavar="SHARE", help=about)
+    about = "times each stretch of steps is repeated to harmonise what is painted (default: 4)"
+    parser.add_argument("--resamples", type=whole_number, metavar="N", help=about)
+    about = "how far what is asked for bends to what is kept, if the decoder is shown a layout (default: 3; 0: not)"
+    parser.add_argument("--agreement", type=float, metavar="WEIGHT", help=about)
+    about = "with the plain decoder, though the model has one that was trained to inpaint"
+    parser.add_argument("--training-free", action="store_true", help=about)
+    parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="(default: 1)")
+    _add_seed(parser)
+    _add_sampling(parser)
+    add_model(parser)
+    add_output(parser)
 
 
 def edit(args: Namespace) -> None:
@@ -259,6 +240,31 @@ def edit(args: Namespace) -> None:
         strength = {} if args.strength is None else {"strength": args.strength}
         result = pipe.image_to_image(image, args.prompt, **strength, **drawn)
     _write(result, args, [args.image.stem])
+
+
+def _add_probe(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        probe,
+        "see what CLIP sees: principal components of pictures, or a word written on one",
+        "unclip probe apple.png cat.png --data data/emoji/train-*.tar --save-pca pca.safetensors -o components.png\n"
+        '  unclip probe apple.png --word pizza --classes "an apple" "a pizza" -o attack.png',
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--data", nargs="+", metavar="DATA", help="pictures or embeddings that the PCA is fitted on")
+    parser.add_argument("--pca", type=Path, metavar="FILE", help="a PCA that was saved, in place of --data")
+    parser.add_argument("--save-pca", type=Path, metavar="FILE", help="keep the PCA for the next time")
+    about = "how many to draw from (default: those of the paper)"
+    parser.add_argument("--components", nargs="+", type=whole_number, metavar="N", help=about)
+    parser.add_argument("--word", metavar="TEXT", help="to be written on the picture")
+    parser.add_argument("--classes", nargs="+", metavar="CAPTION", help="that the picture may be taken for")
+    parser.add_argument("-n", "--num-images", type=whole_number, default=3, metavar="N", help="variations (default: 3)")
+    _add_seed(parser, "fixed, so that only the embedding differs (default: 0)", 0)
+    _add_sampling(parser)
+    add_model(parser)
+    about = "a .png file (default: components.png or attack.png)"
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no file names")
 
 
 def probe(args: Namespace) -> None:
@@ -316,7 +322,7 @@ def _load(args: Namespace) -> UnCLIPPipeline:
     from unclip.pipelines.unclip import UnCLIPPipeline
 
     if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{pipe.name} is no unCLIP model, and only those have latents to work on")
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}; {args.run.__name__} needs an unCLIP model")
     return pipe
 
 

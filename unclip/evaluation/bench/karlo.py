@@ -20,11 +20,11 @@ from torch import nn
 
 from unclip.checkpoints.diffusers_layout import KARLO_OPTIONS
 from unclip.clip import CLIP, CLIPConfig
-from unclip.evaluation import DTYPES
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.models.unet import LevelSpec, UNetConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.pipelines.command_line import DTYPES
 from unclip.pipelines.unclip import UnCLIPPipeline
 
 M = TypeVar("M", bound=nn.Module)

@@ -20,13 +20,14 @@ from torch import nn
 
 import unclip
 from unclip.config import parse
-from unclip.evaluation import DTYPES, STAGES
+from unclip.evaluation import STAGES
 from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig, dalle, karlo
 from unclip.evaluation.bench.calls import Work, picture_work
 from unclip.evaluation.bench.clock import counted, timed
 from unclip.evaluation.bench.dalle import code_work
 from unclip.evaluation.bench.memory import PeakMemory
 from unclip.pipelines.base import default_dtype, find_device
+from unclip.pipelines.command_line import DTYPES
 from unclip.pipelines.dalle import DallePipeline
 from unclip.pipelines.offload import parts
 from unclip.pipelines.unclip import UnCLIPPipeline
