@@ -300,8 +300,8 @@ def test_memory_is_held_against_its_bound():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--repeat", "0"], "repeat is 0; expected at least 1"),
-        (["--batch", "0"], "batch is 0"),
+        (["--repeat", "0"], "'0' is not a whole number of at least 1"),
+        (["--preset", "slow"], "invalid choice: 'slow'"),
         (["--model", "emojy"], "unknown model 'emojy'"),
         (["--stages", "prior,decodr"], "unknown stage 'decodr'"),
         (["--steps-only", "--preset", "fast"], "the steps of 'fast' are not alike"),

@@ -338,6 +338,13 @@ def test_the_card_of_a_bundled_model_can_be_filled_in(name):
         assert "new" in card.fill(readme, block, "new").split(f"<!-- {block} -->")[1]
 
 
+@pytest.mark.parametrize("name", ["emoji", "emoji-dalle1"])
+def test_the_card_of_a_bundled_model_tells_what_was_measured(name):
+    folder = Path(__file__).parent.parent / "assets" / name
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.fill(readme, "figures", card.figures(folder)) == readme
+
+
 def test_loss_curves_without_matplotlib(tmp_path, monkeypatch):
     real = builtins.__import__
 

@@ -56,6 +56,11 @@ def test_lines_build_on_what_lines_before_have_written():
     assert len(set(files)) == len(files)
 
 
+def test_the_bundled_page_is_what_its_lines_and_figures_make():
+    assets = Path(__file__).parent.parent / "assets"
+    assert page("emoji", assets / "gallery") == (assets / "gallery.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("there", "expected"), [("decoder", True), ("inpainter", True), ("other", False)])
 def test_a_model_inpaints_with_either_decoder(there, expected, model, tmp_path):
     assert not inpaints(Path(model))

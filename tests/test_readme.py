@@ -27,6 +27,7 @@ from unclip.cli import main
 from unclip.data import embeddings, emoji
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/**/*.md")), *sorted(ROOT.glob("configs/*/README.md"))]
 ONE_STEP = {"data.workers": 0, "data.batch_size": 2, "fit.val_every": 0, "fit.preview_every": 0}
 
 
@@ -215,9 +216,14 @@ def test_the_tree_is_that_of_the_repository():
     assert {path for path in (ROOT / "unclip").iterdir() if path.is_dir() and path.name != "__pycache__"} <= told
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_configs_in_the_commands_use_the_rendered_data():

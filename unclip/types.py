@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:  # importing `unclip` must stay cheap
     import torch
@@ -12,9 +12,27 @@ if TYPE_CHECKING:  # importing `unclip` must stay cheap
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
+R = TypeVar("R", bound="Rows")
+
+
+class Rows:
+    """Tensors that belong together, each with a row for each of a batch."""
+
+    def _map(self: R, f: Callable[[torch.Tensor], torch.Tensor]) -> R:
+        """The same of all tensors changed by f."""
+        raise NotImplementedError
+
+    def __getitem__(self: R, rows: slice | torch.Tensor) -> R:
+        """Some of the rows; `rows` is a slice or an index or mask tensor."""
+        return self._map(lambda x: x[rows])
+
+    def repeat_interleave(self: R, n: int) -> R:
+        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
+        return self._map(lambda x: x.repeat_interleave(n, dim=0))
+
 
 @dataclass(frozen=True)
-class TextEncoding:
+class TextEncoding(Rows):
     """What CLIP's text tower says about B captions."""
 
     emb: torch.Tensor  # (B, D) projected, not normalised
@@ -27,14 +45,6 @@ class TextEncoding:
 
     def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> TextEncoding:
         return TextEncoding(f(self.emb), f(self.states), f(self.mask), None if self.ids is None else f(self.ids))
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> TextEncoding:
-        """The encodings of some rows; `rows` is a slice or an index or mask tensor."""
-        return self._map(lambda x: x[rows])
-
-    def repeat_interleave(self, n: int) -> TextEncoding:
-        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
     def trim(self) -> TextEncoding:
         """Without the columns that are padding in every row; networks that heed the mask answer the same, sooner."""

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, losses, guidance and samplers. Knows no network."""
+"""The mathematics of diffusion: schedules, losses, guidance, samplers, inversion, painting. Knows no network."""

@@ -1,1 +1,1 @@
-"""The networks, one file for each figure of a paper."""
+"""The networks, one file each, and what they share. Know nothing of diffusion."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.models.dalle import CodeGrid
+from unclip.models.dalle import CodeGrid, check_text
 from unclip.models.dalle_attention import Pattern
 from unclip.models.dalle_cache import CodeCache
 from unclip.models.dalle_streams import FirstCodes, FromStart, NextCode, Run
@@ -221,12 +221,7 @@ class BartDALLE(nn.Module):
 
     def tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """A tokenizer's ids (P, L) and mask (P, L) -> tokens (P, L)."""
-        L, V = self.config.context_length, self.config.text_vocab
-        if ids.ndim != 2 or ids.shape[1] != L:
-            raise ValueError(f"text ids are of shape {tuple(ids.shape)}; this transformer expects (B, {L})")
-        if mask.any() and not 0 <= int(ids[mask].min()) <= int(ids[mask].max()) < V:
-            low, high = int(ids[mask].min()), int(ids[mask].max())
-            raise ValueError(f"text ids run from {low} to {high}; this transformer knows 0 to {V - 1}")
+        check_text(ids, mask, self.config.context_length, self.config.text_vocab)
         return ids.masked_fill(~mask, self.config.pad_id).to(self.start.device)
 
     def null_tokens(self, batch: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 
 from unclip.models.cross_attention_unet import CrossAttentionUNet, CrossAttentionUNetConfig
 from unclip.models.relative_prior import fitting
-from unclip.types import TextEncoding
+from unclip.types import Rows, TextEncoding
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def check_channels(unet: CrossAttentionUNetConfig, size: int, channels_in: int, 
 
 
 @dataclass(frozen=True)
-class TokenContext:
+class TokenContext(Rows):
     """All that the decoder needs to know of image embedding and caption; the same at every step."""
 
     time_shift: torch.Tensor  # (B, T)
@@ -79,14 +79,6 @@ class TokenContext:
     def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> TokenContext:
         text = None if self.text_tokens is None else f(self.text_tokens)
         return TokenContext(f(self.time_shift), f(self.image_tokens), text)
-
-    def __getitem__(self, rows: slice | torch.Tensor) -> TokenContext:
-        """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
-        return self._map(lambda x: x[rows])
-
-    def repeat_interleave(self, n: int) -> TokenContext:
-        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
     @classmethod
     def cat(cls, parts: Sequence[TokenContext]) -> TokenContext:

@@ -159,11 +159,7 @@ class DALLE(nn.Module):
     def tokens(self, ids: Tensor, mask: Tensor, drop: Tensor | None = None) -> Tensor:
         """A tokenizer's ids (B, L) and mask (B, L) -> tokens (B, L); rows where `drop` (B,) is True become the null."""
         L, V = self.config.context_length, self.config.text_vocab
-        if ids.ndim != 2 or ids.shape[1] != L:
-            raise ValueError(f"text ids are of shape {tuple(ids.shape)}; this transformer expects (B, {L})")
-        if mask.any() and not 0 <= int(ids[mask].min()) <= int(ids[mask].max()) < V:
-            low, high = int(ids[mask].min()), int(ids[mask].max())
-            raise ValueError(f"text ids run from {low} to {high}; this transformer knows 0 to {V - 1}")
+        check_text(ids, mask, L, V)
         if drop is not None:
             mask = mask & ~drop.to(mask.device)[:, None]
         return torch.where(mask, ids, torch.arange(V, V + L, device=ids.device)).to(self.start.device)
@@ -255,3 +251,12 @@ class DALLE(nn.Module):
 def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
     """(B, n, K), (B, n) -> (B, n)."""
     return -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def check_text(ids: Tensor, mask: Tensor, length: int, vocab: int) -> None:
+    """Raise ValueError unless ids are (B, length), and those that the mask (B, length) shows are below `vocab`."""
+    if ids.ndim != 2 or ids.shape[1] != length:
+        raise ValueError(f"text ids are of shape {tuple(ids.shape)}; this transformer expects (B, {length})")
+    if mask.any() and not 0 <= int(ids[mask].min()) <= int(ids[mask].max()) < vocab:
+        low, high = int(ids[mask].min()), int(ids[mask].max())
+        raise ValueError(f"text ids run from {low} to {high}; this transformer knows 0 to {vocab - 1}")

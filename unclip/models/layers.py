@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from unclip.types import Rows
+
 KV = TypeVar("KV", bound="KeyValues")
 M = TypeVar("M", bound=nn.Module)
 
@@ -205,7 +207,7 @@ def _per_pixel(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class KeyValues:
+class KeyValues(Rows):
     """Keys and values of N tokens for each attention of a network, computed once and attended to at every step."""
 
     k: tuple[torch.Tensor, ...]  # one for each attention: (B, H, N, d)
@@ -217,14 +219,6 @@ class KeyValues:
 
     def _map(self: KV, f: Callable[[torch.Tensor], torch.Tensor]) -> KV:
         return type(self)(tuple(map(f, self.k)), tuple(map(f, self.v)), f(self.mask))
-
-    def __getitem__(self: KV, rows: slice | torch.Tensor) -> KV:
-        """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
-        return self._map(lambda x: x[rows])
-
-    def repeat_interleave(self: KV, n: int) -> KV:
-        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
     def expand(self: KV, batch: int) -> KV:
         """Seen as `batch` rows, each row an equal number of times in a row; a single one without a copy."""

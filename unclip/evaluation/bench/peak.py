@@ -17,7 +17,7 @@ from unclip.pipelines.base import find_device
 SECONDS, RUNS = 0.5, 3  # for each shape at least
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECONDS) -> dict[str, float]:
+def measure_peak(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Operations a second of "convolution" and "matmul", with the shapes of Karlo's U-Nets."""
     batch = 64 if device.type == "cuda" else 1
     best = {"convolution": 0.0, "matmul": 0.0}
@@ -26,11 +26,11 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = SECO
             x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=memory_format)
             weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=memory_format)
             flops = 2 * batch * 9 * (channels * side) ** 2
-            rate = flops / _best(lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), device, seconds / 2)
+            rate = flops / _best(lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), device, SECONDS / 2)
             best["convolution"] = max(best["convolution"], rate)
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    best["matmul"] = 2 * n**3 / _best(lambda: F.linear(a, b), device, seconds)
+    best["matmul"] = 2 * n**3 / _best(lambda: F.linear(a, b), device, SECONDS)
     return best
 
 
