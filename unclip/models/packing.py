@@ -14,16 +14,25 @@ from torch import nn
 from unclip.models.layers import Linear
 from unclip.models.unet import UpConv2d
 
-LAYOUTS = ("_reorder_linear_weight", "_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise")
-TRANSPOSED = ("_reorder_convolution_transpose_weight", "_convolution_transpose_pointwise")
+OPERATORS = (
+    "_is_mkldnn_bf16_supported",
+    "_reorder_linear_weight",
+    "_linear_pointwise",
+    "_reorder_convolution_weight",
+    "_convolution_pointwise",
+    "_reorder_convolution_transpose_weight",
+    "_convolution_transpose_pointwise",
+)
 ANY_ROWS, ANY_SIZE = 1, 64  # the kernels ask what they will be given; here the answer makes no difference
 PLAIN = ("none", [], "")  # nothing is fused behind the layer
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has oneDNN, with operators that it does not promise to keep."""
-    known = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, op) for op in LAYOUTS + TRANSPOSED)
-    return known and dtype in (torch.float32, torch.bfloat16)
+    """Whether this PyTorch has oneDNN, with operators that it does not promise to keep, and this CPU the arithmetic."""
+    ops = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in OPERATORS)):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
 def pack(network: nn.Module) -> None:

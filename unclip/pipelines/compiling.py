@@ -25,7 +25,8 @@ def compile(pipe: P, **options: Any) -> P:
     torch.compile's own; given any, it is used on the CPU too, where it needs a C++ compiler.
 
     On the CPU weights are laid out as its kernels want them (see `unclip.models.packing`): the same bits, but for the
-    rounding of the enlarging convolutions. Where this PyTorch can't do that, nothing is changed.
+    rounding of the enlarging convolutions. Where PyTorch can't do that on this CPU (bf16 without AVX-512), nothing is
+    changed.
     """
     if not isinstance(pipe, Placement):
         raise ValueError(f"a {type(pipe).__name__} was given; expected a pipeline, such as unclip.load gives")
