@@ -142,6 +142,33 @@ def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
     assert [entry["seed"] for entry in read_metadata("a-9.png")] == [9]
 
 
+@pytest.mark.parametrize("command", ["generate", "variations"])
+def test_many_pictures_of_one_prompt_or_picture_are_written_by_and_by(run, monkeypatch, command):
+    Image.new("RGB", (16, 16), "red").save("a.png")
+    subject = {"generate": "a", "variations": "a.png"}[command]
+    run(command, subject, "-n", "19", "--seed", "3", "-o", "sheet.png", "--grid", "--quiet")
+    decode, calls = UnCLIPPipeline.decode, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+    assert run(command, subject, "-n", "19", "--seed", "3", "-o", "cut", "--quiet")[0] == 130
+    monkeypatch.setattr(UnCLIPPipeline, "decode", decode)
+    assert sorted(path.name for path in Path("cut").iterdir()) == sorted(f"a-{seed}.png" for seed in range(3, 19))
+    run(command, subject, "-n", "19", "--seed", "3", "-o", "all", "--quiet")
+    entries = [read_metadata(f"all/a-{seed}.png")[0] for seed in range(3, 22)]
+    assert entries == read_metadata("sheet.png")  # as drawn in one call
+
+
+def test_weights_of_a_prompt_that_comes_twice_are_added_up(run):
+    run("generate", "a", "b", "a", "--mix", "1", "2", "3", "-o", "mixed.png", "--quiet")
+    assert read_metadata("mixed.png")[0]["prompt"] == {"a": 4.0, "b": 2.0}
+
+
 def test_ctrl_c_ends_cleanly(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
