@@ -55,6 +55,11 @@ def test_without_an_output_the_picture_lands_here(run):
     assert Path("picture-0.png").is_file()
 
 
+def test_a_file_is_named_by_no_more_than_a_file_system_takes(run):
+    run("generate", "\U00010330" * 80, "--seed", "0", "--quiet")
+    assert Path("\U00010330" * 45 + "-0.png").is_file()
+
+
 def test_a_grid_has_a_row_for_each_prompt(run):
     run("generate", "a", "b", "-n", "3", "--seed", "0", "--grid", "-o", "sheet.png", "--quiet")
     assert Image.open("sheet.png").size == (3 * 16 + 2 * 4, 2 * 16 + 4)

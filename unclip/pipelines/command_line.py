@@ -187,8 +187,9 @@ def columns_of(entries: Sequence[dict[str, Any]]) -> int:
 
 
 def slug(text: str) -> str:
-    """A file name of at most 60 characters, in any script."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"
+    """A file name of at most 60 characters, in any script, and 180 bytes: most file systems take 255."""
+    name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
+    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "picture"
 
 
 def check_writable(file: Path | None) -> None:
