@@ -133,7 +133,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def check_prompts(prompt: Prompt) -> list[str]:
-    """One prompt or several as a list; ValueError if there is none or one is no string."""
+    """One prompt or several as a list; ValueError if there is none, or one is no string or no valid Unicode."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else None
     if prompts is None:
         raise ValueError(f"prompt is a {type(prompt).__name__}; expected a string or a list of strings")
@@ -142,6 +142,8 @@ def check_prompts(prompt: Prompt) -> list[str]:
     for i, text in enumerate(prompts):
         if not isinstance(text, str):
             raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # a shell's bytes that are not UTF-8 become these
+            raise ValueError(f"prompt {i} is {text!r}, which is no valid Unicode; expected UTF-8")
     return prompts
 
 

@@ -18,7 +18,7 @@ from unclip.models.prior import DiffusionPrior
 from unclip.models.text_prior import DirectPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
-from unclip.pipelines.base import Picture, check_images, check_prompts, random_generators
+from unclip.pipelines.base import Picture, check_count, check_images, check_prompts, random_generators
 from unclip.pipelines.networks import UnCLIPNetworks
 from unclip.pipelines.stepping import Stepper
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
@@ -72,7 +72,11 @@ class UnCLIPStages(UnCLIPNetworks):
         weights (K, P): text holds the first of K texts for each of the P, then the second, ..., to be mixed so.
         """
         prior = self._need_prior()
-        options, candidates = options or self.options.prior, candidates or self.options.prior_candidates
+        options = options or self.options.prior
+        candidates = self.options.prior_candidates if candidates is None else candidates
+        check_count("candidates", candidates)
+        if options.temperature != 1 and not isinstance(prior, DirectPrior):
+            raise ValueError(f"temperature is {options.temperature}, but a diffusion prior has none; leave it at 1")
         K, P = (1, len(text)) if weights is None else weights.shape
         text_emb = mixed(text.emb.float(), weights)
         generators = generators or random_generators(P * num_images)
