@@ -38,6 +38,10 @@ class TextEncoding:
         """Each row n times in a row: (B, ...) -> (B * n, ...)."""
         return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
+    def clone(self) -> TextEncoding:
+        """A copy of every part."""
+        return self._map(lambda x: x.clone())
+
     def trim(self) -> TextEncoding:
         """Without the columns that are padding in every row; networks that heed the mask answer the same, sooner."""
         length = max([1, *(self.mask.any(0).nonzero().flatten() + 1).tolist()])
