@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 import zipfile
@@ -181,6 +183,30 @@ def test_ctrl_c_ends_cleanly(run, monkeypatch):
     monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
     assert run("generate", "a", "-o", "a.png", "--quiet") == (130, "", "interrupted\n")
     assert not Path("a.png").exists()
+
+
+def test_a_reader_that_goes_away_loses_no_picture(run, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:  # which is flushed at its end, as standard output is when Python exits
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert run("generate", "a", "b", "c", "--seed", "0")[0] == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "b-1.png", "c-2.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk is always full here")
+def test_a_full_disk_is_told_in_one_line(run, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = run("models", model=None)
+    assert (code, err) == (2, "error: standard output cannot be written: No space left on device\n")
+
+
+def test_letters_that_the_terminal_lacks_are_told_by_number(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert run("generate", "赤", "a", "--seed", "0")[0] == 0
+    assert sys.stdout.buffer.getvalue().decode().splitlines() == ["\\u8d64-0.png", "a-1.png"]
 
 
 def test_importing_and_helping_are_quick():

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from unclip.pipelines.command_line import (
     DEFAULT_MODEL,
     DTYPES,
     Drawing,
+    Outlet,
     add_command,
     add_model,
     add_output,
@@ -57,7 +58,7 @@ Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metada
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0 = done, 2 = bad input (told in one line on stderr), 130 = interrupted."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)):
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             args = _parser().parse_args(argv)
@@ -65,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of a pipe has gone; Python must not complain when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
