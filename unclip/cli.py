@@ -58,7 +58,8 @@ Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metada
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0 = done, 2 = bad input (told in one line on stderr), 130 = interrupted."""
-    with warnings.catch_warnings(), redirect_stdout(Outlet.of(sys.stdout)), redirect_stderr(Outlet.of(sys.stderr)):
+    out, err = (stream and Outlet(stream) for stream in (sys.stdout, sys.stderr))  # None where a shell closed it
+    with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             args = _parser().parse_args(argv)

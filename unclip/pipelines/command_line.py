@@ -42,11 +42,6 @@ class Outlet:
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
-    @classmethod
-    def of(cls, stream: TextIO | None) -> Outlet | None:
-        """None where Python was started without the stream."""
-        return None if stream is None else cls(stream)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
