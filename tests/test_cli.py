@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 import zipfile
@@ -53,6 +55,11 @@ def test_several_pictures_to_a_folder(run):
 def test_without_an_output_the_picture_lands_here(run):
     run("generate", "🍎", "--seed", "0", "--quiet")
     assert Path("picture-0.png").is_file()
+
+
+def test_a_file_is_named_by_no_more_than_a_file_system_takes(run):
+    run("generate", "\U00010330" * 80, "--seed", "0", "--quiet")
+    assert Path("\U00010330" * 45 + "-0.png").is_file()
 
 
 def test_a_grid_has_a_row_for_each_prompt(run):
@@ -142,6 +149,33 @@ def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
     assert [entry["seed"] for entry in read_metadata("a-9.png")] == [9]
 
 
+@pytest.mark.parametrize("command", ["generate", "variations"])
+def test_many_pictures_of_one_prompt_or_picture_are_written_by_and_by(run, monkeypatch, command):
+    Image.new("RGB", (16, 16), "red").save("a.png")
+    subject = {"generate": "a", "variations": "a.png"}[command]
+    run(command, subject, "-n", "19", "--seed", "3", "-o", "sheet.png", "--grid", "--quiet")
+    decode, calls = UnCLIPPipeline.decode, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+    assert run(command, subject, "-n", "19", "--seed", "3", "-o", "cut", "--quiet")[0] == 130
+    monkeypatch.setattr(UnCLIPPipeline, "decode", decode)
+    assert sorted(path.name for path in Path("cut").iterdir()) == sorted(f"a-{seed}.png" for seed in range(3, 19))
+    run(command, subject, "-n", "19", "--seed", "3", "-o", "all", "--quiet")
+    entries = [read_metadata(f"all/a-{seed}.png")[0] for seed in range(3, 22)]
+    assert entries == read_metadata("sheet.png")  # as drawn in one call
+
+
+def test_weights_of_a_prompt_that_comes_twice_are_added_up(run):
+    run("generate", "a", "b", "a", "--mix", "1", "2", "3", "-o", "mixed.png", "--quiet")
+    assert read_metadata("mixed.png")[0]["prompt"] == {"a": 4.0, "b": 2.0}
+
+
 def test_ctrl_c_ends_cleanly(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -149,6 +183,30 @@ def test_ctrl_c_ends_cleanly(run, monkeypatch):
     monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
     assert run("generate", "a", "-o", "a.png", "--quiet") == (130, "", "interrupted\n")
     assert not Path("a.png").exists()
+
+
+def test_a_reader_that_goes_away_loses_no_picture(run, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:  # which is flushed at its end, as standard output is when Python exits
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert run("generate", "a", "b", "c", "--seed", "0")[0] == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "b-1.png", "c-2.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk is always full here")
+def test_a_full_disk_is_told_in_one_line(run, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = run("models", model=None)
+    assert (code, err) == (2, "error: standard output cannot be written: No space left on device\n")
+
+
+def test_letters_that_the_terminal_lacks_are_told_by_number(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert run("generate", "赤", "a", "--seed", "0")[0] == 0
+    assert sys.stdout.buffer.getvalue().decode().splitlines() == ["\\u8d64-0.png", "a-1.png"]
 
 
 def test_importing_and_helping_are_quick():

@@ -53,7 +53,7 @@ def test_frequencies_are_the_probabilities(temperature):
 def test_a_cold_draw_is_the_likeliest_code():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(50)
-    for temperature in (0.0, 1e-6):
+    for temperature in (0.0, 5e-324, 1e-40, 1e-6):
         options = CodeOptions(temperature=temperature)
         assert torch.equal(draw_code(logits, uniform, options), logits.argmax(-1))
 

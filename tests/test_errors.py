@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pictures import open_picture, read_metadata
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip import UnCLIPPipeline
-from unclip.types import StageOptions
+from unclip.types import CodeOptions, StageOptions
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,12 @@ from unclip.types import StageOptions
         (None, {}, "prompt is a NoneType; expected a string"),
         (7, {}, "prompt is a int; expected a string"),
         (["a", 7], {}, "prompt 1 is 7, a int; expected a string"),
+        ("caf\udce9", {}, r"prompt 0 is 'caf\\udce9', which is no valid Unicode; expected UTF-8"),
+        (
+            "a",
+            {"options": replace(TINY_OPTIONS, prior=StageOptions(1, temperature=0.2))},
+            "temperature is 0.2, but a diffusion prior has none; leave it at 1",
+        ),
         ("a", {"num_images": 0}, "num_images is 0; expected a whole number of at least 1"),
         ("a", {"num_images": 1.5}, "num_images is 1.5"),
         ("a", {"batch_size": 0}, "batch_size is 0"),
@@ -66,6 +73,7 @@ def test_a_bad_call_is_refused(tiny_pipe, prompt, changes, message):
         ({"image": np.zeros((8, 8, 3))}, "a ndarray is no picture; expected a path or a PIL picture"),
         ({"image_emb": torch.ones(16)}, r"image_emb is of shape \(16,\); expected \(N, 16\)"),
         ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
+        ({"image_emb": torch.full((1, 16), torch.nan)}, "image_emb holds infinite numbers or nan; expected CLIP"),
     ],
 )
 def test_bad_variations_are_refused(tiny_pipe, given, message):
@@ -78,6 +86,16 @@ def test_an_unknown_embedding_is_refused():
         replace(TINY_OPTIONS, embedding="imge")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_options_that_would_overflow_are_refused(value):
+    for make, name in [
+        *((partial(StageOptions, 3), name) for name in ("guidance", "eta", "guidance_rescale", "temperature")),
+        *((CodeOptions, name) for name in ("guidance", "temperature")),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name} is {re.escape(str(value))}; expected a number of at most"):
+            make(**{name: value})
+
+
 def test_stages_check_what_they_are_given(tiny_pipe):
     text = tiny_pipe.encode_text(["a", "b"])
     with pytest.raises(ValueError, match="2 texts for 3 image embeddings"):
@@ -87,6 +105,11 @@ def test_stages_check_what_they_are_given(tiny_pipe):
             ValueError, match=rf"image_emb is of shape {re.escape(str(tuple(emb.shape)))}; expected \(B, 16"
         ):
             tiny_pipe.decode(emb)
+    for candidates in (0, -1):
+        with pytest.raises(ValueError, match=f"candidates is {candidates}; expected a whole number of at least 1"):
+            tiny_pipe.sample_prior(text, candidates=candidates)
+        with pytest.raises(ValueError, match=f"candidates is {candidates}"):
+            tiny_pipe.imagine("a", options=replace(TINY_OPTIONS, prior_candidates=candidates), progress=False)
     bright = torch.full((1, 3, 16, 16), 255.0)
     for draw in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
         with pytest.raises(ValueError, match="image is of values from 255 to 255"):
@@ -173,6 +196,9 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
         ("generate a --steps 0", "steps is 0"),
         ("generate a --sampler euler", "invalid choice: 'euler'"),
         ("generate a --seed -3", "seed is -3"),
+        ("generate a --guidance nan", "guidance is nan; expected a number of at most"),
+        ("generate a --temperature 0.2", "temperature is 0.2, but a diffusion prior has none"),
+        ("generate caf\udce9", "which is no valid Unicode"),
         ("generate a --model emojis", "unknown model 'emojis'; bundled models: emoji"),
         ("generate a --model ./nowhere", "unknown model './nowhere'; bundled models: emoji"),
         ("generate a --model broken", "broken/prior/model.safetensors is truncated"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import stat
+import struct
 import sys
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from unclip import pictures
 from unclip.pictures import cell, lacks_picture, open_mask, open_picture, read_metadata, save_animation, save_png
@@ -98,7 +100,35 @@ def test_masks_are_white_or_transparent(tmp_path):
         open_mask(tmp_path / "none.png")
 
 
+def test_a_damaged_file_is_told_in_one_line(tmp_path, monkeypatch):
+    """Pillow's readers raise nearly anything."""
+    path = saved(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    for error in (RuntimeError("frame 0"), NotImplementedError("format 0"), struct.error("4 bytes"), AttributeError()):
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageOps, "exif_transpose", mock.Mock(side_effect=error))
+            for opened in (open_picture, open_mask):
+                with pytest.raises(ValueError, match=r"a\.png: not a picture that can be read; expected a PNG"):
+                    opened(path)
+
+
 # -- what a picture tells about itself
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("5", '"x"', '"pictures"', "null", "[]", "[1]", "{", "[" * 100_000, '{"pictures": [1]}'),
+        *('{"pictures": [], "entries": [{"picture": 0}]}', '{"pictures": [1], "entries": [{"picture": 0}]}'),
+        *('{"options": 5}', '{"sources": [4]}', '{"sources": ["x"]}', '{"sources": 4}', '{"options": null}'),
+        *('{"dtype": []}', '{"image_emb": 5}', '{"arguments": []}', '[{"seed": 1}, {"sources": [{"picture": 1}]}]'),
+    ],
+)
+def test_metadata_that_was_not_written_here_is_refused(tmp_path, told):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(pictures.METADATA_KEY, told)
+    path = saved(Image.new("RGB", (4, 4)), tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(ValueError, match=r"a\.png: its metadata is damaged, or not unclip's; expected a picture as"):
+        read_metadata(path)
 
 
 def test_a_picture_is_held_once_for_all_that_was_drawn_of_it(frames, tmp_path):

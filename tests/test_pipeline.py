@@ -125,6 +125,19 @@ def test_stages_alone_make_the_whole(tiny_pipe, draw):
     assert difference(Image.fromarray(pixels), result.images[0]) == 0
 
 
+def test_answers_of_stages_can_be_computed_with(tiny_pipe, tiny_dalle):
+    text = tiny_pipe.encode_text("a red apple")
+    image_emb = tiny_pipe.sample_prior(text)
+    small = tiny_pipe.decode(image_emb, text)
+    pictures = [tiny_pipe.upsample(small), tiny_dalle.decode(torch.zeros(1, 4, 4, dtype=torch.long))]
+    embs = [image_emb, tiny_pipe.as_image(text.emb), tiny_pipe.encode_image(pictures[0])]
+    for answer in (text.emb, text.states, *embs, small, *pictures):
+        answer /= answer.norm()
+        assert answer.requires_grad_().sum().backward() is None
+    with torch.inference_mode():  # where a copy would be for nothing
+        assert tiny_pipe.encode_text("a red apple").emb.is_inference()
+
+
 def test_every_step_is_reported(draw):
     steps = []
     draw("a red apple", num_images=3, batch_size=2, on_step=steps.append)

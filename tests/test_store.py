@@ -17,6 +17,7 @@ from unclip.checkpoints.formats import load_any
 from unclip.cli import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.weights import save_tensors
 
 
 @pytest.mark.parametrize("make", [tiny_prior, tiny_decoder, tiny_upsampler])
@@ -59,6 +60,14 @@ def test_weights_outlive_their_file(tmp_path):
     loaded = store.load_component(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert torch.equal(loaded.positions, prior.positions)
+
+
+def test_the_umask_says_who_may_read_weights(tmp_path):
+    (tmp_path / "plain").touch()
+    store.save_component(tiny_prior(), tmp_path)
+    save_tensors({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    for name in ("model.safetensors", "x.safetensors"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from unclip.pipelines.command_line import (
     DEFAULT_MODEL,
     DTYPES,
     Drawing,
+    Outlet,
     add_command,
     add_model,
     add_output,
@@ -57,7 +58,8 @@ Drawn = list[tuple["Image.Image", dict[str, Any]]]  # pictures with their metada
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0 = done, 2 = bad input (told in one line on stderr), 130 = interrupted."""
-    with warnings.catch_warnings():
+    out, err = (stream and Outlet(stream) for stream in (sys.stdout, sys.stderr))  # None where a shell closed it
+    with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             args = _parser().parse_args(argv)
@@ -65,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # the reader of a pipe has gone; Python must not complain when it flushes at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -115,24 +115,33 @@ def generate(args: Namespace) -> None:
     check_output(args, count)
     args.model = args.model or DEFAULT_MODEL
     pipe = load_model(args)
-
-    from unclip.pipelines.base import seeds_from
-
-    # Written as they are drawn, so that whoever interrupts a long list keeps its beginning; a grid needs them all.
-    each = args.num_images if args.candidates is None else args.candidates
-    at_once = len(prompts) if args.grid else max(1, BATCH_SIZE // each)
-    seeds, options = seeds_from(args.seed, len(prompts) * each), sampling_options(pipe, args)
-    for i in range(0, len(prompts), at_once):
+    options = sampling_options(pipe, args)
+    for rows, drawing in _drawings(args, len(prompts)):
         result = pipe(
-            prompts[i : i + at_once],
+            prompts[rows],
             **_told(negative_prompt=args.negative, num_candidates=args.candidates),
-            num_images=args.num_images,
-            seed=seeds[i * each],
+            **drawing,
             options=options,
             batch_size=BATCH_SIZE,
             progress=not args.quiet,
         )
         _write(list(zip(result.images, result.metadata, strict=True)), args)
+
+
+def _drawings(args: Namespace, num_prompts: int = 1) -> Iterator[tuple[slice, dict[str, int]]]:
+    """Some prompts at a time, with num_images and seed of their call: what is drawn is written before the next call.
+
+    So whoever interrupts a long list keeps its beginning. A grid needs all pictures at once, a choice all candidates.
+    """
+    from unclip.pipelines.base import seeds_from, split_batches
+
+    candidates = getattr(args, "candidates", None)
+    each = candidates or args.num_images
+    at_once = BATCH_SIZE if candidates is None else max(BATCH_SIZE, each)
+    seeds = seeds_from(args.seed, num_prompts * each)
+    for rows, n in split_batches(num_prompts, each, len(seeds) if args.grid else at_once):
+        yield rows, {"num_images": args.num_images if candidates else n, "seed": seeds[0]}
+        seeds = seeds[n * len(range(num_prompts)[rows]) :]
 
 
 def _told(**arguments: Any) -> dict[str, Any]:
@@ -143,7 +152,10 @@ def _told(**arguments: Any) -> dict[str, Any]:
 def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
     if len(prompts) != len(weights):
         raise ValueError(f"--mix gives {len(weights)} weights for {len(prompts)} prompts; expected one for each")
-    return dict(zip(prompts, weights, strict=True))
+    mixture = dict.fromkeys(prompts, 0.0)
+    for prompt, weight in zip(prompts, weights, strict=True):
+        mixture[prompt] += weight
+    return mixture
 
 
 def _redraw(args: Namespace) -> None:
@@ -182,15 +194,11 @@ def variations(args: Namespace) -> None:
     image = open_picture(args.image)
     check_output(args, args.num_images)
     pipe = load_model(args)
-    result = pipe.variations(
-        _fitted(image, pipe, args),
-        **_told(prompt=args.prompt, keep=args.keep),
-        num_images=args.num_images,
-        seed=args.seed,
-        options=sampling_options(pipe, args),
-        progress=not args.quiet,
-    )
-    _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
+    image, options = _fitted(image, pipe, args), sampling_options(pipe, args)
+    for _, drawing in _drawings(args):
+        told = _told(prompt=args.prompt, keep=args.keep)
+        result = pipe.variations(image, **told, **drawing, options=options, progress=not args.quiet)
+        _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
 
 
 def _add_complete(commands: Any) -> None:
@@ -212,17 +220,11 @@ def complete(args: Namespace) -> None:
     pipe = load_model(args)
     if not hasattr(pipe, "complete"):
         raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which completes no pictures; give a DALL-E as --model")
-    result = pipe.complete(
-        _fitted(image, pipe, args),
-        args.caption,
-        **_told(keep=args.keep),
-        num_images=args.num_images,
-        num_candidates=args.candidates,
-        seed=args.seed,
-        options=sampling_options(pipe, args),
-        progress=not args.quiet,
-    )
-    _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
+    image, options = _fitted(image, pipe, args), sampling_options(pipe, args)
+    for _, drawing in _drawings(args):
+        told = _told(keep=args.keep, num_candidates=args.candidates)
+        result = pipe.complete(image, args.caption, **told, **drawing, options=options, progress=not args.quiet)
+        _write(list(zip(result.images, result.metadata, strict=True)), args, name=args.image.stem)
 
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:

@@ -16,6 +16,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
+TYPES = {  # of what an entry of the metadata may tell, or a source in it
+    **dict.fromkeys(("options", "arguments", "inversion"), dict),
+    **dict.fromkeys(("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quantized"), (str, type(None))),
+    "sources": list,
+}
 MOST_TEXT = 60_000_000  # characters of metadata; Pillow opens no PNG with texts beyond 64 MB
 
 
@@ -55,17 +60,19 @@ def _open(source: str | Path | Image.Image) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(source)
             image = ImageOps.exif_transpose(image)
-        if image.mode in ("F", "LAB"):
-            raise ValueError(f"{source}: its pixels are of kind {image.mode}; expected RGB, grey, CMYK or a palette")
-        if not image.mode.startswith("I"):
-            return image
-        grey = np.asarray(image, np.float64) / 257  # 16 bits, which Pillow would clip at 255
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     except FileNotFoundError:
         raise FileNotFoundError(f"no picture at {source}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not a picture that can be read" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        told = (OSError, SyntaxError, Image.DecompressionBombError)
+        known = isinstance(error, told) and not isinstance(error, UnidentifiedImageError)
+        reason = error if known else "not a picture that can be read"
         raise ValueError(f"{source}: {reason}; expected a PNG, JPEG, WebP or the like") from None
+    if image.mode in ("F", "LAB"):
+        raise ValueError(f"{source}: its pixels are of kind {image.mode}; expected RGB, grey, CMYK or a palette")
+    if not image.mode.startswith("I"):
+        return image
+    grey = np.asarray(image, np.float64) / 257  # 16 bits, which Pillow would clip at 255
+    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None:
@@ -86,7 +93,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
 def read_metadata(path: str | Path) -> list[dict[str, Any]]:
     """What `save_png` or `save_animation` put into a PNG or GIF, one entry for each picture in it.
 
-    ValueError if the file is no picture, or one that was not drawn here.
+    ValueError if the file is no picture, or one that was not drawn here, or if its metadata is damaged.
     """
     open_picture(path)
     with Image.open(path) as image:
@@ -96,10 +103,24 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
             text = image.info["comment"]
     if text is None:
         raise ValueError(f"{path} holds no metadata of unclip; it was drawn elsewhere, or its metadata was stripped")
-    metadata = json.loads(text)
-    if "pictures" in metadata:
-        return _with_pictures(metadata["entries"], lambda place: None if place is None else metadata["pictures"][place])
-    return metadata if isinstance(metadata, list) else [metadata]
+    try:
+        told = json.loads(text)
+        if "pictures" in told:
+            pictures = told["pictures"]
+            told = _with_pictures(told["entries"], lambda place: None if place is None else pictures[place])
+        entries = told if isinstance(told, list) else [told]
+        sound = entries != [] and all(_is_sound(source) for entry in entries for source in _sources(entry))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: its metadata is damaged, or not unclip's; expected a picture as unclip wrote it")
+    return entries
+
+
+def _is_sound(source: dict[str, Any]) -> bool:
+    """Whether it may be an entry of metadata, or a source in one."""
+    right = (isinstance(source[name], types) for name, types in TYPES.items() if name in source)
+    return isinstance(source, dict) and all(right)
 
 
 def lacks_picture(entry: dict[str, Any]) -> bool:

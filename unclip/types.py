@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # importing `unclip` must stay cheap
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
+LARGEST = 1e6  # number in options, lest what it is multiplied with overflow
 R = TypeVar("R", bound="Rows")
 
 
@@ -29,6 +30,10 @@ class Rows:
     def repeat_interleave(self: R, n: int) -> R:
         """Each row n times in a row: (B, ...) -> (B * n, ...)."""
         return self._map(lambda x: x.repeat_interleave(n, dim=0))
+
+    def clone(self: R) -> R:
+        """A copy of every part."""
+        return self._map(lambda x: x.clone())
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,13 @@ class StageOptions:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; a stage needs at least 1")
+        _check_numbers(self, "guidance", "eta", "guidance_rescale", "temperature")
         low, high = self.guidance_interval
         if not 0.0 <= low <= high <= 1.0:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1")
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
             raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]")
-        if not self.temperature >= 0:
+        if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
         if self.reuse < 1:
             raise ValueError(f"reuse is {self.reuse}; expected 1 (compute everything at every step) or more")
@@ -94,7 +100,8 @@ class CodeOptions:
     guidance: float = 1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        _check_numbers(self, "guidance", "temperature")
+        if self.temperature < 0:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; expected a number of codes, at least 1")
@@ -130,7 +137,7 @@ class GLIDEOptions:
 class Progress:
     """Given to `on_step` after every sampling step."""
 
-    stage: Literal["prior", "decoder", "upsampler"] | str
+    stage: str  # "prior", "decoder", "inpainter", "upsampler_0", ...; "dalle"
     step: int  # 1 .. num_steps
     num_steps: int
     preview: torch.Tensor | None = None  # (B, 3, s, s) in [-1, 1]: the current estimate of x_0; None in the prior
@@ -173,6 +180,13 @@ class GenerationResult:
 
         names = [part.name for part in fields(GenerationResult)]
         return GenerationResult(**{name: joined([getattr(result, name) for result in parts]) for name in names})
+
+
+def _check_numbers(options: StageOptions | CodeOptions, *names: str) -> None:
+    """ValueError if one of them is not finite, or so large that sampling would overflow."""
+    for name in names:
+        if not abs(value := getattr(options, name)) <= LARGEST:
+            raise ValueError(f"{name} is {value}; expected a number of at most {LARGEST:g} in size")
 
 
 OnStep = Callable[[Progress], None]

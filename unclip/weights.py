@@ -66,7 +66,16 @@ def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in module.state_dict().items()
     }
-    save_file(tensors, file)
+    write_safetensors(tensors, file)
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """As `safetensors.torch.save_file`, which lets nobody else read the file; here the umask says who may."""
+    path = Path(file)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -76,7 +85,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, metadata: dict
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
+            write_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

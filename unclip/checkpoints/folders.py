@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip.checkpoints.diffusers_layout import weight_files, weights_of
 from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import LEAVES, Rule, to_here
-from unclip.weights import TensorFile
+from unclip.weights import TensorFile, write_safetensors
 
 M = TypeVar("M", bound=nn.Module)
 Parts = Mapping[Path, Sequence[Rule]]  # the folder of each part of a network, and the rules that its names follow
@@ -56,4 +55,4 @@ def write_weights(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype 
     wanted = {name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()}
     # safetensors wants no two tensors in one storage, and the parts of a Linear that was split are in one.
     wanted = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in wanted.items()}
-    save_file(wanted, file, metadata={"format": "pt"})
+    write_safetensors(wanted, file, metadata={"format": "pt"})

@@ -19,6 +19,8 @@ Prefix = TextPrefix | BartPrefix
 Step = Callable[[Tensor, Tensor, CodeCache | BartCache], Tensor]
 OnCode = Callable[[int, Tensor], None]  # codes drawn or given so far, n; those codes (B, n)
 
+COLDEST = 1e-6  # temperature; below it logits might overflow, and the likeliest code has all the probability anyway
+
 
 @torch.inference_mode()
 def sample_codes(
@@ -82,7 +84,7 @@ def guide(logits: Tensor, scale: float) -> Tensor:
 
 def draw_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor:
     """Logits (B, K) and a number in [0, 1) for each row -> a code for each, (B,), by inverting the distribution."""
-    if options.temperature == 0:
+    if options.temperature < COLDEST:
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / options.temperature, None
     if options.top_k is not None or options.top_p < 1:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from unclip import __version__
 from unclip.config import parse, to_dict
-from unclip.types import GenerationResult, OnStep, Progress, Prompt, StageOptions
+from unclip.types import GenerationResult, OnStep, Progress, Prompt, StageOptions, TextEncoding
 
 if TYPE_CHECKING:
     from unclip.pipelines.placement import Placement  # which builds on this module
@@ -27,6 +27,23 @@ if TYPE_CHECKING:
 # B batch, D CLIP embedding width, S image size
 
 Picture = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer", Tensor, TextEncoding)
+
+
+def inferring(stage: Callable[P, Answer]) -> Callable[P, Answer]:
+    """A stage in inference mode; from outside of it, its answer is a copy that the caller may compute with."""
+
+    @wraps(stage)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        if torch.is_inference_mode_enabled():
+            return stage(*args, **kwargs)
+        with torch.inference_mode():
+            answer = stage(*args, **kwargs)
+        return answer.clone()
+
+    return run
 
 
 class TextToImage(Protocol):
@@ -133,7 +150,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def check_prompts(prompt: Prompt) -> list[str]:
-    """One prompt or several as a list; ValueError if there is none or one is no string."""
+    """One prompt or several as a list; ValueError if there is none, or one is no string or no valid Unicode."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else None
     if prompts is None:
         raise ValueError(f"prompt is a {type(prompt).__name__}; expected a string or a list of strings")
@@ -142,6 +159,8 @@ def check_prompts(prompt: Prompt) -> list[str]:
     for i, text in enumerate(prompts):
         if not isinstance(text, str):
             raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # a shell's bytes that are not UTF-8 become these
+            raise ValueError(f"prompt {i} is {text!r}, which is no valid Unicode; expected UTF-8")
     return prompts
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 # torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
 if TYPE_CHECKING:
@@ -28,6 +29,31 @@ class Drawing(NamedTuple):
     name: str  # of its file, without the ending
     picture: Image.Image
     metadata: Any
+
+
+class Outlet:
+    """Standard output or error that is written at once, whatever its encoding lacks, whether it is read or not.
+
+    If the reader of a pipe goes away, the rest is told to nobody, and no picture is lost. A full disk is an OSError.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # for what Python flushes when it exits
+            if not isinstance(error, BrokenPipeError):
+                raise OSError(f"standard output cannot be written: {error.strerror}") from None
+        return len(text)
 
 
 def add_command(commands: Any, run: Callable[[Namespace], None], about: str, example: str = "") -> ArgumentParser:
@@ -187,8 +213,9 @@ def columns_of(entries: Sequence[dict[str, Any]]) -> int:
 
 
 def slug(text: str) -> str:
-    """A file name of at most 60 characters, in any script."""
-    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "picture"
+    """A file name of at most 60 characters, in any script, and 180 bytes: most file systems take 255."""
+    name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
+    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "picture"
 
 
 def check_writable(file: Path | None) -> None:

@@ -12,7 +12,7 @@ from unclip.clip import CLIP
 from unclip.models.codec import ImageCodec
 from unclip.models.dalle_bound import JointBound, joint_bound
 from unclip.models.dalle_sampling import AnyDALLE
-from unclip.pipelines.base import Picture, check_prompts, seeds_from
+from unclip.pipelines.base import Picture, check_prompts, inferring, seeds_from
 from unclip.pipelines.placement import Placement
 from unclip.pipelines.runs import batches_of, several, to_tensor
 from unclip.pipelines.settling import settled
@@ -39,14 +39,14 @@ class DalleStages(Placement):
         """Every network but CLIP."""
         return {"codec": self.codec, "dalle": self.dalle}
 
-    @torch.inference_mode()
+    @inferring
     def encode(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Pictures of S x S pixels (PIL, paths, or tensors in [-1, 1]) -> their codes (P, h, w)."""
         x = to_tensor(self._fitting(images)).to(self.device)
         self._use(self.codec)
         return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
 
-    @torch.inference_mode()
+    @inferring
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) -> pictures (B, 3, S, S) in [-1, 1]."""
         self._use(self.codec)

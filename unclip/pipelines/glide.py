@@ -20,6 +20,7 @@ from unclip.pipelines.base import (
     about_drawing,
     check_prompts,
     in_batches,
+    inferring,
     random_generators,
     to_pil,
     with_named_sampler,
@@ -123,7 +124,7 @@ class GLIDEPipeline(Placement):
         """Not with this model: it has no CLIP."""
         raise ValueError(f"{self.name} knows no image embeddings and cannot vary a picture; give it a prompt")
 
-    @torch.inference_mode()
+    @inferring
     def decode(
         self,
         captions: Sequence[str],
@@ -136,7 +137,7 @@ class GLIDEPipeline(Placement):
         generators = generators or random_generators(len(captions))
         return self._draw("decoder", captions, generators, options or self.options.decoder, on_step)
 
-    @torch.inference_mode()
+    @inferring
     def upsample(
         self,
         images: Tensor,

@@ -18,7 +18,7 @@ from unclip.models.prior import DiffusionPrior
 from unclip.models.text_prior import DirectPrior, TextPrefix
 from unclip.models.upsampler import Upsampler
 from unclip.pictures import open_picture
-from unclip.pipelines.base import Picture, check_images, check_prompts, random_generators
+from unclip.pipelines.base import Picture, check_count, check_images, check_prompts, inferring, random_generators
 from unclip.pipelines.networks import UnCLIPNetworks
 from unclip.pipelines.stepping import Stepper
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
@@ -34,13 +34,13 @@ class UnCLIPStages(UnCLIPNetworks):
     its steps', and so through the upsamplers.
     """
 
-    @torch.inference_mode()
+    @inferring
     def encode_text(self, prompts: Prompt) -> TextEncoding:
         """P prompts -> TextEncoding in float32; a prompt longer than CLIP's context is cut with a warning."""
         self._use(self.clip)
         return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
 
-    @torch.inference_mode()
+    @inferring
     def encode_image(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Pictures (PIL, paths, or tensors in [-1, 1]) -> CLIP embeddings (N, D), not normalised."""
         self._use(self.clip)
@@ -53,7 +53,7 @@ class UnCLIPStages(UnCLIPNetworks):
             return torch.cat([self.encode_image(image) for image in several])
         return self.clip.encode_image([open_picture(image) for image in several]).float()
 
-    @torch.inference_mode()
+    @inferring
     def sample_prior(
         self,
         text: TextEncoding,
@@ -72,7 +72,11 @@ class UnCLIPStages(UnCLIPNetworks):
         weights (K, P): text holds the first of K texts for each of the P, then the second, ..., to be mixed so.
         """
         prior = self._need_prior()
-        options, candidates = options or self.options.prior, candidates or self.options.prior_candidates
+        options = options or self.options.prior
+        candidates = self.options.prior_candidates if candidates is None else candidates
+        check_count("candidates", candidates)
+        if options.temperature != 1 and not isinstance(prior, DirectPrior):
+            raise ValueError(f"temperature is {options.temperature}, but a diffusion prior has none; leave it at 1")
         K, P = (1, len(text)) if weights is None else weights.shape
         text_emb = mixed(text.emb.float(), weights)
         generators = generators or random_generators(P * num_images)
@@ -113,12 +117,12 @@ class UnCLIPStages(UnCLIPNetworks):
         best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)  # unCLIP 2.2
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
 
-    @torch.inference_mode()
+    @inferring
     def as_image(self, text_emb: Tensor) -> Tensor:
         """Text embeddings (N, D) at the usual length of image embeddings, to be decoded as such (unCLIP 5.1)."""
         return normalise(text_emb.float()) * self._need_prior().emb_norm
 
-    @torch.inference_mode()
+    @inferring
     def decode(
         self,
         image_emb: Tensor | None,
@@ -170,7 +174,7 @@ class UnCLIPStages(UnCLIPNetworks):
             clip=1.0,
         ).clamp(-1, 1)
 
-    @torch.inference_mode()
+    @inferring
     def upsample(
         self,
         images: Tensor,

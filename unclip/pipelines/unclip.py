@@ -169,6 +169,8 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
             image_emb = self.encode_image(image)
         if image_emb.ndim != 2 or image_emb.shape[1] != self.clip.emb_dim or not len(image_emb):
             raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {self.clip.emb_dim})")
+        if not image_emb.isfinite().all():
+            raise ValueError("image_emb holds infinite numbers or nan; expected CLIP embeddings, which are finite")
         given = image_emb.to(self.device, torch.float32)
         drawn = self._draw(None, given, num_images, seed, options, on_step, batch_size, progress)
         return GenerationResult.cat(list(drawn))

@@ -31,7 +31,8 @@ class Wording:
         if isinstance(prompt, Mapping):
             prompts = [_check_mixture(prompt)]
         elif isinstance(prompt, Sequence) and any(isinstance(one, Mapping) for one in prompt):
-            prompts = [_check_mixture(one) if isinstance(one, Mapping) else check_prompts(one)[0] for one in prompt]
+            check_prompts(["" if isinstance(one, Mapping) else one for one in prompt])
+            prompts = [_check_mixture(one) if isinstance(one, Mapping) else one for one in prompt]
         else:
             prompts = check_prompts(prompt)
         if negative is not None:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip import __version__
 from unclip.config import flatten, parse, save_json, to_dict
 from unclip.training.ema import EMA
-from unclip.weights import load_strictly, read_tensors
+from unclip.weights import load_strictly, read_tensors, write_safetensors
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = (
@@ -161,7 +160,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         memory = tensor.untyped_storage().data_ptr()
         written[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    save_file(written, file)
+    write_safetensors(written, file)
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
