@@ -133,11 +133,6 @@ class Loader:
                 self.epoch, self.batch = epoch + 1, 0
             yield batch
 
-    def forever(self) -> Iterator[Batch]:
-        """Batches of this epoch, the next, and so on."""
-        while True:
-            yield from self
-
     def captions(self) -> Iterator[str]:
         """All captions of all samples (of each its canonical one, if the config says so); broken samples have none."""
         if isinstance(self.dataset, PrecomputedDataset):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from unclip.data.samples import sample_weight
+
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
@@ -239,11 +241,16 @@ def _read_metadata(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: no readable parquet file ({error})") from None
     if "caption" not in table.column_names:
         raise ValueError(f"{path}: no column 'caption', only {table.column_names}")
-    if nulls := table["caption"].null_count:
-        raise ValueError(f"{path}: {nulls} of {table.num_rows} captions are null")
     number, rows = path.stem.removeprefix("metadata_"), table.num_rows
     columns = {name: table[name].to_pylist() for name in ("caption", "key", "weight") if name in table.column_names}
-    return {"key": [f"{number}-{row}" for row in range(rows)], "weight": [1.0] * rows} | columns
+    columns = {"key": [f"{number}-{row}" for row in range(rows)], "weight": [1.0] * rows} | columns
+    if wrong := [text for text in columns["caption"] if not isinstance(text, str)]:
+        raise ValueError(f"{path}: {len(wrong)} of {rows} captions are no strings, e.g. {wrong[0]!r}")
+    try:
+        columns["weight"] = [sample_weight({"weight": weight}) for weight in columns["weight"]]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return columns
 
 
 def _readable(
