@@ -40,7 +40,7 @@ class CodeDataset(PrecomputedDataset):
         self.vocab_size: int = settings.get("vocab_size")  # of the codec
         if type(self.vocab_size) is not int:
             raise ValueError(f"{self.folder / SETTINGS_FILE}: vocab_size is {self.vocab_size!r}; expected a number")
-        self.grid: tuple[int, int] = self._arrays["codes"][0].shape[1:]
+        self.grid: tuple[int, int] = self.shape
 
     @staticmethod
     def _fits(array: np.ndarray) -> bool:

@@ -86,6 +86,15 @@ def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
     return FolderDataset(place)
 
 
+def open_data(config: DataConfig, *precomputed: type[PrecomputedDataset]) -> Loader:
+    """A loader of captioned pictures, or of precomputed data of these kinds; ValueError if the data is of another."""
+    loader = Loader(config)
+    if isinstance(loader.dataset, PrecomputedDataset) and not isinstance(loader.dataset, precomputed):
+        expected = " or ".join(["pictures", *(kind.told for kind in precomputed)])
+        raise ValueError(f"{config.path} holds {loader.dataset.told}; expected {expected}")
+    return loader
+
+
 class Loader:
     """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}.
 
@@ -117,8 +126,12 @@ class Loader:
         self._tried = 0
         if len(self._order) < self.num_processes:
             raise ValueError(f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes")
-        is_precomputed = isinstance(self.dataset, PrecomputedDataset)
-        self._pictures = None if is_precomputed else PictureReader(self.dataset, config.image_size, config.cache)
+        self._pictures = None
+        if not isinstance(self.dataset, PrecomputedDataset):
+            self._pictures = PictureReader(self.dataset, config.image_size, config.cache)
+        elif config.augment != Augment() or config.crop is not None:
+            told = self.dataset.told
+            raise ValueError(f"{config.path} holds {told}, which can't be augmented or cropped; read pictures instead")
 
     def __len__(self) -> int:
         """Batches of an epoch."""

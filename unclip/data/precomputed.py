@@ -71,6 +71,11 @@ class PrecomputedDataset(ABC):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row of the first array."""
+        return self._arrays[self.names[0]][0].shape[1:]
+
     @abstractmethod
     def batch(self, indices: Indices) -> dict[str, Any]:
         """Rows as tensors (B, ...) by name, with "caption" and "key"."""

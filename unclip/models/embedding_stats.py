@@ -24,8 +24,10 @@ class EmbeddingStats(nn.Module):
         D = len(self.emb_mean)
         if mean.numel() != D or std.numel() != D:
             raise ValueError(f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each")
-        if not (std > 0).all():
-            raise ValueError(f"std has {int((std <= 0).sum())} dimensions that are not positive")
+        if wrong := int((~mean.isfinite()).sum()):
+            raise ValueError(f"mean has {wrong} dimensions that are not finite")
+        if wrong := int((~(std.isfinite() & (std > 0))).sum()):
+            raise ValueError(f"std has {wrong} dimensions that are not positive and finite; are there two embeddings?")
         self.emb_mean.copy_(mean.reshape(D))
         self.emb_std.copy_(std.reshape(D))
 
