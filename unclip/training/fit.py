@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from unclip.config import save_json, to_dict
@@ -29,8 +28,9 @@ from unclip.training.checkpoints import Checkpoints
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.launch import Run, resume_command
-from unclip.training.log import DEFAULT_TRACKERS, Log, available_trackers
+from unclip.training.log import DEFAULT_TRACKERS, Log
 from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.processes import accelerator_for
 from unclip.training.random_state import random_state, set_random_state
 from unclip.training.run_state import RunState, load_weights
 from unclip.training.stop import StopRequest
@@ -75,6 +75,8 @@ class FitConfig:
         for name in ("log_every", "val_every", "preview_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number of steps, or 0 for never")
+        if self.val_batches is not None and self.val_batches < 1:
+            raise ValueError(f"val_batches is {self.val_batches}; expected at least 1, or null for all")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.999, or null")
 
@@ -141,7 +143,7 @@ class _Fit:
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         source = self._source(run)
-        self.accelerator = accelerator = _accelerator(config)
+        self.accelerator = accelerator = accelerator_for(config)
         if run.init:
             load_weights(model, run.init)
         _configure(model, config)
@@ -360,21 +362,6 @@ class _Fit:
                     write_tensors(self.raw, folder / "model.safetensors")
         self.accelerator.wait_for_everyone()
         self.log.restart_clock()
-
-
-def _accelerator(config: FitConfig) -> Accelerator:
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        log_with=available_trackers(config.trackers) or None,
-        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} shards the weights, which these checkpoints cannot; use DDP"
-        )
-    return accelerator
 
 
 def _configure(model: nn.Module, config: FitConfig) -> None:
