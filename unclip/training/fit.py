@@ -39,6 +39,8 @@ from unclip.weights import write_tensors
 if TYPE_CHECKING:
     from PIL import Image
 
+    from unclip.tokenizer import BPETokenizer
+
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 Preview = Callable[[nn.Module], "Image.Image"]
@@ -102,6 +104,7 @@ def fit(
     preview: Preview | None = None,
     export: Export | None = None,
     before_step: BeforeStep | None = None,
+    tokenizer: BPETokenizer | None = None,
 ) -> Path:
     """Train `model` and return the folder of its averaged weights, `<output>/model`.
 
@@ -110,6 +113,7 @@ def fit(
     `preview(model)` draws a picture and `export(model, folder)` writes a component, both with the averaged weights;
     without `export` the folder gets model.safetensors. `<output>/model` is renewed at every checkpoint.
     `before_step(step)` is told before each update how many there were: for a loss that changes as training goes on.
+    `tokenizer` is kept in the checkpoints: see vocabulary.py.
 
     A dry run, and a SIGTERM or Ctrl-C after saving, end in SystemExit(0). Raises FloatingPointError when the loss or
     the gradient is not finite, before the update; ValueError for settings that do not fit; OSError for a full disk.
@@ -119,7 +123,8 @@ def fit(
         if data is not None and len(data) < 1:
             raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
     try:
-        return _Fit(model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step).train()
+        given = (model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step, tokenizer)
+        return _Fit(*given).train()
     finally:  # accelerate keeps its settings in process-wide singletons; the next fit may want another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -137,6 +142,7 @@ class _Fit:
     preview: Preview | None
     export: Export | None
     before_step: BeforeStep | None
+    tokenizer: BPETokenizer | None
 
     def __post_init__(self, run: Run[Any]) -> None:
         config, model = self.config, self.raw
@@ -162,6 +168,7 @@ class _Fit:
             accelerator.scaler,
             run.config,
             accelerator.num_processes,
+            self.tokenizer,
         )
         self.resumed_random_state = self.state.restore(source, accelerator.process_index) if source else None
 
