@@ -156,6 +156,14 @@ def test_the_command(shards, clip, tmp_path, capsys):
         main([str(tmp_path / "emb"), *command[1:]])
     with pytest.raises(SystemExit, match="error: .*is missing"):
         main([*command[:3], str(tmp_path / "nowhere")])
+    for option, value, message in (
+        ("--part-size", "-5", "part_size is -5; expected at least 1"),
+        ("--batch-size", "0", "batch_size is 0; expected at least 1"),
+        ("--device", "nonsense", "there is no device 'nonsense' here"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            main([command[0], str(tmp_path / "other"), *command[2:], option, value])
+    assert not list(tmp_path.glob("other/*"))
 
 
 def test_broken_pictures_stop_when_they_are_many(shards, clip, tmp_path):

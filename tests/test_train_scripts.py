@@ -87,6 +87,20 @@ def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(workpl
     assert result.images[0].size == (16, 16) and (result.scores is None) == (pipe.clip is None) == (clip is None)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("prior=runs/tiny/decoder/model", "runs/tiny/decoder/model holds a Decoder; expected a prior"),
+        ("decoder=runs/tiny/prior/model", "runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"),
+        ("inpainter=runs/tiny/layout/model", "runs/tiny/layout/model holds a Layout; expected a decoder"),
+        ("upsamplers=[runs/tiny/decoder/model]", "runs/tiny/decoder/model holds a Decoder; expected an upsampler"),
+    ],
+)
+def test_a_network_in_the_place_of_another_is_not_bundled(workplace, setting, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), "--set", setting)
+
+
 @pytest.mark.parametrize("kind", ["ar_prior", "one_shot_prior"])
 def test_a_prior_without_diffusion_takes_the_place_of_the_other(workplace, kind):
     pipe = unclip.load(workplace / "runs/tiny/model")
@@ -307,5 +321,7 @@ def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
     assert torch.equal(outer[first.format(3)], inner[first.format(0)])
     assert torch.equal(outer["unet.mid.0.res.conv1.weight"], inner["unet.mid.0.res.conv1.weight"])
     assert len(unclip.checkpoints.store.load_component("grown").unet.up) == len(levels) * 2 + blocks + 1
+    with pytest.raises(SystemExit, match="runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"):
+        run_script(ROOT / "train/grow.py", "--small", "runs/tiny/prior/model", "--channels", "8", "--out", "other")
     with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
         run_script(ROOT / "train/grow.py", "--channels", str(channels + 8), *arguments)

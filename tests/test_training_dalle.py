@@ -18,6 +18,8 @@ from unclip.checkpoints.store import load_component, save_component
 from unclip.config import load_config
 from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.dvae import DVAE, DVAEConfig
+from unclip.models.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.vqvae import ConvNetConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import DALLELoss, DALLELossConfig, image_codes
 
@@ -133,6 +135,9 @@ def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "dalle=runs/tiny/codec/model")
     with pytest.raises(SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected an image codec"):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=runs/tiny/dalle/model")
+    save_component(GaussianVAE(GaussianVAEConfig(image_size=16, net=ConvNetConfig(width=8))), "vae")
+    with pytest.raises(SystemExit, match="vae holds a GaussianVAE; expected a codec that gives codes"):
+        run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=vae")
     with pytest.raises(SystemExit, match="--set codex=3: codex is unknown; did you mean 'codec'"):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codex=3")
 
@@ -198,6 +203,8 @@ def test_pictures_are_encoded_once(workplace, capsys):
     assert (workplace / "runs/tiny/once/model/model.safetensors").is_file()
     with pytest.raises(SystemExit, match="holds image codes, which can't be augmented"):
         train("--set=data.path=codes", "--set=fit.output=runs/tiny/other")
+    with pytest.raises(SystemExit, match="error: runs/tiny/dalle/model holds a DALLE; expected a codec"):
+        run_script(ROOT / "train/encode.py", "data/tiny", "again", "--codec", "runs/tiny/dalle/model")
     with pytest.raises(SystemExit, match="error: codes holds image codes already; expected pictures"):
         run_script(ROOT / "train/encode.py", "codes", "again", "--codec", "runs/tiny/codec/model")
 

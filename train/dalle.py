@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from unclip.checkpoints.store import load_component, save_component
+from unclip.checkpoints.store import load_kind, save_component
 from unclip.data.codes import CodeDataset
 from unclip.data.loader import DataConfig, Loader, open_data
 from unclip.models.codec import ImageCodec
@@ -39,9 +39,8 @@ class DALLETraining:
 
 def main(run: Run[DALLETraining]) -> None:
     config = run.config
-    codec = load_component(config.codec, device=run.device).requires_grad_(False)
-    if not isinstance(codec, ImageCodec):
-        raise ValueError(f"{config.codec} holds a {type(codec).__name__}; expected a codec, as train/codec.py makes it")
+    told = "a codec, as train/codec.py makes it"
+    codec = load_kind(config.codec, ImageCodec, told, device=run.device).requires_grad_(False)
     config.model.check_codec(codec.vocab_size, codec.grid)
     loader = open_loader(config.data, codec)
     val_loader = open_loader(config.val_data, codec) if config.val_data else None

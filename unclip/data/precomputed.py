@@ -147,8 +147,11 @@ def precompute(
     """Computes parts of `part_size` samples; those that are there already are left as they are.
 
     `settings`, what is computed from what, are written down: when a stopped run goes on, they must be the same. Returns
-    the broken samples, index -> reason; ValueError if they are over 1 %.
+    the broken samples, index -> reason; ValueError if they are over 1 %, or a size is less than 1.
     """
+    for name, size in (("batch_size", batch_size), ("part_size", part_size)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
     settings = {"samples": len(dataset), "part_size": part_size, **settings}
     _keep_settings(writer.folder / settings_file, settings)
     broken: dict[int, str] = {}
@@ -201,6 +204,10 @@ def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind
         if isinstance(dataset, PrecomputedDataset):
             raise ValueError(f"{options.data} holds {dataset.told} already; expected pictures")
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
+            raise ValueError(f"there is no device {device!r} here; expected cpu, or cuda where there is one") from None
         broken = compute(dataset, device, options.out, **how)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
