@@ -99,7 +99,7 @@ class Loader:
     """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}.
 
     Of embeddings, {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}; of codes, {"codes": long
-    (B, h, w), "caption", "key"}.
+    (B, h, w), "caption", "key"}; ValueError if these are to be augmented or cropped.
 
     Iterating gives the rest of the current epoch; the next iteration gives the next one. A last, smaller batch is
     dropped unless it is the only one. With P processes, batch n of each is every P-th sample of what one process would

@@ -56,7 +56,10 @@ class EmbeddedLoader:
 def open_loader(
     config: DataConfig, clip: CLIP, embed_once: bool, pictures_only: bool = False
 ) -> Loader | EmbeddedLoader:
-    """A loader of captioned pictures, or of embeddings where these will do; embed_once: pictures are embedded now."""
+    """A loader of captioned pictures, or of embeddings where these will do; embed_once: pictures are embedded now.
+
+    ValueError for other data, and for embeddings of another width than CLIP's.
+    """
     loader = open_data(config) if pictures_only else open_data(config, EmbeddingDataset)
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
@@ -83,7 +86,10 @@ def _embed_all(loader: Loader, clip: CLIP) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> tuple[Tensor, Tensor]:
-    """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU."""
+    """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU.
+
+    ValueError for no batch, and for an embedding that is not finite.
+    """
     if batches < 1:
         raise ValueError(f"stats_batches is {batches}; expected at least 1")
     state, image_embs, text_embs = loader.state_dict(), [], []
