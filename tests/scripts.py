@@ -40,14 +40,14 @@ def run_script(script: Path, *arguments: str) -> None:
 
 
 def run_in_two_processes(script: Path | str, *arguments: str) -> str:
-    """Runs a file as `torchrun` does on two CPUs; what it printed."""
+    """Runs a file as `torchrun` does on a machine without an accelerator; what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     environment = {
         **os.environ,
-        "ACCELERATE_USE_CPU": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }

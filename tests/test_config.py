@@ -141,6 +141,8 @@ def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str)
         ("levels.5.channels=1", "--set 'levels.5.channels=1': '5' is looked up in a list of 2"),
         ("name.first=1", "--set 'name.first=1': 'first' is looked up in 'tiny'"),
         ("optim.lr=[1", "--set 'optim.lr=[1': '[1' is not a valid YAML value"),
+        ("optim.clip_norm=.nan", "--set optim.clip_norm=.nan: optim.clip_norm is nan; expected a finite number"),
+        ("optim.betas=[0, .inf]", "--set optim.betas=[0, .inf]: optim.betas.1 is inf; expected a finite number"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -158,6 +160,12 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
 def test_merge_keys_are_yaml(tmp_path: Path) -> None:
     text = "name: a\nlevels: [&level {channels: 4}, {<<: *level, attention: true}]\n"
     assert load_config(written(tmp_path, text), Config).levels == (Level(4), Level(4, True))
+
+
+def test_an_override_changes_nothing_that_shares_an_anchor(tmp_path: Path) -> None:
+    text = "name: a\nlevels: [&level {channels: 4}, *level, {<<: *level}]\n"
+    config = load_config(written(tmp_path, text), Config, ["levels.0.channels=5"])
+    assert config.levels == (Level(5), Level(4), Level(4))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

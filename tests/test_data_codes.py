@@ -73,6 +73,18 @@ def test_wrong_input_is_named(pictures, tmp_path):
     with pytest.raises(ValueError, match=r"codes_0\.npy: expected unsigned whole numbers \(N, h, w\), got float64"):
         CodeDataset(tmp_path / "codes")
     np.save(tmp_path / "codes/codes/codes_0.npy", np.zeros((5, 2, 2), np.uint8))
+    for text, message in (
+        ("{}", "vocab_size is None; expected a number"),
+        ('{"vocab_size": "9"}', "vocab_size is '9'; expected a number"),
+        ("{", "not valid JSON"),
+    ):
+        (tmp_path / "codes/codes.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"codes\.json:? .*{message}"):
+            CodeDataset(tmp_path / "codes")
+    np.save(tmp_path / "codes/codes/codes_0.npy", np.full((5, 2, 2), 9, np.uint8))
+    (tmp_path / "codes/codes.json").write_text('{"vocab_size": 9}')
+    with pytest.raises(ValueError, match=r"codes holds a code 9; vocab_size in codes\.json is 9"):
+        CodeDataset(tmp_path / "codes").batch([0])
     (tmp_path / "codes/codes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"codes\.json is missing"):
         CodeDataset(tmp_path / "codes")

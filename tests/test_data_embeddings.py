@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -72,9 +73,25 @@ def test_clip_retrievals_own_variations_are_read(tmp_path):
     assert batch["caption"][-1] == "10 b"
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"weight": [1.0, -1.0]}, r"weight is -1\.0; expected a number >= 0"),
+        ({"weight": [1.0, float("nan")]}, "weight is nan"),
+        ({"weight": [1.0, None]}, "weight is None"),
+        ({"caption": [1, 2]}, r"2 of 2 captions are no strings, e\.g\. 1"),
+        ({"caption": ["a", None]}, r"1 of 2 captions are no strings, e\.g\. None"),
+    ],
+)
+def test_faulty_metadata_is_named(tmp_path, column, message):
+    EmbeddingWriter(tmp_path).write(0, torch.ones(2, 4), torch.ones(2, 4), {"caption": ["a", "b"], **column})
+    with pytest.raises(ValueError, match=rf"metadata_0\.parquet: {message}"):
+        EmbeddingDataset(tmp_path)
+
+
 def test_the_loader_gives_embeddings_and_resumes(tmp_path):
     config = DataConfig(str(write(tmp_path, (30, 20))), image_size=64, batch_size=8, workers=2)
-    whole = [batch for _, batch in zip(range(9), Loader(config).forever(), strict=False)]
+    whole = [batch for _, batch in zip(range(9), chain.from_iterable(repeat(Loader(config))), strict=False)]
     assert set(whole[0]) == {"image_emb", "text_emb", "caption", "key"} and whole[0]["image_emb"].shape == (8, 4)
     for batch in whole:
         assert batch["caption"] == [f"c{int(value)}" for value in batch["image_emb"][:, 0]]
@@ -139,6 +156,14 @@ def test_the_command(shards, clip, tmp_path, capsys):
         main([str(tmp_path / "emb"), *command[1:]])
     with pytest.raises(SystemExit, match="error: .*is missing"):
         main([*command[:3], str(tmp_path / "nowhere")])
+    for option, value, message in (
+        ("--part-size", "-5", "part_size is -5; expected at least 1"),
+        ("--batch-size", "0", "batch_size is 0; expected at least 1"),
+        ("--device", "nonsense", "there is no device 'nonsense' here"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            main([command[0], str(tmp_path / "other"), *command[2:], option, value])
+    assert not list(tmp_path.glob("other/*"))
 
 
 def test_broken_pictures_stop_when_they_are_many(shards, clip, tmp_path):

@@ -61,6 +61,7 @@ def test_without_captions_the_three_ways_are_told(folder):
         ("{", "entry 2"),
         ('{"file_name": "b.png"}', "entry 2: file_name or text"),
         ("[1]", "entry 2: expected an object"),
+        ('{"file_name": 5, "text": "b"}', "entry 2: file_name is 5; expected a string"),
         ('{"file_name": "b.png", "text": "b", "weight": -1}', "entry 2: weight is -1"),
     ],
 )

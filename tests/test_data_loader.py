@@ -3,6 +3,7 @@ import multiprocessing
 import os
 from collections import Counter
 from dataclasses import replace
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -41,8 +42,13 @@ def same(a, b):
     return a["caption"] == b["caption"] and a["key"] == b["key"] and torch.equal(a["image"], b["image"])
 
 
+def forever(loader):
+    """Batches of this epoch, the next, and so on."""
+    return chain.from_iterable(repeat(loader))
+
+
 def take(loader, n):
-    return [batch for _, batch in zip(range(n), loader.forever(), strict=False)]
+    return [batch for _, batch in zip(range(n), forever(loader), strict=False)]
 
 
 def test_an_epoch_holds_each_sample_once(config):
@@ -93,7 +99,7 @@ def test_workers_give_the_same_batches(config, tmp_path):
         alone = take(Loader(config), 7)
     before = torch.get_rng_state()
     loader = Loader(replace(config, workers=2))
-    stream = loader.forever()
+    stream = forever(loader)
     with pytest.warns(UserWarning, match="k4"):
         batches = [next(stream) for _ in range(7)]
     assert all(map(same, batches, alone)) and list(loader.broken) == [4]

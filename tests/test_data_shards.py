@@ -93,6 +93,8 @@ def test_sources_can_be_patterns_ranges_lists_and_folders(tmp_path):
         "train-002.tar",
     ]
     assert len(ShardDataset([tmp_path / "train-000.tar", tmp_path / "heldout-000.tar"])) == 2
+    with pytest.raises(FileNotFoundError, match=r"names 2 shards that are missing, e\.g\. .*/train-003\.tar"):
+        find_shards(f"{tmp_path}/train-{{001..004}}.tar")
     with pytest.raises(ValueError, match="heldout"):  # never trained on by accident
         find_shards(tmp_path)
     (tmp_path / "heldout-000.tar").unlink()

@@ -189,6 +189,16 @@ def test_embeddings_are_sampled_like_pictures():
         assert out.shape == (2, 16) and out.isfinite().all()
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_as_many_steps_as_a_sampler_takes_are_finite(name):
+    schedule = Schedule(ScheduleConfig(num_timesteps=10))
+    options = StageOptions(9 if name in ("dpm++", "unipc") else 10, sampler=name)
+    x_T = randn((1, 3, 4, 4), seeds(0), dtype=torch.float64)
+    assert (
+        sample(toy_network(), x_T, schedule, options, prediction="x0", clip=1.0, generators=seeds(0)).isfinite().all()
+    )
+
+
 def test_randn_draws_each_row_as_if_alone():
     noise = randn((3, 4, 5), seeds(1, 2, 3))
     for row, seed in zip(noise, (1, 2, 3), strict=True):
@@ -202,6 +212,8 @@ def test_randn_draws_each_row_as_if_alone():
     [
         (StageOptions(2, sampler="euler"), "'euler'; expected 'ancestral', 'ddim'"),
         (StageOptions(1001), "only 1000 timesteps"),
+        (StageOptions(1000, sampler="dpm++"), r"steps is 1000; dpm\+\+ takes at most 999"),
+        (StageOptions(1000, sampler="unipc"), "steps is 1000; unipc takes at most 999"),
         (StageOptions(2, eta=1.5), "eta is 1.5"),
     ],
 )

@@ -139,6 +139,10 @@ def test_statistics_scale_the_embeddings(prior: DiffusionPrior) -> None:
         prior.set_stats(torch.zeros(3), torch.ones(D))
     with pytest.raises(ValueError, match="std has 16 dimensions that are not positive"):
         prior.set_stats(torch.zeros(D), torch.zeros(D))
+    with pytest.raises(ValueError, match="mean has 16 dimensions that are not finite"):
+        prior.set_stats(torch.full((D,), torch.nan), torch.ones(D))
+    with pytest.raises(ValueError, match="std has 16 dimensions that are not positive and finite"):
+        prior.set_stats(torch.zeros(D), torch.full((D,), torch.nan))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,8 @@ from scripts import ROOT, draw_pictures, run_in_two_processes, run_script
 import unclip
 from unclip.checkpoints import catalogue
 from unclip.checkpoints.codecs import load_codec
+from unclip.data.embeddings import EmbeddingWriter
+from unclip.data.precomputed import PartWriter
 from unclip.weights import read_tensors
 
 NETWORKS = ("clip", "prior", "ar_prior", "one_shot_prior", "layout", "decoder", "upsampler", "codec", "dalle")
@@ -48,6 +50,7 @@ def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
     checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert [json.loads((run / "checkpoints" / c / "state.json").read_text())["step"] for c in checkpoints] == [4, 8]
     assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 8
+    assert (run / "checkpoints" / checkpoints[-1] / "tokenizer.json").is_file() == (network in ("clip", "dalle"))
 
 
 @pytest.mark.parametrize("network", ["decoder", "upsampler", "codec", "dalle"])
@@ -82,6 +85,20 @@ def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(workpl
     pipe = unclip.load(folder)
     result = pipe("a red circle", num_candidates=None if clip is None else 2, seed=3, progress=False)
     assert result.images[0].size == (16, 16) and (result.scores is None) == (pipe.clip is None) == (clip is None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("prior=runs/tiny/decoder/model", "runs/tiny/decoder/model holds a Decoder; expected a prior"),
+        ("decoder=runs/tiny/prior/model", "runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"),
+        ("inpainter=runs/tiny/layout/model", "runs/tiny/layout/model holds a Layout; expected a decoder"),
+        ("upsamplers=[runs/tiny/decoder/model]", "runs/tiny/decoder/model holds a Decoder; expected an upsampler"),
+    ],
+)
+def test_a_network_in_the_place_of_another_is_not_bundled(workplace, setting, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), "--set", setting)
 
 
 @pytest.mark.parametrize("kind", ["ar_prior", "one_shot_prior"])
@@ -234,6 +251,50 @@ def test_a_saved_clip_is_gone_on_with(workplace):
     assert floats and all(torch.allclose(one[name], other[name], atol=1e-6) for name in floats)
 
 
+@pytest.mark.parametrize(
+    ("network", "setting", "message"),
+    [
+        ("prior", "text_width=64", r"model\.text_width is 64; expected 32, as the CLIP in runs/tiny/clip/model has"),
+        ("prior", "context_length=8", r"model\.context_length is 8; expected at least 16"),
+        ("layout", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
+        ("decoder", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
+        (
+            "decoder",
+            "text={kind: transformer, vocab_size: 300, context_length: 16, width: 16, depth: 1, heads: 1}",
+            r"model\.text\.vocab_size is 300; expected at least 320",
+        ),
+        ("clip", "model_cfg.text_cfg.vocab_size=200", r"tokenizer\.json has 2\d\d tokens; this model has only 200"),
+    ],
+)
+def test_a_network_that_does_not_fit_what_it_reads_is_refused(workplace, network, setting, message):
+    tokenizer = ["--set=tokenizer=runs/tiny/clip/model/tokenizer.json"] if network == "clip" else []
+    with pytest.raises(SystemExit, match=message):
+        train(network, f"--set=model.{setting}", *tokenizer, "--set=fit.output=runs/tiny/unfit")
+    assert not Path("runs/tiny/unfit").exists()
+
+
+def test_data_that_a_network_cannot_learn_from_is_refused(workplace, tmp_path):
+    pytest.importorskip("pyarrow")
+    captions = {"caption": ["a", "b"]}
+    for name, width in (("emb", 32), ("wide", 48)):
+        EmbeddingWriter(tmp_path / name).write(0, torch.rand(2, width), torch.rand(2, width), captions)
+    codes = PartWriter(tmp_path / "codes")
+    codes.write_part(0, {"codes": torch.zeros(2, 4, 4).byte().numpy()}, captions)
+    (tmp_path / "codes/codes.json").write_text('{"vocab_size": 32}')
+    output = "--set=fit.output=runs/tiny/unfit"
+    for network in ("clip", "codec", "decoder", "upsampler", "layout"):
+        with pytest.raises(SystemExit, match="emb holds embeddings(; expected pictures$|, which)"):
+            train(network, f"--set=data.path={tmp_path}/emb", output)
+    with pytest.raises(SystemExit, match="codes holds image codes; expected pictures or embeddings"):
+        train("prior", f"--set=data.path={tmp_path}/codes", output)
+    with pytest.raises(SystemExit, match="wide holds embeddings of 48 numbers; expected 32"):
+        train("prior", f"--set=data.path={tmp_path}/wide", output)
+    with pytest.raises(SystemExit, match="emb holds embeddings, which can't be augmented or cropped"):
+        train("prior", f"--set=data.path={tmp_path}/emb", "--set=data.augment.shift=0.1", output)
+    with pytest.raises(SystemExit, match="stats_batches is 0; expected at least 1"):
+        train("prior", "--set=stats_batches=0", output)
+
+
 def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
     settings = "--set=fit.steps=1", "--set=fit.output=runs/tiny/explained_by_two", "--set=explained=0.7"
     run_in_two_processes(ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings)
@@ -260,5 +321,7 @@ def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
     assert torch.equal(outer[first.format(3)], inner[first.format(0)])
     assert torch.equal(outer["unet.mid.0.res.conv1.weight"], inner["unet.mid.0.res.conv1.weight"])
     assert len(unclip.checkpoints.store.load_component("grown").unet.up) == len(levels) * 2 + blocks + 1
+    with pytest.raises(SystemExit, match="runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"):
+        run_script(ROOT / "train/grow.py", "--small", "runs/tiny/prior/model", "--channels", "8", "--out", "other")
     with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
         run_script(ROOT / "train/grow.py", "--channels", str(channels + 8), *arguments)

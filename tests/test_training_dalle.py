@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from unclip.checkpoints.store import load_component, save_component
 from unclip.config import load_config
 from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.dvae import DVAE, DVAEConfig
+from unclip.models.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.vqvae import ConvNetConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import DALLELoss, DALLELossConfig, image_codes
 
@@ -132,6 +135,9 @@ def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "dalle=runs/tiny/codec/model")
     with pytest.raises(SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected an image codec"):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=runs/tiny/dalle/model")
+    save_component(GaussianVAE(GaussianVAEConfig(image_size=16, net=ConvNetConfig(width=8))), "vae")
+    with pytest.raises(SystemExit, match="vae holds a GaussianVAE; expected a codec that gives codes"):
+        run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=vae")
     with pytest.raises(SystemExit, match="--set codex=3: codex is unknown; did you mean 'codec'"):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codex=3")
 
@@ -139,6 +145,48 @@ def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
 def test_a_run_is_resumed(workplace):
     train("--resume", "latest", "--set", "fit.steps=10")
     assert (workplace / "runs/tiny/dalle/checkpoints/step-0000010").is_dir()
+
+
+@pytest.mark.parametrize(
+    "start", ["--init model", "--init file", "--init checkpoint", "--init bundle", "--resume", "old"]
+)
+def test_weights_keep_the_vocabulary_that_they_were_trained_with(workplace, tmp_path, start):
+    run = tmp_path / "run"
+    shutil.copytree("runs/tiny/dalle", run)
+    shutil.copytree("data/tiny", tmp_path / "data")
+    kept = (run / "model/tokenizer.json").read_text()
+    checkpoint = sorted((run / "checkpoints").iterdir())[-1]
+    assert (checkpoint / "tokenizer.json").read_text() == kept
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["settings"]["data"]["path"] = str(tmp_path / "data")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    for text in (tmp_path / "data").glob("*.txt"):
+        text.write_text("zwölf zwölf")  # a tokenizer that is learned now would be another
+    (tmp_path / "bundle").mkdir()
+    shutil.copytree(run / "model", tmp_path / "bundle/dalle")
+    shutil.copytree(run / "model", tmp_path / "bundle/tokenizer")
+    (tmp_path / "bundle/dalle/tokenizer.json").unlink()
+    places = {"model": run / "model", "file": run / "model/model.safetensors", "checkpoint": checkpoint}
+    out = run
+    if start.startswith("--init"):
+        out = tmp_path / "out"
+        arguments = ["--init", str({**places, "bundle": tmp_path / "bundle/dalle"}[start.split()[1]])]
+        arguments += ["--set=fit.steps=1"]
+    else:
+        arguments = ["--resume", "latest", f"--set=fit.steps={state['step'] + 1}"]
+        if start == "old":
+            (checkpoint / "tokenizer.json").unlink()
+    train(*arguments, f"--set=data.path={tmp_path / 'data'}", f"--set=fit.output={out}")
+    assert (out / "model/tokenizer.json").read_text() == kept
+    assert all((folder / "tokenizer.json").read_text() == kept for folder in sorted(out.glob("checkpoints/*"))[-1:])
+
+
+def test_weights_without_a_vocabulary_are_told(workplace, tmp_path):
+    shutil.copy("runs/tiny/dalle/model/model.safetensors", tmp_path)
+    arguments = "--init", str(tmp_path), f"--set=fit.output={tmp_path / 'out'}", "--set=fit.steps=1"
+    with pytest.raises(SystemExit, match=r"error: no tokenizer at .*tokenizer\.json"):
+        train(*arguments)
+    train(*arguments, "--set=tokenizer=runs/tiny/dalle/model/tokenizer.json")
 
 
 def test_a_dry_run_prints_the_costs(workplace, capsys):
@@ -153,8 +201,10 @@ def test_pictures_are_encoded_once(workplace, capsys):
     once = ("--set=data.path=codes", "--set=data.augment.shift=0", "--set=fit.output=runs/tiny/once")
     train(*once, "--set=fit.steps=2")
     assert (workplace / "runs/tiny/once/model/model.safetensors").is_file()
-    with pytest.raises(SystemExit, match="holds codes, which can't be augmented"):
+    with pytest.raises(SystemExit, match="holds image codes, which can't be augmented"):
         train("--set=data.path=codes", "--set=fit.output=runs/tiny/other")
+    with pytest.raises(SystemExit, match="error: runs/tiny/dalle/model holds a DALLE; expected a codec"):
+        run_script(ROOT / "train/encode.py", "data/tiny", "again", "--codec", "runs/tiny/dalle/model")
     with pytest.raises(SystemExit, match="error: codes holds image codes already; expected pictures"):
         run_script(ROOT / "train/encode.py", "codes", "again", "--codec", "runs/tiny/codec/model")
 
@@ -168,7 +218,7 @@ def test_parts_that_do_not_fit_are_named(workplace):
         train("--set=data.image_size=8")
     with pytest.raises(SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected a codec"):
         train("--set=codec=runs/tiny/dalle/model")
-    with pytest.raises(SystemExit, match=r"tokenizer\.json has \d+ tokens; model.text_vocab is 100"):
+    with pytest.raises(SystemExit, match=r"tokenizer\.json has \d+ tokens; this model has only 100"):
         train("--set=tokenizer=runs/tiny/dalle/model/tokenizer.json", "--set=model.text_vocab=100")
     with pytest.raises(SystemExit, match="drop_text is 1.5; expected a fraction"):
         train("--set=loss.drop_text=1.5")

@@ -286,7 +286,7 @@ def test_without_tensorboard_the_default_only_warns(monkeypatch: pytest.MonkeyPa
         available_trackers(("wandb", "tensorboard"))
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"ema": 1.0}, {"save_every": -1}, {"keep": 0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"ema": 1.0}, {"save_every": -1}, {"keep": 0}, {"val_batches": 0}])
 def test_impossible_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         quiet(tmp_path, **{"steps": 1, **wrong})

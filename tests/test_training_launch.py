@@ -17,6 +17,7 @@ from scripts import run_in_two_processes
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch, resume_command
 from unclip.training.optim import OptimConfig
+from unclip.training.processes import this_process
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ def test_two_processes_train_like_one_on_their_joined_batch(tmp_path: Path) -> N
     one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two" / "run", 2)
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    this_process()  # settled: alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=r"error: WORLD_SIZE is 2, but accelerate trains with 1 process\(es\)"):
+        launch(main, Script, None, ["--config", script_config(tmp_path)])
 
 
 if __name__ == "__main__":  # one of the two processes

@@ -179,6 +179,15 @@ def test_pairs_are_measured_without_moving_the_loader(clip, pictures):
         torch.testing.assert_close(text_emb[:4], clip.encode_text(first["caption"]).emb)
 
 
+def test_an_embedding_that_is_not_finite_is_named(clip, pictures):
+    embedded = EmbeddedLoader(Loader(data(pictures)), clip)
+    embedded.image_emb["7"][3] = torch.nan
+    with pytest.raises(ValueError, match="the image embedding of 7 is not finite"):
+        embedding_pairs(clip, embedded, 3)
+    with pytest.raises(ValueError, match="stats_batches is 0; expected at least 1"):
+        embedding_pairs(clip, embedded, 0)
+
+
 def test_augmented_pictures_are_not_embedded_once_for_all(clip, pictures):
     with pytest.raises(ValueError, match="augmented or cropped cannot be embedded once"):
         open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=True)

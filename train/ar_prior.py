@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from accelerate.utils import broadcast_object_list
 
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
 from unclip.latents import PCA
 from unclip.models.ar_prior import ARPrior, ARPriorConfig
 from unclip.training.embedded import embedding_pairs, open_loader
 from unclip.training.fit import FitConfig, fit
+from unclip.training.frozen import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ARPriorLoss, DropConfig
 from unclip.training.optim import OptimConfig
@@ -37,7 +37,7 @@ class ARPriorTraining:
 
 def main(run: Run[ARPriorTraining]) -> None:
     config = run.config
-    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     pairs = embedding_pairs(clip, loader, config.stats_batches)
     model = config.model

@@ -16,10 +16,17 @@ import torch
 
 from unclip.checkpoints.catalogue import bundled_models, component_folders
 from unclip.checkpoints.codecs import load_codec
-from unclip.checkpoints.store import Bundle, is_diffused, load_component, load_schedule, save_bundle
+from unclip.checkpoints.store import Bundle, is_diffused, load_kind, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import load_config
+from unclip.models.codec import ImageCodec
+from unclip.models.cross_attention_decoder import CrossAttentionDecoder, CrossAttentionUpsampler
 from unclip.models.dalle import DALLE
+from unclip.models.decoder import Decoder
+from unclip.models.prior import DiffusionPrior
+from unclip.models.relative_prior import RelativePrior
+from unclip.models.text_prior import DirectPrior
+from unclip.models.upsampler import Upsampler
 from unclip.pipelines.dalle import DallePipeline
 from unclip.pipelines.unclip import UnCLIPPipeline
 from unclip.tokenizer import BPETokenizer
@@ -60,6 +67,13 @@ class DalleParts:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
 
+ROLES = {  # kinds of networks, and what they are called
+    "prior": ((DiffusionPrior, DirectPrior, RelativePrior), "a prior"),
+    "decoder": ((Decoder, CrossAttentionDecoder), "a decoder"),
+    "inpainter": (Decoder, "a decoder"),
+    "upsampler": ((Upsampler, CrossAttentionUpsampler), "an upsampler"),
+}
+
 Parts = UnCLIPParts | DalleParts  # told by `kind`
 
 
@@ -76,11 +90,12 @@ def main(parts: Parts) -> None:
 
 
 def _dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
-    dalle = load_component(parts.dalle)
-    if not isinstance(dalle, DALLE):
-        raise ValueError(f"{parts.dalle} holds a {type(dalle).__name__}; expected a DALLE, as train/dalle.py makes it")
+    dalle = load_kind(parts.dalle, DALLE, "a DALLE, as train/dalle.py makes it")
+    codec = load_codec(parts.codec)
+    if not isinstance(codec, ImageCodec):
+        raise ValueError(f"{parts.codec} holds a {type(codec).__name__}; expected a codec that gives codes")
     tokenizer = BPETokenizer.load(Path(parts.dalle) / "tokenizer.json", dalle.config.context_length, marked=False)
-    components = {"tokenizer": tokenizer, "codec": load_codec(parts.codec), "dalle": dalle}
+    components = {"tokenizer": tokenizer, "codec": codec, "dalle": dalle}
     if copy_clip and parts.clip is not None:
         components["clip"] = CLIP.from_pretrained(parts.clip)
     bundle = Bundle(parts.kind, components, {}, parts.options, parts.name, parts.licence)
@@ -95,7 +110,8 @@ def _unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
     components = {"clip": CLIP.from_pretrained(parts.clip)}
     bundle = Bundle(
         kind=parts.kind,
-        components=components | {name: load_component(folder) for name, folder in folders.items()},
+        components=components
+        | {name: load_kind(folder, *ROLES[name.split("_")[0]]) for name, folder in folders.items()},
         schedules={name: load_schedule(folder) for name, folder in folders.items() if is_diffused(folder)},
         options=parts.options,
         name=parts.name,

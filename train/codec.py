@@ -11,7 +11,7 @@ from pathlib import Path
 from unclip.checkpoints.catalogue import locate
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
-from unclip.data.loader import DataConfig, Loader
+from unclip.data.loader import DataConfig, open_data
 from unclip.models.dvae import DVAE, DVAEConfig
 from unclip.models.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.vqgan import VQGAN, VQGANConfig
@@ -54,11 +54,11 @@ def main(run: Run[CodecTraining]) -> None:
         if run.init:  # weights to start from are those of a codec
             load_weights(codec, run.init)
             run = replace(run, init=None)
-    val_loader = Loader(config.val_data) if config.val_data else None
+    val_loader = open_data(config.val_data) if config.val_data else None
     fit(
         model,
         loss,
-        Loader(config.data),
+        open_data(config.data),
         config.fit,
         config.optim,
         run=run,

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from torch import nn
 
-from unclip.checkpoints.store import load_component, save_component
+from unclip.checkpoints.store import load_kind, save_component
 from unclip.data.codes import CodeDataset
-from unclip.data.loader import Augment, DataConfig, Loader
+from unclip.data.loader import DataConfig, Loader, open_data
 from unclip.models.codec import ImageCodec
 from unclip.models.dalle import DALLE, DALLEConfig
 from unclip.models.dalle_streams import Kernel
-from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import DALLELoss, DALLELossConfig
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import dalle_preview
+from unclip.training.vocabulary import make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class DALLETraining:
 
 def main(run: Run[DALLETraining]) -> None:
     config = run.config
-    codec = load_component(config.codec, device=run.device).requires_grad_(False)
-    if not isinstance(codec, ImageCodec):
-        raise ValueError(f"{config.codec} holds a {type(codec).__name__}; expected a codec, as train/codec.py makes it")
+    told = "a codec, as train/codec.py makes it"
+    codec = load_kind(config.codec, ImageCodec, told, device=run.device).requires_grad_(False)
     config.model.check_codec(codec.vocab_size, codec.grid)
     loader = open_loader(config.data, codec)
     val_loader = open_loader(config.val_data, codec) if config.val_data else None
-    tokenizer = make_tokenizer(config, loader)
+    model = config.model
+    tokenizer = make_tokenizer(run, loader.captions(), model.text_vocab, model.context_length, marked=False)
     dalle = DALLE(config.model).to(run.device)
     dalle.attention_kernel = config.attention_kernel
 
@@ -63,34 +63,20 @@ def main(run: Run[DALLETraining]) -> None:
         val_loader=val_loader,
         preview=dalle_preview(tokenizer, codec, val_loader) if val_loader else None,
         export=export,
+        tokenizer=tokenizer,
     )
 
 
 def open_loader(config: DataConfig, codec: ImageCodec) -> Loader:
     """Pictures at the codec's size, or codes of a codec like it."""
-    loader = Loader(config)
+    loader = open_data(config, CodeDataset)
     if not isinstance(loader.dataset, CodeDataset):
         if (config.crop or config.image_size) != codec.image_size:
             size = config.crop or config.image_size
             raise ValueError(f"{config.path} is read at {size} pixels; this codec takes {codec.image_size}")
-    elif config.augment != Augment() or config.crop:
-        raise ValueError(f"{config.path} holds codes, which can't be augmented or cropped; read pictures instead")
     elif (loader.dataset.vocab_size, loader.dataset.grid) != (codec.vocab_size, codec.grid):
         raise ValueError(f"{config.path} holds codes of another codec: encode it again with train/encode.py")
     return loader
-
-
-def make_tokenizer(config: DALLETraining, loader: Loader) -> BPETokenizer:
-    """The given tokenizer, or one learnt from all training captions; a text has no start and end marks."""
-    model = config.model
-    if config.tokenizer:
-        tokenizer = BPETokenizer.load(config.tokenizer, model.context_length, marked=False)
-        if tokenizer.vocab_size > model.text_vocab:
-            raise ValueError(
-                f"{config.tokenizer} has {tokenizer.vocab_size} tokens; model.text_vocab is {model.text_vocab}"
-            )
-        return tokenizer
-    return BPETokenizer.train(loader.captions(), model.text_vocab, model.context_length, marked=False)
 
 
 if __name__ == "__main__":

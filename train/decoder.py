@@ -11,12 +11,12 @@ from functools import partial
 from typing import Literal
 
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
-from unclip.data.loader import DataConfig, Loader
+from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
+from unclip.training.frozen import load_clip
 from unclip.training.inpainting import HoleConfig
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DecoderLoss, DropConfig
@@ -66,7 +66,7 @@ class DecoderTraining:
 
 def main(run: Run[DecoderTraining]) -> None:
     config = run.config
-    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    clip = load_clip(config.clip, config.model, run.device)
     decoder = Decoder(config.model).to(run.device)
     if decoder.layout is not None:
         decoder.layout.requires_grad_(False)
@@ -78,13 +78,13 @@ def main(run: Run[DecoderTraining]) -> None:
         warm_start(decoder, run.init, keep_layout=config.layout is not None)
         run = replace(run, init=None)
     schedule = Schedule(config.schedule)
-    val_loader = Loader(config.val_data) if config.val_data else None
+    val_loader = open_data(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
     given = {name: getattr(config, name) for name in ("emb_noise", "emb_mix", "copy_paste", "agreement")}
     fit(
         decoder,
         DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, **given),
-        Loader(config.data),
+        open_data(config.data),
         config.fit,
         config.optim,
         run=run,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unclip.checkpoints.store import load_component
+from unclip.checkpoints.store import load_kind
 from unclip.data.codes import CodeDataset, encode
 from unclip.data.precomputed import add_arguments, run_command
 from unclip.data.samples import Dataset
+from unclip.models.codec import ImageCodec
 
 
 def main() -> None:
@@ -22,7 +23,8 @@ def main() -> None:
 
     def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
         source = {"data": options.data, "codec": options.codec}
-        return encode(dataset, load_component(options.codec, device=device), out, source=source, **how)
+        codec = load_kind(options.codec, ImageCodec, "a codec, as train/codec.py makes it", device=device)
+        return encode(dataset, codec, out, source=source, **how)
 
     run_command(options, compute, CodeDataset)
 

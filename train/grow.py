@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from unclip.checkpoints.store import load_component, load_schedule, save_component
+from unclip.checkpoints.store import load_kind, load_schedule, save_component
 from unclip.models.decoder import Decoder
 from unclip.models.unet import LevelSpec
 
@@ -41,8 +41,8 @@ def grow(small: Decoder, level: LevelSpec) -> Decoder:
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    schedule = load_schedule(args.small)
-    large = grow(load_component(args.small), LevelSpec(args.channels, args.blocks))
+    small = load_kind(args.small, Decoder, "a decoder, as train/decoder.py makes it")
+    large, schedule = grow(small, LevelSpec(args.channels, args.blocks)), load_schedule(args.small)
     save_component(large, args.out, schedule=replace(schedule, shift=2 * schedule.shift))
     print(f"{args.out}: draws {large.config.image_size} pixels, levels {large.config.unet.levels}")
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
 from unclip.models.layout import Layout, LayoutConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
+from unclip.training.frozen import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import LayoutLoss
 from unclip.training.optim import OptimConfig
@@ -33,8 +33,9 @@ class LayoutTraining:
 
 def main(run: Run[LayoutTraining]) -> None:
     config = run.config
-    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
-    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    clip = load_clip(config.clip, config.model, run.device)
+    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run, pictures_only=True)
+    val_loader = open_loader(config.val_data, clip, config.embed_once, pictures_only=True) if config.val_data else None
     layout = Layout(config.model).to(run.device)
     if not (run.resume or run.init):  # else they come with the weights
         measure_stats(layout, clip, loader, config.stats_batches)
@@ -45,7 +46,7 @@ def main(run: Run[LayoutTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        val_loader=val_loader,
         export=save_component,
     )
 

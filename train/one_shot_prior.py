@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
 from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
+from unclip.training.frozen import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DropConfig, OneShotLossConfig, OneShotPriorLoss
 from unclip.training.optim import OptimConfig
@@ -34,7 +34,7 @@ class OneShotPriorTraining:
 
 def main(run: Run[OneShotPriorTraining]) -> None:
     config = run.config
-    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     prior = OneShotPrior(config.model).to(run.device)
     if not (run.resume or run.init):  # else they come with the weights

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.prior import DiffusionPrior, PriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
+from unclip.training.frozen import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import DropConfig, PriorLoss
 from unclip.training.optim import OptimConfig
@@ -38,7 +38,7 @@ class PriorTraining:
 
 def main(run: Run[PriorTraining]) -> None:
     config = run.config
-    clip = CLIP.from_pretrained(config.clip).to(run.device).requires_grad_(False)
+    clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     prior = DiffusionPrior(config.model).to(run.device)
     if not (run.resume or run.init):  # else they come with the weights

@@ -10,7 +10,7 @@ from functools import partial
 
 from unclip.checkpoints.store import save_component
 from unclip.data.corruption import CorruptionConfig
-from unclip.data.loader import DataConfig, Loader
+from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
@@ -41,11 +41,11 @@ def main(run: Run[UpsamplerTraining]) -> None:
             raise ValueError("model.last_unet is not trained here: start from weights that hold it (--init) or drop it")
         upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)
-    val_loader = Loader(config.val_data) if config.val_data else None
+    val_loader = open_data(config.val_data) if config.val_data else None
     fit(
         upsampler,
         UpsamplerLoss(upsampler, schedule, config.corruption, config.loss),
-        Loader(config.data),
+        open_data(config.data),
         config.fit,
         config.optim,
         run=run,

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.resize import resize
-from unclip.tokenizer import BPETokenizer, warn_cut
+from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_cut
 from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
@@ -47,7 +47,7 @@ open_clip = _import_open_clip()
 
 # B batch, L text tokens, W text width, D embedding width, S image size
 
-CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE = "open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 NO_TOWER = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}  # built in place of none, and thrown away
 

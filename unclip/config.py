@@ -1,7 +1,7 @@
 """YAML and JSON <-> frozen dataclasses: strict, with errors that name their place in the file.
 
-The dataclass is the only schema. Unknown keys, missing keys and values of another type are refused; any value can be
-overridden as `optim.lr=1e-4`.
+The dataclass is the only schema. Unknown keys, missing keys, values of another type, NaN and infinity are refused; any
+value can be overridden as `optim.lr=1e-4`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 T = TypeVar("T")
 # A plain dataclass takes the config of the type around it: hence list[cls].
-_FORBID = pydantic.ConfigDict(extra="forbid")
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Place = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
 
@@ -48,7 +48,7 @@ def load_config(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -
     try:
         node = loader.get_single_node()
         lines = dict(_lines(node, str(path))) if node else {}
-        data = loader.construct_document(node) if node else {}
+        data = _unshared(loader.construct_document(node)) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -113,6 +113,13 @@ def _lines(node: yaml.Node, path: str, place: Place = ()) -> Iterator[tuple[Plac
             yield from _lines(value, path, (*place, i))
 
 
+def _unshared(data: Any) -> Any:
+    """A copy in which no two places are one object, as YAML makes them of an anchor and its aliases."""
+    if isinstance(data, dict):
+        return {key: _unshared(value) for key, value in data.items()}
+    return [_unshared(value) for value in data] if isinstance(data, list) else data
+
+
 def _override(data: Any, override: str) -> Place:
     """Set one "a.b=value" inside `data`; the value is read as YAML. Returns the place that was set."""
     name, equals, text = override.partition("=")
@@ -147,7 +154,7 @@ def _validate(cls: type[T], data: Any, locate: Callable[[Place], str]) -> T:
     # Strict JSON mode: 3 is a float, a list is a tuple, but "3" is no int and 1 no bool.
     try:
         text = json.dumps(data, default=str)
-        return pydantic.TypeAdapter(list[cls], config=_FORBID).validate_json(f"[{text}]", strict=True)[0]
+        return pydantic.TypeAdapter(list[cls], config=_STRICT).validate_json(f"[{text}]", strict=True)[0]
     except pydantic.ValidationError as error:
         raise ValueError("\n".join(_messages(cls, data, error, locate))) from None
 

@@ -15,6 +15,8 @@ from unclip.files import read_json
 
 # B batch, L tokens
 
+TOKENIZER_FILE = "tokenizer.json"
+
 PAD, START, END = "<pad>", "<start>", "<end>"
 CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
 BART = ("<pad>", "<s>", "</s>")
@@ -86,12 +88,12 @@ class BPETokenizer:
     def from_pretrained(cls, folder: str | Path) -> BPETokenizer:
         """A folder that `save_pretrained` wrote."""
         config = read_json(Path(folder) / "config.json")
-        return cls.load(Path(folder) / "tokenizer.json", config["context_length"], config["marked"])
+        return cls.load(Path(folder) / TOKENIZER_FILE, config["context_length"], config["marked"])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the vocabulary and how a text is laid out; dtype is for networks."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.save(Path(folder) / "tokenizer.json")
+        self.save(Path(folder) / TOKENIZER_FILE)
         config = {"type": "BPETokenizer", "context_length": self.context_length, "marked": self.marked}
         (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
 
@@ -181,12 +183,12 @@ class GPT2Tokenizer:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
         """A folder that `save_pretrained` wrote."""
-        return cls.load(Path(folder) / "tokenizer.json", read_json(Path(folder) / "config.json")["context_length"])
+        return cls.load(Path(folder) / TOKENIZER_FILE, read_json(Path(folder) / "config.json")["context_length"])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the vocabulary and how many tokens a text may have; dtype is for networks."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(Path(folder) / "tokenizer.json"), pretty=False)
+        self.tokenizer.save(str(Path(folder) / TOKENIZER_FILE), pretty=False)
         config = {"type": "GPT2Tokenizer", "context_length": self.context_length}
         (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
 

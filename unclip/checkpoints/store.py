@@ -156,6 +156,16 @@ def load_component(
     return module.to(device).eval()
 
 
+def load_kind(
+    folder: str | Path, kinds: type[nn.Module] | tuple[type[nn.Module], ...], expected: str, **options: Any
+) -> nn.Module:
+    """As `load_component`, with its options; ValueError unless the network is of one of `kinds`, told as `expected`."""
+    module = load_component(folder, **options)
+    if not isinstance(module, kinds):
+        raise ValueError(f"{folder} holds a {type(module).__name__}; expected {expected}")
+    return module
+
+
 def is_diffused(folder: str | Path) -> bool:
     """Whether the network in a folder is sampled by diffusion, and so has a schedule."""
     network, _ = NETWORKS.get(read_json(Path(folder) / CONFIG_FILE).get("type"), (None, None))

@@ -5,7 +5,6 @@ codes/codes_0.npy (N, h, w)  metadata/metadata_0.parquet (column caption)  codes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 from unclip.data.precomputed import Indices, PartWriter, PrecomputedDataset, caption_rows, precompute
 from unclip.data.samples import square
+from unclip.files import read_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,17 +36,21 @@ class CodeDataset(PrecomputedDataset):
         super().__init__(folder)
         if not (self.folder / SETTINGS_FILE).is_file():
             raise FileNotFoundError(f"{self.folder / SETTINGS_FILE} is missing; it tells the codec's vocabulary")
-        settings = json.loads((self.folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        self.vocab_size: int = settings["vocab_size"]  # of the codec
-        self.grid: tuple[int, int] = self._arrays["codes"][0].shape[1:]
+        settings = read_json(self.folder / SETTINGS_FILE)
+        self.vocab_size: int = settings.get("vocab_size")  # of the codec
+        if type(self.vocab_size) is not int:
+            raise ValueError(f"{self.folder / SETTINGS_FILE}: vocab_size is {self.vocab_size!r}; expected a number")
+        self.grid: tuple[int, int] = self.shape
 
     @staticmethod
     def _fits(array: np.ndarray) -> bool:
         return array.ndim == 3 and array.dtype.kind == "u"
 
     def batch(self, indices: Indices) -> dict[str, Any]:
-        """Rows as {"codes": long (B, h, w), "caption", "key"}."""
+        """Rows as {"codes": long (B, h, w), "caption", "key"}; ValueError for a code that the codec does not have."""
         codes = self._rows("codes", indices).astype(np.int64)
+        if (most := codes.max(initial=0)) >= self.vocab_size:
+            raise ValueError(f"{self.folder} holds a code {most}; vocab_size in {SETTINGS_FILE} is {self.vocab_size}")
         return {"codes": torch.from_numpy(codes), **self._texts(indices)}
 
 

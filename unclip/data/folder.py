@@ -99,6 +99,8 @@ def _row(entry: Any, place: str) -> dict[str, Any]:
         raise ValueError(
             f"{place}: file_name or text (or caption) is missing or empty; it has {sorted(map(str, entry))}"
         )
+    if not isinstance(entry["file_name"], str):
+        raise ValueError(f"{place}: file_name is {entry['file_name']!r}; expected a string")
     try:
         weight = sample_weight(entry)
     except ValueError as error:

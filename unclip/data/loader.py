@@ -86,11 +86,20 @@ def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
     return FolderDataset(place)
 
 
+def open_data(config: DataConfig, *precomputed: type[PrecomputedDataset]) -> Loader:
+    """A loader of captioned pictures, or of precomputed data of these kinds; ValueError if the data is of another."""
+    loader = Loader(config)
+    if isinstance(loader.dataset, PrecomputedDataset) and not isinstance(loader.dataset, precomputed):
+        expected = " or ".join(["pictures", *(kind.told for kind in precomputed)])
+        raise ValueError(f"{config.path} holds {loader.dataset.told}; expected {expected}")
+    return loader
+
+
 class Loader:
     """Batches {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}.
 
     Of embeddings, {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}; of codes, {"codes": long
-    (B, h, w), "caption", "key"}.
+    (B, h, w), "caption", "key"}; ValueError if these are to be augmented or cropped.
 
     Iterating gives the rest of the current epoch; the next iteration gives the next one. A last, smaller batch is
     dropped unless it is the only one. With P processes, batch n of each is every P-th sample of what one process would
@@ -117,8 +126,12 @@ class Loader:
         self._tried = 0
         if len(self._order) < self.num_processes:
             raise ValueError(f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes")
-        is_precomputed = isinstance(self.dataset, PrecomputedDataset)
-        self._pictures = None if is_precomputed else PictureReader(self.dataset, config.image_size, config.cache)
+        self._pictures = None
+        if not isinstance(self.dataset, PrecomputedDataset):
+            self._pictures = PictureReader(self.dataset, config.image_size, config.cache)
+        elif config.augment != Augment() or config.crop is not None:
+            told = self.dataset.told
+            raise ValueError(f"{config.path} holds {told}, which can't be augmented or cropped; read pictures instead")
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -132,11 +145,6 @@ class Loader:
             if self.batch == len(self):
                 self.epoch, self.batch = epoch + 1, 0
             yield batch
-
-    def forever(self) -> Iterator[Batch]:
-        """Batches of this epoch, the next, and so on."""
-        while True:
-            yield from self
 
     def captions(self) -> Iterator[str]:
         """All captions of all samples (of each its canonical one, if the config says so); broken samples have none."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from unclip.data.samples import sample_weight
+
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
@@ -68,6 +70,11 @@ class PrecomputedDataset(ABC):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row of the first array."""
+        return self._arrays[self.names[0]][0].shape[1:]
 
     @abstractmethod
     def batch(self, indices: Indices) -> dict[str, Any]:
@@ -140,8 +147,11 @@ def precompute(
     """Computes parts of `part_size` samples; those that are there already are left as they are.
 
     `settings`, what is computed from what, are written down: when a stopped run goes on, they must be the same. Returns
-    the broken samples, index -> reason; ValueError if they are over 1 %.
+    the broken samples, index -> reason; ValueError if they are over 1 %, or a size is less than 1.
     """
+    for name, size in (("batch_size", batch_size), ("part_size", part_size)):
+        if size < 1:
+            raise ValueError(f"{name} is {size}; expected at least 1")
     settings = {"samples": len(dataset), "part_size": part_size, **settings}
     _keep_settings(writer.folder / settings_file, settings)
     broken: dict[int, str] = {}
@@ -194,6 +204,10 @@ def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind
         if isinstance(dataset, PrecomputedDataset):
             raise ValueError(f"{options.data} holds {dataset.told} already; expected pictures")
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
+            raise ValueError(f"there is no device {device!r} here; expected cpu, or cuda where there is one") from None
         broken = compute(dataset, device, options.out, **how)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -239,11 +253,16 @@ def _read_metadata(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: no readable parquet file ({error})") from None
     if "caption" not in table.column_names:
         raise ValueError(f"{path}: no column 'caption', only {table.column_names}")
-    if nulls := table["caption"].null_count:
-        raise ValueError(f"{path}: {nulls} of {table.num_rows} captions are null")
     number, rows = path.stem.removeprefix("metadata_"), table.num_rows
     columns = {name: table[name].to_pylist() for name in ("caption", "key", "weight") if name in table.column_names}
-    return {"key": [f"{number}-{row}" for row in range(rows)], "weight": [1.0] * rows} | columns
+    columns = {"key": [f"{number}-{row}" for row in range(rows)], "weight": [1.0] * rows} | columns
+    if wrong := [text for text in columns["caption"] if not isinstance(text, str)]:
+        raise ValueError(f"{path}: {len(wrong)} of {rows} captions are no strings, e.g. {wrong[0]!r}")
+    try:
+        columns["weight"] = [sample_weight({"weight": weight}) for weight in columns["weight"]]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return columns
 
 
 def _readable(

@@ -107,7 +107,10 @@ class ShardDataset:
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """The tar files that a folder, file or pattern names, sorted; FileNotFoundError if there is none."""
+    """The tar files that a folder, file or pattern names, sorted.
+
+    FileNotFoundError if there is none, or not each that a range names.
+    """
     folder = Path(source)
     if folder.is_dir():
         found = sorted(folder.glob("*.tar"))
@@ -117,7 +120,10 @@ def find_shards(source: str | Path) -> list[Path]:
     elif folder.is_file():
         found = [folder]
     else:
-        found = [Path(path) for pattern in _expand_range(str(source)) for path in sorted(glob.glob(pattern))]
+        patterns = _expand_range(str(source))
+        found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern))]
+        if found and (missing := [pattern for pattern in patterns if not glob.glob(pattern)]):
+            raise FileNotFoundError(f"{source} names {len(missing)} shards that are missing, e.g. {missing[0]}")
     if not found:
         raise FileNotFoundError(f"no shards at {source}; expected a folder with *.tar, a tar, or a pattern of tars")
     return found

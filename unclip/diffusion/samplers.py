@@ -126,6 +126,12 @@ def timesteps(options: StageOptions, schedule: Schedule) -> list[float]:
 def _check_steps(options: StageOptions, schedule: Schedule) -> None:
     if options.steps > schedule.num_timesteps:
         raise ValueError(f"steps is {options.steps}, but the model has only {schedule.num_timesteps} timesteps")
+    if options.sampler in ("dpm++", "unipc") and options.steps == schedule.num_timesteps:
+        # diffusers spaces one timestep more than it steps through: two would be alike, and their step infinite.
+        raise ValueError(
+            f"steps is {options.steps}; {options.sampler} takes at most {schedule.num_timesteps - 1}, "
+            f"one less than the model has timesteps"
+        )
 
 
 def _sample_own(

@@ -20,12 +20,17 @@ class EmbeddingStats(nn.Module):
         self.register_buffer("emb_std", torch.full((emb_dim,), emb_dim**-0.5))
 
     def set_stats(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales."""
+        """Mean and standard deviation (D,) of the image embeddings, by which `normalize` scales.
+
+        ValueError for another width, for what is not finite, and for a deviation that is not positive.
+        """
         D = len(self.emb_mean)
         if mean.numel() != D or std.numel() != D:
             raise ValueError(f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each")
-        if not (std > 0).all():
-            raise ValueError(f"std has {int((std <= 0).sum())} dimensions that are not positive")
+        if wrong := int((~mean.isfinite()).sum()):
+            raise ValueError(f"mean has {wrong} dimensions that are not finite")
+        if wrong := int((~(std.isfinite() & (std > 0))).sum()):
+            raise ValueError(f"std has {wrong} dimensions that are not positive and finite; are there two embeddings?")
         self.emb_mean.copy_(mean.reshape(D))
         self.emb_std.copy_(std.reshape(D))
 

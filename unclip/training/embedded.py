@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.clip import CLIP
-from unclip.data.loader import Augment, DataConfig, Loader
-from unclip.data.precomputed import PrecomputedDataset
+from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.loader import Augment, DataConfig, Loader, open_data
 from unclip.models.embedding_stats import EmbeddingStats
 
 AT_ONCE = 64  # pictures
@@ -53,11 +53,18 @@ class EmbeddedLoader:
         self.loader.load_state_dict(state)
 
 
-def open_loader(config: DataConfig, clip: CLIP, embed_once: bool) -> Loader | EmbeddedLoader:
-    """A loader of captioned pictures or embeddings; embed_once: pictures are embedded now."""
-    loader = Loader(config)
-    if embed_once and not isinstance(loader.dataset, PrecomputedDataset):
-        return EmbeddedLoader(loader, clip)
+def open_loader(
+    config: DataConfig, clip: CLIP, embed_once: bool, pictures_only: bool = False
+) -> Loader | EmbeddedLoader:
+    """A loader of captioned pictures, or of embeddings where these will do; embed_once: pictures are embedded now.
+
+    ValueError for other data, and for embeddings of another width than CLIP's.
+    """
+    loader = open_data(config) if pictures_only else open_data(config, EmbeddingDataset)
+    if not isinstance(loader.dataset, EmbeddingDataset):
+        return EmbeddedLoader(loader, clip) if embed_once else loader
+    if (width := loader.dataset.shape[0]) != clip.emb_dim:
+        raise ValueError(f"{config.path} holds embeddings of {width} numbers; expected {clip.emb_dim}, as CLIP's have")
     return loader
 
 
@@ -79,11 +86,18 @@ def _embed_all(loader: Loader, clip: CLIP) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> tuple[Tensor, Tensor]:
-    """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU."""
+    """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU.
+
+    ValueError for no batch, and for an embedding that is not finite.
+    """
+    if batches < 1:
+        raise ValueError(f"stats_batches is {batches}; expected at least 1")
     state, image_embs, text_embs = loader.state_dict(), [], []
     for batch, _ in zip(loader, tqdm(range(batches), desc="embedding statistics", leave=False), strict=False):
         image_emb = batch["image_emb"] if "image_emb" in batch else clip.encode_image(batch["image"])
         image_embs.append(image_emb.float().cpu())
+        if wrong := [key for key, emb in zip(batch["key"], image_embs[-1], strict=True) if not emb.isfinite().all()]:
+            raise ValueError(f"the image embedding of {wrong[0]} is not finite; leave it out, or embed it again")
         text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
     loader.load_state_dict(state)
     return torch.cat(image_embs), torch.cat(text_embs)

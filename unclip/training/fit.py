@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from unclip.config import save_json, to_dict
@@ -29,8 +28,9 @@ from unclip.training.checkpoints import Checkpoints
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.launch import Run, resume_command
-from unclip.training.log import DEFAULT_TRACKERS, Log, available_trackers
+from unclip.training.log import DEFAULT_TRACKERS, Log
 from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.processes import accelerator_for
 from unclip.training.random_state import random_state, set_random_state
 from unclip.training.run_state import RunState, load_weights
 from unclip.training.stop import StopRequest
@@ -38,6 +38,8 @@ from unclip.weights import write_tensors
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from unclip.tokenizer import BPETokenizer
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
@@ -75,6 +77,8 @@ class FitConfig:
         for name in ("log_every", "val_every", "preview_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number of steps, or 0 for never")
+        if self.val_batches is not None and self.val_batches < 1:
+            raise ValueError(f"val_batches is {self.val_batches}; expected at least 1, or null for all")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.999, or null")
 
@@ -100,6 +104,7 @@ def fit(
     preview: Preview | None = None,
     export: Export | None = None,
     before_step: BeforeStep | None = None,
+    tokenizer: BPETokenizer | None = None,
 ) -> Path:
     """Train `model` and return the folder of its averaged weights, `<output>/model`.
 
@@ -108,6 +113,7 @@ def fit(
     `preview(model)` draws a picture and `export(model, folder)` writes a component, both with the averaged weights;
     without `export` the folder gets model.safetensors. `<output>/model` is renewed at every checkpoint.
     `before_step(step)` is told before each update how many there were: for a loss that changes as training goes on.
+    `tokenizer` is kept in the checkpoints: see vocabulary.py.
 
     A dry run, and a SIGTERM or Ctrl-C after saving, end in SystemExit(0). Raises FloatingPointError when the loss or
     the gradient is not finite, before the update; ValueError for settings that do not fit; OSError for a full disk.
@@ -117,7 +123,8 @@ def fit(
         if data is not None and len(data) < 1:
             raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
     try:
-        return _Fit(model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step).train()
+        given = (model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step, tokenizer)
+        return _Fit(*given).train()
     finally:  # accelerate keeps its settings in process-wide singletons; the next fit may want another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -135,13 +142,14 @@ class _Fit:
     preview: Preview | None
     export: Export | None
     before_step: BeforeStep | None
+    tokenizer: BPETokenizer | None
 
     def __post_init__(self, run: Run[Any]) -> None:
         config, model = self.config, self.raw
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         source = self._source(run)
-        self.accelerator = accelerator = _accelerator(config)
+        self.accelerator = accelerator = accelerator_for(config)
         if run.init:
             load_weights(model, run.init)
         _configure(model, config)
@@ -160,6 +168,7 @@ class _Fit:
             accelerator.scaler,
             run.config,
             accelerator.num_processes,
+            self.tokenizer,
         )
         self.resumed_random_state = self.state.restore(source, accelerator.process_index) if source else None
 
@@ -360,21 +369,6 @@ class _Fit:
                     write_tensors(self.raw, folder / "model.safetensors")
         self.accelerator.wait_for_everyone()
         self.log.restart_clock()
-
-
-def _accelerator(config: FitConfig) -> Accelerator:
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
-    accelerator = Accelerator(
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-        log_with=available_trackers(config.trackers) or None,
-        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"{accelerator.distributed_type.value} shards the weights, which these checkpoints cannot; use DDP"
-        )
-    return accelerator
 
 
 def _configure(model: nn.Module, config: FitConfig) -> None:

@@ -30,11 +30,9 @@ class Run(Generic[C]):
     @property
     def device(self) -> torch.device:
         """Where `fit` will train in this process: for the frozen networks that a loss uses."""
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
+        from unclip.training.processes import this_process  # late: accelerate is slow to import
 
-        # Whoever asks first settles for the whole process whether it is one of several, and of which kind.
-        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+        return this_process().device
 
 
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:

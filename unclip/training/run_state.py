@@ -5,6 +5,7 @@
     optimizer.safetensors    "exp_avg/<parameter>" and so on
     rng-0.json               the random state of each process
     state.json               step, place in the data, settings, versions
+    tokenizer.json           of a network that reads captions itself (vocabulary.py reads it)
 
 No pickle anywhere.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from unclip import __version__
 from unclip.config import flatten, parse, save_json, to_dict
+from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
 from unclip.training.ema import EMA
 from unclip.weights import load_strictly, read_tensors, write_safetensors
 
@@ -53,6 +55,7 @@ class RunState:
     scaler: torch.amp.GradScaler | None  # fp16 only
     config: Any  # all settings of the run: a dataclass, or a plain dict
     processes: int = 1
+    tokenizer: BPETokenizer | None = None
     step: int = 0
     hours: float = 0.0
 
@@ -80,6 +83,8 @@ class RunState:
             "versions": {"unclip": __version__, "torch": torch.__version__, "python": platform.python_version()},
         }
         save_json(place, folder / "state.json")
+        if self.tokenizer:
+            self.tokenizer.save(folder / TOKENIZER_FILE)
 
     def restore(self, folder: Path, process: int) -> dict[str, Any]:
         """Continue from what `save` wrote; returns the random state of this process, to be set before the next step."""
