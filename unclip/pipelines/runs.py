@@ -29,7 +29,7 @@ class StageRun:
     name: str
     estimate: Estimate
     schedule: Schedule
-    timesteps: list[int]
+    timesteps: list[float]
 
     def reporter(self, on_step: OnStep | None) -> OnSample | None:
         """`on_step` as the loops of unclip.diffusion call it."""
