@@ -21,21 +21,30 @@ def normalise(x: Tensor) -> Tensor:
     return (wide / norm.where(norm > 0, 1.0)).to(x.dtype)
 
 
-def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
+def slerp(a: Tensor, b: Tensor, fraction: float | Tensor, angle: Tensor | None = None) -> Tensor:
     """From a (..., D) at fraction 0 to b at 1: directions along the great circle, lengths linearly.
 
     fraction is a number or (...). The arc stays on the sphere for all pairs: parallel ones do not move, and antipodal
-    ones, which have no shortest arc, take a fixed one of them.
+    ones, which have no shortest arc, take a fixed one of them. angle: between them, (..., 1), where it is known.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     fraction = torch.as_tensor(fraction, dtype=dtype, device=a.device).unsqueeze(-1)
     length = torch.lerp(wide_a.norm(dim=-1, keepdim=True), wide_b.norm(dim=-1, keepdim=True), fraction)
     u, v = normalise(wide_a), normalise(wide_b)
-    # 2 atan2 keeps its precision near 0 and π, where arccos of the dot product has none
-    angle = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))
+    angle = angle_of(*chords(u, v)) if angle is None else angle
     sideways = _unit_orthogonal(v, u)
     return (length * ((fraction * angle).cos() * u + (fraction * angle).sin() * sideways)).to(a.dtype)
+
+
+def chords(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """From unit vectors u (..., D) to v and to -v: lengths (..., 1)."""
+    return (u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True)
+
+
+def angle_of(chord: Tensor, opposite: Tensor) -> Tensor:
+    """The angle that `chords` belong to; precise near 0 and π too, where arccos of the dot product is not."""
+    return 2 * torch.atan2(chord, opposite)
 
 
 def _unit_orthogonal(v: Tensor, u: Tensor) -> Tensor:

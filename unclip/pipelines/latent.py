@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from unclip.config import parse, to_dict
-from unclip.latents import slerp
-from unclip.pipelines.base import with_named_sampler
+from unclip.latents import angle_of, chords, normalise, slerp
+from unclip.pipelines.base import check_count, with_named_sampler
 from unclip.types import StageOptions, UnCLIPOptions
 from unclip.weights import read_tensors, save_tensors
 
@@ -40,9 +40,9 @@ class Latent:
     def __len__(self) -> int:
         return len(self.image_emb)
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Latent:
-        """Some of the pictures, or the same one several times."""
-        rows = list(range(len(self)))[rows] if isinstance(rows, slice) else list(rows)
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> Latent:
+        """One of the pictures, some of them, or the same one several times."""
+        rows = [rows] if isinstance(rows, int) else list(range(len(self))[rows] if isinstance(rows, slice) else rows)
         sources = tuple(self.sources[row] for row in rows) if self.sources else ()
         return replace(self, image_emb=self.image_emb[rows], noise=tuple(x[rows] for x in self.noise), sources=sources)
 
@@ -103,20 +103,45 @@ def check_invertible(options: UnCLIPOptions) -> None:
             )
 
 
-def along(path: Latent, fractions: Sequence[float]) -> Latent:
+def places_on_path(frames: int | Sequence[float]) -> list[float]:
+    """So many places, evenly from 0 to 1, or those that are given; ValueError if these are others."""
+    if isinstance(frames, Sequence):
+        if not frames or not all(0.0 <= place <= 1.0 for place in frames):
+            raise ValueError(f"frames is {frames}; expected places on the path, each from 0 to 1")
+        return [float(place) for place in frames]
+    check_count("frames", frames)
+    if frames < 2:
+        raise ValueError("frames is 1; a path shows at least its two ends")
+    return [k / (frames - 1) for k in range(frames)]
+
+
+def check_path(count: int) -> None:
+    """ValueError unless a path leads through so many pictures or prompts."""
+    if count < 2:
+        raise ValueError(f"a path leads through at least 2 pictures or prompts; got {count}")
+
+
+def along(path: Latent, fractions: Sequence[float], rows: slice = slice(None)) -> Latent:
     """Points on the path through all pictures of a latent: 0 is the first, 1 the last, evenly between.
 
     Each part runs along great circles (unCLIP 3.2); where a fraction meets a picture, the point is its latent.
+    rows: only some of the points, which are the same to the last bit as with all the others in memory beside them.
     """
     segments = max(1, len(path) - 1)
     places = [min(int(fraction * segments), segments - 1) for fraction in fractions]
     within = torch.tensor([fraction * segments - place for fraction, place in zip(fractions, places, strict=True)])
-    after = [min(place + 1, len(path) - 1) for place in places]
+    after = [min(start + 1, len(path) - 1) for start in range(segments)]
+    wanted = list(range(len(places))[rows])
+    # torch adds the numbers of a row up in another order where it has no other row
+    taken = wanted * 2 if len(wanted) == 1 < len(places) else wanted
 
     def between(x: Tensor) -> Tensor:
-        a, b = x[places].flatten(1), x[after].flatten(1)
-        arc = slerp(a, b, within)
-        ends = within[:, None]
-        return torch.where(ends <= 0, a, torch.where(ends >= 1, b, arc)).view(-1, *x.shape[1:])
+        flat = x.flatten(1)
+        # of all points at once: the last bits of an arctangent hang on its place among others
+        angle = angle_of(*(of_part[places] for of_part in chords(normalise(flat[:segments]), normalise(flat[after]))))
+        a, b = (flat[[ends[places[row]] for row in taken]] for ends in (range(segments), after))
+        arc, ends = slerp(a, b, within[taken], angle[taken]), within[taken][:, None]
+        points = torch.where(ends <= 0, a, torch.where(ends >= 1, b, arc))
+        return points[: len(wanted)].view(-1, *x.shape[1:])
 
     return replace(path, image_emb=between(path.image_emb), noise=tuple(map(between, path.noise)), sources=())

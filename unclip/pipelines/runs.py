@@ -126,17 +126,18 @@ def with_named_samplers(options: UnCLIPOptions) -> UnCLIPOptions:
 
 def several(images: Picture | Sequence[Picture]) -> list[Image.Image]:
     """Pictures as upright RGB; a tensor is one (3, H, W) or several (B, 3, H, W) in [-1, 1]."""
+    return [open_picture(image) for image in unopened(images)]
+
+
+def unopened(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """One entry for each picture of `several`, for `open_picture`: large ones need not all be in memory at once."""
     if isinstance(images, Tensor):
         return to_pil(check_images(images))
     if not isinstance(images, Sequence) or isinstance(images, str):
-        return [open_picture(images)]
+        return [images]
     if not images:
         raise ValueError("the list of images is empty; expected at least one picture")
-    return [
-        picture
-        for image in images
-        for picture in (several(image) if isinstance(image, Tensor) else [open_picture(image)])
-    ]
+    return [picture for image in images for picture in (unopened(image) if isinstance(image, Tensor) else [image])]
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
