@@ -376,8 +376,9 @@ def test_only_deterministic_options_are_inverted(pipe, options):
         with pytest.raises(ValueError, match="can be inverted"):
             pipe.invert(PICTURES[0], options=bad)
         assert deterministic(bad, 8) == options
-    with pytest.raises(ValueError, match="options is a StageOptions"):
-        pipe.invert(PICTURES[0], options=options.decoder)
+    for source in (PICTURES[0], pipe.random_latent(torch.ones(1, 16), options=options)):
+        with pytest.raises(ValueError, match="options is a StageOptions"):
+            pipe.reconstruct(source, options=options.decoder)
     scheduler = replace(options, decoder=replace(options.decoder, sampler=DDIMScheduler()))
     with pytest.raises(ValueError, match="the decoder is sampled with 'DDIMScheduler', eta"):
         pipe.invert(PICTURES[0], options=scheduler)
@@ -389,7 +390,7 @@ def test_noise_of_another_model_is_refused(pipe, latent):
         pipe.reconstruct(other)
     wide = replace(latent, image_emb=torch.ones(3, 17))
     for drawn in (pipe.reconstruct, pipe.vary, pipe.interpolate, lambda path: pipe.text_diff(path, "a", "b")):
-        with pytest.raises(ValueError, match="holds an embedding of width 17, but the model's are 16"):
+        with pytest.raises(ValueError, match="holds embeddings of width 17, but the model's are 16"):
             drawn(wide)
 
 

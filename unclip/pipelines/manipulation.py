@@ -275,18 +275,26 @@ class UnCLIPManipulations(UnCLIPRuns):
         inversion: InversionOptions | None,
         how: dict[str, Any],
     ) -> Latent:
-        """Of pictures by inversion; one that is given is to be drawn under `options`, or else its own."""
         if not isinstance(source, Latent):
             return self.invert(source, options=options, inversion=inversion, **how)
-        width, sizes = source.image_emb.shape[-1], self._sizes(options or source.options)
+        self.check_latent(source, options)
+        return source
+
+    def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
+        """ValueError unless this model can draw it under `options`, or else its own."""
+        options = options or latent.options
+        self._check_inversion(options)
+        width, sizes = latent.image_emb.shape[-1], self._sizes(options)
         if width != self.clip.emb_dim:
-            raise ValueError(f"the latent holds an embedding of width {width}, but the model's are {self.clip.emb_dim}")
-        if [x.shape[-1] for x in source.noise[: len(sizes)]] != sizes:
-            given = ", ".join(str(x.shape[-1]) for x in source.noise)
+            raise ValueError(
+                f"the latent holds embeddings of width {width}, but the model's are {self.clip.emb_dim} wide; "
+                f"give it to the model that it was made with"
+            )
+        if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
+            given = ", ".join(str(x.shape[-1]) for x in latent.noise)
             raise ValueError(
                 f"the latent holds noise of {given} px, but the model draws {', '.join(map(str, sizes))} px"
             )
-        return source
 
     def _draw_latent(
         self,
