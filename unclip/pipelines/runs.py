@@ -103,10 +103,11 @@ class UnCLIPRuns(UnCLIPStages):
         used = self.upsamplers[: len(options.upsamplers)]
         return [self.decoder.config.image_size, *(upsampler.config.high_size for upsampler in used)]
 
-    def _check_options(self, options: UnCLIPOptions) -> None:
+    def _check_options(self, options: UnCLIPOptions, of_prompts: bool = False) -> None:
+        """ValueError unless pictures can be drawn under them: those of prompts alone, or others."""
         if not isinstance(options, UnCLIPOptions):
             raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
-        if options.embedding != "prior":
+        if options.embedding != "prior" and not of_prompts:
             raise ValueError(f"embedding is {options.embedding!r}, which is for pictures of prompts alone; set 'prior'")
         self._check_upsampling(options.upsamplers)
 
