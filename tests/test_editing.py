@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from unclip.diffusion.repaint import PaintOptions
+from unclip.diffusion.samplers import scheduler_betas
 from unclip.pictures import read_metadata, save_png
 from unclip.pipelines.base import redraw
 from unclip.pipelines.editing import to_model, windows_over
@@ -123,6 +125,8 @@ def test_a_picture_goes_on_beyond_its_borders(pipe, borders):
         ({"left": -1}, "left is -1"),
         ({"top": 1.5}, "top is 1.5"),
         ({"right": 5000}, "at most 64 windows"),
+        ({"left": 10**10}, "at most 64 windows"),
+        ({"bottom": 10**19}, "at most 64 windows"),
     ],
 )
 def test_bad_borders_are_refused(pipe, borders, message):
@@ -144,6 +148,15 @@ def test_image_to_image_leaves_less_the_stronger_it_is(pipe):
     for strength in (0.0, 1.1):
         with pytest.raises(ValueError, match="strength is"):
             pipe.image_to_image(image, "a", strength=strength)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers, numpy 2
+def test_painting_takes_the_schedulers_that_drawing_takes(pipe):
+    scheduler = EulerDiscreteScheduler(trained_betas=scheduler_betas(pipe.schedules["decoder"]), use_karras_sigmas=True)
+    options = replace(pipe.options, decoder=replace(pipe.options.decoder, sampler=scheduler))
+    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+    pipe.inpaint(image, marked, "a", painting=PAINTING, options=options, **QUICK)
+    pipe.image_to_image(image, "a", options=options, **QUICK)
 
 
 def test_every_step_is_reported(pipe):
@@ -217,6 +230,15 @@ def test_windows_begin_where_something_is_known():
     hole[:, :16] = False
     windows = list(windows_over(hole, 16))
     assert windows == [(left, 0) for left in range(8, 65, 8)]
+
+
+def test_windows_over_a_thin_hole_are_counted():
+    hole = np.zeros((16, 3200), dtype=bool)
+    hole[8, : 64 * 16] = True
+    assert len(list(windows_over(hole, 16))) <= 64
+    hole[8] = True  # of little area, but long
+    with pytest.raises(ValueError, match="at most 64 windows"):
+        list(windows_over(hole, 16))
 
 
 def test_the_model_sees_nothing_of_the_hole():

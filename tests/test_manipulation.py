@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 import unclip
 from unclip.diffusion.inversion import InversionOptions
 from unclip.latents import normalise
-from unclip.pictures import read_metadata, save_png
+from unclip.pictures import open_picture, read_metadata, save_png
+from unclip.pipelines import manipulation
 from unclip.pipelines.base import redraw
 from unclip.pipelines.latent import Latent, along, deterministic
 from unclip.pipelines.unclip import UnCLIPPipeline
@@ -116,6 +118,10 @@ def test_a_latent_is_saved_and_loaded(latent, again, pipe, tmp_path):
 
 def test_rows_of_latents_come_apart_and_together(latent):
     parts = Latent.cat([latent[[2]], latent[:2]])
+    assert [one.sources for one in latent] == [(source,) for source in latent.sources]
+    assert torch.equal(latent[-1].noise[0], latent.noise[0][2:])
+    with pytest.raises(IndexError):
+        latent[3]
     torch.testing.assert_close(parts.noise[1], latent.noise[1][[2, 0, 1]])
     assert parts.sources == (latent.sources[2], *latent.sources[:2])
     assert latent.repeat_interleave(2).image_emb[3].equal(latent.image_emb[1])
@@ -163,12 +169,28 @@ def test_a_random_latent_is_what_variations_draw(pipe, options):
 @pytest.mark.parametrize("noise", ["slerp", "first", "random"])
 def test_a_path_begins_and_ends_with_the_reconstructions(pipe, latent, again, noise):
     path = pipe.interpolate(latent[:2], frames=5, noise=noise, seed=1, **FEW)
-    assert len(path) == 5
+    assert len(path) == 5 and not path.image_emb.is_inference()
     if noise != "random":
         assert difference(path.images[0], again.images[0]) == 0
     if noise == "slerp":
         assert difference(path.images[-1], again.images[1]) == 0
     torch.testing.assert_close(path.image_emb[[0, -1]], latent.image_emb[:2])
+
+
+def test_frames_are_computed_when_they_are_drawn(pipe, latent, monkeypatch):
+    """So that those of a long path need not all be in memory."""
+    known = []
+
+    def seen(path: Latent, places: list[float]) -> Latent:
+        points = along(path, places)
+        known.append((len(points), len(points.noise)))
+        return points
+
+    monkeypatch.setattr(manipulation, "along", seen)
+    pipe.interpolate(latent, frames=5, **FEW)
+    assert known == [(2, 2), (2, 2), (1, 2)]
+    pipe.interpolate(latent, frames=5, even=True, **FEW)
+    assert known[3:6] == [(2, 1), (2, 1), (1, 1)]  # where CLIP looks at small ones, there is no noise of the large
 
 
 def test_a_path_through_several_runs_evenly_through_each_part(latent):
@@ -218,6 +240,8 @@ def test_a_path_between_prompts(pipe, options):
     ("arguments", "message"),
     [
         ({}, "either pictures .* or prompts"),
+        ({"path": blob("red")}, "at least 2 pictures or prompts; got 1"),
+        ({"path": torch.zeros(1, 3, 8, 8)}, "at least 2 pictures or prompts; got 1"),
         ({"path": [blob("red")]}, "at least 2 pictures or prompts; got 1"),
         ({"prompts": ["a"]}, "at least 2 pictures or prompts; got 1"),
         ({"prompts": ["a", "b"], "frames": 1}, "frames is 1"),
@@ -226,7 +250,8 @@ def test_a_path_between_prompts(pipe, options):
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
 )
-def test_bad_paths_are_refused(pipe, options, arguments, message):
+def test_bad_paths_are_refused(pipe, options, arguments, message, monkeypatch):
+    monkeypatch.setattr(UnCLIPPipeline, "invert", None)  # before hours of it
     with pytest.raises(ValueError, match=message):
         pipe.interpolate(**arguments, options=options, progress=False)
 
@@ -253,6 +278,22 @@ def test_a_text_diff_begins_with_the_reconstruction_and_turns_the_embedding(pipe
         pipe.text_diff(latent, "a", "b", eta=1.5)
     with pytest.raises(ValueError, match="same embedding"):
         pipe.text_diff(latent, "a fish", "a fish")
+
+
+@pytest.mark.parametrize("theta", [np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), (0.1, 0.2)])
+def test_theta_is_any_sequence_of_numbers(pipe, latent, theta):
+    result = pipe.text_diff(latent[0], "", "a blue fish", theta, **FEW)
+    assert [entry["arguments"]["theta"] for entry in result.metadata] == pytest.approx([0.1, 0.2])
+
+
+def test_bad_seeds_are_refused_before_anything_is_inverted(pipe, monkeypatch):
+    monkeypatch.setattr(UnCLIPPipeline, "invert", None)
+    with pytest.raises(ValueError, match="seed is -1"):
+        pipe.vary(PICTURES, seed=-1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        pipe.text_diff(PICTURES, "", "a blue fish", seed=-1)
+    with pytest.raises(ValueError, match="same embedding"):
+        pipe.text_diff(PICTURES, "a fish", "a fish")
 
 
 def test_a_text_diff_loosens_the_noise(pipe, latent, again):
@@ -326,8 +367,9 @@ def test_only_deterministic_options_are_inverted(pipe, options):
         with pytest.raises(ValueError, match="can be inverted"):
             pipe.invert(PICTURES[0], options=bad)
         assert deterministic(bad, 8) == options
-    with pytest.raises(ValueError, match="options is a StageOptions"):
-        pipe.invert(PICTURES[0], options=options.decoder)
+    for source in (PICTURES[0], pipe.random_latent(torch.ones(1, 16), options=options)):
+        with pytest.raises(ValueError, match="options is a StageOptions"):
+            pipe.reconstruct(source, options=options.decoder)
     scheduler = replace(options, decoder=replace(options.decoder, sampler=DDIMScheduler()))
     with pytest.raises(ValueError, match="the decoder is sampled with 'DDIMScheduler', eta"):
         pipe.invert(PICTURES[0], options=scheduler)
@@ -337,6 +379,26 @@ def test_noise_of_another_model_is_refused(pipe, latent):
     other = replace(latent, noise=(latent.noise[1], latent.noise[1]))
     with pytest.raises(ValueError, match="holds noise of 16, 16 px, but the model draws 8, 16 px"):
         pipe.reconstruct(other)
+    wide = replace(latent, image_emb=torch.ones(3, 17))
+    for drawn in (pipe.reconstruct, pipe.vary, pipe.interpolate, lambda path: pipe.text_diff(path, "a", "b")):
+        with pytest.raises(ValueError, match="holds embeddings of width 17, but the model's are 16"):
+            drawn(wide)
+
+
+def test_large_pictures_are_reduced_one_at_a_time(pipe, options, tmp_path, monkeypatch):
+    for i in range(3):
+        Image.effect_noise((90, 70), 50).convert("RGB").save(tmp_path / f"{i}.png")
+    files = sorted(tmp_path.iterdir())
+    expected, alive = pipe.invert(list(map(Image.open, files)), options=options, **FEW), []
+
+    def opened(source: Path) -> Image.Image:
+        assert all(one() is None for one in alive)
+        alive.append(weakref.ref(picture := open_picture(source)))
+        return picture
+
+    monkeypatch.setattr(manipulation, "open_picture", opened)
+    latent = pipe.invert(files, options=options, **FEW)
+    assert len(alive) == 3 and all(map(torch.equal, latent.noise, expected.noise))
 
 
 def test_fewer_stages_give_smaller_pictures(pipe, latent):

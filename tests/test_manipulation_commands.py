@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unclip.cli import main
-from unclip.pictures import read_metadata
+from unclip.pictures import open_picture, read_metadata
+from unclip.pipelines import manipulation
 
 QUICK = ["--steps", "6", "--iterations", "2", "--quiet"]
 
@@ -97,6 +101,38 @@ def test_pictures_are_counted_and_each_gets_a_file_of_its_own(run):
     names = ["both-reconstruct-0", "both-reconstruct-1", "leaf-reconstruct"]
     assert code == 0 and out.split() == [f"mixed/{name}.png" for name in names]
     assert np.array_equal(pixels("mixed/both-reconstruct-1.png"), pixels("drawn/1-reconstruct-1.png"))
+
+
+def test_a_latent_of_another_model_is_told_before_anything_is_inverted(run, monkeypatch):
+    from unclip.pipelines.latent import Latent
+
+    assert run("reconstruct", "apple.png", *QUICK, "--save-latent", "apple.safetensors")[0] == 0
+    latent = Latent.load("apple.safetensors")
+    replace(latent, image_emb=torch.ones(1, 17)).save("other.safetensors")
+    monkeypatch.setattr(manipulation, "invert", None)
+    code, _, err = run("interpolate", "other.safetensors", "fish.png")
+    assert code == 2 and "the latent holds embeddings of width 17, but the model's are 16 wide" in err
+    again = replace(latent.options, decoder=replace(latent.options.decoder, steps=7))
+    replace(latent, options=again).save("longer.safetensors")
+    code, _, err = run("interpolate", "apple.safetensors", "fish.png", "longer.safetensors")
+    assert code == 2 and "made under different options" in err
+
+
+def test_large_pictures_are_not_all_opened_at_once(run, monkeypatch):
+    alive = []
+
+    def opened(source: Path) -> Image.Image:
+        assert all(one() is None for one in alive)
+        alive.append(weakref.ref(picture := open_picture(source)))
+        return picture
+
+    monkeypatch.setattr("unclip.pictures.open_picture", opened)
+    monkeypatch.setattr(manipulation, "open_picture", opened)
+    files = ["apple.png", "fish.png", "leaf.png"]
+    for file in files:
+        Image.open(file).resize((90, 80)).save(file)
+    assert run("reconstruct", *files, "apple.png", *QUICK, "--grid")[0] == 0
+    assert len(alive) == 6  # each to see whether it can be read, and to invert it; no file twice
 
 
 def test_pictures_are_varied(run):
@@ -218,6 +254,25 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
         ("vary mask.safetensors", "no weights at mask.safetensors"),
         ("reconstruct apple.png -o a.gif", "a.gif: pictures are written as .png"),
         ("interpolate", "either pictures or --prompts"),
+        ("vary apple.png --seed -1", "seed is -1; expected a whole number"),
+        ("vary apple.png -o apple.png/x.png", "cannot write apple.png/x.png: apple.png is no folder"),
+        ("vary apple.png -o apple.png/new/folder", "cannot write apple.png/new/folder: apple.png is no folder"),
+        ("reconstruct apple.png --save-latent apple.png/l.safetensors", "cannot write apple.png/l.safetensors"),
+        ("reconstruct apple.png --save-latent folder.safetensors", "folder.safetensors is a folder"),
+        ("interpolate apple.png fish.png --seed -1", "seed is -1; expected a whole number"),
+        ("interpolate apple.png fish.png -o folder.gif", "folder.gif is a folder; expected a file name"),
+        ("interpolate apple.png fish.png -o apple.png/a.gif", "cannot write apple.png/a.gif: apple.png is no folder"),
+        ("interpolate apple.png fish.png -o a.gif --fps 0", "fps is 0; expected 0.1 to 100 pictures a second"),
+        ("interpolate apple.png fish.png -o a.gif --fps nan", "fps is nan; expected 0.1 to 100"),
+        ("interpolate apple.png fish.png -o a.gif --grid", "a.gif is an animation: --grid"),
+        ("interpolate --prompts a b --iterations 5", "--iterations does not go with them"),
+        ("diff apple.png --from a --to a", "the two captions have the same embedding"),
+        ("diff apple.png --to a --seed -1", "seed is -1; expected a whole number"),
+        ("probe apple.png --word a --classes b c --pca a.safetensors", "--pca says nothing"),
+        ("probe apple.png --word a --classes b c --save-pca a.safetensors", "--save-pca says nothing"),
+        ("probe apple.png --word a --classes b c --data a", "--data says nothing"),
+        ("probe apple.png --word a --classes b c --components 2", "--components says nothing"),
+        ("probe apple.png --data a -o folder.png", "folder.png is a folder; expected a file name"),
         ("interpolate apple.png", "at least 2 pictures or prompts; got 1"),
         ("interpolate apple.png fish.png --frames 1", "frames is 1"),
         ("interpolate apple.png fish.png -o a.webp", "a.webp: pictures are written as .png"),
@@ -241,11 +296,14 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
         ("generate a b --mix 1 -1", "expected numbers with a sum above 0"),
     ],
 )
-def test_the_command_line_tells_what_is_wrong(run, tmp_path, command, message):
+def test_the_command_line_tells_what_is_wrong(run, tmp_path, monkeypatch, command, message):
+    """Before anything is inverted, which may take hours."""
+    monkeypatch.setattr(manipulation, "invert", None)
+    for name in ("folder.png", "folder.gif", "folder.safetensors"):
+        Path(name).mkdir()
     Image.new("L", (4, 4), 255).save("small.png")
     before = set(tmp_path.rglob("*"))
-    quick = ["--steps", "2"] if command.split()[0] in ("vary", "interpolate", "diff") else []
-    code, out, err = run(*command.split(), *([] if "safetensors" in command else quick), "--quiet")
+    code, out, err = run(*command.split(), "--quiet")
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert message in err
     assert set(tmp_path.rglob("*")) == before

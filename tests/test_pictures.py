@@ -176,11 +176,23 @@ def test_a_gif_holds_its_frames_and_how_they_were_made(frames, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.gif"]
 
 
+@pytest.mark.parametrize(("fps", "lengths"), [(15, [70, 60, 70, 70, 60]), (24, [40] * 3 + [50, 40]), (100, [10] * 5)])
+def test_a_gif_keeps_time(frames, tmp_path, fps, lengths):
+    """In hundredths of a second, so that some frames last longer than others."""
+    save_animation(frames, tmp_path / "a.gif", fps)
+    with Image.open(tmp_path / "a.gif") as image:
+        found = [image.seek(i) or image.info["duration"] for i in range(5)]
+    assert found == lengths and abs(sum(found) - 5000 / fps) <= 5
+
+
 def test_an_animation_of_another_kind_is_refused(frames, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"a\.webm: an animation is written as \.gif or \.mp4"):
         save_animation(frames, tmp_path / "a.webm")
-    with pytest.raises(ValueError, match="fps is 0"):
-        save_animation(frames, tmp_path / "a.gif", fps=0)
+    for fps in (0, 0.001, 101, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"fps is {fps:g}; expected 0.1 to 100 pictures a second, .* a \.gif"):
+            save_animation(frames, tmp_path / "a.gif", fps)
+    with pytest.raises(ValueError, match=r"fps is inf; expected 0.1 to 1000 pictures a second, .* an? \.mp4"):
+        save_animation(frames, tmp_path / "a.mp4", float("inf"))
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # not installed
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="an .mp4 needs ffmpeg"):

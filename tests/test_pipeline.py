@@ -186,6 +186,13 @@ def test_variations_are_drawn_under_the_null_text(tiny_pipe, null_text):
         assert difference(pipe.variations(image_emb=emb, seed=0, progress=False).images[0], null) > 0
 
 
+@pytest.mark.parametrize("embedding", ["text", "none"])
+def test_variations_are_of_embeddings_that_are_given(tiny_pipe, embedding):
+    options = replace(TINY_OPTIONS, embedding=embedding)
+    with pytest.raises(ValueError, match=f"embedding is '{embedding}', which is for pictures of prompts alone"):
+        tiny_pipe.variations(Image.new("RGB", (16, 16)), options=options, progress=False)
+
+
 def test_embeddings_of_a_result_can_be_computed_with(draw):
     emb = draw("a red apple", seed=0).image_emb
     emb *= 2

@@ -64,7 +64,8 @@ def test_components_are_drawn_from_one_seed(tiny_pipe, pictures):
 
 
 @pytest.mark.parametrize(
-    ("size", "word"), [((256, 256), "pizza"), ((64, 40), "a long piece of writing"), ((16, 16), "i")]
+    ("size", "word"),
+    [((256, 256), "pizza"), ((256, 256), '$3: it\'s "A-1"!'), ((64, 40), "a long piece of writing"), ((16, 16), "i")],
 )
 def test_a_word_is_written_across_the_middle(size, word):
     image = Image.new("RGB", size, "green")
@@ -74,6 +75,14 @@ def test_a_word_is_written_across_the_middle(size, word):
     assert changed.any() and not changed.all() and written.size == size
     assert abs(rows.mean() - size[1] / 2) < size[1] / 8 and abs(columns.mean() - size[0] / 2) < size[0] / 8
     assert image.getpixel((size[0] // 2, size[1] // 2)) == (0, 128, 0)  # the original is left alone
+
+
+@pytest.mark.parametrize(("word", "lacking"), [("日本", "'日', '本'"), ("café", "'é'"), ("a\nb", r"'\n'")])
+def test_a_word_that_the_font_cannot_write_is_refused(word, lacking):
+    with pytest.raises(ValueError) as told:
+        write_word(Image.new("RGB", (64, 64)), word)
+    assert f"cannot be written, as the font lacks {lacking}; expected" in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 def test_class_probabilities_are_those_of_zero_shot_clip(tiny_pipe, pictures):

@@ -7,10 +7,12 @@ import time
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 
 from unclip.diffusion.repaint import PaintOptions, fill, paste, repaint
-from unclip.diffusion.samplers import ddim_timesteps
+from unclip.diffusion.samplers import ddim_timesteps, scheduler_betas, timesteps
 from unclip.diffusion.schedules import Schedule
+from unclip.types import StageOptions
 
 T = 1000
 
@@ -87,6 +89,32 @@ def test_strength_says_where_to_begin():
     assert [t for t, _ in seen] == ts[-3:]
     assert seen[0][1] == pytest.approx(float(schedule.alpha_bar[ts[-3]]) ** 0.5)  # the picture, noised so far
     assert PaintOptions(strength=0.01).steps(10) == 1
+
+
+@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # diffusers, numpy 2
+@pytest.mark.parametrize("variance", [None, torch.zeros(1, 3, 2, 2)])
+@pytest.mark.parametrize(
+    ("scheduler", "how"),
+    [
+        (EulerDiscreteScheduler, {"use_karras_sigmas": True}),  # between timesteps
+        (HeunDiscreteScheduler, {}),  # all but the first twice
+        (KDPM2DiscreteScheduler, {}),
+    ],
+)
+def test_it_steps_through_the_timesteps_of_any_scheduler(scheduler, how, variance):
+    schedule, seen, shape = Schedule(), [], (1, 3, 2, 2)
+    sampler = scheduler(trained_betas=scheduler_betas(schedule), **how)
+    ts = timesteps(StageOptions(4, sampler=sampler), schedule)
+
+    def estimate(x_t, t, last):
+        seen.append(t)
+        return x_t.clamp(-1, 1), variance
+
+    hole = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    noise = noise_like(shape)
+    painted = repaint(estimate, torch.zeros(shape), hole, schedule, ts, noise, PaintOptions(1))
+    assert painted.isfinite().all()
+    assert seen == sorted(set(map(round, ts)), reverse=True) and {type(t) for t in seen} == {int}
 
 
 def test_pasting_keeps_what_is_kept_and_hides_the_seam():

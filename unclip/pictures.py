@@ -9,6 +9,7 @@ import subprocess
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ TYPES = {  # of what an entry of the metadata may tell, or a source in it
     **dict.fromkeys(("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quantized"), (str, type(None))),
     "sources": list,
 }
+FASTEST = {".gif": 100, ".mp4": 1000}  # pictures a second of animations
+SLOWEST = 0.1
 MOST_TEXT = 60_000_000  # characters of metadata; Pillow opens no PNG with texts beyond 64 MB
 
 
@@ -190,16 +193,25 @@ def cell(pictures: Sequence[Image.Image | None], size: int, caption: str, titles
     return image
 
 
+def check_animation(path: Path, fps: float) -> None:
+    """ValueError unless `path` is a .gif, of 0.1 to 100 pictures a second, or an .mp4, to 1000, with an ffmpeg."""
+    fastest = FASTEST.get(path.suffix.lower())
+    if fastest is None:
+        raise ValueError(f"{path}: an animation is written as .gif or .mp4")
+    if not SLOWEST <= fps <= fastest:
+        kind = path.suffix.lower()
+        raise ValueError(f"fps is {fps:g}; expected {SLOWEST} to {fastest} pictures a second, the range of a {kind}")
+    if path.suffix.lower() == ".mp4":
+        find_ffmpeg()
+
+
 def save_animation(images: Sequence[Image.Image], path: str | Path, fps: float = 10.0, metadata: Any = None) -> None:
     """Writes pictures of one size as a .gif or an .mp4, whole or not at all; a GIF repeats and holds the metadata.
 
-    ValueError for another ending, or if there is no ffmpeg to write an .mp4.
+    fps: pictures a second, see `check_animation`, whose errors are those of this.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".gif", ".mp4"):
-        raise ValueError(f"{path}: an animation is written as .gif or .mp4")
-    if fps <= 0:
-        raise ValueError(f"fps is {fps}; expected a positive number of pictures a second")
+    check_animation(path, fps)
     write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{os.getpid()}.{path.name}")  # ffmpeg tells the format by the ending
@@ -216,7 +228,9 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
     palette = sheet.quantize(256, dither=Image.Dither.NONE)
     frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
     comment = _to_json(metadata, ensure_ascii=True).encode() if metadata is not None else b""
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, comment=comment)
+    ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]  # ms; a GIF counts in hundredths of a second
+    lengths = [end - start for start, end in pairwise(ends)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=lengths, loop=0, comment=comment)
 
 
 def find_ffmpeg() -> str:

@@ -47,7 +47,7 @@ def repaint(
     picture: Tensor,
     hole: Tensor,
     schedule: Schedule,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     noise: Callable[[], Tensor],
     options: PaintOptions = PaintOptions(),
     on_step: OnSample | None = None,
@@ -56,10 +56,13 @@ def repaint(
 
     A network that was trained for it is told by its `estimate` what is known; any other sees it in x_t alone.
 
+    It steps down through the timesteps of any sampler: each but once, to the nearest whole one.
+
     The last estimate of x_0 is given as it is, also where the picture is kept: `paste` needs both.
     noise gives (B, C, h, w) afresh at each call.
     """
-    steps = list(pairwise([*timesteps, -1]))[-options.steps(len(timesteps)) :]
+    ts = sorted({round(t) for t in timesteps}, reverse=True)  # Heun asks twice at most, Karras between them
+    steps = list(pairwise([*ts, -1]))[-options.steps(len(ts)) :]
     x_t = noise() if options.strength == 1 else _noised(picture, 1.0, alpha_bar(schedule, steps[0][0]), noise)
     total, done = len(steps) * options.resamples, 0
     for start in range(0, len(steps), options.jump):

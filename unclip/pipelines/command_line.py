@@ -174,10 +174,23 @@ def check_output(args: Namespace, number: int) -> None:
     if is_png(path):
         if number > 1 and not args.grid:
             raise ValueError(f"{path} is one file, but {number} pictures will be drawn; give a folder, or --grid")
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; expected a file name")
-    elif path.exists() and not path.is_dir():
+        check_file(path)
+    elif path.is_file():
         raise ValueError(f"{path} is a file that is no .png; expected a .png or a folder")
+    _check_parents(path)
+
+
+def check_file(path: Path) -> None:
+    """Before hours of work: ValueError if a folder is in the file's place, or a file in that of a folder above it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a file name")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"cannot write {path}: {parent} is no folder")
 
 
 def is_png(path: Path) -> bool:

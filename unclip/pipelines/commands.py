@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from dataclasses import replace
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.pipelines.command_line import (
-    Drawing,
     add_command,
     add_model,
     add_output,
+    check_file,
     check_output,
-    columns_of,
-    load_model,
     share,
     slug,
     whole_number,
-    write,
+)
+from unclip.pipelines.from_pictures import (
+    LATENT,
+    add_inversion,
+    add_sampling,
+    add_seed,
+    deterministic_options,
+    invert,
+    load_unclip,
+    sampled,
+    stems_of,
+    tell,
+    write_named,
 )
 
 if TYPE_CHECKING:
-    from unclip.pipelines.latent import Latent
     from unclip.pipelines.unclip import UnCLIPPipeline
-    from unclip.types import GenerationResult, UnCLIPOptions
 
 ANIMATIONS = (".gif", ".mp4")
-LATENT = ".safetensors"
 
 
 def add_commands(commands: Any) -> None:
     """Declares them on the subparsers of `unclip`."""
     for add in (_add_reconstruct, _add_vary, _add_interpolate, _add_diff, _add_edit, _add_probe):
         add(commands)
-
-
-def _add_seed(parser: ArgumentParser, about: str = "of the first picture (default: random)", seed: Any = None) -> None:
-    parser.add_argument("--seed", type=int, default=seed, metavar="S", help=about)
-
-
-def _add_sampling(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=whole_number, metavar="N", help="sampling steps of the decoder")
-    parser.add_argument("--guidance", type=float, metavar="SCALE", help="guidance of the decoder; 1 = none")
-    parser.add_argument("--upsampler-steps", type=whole_number, metavar="N", help="sampling steps of each upsampler")
-
-
-def _add_inversion(parser: ArgumentParser, output: str | None = None) -> None:
-    about = "corrections of each step of the inversion, at most; 0 = plain DDIM (default: 10)"
-    parser.add_argument("--iterations", type=int, metavar="N", help=about)
-    _add_sampling(parser)
-    add_model(parser)
-    add_output(parser, **({"about": output} if output else {}))
 
 
 def _add_reconstruct(commands: Any) -> None:
@@ -66,19 +53,22 @@ def _add_reconstruct(commands: Any) -> None:
     parser.add_argument(
         "--save-latent", type=Path, metavar="FILE", help="keep the latents, in place of a picture later"
     )
-    _add_inversion(parser)
+    add_inversion(parser)
 
 
 def reconstruct(args: Namespace) -> None:
-    stems = _stems(args)
+    stems = stems_of(args)
     check_output(args, len(stems))
-    if args.save_latent is not None and args.save_latent.suffix != LATENT:
-        raise ValueError(f"{args.save_latent}: latents are written as {LATENT}")
-    pipe, latent = _invert(args)
+    if args.save_latent is not None:
+        if args.save_latent.suffix != LATENT:
+            raise ValueError(f"{args.save_latent}: latents are written as {LATENT}")
+        check_file(args.save_latent)
+    pipe = load_unclip(args)
+    latent = invert(pipe, args)
     if args.save_latent is not None:
         latent.save(args.save_latent)
-        _tell(args.save_latent, args)
-    _write(pipe.reconstruct(latent, progress=not args.quiet), args, stems)
+        tell(args.save_latent, args)
+    write_named(pipe.reconstruct(latent, progress=not args.quiet), args, stems)
 
 
 def _add_vary(commands: Any) -> None:
@@ -92,16 +82,26 @@ def _add_vary(commands: Any) -> None:
     about = "share of fresh noise, from 0 (the picture again) to 1 (default: 0.5)"
     parser.add_argument("--eta", type=share, default=0.5, metavar="SHARE", help=about)
     parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="of each (default: 1)")
-    _add_seed(parser)
-    _add_inversion(parser)
+    add_seed(parser)
+    add_inversion(parser)
 
 
 def vary(args: Namespace) -> None:
-    stems = _stems(args)
-    check_output(args, len(stems) * args.num_images)
-    pipe, latent = _invert(args)
+    stems = stems_of(args)
+    number = len(stems) * args.num_images
+    check_output(args, number)
+    pipe = load_unclip(args)
+    args.seed = _first_seed(args, number)
+    latent = invert(pipe, args)
     drawn = {"eta": args.eta, "num_images": args.num_images, "seed": args.seed, "progress": not args.quiet}
-    _write(pipe.vary(latent, **drawn), args, stems)
+    write_named(pipe.vary(latent, **drawn), args, stems)
+
+
+def _first_seed(args: Namespace, number: int) -> int:
+    """Of so many pictures: --seed, or else a random one; it is checked before anything is inverted."""
+    from unclip.pipelines.base import seeds_from
+
+    return seeds_from(args.seed, number)[0]
 
 
 def _add_interpolate(commands: Any) -> None:
@@ -121,33 +121,44 @@ def _add_interpolate(commands: Any) -> None:
     parser.add_argument(
         "--fps", type=float, default=10.0, metavar="N", help="frames a second of a .gif or .mp4 (default: 10)"
     )
-    _add_seed(parser)
-    _add_inversion(parser, "a .gif, an .mp4, a .png, or a folder (default: this one)")
+    add_seed(parser)
+    add_inversion(parser, "a .gif, an .mp4, a .png, or a folder (default: this one)")
 
 
 def interpolate(args: Namespace) -> None:
-    from unclip.pictures import find_ffmpeg, save_animation
+    from unclip.pictures import check_animation, save_animation
 
     if bool(args.sources) == bool(args.prompts):
         raise ValueError("give either pictures or --prompts, one of the two")
+    if args.prompts and args.iterations is not None:
+        raise ValueError("--prompts are not inverted: --iterations does not go with them")
+    stems = stems_of(args)
     animated = args.output is not None and args.output.suffix.lower() in ANIMATIONS
-    if args.output is not None and args.output.suffix.lower() == ".mp4":
-        find_ffmpeg()  # before anything is drawn
-    if not animated:
+    if animated:
+        if args.grid:
+            raise ValueError(f"{args.output} is an animation: --grid, one sheet with all pictures, does not go with it")
+        check_animation(args.output, args.fps)
+        check_file(args.output)
+    else:
         args.grid = args.grid or (args.output is not None and args.output.suffix.lower() == ".png")
         check_output(args, args.frames)
+
+    from unclip.pipelines.latent import check_path, places_on_path
+
+    check_path(len(args.prompts or stems))
+    places_on_path(args.frames)
+    pipe = load_unclip(args)
+    args.seed = _first_seed(args, len(args.prompts or stems))
     chosen = {name: getattr(args, name) for name in ("frames", "even", "noise", "seed")}
     chosen["progress"] = not args.quiet
     if args.prompts:
-        pipe = _load(args)
-        result = pipe.interpolate(prompts=args.prompts, options=_deterministic(pipe, args), **chosen)
+        result = pipe.interpolate(prompts=args.prompts, options=deterministic_options(pipe, args), **chosen)
     else:
-        pipe, latent = _invert(args)
-        result = pipe.interpolate(latent, **chosen)
+        result = pipe.interpolate(invert(pipe, args), **chosen)
     if animated:
         save_animation(result.images, args.output, args.fps, result.metadata)
-        return _tell(args.output, args)
-    _write(result, args, [slug("-".join(args.prompts or [path.stem for path in args.sources]))])
+        return tell(args.output, args)
+    write_named(result, args, [slug("-".join(args.prompts or [path.stem for path in args.sources]))])
 
 
 def _add_diff(commands: Any) -> None:
@@ -164,16 +175,22 @@ def _add_diff(commands: Any) -> None:
     parser.add_argument("--theta", nargs="+", type=share, default=[0.3], metavar="FRACTION", help=about)
     about = "share of fresh noise; 0 (the paper) begins with the picture itself, but shreds of it stay (default: 0.5)"
     parser.add_argument("--eta", type=share, default=0.5, metavar="SHARE", help=about)
-    _add_seed(parser)
-    _add_inversion(parser)
+    add_seed(parser)
+    add_inversion(parser)
 
 
 def diff(args: Namespace) -> None:
-    stems = _stems(args)
+    stems = stems_of(args)
     check_output(args, len(stems) * len(args.theta))
-    pipe, latent = _invert(args)
+    pipe = load_unclip(args)
+    args.seed = _first_seed(args, len(stems))
+
+    from unclip.latents import text_direction
+
+    text_direction(*pipe.encode_text([args.target, args.base]).emb)  # if there is none, that is told before inversion
+    latent = invert(pipe, args)
     drawn = {"eta": args.eta, "seed": args.seed, "progress": not args.quiet}
-    _write(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args, stems)
+    write_named(pipe.text_diff(latent, args.base, args.target, args.theta, **drawn), args, stems)
 
 
 def _add_edit(commands: Any) -> None:
@@ -199,8 +216,8 @@ def _add_edit(commands: Any) -> None:
     about = "with the plain decoder, though the model has one that was trained to inpaint"
     parser.add_argument("--training-free", action="store_true", help=about)
     parser.add_argument("-n", "--num-images", type=whole_number, default=1, metavar="N", help="(default: 1)")
-    _add_seed(parser)
-    _add_sampling(parser)
+    add_seed(parser)
+    add_sampling(parser)
     add_model(parser)
     add_output(parser)
 
@@ -221,11 +238,11 @@ def edit(args: Namespace) -> None:
         raise ValueError("without --mask or --extend the plain decoder draws anyway: --training-free says nothing")
     image = open_picture(args.image)
     check_output(args, args.num_images)
-    pipe = _load(args)
+    pipe = load_unclip(args)
 
     from unclip.diffusion.repaint import PaintOptions
 
-    options = _sampling(pipe.options, args)
+    options = sampled(pipe.options, args)
     drawn = {"num_images": args.num_images, "seed": args.seed, "options": options, "progress": not args.quiet}
     if painted:
         trained = False if args.training_free else None
@@ -239,7 +256,7 @@ def edit(args: Namespace) -> None:
     else:
         strength = {} if args.strength is None else {"strength": args.strength}
         result = pipe.image_to_image(image, args.prompt, **strength, **drawn)
-    _write(result, args, [args.image.stem])
+    write_named(result, args, [args.image.stem])
 
 
 def _add_probe(commands: Any) -> None:
@@ -259,8 +276,8 @@ def _add_probe(commands: Any) -> None:
     parser.add_argument("--word", metavar="TEXT", help="to be written on the picture")
     parser.add_argument("--classes", nargs="+", metavar="CAPTION", help="that the picture may be taken for")
     parser.add_argument("-n", "--num-images", type=whole_number, default=3, metavar="N", help="variations (default: 3)")
-    _add_seed(parser, "fixed, so that only the embedding differs (default: 0)", 0)
-    _add_sampling(parser)
+    add_seed(parser, "fixed, so that only the embedding differs (default: 0)", 0)
+    add_sampling(parser)
     add_model(parser)
     about = "a .png file (default: components.png or attack.png)"
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
@@ -272,6 +289,9 @@ def probe(args: Namespace) -> None:
 
     if (args.word is None) != (args.classes is None):
         raise ValueError("--word and --classes go together: a word, and what the picture may then be taken for")
+    for name in ("components", "data", "pca", "save_pca"):
+        if args.word is not None and getattr(args, name) is not None:
+            raise ValueError(f"a word is written on a picture without a PCA: --{name.replace('_', '-')} says nothing")
     if args.word is None and (args.data is None) == (args.pca is None):
         raise ValueError("give either --data to fit a PCA on, or --pca, a saved one; or --word and --classes")
     if args.word is not None and len(args.sources) > 1:
@@ -279,12 +299,15 @@ def probe(args: Namespace) -> None:
     args.output = args.output or Path("components.png" if args.word is None else "attack.png")
     if args.output.suffix.lower() != ".png":
         raise ValueError(f"{args.output}: figures are written as .png")
+    for path in (args.output, args.save_pca):
+        if path is not None:
+            check_file(path)
     images = [open_picture(path) for path in args.sources]
-    pipe = _load(args)
+    pipe = load_unclip(args)
 
     from unclip.pipelines import probing
 
-    drawn = {"seed": args.seed, "options": _sampling(pipe.options, args), "progress": not args.quiet}
+    drawn = {"seed": args.seed, "options": sampled(pipe.options, args), "progress": not args.quiet}
     if args.word is not None:
         attack = probing.typographic_attack(
             pipe, images[0], args.word, args.classes, num_images=args.num_images, **drawn
@@ -297,7 +320,7 @@ def probe(args: Namespace) -> None:
         figure = probing.components_figure(images, components, results)
         metadata = [result.metadata[i] for i in range(len(images)) for result in results]
     save_png(figure, args.output, metadata)
-    _tell(args.output, args)
+    tell(args.output, args)
 
 
 def _pca(pipe: UnCLIPPipeline, args: Namespace) -> Any:
@@ -312,86 +335,5 @@ def _pca(pipe: UnCLIPPipeline, args: Namespace) -> Any:
         pca = PCA.fit(read_embeddings(pipe, args.data, progress=not args.quiet))
     if args.save_pca is not None:
         pca.save(args.save_pca)
-        _tell(args.save_pca, args)
+        tell(args.save_pca, args)
     return pca
-
-
-def _load(args: Namespace) -> UnCLIPPipeline:
-    pipe = load_model(args)
-
-    from unclip.pipelines.unclip import UnCLIPPipeline
-
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{pipe.name} is of kind {pipe.kind}; {args.run.__name__} needs an unCLIP model")
-    return pipe
-
-
-def _invert(args: Namespace) -> tuple[UnCLIPPipeline, Latent]:
-    """The model, and the latents of all sources: of saved ones, those; of pictures, by inversion."""
-    saved = [path for path in args.sources if path.suffix == LATENT]
-    asked = [name for name in ("steps", "guidance", "upsampler_steps", "iterations") if vars(args)[name] is not None]
-    if saved and asked:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise ValueError(f"{saved[0]} was inverted as it tells; {told} cannot be given with it")
-
-    from unclip.pictures import open_picture
-
-    pictures = {path: open_picture(path) for path in args.sources if path not in saved}
-    pipe = _load(args)
-
-    from unclip.diffusion.inversion import InversionOptions
-    from unclip.pipelines.latent import Latent
-
-    latents = {path: Latent.load(path) for path in saved}
-    if pictures:
-        options = latents[saved[0]].options if saved else _deterministic(pipe, args)
-        inversion = InversionOptions() if args.iterations is None else InversionOptions(args.iterations)
-        chosen = {"options": options, "inversion": inversion, "progress": not args.quiet}
-        inverted = pipe.invert(list(pictures.values()), **chosen)
-        latents |= {path: inverted[[i]] for i, path in enumerate(pictures)}
-    return pipe, Latent.cat([latents[path] for path in args.sources])
-
-
-def _stems(args: Namespace) -> list[str]:
-    """Of each picture, the name of the file that it or its latent is in; a file may hold the latents of several."""
-    return [path.stem for path in args.sources for _ in range(_count(path))]
-
-
-def _count(path: Path) -> int:
-    if path.suffix != LATENT:
-        return 1
-
-    from unclip.pipelines.latent import Latent
-
-    return len(Latent.load(path))
-
-
-def _deterministic(pipe: UnCLIPPipeline, args: Namespace) -> UnCLIPOptions:
-    from unclip.pipelines.latent import deterministic
-
-    return _sampling(deterministic(pipe.options), args)
-
-
-def _sampling(options: UnCLIPOptions, args: Namespace) -> UnCLIPOptions:
-    """Changed where the command line says so."""
-
-    def change(stage: Any, **values: Any) -> Any:
-        return replace(stage, **{name: value for name, value in values.items() if value is not None})
-
-    decoder = change(options.decoder, steps=args.steps, guidance=args.guidance)
-    upsamplers = tuple(change(stage, steps=args.upsampler_steps) for stage in options.upsamplers)
-    return replace(options, decoder=decoder, upsamplers=upsamplers)
-
-
-def _write(result: GenerationResult, args: Namespace, stems: Sequence[str]) -> None:
-    """Files are named after what they were made of, and numbered where several have one name."""
-    each = len(result) // len(stems)
-    names = [f"{stem}-{args.run.__name__}" for stem in stems for _ in range(each)]
-    numbered = [name if names.count(name) == 1 else f"{name}-{names[:i].count(name)}" for i, name in enumerate(names)]
-    drawings = [Drawing(*one) for one in zip(numbered, result.images, result.metadata, strict=True)]
-    write(drawings, args, columns_of(result.metadata))
-
-
-def _tell(path: Path, args: Namespace) -> None:
-    if not args.quiet:
-        print(path)

@@ -108,11 +108,14 @@ class UnCLIPEditing(UnCLIPRuns):
         if not any(borders.values()):
             raise ValueError("left, top, right and bottom are all 0; expected pixels to add on at least one side")
         picture = _one(image)
+        width, height = picture.width + left + right, picture.height + top + bottom
+        side = min(picture.size)
+        _check_windows(0, width * height - picture.width * picture.height, side)  # before they are in memory
         around = ((top, bottom), (left, right))
         pixels = np.pad(np.asarray(picture), (*around, (0, 0)))
         hole = np.pad(np.zeros(picture.size[::-1], dtype=bool), around, constant_values=True)
         recipe = {"operation": "outpaint", **edited_source(picture), "arguments": borders}
-        canvas = Canvas(picture, pixels, hole, min(picture.size), recipe)
+        canvas = Canvas(picture, pixels, hole, side, recipe)
         return self._paint(canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress)
 
     def image_to_image(
@@ -266,14 +269,22 @@ def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
 
     ValueError if there would be more than MOST_WINDOWS.
     """
-    if hole.sum() > MOST_WINDOWS * side**2:
-        height, width = hole.shape
-        raise ValueError(f"{width} x {height} px through windows of {side} px; expected at most {MOST_WINDOWS} windows")
-    hole = hole.copy()
-    while hole.any():
+    hole, found = hole.copy(), 0
+    while area := int(hole.sum()):
+        _check_windows(found, area, side)
         left, top = window = _next_window(hole, side)
         hole[top : top + side, left : left + side] = False
+        found += 1
         yield window
+
+
+def _check_windows(found: int, area: int, side: int) -> None:
+    """ValueError unless, beside the windows found, those that `area` more pixels take at least are few enough."""
+    if area > (MOST_WINDOWS - found) * side**2:
+        raise ValueError(
+            f"what is to be painted takes too many windows of {side} x {side} px, the picture's shorter side; "
+            f"expected at most {MOST_WINDOWS} windows: paint less at a time"
+        )
 
 
 def _next_window(hole: np.ndarray, side: int) -> Window:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unclip.config import parse, to_dict
 from unclip.latents import slerp
-from unclip.pipelines.base import with_named_sampler
+from unclip.pipelines.base import check_count, with_named_sampler
 from unclip.types import StageOptions, UnCLIPOptions
 from unclip.weights import read_tensors, save_tensors
 
@@ -40,9 +40,9 @@ class Latent:
     def __len__(self) -> int:
         return len(self.image_emb)
 
-    def __getitem__(self, rows: slice | Sequence[int]) -> Latent:
-        """Some of the pictures, or the same one several times."""
-        rows = list(range(len(self)))[rows] if isinstance(rows, slice) else list(rows)
+    def __getitem__(self, rows: int | slice | Sequence[int]) -> Latent:
+        """One of the pictures, some of them, or the same one several times."""
+        rows = [rows] if isinstance(rows, int) else list(range(len(self))[rows] if isinstance(rows, slice) else rows)
         sources = tuple(self.sources[row] for row in rows) if self.sources else ()
         return replace(self, image_emb=self.image_emb[rows], noise=tuple(x[rows] for x in self.noise), sources=sources)
 
@@ -101,6 +101,24 @@ def check_invertible(options: UnCLIPOptions) -> None:
                 f"the {name} is sampled with {sampler!r}, eta {stage.eta} and reuse {stage.reuse}; only 'ddim', "
                 f"0 and 1 can be inverted: deterministic(options) in unclip.pipelines.latent sets them"
             )
+
+
+def places_on_path(frames: int | Sequence[float]) -> list[float]:
+    """So many places, evenly from 0 to 1, or those that are given; ValueError if these are others."""
+    if isinstance(frames, Sequence):
+        if not frames or not all(0.0 <= place <= 1.0 for place in frames):
+            raise ValueError(f"frames is {frames}; expected places on the path, each from 0 to 1")
+        return [float(place) for place in frames]
+    check_count("frames", frames)
+    if frames < 2:
+        raise ValueError("frames is 1; a path shows at least its two ends")
+    return [k / (frames - 1) for k in range(frames)]
+
+
+def check_path(count: int) -> None:
+    """ValueError unless a path leads through so many pictures or prompts."""
+    if count < 2:
+        raise ValueError(f"a path leads through at least 2 pictures or prompts; got {count}")
 
 
 def along(path: Latent, fractions: Sequence[float]) -> Latent:

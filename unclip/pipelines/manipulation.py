@@ -13,7 +13,8 @@ from torch import Tensor
 from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions, draw, invert
 from unclip.diffusion.samplers import randn
-from unclip.latents import normalise, text_diff
+from unclip.latents import normalise, text_diff, text_direction
+from unclip.pictures import open_picture
 from unclip.pipelines.base import (
     Picture,
     check_count,
@@ -23,9 +24,9 @@ from unclip.pipelines.base import (
     seeds_from,
     to_pil,
 )
-from unclip.pipelines.latent import Latent, along, check_invertible, deterministic
+from unclip.pipelines.latent import Latent, along, check_invertible, check_path, deterministic, places_on_path
 from unclip.pipelines.recipes import picture_source, random_source
-from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, several, to_tensor, with_named_samplers
+from unclip.pipelines.runs import UnCLIPRuns, batches_of, fit, to_tensor, unopened, with_named_samplers
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 # B pictures, D CLIP embedding width, S size of a stage's pictures
@@ -58,7 +59,7 @@ class UnCLIPManipulations(UnCLIPRuns):
         options, inversion = options or deterministic(self.options), inversion or InversionOptions()
         self._check_inversion(options, batch_size)
         sizes = self._sizes(options)
-        squares = [fit(image, sizes[-1]) for image in several(images)]
+        squares = [fit(open_picture(image), sizes[-1]) for image in unopened(images)]  # one at a time
         batches = list(batches_of(len(squares), batch_size))
         steps = [stage.steps for stage in (options.decoder, *options.upsamplers)]
         embs: list[Tensor] = []
@@ -156,9 +157,9 @@ class UnCLIPManipulations(UnCLIPRuns):
         _check_eta(eta)
         check_count("num_images", num_images)
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
+        seeds = seeds_from(seed, _count(source) * num_images)
         latent = self._latent(source, options, inversion, how).repeat_interleave(num_images)
         recipes = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
-        seeds = seeds_from(seed, len(latent))
         return self._draw_latent("vary", latent, options, recipes, eta=eta, seeds=seeds, **how)
 
     def interpolate(
@@ -188,26 +189,24 @@ class UnCLIPManipulations(UnCLIPRuns):
             raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
         if even and isinstance(frames, Sequence):
             raise ValueError(f"frames is {frames} with even=True, which finds the places; expected how many")
-        places = _places(frames)
+        places = places_on_path(frames)
+        check_path(_count(path) if prompts is None else len(check_prompts(prompts)))
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
         seed = seeds_from(seed, 1)[0]
         if prompts is not None:
             latent = self.imagine(prompts, seed=seed, options=options, on_step=on_step, progress=progress)
         else:
             latent = self._latent(path, options, inversion, how)
-        if len(latent) < 2:
-            raise ValueError(f"a path leads through at least 2 pictures or prompts; got {len(latent)}")
         if noise != "slerp":
             random = self.random_latent(latent.image_emb[:1], seed=seed, options=latent.options)
             throughout = latent[:1] if noise == "first" else random
             latent = replace(latent, noise=throughout.repeat_interleave(len(latent)).noise)
         if even:
             places = self._evenly_seen(latent, len(places), options, how)
-        points = along(latent, places)
         made_of = {"sources": list(latent.sources)} if latent.sources else {}
         recipes = [{**made_of, "arguments": {"frames": [place], "noise": noise}} for place in places]
-        seeds = [seed] * len(points) if noise == "random" else None
-        return self._draw_latent("interpolate", points, options, recipes, seeds=seeds, **how)
+        seeds = [seed] * len(places) if noise == "random" else None
+        return self._draw_latent("interpolate", latent, options, recipes, places=places, seeds=seeds, **how)
 
     def text_diff(
         self,
@@ -232,14 +231,15 @@ class UnCLIPManipulations(UnCLIPRuns):
         way, and the less is theta 0 the picture itself. Picture k has the seed `seed` + k at each theta.
         """
         _check_eta(eta)
-        thetas = [float(one) for one in (theta if isinstance(theta, Sequence) else [theta])]
+        thetas = np.asarray(theta, dtype=float).ravel().tolist()
         if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
             raise ValueError(f"theta is {theta}; expected a fraction of the arc from 0 to 1, or several")
         base_emb, text_emb = self.encode_text([base, target]).emb.cpu()  # (D,) each
+        text_direction(text_emb, base_emb)  # if there is none, that is told before anything is inverted
+        seeds = [one for one in seeds_from(seed, _count(source)) for _ in thetas] if eta > 0 else None
         how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
         latent = self._latent(source, options, inversion, how)
         of_each = thetas * len(latent)
-        seeds = [one for one in seeds_from(seed, len(latent)) for _ in thetas] if eta > 0 else None
         latent = latent.repeat_interleave(len(thetas))
         turned = text_diff(latent.image_emb, text_emb, base_emb, torch.tensor(of_each))
         recipes = [
@@ -253,18 +253,18 @@ class UnCLIPManipulations(UnCLIPRuns):
         self, path: Latent, frames: int, options: UnCLIPOptions | None, how: dict[str, Any]
     ) -> list[float]:
         """Places on the path from 0 to 1 with equal steps between them for CLIP, as far as EVEN_ROUNDS can tell."""
-        options, places = replace(options or path.options, upsamplers=()), _places(frames)
+        options, places = replace(options or path.options, upsamplers=()), places_on_path(frames)
         seen: dict[float, Tensor] = {}
         for _ in range(EVEN_ROUNDS):
             new = [place for place in dict.fromkeys(places) if place not in seen]
             if not new:
                 break
-            drawn = self._draw_latent("interpolate", along(path, new), options, [], **how)
+            drawn = self._draw_latent("interpolate", path, options, [], places=new, **how)
             seen.update(zip(new, normalise(self.encode_image(drawn.images).cpu()), strict=True))
             known = sorted(seen)
             steps = torch.stack([seen[place] for place in known]).diff(dim=0).norm(dim=1)
             walked = np.concatenate([[0.0], steps.double().cumsum(dim=0).numpy()])
-            if walked[-1] > 0:
+            if walked[-1] > 1e-4:  # else they differ by rounding alone
                 places = np.interp(np.linspace(0, walked[-1], frames), walked, known).tolist()
         return places
 
@@ -275,9 +275,26 @@ class UnCLIPManipulations(UnCLIPRuns):
         inversion: InversionOptions | None,
         how: dict[str, Any],
     ) -> Latent:
-        return (
-            source if isinstance(source, Latent) else self.invert(source, options=options, inversion=inversion, **how)
-        )
+        if not isinstance(source, Latent):
+            return self.invert(source, options=options, inversion=inversion, **how)
+        self.check_latent(source, options)
+        return source
+
+    def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
+        """ValueError unless this model can draw it under `options`, or else its own."""
+        options = options or latent.options
+        self._check_inversion(options)
+        width, sizes = latent.image_emb.shape[-1], self._sizes(options)
+        if width != self.clip.emb_dim:
+            raise ValueError(
+                f"the latent holds embeddings of width {width}, but the model's are {self.clip.emb_dim} wide; "
+                f"give it to the model that it was made with"
+            )
+        if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
+            given = ", ".join(str(x.shape[-1]) for x in latent.noise)
+            raise ValueError(
+                f"the latent holds noise of {given} px, but the model draws {', '.join(map(str, sizes))} px"
+            )
 
     def _draw_latent(
         self,
@@ -286,31 +303,29 @@ class UnCLIPManipulations(UnCLIPRuns):
         options: UnCLIPOptions | None,
         recipes: Sequence[dict[str, Any]],
         *,
+        places: Sequence[float] | None = None,
         eta: float = 0.0,
         seeds: Sequence[int] | None = None,
         on_step: OnStep | None,
         batch_size: int,
         progress: bool,
     ) -> GenerationResult:
-        """Pictures of latents. recipes: what the metadata of each is to tell beside the model."""
+        """Pictures of latents, or of those at some places along them. recipes: what their metadata is to tell."""
         options = options or latent.options
         self._check_inversion(options, batch_size)
         sizes = self._sizes(options)
-        if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
-            given = ", ".join(str(x.shape[-1]) for x in latent.noise)
-            raise ValueError(
-                f"the latent holds noise of {given} px, but the model draws {', '.join(map(str, sizes))} px"
-            )
-        batches = list(batches_of(len(latent), batch_size))
+        latent = replace(latent, noise=latent.noise[: len(sizes)])
+        count = len(latent if places is None else places)
+        batches = list(batches_of(count, batch_size))
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
-        images = []
+        images, embs = [], []
         with (
             torch.inference_mode(),
             self._keeping(),
             progress_bar(len(batches) * steps, progress, on_step) as report,
         ):
             for rows in batches:
-                part, x = latent[rows], None
+                part, x = latent[rows] if places is None else along(latent, places[rows]), None
                 generators = generators_from(seeds[rows]) if eta > 0 and seeds is not None else []
                 for i in range(len(sizes)):
                     run, x_T = self._run(i, options, part.image_emb, x), part.noise[i].to(self.device)
@@ -321,15 +336,16 @@ class UnCLIPManipulations(UnCLIPRuns):
                     x = draw(run.estimate, x_T, run.schedule, run.timesteps, eta, noise, run.reporter(report))
                     x = x.clamp(-1, 1)
                 images += to_pil(x)
-        told = seeds or [None] * len(latent)
-        recipes = recipes or [{}] * len(latent)  # a latent need not know what it was made of
+                embs.append(part.image_emb)
+        told = seeds or [None] * count
+        recipes = recipes or [{}] * count  # a latent need not know what it was made of
         if options != latent.options:
             recipes = [_told_under(latent.options, recipe) for recipe in recipes]
         metadata = [
             {"operation": operation, **recipe, "seed": seed, **self._about(options)}
             for recipe, seed in zip(recipes, told, strict=True)
         ]
-        return GenerationResult(images, list(told), [None] * len(latent), latent.image_emb, metadata)
+        return GenerationResult(images, list(told), [None] * count, torch.cat(embs), metadata)
 
     def _check_inversion(self, options: UnCLIPOptions, batch_size: int = 1) -> None:
         check_count("batch_size", batch_size)
@@ -349,12 +365,5 @@ def _check_eta(eta: float) -> None:
         raise ValueError(f"eta is {eta}; expected 0 (the picture again) to 1 (the most variation)")
 
 
-def _places(frames: int | Sequence[float]) -> list[float]:
-    if isinstance(frames, Sequence):
-        if not frames or not all(0.0 <= place <= 1.0 for place in frames):
-            raise ValueError(f"frames is {frames}; expected places on the path, each from 0 to 1")
-        return [float(place) for place in frames]
-    check_count("frames", frames)
-    if frames < 2:
-        raise ValueError("frames is 1; a path shows at least its two ends")
-    return [k / (frames - 1) for k in range(frames)]
+def _count(source: Picture | Sequence[Picture] | Latent) -> int:
+    return len(source if isinstance(source, Latent) else unopened(source))

@@ -24,6 +24,7 @@ from unclip.types import GenerationResult, UnCLIPOptions
 
 # N pictures, K classes, D CLIP embedding width
 
+NO_LETTER = "\U0010ffff"  # that no font has
 COMPONENTS = (20, 30, 40, 80, 120, 160, 200, 320)  # of the paper's figure 7
 
 
@@ -92,10 +93,16 @@ def components_figure(
 
 
 def write_word(image: Image.Image, word: str) -> Image.Image:
-    """The picture with a word on a white label across its middle: a typographic attack."""
+    """The picture with a word on a white label across its middle: a typographic attack.
+
+    ValueError if Pillow's font lacks a letter of it, which would be drawn as a box.
+    """
     image = image.copy()
     width, height = image.size
     font = ImageFont.load_default(max(6, height // 5))
+    if lacking := [letter for letter in dict.fromkeys(word) if _glyph(font, letter) == _glyph(font, NO_LETTER)]:
+        told = ", ".join(map(repr, lacking))
+        raise ValueError(f"{word!r} cannot be written, as the font lacks {told}; expected English letters and signs")
     font = ImageFont.load_default(
         max(6, min(height // 5, int(font.size * 0.85 * width / max(1, font.getlength(word)))))
     )
@@ -105,6 +112,11 @@ def write_word(image: Image.Image, word: str) -> Image.Image:
     pen.rectangle([middle[i % 2] + edge for i, edge in enumerate(box)], fill="white", outline="grey")
     pen.text(middle, word, fill="black", font=font, anchor="mm")
     return image
+
+
+def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> bytes:
+    """What it looks like."""
+    return bytes(font.getmask(letter))
 
 
 def class_probabilities(pipe: UnCLIPPipeline, image_emb: Tensor, classes: Sequence[str]) -> Tensor:

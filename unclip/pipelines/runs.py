@@ -29,7 +29,7 @@ class StageRun:
     name: str
     estimate: Estimate
     schedule: Schedule
-    timesteps: list[int]
+    timesteps: list[float]
 
     def reporter(self, on_step: OnStep | None) -> OnSample | None:
         """`on_step` as the loops of unclip.diffusion call it."""
@@ -103,10 +103,11 @@ class UnCLIPRuns(UnCLIPStages):
         used = self.upsamplers[: len(options.upsamplers)]
         return [self.decoder.config.image_size, *(upsampler.config.high_size for upsampler in used)]
 
-    def _check_options(self, options: UnCLIPOptions) -> None:
+    def _check_options(self, options: UnCLIPOptions, of_prompts: bool = False) -> None:
+        """ValueError unless pictures can be drawn under them: those of prompts alone, or others."""
         if not isinstance(options, UnCLIPOptions):
             raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
-        if options.embedding != "prior":
+        if options.embedding != "prior" and not of_prompts:
             raise ValueError(f"embedding is {options.embedding!r}, which is for pictures of prompts alone; set 'prior'")
         self._check_upsampling(options.upsamplers)
 
@@ -126,17 +127,18 @@ def with_named_samplers(options: UnCLIPOptions) -> UnCLIPOptions:
 
 def several(images: Picture | Sequence[Picture]) -> list[Image.Image]:
     """Pictures as upright RGB; a tensor is one (3, H, W) or several (B, 3, H, W) in [-1, 1]."""
+    return [open_picture(image) for image in unopened(images)]
+
+
+def unopened(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """One entry for each picture of `several`, for `open_picture`: large ones need not all be in memory at once."""
     if isinstance(images, Tensor):
         return to_pil(check_images(images))
     if not isinstance(images, Sequence) or isinstance(images, str):
-        return [open_picture(images)]
+        return [images]
     if not images:
         raise ValueError("the list of images is empty; expected at least one picture")
-    return [
-        picture
-        for image in images
-        for picture in (several(image) if isinstance(image, Tensor) else [open_picture(image)])
-    ]
+    return [picture for image in images for picture in (unopened(image) if isinstance(image, Tensor) else [image])]
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

@@ -188,9 +188,7 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
     ) -> Iterator[GenerationResult]:
         """Batches of pictures of prompts through the prior, or of the embeddings `given`."""
         options = options or self.options
-        if not isinstance(options, UnCLIPOptions):
-            raise ValueError(f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options")
-        self._check_upsampling(options.upsamplers)
+        self._check_options(options, of_prompts=wording is not None)
         check_count("prior_candidates", options.prior_candidates)
         if wording is not None:
             wording.check(options)
