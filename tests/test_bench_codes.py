@@ -210,7 +210,7 @@ def test_what_dalle_pytorch_does_not_need_may_be_missing(tmp_path, monkeypatch):
         ("--model mega-tiny", "a transformer without a codec; measure it --against plain"),
         ("--model dalle-tiny --preset fast", "of a DALL-E no preset"),
         ("--model dalle-tiny --candidates 2", "dalle-tiny has no CLIP to compare candidates with"),
-        ("--model dalle-tiny --candidates 0", "candidates is 0"),
+        ("--model dalle-tiny --candidates 0", "'0' is not a whole number"),
         ("--model dalle-tiny --against diffusers", "dalle-tiny is no unCLIP model"),
         ("--model mega-tiny --against plain --candidates 2", "--against measures the exact options"),
     ],
