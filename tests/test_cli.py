@@ -133,7 +133,7 @@ def test_a_cut_prompt_is_told_in_one_line(run):
     assert code == 0 and err.startswith("warning: ") and "marine'" in err and err.count("\n") == 1
 
 
-def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
+def interrupt_the_second_batch(monkeypatch) -> None:
     decode, calls = UnCLIPPipeline.decode, []
 
     def interrupted(self, *args, **kwargs):
@@ -143,6 +143,10 @@ def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
         return decode(self, *args, **kwargs)
 
     monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+
+
+def test_an_interrupted_list_keeps_its_beginning(run, monkeypatch):
+    interrupt_the_second_batch(monkeypatch)
     code, out, err = run("generate", "a", "b", "c", "-n", "10", "--seed", "0", "--quiet")
     assert (code, out, err) == (130, "", "interrupted\n")
     assert sorted(path.name for path in Path().iterdir()) == [f"a-{seed}.png" for seed in range(10)]
@@ -154,17 +158,9 @@ def test_many_pictures_of_one_prompt_or_picture_are_written_by_and_by(run, monke
     Image.new("RGB", (16, 16), "red").save("a.png")
     subject = {"generate": "a", "variations": "a.png"}[command]
     run(command, subject, "-n", "19", "--seed", "3", "-o", "sheet.png", "--grid", "--quiet")
-    decode, calls = UnCLIPPipeline.decode, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return decode(self, *args, **kwargs)
-
-    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
-    assert run(command, subject, "-n", "19", "--seed", "3", "-o", "cut", "--quiet")[0] == 130
-    monkeypatch.setattr(UnCLIPPipeline, "decode", decode)
+    with monkeypatch.context() as patches:
+        interrupt_the_second_batch(patches)
+        assert run(command, subject, "-n", "19", "--seed", "3", "-o", "cut", "--quiet")[0] == 130
     assert sorted(path.name for path in Path("cut").iterdir()) == sorted(f"a-{seed}.png" for seed in range(3, 19))
     run(command, subject, "-n", "19", "--seed", "3", "-o", "all", "--quiet")
     entries = [read_metadata(f"all/a-{seed}.png")[0] for seed in range(3, 22)]
