@@ -11,14 +11,14 @@ from torch import nn
 
 from unclip.clip import CLIP, CLIPConfig
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.dvae import DVAE, DVAEConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.models.unet import LevelSpec, UNetConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.pipelines.dalle import DallePipeline
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.tokenizer import BPETokenizer
 from unclip.types import StageOptions, UnCLIPOptions
 
@@ -33,11 +33,24 @@ TINY_OPTIONS = UnCLIPOptions(
 
 
 def tiny_clip() -> CLIP:
-    tokenizer = BPETokenizer.train(["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT)
-    text_cfg = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": TEXT_WIDTH, "heads": 2}
+    tokenizer = BPETokenizer.train(
+        ["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT
+    )
+    text_cfg = {
+        "context_length": CONTEXT,
+        "vocab_size": tokenizer.vocab_size,
+        "width": TEXT_WIDTH,
+        "heads": 2,
+    }
     model_cfg = {
         "embed_dim": EMB_DIM,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "vision_cfg": {
+            "image_size": 16,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
         "text_cfg": {**text_cfg, "layers": 1, "eos_id": tokenizer.end_id, "pool_type": "eos"},
     }
     return CLIP(CLIPConfig(model_cfg), tokenizer)
@@ -46,7 +59,13 @@ def tiny_clip() -> CLIP:
 def tiny_unet(in_channels: int, out_channels: int, context_dim: int | None = None) -> UNetConfig:
     levels = (LevelSpec(16, blocks=1), LevelSpec(32, blocks=1, attention=context_dim is not None))
     return UNetConfig(
-        in_channels, out_channels, levels, head_dim=16, groups=8, context_dim=context_dim, mid_attention=False
+        in_channels,
+        out_channels,
+        levels,
+        head_dim=16,
+        groups=8,
+        context_dim=context_dim,
+        mid_attention=False,
     )
 
 
@@ -56,12 +75,16 @@ def tiny_prior(**changes: object) -> DiffusionPrior:
 
 
 def tiny_decoder(**changes: object) -> Decoder:
-    config = DecoderConfig(tiny_unet(3, 6, context_dim=24), 8, EMB_DIM, TEXT_WIDTH, learned_variance=True)
+    config = DecoderConfig(
+        tiny_unet(3, 6, context_dim=24), 8, EMB_DIM, TEXT_WIDTH, learned_variance=True
+    )
     return Decoder(replace(config, **changes))
 
 
 def tiny_upsampler(low: int = 8, **changes: object) -> Upsampler:
-    return Upsampler(replace(UpsamplerConfig(tiny_unet(6, 3), low_size=low, high_size=2 * low), **changes))
+    return Upsampler(
+        replace(UpsamplerConfig(tiny_unet(6, 3), low_size=low, high_size=2 * low), **changes)
+    )
 
 
 def scrambled(module: nn.Module, std: float = 0.1) -> nn.Module:
@@ -78,11 +101,21 @@ def tiny_pipe() -> UnCLIPPipeline:
     """Random weights; not to be changed by a test."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        networks = [scrambled(module) for module in (tiny_clip(), tiny_prior(), tiny_decoder(), tiny_upsampler())]
+        networks = [
+            scrambled(module)
+            for module in (tiny_clip(), tiny_prior(), tiny_decoder(), tiny_upsampler())
+        ]
     clip, prior, decoder, upsampler = networks
     schedules = {"upsampler_0": ScheduleConfig("linear")}
     return UnCLIPPipeline(
-        clip, prior, decoder, [upsampler], TINY_OPTIONS, schedules=schedules, name="tiny", licence="MIT"
+        clip,
+        prior,
+        decoder,
+        [upsampler],
+        TINY_OPTIONS,
+        schedules=schedules,
+        name="tiny",
+        licence="MIT",
     )
 
 
@@ -91,10 +124,20 @@ def tiny_dalle() -> DallePipeline:
     """DALL-E with random weights, large enough that each code hangs on those before it; not to be changed by a test."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        codec = DVAE(DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8))
+        codec = DVAE(
+            DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8)
+        )
         tokenizer = BPETokenizer.train(["a red apple", "a blue fish"], 270, CONTEXT, marked=False)
         config = DALLEConfig(
-            tokenizer.vocab_size, CONTEXT, 24, (4, 4), width=24, depth=3, heads=2, head_dim=8, kernel=3
+            tokenizer.vocab_size,
+            CONTEXT,
+            24,
+            (4, 4),
+            width=24,
+            depth=3,
+            heads=2,
+            head_dim=8,
+            kernel=3,
         )
         dalle = DALLE(config)
         for p in dalle.parameters():
@@ -117,7 +160,9 @@ def invertible_pipe() -> UnCLIPPipeline:
         torch.manual_seed(0)
         clip, prior = scrambled(tiny_clip()), scrambled(tiny_prior())
         unet = tiny_unet(3, 3, context_dim=24)
-        decoder = scrambled(tiny_decoder(unet=unet, prediction="v", learned_variance=False), std=0.02)
+        decoder = scrambled(
+            tiny_decoder(unet=unet, prediction="v", learned_variance=False), std=0.02
+        )
         upsampler = scrambled(tiny_upsampler(prediction="v"), std=0.02)
     options = UnCLIPOptions(
         prior=StageOptions(steps=3, guidance=2.0, sampler="ancestral"),
@@ -125,7 +170,9 @@ def invertible_pipe() -> UnCLIPPipeline:
         upsamplers=(StageOptions(steps=3),),
     )
     schedules = {"decoder": ScheduleConfig(shift=2.0)}
-    return UnCLIPPipeline(clip, prior, decoder, [upsampler], options, schedules=schedules, name="still", licence="MIT")
+    return UnCLIPPipeline(
+        clip, prior, decoder, [upsampler], options, schedules=schedules, name="still", licence="MIT"
+    )
 
 
 @pytest.fixture(scope="session")

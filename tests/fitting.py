@@ -35,7 +35,9 @@ class TinyLoader:
         torch.empty((), dtype=torch.int64).random_()  # as a DataLoader does when a pass begins
         while self.epoch == epoch:
             generator = torch.Generator().manual_seed(100 * epoch + self.batch)
-            image = torch.randn(self.size * self.processes, 3, 4, 4, generator=generator)[self.rank :: self.processes]
+            image = torch.randn(self.size * self.processes, 3, 4, 4, generator=generator)[
+                self.rank :: self.processes
+            ]
             key = f"e{epoch}b{self.batch}"
             self.given.append(key)
             self.batch += 1
@@ -72,7 +74,15 @@ def run(config: FitConfig, loss_fn: Callable = denoising, **options: Any) -> Tin
     start = options.pop("start", {})
     settings = {"fit": vars(config), "model": {"width": options.get("width", 8)}}
     model = tiny_model(options.pop("width", 8))
-    fit(model, loss_fn, loader, config, options.pop("optim", OPTIM), run=Run(settings, **start), **options)
+    fit(
+        model,
+        loss_fn,
+        loader,
+        config,
+        options.pop("optim", OPTIM),
+        run=Run(settings, **start),
+        **options,
+    )
     return loader
 
 
@@ -80,7 +90,11 @@ def weights(folder: Path, step: int) -> dict[str, Tensor]:
     """All tensors of a checkpoint, of the model, its average and the optimiser."""
     checkpoint = folder / "checkpoints" / f"step-{step:07d}"
     files = ("model", "ema", "optimizer")
-    return {f"{f}/{k}": t for f in files for k, t in read_tensors(checkpoint / f"{f}.safetensors").items()}
+    return {
+        f"{f}/{k}": t
+        for f in files
+        for k, t in read_tensors(checkpoint / f"{f}.safetensors").items()
+    }
 
 
 def plain_model() -> nn.Module:

@@ -26,7 +26,12 @@ from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 
 EMB_DIM, CONTEXT, CONTEXT_DIM, IMAGE_SIZE = 16, 16, 20, 32
 MERGES = 200  # of CLIP's 48,894: a vocabulary of its own
-SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "!"}
+SPECIAL = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "!",
+}
 
 Pipeline = UnCLIPPipeline | UnCLIPImageVariationPipeline
 
@@ -36,7 +41,11 @@ def text_to_image(seed: int = 0, **sizes: Any) -> UnCLIPPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         prior = PriorTransformer(
-            num_attention_heads=4, attention_head_dim=8, num_layers=2, embedding_dim=EMB_DIM, num_embeddings=CONTEXT
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            embedding_dim=EMB_DIM,
+            num_embeddings=CONTEXT,
         )
         randomize(prior)
         with torch.no_grad():
@@ -59,10 +68,16 @@ def image_variation(seed: int = 0, **sizes: Any) -> UnCLIPImageVariationPipeline
             patch_size=8,
         )
         side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-        extractor = transformers.CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+        extractor = transformers.CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE}, crop_size=side
+        )
         encoder = randomize(transformers.CLIPVisionModelWithProjection(vision).eval())
         shared = _shared(**sizes)
-        return quiet(UnCLIPImageVariationPipeline(image_encoder=encoder, feature_extractor=extractor, **shared))
+        return quiet(
+            UnCLIPImageVariationPipeline(
+                image_encoder=encoder, feature_extractor=extractor, **shared
+            )
+        )
 
 
 def _shared(widths: tuple[int, ...] = (16, 32), vocabulary: int = MERGES) -> dict[str, Any]:
@@ -139,16 +154,27 @@ def clip_vocabulary(merges: int = MERGES) -> tuple[dict[str, int], list[str]]:
     """The first so many merges of CLIP's tokenizer and the vocabulary that they make, as transformers names it."""
     theirs = SimpleTokenizer()
     words = [*list(theirs.encoder)[: 512 + merges], SPECIAL["bos_token"], SPECIAL["eos_token"]]
-    return {word: i for i, word in enumerate(words)}, [" ".join(pair) for pair in list(theirs.bpe_ranks)[:merges]]
+    return {word: i for i, word in enumerate(words)}, [
+        " ".join(pair) for pair in list(theirs.bpe_ranks)[:merges]
+    ]
 
 
 def write(
-    pipe: Pipeline, folder: Path, *, safetensors: bool = True, variant: str | None = None, shard_size: str = "10GB"
+    pipe: Pipeline,
+    folder: Path,
+    *,
+    safetensors: bool = True,
+    variant: str | None = None,
+    shard_size: str = "10GB",
 ) -> Path:
     """Saves a pipeline as Karlo was published: today's diffusers writes another entry and another tokenizer file."""
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            kinds = {"safe_serialization": safetensors, "variant": variant, "max_shard_size": shard_size}
+            kinds = {
+                "safe_serialization": safetensors,
+                "variant": variant,
+                "max_shard_size": shard_size,
+            }
             if isinstance(part, transformers.PreTrainedModel):
                 kinds.pop("variant")
                 kinds.pop("safe_serialization")
@@ -171,8 +197,14 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]))
-    settings = {**SPECIAL, "model_max_length": tokenizer.model_max_length, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""])
+    )
+    settings = {
+        **SPECIAL,
+        "model_max_length": tokenizer.model_max_length,
+        "tokenizer_class": "CLIPTokenizer",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL))
 

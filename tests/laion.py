@@ -37,13 +37,28 @@ def state_of(record: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def prior_section(net: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    fields = {"image_embed_dim": net["dim"], "image_size": 224, "timesteps": 100, "cond_drop_prob": 0.1}
+    fields = {
+        "image_embed_dim": net["dim"],
+        "image_size": 224,
+        "timesteps": 100,
+        "cond_drop_prob": 0.1,
+    }
     return {"clip": CLIP_NAMED, "net": dict(net), **fields, **changes}
 
 
 def decoder_section(*unets: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    each = {"image_sizes": [8, 16][: len(unets)], "beta_schedule": ["cosine", "linear"][: len(unets)]}
-    return {"clip": CLIP_NAMED, "unets": list(unets), "timesteps": 100, "learned_variance": True, **each, **changes}
+    each = {
+        "image_sizes": [8, 16][: len(unets)],
+        "beta_schedule": ["cosine", "linear"][: len(unets)],
+    }
+    return {
+        "clip": CLIP_NAMED,
+        "unets": list(unets),
+        "timesteps": 100,
+        "learned_variance": True,
+        **each,
+        **changes,
+    }
 
 
 def write(file: Path, state: Mapping[str, Tensor], release: str | None, **config: Any) -> Path:
@@ -53,17 +68,34 @@ def write(file: Path, state: Mapping[str, Tensor], release: str | None, **config
         torch.save(dict(state), file)
         (file.parent / f"{next(iter(config))}_config.json").write_text(json.dumps(config))
     else:
-        torch.save({"version": Version(release), "config": {**config, "train": {}}, "model": dict(state)}, file)
+        torch.save(
+            {"version": Version(release), "config": {**config, "train": {}}, "model": dict(state)},
+            file,
+        )
     return file
 
 
 def write_clip(folder: Path) -> Path:
     """A CLIP whose embeddings are as wide as its text states, as the prior wants it."""
-    tokenizer = BPETokenizer.train(["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT)
-    text_cfg = {"context_length": CONTEXT, "vocab_size": tokenizer.vocab_size, "width": D, "heads": 2, "layers": 1}
+    tokenizer = BPETokenizer.train(
+        ["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT
+    )
+    text_cfg = {
+        "context_length": CONTEXT,
+        "vocab_size": tokenizer.vocab_size,
+        "width": D,
+        "heads": 2,
+        "layers": 1,
+    }
     model_cfg = {
         "embed_dim": D,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "vision_cfg": {
+            "image_size": 16,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 8,
+        },
         "text_cfg": {**text_cfg, "eos_id": tokenizer.end_id, "pool_type": "eos"},
     }
     torch.manual_seed(0)

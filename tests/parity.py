@@ -14,7 +14,9 @@ def load_from_diffusers(
     module: nn.Module, reference: nn.Module, rules: Iterable[Rule], but_for: str | None = None
 ) -> None:
     """Gives `module` the weights of `reference`: all that it has, but for those of the submodule `but_for`."""
-    shapes = {name: x.shape for name, x in module.state_dict().items() if name.split(".")[0] != but_for}
+    shapes = {
+        name: x.shape for name, x in module.state_dict().items() if name.split(".")[0] != but_for
+    }
     state = to_here(reference.state_dict(), rules, shapes, type(reference).__name__)
     module.load_state_dict(state, strict=but_for is None)
 

@@ -37,7 +37,9 @@ def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 def _weight(name: str, shape: Sequence[int]) -> Tensor:
     if len(shape) > 1:
         return numbers(name, shape, float(np.prod(shape[1:])) ** -0.5)
-    return numbers(name, shape, 0.2) + (1.0 if name.endswith("weight") else 0.0)  # a norm's gain is about 1
+    return numbers(name, shape, 0.2) + (
+        1.0 if name.endswith("weight") else 0.0
+    )  # a norm's gain is about 1
 
 
 def sampled(output: Tensor) -> list[float]:

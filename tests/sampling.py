@@ -16,7 +16,9 @@ def seeds(*values):
 
 def toy_network(channels=3, dtype=torch.float64):
     """A fixed function of x_t and t whose samples do not see each other."""
-    weight = torch.randn(channels, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
+    weight = torch.randn(
+        channels, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+    ).to(dtype)
 
     def denoise(x_t, t):
         time = (t.to(x_t.dtype) / 1000).view(-1, *[1] * (x_t.ndim - 1))

@@ -44,7 +44,13 @@ def run_in_two_processes(script: Path | str, *arguments: str) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+    ]
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -52,7 +58,11 @@ def run_in_two_processes(script: Path | str, *arguments: str) -> str:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     done = subprocess.run(
-        [*launcher, str(script), *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [*launcher, str(script), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -65,7 +75,11 @@ def draw_pictures(folder: Path, size: int = 32) -> list[str]:
     for i, caption in enumerate(captions):
         _, colour, shape = caption.split()
         picture = Image.new("RGB", (size, size), "white")
-        SHAPES[shape](ImageDraw.Draw(picture), (size // 4, size // 4, size * 3 // 4, size * 3 // 4), fill=colour)
+        SHAPES[shape](
+            ImageDraw.Draw(picture),
+            (size // 4, size // 4, size * 3 // 4, size * 3 // 4),
+            fill=colour,
+        )
         picture.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return captions

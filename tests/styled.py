@@ -31,7 +31,10 @@ def write_pairs(folder: Path) -> Path:
         for i, concept in enumerate(CONCEPTS):
             for style in STYLES:
                 meta = {"annotation": concept, "style": style, "group": f"group {i // 2}"}
-                meta |= {"captions": [f"{concept}, {style} emoji", concept], "tone": [3] if concept == "moon" else None}
+                meta |= {
+                    "captions": [f"{concept}, {style} emoji", concept],
+                    "tone": [3] if concept == "moon" else None,
+                }
                 writer = held_out if (concept, style) in HELD_OUT else train
                 writer.write(f"{style}-{concept}", {"png": png(concept, style), "json": meta})
     return folder

@@ -17,7 +17,9 @@ TEXT = {"width": 32, "heads": 2, "layers": 2}
 
 def make(**model_cfg) -> CLIP:
     torch.manual_seed(0)
-    return CLIP(CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, **model_cfg})).eval()
+    return CLIP(
+        CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, **model_cfg})
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,20 @@ def clip():
 @pytest.fixture(scope="module")
 def own():
     """A CustomTextCLIP with a tokenizer of its own that pools at its end token."""
-    tokenizer = BPETokenizer.train(["a red apple", "a green pear"], vocab_size=300, context_length=10)
-    text = {**TEXT, "context_length": 10, "vocab_size": 300, "pool_type": "eos", "eos_id": tokenizer.end_id}
+    tokenizer = BPETokenizer.train(
+        ["a red apple", "a green pear"], vocab_size=300, context_length=10
+    )
+    text = {
+        **TEXT,
+        "context_length": 10,
+        "vocab_size": 300,
+        "pool_type": "eos",
+        "eos_id": tokenizer.end_id,
+    }
     torch.manual_seed(0)
-    config = CLIPConfig({"embed_dim": 16, "custom_text": True, "vision_cfg": VISION, "text_cfg": text})
+    config = CLIPConfig(
+        {"embed_dim": 16, "custom_text": True, "vision_cfg": VISION, "text_cfg": text}
+    )
     return CLIP(config, tokenizer).eval()
 
 
@@ -49,10 +61,15 @@ def test_embeddings_are_open_clips_own(clip, own):
 
 def test_states_are_those_that_the_embedding_is_pooled_from(clip, own):
     with torch.no_grad():
-        for model, projection in ((clip, clip.model.text_projection), (own, own.model.text.text_projection)):
+        for model, projection in (
+            (clip, clip.model.text_projection),
+            (own, own.model.text.text_projection),
+        ):
             text = model.encode_text(["a red apple", "pear"])
             assert text.states.shape == (2, model.context_length, model.text_width)
-            last = text.states[torch.arange(2), text.mask.sum(1) - 1]  # after the final LayerNorm, at the end token
+            last = text.states[
+                torch.arange(2), text.mask.sum(1) - 1
+            ]  # after the final LayerNorm, at the end token
             torch.testing.assert_close(text.emb, last @ projection)
 
 
@@ -81,7 +98,9 @@ def test_a_folder_gives_the_same_model_back(own, clip, tmp_path):
         model.save_pretrained(tmp_path / "clip")
         again = CLIP.from_pretrained(tmp_path / "clip")
         with torch.no_grad():
-            torch.testing.assert_close(again.encode_text(["a pear"]).emb, model.encode_text(["a pear"]).emb)
+            torch.testing.assert_close(
+                again.encode_text(["a pear"]).emb, model.encode_text(["a pear"]).emb
+            )
         assert again.emb_dim == 16 and again.image_size == 32
         (tmp_path / "clip" / "tokenizer.json").unlink(missing_ok=True)
 
@@ -89,7 +108,9 @@ def test_a_folder_gives_the_same_model_back(own, clip, tmp_path):
 def test_half_precision_files_are_half_the_size_and_load_as_float(own, tmp_path):
     own.save_pretrained(tmp_path / "full")
     own.save_pretrained(tmp_path / "half", torch.float16)
-    full, half = ((tmp_path / n / "open_clip_model.safetensors").stat().st_size for n in ("full", "half"))
+    full, half = (
+        (tmp_path / n / "open_clip_model.safetensors").stat().st_size for n in ("full", "half")
+    )
     assert half < 0.6 * full
     assert CLIP.from_pretrained(tmp_path / "half").logit_scale.dtype == torch.float32
 
@@ -117,7 +138,9 @@ def test_tensors_that_do_not_fit_are_named(clip):
     tensors["extra"] = torch.zeros(1)
     del tensors["logit_scale"]
     tensors["ln_final.bias"] = torch.zeros(5)
-    with pytest.raises(ValueError, match=r"missing: logit_scale; unexpected: extra; .*ln_final.bias is \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"missing: logit_scale; unexpected: extra; .*ln_final.bias is \(5,\)"
+    ):
         load_strictly(make().model, tensors, "somewhere")
 
 
@@ -182,16 +205,22 @@ def pairs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    return contrastive_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(7.0))
+    return contrastive_loss(
+        F.normalize(image, dim=-1), F.normalize(text, dim=-1), torch.tensor(7.0)
+    )
 
 
 def one_of_two_processes(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     image, text = pairs()
     rows = slice(3 * rank, 3 * rank + 3)
     loss = loss_of(image[rows], text[rows])
     loss.backward()
-    torch.save({"loss": loss.detach(), "image": image.grad, "text": text.grad}, folder / f"{rank}.pt")
+    torch.save(
+        {"loss": loss.detach(), "image": image.grad, "text": text.grad}, folder / f"{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -202,5 +231,8 @@ def test_two_processes_contrast_their_pairs_with_those_of_both(tmp_path):
     loss = loss_of(image, text)
     loss.backward()
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
-    for name, whole in (("image", image.grad), ("text", text.grad)):  # DistributedDataParallel takes the mean
+    for name, whole in (
+        ("image", image.grad),
+        ("text", text.grad),
+    ):  # DistributedDataParallel takes the mean
         torch.testing.assert_close((first[name] + second[name]) / 2, whole)

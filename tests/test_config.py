@@ -114,17 +114,38 @@ def test_override_replaces_one_value(tmp_path: Path, override: str, value: objec
     ("text", "message"),
     [
         (GOOD + "  lrr: 3\n", "run.yaml:8: optim.lrr is unknown; did you mean 'lr'?"),
-        (GOOD + "zzz: 3\n", "run.yaml:8: zzz is unknown; expected one of: name, levels, text, optim"),
-        (GOOD.replace("true", "1"), "run.yaml:5: levels.1.attention is 1; expected a valid boolean"),
-        (GOOD.replace("64", "'64'"), "run.yaml:3: levels.0.channels is '64'; expected a valid integer"),
+        (
+            GOOD + "zzz: 3\n",
+            "run.yaml:8: zzz is unknown; expected one of: name, levels, text, optim",
+        ),
+        (
+            GOOD.replace("true", "1"),
+            "run.yaml:5: levels.1.attention is 1; expected a valid boolean",
+        ),
+        (
+            GOOD.replace("64", "'64'"),
+            "run.yaml:3: levels.0.channels is '64'; expected a valid integer",
+        ),
         (GOOD.replace("64", "0"), "run.yaml:3: levels.0: channels is 0; expected at least 1"),
         (GOOD.replace("name: tiny\n", ""), "run.yaml:1: name is missing"),
-        (GOOD.replace("  - {channels: 64}", "  - {attention: true}"), "run.yaml:3: levels.0.channels is missing"),
-        (GOOD + "text: {kind: stats}\n", "run.yaml:8: text.kind is 'stats'; expected 'states' or 'transformer'"),
+        (
+            GOOD.replace("  - {channels: 64}", "  - {attention: true}"),
+            "run.yaml:3: levels.0.channels is missing",
+        ),
+        (
+            GOOD + "text: {kind: stats}\n",
+            "run.yaml:8: text.kind is 'stats'; expected 'states' or 'transformer'",
+        ),
         (GOOD + "text: {kind: transformer}\n", "run.yaml:8: text.depth is missing"),
-        (GOOD + "text: {kind: states, nrom: true}\n", "run.yaml:8: text.nrom is unknown; did you mean 'norm'?"),
+        (
+            GOOD + "text: {kind: states, nrom: true}\n",
+            "run.yaml:8: text.nrom is unknown; did you mean 'norm'?",
+        ),
         (GOOD + "name: again\n", "run.yaml:8: 'name' is given twice (first in line 1)"),
-        (GOOD + "a: [1\n", "run.yaml:9: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        (
+            GOOD + "a: [1\n",
+            "run.yaml:9: not valid YAML: expected ',' or ']', but got '<stream end>'",
+        ),
         ("- 1\n", "run.yaml:1: the config is [1]; expected a mapping"),
     ],
 )
@@ -141,8 +162,14 @@ def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str)
         ("levels.5.channels=1", "--set 'levels.5.channels=1': '5' is looked up in a list of 2"),
         ("name.first=1", "--set 'name.first=1': 'first' is looked up in 'tiny'"),
         ("optim.lr=[1", "--set 'optim.lr=[1': '[1' is not a valid YAML value"),
-        ("optim.clip_norm=.nan", "--set optim.clip_norm=.nan: optim.clip_norm is nan; expected a finite number"),
-        ("optim.betas=[0, .inf]", "--set optim.betas=[0, .inf]: optim.betas.1 is inf; expected a finite number"),
+        (
+            "optim.clip_norm=.nan",
+            "--set optim.clip_norm=.nan: optim.clip_norm is nan; expected a finite number",
+        ),
+        (
+            "optim.betas=[0, .inf]",
+            "--set optim.betas=[0, .inf]: optim.betas.1 is inf; expected a finite number",
+        ),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
@@ -185,4 +212,9 @@ def test_json_there_and_back(tmp_path: Path) -> None:
 
 
 def test_flatten_gives_dotted_names() -> None:
-    assert flatten({"a": {"b": 1, "c": []}, "d": [2, {"e": None}]}) == {"a.b": 1, "a.c": [], "d.0": 2, "d.1.e": None}
+    assert flatten({"a": {"b": 1, "c": []}, "d": [2, {"e": None}]}) == {
+        "a.b": 1,
+        "a.c": [],
+        "d.0": 2,
+        "d.1.e": None,
+    }

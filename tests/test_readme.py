@@ -22,12 +22,16 @@ from scripts import ROOT, draw_pictures, run_script
 
 import unclip
 import unclip.pipelines
-from unclip.checkpoints import catalogue
-from unclip.cli import main
+from unclip.checkpoints import registry as catalogue
+from unclip.cli.main import main
 from unclip.data import embeddings, emoji
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("assets/**/*.md")), *sorted(ROOT.glob("configs/*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("assets/**/*.md")),
+    *sorted(ROOT.glob("configs/*/README.md")),
+]
 ONE_STEP = {"data.workers": 0, "data.batch_size": 2, "fit.val_every": 0, "fit.preview_every": 0}
 
 
@@ -38,7 +42,9 @@ def sections() -> dict[str, str]:
 
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks in one language ("" for none)."""
-    parts = re.split(r"^```(\w*)\n", text, flags=re.MULTILINE)  # text, language, block, "", text, language, ...
+    parts = re.split(
+        r"^```(\w*)\n", text, flags=re.MULTILINE
+    )  # text, language, block, "", text, language, ...
     return [block for told, block in zip(parts[1::4], parts[2::4], strict=True) if told == language]
 
 
@@ -81,7 +87,9 @@ def compute_embeddings(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    script, *arguments = words[words.index("launch") + 1 :] if words[0] == "accelerate" else words[1:]
+    script, *arguments = (
+        words[words.index("launch") + 1 :] if words[0] == "accelerate" else words[1:]
+    )
     if "--config" in arguments:
         place = arguments.index("--config") + 1
         arguments[place] = str(ROOT / arguments[place])
@@ -99,7 +107,9 @@ def evaluate(words: list[str]) -> None:
     words = [file for word in words for file in (sorted(glob(word)) if "*" in word else [word])]
     folder = catalogue.locate(words[words.index("--model") + 1])
     unclip_s = ["--parts", "prior", "--prior-steps=2", "--steps=2"]
-    cheap = unclip_s if catalogue.read_model_json(folder)["kind"] == "unclip" else ["--parts", "codec"]
+    cheap = (
+        unclip_s if catalogue.read_model_json(folder)["kind"] == "unclip" else ["--parts", "codec"]
+    )
     assert main([*words[1:], *cheap, "--limit=4", "--quiet"]) == 0
 
 
@@ -109,7 +119,9 @@ def convert(words: list[str]) -> None:
 
 def bench(words: list[str]) -> None:
     words = [word.replace("karlo-random", "karlo-tiny") for word in words]
-    model = () if "--model" in words else ("--model", str(catalogue.locate("emoji")))  # for processes of its own
+    model = (
+        () if "--model" in words else ("--model", str(catalogue.locate("emoji")))
+    )  # for processes of its own
     assert main([*words[1:], *model, "--repeat=1", "--quiet"]) == 0
 
 
@@ -147,7 +159,10 @@ def reader(tmp_path, monkeypatch, tiny_folder, tiny_dalle_folder):
     hole.save("hole.png")
     (tmp_path / "prompts.txt").write_text("a red apple\na blue fish\n")
     checkout(tmp_path / "svgmoji")
-    there = {"emoji": tiny_folder, "emoji-dalle1": tiny_dalle_folder}  # in a fraction of the time of the real ones
+    there = {
+        "emoji": tiny_folder,
+        "emoji-dalle1": tiny_dalle_folder,
+    }  # in a fraction of the time of the real ones
     monkeypatch.setattr(catalogue, "bundled_models", lambda: there)
     karlo_folder = karlo.write(karlo.text_to_image(), tmp_path / "hub")
     monkeypatch.setattr(catalogue, "_fetch", lambda hub_id, files, known: karlo_folder)
@@ -161,25 +176,38 @@ def checkout(folder: Path, count: int = 30) -> None:
     entries = []
     for i in range(count):
         hexcode, colour = f"{0x1F600 + i:X}", f"#{i * 8:02x}80{255 - i * 8:02x}"
-        entries.append({"hexcode": hexcode, "annotation": f"disc {i}", "tags": ["round", "disc"], "group": i % 9})
+        entries.append(
+            {
+                "hexcode": hexcode,
+                "annotation": f"disc {i}",
+                "tags": ["round", "disc"],
+                "group": i % 9,
+            }
+        )
         for style in ("noto", "twemoji"):
             path = folder / f"packages/svgmoji__{style}/svg/{hexcode}.svg"
             path.parent.mkdir(parents=True, exist_ok=True)
             disc = f'<circle cx="18" cy="18" r="{9 + i % 9}" fill="{colour}"/>'
-            path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36">{disc}</svg>')
+            path.write_text(
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36">{disc}</svg>'
+            )
     table = folder / "packages/svgmoji/emoji.json"
     table.parent.mkdir()
     table.write_text(json.dumps(entries))
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")  # the model of random weights has a short context
-@pytest.mark.parametrize("section", [name for name, text in sections().items() if blocks(text, "sh")])
+@pytest.mark.parametrize(
+    "section", [name for name, text in sections().items() if blocks(text, "sh")]
+)
 def test_commands(section, reader, capsys):
     for words in commands(sections()[section]):
         rule(words)(words)
 
 
-@pytest.mark.parametrize("section", [name for name, text in sections().items() if blocks(text, "python")])
+@pytest.mark.parametrize(
+    "section", [name for name, text in sections().items() if blocks(text, "python")]
+)
 def test_python_blocks(section, reader):
     names: dict[str, object] = {}
     for block in blocks(sections()[section], "python"):
@@ -213,21 +241,29 @@ def test_the_tree_is_that_of_the_repository():
             told |= {ROOT / name for name in names}
             top = ROOT / names[0]
     assert {path for path in told if not path.exists()} == set()
-    assert {path for path in (ROOT / "unclip").iterdir() if path.is_dir() and path.name != "__pycache__"} <= told
+    assert {
+        path for path in (ROOT / "unclip").iterdir() if path.is_dir() and path.name != "__pycache__"
+    } <= told
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+    for target, anchor in re.findall(
+        r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")
+    ):
         there = (page.parent / target).resolve() if target else page
         assert there.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
 
 
 def test_configs_in_the_commands_use_the_rendered_data():
-    configs = [word for words in commands(README) for word in words if word.startswith("configs/emoji/")]
+    configs = [
+        word for words in commands(README) for word in words if word.startswith("configs/emoji/")
+    ]
     for name in set(configs) - {"configs/emoji/model.yaml", "configs/emoji/model_dalle.yaml"}:
         data = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
         assert data["data"]["path"].startswith("data/emoji/train-")

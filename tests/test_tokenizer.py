@@ -15,7 +15,10 @@ def test_ids_start_and_end_and_the_mask_covers_both(tokenizer):
     ids, mask = tokenizer(["a red apple", ""])
     assert ids.shape == mask.shape == (2, 12)
     assert ids[0, 0] == tokenizer.start_id and ids[0, mask[0].sum() - 1] == tokenizer.end_id
-    assert ids[1, :3].tolist() == [tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id] and mask[1].sum() == 2
+    assert (
+        ids[1, :3].tolist() == [tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id]
+        and mask[1].sum() == 2
+    )
     assert torch.equal(mask, ids != tokenizer.pad_id)
 
 
@@ -69,7 +72,9 @@ def wide():
 @pytest.mark.parametrize("text", ["A red apple", "ça va? 100%", "snow ☃ 日本 🍎", ""])
 def test_bpe_dropout_changes_the_tokens_but_not_the_text(wide, text):
     plain = wide([text])[0]
-    assert torch.equal(wide([text], dropout=1e-12)[0], plain)  # its own merging is that of the library
+    assert torch.equal(
+        wide([text], dropout=1e-12)[0], plain
+    )  # its own merging is that of the library
     letters = wide([text], dropout=1.0)[1].sum() - 2
     assert letters == len(f" {text.lower()}".encode()) * (text != "")
     for seed in range(5):
@@ -98,7 +103,12 @@ def test_it_comes_back_from_its_folder_and_no_other_kind_does(tokenizer, tmp_pat
         BPETokenizer(tokenizer.tokenizer, 7, marked).save_pretrained(tmp_path)
         again = load_tokenizer(tmp_path)
         assert (type(again), again.context_length, again.marked) == (BPETokenizer, 7, marked)
-        assert torch.equal(again(["a red apple"])[0], BPETokenizer(tokenizer.tokenizer, 7, marked)(["a red apple"])[0])
+        assert torch.equal(
+            again(["a red apple"])[0],
+            BPETokenizer(tokenizer.tokenizer, 7, marked)(["a red apple"])[0],
+        )
     (tmp_path / "config.json").write_text('{"type": "Words"}')
-    with pytest.raises(ValueError, match="type is 'Words'; expected one of BPETokenizer, GPT2Tokenizer"):
+    with pytest.raises(
+        ValueError, match="type is 'Words'; expected one of BPETokenizer, GPT2Tokenizer"
+    ):
         load_tokenizer(tmp_path)

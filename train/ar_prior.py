@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list
 
 from unclip.checkpoints.store import save_component
 from unclip.data.loader import DataConfig
-from unclip.latents import PCA
-from unclip.models.ar_prior import ARPrior, ARPriorConfig
+from unclip.embeddings import PCA
+from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.training.embedded import embedding_pairs, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.frozen import load_clip
@@ -32,7 +32,9 @@ class ARPriorTraining:
     drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
     embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
     stats_batches: int = 100  # batches that principal components and buckets are learned from
-    explained: float | None = None  # as many components as explain so much of the variance, rather than the model's
+    explained: float | None = (
+        None  # as many components as explain so much of the variance, rather than the model's
+    )
 
 
 def main(run: Run[ARPriorTraining]) -> None:
@@ -54,7 +56,9 @@ def main(run: Run[ARPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        val_loader=open_loader(config.val_data, clip, config.embed_once)
+        if config.val_data
+        else None,
         export=save_component,
     )
 

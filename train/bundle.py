@@ -14,21 +14,24 @@ from typing import Literal
 
 import torch
 
-from unclip.checkpoints.catalogue import bundled_models, component_folders
 from unclip.checkpoints.codecs import load_codec
+from unclip.checkpoints.registry import bundled_models, component_folders
 from unclip.checkpoints.store import Bundle, is_diffused, load_kind, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import load_config
-from unclip.models.codec import ImageCodec
-from unclip.models.cross_attention_decoder import CrossAttentionDecoder, CrossAttentionUpsampler
-from unclip.models.dalle import DALLE
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.models.relative_prior import RelativePrior
-from unclip.models.text_prior import DirectPrior
-from unclip.models.upsampler import Upsampler
-from unclip.pipelines.dalle import DallePipeline
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.models.codecs.codec import ImageCodec
+from unclip.models.dalle.transformer import DALLE
+from unclip.models.published.cross_attention_decoder import (
+    CrossAttentionDecoder,
+    CrossAttentionUpsampler,
+)
+from unclip.models.published.relative_prior import RelativePrior
+from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.prior import DiffusionPrior
+from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.upsampler import Upsampler
+from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions, UnCLIPOptions
 
@@ -47,7 +50,9 @@ class UnCLIPParts:
     prior: str | None = None
     inpainter: str | None = None  # a decoder that was trained with the task "inpaint"
     upsamplers: tuple[str, ...] = ()
-    options: UnCLIPOptions = field(default_factory=UnCLIPOptions)  # how the model is sampled by default
+    options: UnCLIPOptions = field(
+        default_factory=UnCLIPOptions
+    )  # how the model is sampled by default
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"  # of the stored weights
     kind: Literal["unclip"] = "unclip"
 
@@ -62,7 +67,9 @@ class DalleParts:
     output: str
     codec: str  # folders of components
     dalle: str  # with its tokenizer.json
-    clip: str | None = None  # that chooses among candidates; or the name of a bundled model, which then lends its own
+    clip: str | None = (
+        None  # that chooses among candidates; or the name of a bundled model, which then lends its own
+    )
     options: CodeOptions = field(default_factory=CodeOptions)
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
 
@@ -93,8 +100,12 @@ def _dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
     dalle = load_kind(parts.dalle, DALLE, "a DALLE, as train/dalle.py makes it")
     codec = load_codec(parts.codec)
     if not isinstance(codec, ImageCodec):
-        raise ValueError(f"{parts.codec} holds a {type(codec).__name__}; expected a codec that gives codes")
-    tokenizer = BPETokenizer.load(Path(parts.dalle) / "tokenizer.json", dalle.config.context_length, marked=False)
+        raise ValueError(
+            f"{parts.codec} holds a {type(codec).__name__}; expected a codec that gives codes"
+        )
+    tokenizer = BPETokenizer.load(
+        Path(parts.dalle) / "tokenizer.json", dalle.config.context_length, marked=False
+    )
     components = {"tokenizer": tokenizer, "codec": codec, "dalle": dalle}
     if copy_clip and parts.clip is not None:
         components["clip"] = CLIP.from_pretrained(parts.clip)
@@ -112,7 +123,9 @@ def _unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
         kind=parts.kind,
         components=components
         | {name: load_kind(folder, *ROLES[name.split("_")[0]]) for name, folder in folders.items()},
-        schedules={name: load_schedule(folder) for name, folder in folders.items() if is_diffused(folder)},
+        schedules={
+            name: load_schedule(folder) for name, folder in folders.items() if is_diffused(folder)
+        },
         options=parts.options,
         name=parts.name,
         licence=parts.licence,
@@ -121,9 +134,13 @@ def _unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
+    )
     args = parser.parse_args()
     try:
         main(load_config(args.config, Parts, args.set))

@@ -25,13 +25,17 @@ class CLIPTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    tokenizer: str | None = None  # a tokenizer.json; None trains one with the text tower's vocabulary on the captions
+    tokenizer: str | None = (
+        None  # a tokenizer.json; None trains one with the text tower's vocabulary on the captions
+    )
 
 
 def main(run: Run[CLIPTraining]) -> None:
     config = run.config
     loader, text_cfg = open_data(config.data), config.model.model_cfg["text_cfg"]
-    tokenizer = make_tokenizer(run, loader.captions(), text_cfg["vocab_size"], config.model.context_length)
+    tokenizer = make_tokenizer(
+        run, loader.captions(), text_cfg["vocab_size"], config.model.context_length
+    )
     clip = CLIP(config.model, tokenizer)
     if run.init and (saved := Path(run.init) / WEIGHTS_FILE).is_file():
         load_weights(clip.model, saved)

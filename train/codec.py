@@ -8,15 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from unclip.checkpoints.catalogue import locate
+from unclip.checkpoints.registry import locate
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig, open_data
-from unclip.models.dvae import DVAE, DVAEConfig
-from unclip.models.vae import GaussianVAE, GaussianVAEConfig
-from unclip.models.vqgan import VQGAN, VQGANConfig
-from unclip.models.vqvae import VQVAE, VQVAEConfig
-from unclip.training.codec import AdversarialConfig, Annealing, CodecLoss, JudgedCodec, PerceptualConfig
+from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
+from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
+from unclip.training.codec import (
+    AdversarialConfig,
+    Annealing,
+    CodecLoss,
+    JudgedCodec,
+    PerceptualConfig,
+)
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
 from unclip.training.optim import OptimConfig
@@ -33,20 +39,28 @@ class CodecTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    anneal: dict[str, Annealing] = field(default_factory=dict)  # temperature, kl_weight: what the codec's loss takes
+    anneal: dict[str, Annealing] = field(
+        default_factory=dict
+    )  # temperature, kl_weight: what the codec's loss takes
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
 
     def __post_init__(self) -> None:
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and (size := data.crop or data.image_size) != self.model.image_size:
-                raise ValueError(f"{name} gives pictures of {size} pixels; this model has {self.model.image_size}")
+                raise ValueError(
+                    f"{name} gives pictures of {size} pixels; this model has {self.model.image_size}"
+                )
 
 
 def main(run: Run[CodecTraining]) -> None:
     config = run.config
     codec = CODECS[type(config.model)](config.model).to(run.device)
-    features = clip_of(config.perceptual.network).to(run.device).image_features if config.perceptual else None
+    features = (
+        clip_of(config.perceptual.network).to(run.device).image_features
+        if config.perceptual
+        else None
+    )
     loss = CodecLoss(codec, config.anneal, features, config.perceptual, config.adversarial)
     model = codec
     if config.adversarial:
@@ -71,7 +85,9 @@ def main(run: Run[CodecTraining]) -> None:
 
 def clip_of(name: str) -> CLIP:
     """The frozen CLIP in a folder, or that of a model."""
-    folder = Path(name) if (Path(name) / "open_clip_config.json").is_file() else locate(name) / "clip"
+    folder = (
+        Path(name) if (Path(name) / "open_clip_config.json").is_file() else locate(name) / "clip"
+    )
     return CLIP.from_pretrained(folder).requires_grad_(False)
 
 

@@ -13,9 +13,9 @@ from torch import nn
 from unclip.checkpoints.store import load_kind, save_component
 from unclip.data.codes import CodeDataset
 from unclip.data.loader import DataConfig, Loader, open_data
-from unclip.models.codec import ImageCodec
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.dalle_streams import Kernel
+from unclip.models.codecs.codec import ImageCodec
+from unclip.models.dalle.streams import Kernel
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.training.dalle import DALLELoss, DALLELossConfig
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
@@ -28,13 +28,19 @@ from unclip.training.vocabulary import make_tokenizer
 class DALLETraining:
     codec: str  # folder of a trained codec
     model: DALLEConfig
-    data: DataConfig  # pictures, encoded at each step after augmentation, or codes of train/encode.py
+    data: (
+        DataConfig  # pictures, encoded at each step after augmentation, or codes of train/encode.py
+    )
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    tokenizer: str | None = None  # a tokenizer.json; None trains one with `text_vocab` tokens on the captions
+    tokenizer: str | None = (
+        None  # a tokenizer.json; None trains one with `text_vocab` tokens on the captions
+    )
     loss: DALLELossConfig = field(default_factory=DALLELossConfig)
-    attention_kernel: Kernel = "sdpa"  # or flex, which skips what a layer doesn't see: for CUDA and long streams
+    attention_kernel: Kernel = (
+        "sdpa"  # or flex, which skips what a layer doesn't see: for CUDA and long streams
+    )
 
 
 def main(run: Run[DALLETraining]) -> None:
@@ -45,7 +51,9 @@ def main(run: Run[DALLETraining]) -> None:
     loader = open_loader(config.data, codec)
     val_loader = open_loader(config.val_data, codec) if config.val_data else None
     model = config.model
-    tokenizer = make_tokenizer(run, loader.captions(), model.text_vocab, model.context_length, marked=False)
+    tokenizer = make_tokenizer(
+        run, loader.captions(), model.text_vocab, model.context_length, marked=False
+    )
     dalle = DALLE(config.model).to(run.device)
     dalle.attention_kernel = config.attention_kernel
 
@@ -73,9 +81,13 @@ def open_loader(config: DataConfig, codec: ImageCodec) -> Loader:
     if not isinstance(loader.dataset, CodeDataset):
         if (config.crop or config.image_size) != codec.image_size:
             size = config.crop or config.image_size
-            raise ValueError(f"{config.path} is read at {size} pixels; this codec takes {codec.image_size}")
+            raise ValueError(
+                f"{config.path} is read at {size} pixels; this codec takes {codec.image_size}"
+            )
     elif (loader.dataset.vocab_size, loader.dataset.grid) != (codec.vocab_size, codec.grid):
-        raise ValueError(f"{config.path} holds codes of another codec: encode it again with train/encode.py")
+        raise ValueError(
+            f"{config.path} holds codes of another codec: encode it again with train/encode.py"
+        )
     return loader
 
 

@@ -12,18 +12,22 @@ from unclip.checkpoints.store import load_kind
 from unclip.data.codes import CodeDataset, encode
 from unclip.data.precomputed import add_arguments, run_command
 from unclip.data.samples import Dataset
-from unclip.models.codec import ImageCodec
+from unclip.models.codecs.codec import ImageCodec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_arguments(parser, "codes and captions", part_size=100_000)
     parser.add_argument("--codec", required=True, metavar="FOLDER", help="a trained codec")
     options = parser.parse_args()
 
     def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
         source = {"data": options.data, "codec": options.codec}
-        codec = load_kind(options.codec, ImageCodec, "a codec, as train/codec.py makes it", device=device)
+        codec = load_kind(
+            options.codec, ImageCodec, "a codec, as train/codec.py makes it", device=device
+        )
         return encode(dataset, codec, out, source=source, **how)
 
     run_command(options, compute, CodeDataset)

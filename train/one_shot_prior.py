@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from unclip.checkpoints.store import save_component
 from unclip.data.loader import DataConfig
-from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.frozen import load_clip
@@ -29,7 +29,9 @@ class OneShotPriorTraining:
     loss: OneShotLossConfig = field(default_factory=OneShotLossConfig)
     drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
     embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
-    stats_batches: int = 100  # batches that the embeddings' mean and standard deviation are measured on
+    stats_batches: int = (
+        100  # batches that the embeddings' mean and standard deviation are measured on
+    )
 
 
 def main(run: Run[OneShotPriorTraining]) -> None:
@@ -46,7 +48,9 @@ def main(run: Run[OneShotPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        val_loader=open_loader(config.val_data, clip, config.embed_once)
+        if config.val_data
+        else None,
         export=save_component,
     )
 

@@ -12,7 +12,7 @@ from unclip.checkpoints.store import save_component
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.frozen import load_clip
@@ -33,7 +33,9 @@ class PriorTraining:
     loss: LossConfig = field(default_factory=LossConfig)
     drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
     embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
-    stats_batches: int = 100  # batches that the embeddings' mean and standard deviation are measured on
+    stats_batches: int = (
+        100  # batches that the embeddings' mean and standard deviation are measured on
+    )
 
 
 def main(run: Run[PriorTraining]) -> None:
@@ -50,7 +52,9 @@ def main(run: Run[PriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once) if config.val_data else None,
+        val_loader=open_loader(config.val_data, clip, config.embed_once)
+        if config.val_data
+        else None,
         export=partial(save_component, schedule=config.schedule),
     )
 

@@ -13,7 +13,7 @@ from unclip.data.corruption import CorruptionConfig
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch
 from unclip.training.losses import UpsamplerLoss
@@ -36,9 +36,13 @@ class UpsamplerTraining:
 def main(run: Run[UpsamplerTraining]) -> None:
     config = run.config
     upsampler = Upsampler(config.model).to(run.device)
-    if upsampler.last_unet is not None:  # Karlo tuned its last step with an adversarial loss, which this is not
+    if (
+        upsampler.last_unet is not None
+    ):  # Karlo tuned its last step with an adversarial loss, which this is not
         if not (run.init or run.resume):
-            raise ValueError("model.last_unet is not trained here: start from weights that hold it (--init) or drop it")
+            raise ValueError(
+                "model.last_unet is not trained here: start from weights that hold it (--init) or drop it"
+            )
         upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)
     val_loader = open_data(config.val_data) if config.val_data else None

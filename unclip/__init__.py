@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from unclip.diffusion.repaint import PaintOptions as PaintOptions
     from unclip.pipelines import load as load
     from unclip.pipelines import load_prior as load_prior
-    from unclip.pipelines.compiling import compile as compile
-    from unclip.pipelines.dalle import DallePipeline as DallePipeline
-    from unclip.pipelines.latent import Latent as Latent
-    from unclip.pipelines.unclip import UnCLIPPipeline as UnCLIPPipeline
+    from unclip.pipelines.compilation import compile as compile
+    from unclip.pipelines.dalle.pipeline import DallePipeline as DallePipeline
+    from unclip.pipelines.unclip.latent import Latent as Latent
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline as UnCLIPPipeline
     from unclip.types import CodeOptions as CodeOptions
     from unclip.types import GenerationResult as GenerationResult
     from unclip.types import Progress as Progress
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 _HOME = {
     "CLIP": "unclip.clip",
     "CodeOptions": "unclip.types",
-    "DallePipeline": "unclip.pipelines.dalle",
+    "DallePipeline": "unclip.pipelines.dalle.pipeline",
     "GenerationResult": "unclip.types",
     "InversionOptions": "unclip.diffusion.inversion",
-    "Latent": "unclip.pipelines.latent",
+    "Latent": "unclip.pipelines.unclip.latent",
     "PaintOptions": "unclip.diffusion.repaint",
     "Progress": "unclip.types",
     "StageOptions": "unclip.types",
     "TextEncoding": "unclip.types",
     "UnCLIPOptions": "unclip.types",
-    "UnCLIPPipeline": "unclip.pipelines.unclip",
-    "compile": "unclip.pipelines.compiling",
+    "UnCLIPPipeline": "unclip.pipelines.unclip.pipeline",
+    "compile": "unclip.pipelines.compilation",
     "load": "unclip.pipelines",
     "load_codec": "unclip.checkpoints.codecs",
     "load_prior": "unclip.pipelines",

@@ -1,5 +1,5 @@
 import sys
 
-from unclip.cli import main
+from unclip.cli.main import main
 
 sys.exit(main())

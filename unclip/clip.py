@@ -49,7 +49,12 @@ open_clip = _import_open_clip()
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
-NO_TOWER = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}  # built in place of none, and thrown away
+NO_TOWER = {
+    "layers": 1,
+    "width": 64,
+    "patch_size": 16,
+    "image_size": 16,
+}  # built in place of none, and thrown away
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids (B, L), mask (B, L)
 
@@ -58,8 +63,12 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids 
 class CLIPConfig:
     """open_clip's own two tables, as they stand in its `open_clip_config.json`."""
 
-    model_cfg: dict[str, Any]  # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
-    preprocess_cfg: dict[str, Any] = field(default_factory=dict)  # size, mean, std, interpolation, resize_mode
+    model_cfg: dict[
+        str, Any
+    ]  # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
+    preprocess_cfg: dict[str, Any] = field(
+        default_factory=dict
+    )  # size, mean, std, interpolation, resize_mode
 
     @property
     def context_length(self) -> int:
@@ -79,7 +88,9 @@ class OpenCLIPTokenizer:
         self.context_length, text_cfg = config.context_length, config.model_cfg["text_cfg"]
         if name := text_cfg.get("hf_tokenizer_name"):
             options = text_cfg.get("tokenizer_kwargs") or {}
-            self.tokenizer = open_clip.tokenizer.HFTokenizer(name, context_length=self.context_length, **options)
+            self.tokenizer = open_clip.tokenizer.HFTokenizer(
+                name, context_length=self.context_length, **options
+            )
         else:
             self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=self.context_length)
 
@@ -103,8 +114,12 @@ class CLIP(nn.Module):
         super().__init__()
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
-            raise ValueError("this open_clip configuration is a captioner (multimodal_cfg); expected a plain CLIP")
-        custom_text = model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+            raise ValueError(
+                "this open_clip configuration is a captioner (multimodal_cfg); expected a plain CLIP"
+            )
+        custom_text = (
+            model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
+        )
         has_images = bool(model_cfg.get("vision_cfg"))
         model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else NO_TOWER
         self.model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg)
@@ -125,11 +140,15 @@ class CLIP(nn.Module):
         Weights that were trained with QuickGELU get a model that computes it; the reverse mismatch is refused.
         """
         if (model_cfg := open_clip.get_model_config(architecture)) is None:
-            raise ValueError(f"unknown open_clip architecture {architecture!r}; open_clip.list_models() lists them")
+            raise ValueError(
+                f"unknown open_clip architecture {architecture!r}; open_clip.list_models() lists them"
+            )
         tag = (open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else None) or {}
         if pretrained and not tag and not Path(pretrained).is_file():
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-            raise ValueError(f"{architecture} has no pretrained tag or file {pretrained!r}; tags: {known}")
+            raise ValueError(
+                f"{architecture} has no pretrained tag or file {pretrained!r}; tags: {known}"
+            )
         quick_gelu = model_cfg.get("quick_gelu", False)
         if tag and quick_gelu and not tag.get("quick_gelu", False):
             raise ValueError(
@@ -138,7 +157,10 @@ class CLIP(nn.Module):
             )
         model_cfg["quick_gelu"] = quick_gelu or tag.get("quick_gelu", False)
         source = open_clip.create_model(
-            architecture, pretrained=pretrained, force_quick_gelu=model_cfg["quick_gelu"], weights_only=True
+            architecture,
+            pretrained=pretrained,
+            force_quick_gelu=model_cfg["quick_gelu"],
+            weights_only=True,
         )
         preprocess = {k: v for k, v in source.visual.preprocess_cfg.items() if k != "mode"}
         clip = cls(CLIPConfig(model_cfg, preprocess))
@@ -156,11 +178,17 @@ class CLIP(nn.Module):
         config = CLIPConfig(raw["model_cfg"], raw.get("preprocess_cfg", {}))
         own = folder / TOKENIZER_FILE
         tokenizer = BPETokenizer.load(own, config.context_length) if own.is_file() else None
-        return cls.from_tensors(config, TensorFile(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, tokenizer)
+        return cls.from_tensors(
+            config, TensorFile(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, tokenizer
+        )
 
     @classmethod
     def from_tensors(
-        cls, config: CLIPConfig, tensors: Mapping[str, Tensor], source: str | Path, tokenizer: Tokenize | None = None
+        cls,
+        config: CLIPConfig,
+        tensors: Mapping[str, Tensor],
+        source: str | Path,
+        tokenizer: Tokenize | None = None,
     ) -> CLIP:
         """A model of given weights in open_clip's names, in float32; source is what an error calls them."""
         # On the meta device nothing is initialised in vain; timm's and transformers' towers are not made for it.
@@ -234,7 +262,9 @@ class CLIP(nn.Module):
         """What contrastive training needs: normalised embeddings (B, D) of both kinds, and the inverse temperature."""
         image_emb = F.normalize(self.encode_image(images).float(), dim=-1)  # (B, D)
         text_emb = F.normalize(self.encode_tokens(ids, mask).emb.float(), dim=-1)  # (B, D)
-        with torch.no_grad():  # not in the graph: beyond the limit there would be no gradient to come back by
+        with (
+            torch.no_grad()
+        ):  # not in the graph: beyond the limit there would be no gradient to come back by
             self.logit_scale.clamp_(max=math.log(100))
         return image_emb, text_emb, self.logit_scale.float().exp()
 
@@ -252,22 +282,31 @@ class CLIP(nn.Module):
     def prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
         """Resized, cropped and normalised as the model asks: (B, 3, S, S). ValueError without an image tower."""
         if self.model.visual is None:
-            raise ValueError("this model has no image encoder, so it cannot see pictures; give image_emb, or a prompt")
+            raise ValueError(
+                "this model has no image encoder, so it cannot see pictures; give image_emb, or a prompt"
+            )
         cfg, size = self.preprocess, self.image_size
         if not isinstance(images, Tensor):
             if cfg.resize_mode == "shortest":
                 images = [_centre(image, size, cfg.interpolation) for image in images]
             transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-            return torch.stack([transform(image) for image in images]).to(self.device, self.logit_scale.dtype)
+            return torch.stack([transform(image) for image in images]).to(
+                self.device, self.logit_scale.dtype
+            )
         x = images.to(self.device)
         if x.shape[-2:] != (size, size):
             if cfg.resize_mode == "longest":
-                raise ValueError("this CLIP pads pictures (resize_mode 'longest'); give PIL pictures, not a tensor")
+                raise ValueError(
+                    "this CLIP pads pictures (resize_mode 'longest'); give PIL pictures, not a tensor"
+                )
             target = (size, size) if cfg.resize_mode == "squash" else _resized(*x.shape[-2:], size)
             x = resize(x.float(), target, cfg.interpolation).clamp(-1, 1)
             top, left = (target[0] - size) // 2, (target[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
-        mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (cfg.mean, cfg.std))
+        mean, std = (
+            torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1)
+            for v in (cfg.mean, cfg.std)
+        )
         return ((x * 0.5 + 0.5 - mean) / std).to(self.logit_scale.dtype)
 
 
@@ -280,7 +319,9 @@ def _centre(image: Image.Image, size: int, interpolation: str) -> Image.Image:
     """The square in the middle. Where it is half a pixel off, to the left or top, as in transformers."""
     height, width = _resized(image.height, image.width, size)
     bilinear = interpolation == "bilinear"  # all else is bicubic, as in open_clip
-    image = image.resize((width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC)
+    image = image.resize(
+        (width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    )
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -288,6 +329,12 @@ def _centre(image: Image.Image, size: int, interpolation: str) -> Image.Image:
 def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE over normalised embeddings (B, D), gathered over all processes (CLIP, 2103.00020, figure 3)."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    loss = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+    rank, world_size = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if distributed
+        else (0, 1)
+    )
+    loss = open_clip.ClipLoss(
+        local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
+    )
     return loss(image_emb, text_emb, scale)

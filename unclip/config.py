@@ -31,7 +31,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -52,7 +54,9 @@ def load_config(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ValueError(
+            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
     finally:
         loader.dispose()
 
@@ -93,7 +97,11 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
         items = enumerate(data)
     else:
         return {prefix: data}
-    return {k: v for name, x in items for k, v in flatten(x, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        k: v
+        for name, x in items
+        for k, v in flatten(x, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def _lines(node: yaml.Node, path: str, place: Place = ()) -> Iterator[tuple[Place, int]]:
@@ -103,7 +111,9 @@ def _lines(node: yaml.Node, path: str, place: Place = ()) -> Iterator[tuple[Plac
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.value in first:
-                raise ValueError(f"{path}:{line}: {key.value!r} is given twice (first in line {first[key.value]})")
+                raise ValueError(
+                    f"{path}:{line}: {key.value!r} is given twice (first in line {first[key.value]})"
+                )
             first[key.value] = line
             yield (*place, key.value), line
             yield from _lines(value, path, (*place, key.value))
@@ -154,12 +164,16 @@ def _validate(cls: type[T], data: Any, locate: Callable[[Place], str]) -> T:
     # Strict JSON mode: 3 is a float, a list is a tuple, but "3" is no int and 1 no bool.
     try:
         text = json.dumps(data, default=str)
-        return pydantic.TypeAdapter(list[cls], config=_STRICT).validate_json(f"[{text}]", strict=True)[0]
+        return pydantic.TypeAdapter(list[cls], config=_STRICT).validate_json(
+            f"[{text}]", strict=True
+        )[0]
     except pydantic.ValidationError as error:
         raise ValueError("\n".join(_messages(cls, data, error, locate))) from None
 
 
-def _messages(cls: type, data: Any, error: pydantic.ValidationError, locate: Callable[[Place], str]) -> list[str]:
+def _messages(
+    cls: type, data: Any, error: pydantic.ValidationError, locate: Callable[[Place], str]
+) -> list[str]:
     """A line for each fault: place in the file, dotted key, what was given and what was expected."""
     messages: dict[str, None] = {}  # an ordered set
     for fault in _meant(error.errors(include_url=False)):
@@ -172,7 +186,9 @@ def _messages(cls: type, data: Any, error: pydantic.ValidationError, locate: Cal
         elif kind == "value_error":  # raised by a __post_init__
             text = f"{name}: {fault['ctx']['error']}"
         else:
-            expected = fault["msg"].removeprefix("Input should be ").replace("an object", "a mapping")
+            expected = (
+                fault["msg"].removeprefix("Input should be ").replace("an object", "a mapping")
+            )
             text = f"{name} is {_short(fault['input'])}; expected {expected.replace('a valid array', 'a list')}"
         messages[f"{locate(place)}: {text}"] = None
     return list(messages)
@@ -185,15 +201,23 @@ def _meant(faults: Sequence[Any]) -> list[Any]:
     """
     wrong: dict[Place, Any] = {}  # location of a member -> the fault of its kind
     for fault in faults:
-        if fault["loc"][-1] in ("kind", "type") and fault["type"] in ("literal_error", "missing", "missing_argument"):
+        if fault["loc"][-1] in ("kind", "type") and fault["type"] in (
+            "literal_error",
+            "missing",
+            "missing_argument",
+        ):
             wrong[fault["loc"][:-1]] = fault
     meant: list[Any] = []
     for fault in faults:
         loc = fault["loc"]
-        if (member := next((loc[:i] for i in range(1, len(loc)) if loc[:i] in wrong), None)) is None:
+        if (
+            member := next((loc[:i] for i in range(1, len(loc)) if loc[:i] in wrong), None)
+        ) is None:
             meant.append(fault)
             continue
-        members = {f["loc"][: len(member)] for f in faults if f["loc"][: len(member) - 1] == member[:-1]}
+        members = {
+            f["loc"][: len(member)] for f in faults if f["loc"][: len(member) - 1] == member[:-1]
+        }
         if members <= set(wrong) and fault is wrong[min(members)]:
             kinds = [wrong[m]["ctx"]["expected"] for m in sorted(members) if "ctx" in wrong[m]]
             meant.append({**fault, "msg": " or ".join(kinds) or fault["msg"]})
@@ -208,7 +232,13 @@ def _short(value: Any) -> str:
 def _nearest(key: str, owner: Any) -> str:
     names = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
     close = difflib.get_close_matches(key, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of: {', '.join(names)}" if names else ""
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f"; expected one of: {', '.join(names)}"
+        if names
+        else ""
+    )
 
 
 def _resolve(cls: Any, data: Any, loc: Place) -> tuple[Place, Any]:
@@ -219,7 +249,11 @@ def _resolve(cls: Any, data: Any, loc: Place) -> tuple[Place, Any]:
     place: list[str | int] = []
     owner = None
     for i, key in enumerate(loc):
-        options = typing.get_args(cls) if typing.get_origin(cls) in (typing.Union, types.UnionType) else (cls,)
+        options = (
+            typing.get_args(cls)
+            if typing.get_origin(cls) in (typing.Union, types.UnionType)
+            else (cls,)
+        )
         classes = [o for o in options if dataclasses.is_dataclass(o)]
         if isinstance(data, list) and isinstance(key, int):
             items = [a for o in options for a in typing.get_args(o) if a is not Ellipsis]

@@ -32,7 +32,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     After any failure it is gone and `target` is as it was; a failure to write is an OSError of one line.
     """
-    temporary = target.with_name(f".{target.name}.new")  # fixed names: what a killed run left is overwritten
+    temporary = target.with_name(
+        f".{target.name}.new"
+    )  # fixed names: what a killed run left is overwritten
     replaced = target.with_name(f".{target.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -48,7 +50,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         _flush(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {target}: {error}; what was saved before is untouched") from error
+        raise OSError(
+            f"cannot write {target}: {error}; what was saved before is untouched"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not target.exists():
@@ -64,7 +68,9 @@ def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
         if path.name in replaced:
             continue
         if (new / path.name).exists():
-            raise ValueError(f"{path} is in the way: the new folder has something else of that name; move it away")
+            raise ValueError(
+                f"{path} is in the way: the new folder has something else of that name; move it away"
+            )
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True)
         else:
@@ -74,7 +80,9 @@ def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # a file may be read-only
+    descriptor = os.open(
+        path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
+    )  # a file may be read-only
     try:
         os.fsync(descriptor)
     finally:

@@ -40,11 +40,18 @@ class BPETokenizer:
 
     def __init__(self, tokenizer: Tokenizer, context_length: int, marked: bool = True) -> None:
         others = ((CLIP_PAD, CLIP_START, CLIP_END), BART)
-        names = next((names for names in others if tokenizer.token_to_id(names[1]) is not None), (PAD, START, END))
+        names = next(
+            (names for names in others if tokenizer.token_to_id(names[1]) is not None),
+            (PAD, START, END),
+        )
         ids = [tokenizer.token_to_id(name) for name in names]
         if marked and (missing := [name for name, i in zip(names, ids, strict=True) if i is None]):
-            raise ValueError(f"this tokenizer has no {' and no '.join(missing)}; train one with BPETokenizer.train")
-        self.pad_id, self.start_id, self.end_id = (i or 0 for i in ids)  # unmarked, a text needs none of them
+            raise ValueError(
+                f"this tokenizer has no {' and no '.join(missing)}; train one with BPETokenizer.train"
+            )
+        self.pad_id, self.start_id, self.end_id = (
+            i or 0 for i in ids
+        )  # unmarked, a text needs none of them
         self.tokenizer = tokenizer
         self.context_length, self.marked = context_length, marked
 
@@ -53,7 +60,9 @@ class BPETokenizer:
         return self.tokenizer.get_vocab_size()
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int, marked: bool = True) -> BPETokenizer:
+    def train(
+        cls, captions: Iterable[str], vocab_size: int, context_length: int, marked: bool = True
+    ) -> BPETokenizer:
         """Learns `vocab_size` tokens (256 bytes and 3 special ones among them) from the captions."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -72,11 +81,15 @@ class BPETokenizer:
     def load(cls, file: str | Path, context_length: int, marked: bool = True) -> BPETokenizer:
         """Reads a `tokenizer.json` as the `tokenizers` library writes it."""
         if not Path(file).is_file():
-            raise FileNotFoundError(f"no tokenizer at {file}; expected the tokenizer.json of a model folder")
+            raise FileNotFoundError(
+                f"no tokenizer at {file}; expected the tokenizer.json of a model folder"
+            )
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} holds no tokenizer ({error}); fetch or export it again") from None
+            raise ValueError(
+                f"{file} holds no tokenizer ({error}); fetch or export it again"
+            ) from None
         tokenizer.no_padding()  # transformers keeps in the file how it was last used
         tokenizer.no_truncation()
         return cls(tokenizer, context_length, marked)
@@ -94,10 +107,16 @@ class BPETokenizer:
         """Writes the vocabulary and how a text is laid out; dtype is for networks."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / TOKENIZER_FILE)
-        config = {"type": "BPETokenizer", "context_length": self.context_length, "marked": self.marked}
+        config = {
+            "type": "BPETokenizer",
+            "context_length": self.context_length,
+            "marked": self.marked,
+        }
         (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
 
-    def __call__(self, texts: Sequence[str], dropout: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, texts: Sequence[str], dropout: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """B strings -> ids (B, L) long and mask (B, L) bool, True = a real token (start and end included).
 
         dropout: the probability with which BPE passes over a merge, for training; it draws from torch's own generator.
@@ -108,7 +127,9 @@ class BPETokenizer:
         for row, text in enumerate(texts):
             text = " ".join(text.split())
             tokens = self._with_dropout(text, dropout) if dropout else None
-            if tokens is None or len(tokens) > room:  # what dropout made too long may fit without it
+            if (
+                tokens is None or len(tokens) > room
+            ):  # what dropout made too long may fit without it
                 code = self.tokenizer.encode(text, add_special_tokens=False)
                 if len(code.ids) > room:
                     warn_cut(text, text[code.offsets[room][0] :], self.context_length)
@@ -121,18 +142,27 @@ class BPETokenizer:
 
     def _with_dropout(self, text: str, p: float) -> list[int]:
         """BPE-dropout (1910.13267). Not that of `tokenizers`, which cannot be seeded: a resumed run would differ."""
-        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(self.tokenizer.normalizer.normalize_str(text))
+        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(
+            self.tokenizer.normalizer.normalize_str(text)
+        )
         end = self.tokenizer.model.end_of_word_suffix or ""  # CLIP's
         letters = ([*word[:-1], word[-1] + end] for word, _ in words)
-        return [self.tokenizer.token_to_id(part) for parts in letters for part in self._merge(parts, p)]
+        return [
+            self.tokenizer.token_to_id(part) for parts in letters for part in self._merge(parts, p)
+        ]
 
     def _merge(self, parts: list[str], p: float) -> list[str]:
         """The best merge of two neighbours, again and again; each time each merge is passed over with probability p."""
         while True:
-            ranks = [self._ranks.get(pair, len(self._ranks)) for pair in zip(parts, parts[1:], strict=False)]
+            ranks = [
+                self._ranks.get(pair, len(self._ranks))
+                for pair in zip(parts, parts[1:], strict=False)
+            ]
             kept = [
                 (rank, i)
-                for i, (rank, draw) in enumerate(zip(ranks, torch.rand(len(ranks)).tolist(), strict=True))
+                for i, (rank, draw) in enumerate(
+                    zip(ranks, torch.rand(len(ranks)).tolist(), strict=True)
+                )
                 if rank < len(self._ranks) and draw >= p
             ]
             if not kept:
@@ -144,19 +174,26 @@ class BPETokenizer:
     def _ranks(self) -> dict[tuple[str, str], int]:
         """The learned merges, the first learned first."""
         merges = json.loads(self.tokenizer.to_str())["model"]["merges"]
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)  # older files have "a b"
+        pairs = (
+            merge.split(" ") if isinstance(merge, str) else merge for merge in merges
+        )  # older files have "a b"
         return {tuple(pair): rank for rank, pair in enumerate(pairs)}
 
     def decode(self, ids: Sequence[int]) -> str:
         """The lower-cased text of token ids; special tokens are left out."""
-        text, end = self.tokenizer.decode(list(ids), skip_special_tokens=True), self.tokenizer.model.end_of_word_suffix
+        text, end = (
+            self.tokenizer.decode(list(ids), skip_special_tokens=True),
+            self.tokenizer.model.end_of_word_suffix,
+        )
         return (text.replace(end, " ") if end else text).strip()
 
 
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE over lower-cased text, as GLIDE reads it: no start, no end, padded with the last id."""
 
-    def __init__(self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int) -> None:
+    def __init__(
+        self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int
+    ) -> None:
         # Special tokens are left out: a caption that spells one is a caption of these letters.
         self.tokenizer = Tokenizer(models.BPE(dict(vocab), list(merges)))
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,17 +210,23 @@ class GPT2Tokenizer:
         """Reads a `tokenizer.json`, GPT-2's own for one."""
         try:
             model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
-            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+            pairs = (
+                merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]
+            )
             return cls(model["vocab"], [tuple(pair) for pair in pairs], context_length)
         except FileNotFoundError:
             raise
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} holds no tokenizer of GPT-2's kind ({error}); fetch or export it again") from None
+            raise ValueError(
+                f"{file} holds no tokenizer of GPT-2's kind ({error}); fetch or export it again"
+            ) from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
         """A folder that `save_pretrained` wrote."""
-        return cls.load(Path(folder) / TOKENIZER_FILE, read_json(Path(folder) / "config.json")["context_length"])
+        return cls.load(
+            Path(folder) / TOKENIZER_FILE, read_json(Path(folder) / "config.json")["context_length"]
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes the vocabulary and how many tokens a text may have; dtype is for networks."""
@@ -216,5 +259,7 @@ def load_tokenizer(folder: str | Path) -> BPETokenizer | GPT2Tokenizer:
     """The tokenizer in a folder that `save_pretrained` wrote; ValueError names an unknown type."""
     kind = read_json(Path(folder) / "config.json").get("type")
     if kind not in TOKENIZERS:
-        raise ValueError(f"{folder}/config.json: type is {kind!r}; expected one of {', '.join(TOKENIZERS)}")
+        raise ValueError(
+            f"{folder}/config.json: type is {kind!r}; expected one of {', '.join(TOKENIZERS)}"
+        )
     return TOKENIZERS[kind].from_pretrained(folder)

@@ -43,13 +43,17 @@ class TextEncoding(Rows):
     emb: torch.Tensor  # (B, D) projected, not normalised
     states: torch.Tensor  # (B, L, W) after the final LayerNorm
     mask: torch.Tensor  # (B, L) bool, True = a real token
-    ids: torch.Tensor | None = None  # (B, L) token ids, for a decoder with a text transformer of its own
+    ids: torch.Tensor | None = (
+        None  # (B, L) token ids, for a decoder with a text transformer of its own
+    )
 
     def __len__(self) -> int:
         return self.emb.shape[0]
 
     def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> TextEncoding:
-        return TextEncoding(f(self.emb), f(self.states), f(self.mask), None if self.ids is None else f(self.ids))
+        return TextEncoding(
+            f(self.emb), f(self.states), f(self.mask), None if self.ids is None else f(self.ids)
+        )
 
     def trim(self) -> TextEncoding:
         """Without the columns that are padding in every row; networks that heed the mask answer the same, sooner."""
@@ -58,7 +62,9 @@ class TextEncoding(Rows):
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
         """Moved to `device`; floating-point parts cast to `dtype`, mask and ids kept."""
-        return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
+        return self._map(
+            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
+        )
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,24 @@ class StageOptions:
     """How one diffusion stage is sampled."""
 
     steps: int
-    guidance: float = 1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
-    sampler: Any = "ddim"  # "ancestral" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
+    guidance: float = (
+        1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
+    )
+    sampler: Any = (
+        "ddim"  # "ancestral" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
+    )
     eta: float = 0.0  # DDIM only: 0 deterministic, 1 ancestral
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # guide only where t / T lies in it (2404.07724)
+    guidance_interval: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # guide only where t / T lies in it (2404.07724)
     guidance_rescale: float = 0.0  # 2305.08891
-    dynamic_threshold: float | None = None  # percentile in (0, 1] for x_0 (Imagen 2.3); None = static clipping
-    temperature: float = 1.0  # autoregressive prior only: of the codes' logits; 0 = always the likeliest code
+    dynamic_threshold: float | None = (
+        None  # percentile in (0, 1] for x_0 (Imagen 2.3); None = static clipping
+    )
+    temperature: float = (
+        1.0  # autoregressive prior only: of the codes' logits; 0 = always the likeliest code
+    )
     reuse: int = 1  # compute deep levels at every n-th step only (DeepCache, 2312.00858; approximate); 1 = all
 
     def __post_init__(self) -> None:
@@ -81,13 +98,21 @@ class StageOptions:
         _check_numbers(self, "guidance", "eta", "guidance_rescale", "temperature")
         low, high = self.guidance_interval
         if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1")
+            raise ValueError(
+                f"guidance_interval is {self.guidance_interval}; expected 0 <= low <= high <= 1"
+            )
         if self.dynamic_threshold is not None and not 0.0 < self.dynamic_threshold <= 1.0:
-            raise ValueError(f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]")
+            raise ValueError(
+                f"dynamic_threshold is {self.dynamic_threshold}; expected a fraction in (0, 1]"
+            )
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
+            raise ValueError(
+                f"temperature is {self.temperature}; expected 0 (the likeliest code) or more"
+            )
         if self.reuse < 1:
-            raise ValueError(f"reuse is {self.reuse}; expected 1 (compute everything at every step) or more")
+            raise ValueError(
+                f"reuse is {self.reuse}; expected 1 (compute everything at every step) or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,12 +122,16 @@ class CodeOptions:
     temperature: float = 1.0  # that the logits are divided by; 0 = always the likeliest code
     top_k: int | None = None  # draw among this many of the likeliest codes; None = all
     top_p: float = 1.0  # draw among the fewest codes that together have this probability
-    guidance: float = 1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
+    guidance: float = (
+        1.0  # scale of classifier-free guidance; 1 = none, and no second half is computed
+    )
 
     def __post_init__(self) -> None:
         _check_numbers(self, "guidance", "temperature")
         if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 (the likeliest code) or more")
+            raise ValueError(
+                f"temperature is {self.temperature}; expected 0 (the likeliest code) or more"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; expected a number of codes, at least 1")
         if not 0.0 < self.top_p <= 1.0:
@@ -116,7 +145,9 @@ class UnCLIPOptions:
     prior: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
     decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
     upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=7),))
-    prior_candidates: int = 2  # unCLIP 2.2: draw 2, keep the one with the higher dot product with the text embedding
+    prior_candidates: int = (
+        2  # unCLIP 2.2: draw 2, keep the one with the higher dot product with the text embedding
+    )
     # What the decoder gets as image embedding: the prior's, or (unCLIP 5.1) the caption's own one, or none.
     embedding: Literal["prior", "text", "none"] = "prior"
 
@@ -129,7 +160,9 @@ class UnCLIPOptions:
 class GLIDEOptions:
     """How GLIDE is sampled (2112.10741); only the first stage is guided in its own code."""
 
-    decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=100, guidance=3.0, sampler="ancestral"))
+    decoder: StageOptions = field(
+        default_factory=lambda: StageOptions(steps=100, guidance=3.0, sampler="ancestral")
+    )
     upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=27),))
 
 
@@ -140,7 +173,9 @@ class Progress:
     stage: str  # "prior", "decoder", "inpainter", "upsampler_0", ...; "dalle"
     step: int  # 1 .. num_steps
     num_steps: int
-    preview: torch.Tensor | None = None  # (B, 3, s, s) in [-1, 1]: the current estimate of x_0; None in the prior
+    preview: torch.Tensor | None = (
+        None  # (B, 3, s, s) in [-1, 1]: the current estimate of x_0; None in the prior
+    )
 
 
 @dataclass(frozen=True)
@@ -151,9 +186,13 @@ class GenerationResult:
     seeds: list[int | None]  # seed of each picture; None where nothing was left to chance
     prompts: list[str | None]  # prompt of each picture; None for variations
     image_emb: torch.Tensor | None = None  # (N, D) CLIP image embeddings the decoder was given
-    metadata: list[dict[str, Any]] = field(default_factory=list)  # one for each picture; goes into its PNG
+    metadata: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # one for each picture; goes into its PNG
     codes: torch.Tensor | None = None  # (N, h, w) that a codec's decoder was given
-    scores: list[float] | None = None  # cosine of picture and prompt in CLIP, where candidates were compared
+    scores: list[float] | None = (
+        None  # cosine of picture and prompt in CLIP, where candidates were compared
+    )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,7 +205,9 @@ class GenerationResult:
                 return [column[row] for row in rows] if column else []  # metadata may be left out
             return None if column is None else column[list(rows)]
 
-        return GenerationResult(**{part.name: some(getattr(self, part.name)) for part in fields(self)})
+        return GenerationResult(
+            **{part.name: some(getattr(self, part.name)) for part in fields(self)}
+        )
 
     @staticmethod
     def cat(parts: Sequence[GenerationResult]) -> GenerationResult:
@@ -179,7 +220,9 @@ class GenerationResult:
             return None if columns[0] is None else torch.cat(columns)
 
         names = [part.name for part in fields(GenerationResult)]
-        return GenerationResult(**{name: joined([getattr(result, name) for result in parts]) for name in names})
+        return GenerationResult(
+            **{name: joined([getattr(result, name) for result in parts]) for name in names}
+        )
 
 
 def _check_numbers(options: StageOptions | CodeOptions, *names: str) -> None:

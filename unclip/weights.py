@@ -25,7 +25,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: str | Path, mapped: bool = False) -> None:
         self.file, self.mapped = Path(file), mapped
         self._open()
-        self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in self._opened.keys()}  # noqa: SIM118
+        self.shapes = {
+            name: tuple(self._opened.get_slice(name).get_shape()) for name in self._opened.keys()
+        }  # noqa: SIM118
 
     def _open(self) -> None:
         self._opened, self._mapped = _told(self.file, lambda: safe_open(self.file, "pt")), 0
@@ -33,7 +35,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        if self._mapped > MAPPED_AT_MOST:  # what was read of a mapped file counts as memory until the file is closed
+        if (
+            self._mapped > MAPPED_AT_MOST
+        ):  # what was read of a mapped file counts as memory until the file is closed
             self._open()
         tensor = self._opened.get_tensor(name)
         self._mapped += tensor.nbytes
@@ -57,7 +61,9 @@ def _told(file: str | Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or is no safetensors file ({error}); fetch or export it again") from None
+        raise ValueError(
+            f"{file} is truncated or is no safetensors file ({error}); fetch or export it again"
+        ) from None
 
 
 def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -69,7 +75,9 @@ def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None
     write_safetensors(tensors, file)
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+def write_safetensors(
+    tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None
+) -> None:
     """As `safetensors.torch.save_file`, which lets nobody else read the file; here the umask says who may."""
     path = Path(file)
     path.touch()
@@ -78,7 +86,9 @@ def write_safetensors(tensors: dict[str, Tensor], file: str | Path, metadata: di
     path.chmod(mode)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None
+) -> None:
     """Writes a safetensors file whole or not at all; the folder it goes into is made. A failure is an OSError."""
     path = Path(file)
     part = path.with_name(f".{path.name}.part")
@@ -102,19 +112,29 @@ def load_strictly(
     as_stored: parameters keep the dtype that they are given in.
     """
     own = module.state_dict()
-    given = getattr(tensors, "shapes", None) or {name: tuple(tensors[name].shape) for name in tensors}
+    given = getattr(tensors, "shapes", None) or {
+        name: tuple(tensors[name].shape) for name in tensors
+    }
     shapes = {name: (given[name], tuple(own[name].shape)) for name in own if name in given}
-    misshaped = [f"{name} is {here}, expected {wanted}" for name, (here, wanted) in shapes.items() if here != wanted]
+    misshaped = [
+        f"{name} is {here}, expected {wanted}"
+        for name, (here, wanted) in shapes.items()
+        if here != wanted
+    ]
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     kept = {name for name, _ in module.named_parameters()} if as_stored else ()
-    cast = {name: tensors[name] if name in kept else tensors[name].to(own[name].dtype) for name in own}
+    cast = {
+        name: tensors[name] if name in kept else tensors[name].to(own[name].dtype) for name in own
+    }
     module.load_state_dict(cast, assign=True)
 
 
-def fit_error(source: str | Path, missing: list[str], unexpected: list[str], misshaped: list[str]) -> ValueError:
+def fit_error(
+    source: str | Path, missing: list[str], unexpected: list[str], misshaped: list[str]
+) -> ValueError:
     """The error of weights that do not fit, with both sides of it."""
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshaped}
     told = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)

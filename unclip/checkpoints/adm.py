@@ -37,21 +37,35 @@ TRANSFORMER_BLOCK = (
 )
 
 
-def unet_config(tensors: Mapping[str, Tensor], source: str | Path, head_dim: int = HEAD_DIM) -> UNetConfig:
+def unet_config(
+    tensors: Mapping[str, Tensor], source: str | Path, head_dim: int = HEAD_DIM
+) -> UNetConfig:
     """The sizes of a U-Net as its tensors tell them; ValueError if they are none of such a network."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Each level but the last ends in an output block that doubles the size by a second residual block.
-    levels = 1 + sum(bool(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name)) for name in shapes)
+    levels = 1 + sum(
+        bool(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name))
+        for name in shapes
+    )
     inputs = len({name.split(".")[1] for name in shapes if name.startswith("input_blocks.")})
-    per_level = inputs // levels  # the first of a level is the stem or the block that halved the size
+    per_level = (
+        inputs // levels
+    )  # the first of a level is the stem or the block that halved the size
     try:
-        channels = [shapes[f"input_blocks.{i * per_level + 1}.0.in_layers.2.weight"][0] for i in range(levels)]
+        channels = [
+            shapes[f"input_blocks.{i * per_level + 1}.0.in_layers.2.weight"][0]
+            for i in range(levels)
+        ]
         additive = shapes["input_blocks.1.0.emb_layers.1.weight"][0] == channels[0]
         return UNetConfig(
             in_channels=shapes["input_blocks.0.0.weight"][1],
             out_channels=shapes["out.2.weight"][0],
             levels=tuple(
-                LevelSpec(c, per_level - 1, attention=f"input_blocks.{i * per_level + 1}.1.qkv.weight" in shapes)
+                LevelSpec(
+                    c,
+                    per_level - 1,
+                    attention=f"input_blocks.{i * per_level + 1}.1.qkv.weight" in shapes,
+                )
                 for i, c in enumerate(channels)
             ),
             head_dim=head_dim,
@@ -61,7 +75,9 @@ def unet_config(tensors: Mapping[str, Tensor], source: str | Path, head_dim: int
             mid_attention="middle_block.1.qkv.weight" in shapes,
         )
     except KeyError as error:
-        raise ValueError(f"{source} holds no U-Net as ADM names it: {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{source} holds no U-Net as ADM names it: {error.args[0]} is missing"
+        ) from None
 
 
 def unet_rules(config: UNetConfig) -> list[Rule]:
@@ -71,7 +87,9 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
     def block(there: str, here: str, channels: int, attention: bool) -> None:
         rules.extend(under(f"{there}.0.", f"{here}.res.", RESBLOCK))
         if attention:
-            rules.extend(under(f"{there}.1.", f"{here}.attention.", _attention(channels // config.head_dim)))
+            rules.extend(
+                under(f"{there}.1.", f"{here}.attention.", _attention(channels // config.head_dim))
+            )
 
     down = up = 0
     for i, level in enumerate(config.levels):
@@ -88,7 +106,9 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
             block(f"output_blocks.{up}", f"up.{up}", level.channels, level.attention)
             up += 1
         if i > 0:
-            rules += under(f"output_blocks.{up - 1}.{1 + level.attention}.", f"up.{up - 1}.resize.", RESBLOCK)
+            rules += under(
+                f"output_blocks.{up - 1}.{1 + level.attention}.", f"up.{up - 1}.resize.", RESBLOCK
+            )
     return rules
 
 

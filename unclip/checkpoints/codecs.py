@@ -6,13 +6,16 @@ from pathlib import Path
 
 import torch
 
-from unclip.checkpoints import openai_dvae, taming
-from unclip.checkpoints.catalogue import CONFIG_FILE
+from unclip.checkpoints import taming
+from unclip.checkpoints.openai import dvae as openai_dvae
+from unclip.checkpoints.registry import CONFIG_FILE
 from unclip.checkpoints.store import load_component
-from unclip.models.codec import Autoencoder
+from unclip.models.codecs.codec import Autoencoder
 
 
-def load_codec(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Autoencoder:
+def load_codec(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Autoencoder:
     """The codec at a path, in eval mode: a folder of ours, one with encoder.pkl and decoder.pkl, or a taming .ckpt.
 
     ValueError for what is none of these or does not fit, FileNotFoundError if there is nothing.
@@ -27,7 +30,9 @@ def load_codec(path: str | Path, device: torch.device | str = "cpu", dtype: torc
     elif (path / CONFIG_FILE).is_file():
         codec = load_component(path, dtype)
     else:
-        raise ValueError(f"{path} holds no codec; expected {CONFIG_FILE}, encoder.pkl and decoder.pkl, or a .ckpt file")
+        raise ValueError(
+            f"{path} holds no codec; expected {CONFIG_FILE}, encoder.pkl and decoder.pkl, or a .ckpt file"
+        )
     if not isinstance(codec, Autoencoder):
         raise ValueError(f"{path} holds a {type(codec).__name__}; expected an image codec")
     return codec.to(device)

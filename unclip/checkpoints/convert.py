@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from unclip.checkpoints import diffusers_layout, store
-from unclip.checkpoints.catalogue import describe, locate
-from unclip.checkpoints.diffusers_export import save_for_diffusers
+from unclip.checkpoints import store
+from unclip.checkpoints.diffusers import layout as diffusers_layout
+from unclip.checkpoints.diffusers.export import save_for_diffusers
 from unclip.checkpoints.formats import load_any
+from unclip.checkpoints.registry import describe, locate
 from unclip.checkpoints.store import Bundle, save_bundle
 
 WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
@@ -20,7 +21,9 @@ WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # the widest first
 
 
-def convert(source: str | Path, folder: str | Path, to: str, dtype: torch.dtype | None = None) -> None:
+def convert(
+    source: str | Path, folder: str | Path, to: str, dtype: torch.dtype | None = None
+) -> None:
     """Writes the model at `source` (what `unclip.load` reads) into a folder in the layout `to`: unclip or diffusers.
 
     Weights are written in `dtype`, by default in the widest that they are stored in. ValueError if the layout cannot

@@ -14,26 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.checkpoints import openai_dvae, taming
+from unclip.checkpoints import taming
+from unclip.checkpoints.openai import dvae as openai_dvae
 from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import Rule, build, move, under
 from unclip.checkpoints.store import Bundle
-from unclip.checkpoints.transformers_tokenizer import clip_tokenizer, open_clip_vocabulary
-from unclip.models.codec import ImageCodec
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.dalle_attention import Kind
-from unclip.models.dalle_layers import LayerSpec
-from unclip.models.dalle_rotary import rotary_angles
-from unclip.models.dvae import DVAE
-from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
-from unclip.models.vqgan import VQGAN
+from unclip.checkpoints.transformers.tokenizer import clip_tokenizer, open_clip_vocabulary
+from unclip.models.codecs.codec import ImageCodec
+from unclip.models.codecs.dvae import DVAE
+from unclip.models.codecs.vqgan import VQGAN
+from unclip.models.dalle.attention import Kind
+from unclip.models.dalle.layers import LayerSpec
+from unclip.models.dalle.rotary import rotary_angles
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions
 
-KINDS: dict[str, Kind] = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "corner"}
+KINDS: dict[str, Kind] = {
+    "full": "full",
+    "axial_row": "own_row",
+    "axial_col": "column",
+    "conv_like": "corner",
+}
 KERNEL = 5  # of conv_like, fixed there
 # A branch stands in wrappers (reversible, shift, cache) which hold nothing: they are called fn, a reversible one net.
-BRANCH = re.compile(r"transformer\.layers\.(layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.((?:fn\.)*)(.+)")
+BRANCH = re.compile(
+    r"transformer\.layers\.(layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.((?:fn\.)*)(.+)"
+)
 ANGLES = "transformer.pos_emb"
 TOKENIZER_FILE, CLIP_VOCAB = "tokenizer.json", 49408
 IGNORED = (ANGLES, "text_emb.linear.*", "image_emb.linear.*", "logits_mask")
@@ -88,7 +96,9 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
     """Transformer and codec of a file, in eval mode; ValueError for options that are unknown here."""
     content = read_checkpoint(path)
     hparams, weights = content["hparams"], content["weights"]
-    of_codec = {name.removeprefix("vae."): x for name, x in weights.items() if name.startswith("vae.")}
+    of_codec = {
+        name.removeprefix("vae."): x for name, x in weights.items() if name.startswith("vae.")
+    }
     of_dalle = {name: x for name, x in weights.items() if not name.startswith("vae.")}
     config = read_config(of_dalle, hparams, path)
     dalle = build(DALLE, config, plain_names(of_dalle, config), rules(config), path, dtype, IGNORED)
@@ -97,13 +107,17 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
     return DALLEFile(dalle, codec)
 
 
-def read_config(state: Mapping[str, Tensor], hparams: Mapping[str, Any], source: str | Path) -> DALLEConfig:
+def read_config(
+    state: Mapping[str, Tensor], hparams: Mapping[str, Any], source: str | Path
+) -> DALLEConfig:
     """From the names and shapes of the transformer's tensors, and from hparams what they don't tell."""
     branches = [found.groups() for name in state if (found := BRANCH.fullmatch(name))]
     kinds = hparams.get("attn_types") or ("full",)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"{source} has attention of kind {unknown[0]!r}; those known are {', '.join(KINDS)}")
+        raise ValueError(
+            f"{source} has attention of kind {unknown[0]!r}; those known are {', '.join(KINDS)}"
+        )
     V, L = hparams["num_text_tokens"], hparams["text_seq_len"]
     learned = "text_pos_emb.weight" in state
     if learned:
@@ -128,13 +142,20 @@ def read_config(state: Mapping[str, Tensor], hparams: Mapping[str, Any], source:
             qkv_bias=False,
             gain=1.0,
             sandwich=any(rest.startswith("norm_out.") for *_, rest in branches),
-            shift=any(rest.startswith("net.0.") and len(wraps) > 2 * len("fn.") for *_, wraps, rest in branches),
+            shift=any(
+                rest.startswith("net.0.") and len(wraps) > 2 * len("fn.")
+                for *_, wraps, rest in branches
+            ),
         ),
         positions="learned" if learned else "rotary",
         reversible=any(kind == "blocks" for kind, *_ in branches),
     )
-    if not learned and not torch.allclose(state[ANGLES][0].float(), rotary_angles(L + 1, grid, config.head_dim)):
-        raise ValueError(f"{source} turns its rotary positions by other angles than DALLE-pytorch 1.6")
+    if not learned and not torch.allclose(
+        state[ANGLES][0].float(), rotary_angles(L + 1, grid, config.head_dim)
+    ):
+        raise ValueError(
+            f"{source} turns its rotary positions by other angles than DALLE-pytorch 1.6"
+        )
     return config
 
 
@@ -148,7 +169,9 @@ def plain_names(state: Mapping[str, Tensor], config: DALLEConfig) -> dict[str, T
         plain[name] = tensor
     if "text_emb.weight" not in plain:
         sizes = [config.text_vocab + config.context_length, config.image_vocab]
-        plain["text_emb.weight"], plain["image_emb.weight"] = plain["to_logits.1.weight"].split(sizes)
+        plain["text_emb.weight"], plain["image_emb.weight"] = plain["to_logits.1.weight"].split(
+            sizes
+        )
     return plain
 
 
@@ -165,13 +188,26 @@ def rules(config: DALLEConfig) -> list[Rule]:
     text = config.text_vocab + config.context_length
     return [
         # There a text's id 0 is padding, so its row is that of the start.
-        Rule(("text_emb.weight",), ("text_emb.weight", "start"), lambda x: [x[0], x[0][0]], _with_start),
+        Rule(
+            ("text_emb.weight",),
+            ("text_emb.weight", "start"),
+            lambda x: [x[0], x[0][0]],
+            _with_start,
+        ),
         move("image_emb", "code_emb"),
         move("text_pos_emb", "text_positions"),
         _axis("image_pos_emb.weights.0", "rows.weight", (1, -1, 1, config.width)),
         _axis("image_pos_emb.weights.1", "columns.weight", (1, 1, -1, config.width)),
-        *(rule for i in range(config.depth) for rule in under(f"layers.{i}.attention.", f"layers.{i}.", attention)),
-        *(rule for i in range(config.depth) for rule in under(f"layers.{i}.mlp.", f"layers.{i}.", mlp)),
+        *(
+            rule
+            for i in range(config.depth)
+            for rule in under(f"layers.{i}.attention.", f"layers.{i}.", attention)
+        ),
+        *(
+            rule
+            for i in range(config.depth)
+            for rule in under(f"layers.{i}.mlp.", f"layers.{i}.", mlp)
+        ),
         move("to_logits.0", "norm"),
         Rule(
             ("to_logits.1",),
@@ -189,11 +225,19 @@ def _with_start(x: Iterable[Tensor]) -> list[Tensor]:
 
 def _axis(there: str, here: str, shape: tuple[int, ...]) -> Rule:
     """Positions (size, C) that have an axis of length 1 for each axis of the stream but their own there."""
-    return Rule((there,), (here,), lambda x: [x[0].reshape(-1, x[0].shape[-1])], lambda x: [x[0].reshape(shape)])
+    return Rule(
+        (there,),
+        (here,),
+        lambda x: [x[0].reshape(-1, x[0].shape[-1])],
+        lambda x: [x[0].reshape(shape)],
+    )
 
 
 def build_codec(
-    state: Mapping[str, Tensor], params: Mapping[str, Any] | None, source: str | Path, dtype: torch.dtype
+    state: Mapping[str, Tensor],
+    params: Mapping[str, Any] | None,
+    source: str | Path,
+    dtype: torch.dtype,
 ) -> ImageCodec:
     """The codec in the file: DALLE-pytorch's own, OpenAI's dVAE, or a VQ-GAN of taming-transformers."""
     if params is not None:
@@ -209,7 +253,9 @@ def build_codec(
         state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         config = taming.sizes(state, source)
         return build(VQGAN, config, state, taming.rules(config), source, dtype, taming.IGNORED)
-    raise ValueError(f"{source} holds no codec: its vae_params are empty, and it has no weights of a known one")
+    raise ValueError(
+        f"{source} holds no codec: its vae_params are empty, and it has no weights of a known one"
+    )
 
 
 def read_plain_dvae(params: Mapping[str, Any]) -> PlainDVAEConfig:

@@ -10,13 +10,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.checkpoints.diffusers_layout import weight_files, weights_of
+from unclip.checkpoints.diffusers.layout import weight_files, weights_of
 from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import LEAVES, Rule, to_here
 from unclip.weights import TensorFile, write_safetensors
 
 M = TypeVar("M", bound=nn.Module)
-Parts = Mapping[Path, Sequence[Rule]]  # the folder of each part of a network, and the rules that its names follow
+Parts = Mapping[
+    Path, Sequence[Rule]
+]  # the folder of each part of a network, and the rules that its names follow
 
 
 def fill(module: M, parts: Parts, dtype: torch.dtype) -> M:
@@ -32,7 +34,10 @@ def fill(module: M, parts: Parts, dtype: torch.dtype) -> M:
 
 
 def read_parts(
-    own: Mapping[str, Tensor], parts: Parts, dtypes: Mapping[str, torch.dtype], ignored: Sequence[str] = ()
+    own: Mapping[str, Tensor],
+    parts: Parts,
+    dtypes: Mapping[str, torch.dtype],
+    ignored: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """The tensors of all parts under our names; own: a state dict of ours, for the shapes that are wanted."""
     tensors = {}
@@ -46,13 +51,20 @@ def read_parts(
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a component, whole or in shards, safetensors or .bin; each is read when it is asked for."""
     return ChainMap(
-        *(TensorFile(file) if file.suffix == ".safetensors" else read_state(file) for file in weight_files(folder))
+        *(
+            TensorFile(file) if file.suffix == ".safetensors" else read_state(file)
+            for file in weight_files(folder)
+        )
     )
 
 
 def write_weights(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
     """Writes tensors as diffusers and transformers do; floating-point ones in `dtype` if it is given."""
-    wanted = {name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()}
+    wanted = {
+        name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()
+    }
     # safetensors wants no two tensors in one storage, and the parts of a Linear that was split are in one.
-    wanted = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in wanted.items()}
+    wanted = {
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in wanted.items()
+    }
     write_safetensors(wanted, file, metadata={"format": "pt"})

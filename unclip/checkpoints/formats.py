@@ -8,16 +8,10 @@ from pathlib import Path
 
 import torch
 
-from unclip.checkpoints import (
-    dalle2_pytorch,
-    dalle_pytorch,
-    diffusers,
-    diffusers_layout,
-    glide,
-    karlo,
-    min_dalle,
-    store,
-)
+from unclip.checkpoints import dalle_pytorch, glide, karlo, min_dalle, store
+from unclip.checkpoints.dalle2_pytorch import load as dalle2_pytorch
+from unclip.checkpoints.diffusers import layout as diffusers_layout
+from unclip.checkpoints.diffusers import load as diffusers
 from unclip.checkpoints.priors import PRIORS
 
 
@@ -49,4 +43,6 @@ def load_any(path: Path, dtype: torch.dtype = torch.float32) -> store.Bundle:
     if any(known.recognise(path) for known in PRIORS):
         raise ValueError(f"{path} holds a prior, not a whole model; unclip.load_prior reads it")
     names = ", ".join(known.name for known in FORMATS)
-    raise ValueError(f"{path} holds no model of a known format ({names}); a model folder has a model.json")
+    raise ValueError(
+        f"{path} holds no model of a known format ({names}); a model folder has a model.json"
+    )

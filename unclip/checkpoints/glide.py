@@ -19,8 +19,8 @@ from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Rule, build, move, under
 from unclip.checkpoints.store import Bundle
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.models.decoder import TextTransformer
-from unclip.models.glide import GLIDE, GLIDEConfig
+from unclip.models.published.glide import GLIDE, GLIDEConfig
+from unclip.models.unclip.decoder import TextTransformer
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GLIDEOptions
 
@@ -49,7 +49,9 @@ def recognise(path: Path) -> bool:
 
 def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     """A folder, or the file of a base network with the others beside it; without an upsampler pictures stay small."""
-    base = path if path.is_file() else next(path / name for name in PAIRS if (path / name).is_file())
+    base = (
+        path if path.is_file() else next(path / name for name in PAIRS if (path / name).is_file())
+    )
     upsampler = base.with_name(PAIRS[base.name])
     decoder = read_network(base, dtype)
     networks, schedules = {"decoder": decoder}, {"decoder": ScheduleConfig()}
@@ -58,7 +60,10 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
         schedules["upsampler_0"] = ScheduleConfig("linear")
     return Bundle(
         kind="glide",
-        components={"tokenizer": read_tokenizer(base.parent, decoder.config.text.context_length), **networks},
+        components={
+            "tokenizer": read_tokenizer(base.parent, decoder.config.text.context_length),
+            **networks,
+        },
         schedules=schedules,
         options=GLIDEOptions() if upsampler.is_file() else GLIDEOptions(upsamplers=()),
         name="glide-inpaint" if decoder.config.inpaints else "glide",
@@ -71,10 +76,16 @@ def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
     if (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file():
         try:
             vocab = json.loads(gzip.decompress((folder / VOCAB_FILE).read_bytes()))
-            lines = gzip.decompress((folder / MERGES_FILE).read_bytes()).decode("utf-8").split("\n")[1:-1]
+            lines = (
+                gzip.decompress((folder / MERGES_FILE).read_bytes())
+                .decode("utf-8")
+                .split("\n")[1:-1]
+            )
             return GPT2Tokenizer(vocab, [tuple(line.split()) for line in lines], context_length)
         except Exception as error:  # gzip, json and tokenizers each have their own
-            raise ValueError(f"{folder / VOCAB_FILE} and {MERGES_FILE} hold no vocabulary: {error}") from None
+            raise ValueError(
+                f"{folder / VOCAB_FILE} and {MERGES_FILE} hold no vocabulary: {error}"
+            ) from None
     if not (file := folder / TOKENIZER_FILE).is_file():
         from huggingface_hub import hf_hub_download
 
@@ -100,13 +111,22 @@ def glide_config(state: Mapping[str, Tensor], source: Path) -> GLIDEConfig:
     """The sizes of a network as its tensors tell them."""
     unet = adm.unet_config(state, source)
     if unet.in_channels not in KINDS:
-        raise ValueError(f"{source} holds a U-Net of {unet.in_channels} channels; GLIDE's have 3, 6, 7 or 10")
+        raise ValueError(
+            f"{source} holds a U-Net of {unet.in_channels} channels; GLIDE's have 3, 6, 7 or 10"
+        )
     low_size, inpaints = KINDS[unet.in_channels]
     try:
-        (vocab_size, width), slots = state["token_embedding.weight"].shape, len(state["positional_embedding"])
+        (vocab_size, width), slots = (
+            state["token_embedding.weight"].shape,
+            len(state["positional_embedding"]),
+        )
     except KeyError as error:
-        raise ValueError(f"{source} holds no network of GLIDE's: {error.args[0]} is missing") from None
-    text = TextTransformer(vocab_size, slots, width, adm.transformer_depth(state), width // adm.HEAD_DIM)
+        raise ValueError(
+            f"{source} holds no network of GLIDE's: {error.args[0]} is missing"
+        ) from None
+    text = TextTransformer(
+        vocab_size, slots, width, adm.transformer_depth(state), width // adm.HEAD_DIM
+    )
     return GLIDEConfig(unet, HIGH_SIZE if low_size else LOW_SIZE, text, low_size, inpaints)
 
 

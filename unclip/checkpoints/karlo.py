@@ -13,20 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from unclip.checkpoints import adm
-from unclip.checkpoints.diffusers_layout import KARLO_OPTIONS
-from unclip.checkpoints.openai_clip import read_clip
+from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
+from unclip.checkpoints.openai.clip import read_clip
 from unclip.checkpoints.pickles import read_checkpoint, read_state
 from unclip.checkpoints.renaming import Rule, build, move, under
 from unclip.checkpoints.store import Bundle
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 
-PRIOR_FILE, DECODER_FILE, UPSAMPLER_FILE = "prior-ckpt*.ckpt", "decoder-ckpt*.ckpt", "improved-sr-ckpt*.ckpt"
+PRIOR_FILE, DECODER_FILE, UPSAMPLER_FILE = (
+    "prior-ckpt*.ckpt",
+    "decoder-ckpt*.ckpt",
+    "improved-sr-ckpt*.ckpt",
+)
 CLIP_FILE, STATS_FILE = "ViT-L-14.pt", "ViT-L-14_stats.th"
 LOW_SIZE, HIGH_SIZE = 64, 256
-SCHEDULE = ScheduleConfig(precision="float32")  # diffusers'; Karlo's own is finer, but both routes shall draw the same
+SCHEDULE = ScheduleConfig(
+    precision="float32"
+)  # diffusers'; Karlo's own is finer, but both routes shall draw the same
 PRIOR = (
     move("time_embed.0", "time.fc1"),
     move("time_embed.2", "time.fc2"),
@@ -68,7 +74,9 @@ def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
         kind="unclip",
         components={"clip": read_clip(folder / CLIP_FILE), **networks},
         schedules=dict.fromkeys(networks, SCHEDULE),
-        options=KARLO_OPTIONS if "upsampler_0" in networks else replace(KARLO_OPTIONS, upsamplers=()),
+        options=KARLO_OPTIONS
+        if "upsampler_0" in networks
+        else replace(KARLO_OPTIONS, upsamplers=()),
         name="karlo-v1-alpha",
         licence="CreativeML Open RAIL-M",
     )
@@ -91,7 +99,9 @@ def read_prior(file: Path, stats: Path, dtype: torch.dtype = torch.float32) -> D
         case (Tensor() as mean, Tensor() as std):
             state |= {"clip_mean": mean.reshape(1, -1), "clip_std": std.reshape(1, -1)}
         case other:
-            raise ValueError(f"{stats} holds a {type(other).__name__}; expected mean and standard deviation")
+            raise ValueError(
+                f"{stats} holds a {type(other).__name__}; expected mean and standard deviation"
+            )
     return build(DiffusionPrior, config, state, prior_rules(config), file, dtype, ignored=DERIVED)
 
 
@@ -109,7 +119,9 @@ def prior_config(state: Mapping[str, Tensor], source: Path) -> PriorConfig:
             null_text="empty_prompt",
         )
     except KeyError as error:
-        raise ValueError(f"{source} holds no prior of Karlo's: {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{source} holds no prior of Karlo's: {error.args[0]} is missing"
+        ) from None
 
 
 def prior_rules(config: PriorConfig) -> list[Rule]:
@@ -123,12 +135,25 @@ def read_decoder(file: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     state = read_state(file)
     unet = adm.unet_config(under_prefix(state, "model."), file)
     try:
-        emb_dim, text_width = len(state["model.cf_param"]), state["model.text_seq_proj.0.weight"].shape[1]
-        context_tokens = len(state["model.clip_tok_proj.bias"]) // len(state["model.text_seq_proj.0.bias"])
+        emb_dim, text_width = (
+            len(state["model.cf_param"]),
+            state["model.text_seq_proj.0.weight"].shape[1],
+        )
+        context_tokens = len(state["model.clip_tok_proj.bias"]) // len(
+            state["model.text_seq_proj.0.bias"]
+        )
     except KeyError as error:
-        raise ValueError(f"{file} holds no decoder of Karlo's: {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{file} holds no decoder of Karlo's: {error.args[0]} is missing"
+        ) from None
     config = DecoderConfig(
-        unet, LOW_SIZE, emb_dim, text_width, context_tokens, null_text="empty_prompt", learned_variance=True
+        unet,
+        LOW_SIZE,
+        emb_dim,
+        text_width,
+        context_tokens,
+        null_text="empty_prompt",
+        learned_variance=True,
     )
     return build(Decoder, config, state, decoder_rules(config), file, dtype, ignored=DERIVED)
 
@@ -141,7 +166,9 @@ def decoder_rules(config: DecoderConfig) -> list[Rule]:
 def read_upsampler(file: Path, dtype: torch.dtype = torch.float32) -> Upsampler:
     """ImprovedSupRes64to256ProgressiveModel: one U-Net for the last step, another for those before."""
     state = read_state(file)
-    first, last = (adm.unet_config(under_prefix(state, f"{name}."), file) for name in UPSAMPLER_UNETS)
+    first, last = (
+        adm.unet_config(under_prefix(state, f"{name}."), file) for name in UPSAMPLER_UNETS
+    )
     config = UpsamplerConfig(first, LOW_SIZE, HIGH_SIZE, last_unet=last)
     return build(Upsampler, config, state, upsampler_rules(config), file, dtype)
 
@@ -149,8 +176,16 @@ def read_upsampler(file: Path, dtype: torch.dtype = torch.float32) -> Upsampler:
 def upsampler_rules(config: UpsamplerConfig) -> list[Rule]:
     """ImprovedSupRes64to256ProgressiveModel -> Upsampler."""
     unets = zip(UPSAMPLER_UNETS.items(), (config.unet, config.last_unet), strict=True)
-    return [rule for (there, here), unet in unets for rule in under(f"{there}.", f"{here}.", adm.unet_rules(unet))]
+    return [
+        rule
+        for (there, here), unet in unets
+        for rule in under(f"{there}.", f"{here}.", adm.unet_rules(unet))
+    ]
 
 
 def under_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }

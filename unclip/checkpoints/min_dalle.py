@@ -21,8 +21,8 @@ from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Rule, build, fuse, move, under
 from unclip.checkpoints.store import Bundle
 from unclip.files import read_json
-from unclip.models.bart_dalle import BartDALLE, BartDALLEConfig
-from unclip.models.vqgan import VQGAN
+from unclip.models.codecs.vqgan import VQGAN
+from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions
 
@@ -35,7 +35,9 @@ CACHES = ("dalle_bart_mega", "dalle_bart_mini")
 DETOKER = "detoker.pt"
 OPTIONS = CodeOptions(top_k=256, guidance=16.0)  # min-dalle's own
 # Norms before a Linear, trained without a gain: the file need not have one.
-WITHOUT_GAIN = re.compile(r"(.*\.)?(pre_self_attn_layer_norm|pre_encoder_attn_layer_norm|glu\.ln[01]|final_ln)\.bias")
+WITHOUT_GAIN = re.compile(
+    r"(.*\.)?(pre_self_attn_layer_norm|pre_encoder_attn_layer_norm|glu\.ln[01]|final_ln)\.bias"
+)
 
 SELF = (
     move("pre_self_attn_layer_norm", "attention.norm"),
@@ -69,7 +71,9 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     config = read_config(state, folder)
     codec = read_codec(_detoker(folder), config.grid[0], dtype)
     if config.image_vocab < codec.vocab_size:
-        raise ValueError(f"{folder}: its decoder knows {config.image_vocab} codes, its codec {codec.vocab_size}")
+        raise ValueError(
+            f"{folder}: its decoder knows {config.image_vocab} codes, its codec {codec.vocab_size}"
+        )
     rows, config = config.image_vocab + 1, replace(config, image_vocab=codec.vocab_size)
     dalle = build(BartDALLE, config, state, rules(config, rows), folder, dtype)
     parts = {"tokenizer": read_tokenizer(folder, ending, config), "codec": codec, "dalle": dalle}
@@ -89,7 +93,9 @@ def _place(path: Path) -> tuple[Path, str] | None:
 def _detoker(folder: Path) -> Path:
     places = (folder / DETOKER, folder.parent / "vqgan" / DETOKER)
     if not (found := [file for file in places if file.is_file()]):
-        raise FileNotFoundError(f"{places[0]} is missing, which draws the codes; kuprel/min-dalle on the Hub has it")
+        raise FileNotFoundError(
+            f"{places[0]} is missing, which draws the codes; kuprel/min-dalle on the Hub has it"
+        )
     return found[0]
 
 
@@ -104,7 +110,9 @@ def read_tokenizer(folder: Path, ending: str, config: BartDALLEConfig) -> BPETok
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{vocab_file} and {merges_file.name} hold no vocabulary: {error}") from None
+        raise ValueError(
+            f"{vocab_file} and {merges_file.name} hold no vocabulary: {error}"
+        ) from None
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFKD(),
@@ -128,7 +136,9 @@ def read_halves(folder: Path, ending: str) -> dict[str, Tensor]:
     """The tensors of encoder.pt and decoder.pt, which keep no gain of a norm that was trained without."""
     state = {}
     for half in ("encoder", "decoder"):
-        state |= {f"{half}.{name}": x for name, x in read_state(folder / f"{half}{ending}.pt").items()}
+        state |= {
+            f"{half}.{name}": x for name, x in read_state(folder / f"{half}{ending}.pt").items()
+        }
     for name in list(state):
         if WITHOUT_GAIN.fullmatch(name):
             state.setdefault(name.removesuffix("bias") + "weight", torch.ones_like(state[name]))
@@ -152,7 +162,9 @@ def read_config(state: Mapping[str, Tensor], source: Path) -> BartDALLEConfig:
             mlp_width=len(state["decoder.layers.0.glu.fc0.weight"]),
         )
     except KeyError as error:
-        raise ValueError(f"{source} holds no DALL-E of min-dalle's: {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{source} holds no DALL-E of min-dalle's: {error.args[0]} is missing"
+        ) from None
 
 
 def _depth(state: Mapping[str, Tensor], half: str) -> int:
@@ -189,7 +201,9 @@ def rules(config: BartDALLEConfig, rows: int) -> list[Rule]:
 
 
 def _layers(half: str, depth: int, layer: Sequence[Rule]) -> list[Rule]:
-    return [rule for i in range(depth) for rule in under(f"{half}.layers.{i}.", f"{half}.{i}.", layer)]
+    return [
+        rule for i in range(depth) for rule in under(f"{half}.layers.{i}.", f"{half}.{i}.", layer)
+    ]
 
 
 def read_codec(file: Path, side: int, dtype: torch.dtype = torch.float32) -> VQGAN:
@@ -202,7 +216,9 @@ def read_codec(file: Path, side: int, dtype: torch.dtype = torch.float32) -> VQG
         state["quantize.embedding.weight"] = state.pop("embedding.weight")
         weight, bias = (state[f"decoder.conv_out.{leaf}"] for leaf in ("weight", "bias"))
     except KeyError as error:
-        raise ValueError(f"{file} is no detokenizer of min-dalle's: {error.args[0]} is missing") from None
+        raise ValueError(
+            f"{file} is no detokenizer of min-dalle's: {error.args[0]} is missing"
+        ) from None
     state |= {"decoder.conv_out.weight": 2 * weight, "decoder.conv_out.bias": 2 * bias.float() - 1}
     config = taming.sizes(state, file)
     config = replace(config, parts="decoder", image_size=side * config.factor)

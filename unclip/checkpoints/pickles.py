@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # starts what torch.save wrote before PyTorch 1.6: pickles, then raw storages
-LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: the lengths of name and extra field, which the data follows
+LOCAL_HEADER = struct.Struct(
+    "<26xHH"
+)  # of a zip entry: the lengths of name and extra field, which the data follows
 
 
 def read_checkpoint(file: str | Path) -> Any:
@@ -34,7 +36,9 @@ def read_checkpoint(file: str | Path) -> Any:
     try:
         with file.open("rb") as stream:
             return _read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
-    except Exception as error:  # whatever a file from elsewhere makes of the unpickler, it is the file's fault
+    except (
+        Exception
+    ) as error:  # whatever a file from elsewhere makes of the unpickler, it is the file's fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fault = f"{file} is truncated or is no checkpoint of PyTorch's ({reason}); fetch it again"
         raise ValueError(fault) from None
@@ -46,8 +50,14 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     state = module_state(content) if isinstance(content, Stub) else content
-    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()) or not state:
-        raise ValueError(f"{file} holds {_told(content)}; expected a state dict, that is tensors by their names")
+    if (
+        not isinstance(state, dict)
+        or not all(isinstance(x, Tensor) for x in state.values())
+        or not state
+    ):
+        raise ValueError(
+            f"{file} holds {_told(content)}; expected a state dict, that is tensors by their names"
+        )
     return state
 
 
@@ -60,7 +70,9 @@ class Stub:
         self = super().__new__(cls)
         self.args, self.kwargs = args, kwargs
         self.state: Any = {}  # what its attributes were, as a rule a dict
-        self.items: list[Any] = []  # of a list or set: its elements; of a mapping: (key, value) pairs
+        self.items: list[
+            Any
+        ] = []  # of a list or set: its elements; of a mapping: (key, value) pairs
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,15 +104,21 @@ def module_state(module: Stub) -> dict[str, Tensor]:
     return dict(_named_tensors(module, "", ()))
 
 
-def _named_tensors(module: Stub, prefix: str, inside: tuple[Stub, ...]) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(
+    module: Stub, prefix: str, inside: tuple[Stub, ...]
+) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(module, Stub) or not isinstance(module.state, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'the checkpoint'} is {_told(module)}; expected a module")
+        raise ValueError(
+            f"{prefix.rstrip('.') or 'the checkpoint'} is {_told(module)}; expected a module"
+        )
     if module in inside:
         raise ValueError(f"{prefix.rstrip('.')} contains itself; expected a module")
     attributes = module.state
     if "_parameters" in attributes:  # an nn.Module
         transient = attributes.get("_non_persistent_buffers_set", ())
-        buffers = {name: x for name, x in attributes.get("_buffers", {}).items() if name not in transient}
+        buffers = {
+            name: x for name, x in attributes.get("_buffers", {}).items() if name not in transient
+        }
         attributes = {**attributes["_parameters"], **buffers, **attributes.get("_modules", {})}
     for name, value in attributes.items():
         if isinstance(value, Tensor):
@@ -140,12 +158,16 @@ class _Call:
         raise pickle.UnpicklingError("it changes a function")
 
 
-def _tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+def _tensor(
+    flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2; PyTorch refuses what lies outside of the storage."""
     return flat.as_strided(size, stride, offset)
 
 
-def _tensor_of_dtype(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any) -> Tensor:
+def _tensor_of_dtype(
+    flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
+) -> Tensor:
     """torch._utils._rebuild_tensor_v3: the storage is bytes."""
     _grad, _hooks, dtype, *_ = more
     return flat.view(dtype).as_strided(size, stride, offset)
@@ -174,7 +196,11 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 _STORAGES = {
     "Double": "float64",
     "Float": "float32",
@@ -193,9 +219,20 @@ _STORAGES = {
 _BUILTINS = {"set": set, "frozenset": frozenset, "complex": complex}
 _ADMITTED: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
-    **{f"{home}{kind}Storage": _DTYPES[n] for kind, n in _STORAGES.items() for home in ("torch.", "torch.storage.")},
-    **{f"{home}.{name}": _Call(kind) for name, kind in _BUILTINS.items() for home in ("builtins", "__builtin__")},
-    **{f"torch.jit._pickle.build_{kind}list": _Call(_first) for kind in ("int", "double", "bool", "tensor")},
+    **{
+        f"{home}{kind}Storage": _DTYPES[n]
+        for kind, n in _STORAGES.items()
+        for home in ("torch.", "torch.storage.")
+    },
+    **{
+        f"{home}.{name}": _Call(kind)
+        for name, kind in _BUILTINS.items()
+        for home in ("builtins", "__builtin__")
+    },
+    **{
+        f"torch.jit._pickle.build_{kind}list": _Call(_first)
+        for kind in ("int", "double", "bool", "tensor")
+    },
     "torch.jit._pickle.restore_type_tag": _Call(_first),
     "collections.OrderedDict": _Call(_Dict),
     "_codecs.encode": _Call(_encode),
@@ -214,7 +251,9 @@ _ADMITTED: dict[str, Any] = {
 class _Unpickler(pickle.Unpickler):
     """Names become what `_ADMITTED` has for them, or stubs; references to storages become flat tensors."""
 
-    def __init__(self, stream: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
+    def __init__(
+        self, stream: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]
+    ) -> None:
         super().__init__(stream, encoding="utf-8")
         self.storage = storage
         self.storages: dict[str, Tensor] = {}
@@ -233,7 +272,9 @@ class _Unpickler(pickle.Unpickler):
         match reference:
             case ("module", type_, *_):
                 return type_
-            case ("storage", torch.dtype() as dtype, key, _location, int() as count, *view) if count >= 0:
+            case ("storage", torch.dtype() as dtype, key, _location, int() as count, *view) if (
+                count >= 0
+            ):
                 if (key := str(key)) not in self.storages:
                     self.storages[key] = self.storage(key, dtype, count)
                 whole = self.storages[key]
@@ -257,7 +298,9 @@ def _read_legacy(stream: BinaryIO, length: int) -> Any:
     if version != 1001:
         raise ValueError(f"version {version} of PyTorch's older format, expected 1001")
 
-    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:  # its numbers come later in the file
+    def storage(
+        key: str, dtype: torch.dtype, count: int
+    ) -> Tensor:  # its numbers come later in the file
         if count * dtype.itemsize > length:
             raise EOFError(f"storage {key} is cut short")
         return torch.empty(count, dtype=dtype)

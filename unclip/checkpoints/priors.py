@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unclip.checkpoints import dalle2_pytorch, diffusers, karlo
-from unclip.checkpoints.catalogue import CONFIG_FILE, MODEL_FILE
-from unclip.checkpoints.diffusers_layout import INDEX_FILE, SCHEDULER_FILE
+from unclip.checkpoints import karlo
+from unclip.checkpoints.dalle2_pytorch import load as dalle2_pytorch
+from unclip.checkpoints.diffusers import load as diffusers
+from unclip.checkpoints.diffusers.layout import INDEX_FILE, SCHEDULER_FILE
+from unclip.checkpoints.registry import CONFIG_FILE, MODEL_FILE
 from unclip.checkpoints.store import is_diffused, load_component, load_schedule
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import read_json
 
-Loaded = tuple[nn.Module, ScheduleConfig | None]  # a prior, and the noise schedule of a diffusion prior
+Loaded = tuple[
+    nn.Module, ScheduleConfig | None
+]  # a prior, and the noise schedule of a diffusion prior
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,12 @@ def _is_diffusers(path: Path) -> bool:
 def _load_diffusers(path: Path, dtype: torch.dtype) -> Loaded:
     """A PriorTransformer's folder with its scheduler's beside it, or the pipeline's folder: Karlo's, Kandinsky's."""
     folder = path / "prior" if (path / INDEX_FILE).is_file() else path
-    schedulers = [folder.parent / name / SCHEDULER_FILE for name in ("scheduler", "prior_scheduler")]
-    return diffusers.read_prior(folder, next(filter(Path.is_file, schedulers), schedulers[0]), dtype)
+    schedulers = [
+        folder.parent / name / SCHEDULER_FILE for name in ("scheduler", "prior_scheduler")
+    ]
+    return diffusers.read_prior(
+        folder, next(filter(Path.is_file, schedulers), schedulers[0]), dtype
+    )
 
 
 def _is_original(path: Path) -> bool:

@@ -36,22 +36,30 @@ class Rule:
 
 def move(there: str, here: str, lead: int = 0, trail: int = 0) -> Rule:
     """The same values; there, tensors have `lead` axes of length 1 in front and (but for vectors) `trail` behind."""
-    return Rule((there,), (here,), lambda x: [_drop(x[0], lead, trail)], lambda x: [_add(x[0], lead, trail)])
+    return Rule(
+        (there,), (here,), lambda x: [_drop(x[0], lead, trail)], lambda x: [_add(x[0], lead, trail)]
+    )
 
 
 def transpose(there: str, here: str) -> Rule:
     """A matrix that multiplies from the left there and from the right here."""
-    return Rule((there,), (here,), lambda x: [x[0].mT.contiguous()], lambda x: [x[0].mT.contiguous()])
+    return Rule(
+        (there,), (here,), lambda x: [x[0].mT.contiguous()], lambda x: [x[0].mT.contiguous()]
+    )
 
 
 def fuse(there: Sequence[str], here: str) -> Rule:
     """Equal Linears there are one here, its rows theirs in order."""
-    return Rule(tuple(there), (here,), lambda x: [torch.cat(list(x))], lambda x: x[0].chunk(len(there)))
+    return Rule(
+        tuple(there), (here,), lambda x: [torch.cat(list(x))], lambda x: x[0].chunk(len(there))
+    )
 
 
 def split(there: str, here: Sequence[str]) -> Rule:
     """One Linear there is several equal ones here, its rows theirs in order."""
-    return Rule((there,), tuple(here), lambda x: x[0].chunk(len(here)), lambda x: [torch.cat(list(x))])
+    return Rule(
+        (there,), tuple(here), lambda x: x[0].chunk(len(here)), lambda x: [torch.cat(list(x))]
+    )
 
 
 def by_head(there: str, here: str, heads: int, parts: int = 3, trail: int = 0) -> Rule:
@@ -69,7 +77,12 @@ def by_head(there: str, here: str, heads: int, parts: int = 3, trail: int = 0) -
 def under(there: str, here: str, rules: Iterable[Rule]) -> list[Rule]:
     """The rules of a part, for the whole: every name gets its side's prefix (with its dot; "" for none)."""
     return [
-        Rule(tuple(there + n for n in rule.there), tuple(here + n for n in rule.here), rule.forth, rule.back)
+        Rule(
+            tuple(there + n for n in rule.there),
+            tuple(here + n for n in rule.here),
+            rule.forth,
+            rule.back,
+        )
         for rule in rules
     ]
 
@@ -107,16 +120,28 @@ def to_here(
                 made = rule.forth(given)
             except (RuntimeError, ValueError):  # rows that don't divide
                 made = given
-            fits = [tuple(tensor.shape) for tensor in made] == [tuple(shapes[place]) for place in places]
+            fits = [tuple(tensor.shape) for tensor in made] == [
+                tuple(shapes[place]) for place in places
+            ]
             if not fits:
                 wanted = rule.back([torch.empty(shapes[place], device="meta") for place in places])
                 pairs = zip(names, given, wanted, strict=True)
-                wrong = [(n, tuple(x.shape), tuple(w.shape)) for n, x, w in pairs if x.shape != w.shape]
-                misshaped += [f"{name} is {shape}, expected {expected}" for name, shape, expected in wrong]
+                wrong = [
+                    (n, tuple(x.shape), tuple(w.shape)) for n, x, w in pairs if x.shape != w.shape
+                ]
+                misshaped += [
+                    f"{name} is {shape}, expected {expected}" for name, shape, expected in wrong
+                ]
             if dtypes is not None:
-                made = [tensor.to(dtypes[place]) for place, tensor in zip(places, made, strict=False)]
+                made = [
+                    tensor.to(dtypes[place]) for place, tensor in zip(places, made, strict=False)
+                ]
             out |= zip(places, made, strict=False)
-    unexpected = [name for name in state if name in left and not any(fnmatchcase(name, pattern) for pattern in ignored)]
+    unexpected = [
+        name
+        for name in state
+        if name in left and not any(fnmatchcase(name, pattern) for pattern in ignored)
+    ]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     assert not (nowhere := [name for name in shapes if name not in out]), f"no rule gives {nowhere}"
@@ -138,7 +163,9 @@ def build(
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     own = module.state_dict()
-    shapes, dtypes = ({name: getattr(tensor, kind) for name, tensor in own.items()} for kind in ("shape", "dtype"))
+    shapes, dtypes = (
+        {name: getattr(tensor, kind) for name, tensor in own.items()} for kind in ("shape", "dtype")
+    )
     module.load_state_dict(to_here(state, rules, shapes, source, ignored, dtypes), assign=True)
     return module.eval()
 

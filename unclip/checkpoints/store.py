@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.catalogue import (
+from unclip.checkpoints.registry import (
     CONFIG_FILE,
     FORMAT,
     MODEL_FILE,
@@ -36,28 +36,28 @@ from unclip.checkpoints.catalogue import (
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import atomic_folder, keep_others
-from unclip.models.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.bart_dalle import BartDALLE, BartDALLEConfig
-from unclip.models.cross_attention_decoder import (
+from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
+from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
+from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
     CrossAttentionDecoderConfig,
     CrossAttentionUpsampler,
     CrossAttentionUpsamplerConfig,
 )
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.dvae import DVAE, DVAEConfig
-from unclip.models.glide import GLIDE, GLIDEConfig
-from unclip.models.layout import Layout, LayoutConfig
-from unclip.models.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
-from unclip.models.relative_prior import RelativePrior, RelativePriorConfig
-from unclip.models.text_prior import DirectPrior
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.models.vae import GaussianVAE, GaussianVAEConfig
-from unclip.models.vqgan import VQGAN, VQGANConfig
-from unclip.models.vqvae import VQVAE, VQVAEConfig
+from unclip.models.published.glide import GLIDE, GLIDEConfig
+from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
+from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
+from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig
+from unclip.models.unclip.layout import Layout, LayoutConfig
+from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
 from unclip.weights import TensorFile, load_strictly, write_tensors
@@ -107,7 +107,9 @@ class Bundle:
     """All that a checkpoint holds; a pipeline is made from it."""
 
     kind: str
-    components: Mapping[str, Any]  # networks: clip, prior, decoder, upsampler_0, ...; a tokenizer if there is no CLIP
+    components: Mapping[
+        str, Any
+    ]  # networks: clip, prior, decoder, upsampler_0, ...; a tokenizer if there is no CLIP
     schedules: dict[str, ScheduleConfig]  # of each component that is sampled by diffusion
     options: Any
     name: str
@@ -115,7 +117,10 @@ class Bundle:
 
 
 def save_component(
-    module: nn.Module, folder: str | Path, dtype: torch.dtype | None = None, schedule: ScheduleConfig | None = None
+    module: nn.Module,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    schedule: ScheduleConfig | None = None,
 ) -> None:
     """Writes one network: its config, its weights (in `dtype` if given) and the noise schedule it was trained on."""
     assert type(module).__name__ in NETWORKS, f"{type(module).__name__} is not in NETWORKS"
@@ -145,19 +150,28 @@ def load_component(
     config = read_json(folder / CONFIG_FILE)
     kind = config.pop("type", None)
     if kind not in NETWORKS:
-        raise ValueError(f"{folder / CONFIG_FILE}: type is {kind!r}; expected one of {', '.join(NETWORKS)}")
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: type is {kind!r}; expected one of {', '.join(NETWORKS)}"
+        )
     network, config_type = NETWORKS[kind]
     with torch.device("meta"):
         module = network(parse(config_type, config, str(folder / CONFIG_FILE)))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    load_strictly(module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE, as_stored=mapped)
-    assert not any(buffer.is_meta for buffer in module.buffers()), f"{kind} has a buffer that is not saved"
+    load_strictly(
+        module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE, as_stored=mapped
+    )
+    assert not any(buffer.is_meta for buffer in module.buffers()), (
+        f"{kind} has a buffer that is not saved"
+    )
     return module.to(device).eval()
 
 
 def load_kind(
-    folder: str | Path, kinds: type[nn.Module] | tuple[type[nn.Module], ...], expected: str, **options: Any
+    folder: str | Path,
+    kinds: type[nn.Module] | tuple[type[nn.Module], ...],
+    expected: str,
+    **options: Any,
 ) -> nn.Module:
     """As `load_component`, with its options; ValueError unless the network is of one of `kinds`, told as `expected`."""
     module = load_component(folder, **options)
@@ -179,7 +193,10 @@ def load_schedule(folder: str | Path) -> ScheduleConfig:
 
 
 def save_bundle(
-    bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None, borrowed: Mapping[str, str] | None = None
+    bundle: Bundle,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    borrowed: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model folder whole or not at all; what lies there beside the old model's components stays.
 
@@ -189,7 +206,9 @@ def save_bundle(
     """
     folder = Path(folder)
     old = read_model_json(folder)["components"] if recognise(folder) else []
-    if folder.is_file() or (not recognise(folder) and folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))):
+    if folder.is_file() or (
+        not recognise(folder) and folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))
+    ):
         raise ValueError(f"{folder} exists and is no model folder; give a new folder")
     with atomic_folder(folder) as part:
         for name, module in bundle.components.items():
@@ -215,25 +234,35 @@ def recognise(folder: Path) -> bool:
     return (folder / MODEL_FILE).is_file()
 
 
-def load_bundle(folder: str | Path, dtype: torch.dtype = torch.float32, *, mapped: bool = False) -> Bundle:
+def load_bundle(
+    folder: str | Path, dtype: torch.dtype = torch.float32, *, mapped: bool = False
+) -> Bundle:
     """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32). mapped: see `load_component`."""
-    from unclip.clip import CLIP  # late: open_clip is slow to import, and a component alone does without it
+    from unclip.clip import (
+        CLIP,
+    )  # late: open_clip is slow to import, and a component alone does without it
 
     folder = Path(folder)
     model = read_model_json(folder)
     if model["kind"] not in OPTIONS:
-        raise ValueError(f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {', '.join(OPTIONS)}")
+        raise ValueError(
+            f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {', '.join(OPTIONS)}"
+        )
     readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
     places = component_folders(folder)
     networks = [name for name in places if name not in readers]
-    diffused = [] if model["kind"] == "dalle" else [name for name in networks if is_diffused(places[name])]
+    diffused = (
+        [] if model["kind"] == "dalle" else [name for name in networks if is_diffused(places[name])]
+    )
     readers |= dict.fromkeys(networks, partial(load_component, dtype=dtype, mapped=mapped))
     components = Components({name: partial(readers[name], place) for name, place in places.items()})
     return Bundle(
         kind=model["kind"],
         components=components,
         schedules={name: load_schedule(places[name]) for name in diffused},
-        options=parse(OPTIONS[model["kind"]], read_json(folder / OPTIONS_FILE), str(folder / OPTIONS_FILE)),
+        options=parse(
+            OPTIONS[model["kind"]], read_json(folder / OPTIONS_FILE), str(folder / OPTIONS_FILE)
+        ),
         name=model["name"],
         licence=model["licence"],
     )

@@ -12,14 +12,20 @@ from torch import Tensor
 
 from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import Rule, fuse, move, to_here, under
-from unclip.models.quantizers import GumbelConfig, NearestConfig
+from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
+from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.unet import LevelSpec
-from unclip.models.vqgan import VQGAN, VQGANConfig
 from unclip.weights import load_strictly
 
 IGNORED = ("loss.*",)  # the discriminator and the perceptual network
 IMAGE_SIZE = 256  # of every published one; tensors don't tell it
-RESBLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "skip"}
+RESBLOCK = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "skip",
+}
 MIDDLE = ("mid.block_1", "mid.attn_1", "mid.block_2")
 END = ("norm_out", "silu", "conv_out")
 
@@ -33,7 +39,9 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> VQGAN:
     content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} has no 'state_dict'; expected a checkpoint of taming-transformers")
+        raise ValueError(
+            f"{path} has no 'state_dict'; expected a checkpoint of taming-transformers"
+        )
     with torch.device("meta"):
         vqgan = VQGAN(sizes(state, path, _image_size(path))).to(dtype)
     shapes = {name: tensor.shape for name, tensor in vqgan.state_dict().items()}
@@ -41,12 +49,16 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> VQGAN:
     return vqgan.eval()
 
 
-def sizes(state: Mapping[str, Tensor], source: str | Path, image_size: int = IMAGE_SIZE) -> VQGANConfig:
+def sizes(
+    state: Mapping[str, Tensor], source: str | Path, image_size: int = IMAGE_SIZE
+) -> VQGANConfig:
     """What the shapes and names of taming's tensors tell; ValueError if they are of something else."""
     try:
         levels = []
         for i in range(1 + max(_numbers(state, r"decoder\.up\.(\d+)\."))):
-            blocks = max(_numbers(state, rf"decoder\.up\.{i}\.block\.(\d+)\."))  # one more than the encoder has
+            blocks = max(
+                _numbers(state, rf"decoder\.up\.{i}\.block\.(\d+)\.")
+            )  # one more than the encoder has
             channels = len(state[f"decoder.up.{i}.block.0.conv1.weight"])
             levels.append(LevelSpec(channels, blocks, f"decoder.up.{i}.attn.0.q.weight" in state))
         nearest = "quantize.embedding.weight" in state
@@ -54,7 +66,9 @@ def sizes(state: Mapping[str, Tensor], source: str | Path, image_size: int = IMA
         feature_width = state["decoder.conv_in.weight"].shape[1]
     except (KeyError, ValueError) as error:
         missing = error.args[0] if isinstance(error, KeyError) else "decoder.up"
-        raise ValueError(f"{source} is no VQ-GAN of taming-transformers: {missing} is missing") from None
+        raise ValueError(
+            f"{source} is no VQ-GAN of taming-transformers: {missing} is missing"
+        ) from None
     return VQGANConfig(
         image_size=image_size,
         vocab_size=codebook.shape[0],
@@ -69,7 +83,10 @@ def rules(config: VQGANConfig) -> list[Rule]:
     """taming's names for the tensors of a VQ-GAN here."""
     quantizer = {
         NearestConfig: [move("quantize.embedding.weight", "quantizer.codebook")],
-        GumbelConfig: [move("quantize.embed.weight", "quantizer.codebook"), move("quantize.proj", "quantizer.head")],
+        GumbelConfig: [
+            move("quantize.embed.weight", "quantizer.codebook"),
+            move("quantize.proj", "quantizer.head"),
+        ],
     }[type(config.quantizer)]
     return [
         *_sequence("encoder", _encoder_names(config)),
@@ -132,5 +149,7 @@ def _image_size(checkpoint: Path) -> int:
                 config = yaml.safe_load(file.read_text(encoding="utf-8"))
                 return int(config["model"]["params"]["ddconfig"]["resolution"])
             except (yaml.YAMLError, KeyError, TypeError, ValueError):
-                raise ValueError(f"{file} tells no model.params.ddconfig.resolution; mend or remove it") from None
+                raise ValueError(
+                    f"{file} tells no model.params.ddconfig.resolution; mend or remove it"
+                ) from None
     return IMAGE_SIZE

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from unclip.data.precomputed import Indices, PartWriter, PrecomputedDataset, caption_rows, precompute
+from unclip.data.precomputed import (
+    Indices,
+    PartWriter,
+    PrecomputedDataset,
+    caption_rows,
+    precompute,
+)
 from unclip.data.samples import square
 from unclip.files import read_json
 
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from unclip.data.samples import Dataset, Sample
-    from unclip.models.codec import ImageCodec
+    from unclip.models.codecs.codec import ImageCodec
 
 # B batch, N rows, h w grid of codes, S side of a picture
 
@@ -35,11 +41,15 @@ class CodeDataset(PrecomputedDataset):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         if not (self.folder / SETTINGS_FILE).is_file():
-            raise FileNotFoundError(f"{self.folder / SETTINGS_FILE} is missing; it tells the codec's vocabulary")
+            raise FileNotFoundError(
+                f"{self.folder / SETTINGS_FILE} is missing; it tells the codec's vocabulary"
+            )
         settings = read_json(self.folder / SETTINGS_FILE)
         self.vocab_size: int = settings.get("vocab_size")  # of the codec
         if type(self.vocab_size) is not int:
-            raise ValueError(f"{self.folder / SETTINGS_FILE}: vocab_size is {self.vocab_size!r}; expected a number")
+            raise ValueError(
+                f"{self.folder / SETTINGS_FILE}: vocab_size is {self.vocab_size!r}; expected a number"
+            )
         self.grid: tuple[int, int] = self.shape
 
     @staticmethod
@@ -50,7 +60,9 @@ class CodeDataset(PrecomputedDataset):
         """Rows as {"codes": long (B, h, w), "caption", "key"}; ValueError for a code that the codec does not have."""
         codes = self._rows("codes", indices).astype(np.int64)
         if (most := codes.max(initial=0)) >= self.vocab_size:
-            raise ValueError(f"{self.folder} holds a code {most}; vocab_size in {SETTINGS_FILE} is {self.vocab_size}")
+            raise ValueError(
+                f"{self.folder} holds a code {most}; vocab_size in {SETTINGS_FILE} is {self.vocab_size}"
+            )
         return {"codes": torch.from_numpy(codes), **self._texts(indices)}
 
 
@@ -70,10 +82,14 @@ def encode(
     """
     device, dtype = next(codec.parameters()).device, np.min_scalar_type(codec.vocab_size - 1)
 
-    def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def compute(
+        samples: list[Sample], images: list[Image.Image]
+    ) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
         columns, repeats = caption_rows(samples, all_captions)
         pixels = np.stack([square(image, codec.image_size) for image in images])  # B S S 3
-        pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)  # B 3 S S
+        pictures = (
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
+        )  # B 3 S S
         codes = codec.encode(pictures).cpu().numpy().astype(dtype)  # B h w
         return columns, {"codes": codes.repeat(repeats, axis=0)}
 
@@ -84,4 +100,12 @@ def encode(
         **(source or {}),
     }
     writer = PartWriter(out)
-    return precompute(dataset, compute, writer, SETTINGS_FILE, settings, batch_size=batch_size, part_size=part_size)
+    return precompute(
+        dataset,
+        compute,
+        writer,
+        SETTINGS_FILE,
+        settings,
+        batch_size=batch_size,
+        part_size=part_size,
+    )

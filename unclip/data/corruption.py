@@ -25,21 +25,34 @@ class CorruptionConfig:
     kind: Literal["none", "blur", "bsr"] = "blur"  # unCLIP: blur for 64 -> 256, bsr for 256 -> 1024
     probability: float = 1.0  # that a picture is corrupted at all
     kernel: int = 3  # of "blur", in pixels; "bsr" takes as many as its sigma needs
-    sigma: tuple[float, float] | None = None  # of the blur in pixels; None: 0.6 for "blur", 0.2 to 1.5 for "bsr"
+    sigma: tuple[float, float] | None = (
+        None  # of the blur in pixels; None: 0.6 for "blur", 0.2 to 1.5 for "bsr"
+    )
     resize: tuple[float, float] = (0.5, 1.5)  # bsr: factor, before resizing back
     noise: tuple[float, float] = (0.0, 0.1)  # bsr: standard deviation, for pictures in [-1, 1]
     jpeg: tuple[int, int] = (30, 95)  # bsr: quality
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
-            raise ValueError(f"corruption.probability is {self.probability}; expected a number in [0, 1]")
+            raise ValueError(
+                f"corruption.probability is {self.probability}; expected a number in [0, 1]"
+            )
         if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"corruption.kernel is {self.kernel}; expected an odd number of pixels")
-        limits = {"sigma": (1e-3, math.inf), "resize": (1e-3, math.inf), "noise": (0, math.inf), "jpeg": (1, 100)}
+            raise ValueError(
+                f"corruption.kernel is {self.kernel}; expected an odd number of pixels"
+            )
+        limits = {
+            "sigma": (1e-3, math.inf),
+            "resize": (1e-3, math.inf),
+            "noise": (0, math.inf),
+            "jpeg": (1, 100),
+        }
         for name, (lowest, highest) in limits.items():
             low, high = self.sigma_range if name == "sigma" else getattr(self, name)
             if not lowest <= low <= high <= highest:
-                raise ValueError(f"corruption.{name} is {(low, high)}; expected {lowest} <= low <= high <= {highest}")
+                raise ValueError(
+                    f"corruption.{name} is {(low, high)}; expected {lowest} <= low <= high <= {highest}"
+                )
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -48,7 +61,9 @@ class CorruptionConfig:
         return (0.2, 1.5) if self.kind == "bsr" else (0.6, 0.6)
 
 
-def corrupt(images: Tensor, config: CorruptionConfig, generator: torch.Generator | None = None) -> Tensor:
+def corrupt(
+    images: Tensor, config: CorruptionConfig, generator: torch.Generator | None = None
+) -> Tensor:
     """Corrupted copies of images (B, 3, s, s) in [-1, 1]; draws from `generator`, or torch's global one on the CPU.
 
     "bsr" works picture by picture, and its JPEG on the CPU.
@@ -62,7 +77,9 @@ def corrupt(images: Tensor, config: CorruptionConfig, generator: torch.Generator
         corrupted = gaussian_blur(images, config.kernel, _between(config.sigma_range, draws[:, 1]))
     else:
         noise = torch.randn(images.shape, generator=generator, device=device).to(images)
-        corrupted = torch.cat([_bsr(*one, config) for one in zip(images.split(1), noise.split(1), draws, strict=True)])
+        corrupted = torch.cat(
+            [_bsr(*one, config) for one in zip(images.split(1), noise.split(1), draws, strict=True)]
+        )
     return torch.where(chosen.to(images.device)[:, None, None, None], corrupted, images)
 
 
@@ -78,7 +95,9 @@ def gaussian_kernels(size: int, sigma_x: Tensor, sigma_y: Tensor, angle: Tensor)
     y, x = torch.meshgrid(offset, offset, indexing="ij")  # (K, K)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     along, across = x * cos + y * sin, y * cos - x * sin  # (B, K, K)
-    kernels = torch.exp(-0.5 * ((along / sigma_x[:, None, None]) ** 2 + (across / sigma_y[:, None, None]) ** 2))
+    kernels = torch.exp(
+        -0.5 * ((along / sigma_x[:, None, None]) ** 2 + (across / sigma_y[:, None, None]) ** 2)
+    )
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
 
@@ -86,10 +105,14 @@ def _filter(images: Tensor, kernels: Tensor) -> Tensor:
     """Each image (B, C, H, W) with its own kernel (B, K, K)."""
     batch, channels, height, width = images.shape
     pad = kernels.shape[-1] // 2
-    padded = F.pad(images, (pad, pad, pad, pad), mode="replicate").flatten(0, 1)[None]  # (1, B C, H + 2 pad, W + 2 pad)
+    padded = F.pad(images, (pad, pad, pad, pad), mode="replicate").flatten(0, 1)[
+        None
+    ]  # (1, B C, H + 2 pad, W + 2 pad)
     weight = kernels.to(images).repeat_interleave(channels, dim=0)[:, None]  # (B C, 1, K, K)
     with torch.autocast(images.device.type, enabled=False):  # a corruption is not the network's
-        return F.conv2d(padded, weight, groups=batch * channels).view(batch, channels, height, width)
+        return F.conv2d(padded, weight, groups=batch * channels).view(
+            batch, channels, height, width
+        )
 
 
 def _bsr(image: Tensor, noise: Tensor, draw: Tensor, config: CorruptionConfig) -> Tensor:
@@ -128,7 +151,15 @@ def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """An image (1, 3, H, W) in [-1, 1] after JPEG compression at `quality`, 1 to 100."""
-    pixels = (image[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = (
+        (image[0].float() * 127.5 + 127.5)
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(1, 2, 0)
+        .cpu()
+        .numpy()
+    )
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=quality)
     decoded = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None]  # (1, 3, H, W)

@@ -48,13 +48,18 @@ class EmbeddingDataset(PrecomputedDataset):
         """Rows as {"image_emb": float (B, D), "text_emb": float (B, D) if there are any, "caption", "key"}."""
         told = {"img_emb": "image_emb", "text_emb": "text_emb"}
         rows = {told[name]: self._rows(name, indices).astype(np.float32) for name in self._arrays}
-        return {**{name: torch.from_numpy(array) for name, array in rows.items()}, **self._texts(indices)}
+        return {
+            **{name: torch.from_numpy(array) for name, array in rows.items()},
+            **self._texts(indices),
+        }
 
 
 class EmbeddingWriter(PartWriter):
     """Writes parts in clip-retrieval's layout."""
 
-    def write(self, number: int, image_emb: Tensor, text_emb: Tensor, columns: Mapping[str, Sequence[Any]]) -> None:
+    def write(
+        self, number: int, image_emb: Tensor, text_emb: Tensor, columns: Mapping[str, Sequence[Any]]
+    ) -> None:
         """One part: embeddings (N, D), and columns of N values, among them `caption`."""
         self.write_part(number, _arrays(image_emb, text_emb), columns)
 
@@ -82,21 +87,38 @@ def embed(
     """
 
     @torch.inference_mode()
-    def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def compute(
+        samples: list[Sample], images: list[Image.Image]
+    ) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
         columns, repeats = caption_rows(samples, all_captions)
         texts = columns["caption"]
-        image_emb = clip.encode_image(images).repeat_interleave(torch.tensor(repeats, device=clip.device), dim=0)  # N D
-        chunks = [texts[start : start + len(samples)] for start in range(0, len(texts), len(samples))]
-        return columns, _arrays(image_emb, torch.cat([clip.encode_text(chunk).emb for chunk in chunks]))
+        image_emb = clip.encode_image(images).repeat_interleave(
+            torch.tensor(repeats, device=clip.device), dim=0
+        )  # N D
+        chunks = [
+            texts[start : start + len(samples)] for start in range(0, len(texts), len(samples))
+        ]
+        return columns, _arrays(
+            image_emb, torch.cat([clip.encode_text(chunk).emb for chunk in chunks])
+        )
 
     settings = {"captions": "all" if all_captions else "canonical", **(source or {})}
     writer = EmbeddingWriter(out)
-    return precompute(dataset, compute, writer, "embeddings.json", settings, batch_size=batch_size, part_size=part_size)
+    return precompute(
+        dataset,
+        compute,
+        writer,
+        "embeddings.json",
+        settings,
+        batch_size=batch_size,
+        part_size=part_size,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m unclip.data.embeddings", description="Computes CLIP embeddings; started again, it goes on."
+        prog="python -m unclip.data.embeddings",
+        description="Computes CLIP embeddings; started again, it goes on.",
     )
     add_arguments(parser, "img_emb, text_emb and metadata", part_size=10_000)
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
@@ -105,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
         source = {"data": options.data, "clip": options.clip}
-        return embed(dataset, CLIP.from_pretrained(options.clip).to(device), out, source=source, **how)
+        return embed(
+            dataset, CLIP.from_pretrained(options.clip).to(device), out, source=source, **how
+        )
 
     run_command(options, compute, EmbeddingDataset)
 

@@ -114,14 +114,18 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
         found.append(f"{annotation}: {', '.join(tags)}, {style} emoji")
     if "group" in entry:
         found.append(f"{GROUPS[entry['group']]} emoji, {annotation}, {style}")
-    if len(tags) > 1 and "tone" not in entry:  # one tag, or tags that leave out the skin tone, name no picture
+    if (
+        len(tags) > 1 and "tone" not in entry
+    ):  # one tag, or tags that leave out the skin tone, name no picture
         found.append(f"{', '.join(tags)}, {style}")
     return list(dict.fromkeys(found))
 
 
 def concept_weights(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Sampling weight of each hexcode; a concept's skin-tone variants, 5 or for two people 25, weigh 1 together."""
-    variants_of = {hexcode: len(entry["skins"]) for entry in entries for hexcode in entry.get("skins", [])}
+    variants_of = {
+        hexcode: len(entry["skins"]) for entry in entries for hexcode in entry.get("skins", [])
+    }
 
     def weight(entry: dict[str, Any]) -> float:
         if "tone" in entry:
@@ -140,12 +144,16 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
     if not any(next(folder.glob("*.svg"), None) for folder in folders):
         missing.append(str(packages / "svgmoji__<style>" / "svg" / "*.svg"))
     if missing:
-        raise FileNotFoundError(f"{svgmoji} is no checkout of github.com/svgmoji/svgmoji: missing {', '.join(missing)}")
+        raise FileNotFoundError(
+            f"{svgmoji} is no checkout of github.com/svgmoji/svgmoji: missing {', '.join(missing)}"
+        )
     try:
         entries = json.loads(table.read_text(encoding="utf-8"))
         by_hexcode = {entry["hexcode"]: entry for entry in entries if entry["annotation"]}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{table}: expected a list of entries with hexcode and annotation ({error!r})") from None
+        raise ValueError(
+            f"{table}: expected a list of entries with hexcode and annotation ({error!r})"
+        ) from None
     weights = concept_weights(entries)
     known, unknown = [], 0
     for folder in folders:
@@ -156,7 +164,9 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
             else:
                 unknown += 1
     if not known:
-        raise ValueError(f"{table}: none of the {unknown} svg files has an entry; expected file names like 1F34E.svg")
+        raise ValueError(
+            f"{table}: none of the {unknown} svg files has an entry; expected file names like 1F34E.svg"
+        )
     known.sort(key=lambda emoji: digest(emoji.style, emoji.hexcode))
     return known, unknown
 
@@ -189,7 +199,9 @@ def _render_or_error(path: Path, size: int) -> bytes | str:
         return f"{path}: {error}"
 
 
-def render_all(svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int | None = None) -> dict[str, Any]:
+def render_all(
+    svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int | None = None
+) -> dict[str, Any]:
     """Renders every emoji into `out`, which appears only when it is complete; returns what dataset.json says.
 
     Raises FileNotFoundError or ValueError for a wrong layout, an existing `out`, or over 1 % broken svgs.
@@ -215,16 +227,24 @@ def render_all(svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int 
         ShardWriter(partial_out, "train") as train,
         ShardWriter(partial_out, "heldout") as heldout,
     ):
-        pictures = pool.map(partial(_render_or_error, size=size), [emoji.path for emoji in found], chunksize=16)
+        pictures = pool.map(
+            partial(_render_or_error, size=size), [emoji.path for emoji in found], chunksize=16
+        )
         try:
-            for emoji, picture in zip(found, tqdm(pictures, total=len(found), unit=" pictures"), strict=True):
+            for emoji, picture in zip(
+                found, tqdm(pictures, total=len(found), unit=" pictures"), strict=True
+            ):
                 if isinstance(picture, str):
                     broken.append(picture)
                     if len(broken) > MAX_BROKEN * len(found):
-                        raise ValueError(f"over {MAX_BROKEN:.0%} of {len(found)} svgs are broken, e.g. {broken[0]}")
+                        raise ValueError(
+                            f"over {MAX_BROKEN:.0%} of {len(found)} svgs are broken, e.g. {broken[0]}"
+                        )
                     continue
                 held_out = is_held_out(emoji.style, emoji.hexcode)
-                (heldout if held_out else train).write(emoji.key, {"png": picture, **_describe(emoji)})
+                (heldout if held_out else train).write(
+                    emoji.key, {"png": picture, **_describe(emoji)}
+                )
                 counts["heldout" if held_out else "train"][emoji.style] += 1
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -232,8 +252,12 @@ def render_all(svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int 
             raise
 
     summary = {"size": size, **counts, "without_entry": unnamed, "broken": broken}
-    (partial_out / "dataset.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (partial_out / "LICENSES.md").write_text(_licences(sorted({emoji.style for emoji in found})), encoding="utf-8")
+    (partial_out / "dataset.json").write_text(
+        json.dumps(summary, indent=2) + "\n", encoding="utf-8"
+    )
+    (partial_out / "LICENSES.md").write_text(
+        _licences(sorted({emoji.style for emoji in found})), encoding="utf-8"
+    )
     if out.exists():
         out.rmdir()
     partial_out.rename(out)
@@ -265,10 +289,16 @@ def _licences(styles: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m unclip.data.emoji", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m unclip.data.emoji", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("svgmoji", metavar="SVGMOJI", help="checkout of github.com/svgmoji/svgmoji")
-    parser.add_argument("out", metavar="OUT", help="folder to be made, for train-*.tar and heldout-*.tar")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default: %(default)s)")
+    parser.add_argument(
+        "out", metavar="OUT", help="folder to be made, for train-*.tar and heldout-*.tar"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, help="pixels a side (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     options = parser.parse_args(arguments)
     try:
@@ -279,7 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("stopped; nothing was written") from None
     counts = {split: sum(summary[split].values()) for split in ("train", "heldout")}
     print(f"{options.out}: {counts['train']} pictures to train on, {counts['heldout']} held out")
-    print(f"{summary['without_entry']} svgs have no entry in emoji.json, {len(summary['broken'])} are broken")
+    print(
+        f"{summary['without_entry']} svgs have no entry in emoji.json, {len(summary['broken'])} are broken"
+    )
     for name in summary["broken"]:
         print(f"broken: {name}")
 

@@ -40,7 +40,9 @@ class FolderDataset:
         row = self._rows[index]
         path = self.folder / row["file_name"]
         try:
-            captions = caption_list(row["text"] or path.with_suffix(".txt").read_text(encoding="utf-8-sig"))
+            captions = caption_list(
+                row["text"] or path.with_suffix(".txt").read_text(encoding="utf-8-sig")
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         key = Path(row["file_name"]).with_suffix("").as_posix()
@@ -54,7 +56,9 @@ def _find_table(folder: Path) -> Path | None:
         return folder / "metadata.jsonl"
     tables = sorted(folder.glob("*.csv"))
     if len(tables) > 1:
-        raise ValueError(f"{folder} holds {len(tables)} CSVs; give the path of the one you want, e.g. {tables[0]}")
+        raise ValueError(
+            f"{folder} holds {len(tables)} CSVs; give the path of the one you want, e.g. {tables[0]}"
+        )
     return tables[0] if tables else None
 
 
@@ -68,7 +72,8 @@ def _beside(folder: Path) -> list[dict[str, Any]]:
         some = f"{len(without)} of {len(pictures)} pictures have no caption, e.g. {without[0]}"
         raise ValueError(f"{some}; expected {WAYS}")
     return [
-        {"file_name": path.relative_to(folder).as_posix(), "text": None, "weight": 1.0, "meta": {}} for path in pictures
+        {"file_name": path.relative_to(folder).as_posix(), "text": None, "weight": 1.0, "meta": {}}
+        for path in pictures
     ]
 
 

@@ -39,7 +39,9 @@ class Augment:
     def __post_init__(self) -> None:
         for name in ("shift", "scale"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; expected a fraction in [0, 1)")
+                raise ValueError(
+                    f"augment.{name} is {getattr(self, name)}; expected a fraction in [0, 1)"
+                )
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ class DataConfig:
     captions: Literal["canonical", "any"] = "any"
     crop: int | None = None  # side of a random crop, for upsamplers
     augment: Augment = field(default_factory=Augment)
-    weighted: bool = True  # draw by the samples' weights; False: each once an epoch, as for validation
-    cache: bool = False  # keep decoded pictures in memory, image_size**2 * 3 bytes each; starts no workers
+    weighted: bool = (
+        True  # draw by the samples' weights; False: each once an epoch, as for validation
+    )
+    cache: bool = (
+        False  # keep decoded pictures in memory, image_size**2 * 3 bytes each; starts no workers
+    )
     workers: int = 0  # processes that decode pictures; the batches are the same with any number
     seed: int = 0
     max_broken: float = 0.01  # fraction of broken pictures above which loading stops
@@ -89,7 +95,9 @@ def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
 def open_data(config: DataConfig, *precomputed: type[PrecomputedDataset]) -> Loader:
     """A loader of captioned pictures, or of precomputed data of these kinds; ValueError if the data is of another."""
     loader = Loader(config)
-    if isinstance(loader.dataset, PrecomputedDataset) and not isinstance(loader.dataset, precomputed):
+    if isinstance(loader.dataset, PrecomputedDataset) and not isinstance(
+        loader.dataset, precomputed
+    ):
         expected = " or ".join(["pictures", *(kind.told for kind in precomputed)])
         raise ValueError(f"{config.path} holds {loader.dataset.told}; expected {expected}")
     return loader
@@ -117,21 +125,29 @@ class Loader:
     ) -> None:
         self.config = config
         self.dataset = open_dataset(config.path) if dataset is None else dataset
-        self.num_processes = int(os.environ.get("WORLD_SIZE", 1)) if num_processes is None else num_processes
-        self.process_index = int(os.environ.get("RANK", 0)) if process_index is None else process_index
+        self.num_processes = (
+            int(os.environ.get("WORLD_SIZE", 1)) if num_processes is None else num_processes
+        )
+        self.process_index = (
+            int(os.environ.get("RANK", 0)) if process_index is None else process_index
+        )
         weights = self.dataset.weights if config.weighted else np.ones(len(self.dataset))
         self._order = EpochOrder(weights, config.seed)
         self.epoch, self.batch = 0, 0  # of the batch handed out next
         self.broken: dict[int, str] = {}
         self._tried = 0
         if len(self._order) < self.num_processes:
-            raise ValueError(f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes")
+            raise ValueError(
+                f"{config.path}: {len(self._order)} samples an epoch for {self.num_processes} processes"
+            )
         self._pictures = None
         if not isinstance(self.dataset, PrecomputedDataset):
             self._pictures = PictureReader(self.dataset, config.image_size, config.cache)
         elif config.augment != Augment() or config.crop is not None:
             told = self.dataset.told
-            raise ValueError(f"{config.path} holds {told}, which can't be augmented or cropped; read pictures instead")
+            raise ValueError(
+                f"{config.path} holds {told}, which can't be augmented or cropped; read pictures instead"
+            )
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -165,7 +181,9 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes to a place that `state_dict` gave; takes effect at the next `iter`."""
         if not 0 <= state["batch"] < len(self):
-            raise ValueError(f"{self.config.path}: no batch {state['batch']} in {len(self)}; the data has changed")
+            raise ValueError(
+                f"{self.config.path}: no batch {state['batch']} in {len(self)}; the data has changed"
+            )
         self.epoch, self.batch = state["epoch"], state["batch"]
 
     def _stream(self, epoch: int, first: int) -> Iterator[tuple[Batch, int, dict[int, str]]]:
@@ -186,12 +204,16 @@ class Loader:
         """A batch, {} if too much is broken; how many samples were tried for it; which are broken, and why."""
         config, order, step = self.config, self._order(epoch), self.num_processes
         first, total = number * config.batch_size * step, len(order) // step * step
-        positions = range(first + self.process_index, min(first + config.batch_size * step, total), step)
+        positions = range(
+            first + self.process_index, min(first + config.batch_size * step, total), step
+        )
         if self._pictures is None:
             return self.dataset.batch(order[positions]), len(positions), {}
 
         rng = np.random.default_rng([BATCH, config.seed, epoch, number])
-        draws = rng.random((config.batch_size * step, 6))[self.process_index :: step][: len(positions)]  # (B, 6)
+        draws = rng.random((config.batch_size * step, 6))[self.process_index :: step][
+            : len(positions)
+        ]  # (B, 6)
         examples, broken = [], {}
         for position in positions:
             example = self._first_whole(order, position, broken)
@@ -207,13 +229,21 @@ class Loader:
             pictures.append(picture)
             said.append(captions[int(draw[0] * len(captions)) if config.captions == "any" else 0])
         # Scaled in NumPy, on one thread: under a training, torch would wait for the threads that it keeps busy.
-        images = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32, order="C")  # (B, 3, S, S)
+        images = (
+            np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        )  # (B, 3, S, S)
         images /= 127.5
         images -= 1
-        batch = {"image": torch.from_numpy(images), "caption": said, "key": [key for *_, key in examples]}
+        batch = {
+            "image": torch.from_numpy(images),
+            "caption": said,
+            "key": [key for *_, key in examples],
+        }
         return batch, len(positions) + len(broken), broken
 
-    def _first_whole(self, order: np.ndarray, position: int, broken: dict[int, str]) -> Example | None:
+    def _first_whole(
+        self, order: np.ndarray, position: int, broken: dict[int, str]
+    ) -> Example | None:
         """The first picture from `position` on that can be read; None if too many before it are `broken`."""
         for offset in range(len(order)):
             index = int(order[(position + offset) % len(order)])
@@ -265,7 +295,9 @@ class PictureReader:
 
     def __init__(self, dataset: Dataset, size: int, cache: bool) -> None:
         self.dataset, self.size = dataset, size
-        self._texts: list[tuple[list[str], str] | None] | None = [None] * len(dataset) if cache else None
+        self._texts: list[tuple[list[str], str] | None] | None = (
+            [None] * len(dataset) if cache else None
+        )
         self._cache = _allocate((len(dataset), size, size, 3)) if cache else None
 
     def __getitem__(self, index: int) -> Example:
@@ -292,7 +324,9 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
         memory = needed
     if needed > memory:
         have = f"{memory / 2**30:.1f} GiB of memory"
-        raise ValueError(f"caching needs {needed / 2**30:.1f} GiB, the machine has {have}; set cache: false")
+        raise ValueError(
+            f"caching needs {needed / 2**30:.1f} GiB, the machine has {have}; set cache: false"
+        )
     return np.empty(shape, np.uint8)
 
 
@@ -304,7 +338,9 @@ def place(picture: np.ndarray, augment: Augment, draws: np.ndarray) -> np.ndarra
     corner = [(size - side) // 2 + round(augment.shift * size * offset) for offset in (x, y)]
     image = Image.fromarray(picture)
     placed = Image.new("RGB", (size, size), "white")
-    placed.paste(image if side == size else image.resize((side, side), Image.Resampling.LANCZOS), corner)
+    placed.paste(
+        image if side == size else image.resize((side, side), Image.Resampling.LANCZOS), corner
+    )
     return np.asarray(placed)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, BATCH = 1, 2  # first word of the seeds: tells the random streams of an epoch and of its batches apart
+ORDER, BATCH = (
+    1,
+    2,
+)  # first word of the seeds: tells the random streams of an epoch and of its batches apart
 UNIT = 1 << 20  # of weight
 
 

@@ -30,7 +30,9 @@ MAX_BROKEN = 0.01
 
 Indices = Sequence[int] | np.ndarray
 # The samples of a batch and their pictures -> columns of N values each, and arrays of N rows each, by name.
-Compute = Callable[["list[Sample]", "list[Image.Image]"], tuple[dict[str, list[Any]], dict[str, np.ndarray]]]
+Compute = Callable[
+    ["list[Sample]", "list[Image.Image]"], tuple[dict[str, list[Any]], dict[str, np.ndarray]]
+]
 
 
 def parquet() -> Any:
@@ -38,7 +40,9 @@ def parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("precomputed data keeps its captions in parquet: pip install pyarrow") from None
+        raise ValueError(
+            "precomputed data keeps its captions in parquet: pip install pyarrow"
+        ) from None
     return pyarrow.parquet
 
 
@@ -52,20 +56,31 @@ class PrecomputedDataset(ABC):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         numbers = _parts(self.folder, self.names[0], self.told)
-        there = [name for name in self.names if name == self.names[0] or (self.folder / name).is_dir()]
+        there = [
+            name for name in self.names if name == self.names[0] or (self.folder / name).is_dir()
+        ]
         self._arrays = {name: [self._open(name, number) for number in numbers] for name in there}
-        columns = [_read_metadata(self.folder / f"metadata/metadata_{number}.parquet") for number in numbers]
+        columns = [
+            _read_metadata(self.folder / f"metadata/metadata_{number}.parquet")
+            for number in numbers
+        ]
         self.captions: list[str] = [text for part in columns for text in part["caption"]]
         self.keys: list[str] = [key for part in columns for key in part["key"]]
-        self.weights = np.array([weight for part in columns for weight in part["weight"]], np.float64)
+        self.weights = np.array(
+            [weight for part in columns for weight in part["weight"]], np.float64
+        )
         for i, number in enumerate(numbers):
             rows = {name: len(parts[i]) for name, parts in self._arrays.items()}
             rows["metadata"] = len(columns[i]["caption"])
             if len(set(rows.values())) > 1:
-                raise ValueError(f"{self.folder}: part {number} has unequal numbers of rows: {rows}")
+                raise ValueError(
+                    f"{self.folder}: part {number} has unequal numbers of rows: {rows}"
+                )
         first = self._arrays[self.names[0]]
         if len({array.shape[1:] for array in first}) > 1:
-            raise ValueError(f"{self.folder}: parts differ in shape: {[array.shape[1:] for array in first]}")
+            raise ValueError(
+                f"{self.folder}: parts differ in shape: {[array.shape[1:] for array in first]}"
+            )
         self._ends = np.cumsum([len(array) for array in first])
 
     def __len__(self) -> int:
@@ -86,11 +101,16 @@ class PrecomputedDataset(ABC):
         """Whether an array is what `expected` says."""
 
     def _texts(self, indices: Indices) -> dict[str, list[str]]:
-        return {"caption": [self.captions[i] for i in indices], "key": [self.keys[i] for i in indices]}
+        return {
+            "caption": [self.captions[i] for i in indices],
+            "key": [self.keys[i] for i in indices],
+        }
 
     def _rows(self, name: str, indices: Indices) -> np.ndarray:
         parts, numbers = self._arrays[name], np.searchsorted(self._ends, indices, side="right")
-        rows = [parts[n][i - self._ends[n]] for n, i in zip(numbers, indices, strict=True)]  # negative: from the end
+        rows = [
+            parts[n][i - self._ends[n]] for n, i in zip(numbers, indices, strict=True)
+        ]  # negative: from the end
         return np.stack(rows)
 
     def _open(self, name: str, number: str) -> np.ndarray:
@@ -117,7 +137,9 @@ class PartWriter:
         """Whether part `number` is complete."""
         return (self.folder / f"metadata/metadata_{number}.parquet").is_file()
 
-    def write_part(self, number: int, arrays: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[Any]]) -> None:
+    def write_part(
+        self, number: int, arrays: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[Any]]
+    ) -> None:
         """One part: arrays of N rows by name, and columns of N values, among them `caption`."""
         writer = parquet()
         import pyarrow
@@ -130,7 +152,9 @@ class PartWriter:
             path.with_suffix(".part").replace(path)
         path = self.folder / "metadata" / f"metadata_{number}.parquet"
         path.parent.mkdir(exist_ok=True)
-        writer.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), f"{path}.part")
+        writer.write_table(
+            pyarrow.table({name: list(values) for name, values in columns.items()}), f"{path}.part"
+        )
         Path(f"{path}.part").replace(path)
 
 
@@ -173,22 +197,37 @@ def precompute(
                 writer.write_part(
                     number,
                     {name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]},
-                    {name: [value for column in columns for value in column[name]] for name in columns[0]},
+                    {
+                        name: [value for column in columns for value in column[name]]
+                        for name in columns[0]
+                    },
                 )
     return broken
 
 
 def add_arguments(parser: ArgumentParser, out: str, part_size: int) -> None:
     """Of a command that precomputes; out: what its folder is for."""
-    parser.add_argument("data", metavar="DATA", help="tar shards (a pattern in quotes), a folder of pictures, or a CSV")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="tar shards (a pattern in quotes), a folder of pictures, or a CSV",
+    )
     parser.add_argument("out", metavar="OUT", help=f"folder for {out}")
-    parser.add_argument("--all-captions", action="store_true", help="a row for each caption, not the first only")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once (default: %(default)s)")
-    parser.add_argument("--part-size", type=int, default=part_size, help="pictures in a file (default: %(default)s)")
+    parser.add_argument(
+        "--all-captions", action="store_true", help="a row for each caption, not the first only"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="pictures at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--part-size", type=int, default=part_size, help="pictures in a file (default: %(default)s)"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
 
 
-def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind: type[PrecomputedDataset]) -> None:
+def run_command(
+    options: Namespace, compute: Callable[..., dict[int, str]], kind: type[PrecomputedDataset]
+) -> None:
     """Opens the data, and tells in the end what is in `out`; SystemExit with one line if something is wrong.
 
     compute: as `unclip.data.embeddings.embed`, but the device takes the place of the network.
@@ -207,7 +246,9 @@ def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError):  # the latter where torch was built without CUDA
-            raise ValueError(f"there is no device {device!r} here; expected cpu, or cuda where there is one") from None
+            raise ValueError(
+                f"there is no device {device!r} here; expected cpu, or cuda where there is one"
+            ) from None
         broken = compute(dataset, device, options.out, **how)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -218,7 +259,9 @@ def run_command(options: Namespace, compute: Callable[..., dict[int, str]], kind
         print(f"broken: {reason}")
 
 
-def caption_rows(samples: Sequence[Sample], all_captions: bool) -> tuple[dict[str, list[Any]], list[int]]:
+def caption_rows(
+    samples: Sequence[Sample], all_captions: bool
+) -> tuple[dict[str, list[Any]], list[int]]:
     """Columns of a row for each sample with its canonical caption, or of one for each caption, and rows per sample.
 
     Rows of one sample share its weight.
@@ -236,10 +279,14 @@ def caption_rows(samples: Sequence[Sample], all_captions: bool) -> tuple[dict[st
 
 def _parts(folder: Path, name: str, told: str) -> list[str]:
     """Numbers of the parts as they are spelt (0, 1, ... or 0000, 0001, ...), in order."""
-    names = [re.fullmatch(rf"{name}_(\d+)\.npy", path.name) for path in (folder / name).glob("*.npy")]
+    names = [
+        re.fullmatch(rf"{name}_(\d+)\.npy", path.name) for path in (folder / name).glob("*.npy")
+    ]
     numbers = sorted((match[1] for match in names if match), key=int)
     if not numbers:
-        raise FileNotFoundError(f"no {told} in {folder}; expected {name}/{name}_0.npy and its metadata")
+        raise FileNotFoundError(
+            f"no {told} in {folder}; expected {name}/{name}_0.npy and its metadata"
+        )
     return numbers
 
 
@@ -254,10 +301,16 @@ def _read_metadata(path: Path) -> dict[str, list[Any]]:
     if "caption" not in table.column_names:
         raise ValueError(f"{path}: no column 'caption', only {table.column_names}")
     number, rows = path.stem.removeprefix("metadata_"), table.num_rows
-    columns = {name: table[name].to_pylist() for name in ("caption", "key", "weight") if name in table.column_names}
+    columns = {
+        name: table[name].to_pylist()
+        for name in ("caption", "key", "weight")
+        if name in table.column_names
+    }
     columns = {"key": [f"{number}-{row}" for row in range(rows)], "weight": [1.0] * rows} | columns
     if wrong := [text for text in columns["caption"] if not isinstance(text, str)]:
-        raise ValueError(f"{path}: {len(wrong)} of {rows} captions are no strings, e.g. {wrong[0]!r}")
+        raise ValueError(
+            f"{path}: {len(wrong)} of {rows} captions are no strings, e.g. {wrong[0]!r}"
+        )
     try:
         columns["weight"] = [sample_weight({"weight": weight}) for weight in columns["weight"]]
     except ValueError as error:
@@ -278,7 +331,9 @@ def _readable(
         except (ValueError, OSError) as error:
             broken[index] = str(error)
     if len(broken) > MAX_BROKEN * min(max(indices[-1] + 1, 1000), len(dataset)):
-        raise ValueError(f"{len(broken)} broken samples, over {MAX_BROKEN:.0%}, e.g. {next(iter(broken.values()))}")
+        raise ValueError(
+            f"{len(broken)} broken samples, over {MAX_BROKEN:.0%}, e.g. {next(iter(broken.values()))}"
+        )
     return samples, images
 
 
@@ -289,5 +344,9 @@ def _keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
         return
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if differing := [name for name in settings if settings[name] != earlier.get(name)]:
-        told = ", ".join(f"{name} {earlier.get(name)!r}, now {settings[name]!r}" for name in differing)
-        raise ValueError(f"{path.parent} was begun with {told}; choose another folder or the same settings")
+        told = ", ".join(
+            f"{name} {earlier.get(name)!r}, now {settings[name]!r}" for name in differing
+        )
+        raise ValueError(
+            f"{path.parent} was begun with {told}; choose another folder or the same settings"
+        )

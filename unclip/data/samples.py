@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from unclip.pictures import open_picture
+from unclip.image_io import open_image
 
 # Formats that Pillow decodes by itself; others (EPS) would start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -53,7 +53,7 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(f"no {', '.join(FORMATS)} picture") from None
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         raise ValueError(f"damaged picture: {error}") from None
-    return open_picture(image)
+    return open_image(image)
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:

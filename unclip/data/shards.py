@@ -20,7 +20,11 @@ import numpy as np
 from unclip.data.samples import Sample, caption_list, sample_weight
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
-READ = (*PICTURES, "txt", "json")  # every other kind of member is left alone; nothing is ever unpickled
+READ = (
+    *PICTURES,
+    "txt",
+    "json",
+)  # every other kind of member is left alone; nothing is ever unpickled
 
 
 class ShardWriter:
@@ -34,10 +38,14 @@ class ShardWriter:
     def write(self, key: str, files: Mapping[str, bytes | str | dict[str, Any]]) -> None:
         """Adds one sample. `files`: extension -> bytes, text, or a dict that becomes JSON."""
         if not key or "." in key:
-            raise ValueError(f"sample key {key!r}; expected a name without dots: the extension starts at the first dot")
+            raise ValueError(
+                f"sample key {key!r}; expected a name without dots: the extension starts at the first dot"
+            )
         if self.count % self.samples_per_shard == 0:
             self.close()
-            self._tar = tarfile.open(self.folder / f"{self.prefix}-{self.count // self.samples_per_shard:05d}.tar", "w")
+            self._tar = tarfile.open(
+                self.folder / f"{self.prefix}-{self.count // self.samples_per_shard:05d}.tar", "w"
+            )
         assert self._tar is not None
         for extension, content in files.items():
             if isinstance(content, dict):
@@ -76,7 +84,9 @@ class ShardDataset:
     def __init__(self, source: str | Path | Sequence[str | Path]) -> None:
         sources = [source] if isinstance(source, (str, Path)) else source
         self.shards = [shard for one in sources for shard in find_shards(one)]
-        self._index: list[tuple[int, str, dict[str, _Member]]] = []  # shard, key, extension -> member
+        self._index: list[
+            tuple[int, str, dict[str, _Member]]
+        ] = []  # shard, key, extension -> member
         weights: list[float] = []
         for number, shard in enumerate(self.shards):
             for key, members, weight in _read_index(shard):
@@ -84,9 +94,13 @@ class ShardDataset:
                 weights.append(weight)
         self.weights = np.array(weights, np.float64)
         if not self._index:
-            raise ValueError(f"{source}: no picture ({', '.join(PICTURES)}) in {len(self.shards)} shards")
+            raise ValueError(
+                f"{source}: no picture ({', '.join(PICTURES)}) in {len(self.shards)} shards"
+            )
         if not any("txt" in members or "json" in members for _, _, members in self._index):
-            raise ValueError(f"{source}: no captions; expected a .txt or .json member beside each picture")
+            raise ValueError(
+                f"{source}: no captions; expected a .txt or .json member beside each picture"
+            )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -116,16 +130,22 @@ def find_shards(source: str | Path) -> list[Path]:
         found = sorted(folder.glob("*.tar"))
         held_out = [path for path in found if path.name.startswith("heldout")]
         if 0 < len(held_out) < len(found):
-            raise ValueError(f"{source} holds heldout-*.tar beside others; name those you want: {source}/train-*.tar")
+            raise ValueError(
+                f"{source} holds heldout-*.tar beside others; name those you want: {source}/train-*.tar"
+            )
     elif folder.is_file():
         found = [folder]
     else:
         patterns = _expand_range(str(source))
         found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern))]
         if found and (missing := [pattern for pattern in patterns if not glob.glob(pattern)]):
-            raise FileNotFoundError(f"{source} names {len(missing)} shards that are missing, e.g. {missing[0]}")
+            raise FileNotFoundError(
+                f"{source} names {len(missing)} shards that are missing, e.g. {missing[0]}"
+            )
     if not found:
-        raise FileNotFoundError(f"no shards at {source}; expected a folder with *.tar, a tar, or a pattern of tars")
+        raise FileNotFoundError(
+            f"no shards at {source}; expected a folder with *.tar, a tar, or a pattern of tars"
+        )
     return found
 
 
@@ -168,8 +188,13 @@ def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
                 members[extension] = _Member(info.offset_data, info.size)
                 if extension == "json":
                     weight = _weight_in(tar.extractfile(info).read())
-            if _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE)) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"it is damaged at byte {tar.offset:,}, or ends there without an end mark")
+            if (
+                _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE))
+                != tarfile.NUL * tarfile.BLOCKSIZE
+            ):
+                raise tarfile.ReadError(
+                    f"it is damaged at byte {tar.offset:,}, or ends there without an end mark"
+                )
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{shard}: no readable, uncompressed tar ({error})") from None
     samples.append((key, members, weight))

@@ -66,7 +66,9 @@ class Guided:
             return guide(cond, null, self.options.guidance, self.options.guidance_rescale)
         (cond, variance), (null, _) = cond.chunk(2, dim=1), null.chunk(2, dim=1)
         guided = guide(cond, null, self.options.guidance, self.options.guidance_rescale)
-        return torch.cat([guided, variance.to(guided.dtype)], dim=1)  # the variance is the conditional pass's own
+        return torch.cat(
+            [guided, variance.to(guided.dtype)], dim=1
+        )  # the variance is the conditional pass's own
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class Mixed:
 
     def _mix(self, denoise: Denoise, x_t: Tensor, t: Tensor) -> Tensor:
         K = len(self.weights)
-        answers = denoise(x_t.repeat(K, *[1] * (x_t.ndim - 1)), t.repeat(K)).unflatten(0, (K, -1))  # (K, B, C, ...)
+        answers = denoise(x_t.repeat(K, *[1] * (x_t.ndim - 1)), t.repeat(K)).unflatten(
+            0, (K, -1)
+        )  # (K, B, C, ...)
         return (answers * self.weights.to(answers).view(K, -1, *[1] * (x_t.ndim - 1))).sum(dim=0)
 
 
@@ -116,6 +120,8 @@ def threshold(x_0: Tensor, limit: float | None, percentile: float | None = None)
         return x_0 if limit is None else x_0.clamp(-limit, limit)
     limit = 1.0 if limit is None else limit
     magnitudes = x_0.abs().flatten(1)
-    above = magnitudes.shape[1] - round(percentile * (magnitudes.shape[1] - 1))  # how many are at least the percentile
+    above = magnitudes.shape[1] - round(
+        percentile * (magnitudes.shape[1] - 1)
+    )  # how many are at least the percentile
     bound = magnitudes.topk(above).values[:, -1].clamp(min=limit).view(-1, *[1] * (x_0.ndim - 1))
     return x_0.clamp(-bound, bound) * (limit / bound)

@@ -25,7 +25,9 @@ class InversionOptions:
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
-            raise ValueError(f"iterations is {self.iterations}; expected 0 (plain DDIM inversion) or more")
+            raise ValueError(
+                f"iterations is {self.iterations}; expected 0 (plain DDIM inversion) or more"
+            )
         if self.tolerance < 0:
             raise ValueError(f"tolerance is {self.tolerance}; expected 0 or more")
 
@@ -100,12 +102,18 @@ def inverse_step(
     for i in range(options.iterations + 1):
         x_0 = estimate(x_t)
         correction = (x_prev - ddim_step(x_t, x_0, alpha_bar_t, alpha_bar_prev)) / slope
-        size = correction.square().mean(dim=tuple(range(1, x_t.ndim)), keepdim=True).sqrt()  # (B, 1, ...)
+        size = (
+            correction.square().mean(dim=tuple(range(1, x_t.ndim)), keepdim=True).sqrt()
+        )  # (B, 1, ...)
         found = x_t, x_0, size
         if best is not None:
-            found = tuple(torch.where(size < best[2], new, old) for new, old in zip(found, best, strict=True))
+            found = tuple(
+                torch.where(size < best[2], new, old) for new, old in zip(found, best, strict=True)
+            )
         best = found
-        unsolved = best[2] > options.tolerance  # a sample that is good enough stays as it is, whatever its batch
+        unsolved = (
+            best[2] > options.tolerance
+        )  # a sample that is good enough stays as it is, whatever its batch
         if i == options.iterations or not unsolved.any():
             break
         move = correction if last is None else _mixed(x_t, correction, *last)
@@ -118,5 +126,7 @@ def _mixed(x_t: Tensor, correction: Tensor, last_x_t: Tensor, last_correction: T
     """The correction from where, on the line through the last two x_t, it would be smallest."""
     change = correction - last_correction
     dims = tuple(range(1, x_t.ndim))
-    back = (change * correction).sum(dims, keepdim=True) / change.square().sum(dims, keepdim=True).clamp(min=1e-20)
+    back = (change * correction).sum(dims, keepdim=True) / change.square().sum(
+        dims, keepdim=True
+    ).clamp(min=1e-20)
     return correction - back * (x_t - last_x_t + change)

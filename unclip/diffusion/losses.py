@@ -15,12 +15,18 @@ from unclip.diffusion.schedules import Prediction, Schedule
 
 @dataclass(frozen=True)
 class LossConfig:
-    min_snr_gamma: float | None = None  # 2303.09556 recommends 5; None = every timestep weighs the same
-    vb_weight: float = 1e-3  # λ of L_simple + λ L_vlb (2102.09672, equation 16); for learned variances only
+    min_snr_gamma: float | None = (
+        None  # 2303.09556 recommends 5; None = every timestep weighs the same
+    )
+    vb_weight: float = (
+        1e-3  # λ of L_simple + λ L_vlb (2102.09672, equation 16); for learned variances only
+    )
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma is {self.min_snr_gamma}; expected a number above 0, or None")
+            raise ValueError(
+                f"min_snr_gamma is {self.min_snr_gamma}; expected a number above 0, or None"
+            )
         if self.vb_weight < 0:
             raise ValueError(f"vb_weight is {self.vb_weight}; expected 0 or more")
 
@@ -42,8 +48,14 @@ def diffusion_loss(
     (B, C, ...), t is (B,) long. "vb" is there only for learned variances, whose x_0 must lie in [-1, 1].
     """
     channels = x_0.shape[1] * (2 if learned_variance else 1)
-    assert output.shape == (x_0.shape[0], channels, *x_0.shape[2:]), (output.shape, x_0.shape, learned_variance)
-    output, x_0, x_t, noise = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, x_0, x_t, noise))
+    assert output.shape == (x_0.shape[0], channels, *x_0.shape[2:]), (
+        output.shape,
+        x_0.shape,
+        learned_variance,
+    )
+    output, x_0, x_t, noise = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, x_0, x_t, noise)
+    )
     variance = None
     if learned_variance:
         output, variance = output.chunk(2, dim=1)
@@ -71,7 +83,9 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
     return weight if prediction == "x0" else weight / (snr + 1)
 
 
-def variational_bound(variance: Tensor, x_0_estimate: Tensor, x_0: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def variational_bound(
+    variance: Tensor, x_0_estimate: Tensor, x_0: Tensor, t: Tensor, schedule: Schedule
+) -> Tensor:
     """(B,): the term of the variational bound at t in bits per dimension (2102.09672, equations 4 to 6, 14 and 15).
 
     variance is the network's raw answer: -1 stands for the posterior's variance, 1 for beta (`log_variance`).
@@ -80,7 +94,9 @@ def variational_bound(variance: Tensor, x_0_estimate: Tensor, x_0: Tensor, t: Te
     log_p = log_variance(variance, log_q, schedule.at("log_beta", t, x_0))
     # Both means are c x_0 + c' x_t with the same c and c', so that x_t cancels in their difference.
     mean_difference = schedule.at("posterior_x0", t, x_0) * (x_0 - x_0_estimate)
-    kl = 0.5 * (log_p - log_q - 1 + (log_q - log_p).exp() + mean_difference.square() * (-log_p).exp())
+    kl = 0.5 * (
+        log_p - log_q - 1 + (log_q - log_p).exp() + mean_difference.square() * (-log_p).exp()
+    )
     # At t = 0 the model's mean is its estimate of x_0 itself: c = 1 and c' = 0.
     nll = _discretised_gaussian_nll(x_0, x_0_estimate, log_p)
     first = t.view(-1, *[1] * (x_0.ndim - 1)) == 0

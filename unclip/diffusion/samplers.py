@@ -22,8 +22,12 @@ from unclip.types import StageOptions
 
 # B batch, C channels of x, T timesteps
 
-OnSample = Callable[[int, int, Tensor], None]  # step 1 .. num_steps, num_steps, estimate of x_0 (B, C, ...)
-Estimate = Callable[[Tensor, float, bool], tuple[Tensor, Tensor | None]]  # x_t, t, last -> x_0, raw learned variance
+OnSample = Callable[
+    [int, int, Tensor], None
+]  # step 1 .. num_steps, num_steps, estimate of x_0 (B, C, ...)
+Estimate = Callable[
+    [Tensor, float, bool], tuple[Tensor, Tensor | None]
+]  # x_t, t, last -> x_0, raw learned variance
 
 
 def randn(
@@ -35,9 +39,15 @@ def randn(
     """Normal noise (B, ...) on `device`; row i is drawn from generators[i] alone, on that generator's own device."""
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} samples; give one for each")
-    rows = [torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators]
-    if torch.device(device).type == "cuda":  # from pinned memory, so that the host goes on while they are copied
-        rows = [row.pin_memory().to(device, non_blocking=True) if row.is_cpu else row for row in rows]
+    rows = [
+        torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators
+    ]
+    if (
+        torch.device(device).type == "cuda"
+    ):  # from pinned memory, so that the host goes on while they are copied
+        rows = [
+            row.pin_memory().to(device, non_blocking=True) if row.is_cpu else row for row in rows
+        ]
     return torch.cat([row.to(device) for row in rows])
 
 
@@ -66,9 +76,13 @@ def sample(
     schedule.check(prediction)
     _check_steps(options, schedule)
     if not 0.0 <= options.eta <= 1.0:
-        raise ValueError(f"eta is {options.eta}; expected 0 (deterministic) to 1 (as noisy as ancestral sampling)")
+        raise ValueError(
+            f"eta is {options.eta}; expected 0 (deterministic) to 1 (as noisy as ancestral sampling)"
+        )
     if len(generators) != x_T.shape[0]:
-        raise ValueError(f"{len(generators)} generators for {x_T.shape[0]} samples; give one for each")
+        raise ValueError(
+            f"{len(generators)} generators for {x_T.shape[0]} samples; give one for each"
+        )
     estimate = estimator(
         denoise,
         schedule,
@@ -80,7 +94,9 @@ def sample(
         dtype=x_T.dtype,
     )
 
-    def noise() -> Tensor:  # in the network's dtype, as diffusers draws it: the same seed gives the same numbers
+    def noise() -> (
+        Tensor
+    ):  # in the network's dtype, as diffusers draws it: the same seed gives the same numbers
         return randn(x_T.shape, generators, x_T.device, x_T.dtype).to(x.dtype)
 
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
@@ -104,7 +120,10 @@ def estimator(
 
     def estimate(x_t: Tensor, t: float, last: bool) -> tuple[Tensor, Tensor | None]:
         network = at(denoise_last if last and denoise_last is not None else denoise, t)
-        output, variance = network(x_t.to(dtype), torch.full((x_t.shape[0],), t, device=x_t.device)), None
+        output, variance = (
+            network(x_t.to(dtype), torch.full((x_t.shape[0],), t, device=x_t.device)),
+            None,
+        )
         if learned_variance:
             output, variance = output.to(x_t.dtype).chunk(2, dim=1)
         x_0 = schedule.predict_x0(output, x_t, round(t), prediction)
@@ -125,7 +144,9 @@ def timesteps(options: StageOptions, schedule: Schedule) -> list[float]:
 
 def _check_steps(options: StageOptions, schedule: Schedule) -> None:
     if options.steps > schedule.num_timesteps:
-        raise ValueError(f"steps is {options.steps}, but the model has only {schedule.num_timesteps} timesteps")
+        raise ValueError(
+            f"steps is {options.steps}, but the model has only {schedule.num_timesteps} timesteps"
+        )
     if options.sampler in ("dpm++", "unipc") and options.steps == schedule.num_timesteps:
         # diffusers spaces one timestep more than it steps through: two would be alike, and their step infinite.
         raise ValueError(
@@ -169,7 +190,9 @@ def _sample_scheduler(
     """Through a diffusers scheduler's own API; it is given the prediction type that it expects."""
     scheduler = _scheduler(options, schedule)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else it looks its place up by t, and misses where rounding made two alike
+        scheduler.set_begin_index(
+            0
+        )  # else it looks its place up by t, and misses where rounding made two alike
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators), "eta": options.eta}
     extra = {name: value for name, value in extra.items() if name in accepted}
@@ -181,7 +204,9 @@ def _sample_scheduler(
         t_scheduler = scheduler.timesteps[step - 1]
         x_model = scheduler.scale_model_input(x_t, t_scheduler)
         x_0, variance = estimate(x_model, t, step == len(ts))
-        output = _as_prediction(x_0, x_model, alpha_bar(schedule, round(t)), scheduler.config.prediction_type)
+        output = _as_prediction(
+            x_0, x_model, alpha_bar(schedule, round(t)), scheduler.config.prediction_type
+        )
         if takes_variance and variance is not None:
             output = torch.cat([output, variance], dim=1)
         if "prev_timestep" in accepted:
@@ -203,7 +228,9 @@ def _scheduler(options: StageOptions, schedule: Schedule) -> Any:
             f"sampler is {options.sampler!r}; expected 'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
         )
     _check_scheduler(scheduler, schedule)
-    scheduler.set_timesteps(options.steps)  # tables stay on the CPU, so that no step waits for the device
+    scheduler.set_timesteps(
+        options.steps
+    )  # tables stay on the CPU, so that no step waits for the device
     return scheduler
 
 
@@ -246,12 +273,18 @@ def ancestral_step(
     if beta is None:
         beta = 1 - alpha_bar_t / alpha_bar_prev
     remaining = (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-    mean = math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar_t) * x_0 + math.sqrt(1 - beta) * remaining * x_t
+    mean = (
+        math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar_t) * x_0
+        + math.sqrt(1 - beta) * remaining * x_t
+    )
     if noise is None:
         return mean
     if variance is None:
         return mean + math.sqrt(remaining * beta) * noise
-    return mean + (0.5 * log_variance(variance, math.log(remaining * beta), math.log(beta))).exp() * noise
+    return (
+        mean
+        + (0.5 * log_variance(variance, math.log(remaining * beta), math.log(beta))).exp() * noise
+    )
 
 
 def ddim_step(
@@ -268,16 +301,25 @@ def ddim_step(
         return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(1 - alpha_bar_prev) * eps
     posterior = (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
     std = eta * math.sqrt(posterior)
-    return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(max(0.0, 1 - alpha_bar_prev - std**2)) * eps + std * noise
+    return (
+        math.sqrt(alpha_bar_prev) * x_0
+        + math.sqrt(max(0.0, 1 - alpha_bar_prev - std**2)) * eps
+        + std * noise
+    )
 
 
 def make_scheduler(name: str, schedule: Schedule) -> Any:
     """diffusers' "dpm++" (2M, 2211.01095) or "unipc" (2302.04867) on our schedule; takes predictions of x_0."""
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler  # late: slow to import, seldom needed
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        UniPCMultistepScheduler,
+    )  # late: slow to import, seldom needed
 
     kind = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
     betas = scheduler_betas(schedule)
-    return kind(num_train_timesteps=schedule.num_timesteps, trained_betas=betas, prediction_type="sample")
+    return kind(
+        num_train_timesteps=schedule.num_timesteps, trained_betas=betas, prediction_type="sample"
+    )
 
 
 def scheduler_betas(schedule: Schedule) -> list[float]:
@@ -288,10 +330,18 @@ def scheduler_betas(schedule: Schedule) -> list[float]:
 
 def _check_scheduler(scheduler: Any, schedule: Schedule) -> None:
     name, levels = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None)
-    if levels is None or scheduler.config.get("prediction_type") not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(f"sampler {name} is not for variance-preserving diffusion, in which this model was trained")
+    if levels is None or scheduler.config.get("prediction_type") not in (
+        "epsilon",
+        "sample",
+        "v_prediction",
+    ):
+        raise ValueError(
+            f"sampler {name} is not for variance-preserving diffusion, in which this model was trained"
+        )
     levels = levels.cpu().double()
-    if levels.shape != schedule.alpha_bar.shape or not torch.allclose(levels, schedule.alpha_bar, rtol=0, atol=1e-4):
+    if levels.shape != schedule.alpha_bar.shape or not torch.allclose(
+        levels, schedule.alpha_bar, rtol=0, atol=1e-4
+    ):
         raise ValueError(
             f"sampler {name} has another noise schedule than the model was trained with; "
             f"make it with trained_betas=scheduler_betas(schedule), which is in unclip.diffusion.samplers"

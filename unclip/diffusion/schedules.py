@@ -24,9 +24,13 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "linear"] = "cosine"
     num_timesteps: int = 1000
-    zero_terminal_snr: bool = False  # the last timestep is pure noise (2305.08891); needs x0 or v prediction
+    zero_terminal_snr: bool = (
+        False  # the last timestep is pure noise (2305.08891); needs x0 or v prediction
+    )
     shift: float = 1.0  # divides α/σ: pictures twice as large need 2 for the same shapes to vanish at the same t
-    precision: Literal["float64", "float32"] = "float64"  # of betas; rounded as diffusers does, seeds give its pictures
+    precision: Literal["float64", "float32"] = (
+        "float64"  # of betas; rounded as diffusers does, seeds give its pictures
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in ("cosine", "linear"):
@@ -48,12 +52,18 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig = ScheduleConfig()) -> None:
         self.config = config
-        betas = _cosine_betas(config.num_timesteps) if config.kind == "cosine" else _linear_betas(config.num_timesteps)
+        betas = (
+            _cosine_betas(config.num_timesteps)
+            if config.kind == "cosine"
+            else _linear_betas(config.num_timesteps)
+        )
         betas = betas.to(getattr(torch, config.precision))
         self.alpha_bar = (1 - betas).cumprod(0).double()
         betas = betas.double()
         if config.shift != 1:  # simple diffusion (2301.11093), section 3.1
-            self.alpha_bar = self.alpha_bar / (self.alpha_bar + config.shift**2 * (1 - self.alpha_bar))
+            self.alpha_bar = self.alpha_bar / (
+                self.alpha_bar + config.shift**2 * (1 - self.alpha_bar)
+            )
         if config.zero_terminal_snr:
             self.alpha_bar = _zero_terminal_snr(self.alpha_bar)
         if config.shift != 1 or config.zero_terminal_snr:
@@ -108,28 +118,38 @@ class Schedule:
             return noise
         return x_0 if prediction == "x0" else self.velocity(x_0, noise, t)
 
-    def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction) -> Tensor:
+    def predict_x0(
+        self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction
+    ) -> Tensor:
         """The network's output as an estimate of x_0, in float32 or wider."""
         self.check(prediction)
         x_t, output = _widen(x_t), _widen(output)
         if prediction == "x0":
             return output
         alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
-        return (x_t - sigma * output) / alpha if prediction == "eps" else alpha * x_t - sigma * output
+        return (
+            (x_t - sigma * output) / alpha if prediction == "eps" else alpha * x_t - sigma * output
+        )
 
-    def predict_eps(self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction) -> Tensor:
+    def predict_eps(
+        self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction
+    ) -> Tensor:
         """The network's output as an estimate of the noise, in float32 or wider."""
         self.check(prediction)
         x_t, output = _widen(x_t), _widen(output)
         if prediction == "eps":
             return output
         alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
-        return (x_t - alpha * output) / sigma if prediction == "x0" else alpha * output + sigma * x_t
+        return (
+            (x_t - alpha * output) / sigma if prediction == "x0" else alpha * output + sigma * x_t
+        )
 
     def check(self, prediction: str) -> None:
         """Raise ValueError unless networks of this prediction type can run on this schedule."""
         if prediction not in get_args(Prediction):
-            raise ValueError(f"prediction is {prediction!r}; expected one of {', '.join(get_args(Prediction))}")
+            raise ValueError(
+                f"prediction is {prediction!r}; expected one of {', '.join(get_args(Prediction))}"
+            )
         if prediction == "eps" and self.config.zero_terminal_snr:
             raise ValueError(
                 "prediction is 'eps' on a schedule with zero_terminal_snr, whose last timestep holds no picture to "
@@ -138,11 +158,16 @@ class Schedule:
 
 
 def sample_timesteps(
-    batch: int, schedule: Schedule, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    batch: int,
+    schedule: Schedule,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """(batch,) long, uniform over the timesteps; drawn on the generator's device, so runs repeat across devices."""
     source = "cpu" if generator is None else generator.device
-    return torch.randint(schedule.num_timesteps, (batch,), generator=generator, device=source).to(device)
+    return torch.randint(schedule.num_timesteps, (batch,), generator=generator, device=source).to(
+        device
+    )
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -151,7 +176,10 @@ def _widen(x: Tensor) -> Tensor:
 
 def _cosine_betas(num_timesteps: int) -> Tensor:
     """Improved DDPM (2102.09672), equation 17, betas capped at 0.999; diffusers calls it squaredcos_cap_v2."""
-    edges = [math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num_timesteps + 1)]
+    edges = [
+        math.cos((i / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+        for i in range(num_timesteps + 1)
+    ]
     betas = [min(1 - after / before, 0.999) for before, after in pairwise(edges)]
     return torch.tensor(betas, dtype=torch.float64)
 
@@ -159,7 +187,9 @@ def _cosine_betas(num_timesteps: int) -> Tensor:
 def _linear_betas(num_timesteps: int) -> Tensor:
     """DDPM (2006.11239), section 4, with both ends scaled by 1000 / T so that any T ends equally noisy."""
     scale = 1000 / num_timesteps
-    return torch.linspace(1e-4 * scale, 2e-2 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+    return torch.linspace(1e-4 * scale, 2e-2 * scale, num_timesteps, dtype=torch.float64).clamp(
+        max=0.999
+    )
 
 
 def _zero_terminal_snr(alpha_bar: Tensor) -> Tensor:

@@ -18,18 +18,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unclip.cli.evaluate import add_evaluation, make_evaluation
 from unclip.evaluation import bench, priors, report
-from unclip.evaluation.commands import add_evaluation, make_evaluation
 
-README, EVALUATION, BENCH, PRIORS, LOSS = "README.md", "evaluation.json", "bench.json", "priors.json", "loss.png"
+README, EVALUATION, BENCH, PRIORS, LOSS = (
+    "README.md",
+    "evaluation.json",
+    "bench.json",
+    "priors.json",
+    "loss.png",
+)
 METRICS = "metrics.jsonl"  # of a run
-ORDER = ("clip", "prior", "decoder", "upsampler", "codec", "dalle")  # runs of other names come after these
+ORDER = (
+    "clip",
+    "prior",
+    "decoder",
+    "upsampler",
+    "codec",
+    "dalle",
+)  # runs of other names come after these
 
 Metrics = list[dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the card")
     about = "training runs, which have a metrics.jsonl, or folders of several"
     parser.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help=about)
@@ -71,7 +86,10 @@ def figures(folder: Path) -> str:
     if (folder / PRIORS).is_file():
         compared = _read(folder / PRIORS)
         about = "held-out captions, by `unclip evaluate-priors`; the decoder draws all embeddings from the same noise"
-        parts += [f"Other priors, and none, on {compared['pairs']} {about}:", priors.table(compared["rows"])]
+        parts += [
+            f"Other priors, and none, on {compared['pairs']} {about}:",
+            priors.table(compared["rows"]),
+        ]
     if (folder / BENCH).is_file():
         timed = _read(folder / BENCH)
         head = report.Row("speed and memory", f"median of {timed['repeat']}", "spread")
@@ -83,7 +101,9 @@ def sampling(options: dict[str, Any]) -> str:
     """How pictures were drawn, and what of them is measured."""
     if "decoder" not in options:
         told = {name: value for name, value in options.items() if value is not None}
-        return ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in told.items()) + "."
+        return (
+            ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in told.items()) + "."
+        )
     stages = {"prior": options["prior"], "decoder": options["decoder"]}
     stages |= {f"upsampler {i}": stage for i, stage in enumerate(options["upsamplers"])}
     told = "; ".join(
@@ -100,7 +120,9 @@ def fill(text: str, name: str, content: str) -> str:
     """The text with `content` between its markers <!-- name --> and <!-- /name -->; ValueError if they are missing."""
     block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if len(block.findall(text)) != 1:
-        raise ValueError(f"{README} needs the lines <!-- {name} --> and <!-- /{name} --> once, for what goes between")
+        raise ValueError(
+            f"{README} needs the lines <!-- {name} --> and <!-- /{name} --> once, for what goes between"
+        )
     return block.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
@@ -108,22 +130,38 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Metrics]:
     """The rows of each run's metrics.jsonl, by the name of its folder; runs without a loss yet are left out."""
     files: dict[str, Path] = {}
     for folder in folders:
-        found = [folder / METRICS] if (folder / METRICS).is_file() else list(folder.glob(f"*/{METRICS}"))
+        found = (
+            [folder / METRICS]
+            if (folder / METRICS).is_file()
+            else list(folder.glob(f"*/{METRICS}"))
+        )
         if not found:
-            raise FileNotFoundError(f"no runs in {folder}; expected a {METRICS}, or folders with one")
+            raise FileNotFoundError(
+                f"no runs in {folder}; expected a {METRICS}, or folders with one"
+            )
         files |= {file.parent.name: file for file in found}
-    names = sorted(files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    runs = {name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()] for name in names}
+    names = sorted(
+        files, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)
+    )
+    runs = {
+        name: [json.loads(line) for line in files[name].read_text(encoding="utf-8").splitlines()]
+        for name in names
+    }
     return {name: metrics for name, metrics in runs.items() if curve(metrics, "loss")}
 
 
 def runs_table(runs: dict[str, Metrics]) -> str:
     """Updates, hours and the last losses of each run, as Markdown."""
-    lines = ["| run | updates | hours | last loss | last loss on held-out pairs |", "|---|---|---|---|---|"]
+    lines = [
+        "| run | updates | hours | last loss | last loss on held-out pairs |",
+        "|---|---|---|---|---|",
+    ]
     for name, metrics in runs.items():
         curves = [curve(metrics, key) for key in ("loss", "val_loss")]
         losses = [f"{found[-1][1]:.4f}" if found else "–" for found in curves]
-        lines.append(f"| {name} | {metrics[-1]['step']:,} | {metrics[-1]['hours']:.1f} | {' | '.join(losses)} |")
+        lines.append(
+            f"| {name} | {metrics[-1]['step']:,} | {metrics[-1]['hours']:.1f} | {' | '.join(losses)} |"
+        )
     return "\n".join(lines)
 
 
@@ -137,7 +175,9 @@ def draw_losses(runs: dict[str, Metrics], file: Path) -> None:
     try:
         from matplotlib.figure import Figure  # not pyplot: no display is asked for
     except ImportError:
-        raise ValueError("loss curves need matplotlib: pip install matplotlib, or pip install 'unclip[dev]'") from None
+        raise ValueError(
+            "loss curves need matplotlib: pip install matplotlib, or pip install 'unclip[dev]'"
+        ) from None
     columns, rows = min(4, len(runs)), -(-len(runs) // 4)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
     for place, (name, metrics) in enumerate(runs.items(), start=1):
@@ -157,12 +197,18 @@ def draw_losses(runs: dict[str, Metrics], file: Path) -> None:
 def smoothed(values: Sequence[float]) -> list[float]:
     """The mean of the last twentieth of the values so far."""
     width = max(1, len(values) // 20)
-    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i + 1 - width) : i + 1])]
+    return [
+        sum(part) / len(part)
+        for i in range(len(values))
+        if (part := values[max(0, i + 1 - width) : i + 1])
+    ]
 
 
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; write it with `unclip evaluate --json {file}`, or give --data")
+        raise FileNotFoundError(
+            f"{file} is missing; write it with `unclip evaluate --json {file}`, or give --data"
+        )
     return json.loads(file.read_text(encoding="utf-8"))
 
 

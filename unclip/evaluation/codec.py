@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.evaluation.metrics import psnr
-from unclip.models.codec import Autoencoder, ImageCodec, code_statistics
+from unclip.models.codecs.codec import Autoencoder, ImageCodec, code_statistics
 from unclip.training.preview import sheet
 
 HIGH_BAND = 0.5  # of the highest frequency along an axis: details of less than 4 pixels
@@ -67,7 +67,9 @@ def reconstructions(codec: Autoencoder, images: Tensor) -> Image.Image:
 def high_band(images: Tensor) -> Tensor:
     """Energy of (B, C, H, W) at frequencies above HIGH_BAND of the highest, in either direction: (B,)."""
     spectrum = torch.fft.fft2(images.float(), norm="ortho").abs().square()  # B C H W
-    rows, columns = (torch.fft.fftfreq(n, device=images.device).abs() for n in images.shape[-2:])  # up to 1/2
+    rows, columns = (
+        torch.fft.fftfreq(n, device=images.device).abs() for n in images.shape[-2:]
+    )  # up to 1/2
     high = torch.maximum(rows[:, None], columns[None]) > HIGH_BAND / 2  # H W
     return (spectrum * high).sum(dim=(1, 2, 3))
 
@@ -76,7 +78,9 @@ def ssim(images: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of (B, C, H, W) in [-1, 1], averaged over channels and places: (B,)."""
     x, y = ((picture.float() + 1) / 2 for picture in (images, truth))
     if min(x.shape[-2:]) < SSIM_SIDE:
-        raise ValueError(f"pictures are {tuple(x.shape[-2:])}; SSIM needs at least {SSIM_SIDE} pixels a side")
+        raise ValueError(
+            f"pictures are {tuple(x.shape[-2:])}; SSIM needs at least {SSIM_SIDE} pixels a side"
+        )
     offsets = torch.arange(SSIM_SIDE, device=x.device) - SSIM_SIDE // 2
     line = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, -1, -1)  # C 1 11 11

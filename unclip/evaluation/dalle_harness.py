@@ -16,7 +16,7 @@ from unclip.evaluation.drawing import DalleDrawer, no_cut_warnings
 from unclip.evaluation.harness import Evaluation
 from unclip.evaluation.metrics import recall
 from unclip.pipelines.base import to_pil
-from unclip.pipelines.dalle import DallePipeline
+from unclip.pipelines.dalle.pipeline import DallePipeline
 
 # N held-out pairs, P captions of them, n candidates of each, D CLIP embedding width, S picture side
 
@@ -29,7 +29,9 @@ class Chosen:
     """What CLIP chooses among the candidates of some captions, for each number of CANDIDATES."""
 
     rows: list[int]  # P held-out pairs
-    emb: dict[int, Tensor]  # of each group's best, (P, groups, D): fewer candidates make more groups
+    emb: dict[
+        int, Tensor
+    ]  # of each group's best, (P, groups, D): fewer candidates make more groups
     first: dict[int, Tensor]  # the first group's best picture, (P, 3, S, S) in [-1, 1]
 
 
@@ -47,14 +49,18 @@ class DalleEvaluation(Evaluation):
         emb: dict[int, list[Tensor]] = {n: [] for n in CANDIDATES}
         first: dict[int, list[Tensor]] = {n: [] for n in CANDIDATES}
         for row in rows:
-            images = self.drawer.candidates(self.held_out.captions[row], most, self.seed).images  # n 3 S S
+            images = self.drawer.candidates(
+                self.held_out.captions[row], most, self.seed
+            ).images  # n 3 S S
             found = self.drawer.embed(images)  # n D
             score = F.cosine_similarity(found, self.text_emb[row : row + 1])  # n
             for n in CANDIDATES:
                 best = score.view(-1, n).argmax(dim=1) + torch.arange(0, most, n)  # most / n
                 emb[n].append(found[best])
                 first[n].append(images[best[0]])
-        return Chosen(rows, *({n: torch.stack(found) for n, found in kept.items()} for kept in (emb, first)))
+        return Chosen(
+            rows, *({n: torch.stack(found) for n, found in kept.items()} for kept in (emb, first))
+        )
 
     def candidates(self) -> dict[str, Any]:
         """What CLIP's choice among n pictures is worth: by its own measures, and by likeness to the true picture."""
@@ -67,7 +73,9 @@ class DalleEvaluation(Evaluation):
                 str(n): {
                     "clip_score": F.cosine_similarity(emb, text, dim=-1).mean().item(),
                     "cosine_to_truth": F.cosine_similarity(emb, truth, dim=-1).mean().item(),
-                    **recall(emb.flatten(0, 1), among, right.repeat_interleave(emb.shape[1]), ks=(1,)),
+                    **recall(
+                        emb.flatten(0, 1), among, right.repeat_interleave(emb.shape[1]), ks=(1,)
+                    ),
                 }
                 for n, emb in chosen.emb.items()
             },
@@ -80,7 +88,9 @@ class DalleEvaluation(Evaluation):
     def bound(self) -> dict[str, Any]:
         """The bound on ln p(picture, caption) of the held-out pairs: per value, code and text token in bits."""
         with no_cut_warnings():
-            bound = self.pipe.elbo(to_pil(self.held_out.floats()), self.held_out.captions, seed=self.seed)
+            bound = self.pipe.elbo(
+                to_pil(self.held_out.floats()), self.held_out.captions, seed=self.seed
+            )
         config, bit = self.pipe.dalle.config, math.log(2)
         return {
             "bits_per_dim": bound.bits_per_dim.mean().item(),

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from unclip.clip import CLIP
 from unclip.pipelines.base import TextToImage, generators_from, progress_bar, to_pil
-from unclip.pipelines.dalle import DallePipeline
-from unclip.pipelines.runs import to_tensor
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.unclip.bound_stage import to_tensor
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, OnStep, TextEncoding, UnCLIPOptions
 
 # N captions, D CLIP embedding width, s side of the pictures that are measured
@@ -40,7 +40,9 @@ class Drawn:
 
     captions: list[str]
     images: Tensor  # (N, 3, s, s) in [-1, 1]
-    generators: Sequence[torch.Generator] = ()  # as unCLIP's decoder left them: the upsamplers go on from there
+    generators: Sequence[
+        torch.Generator
+    ] = ()  # as unCLIP's decoder left them: the upsamplers go on from there
 
 
 class Drawer(ABC):
@@ -49,9 +51,16 @@ class Drawer(ABC):
     pipe: TextToImage
     size: int  # s
 
-    def __init__(self, pipe: TextToImage, options: Any = None, batch_size: int = 32, progress: bool = True) -> None:
+    def __init__(
+        self, pipe: TextToImage, options: Any = None, batch_size: int = 32, progress: bool = True
+    ) -> None:
         """options: the pipeline's own, unless others are given."""
-        self.pipe, self.options, self.batch_size, self.progress = pipe, options or pipe.options, batch_size, progress
+        self.pipe, self.options, self.batch_size, self.progress = (
+            pipe,
+            options or pipe.options,
+            batch_size,
+            progress,
+        )
 
     @abstractmethod
     def draw(self, captions: Sequence[str], seed: int) -> Drawn:
@@ -84,7 +93,9 @@ class Drawer(ABC):
     def batches(self, count: int, name: str = "", batch_size: int | None = None) -> Iterator[slice]:
         """Slices of range(count); with a name, under a bar."""
         size = batch_size or self.batch_size
-        for start in tqdm(range(0, count, size), name, disable=not (self.progress and name), leave=False):
+        for start in tqdm(
+            range(0, count, size), name, disable=not (self.progress and name), leave=False
+        ):
             yield slice(start, start + size)
 
 
@@ -169,7 +180,11 @@ class UnCLIPDrawer(Drawer):
         images: list[Image.Image] = []
         for part in self.batches(len(rows), "upsampler", 8):  # of 16 times as many pixels
             small = drawn.images[list(rows[part])]
-            images += to_pil(self.pipe.upsample(small, generators=generators[part], options=self.options.upsamplers))
+            images += to_pil(
+                self.pipe.upsample(
+                    small, generators=generators[part], options=self.options.upsamplers
+                )
+            )
         return images
 
     def _bar(self, count: int, steps: int) -> contextlib.AbstractContextManager[OnStep]:

@@ -19,12 +19,15 @@ from tqdm import tqdm
 from unclip.evaluation.drawing import no_cut_warnings
 from unclip.evaluation.metrics import recall
 from unclip.evaluation.report import markdown
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions
 
 # N captions, D CLIP embedding width
 
-EXACT, OTHER_SEEDS = "exact", "exact, other seeds"  # the second tells how far apart equally good pictures are
+EXACT, OTHER_SEEDS = (
+    "exact",
+    "exact, other seeds",
+)  # the second tells how far apart equally good pictures are
 TURNS = 5  # timed pictures of an approximation, each beside an exact one
 
 
@@ -45,7 +48,9 @@ def approximations(options: UnCLIPOptions, fast: UnCLIPOptions) -> dict[str, App
         return Approximation(replace(options, decoder=replace(decoder, **changes)))
 
     def upsampled(**changes: Any) -> Approximation:
-        return Approximation(replace(options, upsamplers=tuple(replace(up, **changes) for up in options.upsamplers)))
+        return Approximation(
+            replace(options, upsamplers=tuple(replace(up, **changes) for up in options.upsamplers))
+        )
 
     def fewer(stage: StageOptions, share: float) -> int:
         return max(2, round(share * stage.steps))
@@ -95,13 +100,21 @@ class Drift:
         if EXACT not in done:
             yield {"name": EXACT, **self._compared(self.exact)}
         if OTHER_SEEDS not in done:
-            others = self._draw(OTHER_SEEDS, self.pipe, self.pipe.options, self.seed + len(self.captions))
+            others = self._draw(
+                OTHER_SEEDS, self.pipe, self.pipe.options, self.seed + len(self.captions)
+            )
             yield {"name": OTHER_SEEDS, **self._compared(others)}
-        for name, approximation in approximations(self.pipe.options, self.pipe.preset("fast")).items():
+        for name, approximation in approximations(
+            self.pipe.options, self.pipe.preset("fast")
+        ).items():
             if name not in done:
                 pipe, options = self._changed(approximation), approximation.options
                 times = self._times(pipe, options)
-                yield {"name": name, **times, **self._compared(self._draw(name, pipe, options, self.seed))}
+                yield {
+                    "name": name,
+                    **times,
+                    **self._compared(self._draw(name, pipe, options, self.seed)),
+                }
 
     @cached_property
     def exact(self) -> list[Image.Image]:
@@ -125,9 +138,14 @@ class Drift:
             pipe.quantize(approximation.quantize)
         return pipe
 
-    def _draw(self, name: str, pipe: UnCLIPPipeline, options: UnCLIPOptions, seed: int) -> list[Image.Image]:
+    def _draw(
+        self, name: str, pipe: UnCLIPPipeline, options: UnCLIPOptions, seed: int
+    ) -> list[Image.Image]:
         images: list[Image.Image] = []
-        with tqdm(self._batches(), name, disable=not self.progress, leave=False) as bar, no_cut_warnings():
+        with (
+            tqdm(self._batches(), name, disable=not self.progress, leave=False) as bar,
+            no_cut_warnings(),
+        ):
             for part in bar:
                 some = {"options": options, "batch_size": self.batch_size, "progress": False}
                 images += pipe(self.captions[part], seed=seed + part.start, **some).images
@@ -159,7 +177,9 @@ class Drift:
         }
 
     def _embed(self, images: list[Image.Image]) -> Tensor:
-        return torch.cat([self.pipe.encode_image(images[part]).cpu() for part in self._batches()])  # (N, D)
+        return torch.cat(
+            [self.pipe.encode_image(images[part]).cpu() for part in self._batches()]
+        )  # (N, D)
 
     def _batches(self) -> list[slice]:
         count, size = len(self.captions), self.batch_size
@@ -168,12 +188,24 @@ class Drift:
 
 def line(row: dict[str, Any]) -> tuple[str, ...]:
     """A row of the table."""
-    return row["name"], _speed(row), f"{row['pixels']:.2f}", f"{row['cosine']:.4f}", f"{row['recall@1']:.1%}"
+    return (
+        row["name"],
+        _speed(row),
+        f"{row['pixels']:.2f}",
+        f"{row['cosine']:.4f}",
+        f"{row['recall@1']:.1%}",
+    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """All rows as Markdown."""
-    head = ("", "times as fast", "pixels, of 255", "CLIP cosine to the exact", "recall@1 of the caption")
+    head = (
+        "",
+        "times as fast",
+        "pixels, of 255",
+        "CLIP cosine to the exact",
+        "recall@1 of the caption",
+    )
     return markdown([head, *map(line, rows)])
 
 

@@ -50,11 +50,11 @@ FIGURES = (
     Figure(
         "embeddings",
         "From embeddings alone",
-        "Arithmetic of embeddings is in `unclip.latents`: here the two pictures' mixture, in three proportions.",
+        "Arithmetic of embeddings is in `unclip.embeddings`: here the two pictures' mixture, in three proportions.",
         (
             "import unclip\n"
-            "from unclip.latents import mix\n"
-            "from unclip.pictures import grid\n\n"
+            "from unclip.embeddings import mix\n"
+            "from unclip.image_io import grid\n\n"
             'pipe = unclip.load("emoji")\n'
             'parts = pipe.encode_image(["apple.png", "face.png"])\n'
             "mixed = [mix(parts, weights) for weights in ((2, 1), (1, 1), (1, 2))]\n"
@@ -103,7 +103,9 @@ FIGURES = (
         "A typographic attack",
         "A word on a label, and what CLIP then takes the picture for. The bundled CLIP was trained on emoji and cannot "
         "read: what moves it is the label. A public one can.",
-        ('unclip probe apple.png --word pizza --classes "a red apple" "a slice of pizza" --seed 0 -o attack.png',),
+        (
+            'unclip probe apple.png --word pizza --classes "a red apple" "a slice of pizza" --seed 0 -o attack.png',
+        ),
         ("attack.png",),
     ),
     Figure(

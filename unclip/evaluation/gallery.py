@@ -25,12 +25,12 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 import unclip
-from unclip.checkpoints.catalogue import CONFIG_FILE, locate, read_model_json
+from unclip.checkpoints.registry import CONFIG_FILE, locate, read_model_json
+from unclip.cli.common import DEFAULT_MODEL
 from unclip.evaluation import manipulation
 from unclip.evaluation.figures import FIGURES, Figure
 from unclip.evaluation.report import Row, markdown
 from unclip.files import read_json
-from unclip.pipelines.command_line import DEFAULT_MODEL
 
 WIDEST, HIGHEST = 900, 400  # pixels of a figure
 MOVING = 160  # of one that moves
@@ -52,16 +52,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help=".md; figures go into a folder beside it"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".md; figures go into a folder beside it",
     )
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="NAME", help=f"bundled name or folder (default: {DEFAULT_MODEL})"
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME",
+        help=f"bundled name or folder (default: {DEFAULT_MODEL})",
     )
-    parser.add_argument("--data", nargs="+", metavar="DATA", help="held-out pairs, for the table of figures")
+    parser.add_argument(
+        "--data", nargs="+", metavar="DATA", help="held-out pairs, for the table of figures"
+    )
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help="that the PCA is fitted on")
-    parser.add_argument("--limit", type=int, default=32, metavar="N", help="held-out pairs (default: 32)")
+    parser.add_argument(
+        "--limit", type=int, default=32, metavar="N", help="held-out pairs (default: 32)"
+    )
     names = [figure.name for figure in FIGURES]
-    parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help=f"draw these: {', '.join(names)}")
+    parser.add_argument(
+        "--only", nargs="*", choices=names, metavar="NAME", help=f"draw these: {', '.join(names)}"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     try:
@@ -74,15 +87,24 @@ def make_gallery(args: argparse.Namespace) -> None:
     """Draws the figures, measures if there is data, and writes the page with all figures that lie beside it."""
     out: Path = args.out
     if out.suffix != ".md":
-        raise ValueError(f"{out}: the gallery is a page of Markdown; expected a file that ends in .md")
+        raise ValueError(
+            f"{out}: the gallery is a page of Markdown; expected a file that ends in .md"
+        )
     model = read_model_json(locate(args.model))
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    there = {"": True, "training data": bool(args.train_data), "inpainter": inpaints(locate(args.model))}
+    there = {
+        "": True,
+        "training data": bool(args.train_data),
+        "inpainter": inpaints(locate(args.model)),
+    }
     figures = [figure for figure in FIGURES if there[figure.needs]]
     with tempfile.TemporaryDirectory() as place:
         for figure in figures:
-            if args.only is None or figure.name in (*args.only, "sources"):  # of which the others are made
+            if args.only is None or figure.name in (
+                *args.only,
+                "sources",
+            ):  # of which the others are made
                 run(figure, Path(place), args)
                 for name in figure.shows:
                     shrink(Path(place, name), folder / shown(name))
@@ -101,18 +123,28 @@ def run(figure: Figure, place: Path, args: argparse.Namespace) -> None:
     """Runs the lines of a figure in the folder `place`."""
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     data = [str(Path(name).resolve()) for name in args.train_data or ()]
-    search = os.pathsep.join(filter(None, [str(Path(unclip.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    search = os.pathsep.join(
+        filter(None, [str(Path(unclip.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
     for line in figure.lines:
         if not args.quiet:
             print(line, flush=True)
         if line.startswith("unclip "):
-            words = [word for words in shlex.split(line)[1:] for word in (data if words == DATA else [words])]
+            words = [
+                word
+                for words in shlex.split(line)[1:]
+                for word in (data if words == DATA else [words])
+            ]
             command = ["-m", "unclip", *words, "--model", model, "--quiet"]
         else:
             command = ["-c", line.replace(f'load("{DEFAULT_MODEL}")', f"load({model!r})")]
         environment = {**os.environ, "PYTHONPATH": search}
         done = subprocess.run(
-            [sys.executable, *command], cwd=place, env=environment, stderr=subprocess.PIPE, encoding="utf-8"
+            [sys.executable, *command],
+            cwd=place,
+            env=environment,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
         )
         if done.returncode:
             told = done.stderr.strip().splitlines() or [""]
@@ -128,9 +160,14 @@ def shrink(source: Path, target: Path) -> None:
     """A small WebP of a picture or an animation."""
     with Image.open(source) as image:
         if getattr(image, "is_animated", False):
-            frames = [frame.convert("RGB").resize((MOVING, MOVING)) for frame in ImageSequence.Iterator(image)]
+            frames = [
+                frame.convert("RGB").resize((MOVING, MOVING))
+                for frame in ImageSequence.Iterator(image)
+            ]
             pace = image.info.get("duration", 100)
-            frames[0].save(target, save_all=True, append_images=frames[1:], duration=pace, loop=0, quality=80)
+            frames[0].save(
+                target, save_all=True, append_images=frames[1:], duration=pace, loop=0, quality=80
+            )
             return
         image = image.convert("RGB")
         image.thumbnail((WIDEST, HIGHEST), Image.Resampling.LANCZOS)
@@ -139,9 +176,20 @@ def shrink(source: Path, target: Path) -> None:
 
 def measure(file: Path, args: argparse.Namespace) -> None:
     """What manipulations are worth on held-out pairs; see `unclip.evaluation.manipulation`."""
-    words = ["--model", args.model, "--data", *args.data, "--limit", str(args.limit), "--json", str(file)]
+    words = [
+        "--model",
+        args.model,
+        "--data",
+        *args.data,
+        "--limit",
+        str(args.limit),
+        "--json",
+        str(file),
+    ]
     words += ["--train-data", *args.train_data] if args.train_data else []
-    manipulation.measure(manipulation.parser().parse_args([*words, "--quiet"] if args.quiet else words))
+    manipulation.measure(
+        manipulation.parser().parse_args([*words, "--quiet"] if args.quiet else words)
+    )
 
 
 def page(name: str, folder: Path) -> str:
@@ -150,8 +198,12 @@ def page(name: str, folder: Path) -> str:
     for figure in FIGURES:
         files = [folder / shown(file) for file in figure.shows]
         if all(file.is_file() for file in files):
-            pictures = "\n\n".join(f"![{figure.title}]({folder.name}/{file.name})" for file in files)
-            parts.append(f"## {figure.title}\n\n{figure.about}\n\n{code(figure.lines)}\n\n{pictures}\n")
+            pictures = "\n\n".join(
+                f"![{figure.title}]({folder.name}/{file.name})" for file in files
+            )
+            parts.append(
+                f"## {figure.title}\n\n{figure.about}\n\n{code(figure.lines)}\n\n{pictures}\n"
+            )
     if (folder / RESULTS).is_file():
         parts.append(measured(json.loads((folder / RESULTS).read_text(encoding="utf-8"))))
     return "\n".join(parts)
@@ -162,16 +214,18 @@ def code(lines: Sequence[str]) -> str:
     blocks = []
     for is_shell, group in groupby(lines, lambda line: line.startswith("unclip ")):
         some = list(group)
-        blocks += ["```sh\n" + "\n".join(some) + "\n```"] if is_shell else [f"```python\n{one}\n```" for one in some]
+        blocks += (
+            ["```sh\n" + "\n".join(some) + "\n```"]
+            if is_shell
+            else [f"```python\n{one}\n```" for one in some]
+        )
     return "\n\n".join(blocks)
 
 
 def measured(results: dict[str, Any]) -> str:
     table = [Row("figure", "model", "beside it"), *manipulation.rows(results)]
     pairs = results["settings"]["pairs"]
-    about = (
-        f"On {pairs} held-out pairs, at the decoder's size unless told, by `python -m unclip.evaluation.manipulation`:"
-    )
+    about = f"On {pairs} held-out pairs, at the decoder's size unless told, by `python -m unclip.evaluation.manipulation`:"
     return f"## What was measured\n\n{about}\n\n{markdown(table)}\n"
 
 

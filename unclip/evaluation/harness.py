@@ -59,7 +59,9 @@ class Evaluation(ABC):
         self.results: dict[str, Any] = {}  # of the last `run`
 
     def run(
-        self, parts: Sequence[str] | None = None, keep: Callable[[dict[str, Any]], None] = lambda results: None
+        self,
+        parts: Sequence[str] | None = None,
+        keep: Callable[[dict[str, Any]], None] = lambda results: None,
     ) -> dict[str, Any]:
         """Results of some parts or all, as JSON types; those that need training pairs only if there are any.
 
@@ -72,7 +74,10 @@ class Evaluation(ABC):
         results: dict[str, Any] = {
             "model": self.pipe.name,
             "version": __version__,
-            "parameters": {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()},
+            "parameters": {
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in networks.items()
+            },
             "options": to_dict(self.drawer.options),
             "seed": self.seed,
             "held_out": {"pairs": len(self.held_out), "broken": self.held_out.broken},
@@ -129,7 +134,9 @@ class Evaluation(ABC):
     @cached_property
     def embeddings(self) -> dict[str, Tensor]:
         """CLIP's embeddings of what is compared: of pictures that are drawn, beside and true, (N, D) each."""
-        beside = {} if self.beside is None else {"beside": self.drawer.embed(self.drawn_beside.images)}
+        beside = (
+            {} if self.beside is None else {"beside": self.drawer.embed(self.drawn_beside.images)}
+        )
         return {"drawn": self.drawn_emb, **beside, "true": self.true_emb}
 
     @cached_property
@@ -160,7 +167,8 @@ class Evaluation(ABC):
         return {
             "groups": {name: self._recall(*rows) for name, rows in groups.items()},
             "caption_cosine": {
-                of: F.cosine_similarity(self.text_emb, emb).mean().item() for of, emb in self.embeddings.items()
+                of: F.cosine_similarity(self.text_emb, emb).mean().item()
+                for of, emb in self.embeddings.items()
             },
         }
 
@@ -174,7 +182,9 @@ class Evaluation(ABC):
 
     def _among(self, captions: Sequence[int], pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Embeddings of the different captions of some rows, and which of them is right for each of some others."""
-        row_of = {self.held_out.captions[row]: row for row in captions}  # a caption that two share is right for both
+        row_of = {
+            self.held_out.captions[row]: row for row in captions
+        }  # a caption that two share is right for both
         position = {caption: i for i, caption in enumerate(row_of)}
         right = torch.tensor([position[self.held_out.captions[row]] for row in pictures])
         return self.text_emb[list(row_of.values())], right
@@ -183,7 +193,9 @@ class Evaluation(ABC):
         """How far apart in CLIP's space pictures of one prompt are, and pictures of different prompts."""
         rows = self.held_out.spread(DIVERSITY_PROMPTS)
         prompts = [self.held_out.captions[row] for row in rows for _ in range(DIVERSITY_SEEDS)]
-        emb = self.drawer.embed(self.drawer.draw(prompts, self.seed).images).unflatten(0, (len(rows), DIVERSITY_SEEDS))
+        emb = self.drawer.embed(self.drawer.draw(prompts, self.seed).images).unflatten(
+            0, (len(rows), DIVERSITY_SEEDS)
+        )
         return {
             "prompts": len(rows),
             "seeds": DIVERSITY_SEEDS,
@@ -204,17 +216,24 @@ class Evaluation(ABC):
 
         def same_concept(rows: Tensor) -> float:
             pairs = zip(self.held_out.entries, rows.tolist(), strict=True)
-            return float(np.mean([pair.concept == train.entries[row].concept for pair, row in pairs]))
+            return float(
+                np.mean([pair.concept == train.entries[row].concept for pair, row in pairs])
+            )
 
         results: dict[str, Any] = {
             kind: {
-                "median_distance": {of: found[kind][1].median().item() for of, found in nearest.items()},
+                "median_distance": {
+                    of: found[kind][1].median().item() for of, found in nearest.items()
+                },
                 "same_concept": {of: same_concept(found[kind][0]) for of, found in nearest.items()},
             }
             for kind in ("clip", "pixels")
         }
         to_truth = (self.drawn.images - truth).square().mean(dim=(1, 2, 3)).sqrt()  # (N,)
-        return {**results, "nearer_to_truth": _fraction(to_truth < self.nearest_to_drawn["pixels"][1])}
+        return {
+            **results,
+            "nearer_to_truth": _fraction(to_truth < self.nearest_to_drawn["pixels"][1]),
+        }
 
     def style(self, train: Pairs) -> dict[str, Any]:
         """Is the style drawn that was asked for? Told by a classifier of the true training pictures.
@@ -223,16 +242,28 @@ class Evaluation(ABC):
         pairs whose true picture it is right about.
         """
         classifier = train_classifier(train, self.seed, progress=self.drawer.progress)
-        rows = [row for row, pair in enumerate(self.held_out.entries) if pair.style in classifier.styles]
+        rows = [
+            row for row, pair in enumerate(self.held_out.entries) if pair.style in classifier.styles
+        ]
         styles = [self.held_out.entries[row].style for row in rows]
         right = {"drawn": classifier.right(self.drawn.images[rows], styles)}
         if self.beside is not None:
             right["beside"] = classifier.right(self.drawn_beside.images[rows], styles)
         right["true"] = true = classifier.right(self.held_out.floats(rows), styles)
-        of_style = {style: torch.tensor([other == style for other in styles]) for style in sorted(set(styles))}
-        groups = {"all": torch.ones_like(true), **of_style, "where the true picture is told right": true}
+        of_style = {
+            style: torch.tensor([other == style for other in styles])
+            for style in sorted(set(styles))
+        }
+        groups = {
+            "all": torch.ones_like(true),
+            **of_style,
+            "where the true picture is told right": true,
+        }
         return {
-            name: {"pictures": int(chosen.sum()), **{of: _fraction(told[chosen]) for of, told in right.items()}}
+            name: {
+                "pictures": int(chosen.sum()),
+                **{of: _fraction(told[chosen]) for of, told in right.items()},
+            }
             for name, chosen in groups.items()
             if chosen.any()
         }
@@ -243,7 +274,9 @@ class Evaluation(ABC):
         draw = partial(self.pipe, options=self.drawer.options, progress=False)
         with no_cut_warnings():
             batch, again = draw(prompts, seed=self.seed), draw(prompts, seed=self.seed)
-            alone = [draw(prompt, seed=seed) for prompt, seed in zip(prompts, batch.seeds, strict=True)]
+            alone = [
+                draw(prompt, seed=seed) for prompt, seed in zip(prompts, batch.seeds, strict=True)
+            ]
             redrawn = redraw(self.pipe, alone[0].metadata[0], progress=False)
         differences = [
             (_pixels(one.images[0]) - _pixels(picture)).abs().max().item()
@@ -251,7 +284,8 @@ class Evaluation(ABC):
         ]
         return {
             "same_seed_same_bytes": all(
-                one.tobytes() == other.tobytes() for one, other in zip(batch.images, again.images, strict=True)
+                one.tobytes() == other.tobytes()
+                for one, other in zip(batch.images, again.images, strict=True)
             ),
             "batch_and_alone_differ_by": int(max(differences)),  # of 255
             "redrawn_same_bytes": redrawn.images[0].tobytes() == alone[0].images[0].tobytes(),

@@ -20,19 +20,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.cli.common import add_model, load_model, whole_number, write_figures
 from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
+from unclip.embeddings import PCA, normalise
 from unclip.evaluation.drawing import no_cut_warnings
 from unclip.evaluation.metrics import psnr, recall
 from unclip.evaluation.pairs import Pairs, load_pairs
 from unclip.evaluation.report import Row, plain
-from unclip.latents import PCA, normalise
-from unclip.pipelines.command_line import add_model, load_model, whole_number, write_figures
-from unclip.pipelines.latent import Latent, deterministic
-from unclip.pipelines.probing import read_embeddings, shown_components
-from unclip.pipelines.runs import fit, to_tensor
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.bound_stage import fit, to_tensor
+from unclip.pipelines.unclip.latent import Latent, deterministic
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.pipelines.unclip.probing import read_embeddings, shown_components
 from unclip.types import GenerationResult
 
 # N pictures, D CLIP embedding width
@@ -44,8 +44,12 @@ TEXT_DIFF_ETAS = (0.5, 0.0)  # the default, the paper's
 FRAMES = 9
 RECONSTRUCTED = 16  # pictures, of those that are given
 UPSAMPLED = 4  # of them at full size
-STEPS = 25  # of the decoder in all parts but reconstruction, at most: what they show hardly hangs on it
-HOLE = 0.75  # side of the square that is painted, in the middle of the picture, as a share of its side
+STEPS = (
+    25  # of the decoder in all parts but reconstruction, at most: what they show hardly hangs on it
+)
+HOLE = (
+    0.75  # side of the square that is painted, in the middle of the picture, as a share of its side
+)
 UNBENT = "fine-tuned, agreement 0"  # asked for just what the prompt says
 
 
@@ -71,7 +75,8 @@ class Manipulations:
         size = pipe.decoder.config.image_size
         self.pictures = [pairs.picture(row, size) for row in range(len(pairs))]
         self.options, self.fewer = (
-            replace(deterministic(pipe.options, most), upsamplers=()) for most in (steps, min(steps, STEPS))
+            replace(deterministic(pipe.options, most), upsamplers=())
+            for most in (steps, min(steps, STEPS))
         )
         self._latent: Latent | None = None
         with no_cut_warnings():
@@ -92,30 +97,52 @@ class Manipulations:
     def reconstruction(self) -> dict[str, Any]:
         """PSNR in dB of what is drawn from the inverted latents."""
         pictures = self.pictures[:RECONSTRUCTED]
-        found: dict[str, Any] = {"pictures": len(pictures), "steps": self.options.decoder.steps, "psnr": {}}
+        found: dict[str, Any] = {
+            "pictures": len(pictures),
+            "steps": self.options.decoder.steps,
+            "psnr": {},
+        }
         for name, guidance in (("none", 1.0), ("own", self.options.decoder.guidance)):
-            options = replace(self.options, decoder=replace(self.options.decoder, guidance=guidance))
-            for kind, inversion in (("fixed_point", InversionOptions()), ("plain", InversionOptions(iterations=0))):
-                drawn = self.pipe.reconstruct(pictures, options=options, inversion=inversion, **self.how)
+            options = replace(
+                self.options, decoder=replace(self.options.decoder, guidance=guidance)
+            )
+            for kind, inversion in (
+                ("fixed_point", InversionOptions()),
+                ("plain", InversionOptions(iterations=0)),
+            ):
+                drawn = self.pipe.reconstruct(
+                    pictures, options=options, inversion=inversion, **self.how
+                )
                 decibels = psnr(to_tensor(drawn.images), to_tensor(pictures))
                 told = {"mean": decibels.mean().item(), "least": decibels.min().item()}
-                found["psnr"][f"{kind}, guidance {guidance:g}" if name == "own" else f"{kind}, no guidance"] = told
+                found["psnr"][
+                    f"{kind}, guidance {guidance:g}" if name == "own" else f"{kind}, no guidance"
+                ] = told
         few = [self.pairs.dataset[index].image for index in self.pairs.indices[:UPSAMPLED]]
         options = replace(self.options, upsamplers=deterministic(self.pipe.options).upsamplers)
         drawn = self.pipe.reconstruct(few, options=options, **self.how)
         size = drawn.images[0].width
         decibels = psnr(to_tensor(drawn.images), to_tensor([fit(image, size) for image in few]))
-        return {**found, "upsampled": {"size": size, "pictures": len(few), "psnr": decibels.mean().item()}}
+        return {
+            **found,
+            "upsampled": {"size": size, "pictures": len(few), "psnr": decibels.mean().item()},
+        }
 
     def variations(self) -> dict[str, Any]:
         """Distance of variations to their pictures, by eta."""
         source, pixels = normalise(self.latent.image_emb), to_tensor(self.pictures)
         off_diagonal = ~torch.eye(len(source), dtype=torch.bool)
-        found: dict[str, Any] = {"pictures": len(source), "random_pairs": _mean((source @ source.T)[off_diagonal])}
+        found: dict[str, Any] = {
+            "pictures": len(source),
+            "random_pairs": _mean((source @ source.T)[off_diagonal]),
+        }
         for eta in ETAS:
             drawn = self.pipe.vary(self.latent, eta=eta, seed=self.seed, **self.how)
             rms = (to_tensor(drawn.images) - pixels).square().mean(dim=(1, 2, 3)).sqrt()
-            found[str(eta)] = {"pixel_rms": _mean(rms), "cosine": _mean((self._embed(drawn) * source).sum(dim=1))}
+            found[str(eta)] = {
+                "pixel_rms": _mean(rms),
+                "cosine": _mean((self._embed(drawn) * source).sum(dim=1)),
+            }
         return found
 
     def interpolation(self) -> dict[str, Any]:
@@ -127,7 +154,9 @@ class Manipulations:
             for name, largest in worst.items():
                 how = {**self.how, "progress": False, "even": name == "even"}
                 drawn = self.pipe.interpolate(self.latent[row : row + 2], frames=FRAMES, **how)
-                ends += [_difference(drawn.images[k], again[row + end]) for k, end in ((0, 0), (-1, 1))]
+                ends += [
+                    _difference(drawn.images[k], again[row + end]) for k, end in ((0, 0), (-1, 1))
+                ]
                 largest.append(_largest_step(self._embed(drawn)))
                 if name == "plain":
                     given.append(_largest_step(normalise(drawn.image_emb)))
@@ -148,7 +177,10 @@ class Manipulations:
 
     def text_diff(self) -> dict[str, Any]:
         """From each picture's caption to another's: does CLIP see the target come nearer, and the source stay?"""
-        return {"cases": len(self.pictures), **{str(eta): self._text_diff(eta) for eta in TEXT_DIFF_ETAS}}
+        return {
+            "cases": len(self.pictures),
+            **{str(eta): self._text_diff(eta) for eta in TEXT_DIFF_ETAS},
+        }
 
     def _text_diff(self, eta: float) -> dict[str, Any]:
         similar, kept, given = [], [], []
@@ -166,8 +198,12 @@ class Manipulations:
             "monotone": _mean((table.diff(dim=1) > 0).all(dim=1)),
             "rising_steps": _mean(table.diff(dim=1) > 0),
             "monotone_embeddings": _mean((torch.stack(given).diff(dim=1) > 0).all(dim=1)),
-            "cosine_to_target": dict(zip(map(str, THETAS), table.mean(dim=0).tolist(), strict=True)),
-            "cosine_to_source": dict(zip(map(str, THETAS), torch.stack(kept).mean(dim=0).tolist(), strict=True)),
+            "cosine_to_target": dict(
+                zip(map(str, THETAS), table.mean(dim=0).tolist(), strict=True)
+            ),
+            "cosine_to_source": dict(
+                zip(map(str, THETAS), torch.stack(kept).mean(dim=0).tolist(), strict=True)
+            ),
         }
 
     def pca(self) -> dict[str, Any]:
@@ -197,36 +233,54 @@ class Manipulations:
         middle = (margin, margin, size - margin, size - margin)
         mask = Image.new("L", (size, size))
         mask.paste(255, middle)
-        targets = [(row + len(self.pictures) // 2) % len(self.pictures) for row in range(len(self.pictures))]
+        targets = [
+            (row + len(self.pictures) // 2) % len(self.pictures)
+            for row in range(len(self.pictures))
+        ]
         ways, inpainter = {"training-free": PaintOptions(trained=False)}, self.pipe.inpainter
         if inpainter is not None:
             ways["fine-tuned"] = PaintOptions(trained=True)
         if getattr(inpainter, "layout", None) is not None:
             ways[UNBENT] = PaintOptions(trained=True, agreement=0.0)
-        options, drawn = replace(self.pipe.options, upsamplers=()), {name: [] for name in (*ways, "pasted")}
+        options, drawn = (
+            replace(self.pipe.options, upsamplers=()),
+            {name: [] for name in (*ways, "pasted")},
+        )
         suited: dict[str, list[Image.Image]] = {name: [] for name in ways}
         for row in self._bar(range(len(self.pictures))):
             chosen = {"seed": self.seed + row, "options": options, "progress": False}
             prompt, picture = self.pairs.captions[targets[row]], self.pictures[row]
             for name, painting in ways.items():
                 for told, images in ((prompt, drawn), (self.pairs.captions[row], suited)):
-                    images[name] += self.pipe.inpaint(picture, mask, told, painting=painting, **chosen).images
+                    images[name] += self.pipe.inpaint(
+                        picture, mask, told, painting=painting, **chosen
+                    ).images
             whole = self.pipe(prompt, **chosen).images[0]
             drawn["pasted"].append(Image.composite(whole, picture, mask))
         outside = np.asarray(mask) == 0
         rows, right = _captions(self.pairs.captions)
         right = right[targets]
-        found: dict[str, Any] = {"pictures": len(targets), "captions": len(rows), "random": 1 / len(rows)}
+        found: dict[str, Any] = {
+            "pictures": len(targets),
+            "captions": len(rows),
+            "random": 1 / len(rows),
+        }
         for name, images in drawn.items():
             emb = self.pipe.encode_image([image.crop(middle) for image in images]).cpu()
             found[name] = {
-                "kept_differs_by": max(_difference(*pair, outside) for pair in zip(images, self.pictures, strict=True)),
+                "kept_differs_by": max(
+                    _difference(*pair, outside) for pair in zip(images, self.pictures, strict=True)
+                ),
                 "seam": float(np.mean([_seam(image, middle) for image in images])),
                 **recall(emb, self.text_emb[rows], right, ks=(1, 5)),
             }
         for name, images in suited.items():
-            found[name]["seam_of_own_caption"] = float(np.mean([_seam(image, middle) for image in images]))
-        found["seam_of_true_pictures"] = float(np.mean([_seam(image, middle) for image in self.pictures]))
+            found[name]["seam_of_own_caption"] = float(
+                np.mean([_seam(image, middle) for image in images])
+            )
+        found["seam_of_true_pictures"] = float(
+            np.mean([_seam(image, middle) for image in self.pictures])
+        )
         return found
 
     def _embed(self, drawn: GenerationResult) -> Tensor:
@@ -273,7 +327,9 @@ def _seam(image: Image.Image, box: tuple[int, int, int, int]) -> float:
         (np.asarray(image, dtype=float).swapaxes(0, 1), (left, right), (top, bottom)),
     ):
         for edge in edges:
-            out, across, within = np.abs(np.diff(pixels[edge - 2 : edge + 2, start:end], axis=0)).mean(axis=(1, 2))
+            out, across, within = np.abs(
+                np.diff(pixels[edge - 2 : edge + 2, start:end], axis=0)
+            ).mean(axis=(1, 2))
             excess.append(across - (out + within) / 2)
     return float(np.mean(excess))
 
@@ -285,17 +341,29 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
             what = f"reconstruction, {name} ({part['pictures']} pictures, {part['steps']} steps)"
             yield Row(what, f"{value['mean']:.1f} dB", f"least {value['least']:.1f} dB")
         large = part["upsampled"]
-        yield Row(f"... with upsamplers, {large['size']} px ({large['pictures']} pictures)", f"{large['psnr']:.1f} dB")
+        yield Row(
+            f"... with upsamplers, {large['size']} px ({large['pictures']} pictures)",
+            f"{large['psnr']:.1f} dB",
+        )
     if part := results.get("variations"):
         for eta in map(str, ETAS):
             beside = f"cosine to the source {part[eta]['cosine']:.3f}"
-            yield Row(f"variations, eta {eta}: pixel RMS, of 2", f"{part[eta]['pixel_rms']:.3f}", beside)
+            yield Row(
+                f"variations, eta {eta}: pixel RMS, of 2", f"{part[eta]['pixel_rms']:.3f}", beside
+            )
         yield Row("cosine of random pairs of pictures", f"{part['random_pairs']:.3f}")
     if part := results.get("interpolation"):
-        yield Row("interpolation: ends and reconstructions differ by", f"{part['ends_differ_by']}/255")
+        yield Row(
+            "interpolation: ends and reconstructions differ by", f"{part['ends_differ_by']}/255"
+        )
         value = part["largest_step_of_embeddings"]
-        yield Row("... largest step over mean step, by cosine of the embeddings given", f"{value:.2f}")
-        for name, how in (("plain", "of the frames"), ("even", "of frames put where steps are even")):
+        yield Row(
+            "... largest step over mean step, by cosine of the embeddings given", f"{value:.2f}"
+        )
+        for name, how in (
+            ("plain", "of the frames"),
+            ("even", "of frames put where steps are even"),
+        ):
             step = part["largest_step"][name]
             beside = f"most {step['most']:.2f}; {step['within_twice']:.0%} of {part['paths']} paths within twice"
             yield Row(f"... the same, {how}", f"{step['mean']:.2f}", beside)
@@ -303,25 +371,44 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
         for eta in map(str, TEXT_DIFF_ETAS):
             of, what = part[eta], f"text diff, eta {eta}"
             beside = f"steps that rise {of['rising_steps']:.0%}; embeddings given {of['monotone_embeddings']:.0%}"
-            yield Row(f"{what}: monotone towards the target ({part['cases']} cases)", f"{of['monotone']:.0%}", beside)
+            yield Row(
+                f"{what}: monotone towards the target ({part['cases']} cases)",
+                f"{of['monotone']:.0%}",
+                beside,
+            )
             for theta in map(str, THETAS):
                 target, source = of["cosine_to_target"][theta], of["cosine_to_source"][theta]
-                yield Row(f"... theta {theta}: cosine to the target", f"{target:.3f}", f"to the source {source:.3f}")
+                yield Row(
+                    f"... theta {theta}: cosine to the target",
+                    f"{target:.3f}",
+                    f"to the source {source:.3f}",
+                )
     if part := results.get("pca"):
         for k, of in part["of"].items():
             what = f"{k} components, {of['explained']:.0%} of the variance: recall@1 of {part['captions']} captions"
             yield Row(what, f"{of['recall@1']:.1%}", f"cosine to the whole {of['cosine']:.3f}")
         yield Row("the whole embedding", f"{part['whole']['recall@1']:.1%}")
     if part := results.get("inpainting"):
-        for name in [name for name in ("fine-tuned", UNBENT, "training-free", "pasted") if name in part]:
-            of, what = part[name], f"inpainting, {name}" if name != "pasted" else "a whole picture's part pasted in"
+        for name in [
+            name for name in ("fine-tuned", UNBENT, "training-free", "pasted") if name in part
+        ]:
+            of, what = (
+                part[name],
+                f"inpainting, {name}" if name != "pasted" else "a whole picture's part pasted in",
+            )
             yield Row(
-                f"{what}: recall@1 of the prompt in the hole", f"{of['recall@1']:.1%}", f"random {part['random']:.1%}"
+                f"{what}: recall@1 of the prompt in the hole",
+                f"{of['recall@1']:.1%}",
+                f"random {part['random']:.1%}",
             )
             beside = f"true pictures {part['seam_of_true_pictures']:.1f}"
             yield Row(f"{what}: seam, of 255", f"{of['seam']:.1f}", beside)
             if "seam_of_own_caption" in of:
-                yield Row("... the same, after the picture's own caption", f"{of['seam_of_own_caption']:.1f}", beside)
+                yield Row(
+                    "... the same, after the picture's own caption",
+                    f"{of['seam_of_own_caption']:.1f}",
+                    beside,
+                )
             yield Row(f"{what}: what is kept differs by", f"{of['kept_differs_by']}/255")
 
 
@@ -330,18 +417,30 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m unclip.evaluation.manipulation", description=__doc__.split("\n")[0]
     )
     add_model(parser)
-    parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help="held-out pairs: tars, or a folder")
+    parser.add_argument(
+        "--data", nargs="+", required=True, metavar="DATA", help="held-out pairs: tars, or a folder"
+    )
     about = "pictures or embeddings that the PCA is fitted on (default: those of --data)"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
-    parser.add_argument("--limit", type=whole_number, default=32, metavar="N", help="pairs (default: 32)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument(
+        "--limit", type=whole_number, default=32, metavar="N", help="pairs (default: 32)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)"
+    )
     about = "of inverted DDIM, at least (default: 50); parts other than reconstruction need no more than 25"
     parser.add_argument("--steps", type=int, default=50, metavar="N", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument(
-        "--batch-size", type=whole_number, default=16, metavar="N", help="pictures at once (default: 16)"
+        "--batch-size",
+        type=whole_number,
+        default=16,
+        metavar="N",
+        help="pictures at once (default: 16)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures of each part here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keep the figures of each part here"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -353,7 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on with the parts that are missing") from None
+        raise SystemExit(
+            "stopped; the same command goes on with the parts that are missing"
+        ) from None
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from unclip.latents import normalise
+from unclip.embeddings import normalise
 
 # N queries, M candidates, D embedding width, S image size
 
@@ -22,7 +22,9 @@ def agreement(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
     return {"matching": matching, "mismatched": mismatched, "gap": matching - mismatched}
 
 
-def recall(emb: Tensor, candidates: Tensor, right: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def recall(
+    emb: Tensor, candidates: Tensor, right: Tensor, ks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
     """Fraction of emb (N, D) whose right row (N,) of candidates (M, D) is among the k nearest by cosine.
 
     A tie counts as a miss, so that embeddings that are all the same recall nothing.
@@ -53,7 +55,9 @@ def nearest_by_cosine(emb: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     return row, 1 - cosine
 
 
-def nearest_by_pixels(images: Tensor, candidates: Tensor, chunk: int = 512) -> tuple[Tensor, Tensor]:
+def nearest_by_pixels(
+    images: Tensor, candidates: Tensor, chunk: int = 512
+) -> tuple[Tensor, Tensor]:
     """Row (N,) of candidates (M, 3, S, S) uint8 that is nearest to each of images (N, 3, S, S) in [-1, 1].
 
     Also the root mean squared difference (N,) of the two, in [0, 2].
@@ -61,8 +65,12 @@ def nearest_by_pixels(images: Tensor, candidates: Tensor, chunk: int = 512) -> t
     queries = rearrange(images.float().cpu(), "n c h w -> n (c h w)")
     best = torch.full((len(queries),), torch.inf)
     row = torch.zeros(len(queries), dtype=torch.long)
-    for start in range(0, len(candidates), chunk):  # all of them as floats would take 4 times the memory
-        keys = rearrange(candidates[start : start + chunk].float().div(127.5).sub(1), "m c h w -> m (c h w)")
+    for start in range(
+        0, len(candidates), chunk
+    ):  # all of them as floats would take 4 times the memory
+        keys = rearrange(
+            candidates[start : start + chunk].float().div(127.5).sub(1), "m c h w -> m (c h w)"
+        )
         distance, nearest = torch.cdist(queries, keys).min(dim=1)  # (N,)
         row = torch.where(distance < best, nearest + start, row)
         best = torch.minimum(distance, best)

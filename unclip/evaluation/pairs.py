@@ -97,7 +97,12 @@ class Pairs:
 
         def repeats(row: int) -> tuple[int, ...]:
             pair = self.entries[row]
-            return seen["concept", pair.concept], pair.toned, seen["style", pair.style], seen["group", pair.group]
+            return (
+                seen["concept", pair.concept],
+                pair.toned,
+                seen["style", pair.style],
+                seen["group", pair.group],
+            )
 
         while left and len(chosen) < count:
             chosen.append(min(left, key=repeats))
@@ -108,7 +113,10 @@ class Pairs:
 
 
 def load_pairs(
-    source: str | Path | Sequence[str | Path], size: int, limit: int | None = None, progress: bool = True
+    source: str | Path | Sequence[str | Path],
+    size: int,
+    limit: int | None = None,
+    progress: bool = True,
 ) -> Pairs:
     """The pairs of a dataset (anything that training takes, or several tars), pictures at `size` x `size` pixels.
 
@@ -130,10 +138,18 @@ def load_pairs(
         except (ValueError, OSError) as error:
             return str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without holding the interpreter
+    with ThreadPoolExecutor(
+        os.cpu_count()
+    ) as pool:  # Pillow decodes and resizes without holding the interpreter
         name = Path(sources[0]).name
-        found = list(tqdm(pool.map(read, wanted), f"reading {name}", count, disable=not progress, leave=False))
-    whole = [(index, *one) for index, one in zip(wanted, found, strict=True) if not isinstance(one, str)]
+        found = list(
+            tqdm(
+                pool.map(read, wanted), f"reading {name}", count, disable=not progress, leave=False
+            )
+        )
+    whole = [
+        (index, *one) for index, one in zip(wanted, found, strict=True) if not isinstance(one, str)
+    ]
     broken = [one for one in found if isinstance(one, str)]
     if not whole:
         raise ValueError(f"{sources[0]}: none of {count} pictures can be read, e.g. {broken[0]}")

@@ -18,7 +18,7 @@ from unclip.evaluation.metrics import agreement, diversity, recall
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.report import markdown
 from unclip.pipelines.base import generators_from
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import UnCLIPOptions
 
 # N held-out pairs, D CLIP embedding width
@@ -50,11 +50,15 @@ class PriorComparison:
         self.pipe, self.held_out, self.seed = pipe, held_out, seed
         own = {} if pipe.prior is None else {_kind(pipe.prior): pipe.prior}
         if taken := sorted(priors.keys() & {*own, *WITHOUT, TRUTH}):
-            raise ValueError(f"a prior is named {taken[0]!r}, as another row is; give it another name")
+            raise ValueError(
+                f"a prior is named {taken[0]!r}, as another row is; give it another name"
+            )
         self.priors = {**own, **priors}
         self.guidance = dict(guidance or {})
         if unknown := sorted(self.guidance.keys() - self.priors.keys()):
-            raise ValueError(f"guidance of {unknown[0]!r}, which is no prior here; there are {', '.join(self.priors)}")
+            raise ValueError(
+                f"guidance of {unknown[0]!r}, which is no prior here; there are {', '.join(self.priors)}"
+            )
         options = options or pipe.options
         self.options, self.batch_size, self.progress = options, batch_size, progress
         self.drawer = self._drawer(options)
@@ -89,7 +93,11 @@ class PriorComparison:
             emb = self.pipe.as_image(self.text_emb.to(self.pipe.device)).cpu()
             yield {"name": WITHOUT[0], **self._of_embeddings(emb), **self._decoded(emb, generators)}
         yield {"name": WITHOUT[1], **self._decoded(None, generators)}
-        yield {"name": TRUTH, **self._of_embeddings(self.true_emb), **self._decoded(self.true_emb, generators)}
+        yield {
+            "name": TRUTH,
+            **self._of_embeddings(self.true_emb),
+            **self._decoded(self.true_emb, generators),
+        }
 
     def _with_prior(self, name: str, prior: nn.Module) -> dict[str, Any]:
         guidance = self.guidance.get(name, self.options.prior.guidance)

@@ -15,13 +15,21 @@ class Row(NamedTuple):
 def rows(results: dict[str, Any]) -> list[Row]:
     """The figures of `Evaluation.run`, in the order of the stages; parts that were not run are left out."""
     other = results.get("beside", "")
-    return [row for part, tell in _PARTS.items() if part in results for row in tell(results[part], other)]
+    return [
+        row
+        for part, tell in _PARTS.items()
+        if part in results
+        for row in tell(results[part], other)
+    ]
 
 
 def plain(table: Sequence[Row]) -> str:
     """Columns aligned by spaces."""
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
     return "\n".join(lines)
 
 
@@ -48,7 +56,11 @@ def _prior(part: dict[str, Any], other: str) -> Iterator[Row]:
             f"{part['cosine'][key]:.3f}",
             f"text embedding {part['cosine_of_text'][key]:.3f}",
         )
-    yield Row("prior: mean squared error, normalised", f"{part['normalised_mse']:.3f}", "1 if it always gave the mean")
+    yield Row(
+        "prior: mean squared error, normalised",
+        f"{part['normalised_mse']:.3f}",
+        "1 if it always gave the mean",
+    )
 
 
 def _recall(part: dict[str, Any], other: str) -> Iterator[Row]:
@@ -58,7 +70,9 @@ def _recall(part: dict[str, Any], other: str) -> Iterator[Row]:
             same = {of: group[of][figure] for of in ("beside", "true") if of in group}
             yield Row(what, f"{value:.1%}", _references(same, ".1%", other))
     cosine = part["caption_cosine"]
-    yield Row("CLIP cosine to the caption", f"{cosine['drawn']:.3f}", _references(cosine, ".3f", other))
+    yield Row(
+        "CLIP cosine to the caption", f"{cosine['drawn']:.3f}", _references(cosine, ".3f", other)
+    )
 
 
 def _style(part: dict[str, Any], other: str) -> Iterator[Row]:
@@ -68,8 +82,14 @@ def _style(part: dict[str, Any], other: str) -> Iterator[Row]:
 
 
 def _diversity(part: dict[str, Any], other: str) -> Iterator[Row]:
-    what = f"CLIP distance between {part['seeds']} pictures of one prompt ({part['prompts']} prompts)"
-    yield Row(what, f"{part['of_one_prompt']:.3f}", f"of different prompts {part['of_different_prompts']:.3f}")
+    what = (
+        f"CLIP distance between {part['seeds']} pictures of one prompt ({part['prompts']} prompts)"
+    )
+    yield Row(
+        what,
+        f"{part['of_one_prompt']:.3f}",
+        f"of different prompts {part['of_different_prompts']:.3f}",
+    )
 
 
 def _nearest(part: dict[str, Any], other: str) -> Iterator[Row]:
@@ -77,14 +97,22 @@ def _nearest(part: dict[str, Any], other: str) -> Iterator[Row]:
         median, same = part[kind]["median_distance"], part[kind]["same_concept"]
         what = f"nearest training picture, median {unit}"
         yield Row(what, f"{median['drawn']:.3f}", f"true pictures {median['true']:.3f}")
-        yield Row(f"... is of the same concept ({kind})", f"{same['drawn']:.1%}", f"true pictures {same['true']:.1%}")
-    yield Row("nearer to the unseen truth than to any training picture", f"{part['nearer_to_truth']:.1%}")
+        yield Row(
+            f"... is of the same concept ({kind})",
+            f"{same['drawn']:.1%}",
+            f"true pictures {same['true']:.1%}",
+        )
+    yield Row(
+        "nearer to the unseen truth than to any training picture", f"{part['nearer_to_truth']:.1%}"
+    )
 
 
 def _candidates(part: dict[str, Any], other: str) -> Iterator[Row]:
     for count, found in part["of"].items():
         what = f"CLIP score, best of {count} ({part['captions']} captions)"
-        beside = f"to the true picture {found['cosine_to_truth']:.3f}; recall@1 {found['recall@1']:.1%}"
+        beside = (
+            f"to the true picture {found['cosine_to_truth']:.3f}; recall@1 {found['recall@1']:.1%}"
+        )
         yield Row(what, f"{found['clip_score']:.3f}", beside)
 
 
@@ -93,7 +121,9 @@ def _codec(part: dict[str, Any], other: str) -> Iterator[Row]:
     yield Row("codec alone: SSIM", f"{part['ssim']:.3f}")
     energy = f"its energy {part['high_band_energy']:.1%} of the true"
     yield Row("codec alone: error of the finest details", f"{part['high_band_error']:.1%}", energy)
-    yield Row("codec alone: codes in use", f"{part['usage']:.1%}", f"perplexity {part['perplexity']:.0f}")
+    yield Row(
+        "codec alone: codes in use", f"{part['usage']:.1%}", f"perplexity {part['perplexity']:.0f}"
+    )
 
 
 def _bound(part: dict[str, Any], other: str) -> Iterator[Row]:
@@ -113,13 +143,18 @@ def _decoder(part: dict[str, Any], other: str) -> Iterator[Row]:
 
 def _upsampler(part: dict[str, Any], other: str) -> Iterator[Row]:
     what = f"upsampler alone, {part['from']} to {part['to']} px: PSNR ({part['pictures']} pictures)"
-    yield Row(what, f"{part['psnr']['upsampled']:.2f} dB", f"bicubic {part['psnr']['bicubic']:.2f} dB")
+    yield Row(
+        what, f"{part['psnr']['upsampled']:.2f} dB", f"bicubic {part['psnr']['bicubic']:.2f} dB"
+    )
 
 
 def _repeatable(part: dict[str, Any], other: str) -> Iterator[Row]:
     answer = {True: "yes", False: "no"}
     yield Row("same seed, same bytes", answer[part["same_seed_same_bytes"]])
-    yield Row("largest difference between alone and in a batch", f"{part['batch_and_alone_differ_by']}/255")
+    yield Row(
+        "largest difference between alone and in a batch",
+        f"{part['batch_and_alone_differ_by']}/255",
+    )
     yield Row("redrawn from its metadata, same bytes", answer[part["redrawn_same_bytes"]])
 
 

@@ -11,7 +11,7 @@ from unclip.evaluation.codec import reconstructions
 from unclip.evaluation.dalle_harness import DalleEvaluation
 from unclip.evaluation.harness import Evaluation
 from unclip.evaluation.pairs import Pairs, canonical
-from unclip.pictures import cell, grid, save_png
+from unclip.image_io import cell, grid, save_png
 from unclip.pipelines.base import to_pil
 
 PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
@@ -53,8 +53,18 @@ def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
         titles: list[str] = []
         for style in pairs.styles:
             source, row = truth.get((concept, style), (None, 0))
-            shown += [pictures[concept, style], None if source is None else source.picture(row, size)]
-            titles += [style, "HELD OUT" if source is pairs else "no such picture" if source is None else "trained on"]
+            shown += [
+                pictures[concept, style],
+                None if source is None else source.picture(row, size),
+            ]
+            titles += [
+                style,
+                "HELD OUT"
+                if source is pairs
+                else "no such picture"
+                if source is None
+                else "trained on",
+            ]
         cells.append(cell(shown, size, concept, titles))
     return grid(cells, columns=1)
 
@@ -77,17 +87,31 @@ def nearest_sheet(evaluation: Evaluation, train: Pairs, size: int = 96) -> Image
     for row, picture in zip(rows, evaluation.drawer.enlarge(evaluation.drawn, rows), strict=True):
         truth = evaluation.held_out.picture(row, size)
         copies = [train.picture(int(found[row]), size) for found in (pixels, by_clip)]
-        caption = f"{evaluation.held_out.captions[row]}; nearest: {train.captions[int(pixels[row])]}"
-        cells.append(cell([picture, truth, *copies], size, caption, ["drawn", "true", "nearest", "... to CLIP"]))
+        caption = (
+            f"{evaluation.held_out.captions[row]}; nearest: {train.captions[int(pixels[row])]}"
+        )
+        cells.append(
+            cell(
+                [picture, truth, *copies],
+                size,
+                caption,
+                ["drawn", "true", "nearest", "... to CLIP"],
+            )
+        )
     return grid(cells, columns=2, gap=12)
 
 
-def samples_sheet(evaluation: Evaluation, prompts: Sequence[str] = PROMPTS, size: int = 160) -> Image.Image:
+def samples_sheet(
+    evaluation: Evaluation, prompts: Sequence[str] = PROMPTS, size: int = 160
+) -> Image.Image:
     """A picture of each prompt, from the seeds `seed`, `seed` + 1, ...; and another model's beside it."""
     drawers = [drawer for drawer in (evaluation.drawer, evaluation.beside) if drawer is not None]
     titles = [drawer.pipe.name for drawer in drawers] if len(drawers) > 1 else []
     columns = [drawer.enlarge(drawer.draw(prompts, evaluation.seed)) for drawer in drawers]
-    cells = [cell(pictures, size, prompt, titles) for *pictures, prompt in zip(*columns, prompts, strict=True)]
+    cells = [
+        cell(pictures, size, prompt, titles)
+        for *pictures, prompt in zip(*columns, prompts, strict=True)
+    ]
     return grid(cells, columns=4 // len(drawers), gap=8)
 
 
@@ -97,7 +121,10 @@ def candidates_sheet(evaluation: DalleEvaluation, size: int = 96) -> Image.Image
     pictures = [to_pil(images) for images in chosen.first.values()]
     titles = [f"best of {n}" for n in chosen.first]
     captions = [evaluation.held_out.captions[row] for row in chosen.rows]
-    cells = [cell(best, size, caption, titles) for *best, caption in zip(*pictures, captions, strict=True)]
+    cells = [
+        cell(best, size, caption, titles)
+        for *best, caption in zip(*pictures, captions, strict=True)
+    ]
     return grid(cells, columns=2, gap=12)
 
 
@@ -107,7 +134,9 @@ def codec_sheet(evaluation: DalleEvaluation) -> Image.Image:
     return reconstructions(evaluation.pipe.codec, evaluation.held_out.images[rows])
 
 
-def write_sheets(evaluation: Evaluation, folder: str | Path, prompts: Sequence[str] = PROMPTS) -> list[Path]:
+def write_sheets(
+    evaluation: Evaluation, folder: str | Path, prompts: Sequence[str] = PROMPTS
+) -> list[Path]:
     """heldout.png, failures.png, samples.png; if there are training pairs, nearest.png; returns their paths.
 
     Of a DALL-E also codec.png, and candidates.png if the candidates were measured.

@@ -24,7 +24,9 @@ class StyleClassifier(nn.Module):
         super().__init__()
         self.styles = styles
         layers = [
-            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()
+            )
             for before, after in pairwise((3, *WIDTHS))
         ]
         self.features = nn.Sequential(*layers)
@@ -32,7 +34,9 @@ class StyleClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> logits (B, styles)."""
-        x = self.features(images.contiguous(memory_format=torch.channels_last))  # (B, C, S / 16, S / 16)
+        x = self.features(
+            images.contiguous(memory_format=torch.channels_last)
+        )  # (B, C, S / 16, S / 16)
         return self.head(torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1))
 
     @torch.no_grad()
@@ -42,19 +46,25 @@ class StyleClassifier(nn.Module):
         return told == torch.tensor([self.styles.index(style) for style in styles])
 
 
-def train_classifier(pairs: Pairs, seed: int = 0, steps: int = STEPS, progress: bool = True) -> StyleClassifier:
+def train_classifier(
+    pairs: Pairs, seed: int = 0, steps: int = STEPS, progress: bool = True
+) -> StyleClassifier:
     """Trained on the pairs that have a style; the same pairs and seed give the same classifier.
 
     Half of each batch is blurred by halving its size, so that sharpness alone tells no style.
     """
     known = torch.tensor([row for row, pair in enumerate(pairs.entries) if pair.style])
-    labels = torch.tensor([pairs.styles.index(pair.style) if pair.style else -1 for pair in pairs.entries])
+    labels = torch.tensor(
+        [pairs.styles.index(pair.style) if pair.style else -1 for pair in pairs.entries]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = StyleClassifier(pairs.styles).to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=steps)
-        for _ in tqdm(range(steps), "training the style classifier", disable=not progress, leave=False):
+        for _ in tqdm(
+            range(steps), "training the style classifier", disable=not progress, leave=False
+        ):
             rows = known[torch.randint(len(known), (BATCH,))]
             sharp, other = pairs.floats(rows).chunk(2)  # (B / 2, 3, S, S) each
             blurred = F.interpolate(F.avg_pool2d(other, 2), other.shape[-2:], mode="bilinear")

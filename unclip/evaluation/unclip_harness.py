@@ -15,8 +15,8 @@ from unclip.evaluation.drawing import Drawn, Imagined, UnCLIPDrawer
 from unclip.evaluation.harness import Evaluation
 from unclip.evaluation.metrics import agreement, psnr
 from unclip.pipelines.base import generators_from
-from unclip.pipelines.runs import to_tensor
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.bound_stage import to_tensor
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.losses import resized
 
 # N held-out pairs, B batch, D CLIP embedding width, s decoder's and S model's picture side
@@ -51,7 +51,9 @@ class UnCLIPEvaluation(Evaluation):
     def prior(self) -> dict[str, Any]:
         """The prior's embeddings against those of the true pictures, and the same of the captions' own embeddings."""
         emb, network = self.imagined.image_emb, self.pipe.prior
-        normalised = [network.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)]
+        normalised = [
+            network.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
+        ]
         return {
             "cosine": agreement(emb, self.true_emb),
             "cosine_of_text": agreement(self.text_emb, self.true_emb),
@@ -72,9 +74,15 @@ class UnCLIPEvaluation(Evaluation):
             with torch.inference_mode():
                 context = decoder.condition(self.true_emb[part].to(pipe.device, pipe.dtype), text)
                 for level, found in zip(NOISE_LEVELS, errors.values(), strict=True):
-                    t = torch.full((len(x_0),), round(level * schedule.num_timesteps), device=pipe.device)  # (B,)
-                    x_t = schedule.add_noise(x_0, randn(x_0.shape, generators[part], pipe.device), t)
-                    output = decoder.denoise(x_t.to(pipe.dtype), t, context)[:, :3]  # without the learned variance
+                    t = torch.full(
+                        (len(x_0),), round(level * schedule.num_timesteps), device=pipe.device
+                    )  # (B,)
+                    x_t = schedule.add_noise(
+                        x_0, randn(x_0.shape, generators[part], pipe.device), t
+                    )
+                    output = decoder.denoise(x_t.to(pipe.dtype), t, context)[
+                        :, :3
+                    ]  # without the learned variance
                     estimate = schedule.predict_x0(output, x_t, t, decoder.config.prediction)
                     found.append((estimate.clamp(-1, 1) - x_0).square().mean(dim=(1, 2, 3)).cpu())
         of_level = {level: torch.cat(found).mean().item() for level, found in errors.items()}
@@ -83,7 +91,10 @@ class UnCLIPEvaluation(Evaluation):
     def upsampler(self) -> dict[str, Any]:
         """True pictures made small, then large again, against the true large ones; beside bicubic interpolation."""
         pipe, options = self.pipe, self.drawer.options.upsamplers
-        small, large = pipe.decoder.config.image_size, pipe.upsamplers[len(options) - 1].config.high_size
+        small, large = (
+            pipe.decoder.config.image_size,
+            pipe.upsamplers[len(options) - 1].config.high_size,
+        )
         count = min(UPSAMPLED, len(self.held_out))
         generators = generators_from(range(self.seed, self.seed + count))
         found: dict[str, list[Tensor]] = {"upsampled": [], "bicubic": []}
@@ -92,7 +103,9 @@ class UnCLIPEvaluation(Evaluation):
             truth = to_tensor([self.held_out.picture(row, large) for row in rows])
             low_res = resized(truth, small)
             bicubic = F.interpolate(low_res, (large, large), mode="bicubic").clamp(-1, 1)
-            upsampled = pipe.upsample(low_res, generators=generators[part], options=options).cpu()  # (B, 3, S, S)
+            upsampled = pipe.upsample(
+                low_res, generators=generators[part], options=options
+            ).cpu()  # (B, 3, S, S)
             found["upsampled"].append(psnr(upsampled, truth))
             found["bicubic"].append(psnr(bicubic, truth))
         means = {name: torch.cat(values).mean().item() for name, values in found.items()}

@@ -23,7 +23,9 @@ M = TypeVar("M", bound=nn.Module)
 def timestep_embedding(t: torch.Tensor, dim: int, max_period: float = 10_000.0) -> torch.Tensor:
     """Sinusoids [cos, sin] of t at `dim` / 2 geometric frequencies: (B,) -> (B, dim), always float32 (ADM, GLIDE)."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t[:, None].float() * frequencies[None]  # B half
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -39,7 +41,11 @@ class Linear(nn.Linear):
         if not few or torch.is_grad_enabled():
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1]).T  # I B
-        out = self.weight @ rows if self.bias is None else torch.addmm(self.bias[:, None], self.weight, rows)  # O B
+        out = (
+            self.weight @ rows
+            if self.bias is None
+            else torch.addmm(self.bias[:, None], self.weight, rows)
+        )  # O B
         return out.T.contiguous().view(*x.shape[:-1], -1)
 
 
@@ -64,11 +70,17 @@ def zeroed(module: M) -> M:
     return module
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, H, S, d), k and v (B, H, N, d), mask (B, 1, 1 or S, N) bool -> (B, H, S, d)."""
     if q.is_cpu and q.dtype == torch.bfloat16:
         # PyTorch's fused kernel costs twice as much here as these matrix products, and seven times as much backward.
-        bias = q.new_zeros(1, 1, 1, 1) if mask is None else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+        bias = (
+            q.new_zeros(1, 1, 1, 1)
+            if mask is None
+            else torch.where(mask, 0.0, -torch.inf).to(q.dtype)
+        )
         bias = bias.expand(*q.shape[:2], -1, k.shape[2]).flatten(0, 1)  # B*H 1|S N
         q, k, v, shape = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q.shape
         with torch.autocast("cpu", enabled=False):  # it would have the softmax in float32
@@ -78,7 +90,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 
 
 def attend_after(
-    prefix: tuple[torch.Tensor, torch.Tensor], seen: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    prefix: tuple[torch.Tensor, torch.Tensor],
+    seen: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
 ) -> torch.Tensor:
     """Causal attention of S tokens (B, H, S, d) to themselves and to all of a prefix that is `seen` -> (B, H, S, d).
 
@@ -88,18 +104,26 @@ def attend_after(
     (k_prefix, v_prefix), (R, N), (B, _, S, d) = prefix, seen.shape, q.shape
     causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
     if R == B:
-        visible = torch.cat([seen[:, None, None].expand(-1, -1, S, -1), causal.expand(B, 1, S, S)], dim=-1)  # B 1 S N+S
+        visible = torch.cat(
+            [seen[:, None, None].expand(-1, -1, S, -1), causal.expand(B, 1, S, S)], dim=-1
+        )  # B 1 S N+S
         return attend(q, torch.cat([k_prefix, k], dim=2), torch.cat([v_prefix, v], dim=2), visible)
 
-    def together(x: torch.Tensor) -> torch.Tensor:  # the rows that share a row of the prefix, as if they were one
+    def together(
+        x: torch.Tensor,
+    ) -> torch.Tensor:  # the rows that share a row of the prefix, as if they were one
         return rearrange(x, "(r n) h s m -> r h (n s) m", r=R)
 
     def apart(x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "r h (n s) m -> (r n) h s m", s=S)
 
-    to_prefix = (together(q) @ k_prefix.mT).masked_fill(~seen[:, None, None], -torch.inf)  # R H nS N
+    to_prefix = (together(q) @ k_prefix.mT).masked_fill(
+        ~seen[:, None, None], -torch.inf
+    )  # R H nS N
     to_selves = (q @ k.mT).masked_fill(~causal, -torch.inf)  # B H S S
-    weights = (torch.cat([apart(to_prefix), to_selves], dim=-1) * d**-0.5).softmax(dim=-1)  # B H S N+S
+    weights = (torch.cat([apart(to_prefix), to_selves], dim=-1) * d**-0.5).softmax(
+        dim=-1
+    )  # B H S N+S
     return apart(together(weights[..., :N]) @ v_prefix) + weights[..., N:] @ v
 
 
@@ -146,7 +170,10 @@ class GroupNorm(nn.GroupNorm):
     ) -> torch.Tensor:
         if x.is_cpu and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
             # Plain sums cost less than PyTorch's kernel for channels-last does backward.
-            weight, bias = self.weight.float().expand(x.shape[:2]), self.bias.float().expand(x.shape[:2])  # B C
+            weight, bias = (
+                self.weight.float().expand(x.shape[:2]),
+                self.bias.float().expand(x.shape[:2]),
+            )  # B C
             if scale is not None and shift is not None:
                 weight, bias = weight * (1 + scale), torch.addcmul(shift.float(), bias, 1 + scale)
             return _GroupNormBySums.apply(x, weight, bias, self.num_groups, self.eps)
@@ -154,7 +181,9 @@ class GroupNorm(nn.GroupNorm):
         if scale is None or shift is None:
             return h
         gain, shift = 1 + scale[:, :, None, None], shift[:, :, None, None]
-        fresh = torch.is_grad_enabled() or torch.compiler.is_compiling()  # which cannot trace `out`, and fuses this
+        fresh = (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        )  # which cannot trace `out`, and fuses this
         return torch.addcmul(shift, h, gain, out=None if fresh else h)
 
 
@@ -169,7 +198,9 @@ class _GroupNormBySums(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps):
         n = x[0].numel() // groups
         some = x[:, :, ::4, ::4]
-        rough = _group_sums(_pixel_sums(some), groups) / (some[0].numel() // groups)  # B C, equal within a group
+        rough = _group_sums(_pixel_sums(some), groups) / (
+            some[0].numel() // groups
+        )  # B C, equal within a group
         x = x - _per_pixel(rough, x)
         first, second = _pixel_sums(x), _pixel_sums(x * x)  # B C
         mean, square = (_group_sums(s, groups) / n for s in (first, second))  # B C

@@ -36,8 +36,12 @@ class UNetConfig:
     groups: int = 32
     dropout: float = 0.0
     time_shift: Literal["scale_shift", "additive"] = "scale_shift"
-    context_dim: int | None = None  # width of the context tokens; None = attention over the picture only
-    resample: Literal["residual", "conv"] = "residual"  # a whole residual block (ADM), or one convolution
+    context_dim: int | None = (
+        None  # width of the context tokens; None = attention over the picture only
+    )
+    resample: Literal["residual", "conv"] = (
+        "residual"  # a whole residual block (ADM), or one convolution
+    )
     mid_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -49,15 +53,21 @@ class UNetConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
         if self.levels[0].channels % 2:
-            raise ValueError(f"levels[0].channels is {self.levels[0].channels}; the time sinusoids need an even number")
+            raise ValueError(
+                f"levels[0].channels is {self.levels[0].channels}; the time sinusoids need an even number"
+            )
         for i, level in enumerate(self.levels):
             if level.blocks < 1:
                 raise ValueError(f"levels[{i}].blocks is {level.blocks}; expected at least 1")
             if level.channels % self.groups:
-                raise ValueError(f"levels[{i}].channels is {level.channels}; groups = {self.groups} must divide it")
+                raise ValueError(
+                    f"levels[{i}].channels is {level.channels}; groups = {self.groups} must divide it"
+                )
             attends = level.attention or (self.mid_attention and i == len(self.levels) - 1)
             if attends and level.channels % self.head_dim:
-                raise ValueError(f"levels[{i}].channels is {level.channels}; head_dim = {self.head_dim} must divide it")
+                raise ValueError(
+                    f"levels[{i}].channels is {level.channels}; head_dim = {self.head_dim} must divide it"
+                )
 
     @property
     def time_width(self) -> int:
@@ -75,13 +85,17 @@ class ResBlock(nn.Module):
     The modulation M is computed outside, by `time`: (B, time_dim) -> (B, M).
     """
 
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig, resize: Literal["up", "down"] | None = None) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, config: UNetConfig, resize: Literal["up", "down"] | None = None
+    ) -> None:
         super().__init__()
         self.resize = resize
         self.scale_shift = config.time_shift == "scale_shift"
         self.modulation = 2 * c_out if self.scale_shift else c_out  # M
         self.norm1 = GroupNorm(config.groups, c_in)
-        self.conv1 = UpConv2d(c_in, c_out) if resize == "up" else nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = (
+            UpConv2d(c_in, c_out) if resize == "up" else nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
         self.time = nn.Linear(config.time_width, self.modulation)
         self.norm2 = GroupNorm(config.groups, c_out)
         self.dropout = nn.Dropout(config.dropout)
@@ -98,8 +112,8 @@ class ResBlock(nn.Module):
         if self.scale_shift:
             h = self.norm2(h, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm2(plus(h, modulation[:, :, None, None]))
-        return plus(self.conv2(self.dropout(silu(h))), self.skip(x))
+            h = self.norm2(add_(h, modulation[:, :, None, None]))
+        return add_(self.conv2(self.dropout(silu(h))), self.skip(x))
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +121,7 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def plus(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def add_(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x + y, likewise in the memory of x."""
     return x + y if torch.is_grad_enabled() else x.add_(y)
 
@@ -135,7 +149,9 @@ class Attention(nn.Module):
         self.heads = channels // config.head_dim
         self.norm = GroupNorm(config.groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.context_kv = nn.Linear(config.context_dim, 2 * channels) if config.context_dim else None
+        self.context_kv = (
+            nn.Linear(config.context_dim, 2 * channels) if config.context_dim else None
+        )
         self.out = zeroed(nn.Linear(channels, channels))
 
     def project_context(self, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -143,7 +159,11 @@ class Attention(nn.Module):
         return split_heads(self.context_kv(context), 2, self.heads)
 
     def forward(
-        self, x: torch.Tensor, k_context: torch.Tensor | None, v_context: torch.Tensor | None, mask: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        k_context: torch.Tensor | None,
+        v_context: torch.Tensor | None,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         size = x.shape[2:]
         q, k, v = split_heads(self.qkv(self.norm(x).flatten(2).mT), 3, self.heads)  # B H S d
@@ -153,13 +173,15 @@ class Attention(nn.Module):
             mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
         h = attend(q, k, v, mask)  # B H S d
         h = self.out(h.transpose(1, 2).flatten(2))  # B S C
-        return plus(h.mT.unflatten(2, size), x)
+        return add_(h.mT.unflatten(2, size), x)
 
 
 class Block(nn.Module):
     """A residual block (or a downsampling), attention where the level has it, and a resize at the end of a level."""
 
-    def __init__(self, res: nn.Module, attention: Attention | None = None, resize: nn.Module | None = None) -> None:
+    def __init__(
+        self, res: nn.Module, attention: Attention | None = None, resize: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.res, self.attention, self.resize = res, attention, resize
 
@@ -176,7 +198,11 @@ class Block(nn.Module):
         if self.attention is not None:
             x = self.attention(x, k, v, mask)
         if self.resize is not None:
-            x = self.resize(x, next(modulations)) if isinstance(self.resize, ResBlock) else self.resize(x)
+            x = (
+                self.resize(x, next(modulations))
+                if isinstance(self.resize, ResBlock)
+                else self.resize(x)
+            )
         return x
 
 
@@ -200,11 +226,20 @@ class UNet(nn.Module):
         skips, c = [first], first
         for i, level in enumerate(config.levels):
             for _ in range(level.blocks):
-                self.down.append(Block(ResBlock(c, level.channels, config), attention(level.channels, level.attention)))
+                self.down.append(
+                    Block(
+                        ResBlock(c, level.channels, config),
+                        attention(level.channels, level.attention),
+                    )
+                )
                 c = level.channels
                 skips.append(c)
             if i < len(config.levels) - 1:
-                down = ResBlock(c, c, config, "down") if residual else nn.Conv2d(c, c, 3, stride=2, padding=1)
+                down = (
+                    ResBlock(c, c, config, "down")
+                    if residual
+                    else nn.Conv2d(c, c, 3, stride=2, padding=1)
+                )
                 self.down.append(Block(down))
                 skips.append(c)
 
@@ -221,7 +256,11 @@ class UNet(nn.Module):
                 res = ResBlock(c + skips.pop(), level.channels, config)
                 c = level.channels
                 ends_level = i > 0 and j == level.blocks
-                resize = (ResBlock(c, c, config, "up") if residual else UpConv2d(c, c)) if ends_level else None
+                resize = (
+                    (ResBlock(c, c, config, "up") if residual else UpConv2d(c, c))
+                    if ends_level
+                    else None
+                )
                 self.up.append(Block(res, attention(c, level.attention), resize))
         assert not skips
 
@@ -250,7 +289,9 @@ class UNet(nn.Module):
         k, v = zip(*(a.project_context(context) for a in self.attentions()), strict=True)
         return KeyValues(k, v, mask)
 
-    def forward(self, x: torch.Tensor, time_emb: torch.Tensor, context: KeyValues | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, time_emb: torch.Tensor, context: KeyValues | None = None
+    ) -> torch.Tensor:
         return self.run(x, self.modulation(time_emb), context)[0]
 
     def run(
@@ -266,12 +307,18 @@ class UNet(nn.Module):
         """
         divisor = self.config.size_divisor
         if x.shape[2] % divisor or x.shape[3] % divisor:
-            raise ValueError(f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}")
+            raise ValueError(
+                f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
+            )
         if (context is None) != (self.config.context_dim is None):
             state = "missing" if context is None else "not expected"
-            raise ValueError(f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}")
+            raise ValueError(
+                f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}"
+            )
         down, mid, up = self._calls(modulation, context)
-        shallow = self.config.levels[0].blocks  # blocks of the first level on the way down; one more on the way up
+        shallow = self.config.levels[
+            0
+        ].blocks  # blocks of the first level on the way down; one more on the way up
 
         h = self.stem(F.pixel_unshuffle(x.to(self.stem.bias.dtype), self.config.patch))  # B C h w
         skips = [h]
@@ -299,7 +346,9 @@ class UNet(nn.Module):
         kvs = iter(zip(context.k, context.v, strict=True)) if context is not None else None
 
         def bind(block: Block) -> Callable[[torch.Tensor], torch.Tensor]:
-            args = ([next(pieces) for part in (block.res, block.resize) if isinstance(part, ResBlock)],)
+            args = (
+                [next(pieces) for part in (block.res, block.resize) if isinstance(part, ResBlock)],
+            )
             if block.attention is not None and kvs is not None:
                 args += (*next(kvs), context.mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unclip.checkpoints.catalogue import locate
 from unclip.checkpoints.hub import PRIOR_FILES
+from unclip.checkpoints.registry import locate
 
 if TYPE_CHECKING:
     import torch
 
-    from unclip.models.prior import DiffusionPrior
-    from unclip.models.text_prior import DirectPrior
+    from unclip.models.unclip.prior import DiffusionPrior
+    from unclip.models.unclip.text_prior import DirectPrior
     from unclip.pipelines.base import TextToImage
 
 
@@ -34,23 +34,29 @@ def load(
     from unclip.checkpoints import store
     from unclip.checkpoints.formats import load_any
     from unclip.pipelines.base import default_dtype, find_device
-    from unclip.pipelines.dalle import DallePipeline
+    from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.glide import GLIDEPipeline
-    from unclip.pipelines.offload import Residency
-    from unclip.pipelines.unclip import UnCLIPPipeline
+    from unclip.pipelines.offload import Offloader
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
     pipelines = {"unclip": UnCLIPPipeline, "glide": GLIDEPipeline, "dalle": DallePipeline}
     device = find_device(device)
     dtype = dtype or default_dtype(device)
     # What waits on the disk is no more than mapped into memory on its way there; other formats always map.
-    bundle = store.load_bundle(path, dtype, mapped=True) if offload and store.recognise(path) else load_any(path, dtype)
+    bundle = (
+        store.load_bundle(path, dtype, mapped=True)
+        if offload and store.recognise(path)
+        else load_any(path, dtype)
+    )
     if offload and bundle.kind == UnCLIPPipeline.kind:
-        return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Residency(device, dtype))
+        return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Offloader(device, dtype))
     pipe = pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path))
     return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
 
 
-def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> DiffusionPrior | DirectPrior:
+def load_prior(
+    name_or_path: str | Path, dtype: torch.dtype | None = None
+) -> DiffusionPrior | DirectPrior:
     """A prior alone, for `pipe.prior = prior`: trained here, Kandinsky's, or the one of any model that `load` reads.
 
     A file, a folder, or a Hub id of which no more than the prior is fetched. On the CPU, in float32 unless dtype says

@@ -22,11 +22,11 @@ from unclip.config import parse, to_dict
 from unclip.types import GenerationResult, OnStep, Progress, Prompt, StageOptions, TextEncoding
 
 if TYPE_CHECKING:
-    from unclip.pipelines.placement import Placement  # which builds on this module
+    from unclip.pipelines.runtime import Placement  # which builds on this module
 
 # B batch, D CLIP embedding width, S image size
 
-Picture = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
+ImageInput = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
 
 P = ParamSpec("P")
 Answer = TypeVar("Answer", Tensor, TextEncoding)
@@ -72,7 +72,7 @@ class TextToImage(Protocol):
 
     def variations(
         self,
-        image: Picture | Sequence[Picture] | None = None,
+        image: ImageInput | Sequence[ImageInput] | None = None,
         *,
         image_emb: Tensor | None = None,
         num_images: int = 1,
@@ -85,18 +85,25 @@ class TextToImage(Protocol):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None: ...
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextToImage: ...
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TextToImage: ...
 
 
 def redraw(
-    pipe: TextToImage, metadata: dict[str, Any], progress: bool = True, latents: dict[str, Any] | None = None
+    pipe: TextToImage,
+    metadata: dict[str, Any],
+    progress: bool = True,
+    latents: dict[str, Any] | None = None,
 ) -> GenerationResult:
     """Draws a picture again from the metadata in its PNG.
 
     latents: a dictionary that keeps what had to be inverted; given to several calls, nothing is inverted twice.
     """
     if missing := {"seed", "options"} - metadata.keys():
-        raise ValueError(f"the metadata lacks {' and '.join(sorted(missing))}; the picture cannot be drawn again")
+        raise ValueError(
+            f"the metadata lacks {' and '.join(sorted(missing))}; the picture cannot be drawn again"
+        )
     if _of_another_kind(pipe, metadata):
         raise ValueError(
             f"{pipe.name} is of kind {pipe.kind}, but the picture was drawn by another kind of model; draw it again "
@@ -104,7 +111,7 @@ def redraw(
         )
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     if "operation" in metadata:
-        from unclip.pipelines.recipes import repeat  # which builds on this module
+        from unclip.pipelines.provenance import repeat  # which builds on this module
 
         return repeat(pipe, metadata, options, progress, latents)
     chosen: dict[str, Any] = {"seed": metadata["seed"], "options": options, "progress": progress}
@@ -129,14 +136,20 @@ def _of_another_kind(pipe: TextToImage, metadata: dict[str, Any]) -> bool:
 
 def find_device(device: torch.device | str | None = None) -> torch.device:
     """The device asked for, or the fastest there is; ValueError if there is no such device here."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device is None:
         return torch.device(next(name for name, available in there.items() if available))
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:1 or mps") from None
-    if not there.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+    if not there.get(found.type, False) or (
+        found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
+    ):
         available = ", ".join(name for name, available in there.items() if available)
         raise ValueError(f"there is no device {device} here; available: {available}")
     return found
@@ -151,15 +164,25 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def check_prompts(prompt: Prompt) -> list[str]:
     """One prompt or several as a list; ValueError if there is none, or one is no string or no valid Unicode."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else None
+    prompts = (
+        [prompt]
+        if isinstance(prompt, str)
+        else list(prompt)
+        if isinstance(prompt, Sequence)
+        else None
+    )
     if prompts is None:
-        raise ValueError(f"prompt is a {type(prompt).__name__}; expected a string or a list of strings")
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__}; expected a string or a list of strings"
+        )
     if not prompts:
         raise ValueError("the list of prompts is empty; expected at least one string")
     for i, text in enumerate(prompts):
         if not isinstance(text, str):
             raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # a shell's bytes that are not UTF-8 become these
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in text
+        ):  # a shell's bytes that are not UTF-8 become these
             raise ValueError(f"prompt {i} is {text!r}, which is no valid Unicode; expected UTF-8")
     return prompts
 
@@ -178,14 +201,19 @@ def seeds_from(seed: int | None, count: int) -> list[int]:
     return list(range(seed, seed + count))
 
 
-def split_batches(num_prompts: int, num_images: int, batch_size: int) -> Iterator[tuple[slice, int]]:
+def split_batches(
+    num_prompts: int, num_images: int, batch_size: int
+) -> Iterator[tuple[slice, int]]:
     """(some prompts, pictures for each) of at most batch_size pictures, in the order of their seeds."""
     if num_images <= batch_size:
         at_once = batch_size // num_images
         yield from ((slice(i, i + at_once), num_images) for i in range(0, num_prompts, at_once))
     else:
         for i in range(num_prompts):
-            yield from ((slice(i, i + 1), min(batch_size, num_images - k)) for k in range(0, num_images, batch_size))
+            yield from (
+                (slice(i, i + 1), min(batch_size, num_images - k))
+                for k in range(0, num_images, batch_size)
+            )
 
 
 @dataclass(frozen=True)
@@ -239,9 +267,13 @@ def about_drawing(pipe: Placement, options: Any) -> dict[str, Any]:
 def check_images(images: Tensor) -> Tensor:
     """One picture (3, H, W) or several (B, 3, H, W) -> (B, 3, H, W); ValueError unless values are in [-1, 1]."""
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
-        raise ValueError(f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)")
+        raise ValueError(
+            f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)"
+        )
     if not images.is_floating_point():
-        raise ValueError(f"image is a tensor of {images.dtype}; expected floating-point values in [-1, 1]")
+        raise ValueError(
+            f"image is a tensor of {images.dtype}; expected floating-point values in [-1, 1]"
+        )
     if not (images.abs() <= 1).all():
         low, high = (value.item() for value in images.aminmax())
         raise ValueError(f"image is of values from {low:g} to {high:g}; expected them in [-1, 1]")
@@ -250,7 +282,11 @@ def check_images(images: Tensor) -> Tensor:
 
 def with_named_sampler(stage: StageOptions) -> StageOptions:
     """For metadata: a scheduler object is told by its class, from which it can't be made again."""
-    return stage if isinstance(stage.sampler, str) else replace(stage, sampler=type(stage.sampler).__name__)
+    return (
+        stage
+        if isinstance(stage.sampler, str)
+        else replace(stage, sampler=type(stage.sampler).__name__)
+    )
 
 
 def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -14,8 +14,8 @@ from unclip.checkpoints.store import Bundle, save_bundle
 from unclip.diffusion.guidance import classifier_free
 from unclip.diffusion.samplers import randn, sample
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.decoder import DecoderContext
-from unclip.models.glide import GLIDE
+from unclip.models.published.glide import GLIDE
+from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import (
     about_drawing,
     check_prompts,
@@ -25,8 +25,8 @@ from unclip.pipelines.base import (
     to_pil,
     with_named_sampler,
 )
-from unclip.pipelines.placement import Placement
-from unclip.pipelines.settling import settled
+from unclip.pipelines.inference import prepare_for_inference
+from unclip.pipelines.runtime import Placement
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GenerationResult, GLIDEOptions, OnStep, Progress, Prompt, StageOptions
 
@@ -55,42 +55,64 @@ class GLIDEPipeline(Placement):
     ) -> None:
         """schedules: of "decoder", "upsampler_0", ...; cosine for the rest. source: for the pictures' metadata."""
         self.tokenizer, self.decoder, self.upsamplers = tokenizer, decoder, tuple(upsamplers)
-        self.options = options or GLIDEOptions(upsamplers=(StageOptions(steps=27),) * len(self.upsamplers))
+        self.options = options or GLIDEOptions(
+            upsamplers=(StageOptions(steps=27),) * len(self.upsamplers)
+        )
         self.name, self.licence, self.source = name, licence, source or name
         schedules = dict(schedules or {})
-        self.schedules = {stage: Schedule(schedules.pop(stage, ScheduleConfig())) for stage in self.networks()}
+        self.schedules = {
+            stage: Schedule(schedules.pop(stage, ScheduleConfig())) for stage in self.networks()
+        }
         if schedules:
-            raise ValueError(f"schedules of {', '.join(schedules)}; the model has {', '.join(self.schedules)}")
+            raise ValueError(
+                f"schedules of {', '.join(schedules)}; the model has {', '.join(self.schedules)}"
+            )
         self._check_fit()
         self._check_options(self.options)
         for network in self.networks().values():
-            settled(network)
+            prepare_for_inference(network)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> GLIDEPipeline:
         """A pipeline of what a checkpoint holds."""
         if bundle.kind != cls.kind:
-            raise ValueError(f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}")
+            raise ValueError(
+                f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}"
+            )
         if missing := {"tokenizer", "decoder"} - bundle.components.keys():
             raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
-        parts, told = bundle.components, {"name": bundle.name, "licence": bundle.licence, "source": source}
+        parts, told = (
+            bundle.components,
+            {"name": bundle.name, "licence": bundle.licence, "source": source},
+        )
         upsamplers = [parts[f"upsampler_{i}"] for i in range(len(parts) - 2)]
         schedules, options = bundle.schedules, bundle.options
-        return cls(parts["tokenizer"], parts["decoder"], upsamplers, options, schedules=schedules, **told)
+        return cls(
+            parts["tokenizer"], parts["decoder"], upsamplers, options, schedules=schedules, **told
+        )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes a model folder, weights in `dtype` if given; the folder that was there is replaced only at the end."""
         for stage in (self.options.decoder, *self.options.upsamplers):
             if not isinstance(stage.sampler, str):
-                raise ValueError(f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved")
+                raise ValueError(
+                    f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved"
+                )
         self._check_whole()
         schedules = {stage: schedule.config for stage, schedule in self.schedules.items()}
         parts = {"tokenizer": self.tokenizer, **self.networks()}
-        save_bundle(Bundle(self.kind, parts, schedules, self.options, self.name, self.licence), folder, dtype)
+        save_bundle(
+            Bundle(self.kind, parts, schedules, self.options, self.name, self.licence),
+            folder,
+            dtype,
+        )
 
     def networks(self) -> dict[str, GLIDE]:
         """Every network under the name of its stage."""
-        return {"decoder": self.decoder, **{f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)}}
+        return {
+            "decoder": self.decoder,
+            **{f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)},
+        }
 
     def __call__(
         self,
@@ -111,8 +133,12 @@ class GLIDEPipeline(Placement):
         self._check_options(options)
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         parts = []
-        for batch in in_batches(len(prompts), num_images, seed, batch_size, steps, progress, on_step):
-            captions = [caption for caption in prompts[batch.prompts] for _ in range(batch.num_images)]
+        for batch in in_batches(
+            len(prompts), num_images, seed, batch_size, steps, progress, on_step
+        ):
+            captions = [
+                caption for caption in prompts[batch.prompts] for _ in range(batch.num_images)
+            ]
             drawing = {"generators": batch.generators, "on_step": batch.on_step}
             x = self.decode(captions, options=options.decoder, **drawing)
             images = to_pil(self.upsample(x, captions, options=options.upsamplers, **drawing))
@@ -120,9 +146,13 @@ class GLIDEPipeline(Placement):
             parts.append(GenerationResult(images, batch.seeds, captions, metadata=metadata))
         return GenerationResult.cat(parts)
 
-    def variations(self, image: Any = None, *, image_emb: Tensor | None = None, **drawing: Any) -> GenerationResult:
+    def variations(
+        self, image: Any = None, *, image_emb: Tensor | None = None, **drawing: Any
+    ) -> GenerationResult:
         """Not with this model: it has no CLIP."""
-        raise ValueError(f"{self.name} knows no image embeddings and cannot vary a picture; give it a prompt")
+        raise ValueError(
+            f"{self.name} knows no image embeddings and cannot vary a picture; give it a prompt"
+        )
 
     @inferring
     def decode(
@@ -150,7 +180,9 @@ class GLIDEPipeline(Placement):
         """Pictures (B, 3, s, s) in [-1, 1] and their captions -> (B, 3, S, S), one upsampler for each of `options`."""
         generators = generators or random_generators(len(images))
         for i, stage in enumerate(self.options.upsamplers if options is None else options):
-            low_res = ((images.to(self.device) + 1) * 127.5).round() / 127.5 - 1  # trained on pictures of 8 bits
+            low_res = (
+                (images.to(self.device) + 1) * 127.5
+            ).round() / 127.5 - 1  # trained on pictures of 8 bits
             images = self._draw(f"upsampler_{i}", captions, generators, stage, on_step, low_res)
         return images
 
@@ -167,21 +199,30 @@ class GLIDEPipeline(Placement):
         self._use(network)
         context, size = self._context(network, captions), network.config.image_size
 
-        def given(context: DecoderContext, low_res: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+        def given(
+            context: DecoderContext, low_res: Tensor | None
+        ) -> Callable[[Tensor, Tensor], Tensor]:
             return lambda x_t, t: network.denoise(x_t.to(self.dtype), t, context, low_res)
 
         denoise = given(context, low_res)
         if options.guidance != 1.0:
             null = self._context(network, [""]).repeat_interleave(len(captions))
-            both = given(DecoderContext.cat([context, null]), None if low_res is None else low_res.repeat(2, 1, 1, 1))
-            denoise = classifier_free(both, denoise, options, self.schedules[stage].num_timesteps, True)
+            both = given(
+                DecoderContext.cat([context, null]),
+                None if low_res is None else low_res.repeat(2, 1, 1, 1),
+            )
+            denoise = classifier_free(
+                both, denoise, options, self.schedules[stage].num_timesteps, True
+            )
 
         def report(step: int, num_steps: int, x_0: Tensor) -> None:
             on_step(Progress(stage, step, num_steps, x_0))
 
         return sample(
             denoise,
-            randn((len(captions), 3, size, size), generators, self.device).to(memory_format=torch.channels_last),
+            randn((len(captions), 3, size, size), generators, self.device).to(
+                memory_format=torch.channels_last
+            ),
             self.schedules[stage],
             options,
             prediction="eps",
@@ -195,11 +236,16 @@ class GLIDEPipeline(Placement):
         ids, mask = self.tokenizer(captions)
         return network.condition(ids.to(self.device), mask.to(self.device))
 
-    def _metadata(self, captions: Sequence[str], seeds: Sequence[int], options: GLIDEOptions) -> list[dict[str, Any]]:
+    def _metadata(
+        self, captions: Sequence[str], seeds: Sequence[int], options: GLIDEOptions
+    ) -> list[dict[str, Any]]:
         upsamplers = tuple(map(with_named_sampler, options.upsamplers))
         named = replace(options, decoder=with_named_sampler(options.decoder), upsamplers=upsamplers)
         shared = about_drawing(self, named)
-        return [{"prompt": text, "seed": seed, **shared} for text, seed in zip(captions, seeds, strict=True)]
+        return [
+            {"prompt": text, "seed": seed, **shared}
+            for text, seed in zip(captions, seeds, strict=True)
+        ]
 
     def _check_fit(self) -> None:
         """Networks that were not trained for one another are refused."""
@@ -208,8 +254,13 @@ class GLIDEPipeline(Placement):
             config = network.config
             if config.low_size != size:
                 start = "noise alone" if size is None else f"pictures of {size} px"
-                raise ValueError(f"{stage} must start from {start}, but its low_size is {config.low_size}")
-            if (config.text.vocab_size, config.text.context_length) != (tokenizer.vocab_size, tokenizer.context_length):
+                raise ValueError(
+                    f"{stage} must start from {start}, but its low_size is {config.low_size}"
+                )
+            if (config.text.vocab_size, config.text.context_length) != (
+                tokenizer.vocab_size,
+                tokenizer.context_length,
+            ):
                 raise ValueError(
                     f"{stage} reads {config.text.context_length} of {config.text.vocab_size} tokens, "
                     f"but the tokenizer gives {tokenizer.context_length} of {tokenizer.vocab_size}"
@@ -218,11 +269,15 @@ class GLIDEPipeline(Placement):
 
     def _check_options(self, options: GLIDEOptions) -> None:
         if not isinstance(options, GLIDEOptions):
-            raise ValueError(f"options is a {type(options).__name__}; expected GLIDEOptions, such as pipe.options")
+            raise ValueError(
+                f"options is a {type(options).__name__}; expected GLIDEOptions, such as pipe.options"
+            )
         if len(options.upsamplers) > len(self.upsamplers):
             have = len(self.upsamplers)
             raise ValueError(
                 f"options for {len(options.upsamplers)} upsamplers, but the model has {have}; start from pipe.options"
             )
         if any(stage.reuse > 1 for stage in (options.decoder, *options.upsamplers)):
-            raise ValueError("options reuse deep features, which this kind of model does not; set reuse to 1")
+            raise ValueError(
+                "options reuse deep features, which this kind of model does not; set reuse to 1"
+            )

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from unclip.pipelines.inference import prepare_for_inference, settling
 from unclip.pipelines.memory import give_back
-from unclip.pipelines.settling import settled, settling
 
 
-class Residency:
+class Offloader:
     """Keeps at most one of some modules on `device`; `use` brings it there and sends the one before away.
 
     On an accelerator the others wait in main memory. Where the CPU computes they wait in files of a temporary folder
@@ -23,7 +23,9 @@ class Residency:
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """dtype: of the parameters; None = as they are."""
         self.device, self.dtype = device, dtype
-        self._folder = tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
+        self._folder = (
+            tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
+        )
         self._waiting: dict[nn.Module, InMemory | OnDisk] = {}
         self._here: nn.Module | None = None
 
@@ -32,7 +34,7 @@ class Residency:
         if module in self._waiting:
             return
         if self._folder is None:
-            self._waiting[module] = InMemory(settled(module, self.dtype), self.device)
+            self._waiting[module] = InMemory(prepare_for_inference(module, self.dtype), self.device)
         else:
             file = Path(self._folder.name) / str(len(self._waiting))
             self._waiting[module] = OnDisk(module, file, settling(module, self.dtype))
@@ -68,14 +70,19 @@ class OnDisk:
     def __init__(self, module: nn.Module, file: Path, settle: Callable[[Tensor], Tensor]) -> None:
         """settle: what is done to the parameters on their way, one by one: little of a mapped file is in memory."""
         self.module, self.file = module, file
-        self.places: dict[str, tuple[int, Tensor]] = {}  # name -> first byte, and the tensor without its data
+        self.places: dict[
+            str, tuple[int, Tensor]
+        ] = {}  # name -> first byte, and the tensor without its data
         with file.open("wb") as out:
             for name in list(module.state_dict()):
                 owner, leaf = self._place(name)
                 tensor = getattr(owner, leaf).detach()
                 if leaf in owner._parameters:
                     tensor = settle(tensor)
-                self.places[name] = (out.tell(), tensor.to("meta"))  # which keeps dtype and memory format
+                self.places[name] = (
+                    out.tell(),
+                    tensor.to("meta"),
+                )  # which keeps dtype and memory format
                 out.write(_bytes(tensor))
                 del tensor
                 self._give(name, self.places[name][1])
@@ -86,7 +93,9 @@ class OnDisk:
                 tensor = torch.empty_like(like, device="cpu")
                 source.seek(start)
                 if source.readinto(_bytes(tensor)) < tensor.nbytes:
-                    raise OSError(f"{self.file} has been cut off while the model was in use; load it again")
+                    raise OSError(
+                        f"{self.file} has been cut off while the model was in use; load it again"
+                    )
                 self._give(name, tensor)
 
     def drop(self) -> None:
@@ -115,5 +124,9 @@ def parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
     found: list[nn.Module] = []
     for module in modules:
         networks = [getattr(module, name, None) for name in ("unet", "last_unet")]
-        found += [unet for unet in networks if unet is not None] if hasattr(module, "last_unet") else [module]
+        found += (
+            [unet for unet in networks if unet is not None]
+            if hasattr(module, "last_unet")
+            else [module]
+        )
     return found

@@ -23,7 +23,9 @@ def preset(name: str, options: Options, upsamplers: Sequence[Any]) -> Options:
     if name == "exact":
         return options
     if not hasattr(options, "decoder"):
-        raise ValueError(f"preset {name!r} takes steps of diffusion less often, and this kind of model has none")
+        raise ValueError(
+            f"preset {name!r} takes steps of diffusion less often, and this kind of model has none"
+        )
     prior = {"prior": _fewer(options.prior, 0.4)} if hasattr(options, "prior") else {}
     return replace(
         options,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unclip.latents import normalise
+from unclip.embeddings import normalise
 from unclip.pipelines.base import check_count
 from unclip.types import GenerationResult
 
@@ -23,9 +23,13 @@ CHUNK = 64  # pictures that CLIP looks at together
 
 
 @torch.inference_mode()
-def clip_scores(encode_image: EncodeImage, images: Sequence[Image.Image], text_emb: Tensor) -> list[float]:
+def clip_scores(
+    encode_image: EncodeImage, images: Sequence[Image.Image], text_emb: Tensor
+) -> list[float]:
     """Cosine of each picture's embedding with its text's, text_emb (N, D); in [-1, 1]."""
-    image_emb = torch.cat([encode_image(images[i : i + CHUNK]).float() for i in range(0, len(images), CHUNK)])  # N D
+    image_emb = torch.cat(
+        [encode_image(images[i : i + CHUNK]).float() for i in range(0, len(images), CHUNK)]
+    )  # N D
     return (normalise(image_emb) * normalise(text_emb.to(image_emb))).sum(dim=-1).tolist()
 
 
@@ -44,7 +48,9 @@ def best_of(
     check_count("num_images", num_images)
     check_count("num_candidates", num_candidates)
     if num_candidates < num_images:
-        raise ValueError(f"num_candidates is {num_candidates}; expected at least num_images, which is {num_images}")
+        raise ValueError(
+            f"num_candidates is {num_candidates}; expected at least num_images, which is {num_images}"
+        )
     texts = encode_text()
     best: list[GenerationResult | None] = [None] * len(texts)
     seen = 0
@@ -54,7 +60,9 @@ def best_of(
         batch = replace(batch, scores=clip_scores(encode_image, batch.images, texts[prompts]))
         for p in dict.fromkeys(prompts):
             more = batch.pick([k for k, prompt in enumerate(prompts) if prompt == p])
-            best[p] = _highest(more if best[p] is None else GenerationResult.cat([best[p], more]), num_images)
+            best[p] = _highest(
+                more if best[p] is None else GenerationResult.cat([best[p], more]), num_images
+            )
     kept = GenerationResult.cat(best)
     told = [
         {**entry, "score": score, "candidates": num_candidates}

@@ -26,10 +26,14 @@ class Checkpoints:
         """The folder of "latest", or of a path; FileNotFoundError if there is none."""
         if name == "latest":
             if not (found := self.all()):
-                raise FileNotFoundError(f"no checkpoint in {self.folder} to resume from; start without --resume")
+                raise FileNotFoundError(
+                    f"no checkpoint in {self.folder} to resume from; start without --resume"
+                )
             return found[-1]
         if not (Path(name) / "state.json").is_file():
-            raise FileNotFoundError(f"{name} is no checkpoint; expected a folder such as {self.folder}/step-0001000")
+            raise FileNotFoundError(
+                f"{name} is no checkpoint; expected a folder such as {self.folder}/step-0001000"
+            )
         return Path(name)
 
     @contextlib.contextmanager

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unclip.models.codec import Autoencoder, LossTerms
-from unclip.models.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
+from unclip.models.codecs.codec import Autoencoder, LossTerms
+from unclip.models.codecs.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
 
-Features = Callable[[Tensor], Sequence[Tensor]]  # pictures (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w)
+Features = Callable[
+    [Tensor], Sequence[Tensor]
+]  # pictures (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class JudgedCodec(nn.Module):
     def forward(self, images: Tensor, **annealed: float) -> tuple[LossTerms, Tensor, Tensor]:
         """What the codec says, the score of its reconstructions (-> codec), and the hinge loss (-> discriminator)."""
         terms = self.codec(images, **annealed)
-        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        frozen = {
+            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
+        }
         score = functional_call(self.discriminator, frozen, terms.reconstruction).mean()
         fake = self.discriminator(terms.reconstruction.detach())
         return terms, score, hinge_loss(self.discriminator(images), fake)
@@ -102,13 +106,20 @@ class CodecLoss:
             terms = model(images, **annealed)
         else:
             terms, score, judge_loss = model(images, **annealed)
-        loss, logged = terms.loss, {**terms.logged, **{name: torch.tensor(x) for name, x in annealed.items()}}
+        loss, logged = (
+            terms.loss,
+            {**terms.logged, **{name: torch.tensor(x) for name, x in annealed.items()}},
+        )
         if self.features is not None and self.perceptual is not None:
             distance = perceptual_distance(self.features, terms.reconstruction, images)
             loss = loss + self.perceptual.weight * distance
             logged["perceptual"] = distance.detach()
         if self.adversarial is not None:
-            weight = adaptive_weight(loss, -score, self.codec.last_layer) if torch.is_grad_enabled() else 0.0
+            weight = (
+                adaptive_weight(loss, -score, self.codec.last_layer)
+                if torch.is_grad_enabled()
+                else 0.0
+            )
             counts = float(self.step >= self.adversarial.start)
             loss = loss + counts * (judge_loss - self.adversarial.weight * weight * score)
             logged |= {"score": score.detach(), "judge": judge_loss.detach()}
@@ -128,5 +139,7 @@ def perceptual_distance(features: Features, images: Tensor, truth: Tensor) -> Te
 
 def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """The factor that gives both losses equal gradients in the last layer (2012.09841, equation 7)."""
-    wanted, given = (torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (loss, adversarial))
+    wanted, given = (
+        torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (loss, adversarial)
+    )
     return (wanted / (given + 1e-4)).clamp(max=1e4).detach()

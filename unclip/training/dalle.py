@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.models.codec import ImageCodec
-from unclip.models.dalle import DALLE
+from unclip.models.codecs.codec import ImageCodec
+from unclip.models.dalle.transformer import DALLE
 from unclip.tokenizer import BPETokenizer
 
 Batch = dict[str, Any]  # "caption", and "codes" (B, h, w) or "image" (B, 3, S, S) in [-1, 1]
@@ -21,7 +21,9 @@ Batch = dict[str, Any]  # "caption", and "codes" (B, h, w) or "image" (B, 3, S, 
 @dataclass(frozen=True)
 class DALLELossConfig:
     text_weight: float = 0.125  # of the text's loss; the picture's has the rest (2102.12092, 2.2)
-    drop_text: float = 0.1  # how often the null stands in for a caption, so that guidance has a second half
+    drop_text: float = (
+        0.1  # how often the null stands in for a caption, so that guidance has a second half
+    )
     bpe_dropout: float = 0.1  # of merges, in training (2102.12092, B.2)
 
     def __post_init__(self) -> None:
@@ -37,7 +39,9 @@ class DALLELoss:
     is dropped, nor any merge.
     """
 
-    def __init__(self, dalle: DALLE, tokenizer: BPETokenizer, codec: ImageCodec, config: DALLELossConfig) -> None:
+    def __init__(
+        self, dalle: DALLE, tokenizer: BPETokenizer, codec: ImageCodec, config: DALLELossConfig
+    ) -> None:
         self.dalle, self.tokenizer, self.codec, self.config = dalle, tokenizer, codec, config
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -47,7 +51,9 @@ class DALLELoss:
         tokens = self.dalle.tokens(ids, mask, drop)  # B L
         logits = model(tokens, codes)
         told = ~drop.to(tokens.device)
-        of_text = F.cross_entropy(logits.text.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        of_text = F.cross_entropy(
+            logits.text.float().flatten(0, 1), tokens.flatten(), reduction="none"
+        )
         text = (of_text.view_as(tokens).mean(dim=1) * told).sum() / told.sum().clamp(min=1)
         image = F.cross_entropy(logits.codes.float().flatten(0, 1), codes.flatten())
         loss = self.config.text_weight * text + (1 - self.config.text_weight) * image

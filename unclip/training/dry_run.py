@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 # torch counts the attention kernels of CUDA only.
 CPU_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kw: sdpa_flop_count(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **kw: sdpa_flop_count(
+        q, k, v
+    ),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *rest, **kw: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
 
 
-def describe(model: nn.Module, loss: Callable[[], Tensor], batch: dict[str, Any], config: FitConfig) -> str:
+def describe(
+    model: nn.Module, loss: Callable[[], Tensor], batch: dict[str, Any], config: FitConfig
+) -> str:
     """Run `loss` and its gradient once, and tell the parameters, the memory and the FLOPs of a step in this process."""
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    saved: dict[int, int] = {}  # bytes that the forward pass keeps for the backward pass, by storage
+    saved: dict[
+        int, int
+    ] = {}  # bytes that the forward pass keeps for the backward pass, by storage
     own = {p.untyped_storage().data_ptr() for p in parameters}
 
     def keep(tensor: Tensor) -> Tensor:

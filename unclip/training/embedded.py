@@ -16,7 +16,7 @@ from tqdm import tqdm
 from unclip.clip import CLIP
 from unclip.data.embeddings import EmbeddingDataset
 from unclip.data.loader import Augment, DataConfig, Loader, open_data
-from unclip.models.embedding_stats import EmbeddingStats
+from unclip.models.unclip.embedding_stats import EmbeddingStats
 
 AT_ONCE = 64  # pictures
 
@@ -30,7 +30,9 @@ class EmbeddedLoader:
 
     def __init__(self, loader: Loader, clip: CLIP) -> None:
         if loader.config.augment != Augment() or loader.config.crop is not None:
-            raise ValueError("pictures that are augmented or cropped cannot be embedded once for all")
+            raise ValueError(
+                "pictures that are augmented or cropped cannot be embedded once for all"
+            )
         self.loader, self.image_emb = loader, _embed_all(loader, clip)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -64,7 +66,9 @@ def open_loader(
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:
-        raise ValueError(f"{config.path} holds embeddings of {width} numbers; expected {clip.emb_dim}, as CLIP's have")
+        raise ValueError(
+            f"{config.path} holds embeddings of {width} numbers; expected {clip.emb_dim}, as CLIP's have"
+        )
     return loader
 
 
@@ -80,12 +84,16 @@ def _embed_all(loader: Loader, clip: CLIP) -> dict[str, Tensor]:
         image_emb = clip.encode_image(torch.cat([batch["image"] for batch in some]))  # (B, D)
         found.update(zip(keys[-len(some) :], image_emb.float().cpu(), strict=True))
     if len(keys) > len(found) + len(pictures.broken):  # another stands in for a broken one
-        raise ValueError(f"{config.path}: several pictures have the same key; embed at each step instead")
+        raise ValueError(
+            f"{config.path}: several pictures have the same key; embed at each step instead"
+        )
     return found
 
 
 @torch.no_grad()
-def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> tuple[Tensor, Tensor]:
+def embedding_pairs(
+    clip: CLIP, loader: Loader | EmbeddedLoader, batches: int
+) -> tuple[Tensor, Tensor]:
     """CLIP's embeddings (N, D) of pictures and of their captions, of the first `batches` batches, on the CPU.
 
     ValueError for no batch, and for an embedding that is not finite.
@@ -93,17 +101,29 @@ def embedding_pairs(clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -
     if batches < 1:
         raise ValueError(f"stats_batches is {batches}; expected at least 1")
     state, image_embs, text_embs = loader.state_dict(), [], []
-    for batch, _ in zip(loader, tqdm(range(batches), desc="embedding statistics", leave=False), strict=False):
-        image_emb = batch["image_emb"] if "image_emb" in batch else clip.encode_image(batch["image"])
+    for batch, _ in zip(
+        loader, tqdm(range(batches), desc="embedding statistics", leave=False), strict=False
+    ):
+        image_emb = (
+            batch["image_emb"] if "image_emb" in batch else clip.encode_image(batch["image"])
+        )
         image_embs.append(image_emb.float().cpu())
-        if wrong := [key for key, emb in zip(batch["key"], image_embs[-1], strict=True) if not emb.isfinite().all()]:
-            raise ValueError(f"the image embedding of {wrong[0]} is not finite; leave it out, or embed it again")
+        if wrong := [
+            key
+            for key, emb in zip(batch["key"], image_embs[-1], strict=True)
+            if not emb.isfinite().all()
+        ]:
+            raise ValueError(
+                f"the image embedding of {wrong[0]} is not finite; leave it out, or embed it again"
+            )
         text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
     loader.load_state_dict(state)
     return torch.cat(image_embs), torch.cat(text_embs)
 
 
-def measure_stats(network: EmbeddingStats, clip: CLIP, loader: Loader | EmbeddedLoader, batches: int) -> None:
+def measure_stats(
+    network: EmbeddingStats, clip: CLIP, loader: Loader | EmbeddedLoader, batches: int
+) -> None:
     """Tells a network the mean and standard deviation of the image embeddings of the first `batches` batches."""
     image_emb, _ = embedding_pairs(clip, loader, batches)
     network.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))

@@ -55,7 +55,9 @@ class FitConfig:
     output: str  # the run folder
     steps: int  # updates of the weights
     accumulate: int = 1  # batches for each update
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of the arithmetic (autocast); the weights stay fp32
+    precision: Literal["fp32", "bf16", "fp16"] = (
+        "bf16"  # of the arithmetic (autocast); the weights stay fp32
+    )
     channels_last: bool = False
     ema: float | None = 0.999  # decay; null = no average
     compile: bool = False
@@ -76,11 +78,17 @@ class FitConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("log_every", "val_every", "preview_every", "save_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number of steps, or 0 for never")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; expected a number of steps, or 0 for never"
+                )
         if self.val_batches is not None and self.val_batches < 1:
-            raise ValueError(f"val_batches is {self.val_batches}; expected at least 1, or null for all")
+            raise ValueError(
+                f"val_batches is {self.val_batches}; expected at least 1, or null for all"
+            )
         if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; expected a decay in [0, 1), such as 0.999, or null")
+            raise ValueError(
+                f"ema is {self.ema}; expected a decay in [0, 1), such as 0.999, or null"
+            )
 
 
 class Loader(Protocol):
@@ -123,7 +131,19 @@ def fit(
         if data is not None and len(data) < 1:
             raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
     try:
-        given = (model, loss_fn, loader, config, optim, run, val_loader, preview, export, before_step, tokenizer)
+        given = (
+            model,
+            loss_fn,
+            loader,
+            config,
+            optim,
+            run,
+            val_loader,
+            preview,
+            export,
+            before_step,
+            tokenizer,
+        )
         return _Fit(*given).train()
     finally:  # accelerate keeps its settings in process-wide singletons; the next fit may want another precision
         AcceleratorState._reset_state()
@@ -170,7 +190,9 @@ class _Fit:
             accelerator.num_processes,
             self.tokenizer,
         )
-        self.resumed_random_state = self.state.restore(source, accelerator.process_index) if source else None
+        self.resumed_random_state = (
+            self.state.restore(source, accelerator.process_index) if source else None
+        )
 
     def train(self) -> Path:
         config, accelerator, state = self.config, self.accelerator, self.state
@@ -197,13 +219,17 @@ class _Fit:
                     if stopping or self._due(config.save_every) or state.step == config.steps:
                         self._save()
                     if stopping and state.step < config.steps:
-                        self.log.say(f"stopped after step {state.step}; to go on: {resume_command()}")
+                        self.log.say(
+                            f"stopped after step {state.step}; to go on: {resume_command()}"
+                        )
                         raise SystemExit(0)
             if not (self.output / "model").is_dir():  # resumed from a last checkpoint
                 self._save()
         finally:
             self.log.close()
-            self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # else it stays under autocast
+            self.model = accelerator.unwrap_model(
+                self.model, keep_fp32_wrapper=False
+            )  # else it stays under autocast
             accelerator.free_memory()  # the process group must end before the process does, so nothing may hold it
             accelerator.end_training()
         return self.output / "model"
@@ -215,7 +241,9 @@ class _Fit:
         """Whether any process says so: all must stop after the same step."""
         if self.accelerator.num_processes == 1:
             return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+        return bool(
+            self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0
+        )
 
     # -- one step
 
@@ -229,7 +257,9 @@ class _Fit:
         used, losses = [], []
         for i in range(config.accumulate):
             batch = next(batches)
-            is_last = i == config.accumulate - 1  # only then are the gradients averaged over processes
+            is_last = (
+                i == config.accumulate - 1
+            )  # only then are the gradients averaged over processes
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     terms = self.loss_fn(self.model, batch)
@@ -253,12 +283,20 @@ class _Fit:
     def _check_finite(self, losses: Tensor, norm: Tensor, batches: list[Batch]) -> None:
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() >= 1:
-            norm = torch.zeros_like(norm)  # fp16 finds its loss scale by overflowing; the scaler skips that update
+            norm = torch.zeros_like(
+                norm
+            )  # fp16 finds its loss scale by overflowing; the scaler skips that update
         if torch.isfinite(losses.sum() + norm):  # the only time that a step waits for the device
             return
-        bad = [batch for batch, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
+        bad = [
+            batch for batch, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)
+        ]
         keys = [str(key) for batch in bad or batches for key in batch.get("key", ())]
-        grads = [n for n, p in self.raw.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        grads = [
+            n
+            for n, p in self.raw.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
         raise FloatingPointError(
             f"step {self.state.step + 1}: loss {losses.mean().item():g}, gradient norm {norm.item():g}"
             + (f" (in {grads[0]} and {len(grads) - 1} more)" if grads else "")
@@ -293,7 +331,10 @@ class _Fit:
     # -- looking at it
 
     def _report(self) -> None:
-        values = {"lr": self.optim.lr_at(self.state.step - 1, self.config.steps), "epoch": self._epoch()}
+        values = {
+            "lr": self.optim.lr_at(self.state.step - 1, self.config.steps),
+            "epoch": self._epoch(),
+        }
         if broken := getattr(self.loader, "broken", None):  # pictures that could not be read
             values["broken"] = len(broken)
         self.log.training(self.state.step, values)
@@ -338,8 +379,12 @@ class _Fit:
 
     def _dry_run(self) -> None:
         batch = next(self._batches())
-        with self.accelerator.autocast():  # in every process: a loss may gather what the others have
-            told = describe(self.raw, lambda: self.loss_fn(self.raw, batch)["loss"], batch, self.config)
+        with (
+            self.accelerator.autocast()
+        ):  # in every process: a loss may gather what the others have
+            told = describe(
+                self.raw, lambda: self.loss_fn(self.raw, batch)["loss"], batch, self.config
+            )
         self.accelerator.print(told)
         raise SystemExit(0)
 
@@ -376,10 +421,14 @@ def _configure(model: nn.Module, config: FitConfig) -> None:
         model.to(memory_format=torch.channels_last)
     if config.gradient_checkpointing:
         flags = ("gradient_checkpointing", "grad_checkpointing")  # ours, open_clip's
-        able = [(module, flag) for module in model.modules() for flag in flags if hasattr(module, flag)]
+        able = [
+            (module, flag) for module in model.modules() for flag in flags if hasattr(module, flag)
+        ]
         for module, flag in able:
             setattr(module, flag, True)
         if not able:
-            raise ValueError(f"{type(model).__name__} has no gradient checkpointing; take it from the config")
+            raise ValueError(
+                f"{type(model).__name__} has no gradient checkpointing; take it from the config"
+            )
     if config.compile:
         model.compile()

@@ -38,7 +38,9 @@ class HoleConfig:
 def random_holes(count: int, side: int, config: HoleConfig = HoleConfig()) -> Tensor:
     """What is to be painted of `count` pictures: (count, 1, side, side) bool, from torch's global generator."""
     names, weights = zip(*vars(config).items(), strict=True)
-    kinds = torch.multinomial(torch.tensor(weights, dtype=torch.float), count, replacement=True).tolist()
+    kinds = torch.multinomial(
+        torch.tensor(weights, dtype=torch.float), count, replacement=True
+    ).tolist()
     return torch.stack([HOLES[names[kind]](side) for kind in kinds])[:, None]
 
 
@@ -57,7 +59,9 @@ def copy_paste(pictures: Tensor, things: Tensor) -> tuple[Tensor, Tensor]:
         hole[:, top:bottom, left:right] = True
         size = max(1, round(min(bottom - top, right - left) * _uniform(0.6, 1)))
         y, x = (int(torch.randint(a, b - size + 1, ())) for a, b in ((top, bottom), (left, right)))
-        small, opaque = (resize(one[None], (size, size), "bilinear")[0] for one in (thing * shape, shape))
+        small, opaque = (
+            resize(one[None], (size, size), "bilinear")[0] for one in (thing * shape, shape)
+        )
         picture[:, y : y + size, x : x + size].mul_(1 - opaque).add_(small)
     return pictures, holes
 
@@ -75,7 +79,9 @@ def cut_out(things: Tensor) -> Tensor:
     while (count := int(ground.sum())) > reached:
         ground, reached = (F.max_pool2d(ground.float(), 3, stride=1, padding=1) > 0) & alike, count
     inside = F.avg_pool2d((~ground).float(), 3, stride=1, padding=1, count_include_pad=False)
-    return torch.where(ground, 0.0, 2 * inside - 1).clamp(0, 1)  # edges, which hold some of the ground, in part
+    return torch.where(ground, 0.0, 2 * inside - 1).clamp(
+        0, 1
+    )  # edges, which hold some of the ground, in part
 
 
 def _box(side: int) -> Tensor:

@@ -23,7 +23,9 @@ class Run(Generic[C]):
 
     config: C
     resume: str | None = None  # "latest" or the folder of a checkpoint
-    init: str | None = None  # weights to start from with a fresh optimiser: a safetensors file or a folder
+    init: str | None = (
+        None  # weights to start from with a fresh optimiser: a safetensors file or a folder
+    )
     dry_run: bool = False
     traceback: bool = False
 
@@ -38,15 +40,33 @@ class Run(Generic[C]):
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:
     """Read the command line and the config; `cls` is a dataclass with a field `fit: FitConfig`."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file with all settings")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file with all settings"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4"
+    )
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", metavar="latest|FOLDER", help="continue a run exactly where a checkpoint left it")
-    start.add_argument("--init", metavar="PATH", help="start from these weights (safetensors file or folder)")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs a step, then stop")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
+    start.add_argument(
+        "--resume",
+        metavar="latest|FOLDER",
+        help="continue a run exactly where a checkpoint left it",
+    )
+    start.add_argument(
+        "--init", metavar="PATH", help="start from these weights (safetensors file or folder)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, memory and FLOPs a step, then stop",
+    )
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in the code an error was raised"
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config, cls, args.set)
     torch.manual_seed(config.fit.seed)  # the initial weights; `fit` seeds each process again
@@ -54,7 +74,10 @@ def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = No
 
 
 def launch(
-    main: Callable[[Run[C]], Any], cls: type[C], description: str | None, argv: Sequence[str] | None = None
+    main: Callable[[Run[C]], Any],
+    cls: type[C],
+    description: str | None,
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Run a script's `main`; a mistake of the user's, a full disk or a NaN ends it with one line and exit code 1."""
     run = None
@@ -76,5 +99,7 @@ def resume_command() -> str:
             next(words, None)
         elif not word.startswith(("--resume=", "--init=")):
             kept.append(word)
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    launcher = (
+        ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    )
     return shlex.join([*launcher, *kept, "--resume", "latest"])

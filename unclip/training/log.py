@@ -31,7 +31,9 @@ def available_trackers(wanted: tuple[str, ...]) -> list[str]:
 
     names = {str(t.value) for t in LoggerType} - {"all"}
     if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"unknown tracker {unknown[0]!r}; expected one of {', '.join(sorted(names))}")
+        raise ValueError(
+            f"unknown tracker {unknown[0]!r}; expected one of {', '.join(sorted(names))}"
+        )
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing and wanted != DEFAULT_TRACKERS:
         raise ValueError(f"the tracker {missing[0]!r} is not installed; pip install {missing[0]}")
@@ -43,18 +45,24 @@ def available_trackers(wanted: tuple[str, ...]) -> list[str]:
 class Log:
     """Reports of the main process; the other processes' logs are silent."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, state: RunState, steps: int, bar: bool) -> None:
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, state: RunState, steps: int, bar: bool
+    ) -> None:
         self._accelerator, self._folder, self._steps = accelerator, folder, steps
         self._speaks = accelerator.is_main_process
         self._bar: tqdm[Any] | None = None
         if bar and self._speaks and sys.stdout.isatty():  # plain lines in a file or a pipe
-            self._bar = tqdm(total=steps, initial=state.step, unit="step", dynamic_ncols=True, file=sys.stdout)
+            self._bar = tqdm(
+                total=steps, initial=state.step, unit="step", dynamic_ncols=True, file=sys.stdout
+            )
         self._file = folder / "metrics.jsonl"
         if self._speaks:
             _forget_after(self._file, state.step)
         accelerator.init_trackers(folder.name)
         for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # it would open one more folder for them at every start
+            if (
+                tracker.name != "tensorboard"
+            ):  # it would open one more folder for them at every start
                 tracker.store_init_configuration(state.settings)
         self._started, self._hours_before = time.perf_counter(), state.hours
         self._forget_sums()
@@ -94,7 +102,9 @@ class Log:
         self.restart_clock()
         self._write(step, {**values, **extra})
         if self._bar is not None:  # it shows the time left itself
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "samples_per_s")})
+            self._bar.set_postfix(
+                {k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "samples_per_s")}
+            )
         else:
             self.say(f"step {step}/{self._steps}  {_line({**values, **extra})}  left {hours:.2f} h")
 
@@ -105,14 +115,18 @@ class Log:
         self.say(f"step {step}/{self._steps}  {_line(values)}")
 
     def _averaged(self, values: dict[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack([torch.as_tensor(v, device=self._accelerator.device).float() for v in values.values()])
+        stacked = torch.stack(
+            [torch.as_tensor(v, device=self._accelerator.device).float() for v in values.values()]
+        )
         means = self._accelerator.reduce(stacked, "mean").tolist()
         return dict(zip(values, means, strict=True))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._speaks:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "hours": round(self.hours(), 5), **values}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "hours": round(self.hours(), 5), **values}) + "\n"
+                )
         self._accelerator.log(values, step=step)
 
     def _forget_sums(self) -> None:
@@ -130,7 +144,9 @@ class Log:
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"preview": np.asarray(image.convert("RGB"))[None]}, step=step, **options)
+                tracker.log_images(
+                    {"preview": np.asarray(image.convert("RGB"))[None]}, step=step, **options
+                )
 
     def say(self, text: str) -> None:
         """A line on standard output, above the bar if there is one."""

@@ -12,22 +12,24 @@ from unclip.clip import CLIP, contrastive_loss
 from unclip.data.corruption import CorruptionConfig, corrupt
 from unclip.diffusion.losses import LossConfig, diffusion_loss
 from unclip.diffusion.schedules import Schedule, sample_timesteps
-from unclip.latents import normalise, slerp
-from unclip.models.ar_prior import ARPrior
-from unclip.models.decoder import Decoder, known_part
-from unclip.models.embedding_stats import EmbeddingStats
-from unclip.models.layout import Layout
-from unclip.models.one_shot_prior import OneShotPrior
-from unclip.models.prior import DiffusionPrior
-from unclip.models.quantizers import full_precision
-from unclip.models.upsampler import Upsampler
+from unclip.embeddings import normalise, slerp
+from unclip.models.codecs.quantizers import full_precision
+from unclip.models.unclip.ar_prior import ARPrior
+from unclip.models.unclip.decoder import Decoder, masked_image
+from unclip.models.unclip.embedding_stats import EmbeddingStats
+from unclip.models.unclip.layout import Layout
+from unclip.models.unclip.one_shot_prior import OneShotPrior
+from unclip.models.unclip.prior import DiffusionPrior
+from unclip.models.unclip.upsampler import Upsampler
 from unclip.resize import resize
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
 
 # B batch, D CLIP embedding, s picture side
 
-Batch = dict[str, Any]  # "image" (B, 3, S, S) in [-1, 1] and "caption", or precomputed "image_emb" (B, D)
+Batch = dict[
+    str, Any
+]  # "image" (B, 3, S, S) in [-1, 1] and "caption", or precomputed "image_emb" (B, D)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,21 @@ class CLIPLoss:
 class PriorLoss:
     """MSE of the predicted clean image embedding, in the prior's normalised space (unCLIP 2.2)."""
 
-    def __init__(self, prior: DiffusionPrior, clip: CLIP, schedule: Schedule, drop: DropConfig, config: LossConfig):
-        self.prior, self.clip, self.schedule, self.drop, self.config = prior, clip, schedule, drop, config
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        clip: CLIP,
+        schedule: Schedule,
+        drop: DropConfig,
+        config: LossConfig,
+    ):
+        self.prior, self.clip, self.schedule, self.drop, self.config = (
+            prior,
+            clip,
+            schedule,
+            drop,
+            config,
+        )
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
@@ -84,7 +99,10 @@ class ARPriorLoss:
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
         with torch.no_grad():  # the dot product is that with the caption, even where it is dropped
             told = text if drop_text is not None else self.clip.encode_text(batch["caption"])
-        codes, dot = self.prior.codes.encode(image_emb), self.prior.codes.encode_dot(image_emb, told.emb)
+        codes, dot = (
+            self.prior.codes.encode(image_emb),
+            self.prior.codes.encode_dot(image_emb, told.emb),
+        )
         logits = model(codes, dot, text, drop_text)  # (B, K, V)
         return {"loss": nn.functional.cross_entropy(logits.float().flatten(0, 1), codes.flatten())}
 
@@ -104,20 +122,29 @@ class OneShotPriorLoss:
     Captions that were dropped cannot be found, and are left out of the second.
     """
 
-    def __init__(self, prior: OneShotPrior, clip: CLIP, drop: DropConfig, config: OneShotLossConfig) -> None:
+    def __init__(
+        self, prior: OneShotPrior, clip: CLIP, drop: DropConfig, config: OneShotLossConfig
+    ) -> None:
         self.prior, self.clip, self.drop, self.config = prior, clip, drop, config
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         x_0 = self.prior.normalize(_image_emb(self.clip, batch))
-        text, null_text, dropped = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        text, null_text, dropped = _text(
+            self.clip, batch, self.drop.text, self.prior.config.null_text
+        )
         predicted = model(text, torch.randn_like(x_0), null_text).float()  # (B, D)
         mse = nn.functional.mse_loss(predicted, x_0)
-        image_emb, text_emb = self.prior.denormalize(predicted)[~dropped], text.emb[~dropped].float()
+        image_emb, text_emb = (
+            self.prior.denormalize(predicted)[~dropped],
+            text.emb[~dropped].float(),
+        )
         with full_precision(x_0):
             cosines = normalise(image_emb) @ normalise(text_emb).T  # of those that were not dropped
         scale = self.clip.logit_scale.detach().float().exp().clamp(max=100)
         rows = torch.arange(len(cosines), device=x_0.device)
-        contrastive = nn.functional.cross_entropy(scale * cosines, rows) if len(rows) else mse.new_zeros(())
+        contrastive = (
+            nn.functional.cross_entropy(scale * cosines, rows) if len(rows) else mse.new_zeros(())
+        )
         loss = mse + self.config.contrastive * contrastive
         return {"loss": loss, "mse": mse.detach(), "contrastive": contrastive.detach()}
 
@@ -130,7 +157,9 @@ class LayoutLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = noised(_image_emb(self.clip, batch), self.layout, self.emb_noise)
-        truth = nn.functional.adaptive_avg_pool2d(batch["image"].to(image_emb.device), self.layout.config.size)
+        truth = nn.functional.adaptive_avg_pool2d(
+            batch["image"].to(image_emb.device), self.layout.config.size
+        )
         return {"loss": nn.functional.mse_loss(model(image_emb).float(), truth)}
 
 
@@ -175,13 +204,21 @@ class DecoderLoss:
         copy_paste: float = 0.0,
         agreement: float = 0.0,
     ):
-        self.decoder, self.clip, self.schedule, self.drop, self.config = decoder, clip, schedule, drop, config
+        self.decoder, self.clip, self.schedule, self.drop, self.config = (
+            decoder,
+            clip,
+            schedule,
+            drop,
+            config,
+        )
         self.holes, self.emb_noise, self.emb_mix = holes, emb_noise, emb_mix
         self.copy_paste, self.agreement = copy_paste, agreement
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.decoder.config
-        image_emb = _image_emb(self.clip, batch)  # of the pictures as they are loaded: CLIP may want them larger
+        image_emb = _image_emb(
+            self.clip, batch
+        )  # of the pictures as they are loaded: CLIP may want them larger
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, model_config.null_text)
         x_0 = resized(batch["image"].to(self.clip.device), model_config.image_size)
         drop_image, known = torch.rand(len(x_0), device=x_0.device) < self.drop.image, None
@@ -200,23 +237,44 @@ class DecoderLoss:
         holes = random_holes(B, x_0.shape[-1], self.holes).to(device)
         own = partly = ~holes.flatten(1).all(dim=1)
         if self.copy_paste:
-            pasted, rows = partly & (torch.rand(B, device=device) < self.copy_paste), torch.arange(B, device=device)
+            pasted, rows = (
+                partly & (torch.rand(B, device=device) < self.copy_paste),
+                torch.arange(B, device=device),
+            )
             told, own = torch.where(pasted, rows.roll(-1), rows), partly & ~pasted
-            x_0, things, image_emb, text = x_0.clone(), x_0[told[pasted]], image_emb[told], text[told]
+            x_0, things, image_emb, text = (
+                x_0.clone(),
+                x_0[told[pasted]],
+                image_emb[told],
+                text[told],
+            )
             x_0[pasted], holes[pasted] = copy_paste(x_0[pasted], things)
         if self.emb_mix:
             image_emb = mixed(image_emb, own, self.emb_mix)
-        known = known_part(x_0, holes)
+        known = masked_image(x_0, holes)
         if self.agreement:
-            image_emb = self.decoder.layout.agreeing(image_emb, known, self.agreement * torch.rand(B, device=device))
+            image_emb = self.decoder.layout.agreeing(
+                image_emb, known, self.agreement * torch.rand(B, device=device)
+            )
         return x_0, image_emb, text, known
 
 
 class UpsamplerLoss:
     """The upsampler's diffusion loss on crops, its low-res input corrupted (unCLIP 2.1)."""
 
-    def __init__(self, upsampler: Upsampler, schedule: Schedule, corruption: CorruptionConfig, config: LossConfig):
-        self.upsampler, self.schedule, self.corruption, self.config = upsampler, schedule, corruption, config
+    def __init__(
+        self,
+        upsampler: Upsampler,
+        schedule: Schedule,
+        corruption: CorruptionConfig,
+        config: LossConfig,
+    ):
+        self.upsampler, self.schedule, self.corruption, self.config = (
+            upsampler,
+            schedule,
+            corruption,
+            config,
+        )
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         model_config = self.upsampler.config
@@ -234,14 +292,27 @@ def resized(images: Tensor, side: int) -> Tensor:
 
 
 def _denoising_loss(
-    model: nn.Module, conditions: tuple, x_0: Tensor, schedule: Schedule, model_config: Any, config: LossConfig
+    model: nn.Module,
+    conditions: tuple,
+    x_0: Tensor,
+    schedule: Schedule,
+    model_config: Any,
+    config: LossConfig,
 ) -> dict[str, Tensor]:
     t = sample_timesteps(len(x_0), schedule, device=x_0.device)
     noise = torch.randn_like(x_0)
     x_t = schedule.add_noise(x_0, noise, t)
     output = model(x_t, t, *conditions)  # (B, 3 or 6, s, s)
     losses = diffusion_loss(
-        output, x_0, x_t, noise, t, schedule, model_config.prediction, model_config.learned_variance, config
+        output,
+        x_0,
+        x_t,
+        noise,
+        t,
+        schedule,
+        model_config.prediction,
+        model_config.learned_variance,
+        config,
     )
     return _means(losses)
 
@@ -249,18 +320,26 @@ def _denoising_loss(
 @torch.no_grad()
 def _image_emb(clip: CLIP, batch: Batch) -> Tensor:
     """CLIP's embedding of the pictures (B, D), precomputed or computed now."""
-    return (batch["image_emb"].to(clip.device) if "image_emb" in batch else clip.encode_image(batch["image"])).float()
+    return (
+        batch["image_emb"].to(clip.device)
+        if "image_emb" in batch
+        else clip.encode_image(batch["image"])
+    ).float()
 
 
 @torch.no_grad()
-def _text(clip: CLIP, batch: Batch, p: float, null_text: str) -> tuple[TextEncoding, Tensor | None, Tensor]:
+def _text(
+    clip: CLIP, batch: Batch, p: float, null_text: str
+) -> tuple[TextEncoding, Tensor | None, Tensor]:
     """The captions' encoding, which rows the network is to null, and which were dropped.
 
     The second is None if the null is the empty prompt: it is in their place already.
     """
     captions, drop = batch["caption"], torch.rand(len(batch["caption"])) < p
     if null_text == "empty_prompt":
-        captions = ["" if dropped else caption for caption, dropped in zip(captions, drop, strict=True)]
+        captions = [
+            "" if dropped else caption for caption, dropped in zip(captions, drop, strict=True)
+        ]
     text, drop = clip.encode_text(captions).trim(), drop.to(clip.device)
     return text, None if null_text == "empty_prompt" else drop, drop
 

@@ -13,11 +13,11 @@ from unclip.clip import CLIP
 from unclip.diffusion.guidance import classifier_free
 from unclip.diffusion.samplers import randn, sample
 from unclip.diffusion.schedules import Schedule
-from unclip.models.codec import Autoencoder, ImageCodec
-from unclip.models.dalle import DALLE
-from unclip.models.dalle_sampling import sample_codes
-from unclip.models.decoder import known_part
-from unclip.pictures import grid
+from unclip.image_io import grid
+from unclip.models.codecs.codec import Autoencoder, ImageCodec
+from unclip.models.dalle.sampling import sample_codes
+from unclip.models.dalle.transformer import DALLE
+from unclip.models.unclip.decoder import masked_image
 from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import image_codes
 from unclip.training.inpainting import HoleConfig, random_holes
@@ -54,7 +54,7 @@ def decoder_preview(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 marked = random_holes(rows, config.image_size, holes)
-            known = known_part(small, marked.to(small.device))
+            known = masked_image(small, marked.to(small.device))
         cond = decoder.condition(image_emb, text, known=known)
         dropped = torch.ones(rows, dtype=torch.bool, device=image_emb.device)
         if config.null_text == "learned":
@@ -89,9 +89,15 @@ def upsampler_preview(
         low_res = resized(truth, low_side)
         device = next(upsampler.parameters()).device
         drawn = _draw(
-            lambda x, t: upsampler.denoise(x, t, low_res.to(device)), truth.to(device), schedule, options, config
+            lambda x, t: upsampler.denoise(x, t, low_res.to(device)),
+            truth.to(device),
+            schedule,
+            options,
+            config,
         )
-        return sheet([nn.functional.interpolate(low_res, (side, side), mode="nearest"), drawn, truth])
+        return sheet(
+            [nn.functional.interpolate(low_res, (side, side), mode="nearest"), drawn, truth]
+        )
 
     return draw
 
@@ -107,7 +113,11 @@ def codec_preview(codec: Autoencoder, loader: Iterable, count: int = 12) -> Prev
 
 
 def dalle_preview(
-    tokenizer: BPETokenizer, codec: ImageCodec, loader: Iterable, count: int = 12, options: CodeOptions | None = None
+    tokenizer: BPETokenizer,
+    codec: ImageCodec,
+    loader: Iterable,
+    count: int = 12,
+    options: CodeOptions | None = None,
 ) -> Preview:
     """Validation pictures, as far as the codec can show them, above what the transformer draws from their captions."""
     batch = next(iter(loader))
@@ -123,7 +133,9 @@ def dalle_preview(
     return draw
 
 
-def _draw(denoise: Callable, like: Tensor, schedule: Schedule, options: StageOptions, config) -> Tensor:
+def _draw(
+    denoise: Callable, like: Tensor, schedule: Schedule, options: StageOptions, config
+) -> Tensor:
     """Pictures (B, 3, s, s) of the shape of `like`, from the seeds 0 .. B - 1."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(like))]
     return sample(
@@ -140,6 +152,10 @@ def _draw(denoise: Callable, like: Tensor, schedule: Schedule, options: StageOpt
 
 def sheet(rows: list[Tensor]) -> Image.Image:
     """Rows of pictures (B, 3, s, s) in [-1, 1], one above the other."""
-    pixels = torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    images = [Image.fromarray(np.ascontiguousarray(image)) for image in pixels.permute(0, 2, 3, 1).numpy()]
+    pixels = (
+        torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    )
+    images = [
+        Image.fromarray(np.ascontiguousarray(image)) for image in pixels.permute(0, 2, 3, 1).numpy()
+    ]
     return grid(images, columns=len(rows[0]))

@@ -21,7 +21,9 @@ def this_process() -> PartialState:
     Whoever asks first settles it until the process ends. Where there is no accelerator accelerate must be told so, or
     it takes each of several processes for the only one.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    return PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    )
 
 
 def accelerator_for(config: FitConfig) -> Accelerator:
@@ -39,7 +41,11 @@ def accelerator_for(config: FitConfig) -> Accelerator:
         log_with=available_trackers(config.trackers) or None,
         project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/logs"),
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    ):
         raise ValueError(
             f"{accelerator.distributed_type.value} shards the weights, which these checkpoints cannot; use DDP"
         )

@@ -30,7 +30,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, python, gauss = state["python"]
     random.setstate((version, tuple(python), gauss))
     numpy = state["numpy"]
-    np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
+    np.random.set_state(
+        {**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}}
+    )
     torch.set_rng_state(_decode(state["torch"]))
     device = _accelerator()
     if device and state["device"]:

@@ -29,7 +29,14 @@ from unclip.weights import load_strictly, read_tensors, write_safetensors
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE = (
-    *("optim.lr", "optim.warmup", "optim.schedule", "optim.final_lr", "optim.decay_steps", "optim.clip_norm"),
+    *(
+        "optim.lr",
+        "optim.warmup",
+        "optim.schedule",
+        "optim.final_lr",
+        "optim.decay_steps",
+        "optim.clip_norm",
+    ),
     *("fit.output", "fit.steps", "fit.keep", "fit.trackers", "fit.progress", "fit.val_batches"),
     *("fit.log_every", "fit.val_every", "fit.preview_every", "fit.save_every"),
     *("fit.compile", "fit.gradient_checkpointing", "fit.channels_last"),
@@ -80,7 +87,11 @@ class RunState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "processes": self.processes,
             "settings": self.settings,
-            "versions": {"unclip": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "unclip": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         save_json(place, folder / "state.json")
         if self.tokenizer:
@@ -91,11 +102,15 @@ class RunState:
         place = read_json(folder / "state.json")
         check_settings(_completed(place["settings"], self.config), self.settings, folder)
         if place["processes"] != self.processes:
-            raise ValueError(f"{folder} is of a run on {place['processes']} process(es), this one has {self.processes}")
+            raise ValueError(
+                f"{folder} is of a run on {place['processes']} process(es), this one has {self.processes}"
+            )
         try:  # in place: the optimiser holds these very parameters
             self.model.load_state_dict(read_tensors(folder / "model.safetensors"))
         except RuntimeError as error:
-            raise ValueError(f"{folder}/model.safetensors does not fit: {' '.join(str(error).split())}") from None
+            raise ValueError(
+                f"{folder}/model.safetensors does not fit: {' '.join(str(error).split())}"
+            ) from None
         _load_optimizer(self.optimizer, self.model, folder / "optimizer.safetensors")
         if self.ema:
             self.ema.load(read_tensors(folder / "ema.safetensors"), place["ema_updates"])
@@ -116,7 +131,11 @@ def read_weights(source: str | Path) -> tuple[Path, dict[str, Tensor]]:
     """What `load_weights` loads, and the file that it is from."""
     path = Path(source)
     if path.is_dir():
-        files = [path / name for name in ("ema.safetensors", "model.safetensors") if (path / name).is_file()]
+        files = [
+            path / name
+            for name in ("ema.safetensors", "model.safetensors")
+            if (path / name).is_file()
+        ]
         if not files:
             raise FileNotFoundError(f"no ema.safetensors or model.safetensors in {path}")
         path = files[0]
@@ -140,7 +159,8 @@ def check_settings(saved: dict[str, Any], present: dict[str, Any], source: Path)
     different = [
         f"{name} was {old.get(name, 'absent')}, is {new.get(name, 'absent')}"
         for name in dict.fromkeys([*old, *new])
-        if old.get(name) != new.get(name) and not any(name == m or name.startswith(f"{m}.") for m in MAY_CHANGE)
+        if old.get(name) != new.get(name)
+        and not any(name == m or name.startswith(f"{m}.") for m in MAY_CHANGE)
     ]
     if different:
         raise ValueError(
@@ -169,8 +189,12 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
-    states = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-    _save_tensors({f"{kind}/{name}": t for name, state in states.items() for kind, t in state.items()}, file)
+    states = {
+        name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state
+    }
+    _save_tensors(
+        {f"{kind}/{name}": t for name, state in states.items() for kind, t in state.items()}, file
+    )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
@@ -184,7 +208,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Pa
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if names[p] in saved:  # a parameter that never had a gradient has no moments
             state[i] = {kind: _laid_out_like(p, tensor) for kind, tensor in saved[names[p]].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 def _laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:

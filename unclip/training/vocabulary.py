@@ -12,7 +12,11 @@ from unclip.training.launch import Run
 
 
 def make_tokenizer(
-    run: Run[Any], captions: Iterable[str], vocab_size: int, context_length: int, marked: bool = True
+    run: Run[Any],
+    captions: Iterable[str],
+    vocab_size: int,
+    context_length: int,
+    marked: bool = True,
 ) -> BPETokenizer:
     """The tokenizer of the checkpoint that is resumed, or `run.config.tokenizer`, or that of the weights in --init.
 
@@ -21,7 +25,9 @@ def make_tokenizer(
     """
     config = run.config
     if run.resume:
-        file = _tokenizer_of(Checkpoints(Path(config.fit.output) / "checkpoints", config.fit.keep).find(run.resume))
+        file = _tokenizer_of(
+            Checkpoints(Path(config.fit.output) / "checkpoints", config.fit.keep).find(run.resume)
+        )
     elif config.tokenizer:
         file = Path(config.tokenizer)
     elif run.init:
@@ -30,7 +36,9 @@ def make_tokenizer(
         return BPETokenizer.train(captions, vocab_size, context_length, marked)
     tokenizer = BPETokenizer.load(file, context_length, marked)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens; this model has only {vocab_size}")
+        raise ValueError(
+            f"{file} has {tokenizer.vocab_size} tokens; this model has only {vocab_size}"
+        )
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from unclip.models.decoder import Decoder
+from unclip.models.unclip.decoder import Decoder
 from unclip.training.run_state import read_weights
 from unclip.weights import load_strictly
 
@@ -25,7 +25,9 @@ def warm_start(decoder: Decoder, source: str | Path, keep_layout: bool = False) 
     own = 3 * decoder.config.unet.patch**2  # channels of x_t; a layout has as many
     if STEM in state and (others := state[STEM].shape[1] - own * (1 + has_layout)) >= 0:
         x_t, layout, known = state[STEM].split([own, own * has_layout, others], dim=1)
-        shown = {name: part for name, part in (("layout", layout), ("known", known)) if part.shape[1]}
+        shown = {
+            name: part for name, part in (("layout", layout), ("known", known)) if part.shape[1]
+        }
         wanted = decoder.weights_beside()
         if shown.keys() <= wanted.keys():  # else it is told below that they do not fit
             beside = [shown.get(name, torch.zeros_like(weight)) for name, weight in wanted.items()]

@@ -21,7 +21,11 @@ from unclip.evaluation.bench.tables import rows as rows
 
 PROMPT = "a red apple"
 # Models with random weights, the second for tests: karlo.py, dalle.py
-KARLO, DALLE, MEGA = ("karlo-random", "karlo-tiny"), ("dalle-random", "dalle-tiny"), ("mega-random", "mega-tiny")
+KARLO, DALLE, MEGA = (
+    ("karlo-random", "karlo-tiny"),
+    ("dalle-random", "dalle-tiny"),
+    ("mega-random", "mega-tiny"),
+)
 RANDOM = (*KARLO, *DALLE, *MEGA)
 
 
@@ -52,7 +56,9 @@ class BenchConfig:
         if self.candidates is not None and self.candidates < 1:
             raise ValueError(f"candidates is {self.candidates}; expected at least 1")
         if self.steps_only and self.preset not in (None, "exact"):
-            raise ValueError(f"the steps of {self.preset!r} are not alike; measure it without --steps-only")
+            raise ValueError(
+                f"the steps of {self.preset!r} are not alike; measure it without --steps-only"
+            )
 
     @property
     def plain(self) -> bool:
@@ -66,7 +72,9 @@ def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
     imports, cold, peaks = [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder,
-        tqdm(total=(2 * config.repeat if config.plain else 0) + 2, disable=not progress, leave=False) as bar,
+        tqdm(
+            total=(2 * config.repeat if config.plain else 0) + 2, disable=not progress, leave=False
+        ) as bar,
     ):
         for _ in range(config.repeat if config.plain else 0):
             bar.set_description("import unclip")
@@ -92,7 +100,11 @@ def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
         "machine": {**host(), **measured.pop("machine")},
         "machine_peak": rates,
         "seconds": {**started, **measured.pop("seconds")},
-        "peak_memory": {**at_start, "warm": warm_peak, **measured.pop("peak_memory")},  # where it knows better
+        "peak_memory": {
+            **at_start,
+            "warm": warm_peak,
+            **measured.pop("peak_memory"),
+        },  # where it knows better
         **measured,
     }
 
@@ -105,12 +117,16 @@ def _generate(config: BenchConfig) -> list[str]:
 
 def _warm(config: BenchConfig, folder: Path) -> tuple[dict[str, Any], int | None]:
     """What stages.py measures, and the peak memory of that process."""
-    if config.offload and config.model in KARLO:  # else all of it would be in memory once, to begin with
+    if (
+        config.offload and config.model in KARLO
+    ):  # else all of it would be in memory once, to begin with
         dtype = [] if config.dtype is None else ["--dtype", config.dtype]
         run(["-m", "unclip.evaluation.bench.karlo", config.model, str(folder / "model"), *dtype])
         config = dataclasses.replace(config, model=str(folder / "model"))
     out = folder / "stages.json"
-    _, peak = run(["-m", "unclip.evaluation.bench.stages", json.dumps(dataclasses.asdict(config)), str(out)])
+    _, peak = run(
+        ["-m", "unclip.evaluation.bench.stages", json.dumps(dataclasses.asdict(config)), str(out)]
+    )
     return json.loads(out.read_text(encoding="utf-8")), peak
 
 

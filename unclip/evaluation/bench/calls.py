@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unclip.evaluation.bench.clock import Stage
 from unclip.pipelines.base import generators_from
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import OnStep, TextEncoding, UnCLIPOptions
 
 # P prompts, N images of each, B batch (P * N), s decoder's picture side
@@ -40,13 +40,17 @@ class Inputs:
         text = pipe.encode_text(list(prompts))
         side, batch = pipe.decoder.config.image_size, len(prompts) * num_images
         small = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return cls(list(prompts), num_images, text, text.emb.repeat_interleave(num_images, dim=0), small)
+        return cls(
+            list(prompts), num_images, text, text.emb.repeat_interleave(num_images, dim=0), small
+        )
 
     def generators(self) -> list[torch.Generator]:
         return generators_from(range(len(self.image_emb)))
 
 
-def stage_calls(pipe: UnCLIPPipeline, inputs: Inputs, options: UnCLIPOptions) -> dict[str, Stage[Tensor]]:
+def stage_calls(
+    pipe: UnCLIPPipeline, inputs: Inputs, options: UnCLIPOptions
+) -> dict[str, Stage[Tensor]]:
     """By name; those of the networks that the pipeline has."""
 
     def prior(on_step: OnStep) -> Tensor:
@@ -65,7 +69,11 @@ def stage_calls(pipe: UnCLIPPipeline, inputs: Inputs, options: UnCLIPOptions) ->
         return pipe.decode(inputs.image_emb, text, **given)
 
     def upsampler(on_step: OnStep) -> Tensor:
-        given = {"generators": inputs.generators(), "options": options.upsamplers, "on_step": on_step}
+        given = {
+            "generators": inputs.generators(),
+            "options": options.upsamplers,
+            "on_step": on_step,
+        }
         return pipe.upsample(inputs.small, **given)
 
     calls: dict[str, Stage[Tensor]] = {"text": lambda on_step: pipe.encode_text(inputs.prompts).emb}
@@ -80,15 +88,26 @@ def stage_calls(pipe: UnCLIPPipeline, inputs: Inputs, options: UnCLIPOptions) ->
 def stage_steps(options: UnCLIPOptions) -> dict[str, int]:
     """Sampling steps of each stage, of a prior that has a choice; the text has none."""
     upsampler = sum(stage.steps for stage in options.upsamplers)
-    return {"text": 0, "prior": options.prior.steps, "decoder": options.decoder.steps, "upsampler": upsampler}
+    return {
+        "text": 0,
+        "prior": options.prior.steps,
+        "decoder": options.decoder.steps,
+        "upsampler": upsampler,
+    }
 
 
-def picture_work(pipe: UnCLIPPipeline, prompt: str, num_images: int, options: UnCLIPOptions) -> Work:
+def picture_work(
+    pipe: UnCLIPPipeline, prompt: str, num_images: int, options: UnCLIPOptions
+) -> Work:
     """For pictures of one prompt."""
     calls = stage_calls(pipe, Inputs.make(pipe, [prompt], num_images), options)
     steps = stage_steps(options)
     if pipe.prior is not None:
         steps["prior"] = pipe.prior_steps(options.prior)
     steps = {name: count for name, count in steps.items() if count}
-    last = pipe.upsamplers[len(options.upsamplers) - 1].config.high_size if options.upsamplers else None
+    last = (
+        pipe.upsamplers[len(options.upsamplers) - 1].config.high_size
+        if options.upsamplers
+        else None
+    )
     return Work(calls, steps, last or pipe.decoder.config.image_size)

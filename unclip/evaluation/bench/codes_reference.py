@@ -19,12 +19,14 @@ from torch import Tensor
 
 from unclip.checkpoints.dalle_pytorch import plain_names, rules
 from unclip.checkpoints.renaming import to_there
-from unclip.models.bart_dalle import BartDALLE, CrossAttention, GatedMLP, SelfAttention
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.dalle_sampling import draw_code, guide
+from unclip.models.dalle.sampling import draw_code, guide
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.models.published.bart_dalle import BartDALLE, CrossAttention, GatedMLP, SelfAttention
 from unclip.types import CodeOptions, OnStep
 
-DALLE_PYTORCH = "dalle-pytorch axial-positional-embedding rotary-embedding-torch"  # pip install --no-deps
+DALLE_PYTORCH = (
+    "dalle-pytorch axial-positional-embedding rotary-embedding-torch"  # pip install --no-deps
+)
 NEEDLESS = {  # that DALLE-pytorch imports for codecs which are not used here, and for its own version
     "omegaconf": ("OmegaConf",),
     "taming.models.vqgan": ("VQModel", "GumbelVQ"),
@@ -41,14 +43,34 @@ class DallePytorch:
         self.package = import_dalle_pytorch()
         config, dtype, device = ours.config, ours.start.dtype, ours.start.device
         codec = self.package.DiscreteVAE(
-            image_size=8 * config.grid[0], num_layers=3, num_tokens=config.image_vocab, codebook_dim=8, hidden_dim=8
+            image_size=8 * config.grid[0],
+            num_layers=3,
+            num_tokens=config.image_vocab,
+            codebook_dim=8,
+            hidden_dim=8,
         )
-        sizes = {"dim": config.width, "depth": config.depth, "heads": config.heads, "dim_head": config.head_dim}
+        sizes = {
+            "dim": config.width,
+            "depth": config.depth,
+            "heads": config.heads,
+            "dim_head": config.head_dim,
+        }
         text = {"num_text_tokens": config.text_vocab, "text_seq_len": config.context_length}
-        self.network = self.package.DALLE(vae=codec, **sizes, **text).to(device, dtype).eval().requires_grad_(False)
-        state = {name: x for name, x in self.network.state_dict().items() if not name.startswith("vae.")}
+        self.network = (
+            self.package.DALLE(vae=codec, **sizes, **text)
+            .to(device, dtype)
+            .eval()
+            .requires_grad_(False)
+        )
+        state = {
+            name: x for name, x in self.network.state_dict().items() if not name.startswith("vae.")
+        }
         there = to_there(ours.state_dict(), rules(config))
-        given = {name: there[plain] for name, plain in _by_plain_name(state, config).items() if plain in there}
+        given = {
+            name: there[plain]
+            for name, plain in _by_plain_name(state, config).items()
+            if plain in there
+        }
         assert len(given) == len(there)
         self.network.load_state_dict(given, strict=False, assign=True)
 
@@ -59,7 +81,9 @@ class DallePytorch:
     def draw(self, tokens: Tensor, codes: Tensor) -> Tensor:
         """The next code (B,), as its `generate_images` draws one without guidance: nothing is kept from the last."""
         logits = self.network(tokens, codes)[:, -1]
-        drawn = self.package.gumbel_sample(self.package.top_k(logits, thres=FILTER), temperature=1.0, dim=-1)
+        drawn = self.package.gumbel_sample(
+            self.package.top_k(logits, thres=FILTER), temperature=1.0, dim=-1
+        )
         return drawn - self.network.num_text_tokens
 
 
@@ -73,7 +97,9 @@ def import_dalle_pytorch() -> ModuleType:
         with _in_place_of(NEEDLESS):
             return importlib.import_module("dalle_pytorch.dalle_pytorch")
     except ImportError as error:
-        raise ValueError(f"DALLE-pytorch is not here ({error}); pip install --no-deps {DALLE_PYTORCH}") from None
+        raise ValueError(
+            f"DALLE-pytorch is not here ({error}); pip install --no-deps {DALLE_PYTORCH}"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -108,7 +134,11 @@ class PlainMega:
 
     @torch.inference_mode()
     def draw(
-        self, tokens: Tensor, generators: Sequence[torch.Generator], options: CodeOptions, on_step: OnStep
+        self,
+        tokens: Tensor,
+        generators: Sequence[torch.Generator],
+        options: CodeOptions,
+        on_step: OnStep,
     ) -> Tensor:
         """Pictures of one text (1, L), guided, a generator for each -> their codes (n, N)."""
         n, N = len(generators), self.ours.config.num_codes
@@ -131,9 +161,13 @@ class PlainMega:
     def start(self, states: Tensor) -> Tensor:
         """Room for keys and values, (layers, 2, B, N, C)."""
         config = self.ours.config
-        return states.new_zeros(config.decoder_depth, 2, len(states), config.num_codes, config.width)
+        return states.new_zeros(
+            config.decoder_depth, 2, len(states), config.num_codes, config.width
+        )
 
-    def step(self, codes: Tensor | None, place: int, cache: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    def step(
+        self, codes: Tensor | None, place: int, cache: Tensor, states: Tensor, mask: Tensor
+    ) -> Tensor:
         """The code (B,) before `place`, none before 0 -> logits of the code at `place` (B, K)."""
         ours = self.ours
         emb = ours.start.expand(cache.shape[2], -1) if codes is None else ours.code_emb(codes)
@@ -145,7 +179,9 @@ class PlainMega:
             x = x + self._mlp(layer.mlp, x)
         return ours.code_head(ours.decoder_norm(x))[:, 0]
 
-    def _itself(self, part: SelfAttention, x: Tensor, kept: Tensor, place: int, seen: Tensor) -> Tensor:
+    def _itself(
+        self, part: SelfAttention, x: Tensor, kept: Tensor, place: int, seen: Tensor
+    ) -> Tensor:
         h = part.norm(x)
         q, k, v = (F.linear(h, weight) for weight in part.qkv.weight.chunk(3))
         kept[0, :, place], kept[1, :, place] = k[:, 0], v[:, 0]
@@ -164,5 +200,7 @@ class PlainMega:
 def _attended(part: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Queries (B, 1, C), keys and values (B, n, C) -> what the branch adds (B, 1, C)."""
     q, k, v = (y.unflatten(-1, (part.heads, -1)).transpose(1, 2) for y in (q, k, v))  # B H n d
-    out: Tensor = part.norm_out(part.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)))
+    out: Tensor = part.norm_out(
+        part.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+    )
     return out

@@ -15,9 +15,18 @@ from unclip.evaluation.bench.clock import Stage, timed
 from unclip.evaluation.bench.codes_reference import DallePytorch, PlainMega, import_dalle_pytorch
 from unclip.evaluation.bench.dalle import build, build_mega
 from unclip.evaluation.bench.stages import where
-from unclip.evaluation.bench.turns import OURS, THEIRS, Comparison, Contender, Turns, images, take_turns, wholes
-from unclip.models.bart_dalle import BartDALLE
-from unclip.models.dalle_sampling import Step, sample_codes
+from unclip.evaluation.bench.turns import (
+    OURS,
+    THEIRS,
+    Comparison,
+    Contender,
+    Turns,
+    images,
+    take_turns,
+    wholes,
+)
+from unclip.models.dalle.sampling import Step, sample_codes
+from unclip.models.published.bart_dalle import BartDALLE
 from unclip.pipelines.base import generators_from
 from unclip.types import CodeOptions, OnStep
 
@@ -50,8 +59,12 @@ def compare_dalle_pytorch(config: BenchConfig, progress: bool = True) -> Iterato
     pipe = build(config.model, dtype, device)
     theirs, dalle = DallePytorch(pipe.dalle), pipe.dalle
     N, L, B = dalle.config.num_codes, dalle.config.context_length, config.batch
-    tokens = (torch.arange(L, device=device) % (dalle.config.text_vocab - 1) + 1)[None]  # 0 would be padding there
-    codes = torch.randint(dalle.config.image_vocab, (B, N), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = (torch.arange(L, device=device) % (dalle.config.text_vocab - 1) + 1)[
+        None
+    ]  # 0 would be padding there
+    codes = torch.randint(
+        dalle.config.image_vocab, (B, N), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     places = [(2 * i + 1) * N // (2 * PLACES) for i in range(PLACES)]
 
     @torch.inference_mode()
@@ -66,10 +79,15 @@ def compare_dalle_pytorch(config: BenchConfig, progress: bool = True) -> Iterato
         apart = _apart(theirs.logits(tokens, codes[:1, :m]), dalle.extend(codes[:1, :m], cache))
     if config.compile:
         unclip.compile(pipe)
-    contenders = {THEIRS: Contender(draw), OURS: Contender(_ours(pipe.dalle, tokens, B, pipe.options, pipe.step))}
+    contenders = {
+        THEIRS: Contender(draw),
+        OURS: Contender(_ours(pipe.dalle, tokens, B, pipe.options, pipe.step)),
+    }
     turns = _turns(contenders, config, device, progress)
     seconds = [N * mean(turn.each) for turn in turns[THEIRS]]
-    yield Comparison(_what(N, B), seconds, wholes(turns[OURS], N), True, difference=apart, made=(B * N, TOKENS))
+    yield Comparison(
+        _what(N, B), seconds, wholes(turns[OURS], N), True, difference=apart, made=(B * N, TOKENS)
+    )
 
 
 def compare_plain(config: BenchConfig, progress: bool = True) -> Iterator[Comparison]:
@@ -77,20 +95,31 @@ def compare_plain(config: BenchConfig, progress: bool = True) -> Iterator[Compar
     device, dtype = where(config)
     mega = build_mega(config.model, dtype, device)
     plain, N = PlainMega(mega), mega.config.num_codes
-    tokens = (torch.arange(mega.config.context_length, device=device) % 50 + 3)[None]  # none of them padding
+    tokens = (torch.arange(mega.config.context_length, device=device) % 50 + 3)[
+        None
+    ]  # none of them padding
     apart = _mega_apart(plain, mega, tokens)
-    step = torch.compile(mega.step, dynamic=False) if config.compile and device.type != "cpu" else None
+    step = (
+        torch.compile(mega.step, dynamic=False) if config.compile and device.type != "cpu" else None
+    )
     for B in (config.batch, SEVERAL * config.batch):
 
         def draw(on_step: OnStep, B: int = B) -> Tensor:
             return plain.draw(tokens, generators_from(range(B)), MEGA_OPTIONS, on_step)
 
-        contenders = {THEIRS: Contender(draw), OURS: Contender(_ours(mega, tokens, B, MEGA_OPTIONS, step))}
-        seconds = [wholes(turns, N) for turns in _turns(contenders, config, device, progress).values()]
+        contenders = {
+            THEIRS: Contender(draw),
+            OURS: Contender(_ours(mega, tokens, B, MEGA_OPTIONS, step)),
+        }
+        seconds = [
+            wholes(turns, N) for turns in _turns(contenders, config, device, progress).values()
+        ]
         yield Comparison(f"{_what(N, B)}, guided", *seconds, difference=apart, made=(B * N, TOKENS))
 
 
-def _ours(dalle: nn.Module, tokens: Tensor, batch: int, options: CodeOptions, step: Step | None) -> Stage[Tensor]:
+def _ours(
+    dalle: nn.Module, tokens: Tensor, batch: int, options: CodeOptions, step: Step | None
+) -> Stage[Tensor]:
     @torch.inference_mode()
     def draw(on_step: OnStep) -> Tensor:
         return sample_codes(
@@ -110,14 +139,20 @@ def _mega_apart(plain: PlainMega, mega: BartDALLE, tokens: Tensor) -> float:
     """After the first codes, between the logits of the next."""
     states, mask = plain.read(tokens)
     cache, prefix = plain.start(states), mega.condition(tokens)
-    own, theirs, ours = mega.start_cache(prefix), plain.step(None, 0, cache, states, mask), prefix.logits
+    own, theirs, ours = (
+        mega.start_cache(prefix),
+        plain.step(None, 0, cache, states, mask),
+        prefix.logits,
+    )
     for n in range(CHECKED):
         code = torch.tensor([n], device=tokens.device)
         theirs, ours = plain.step(code, n + 1, cache, states, mask), mega.step(code, n, own)
     return _apart(theirs, ours)
 
 
-def _turns(contenders: dict[str, Contender], config: BenchConfig, device: torch.device, progress: bool) -> Turns:
+def _turns(
+    contenders: dict[str, Contender], config: BenchConfig, device: torch.device, progress: bool
+) -> Turns:
     if config.compile or device.type == "cuda":
         for contender in contenders.values():
             timed(contender.call, device)

@@ -12,13 +12,13 @@ from torch import Tensor
 from unclip.evaluation.bench.calls import Work
 from unclip.evaluation.bench.clock import Stage
 from unclip.evaluation.bench.karlo import random_network
-from unclip.models.bart_dalle import BartDALLE, BartDALLEConfig
-from unclip.models.dalle import DALLE, DALLEConfig
-from unclip.models.dalle_layers import LayerSpec
-from unclip.models.dalle_sampling import sample_codes
-from unclip.models.plain_dvae import PlainDVAE, PlainDVAEConfig
+from unclip.models.dalle.layers import LayerSpec
+from unclip.models.dalle.sampling import sample_codes
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
+from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.pipelines.base import generators_from
-from unclip.pipelines.dalle import DallePipeline
+from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions, OnStep
 
@@ -40,7 +40,9 @@ SIZES = {
 # DALL-E mega but for its depth.
 MEGA_SIZES = {
     "mega-random": BartDALLEConfig(encoder_depth=2, decoder_depth=2),
-    "mega-tiny": BartDALLEConfig(300, 8, 32, (4, 4), 24, encoder_depth=2, decoder_depth=2, heads=2, mlp_width=48),
+    "mega-tiny": BartDALLEConfig(
+        300, 8, 32, (4, 4), 24, encoder_depth=2, decoder_depth=2, heads=2, mlp_width=48
+    ),
 }
 HALVINGS = 3  # of the codec
 
@@ -48,10 +50,15 @@ HALVINGS = 3  # of the codec
 def build(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> DallePipeline:
     """A pipeline without CLIP."""
     config = SIZES[name]
-    tokenizer = BPETokenizer.train(["a red apple"], config.text_vocab, config.context_length, marked=False)
+    tokenizer = BPETokenizer.train(
+        ["a red apple"], config.text_vocab, config.context_length, marked=False
+    )
     side = config.grid[0] * 2**HALVINGS
     codec = PlainDVAEConfig(image_size=side, vocab_size=config.image_vocab, halvings=HALVINGS)
-    networks = random_network(PlainDVAE, codec, dtype, device), random_network(DALLE, config, dtype, device)
+    networks = (
+        random_network(PlainDVAE, codec, dtype, device),
+        random_network(DALLE, config, dtype, device),
+    )
     return DallePipeline(tokenizer, *networks, name=name, licence="none: random weights")
 
 
@@ -63,7 +70,9 @@ def code_work(pipe: DallePipeline, prompt: str, num_images: int, options: CodeOp
     """For pictures of one prompt; a step of "codes" is one code of each."""
     tokens = pipe.dalle.tokens(*pipe.tokenizer([prompt]))
     codec, N = pipe.codec, pipe.dalle.config.num_codes
-    codes = torch.randint(codec.vocab_size, (num_images, *codec.grid), generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        codec.vocab_size, (num_images, *codec.grid), generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         prefix = pipe.dalle.condition(tokens)
         null = None if options.guidance == 1 else pipe.dalle.condition(pipe.dalle.null_tokens(1))
@@ -83,5 +92,9 @@ def code_work(pipe: DallePipeline, prompt: str, num_images: int, options: CodeOp
             compiled_step=pipe.step,
         )
 
-    calls: dict[str, Stage[Tensor]] = {"text": text, "codes": draw, "codec": lambda on_step: pipe.decode(codes)}
+    calls: dict[str, Stage[Tensor]] = {
+        "text": text,
+        "codes": draw,
+        "codec": lambda on_step: pipe.decode(codes),
+    }
     return Work(calls, {"codes": N}, codec.image_size)

@@ -18,14 +18,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from unclip.checkpoints.diffusers_layout import KARLO_OPTIONS
+from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
+from unclip.cli.common import DTYPES
 from unclip.clip import CLIP, CLIPConfig
-from unclip.models.decoder import Decoder, DecoderConfig
-from unclip.models.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.models.unet import LevelSpec, UNetConfig
-from unclip.models.upsampler import Upsampler, UpsamplerConfig
-from unclip.pipelines.command_line import DTYPES
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +55,12 @@ class Size:
         levels = tuple(LevelSpec(c, blocks=3, attention=i > 0) for i, c in enumerate(self.channels))
         unet = UNetConfig(3, 6, levels, context_dim=self.context_dim)
         return DecoderConfig(
-            unet, self.image_size, self.emb_dim, self.emb_dim, null_text="empty_prompt", learned_variance=True
+            unet,
+            self.image_size,
+            self.emb_dim,
+            self.emb_dim,
+            null_text="empty_prompt",
+            learned_variance=True,
         )
 
     @property
@@ -67,9 +72,21 @@ class Size:
     @property
     def clip(self) -> CLIPConfig:
         """The text tower alone: text to image does without the other."""
-        text = {"context_length": 77, "vocab_size": 49408, "width": self.emb_dim, "heads": max(1, self.emb_dim // 64)}
+        text = {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": self.emb_dim,
+            "heads": max(1, self.emb_dim // 64),
+        }
         text_cfg = {**text, "layers": self.text_layers}
-        return CLIPConfig({"embed_dim": self.emb_dim, "vision_cfg": None, "text_cfg": text_cfg, "quick_gelu": True})
+        return CLIPConfig(
+            {
+                "embed_dim": self.emb_dim,
+                "vision_cfg": None,
+                "text_cfg": text_cfg,
+                "quick_gelu": True,
+            }
+        )
 
 
 SIZES = {
@@ -79,7 +96,10 @@ SIZES = {
 
 
 def build(
-    name: str, dtype: torch.dtype, device: torch.device | str = "cpu", stages: Collection[str] = STAGES
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    stages: Collection[str] = STAGES,
 ) -> UnCLIPPipeline:
     """A pipeline in which `stages` can be called; the decoder of a pipeline without that stage is a tiny stand-in."""
     size = SIZES[name]
@@ -88,14 +108,22 @@ def build(
         clip = CLIP(size.clip)
     decoder = size.decoder if "decoder" in stages else _stand_in(size)
     prior = random_network(DiffusionPrior, size.prior, dtype, device) if "prior" in stages else None
-    upsamplers = [random_network(Upsampler, size.upsampler, dtype, device)] if "upsampler" in stages else []
+    upsamplers = (
+        [random_network(Upsampler, size.upsampler, dtype, device)] if "upsampler" in stages else []
+    )
     options = replace(KARLO_OPTIONS, upsamplers=KARLO_OPTIONS.upsamplers[: len(upsamplers)])
     networks = (clip, prior, random_network(Decoder, decoder, dtype, device), upsamplers)
-    return UnCLIPPipeline(*networks, options, name=name, licence="none: random weights").to(device, dtype)
+    return UnCLIPPipeline(*networks, options, name=name, licence="none: random weights").to(
+        device, dtype
+    )
 
 
 def random_network(
-    network: type[M], config: object, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+    network: type[M],
+    config: object,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> M:
     """Made on the meta device and filled in its own dtype: parts of one block of noise, scaled by each layer's inputs.
 
@@ -117,19 +145,29 @@ def random_network(
             if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
                 layer.weight += 1
         if isinstance(module, DiffusionPrior):
-            module.set_stats(torch.zeros_like(module.emb_mean), torch.full_like(module.emb_std, 1 / math.sqrt(768)))
+            module.set_stats(
+                torch.zeros_like(module.emb_mean),
+                torch.full_like(module.emb_std, 1 / math.sqrt(768)),
+            )
     return module
 
 
 def _stand_in(size: Size) -> DecoderConfig:
     unet = UNetConfig(3, 6, (LevelSpec(32, blocks=1),), context_dim=32, mid_attention=False)
     return DecoderConfig(
-        unet, size.image_size, size.emb_dim, size.emb_dim, null_text="empty_prompt", learned_variance=True
+        unet,
+        size.image_size,
+        size.emb_dim,
+        size.emb_dim,
+        null_text="empty_prompt",
+        learned_variance=True,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -23,10 +23,16 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     best = {"convolution": 0.0, "matmul": 0.0}
     for channels, side in ((320, 64), (640, 32)):
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(batch, channels, side, side, device=device).to(dtype, memory_format=memory_format)
-            weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=memory_format)
+            x = torch.randn(batch, channels, side, side, device=device).to(
+                dtype, memory_format=memory_format
+            )
+            weight = torch.randn(channels, channels, 3, 3, device=device).to(
+                dtype, memory_format=memory_format
+            )
             flops = 2 * batch * 9 * (channels * side) ** 2
-            rate = flops / _best(lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), device, SECONDS / 2)
+            rate = flops / _best(
+                lambda x=x, weight=weight: F.conv2d(x, weight, padding=1), device, SECONDS / 2
+            )
             best["convolution"] = max(best["convolution"], rate)
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)

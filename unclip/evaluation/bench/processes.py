@@ -23,7 +23,9 @@ def run(arguments: Sequence[str]) -> tuple[float, int | None]:
     """
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said
+        )
         peak = None
         try:
             if hasattr(os, "wait4"):

@@ -17,16 +17,16 @@ from diffusers import PriorTransformer, UnCLIPScheduler, UNet2DConditionModel, U
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from torch import Tensor, nn
 
-from unclip.checkpoints.diffusers_configs import write_decoder, write_prior, write_unet
-from unclip.checkpoints.diffusers_names import prior_rules, text_proj_rules, unet_rules
+from unclip.checkpoints.diffusers.configs import write_decoder, write_prior, write_unet
+from unclip.checkpoints.diffusers.names import prior_rules, text_proj_rules, unet_rules
 from unclip.checkpoints.renaming import Rule, to_there
 from unclip.diffusion.samplers import randn
 from unclip.evaluation.bench.calls import Inputs
 from unclip.evaluation.bench.clock import Stage
-from unclip.models.decoder import Decoder
-from unclip.models.prior import DiffusionPrior
-from unclip.models.upsampler import Upsampler
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.prior import DiffusionPrior
+from unclip.models.unclip.upsampler import Upsampler
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import OnStep, StageOptions, TextEncoding, UnCLIPOptions
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,20 +45,32 @@ CROP = 64  # pixels of a side on which the upsamplers' are
 
 def reference_prior(ours: DiffusionPrior) -> PriorTransformer:
     dtype, device = ours.query.dtype, ours.query.device
-    network = _given(PriorTransformer, write_prior(ours.config), ours.state_dict(), prior_rules(ours.config), dtype)
+    network = _given(
+        PriorTransformer,
+        write_prior(ours.config),
+        ours.state_dict(),
+        prior_rules(ours.config),
+        dtype,
+    )
     size = network.causal_attention_mask.shape[-1]
-    mask = torch.full((1, size, size), -10000.0, dtype=dtype, device=device).triu(1)  # no part of the state
+    mask = torch.full((1, size, size), -10000.0, dtype=dtype, device=device).triu(
+        1
+    )  # no part of the state
     network.register_buffer("causal_attention_mask", mask, persistent=False)
     return network
 
 
 def reference_decoder(ours: Decoder) -> tuple[UnCLIPTextProjModel, UNet2DConditionModel]:
     unet, projection = write_decoder(ours.config)
-    around = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("unet.")}
+    around = {
+        name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("unet.")
+    }
     dtype = ours.null_image.dtype
     return (
         _given(UnCLIPTextProjModel, projection, around, text_proj_rules(), dtype),
-        _given(UNet2DConditionModel, unet, ours.unet.state_dict(), unet_rules(ours.config.unet), dtype),
+        _given(
+            UNet2DConditionModel, unet, ours.unet.state_dict(), unet_rules(ours.config.unet), dtype
+        ),
     )
 
 
@@ -66,16 +78,25 @@ def reference_upsampler(ours: Upsampler) -> tuple[UNet2DModel, UNet2DModel]:
     """The networks of all steps but the last, and of the last."""
     unets = [unet for unet in (ours.unet, ours.last_unet) if unet is not None]
     config, dtype = write_unet(ours.config.unet, ours.config.high_size), ours.unet.stem.weight.dtype
-    found = [_given(UNet2DModel, config, unet.state_dict(), unet_rules(unet.config), dtype) for unet in unets]
+    found = [
+        _given(UNet2DModel, config, unet.state_dict(), unet_rules(unet.config), dtype)
+        for unet in unets
+    ]
     return found[0], found[-1]
 
 
 def _given(
-    kind: type[M], config: dict[str, Any], state: dict[str, Tensor], rules: Iterable[Rule], dtype: torch.dtype
+    kind: type[M],
+    config: dict[str, Any],
+    state: dict[str, Tensor],
+    rules: Iterable[Rule],
+    dtype: torch.dtype,
 ) -> M:
     with torch.device("meta"):
         network = kind.from_config(config)
-    theirs = {name: tensor.to(dtype).contiguous() for name, tensor in to_there(state, rules).items()}
+    theirs = {
+        name: tensor.to(dtype).contiguous() for name, tensor in to_there(state, rules).items()
+    }
     network.load_state_dict(theirs, assign=True)
     return network.eval().requires_grad_(False)
 
@@ -95,7 +116,9 @@ class ReferencePrior:
         self.ours, self.network = ours, reference_prior(ours.prior)
         self.networks = (self.network,)
 
-    def sample(self, text: TextEncoding, generators: Generators, options: StageOptions, on_step: OnStep) -> Tensor:
+    def sample(
+        self, text: TextEncoding, generators: Generators, options: StageOptions, on_step: OnStep
+    ) -> Tensor:
         """Encodings of 2B texts -> image embeddings (B, D)."""
 
         def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
@@ -107,7 +130,10 @@ class ReferencePrior:
         return self.network.post_process_latents(x)
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
-        text, options = guided_text(self.ours, inputs.prompts, inputs.num_images), self.ours.options.prior
+        text, options = (
+            guided_text(self.ours, inputs.prompts, inputs.num_images),
+            self.ours.options.prior,
+        )
         return lambda on_step: self.sample(text, inputs.generators(), options, on_step)
 
     def answers(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
@@ -126,7 +152,12 @@ class ReferenceDecoder:
         self.networks = self.projection, self.network = reference_decoder(ours.decoder)
 
     def sample(
-        self, image_emb: Tensor, text: TextEncoding, generators: Generators, options: StageOptions, on_step: OnStep
+        self,
+        image_emb: Tensor,
+        text: TextEncoding,
+        generators: Generators,
+        options: StageOptions,
+        on_step: OnStep,
     ) -> Tensor:
         """Image embeddings (B, D) and encodings of 2B texts -> pictures (B, 3, s, s)."""
         given = self._condition(image_emb, text)
@@ -138,11 +169,18 @@ class ReferenceDecoder:
 
         size = self.network.config.sample_size
         shape = (len(generators), 3, size, size)
-        return _sample(predict, shape, text.emb, "decoder", generators, options, on_step).clamp(-1, 1)
+        return _sample(predict, shape, text.emb, "decoder", generators, options, on_step).clamp(
+            -1, 1
+        )
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
-        text, options = guided_text(self.ours, inputs.prompts, inputs.num_images), self.ours.options.decoder
-        return lambda on_step: self.sample(inputs.image_emb, text, inputs.generators(), options, on_step)
+        text, options = (
+            guided_text(self.ours, inputs.prompts, inputs.num_images),
+            self.ours.options.decoder,
+        )
+        return lambda on_step: self.sample(
+            inputs.image_emb, text, inputs.generators(), options, on_step
+        )
 
     def answers(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
         ours, size = self.ours, self.network.config.sample_size
@@ -161,7 +199,11 @@ class ReferenceDecoder:
             do_classifier_free_guidance=True,
         )
         mask = F.pad(text.mask, (self.projection.clip_extra_context_tokens, 0), value=True)
-        return {"encoder_hidden_states": context, "class_labels": time_shift, "attention_mask": mask}
+        return {
+            "encoder_hidden_states": context,
+            "class_labels": time_shift,
+            "attention_mask": mask,
+        }
 
 
 class ReferenceUpsampler:
@@ -169,7 +211,9 @@ class ReferenceUpsampler:
         (upsampler,) = ours.upsamplers
         self.ours, self.networks = ours, reference_upsampler(upsampler)
 
-    def sample(self, images: Tensor, generators: Generators, options: StageOptions, on_step: OnStep) -> Tensor:
+    def sample(
+        self, images: Tensor, generators: Generators, options: StageOptions, on_step: OnStep
+    ) -> Tensor:
         """Pictures (B, 3, s, s) -> (B, 3, S, S)."""
         first, final = self.networks
         size = first.config.sample_size
@@ -181,7 +225,9 @@ class ReferenceUpsampler:
         def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
             return (final if last else first)(torch.cat([x, images], dim=1), t).sample
 
-        return _sample(predict, tuple(images.shape), images, "upsampler", generators, options, on_step)
+        return _sample(
+            predict, tuple(images.shape), images, "upsampler", generators, options, on_step
+        )
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
         (options,) = self.ours.options.upsamplers
@@ -205,7 +251,10 @@ ReferenceStage = ReferencePrior | ReferenceDecoder | ReferenceUpsampler
 @torch.no_grad()
 def guided_text(ours: UnCLIPPipeline, prompts: Sequence[str], num_images: int = 1) -> TextEncoding:
     """The empty prompt for each of B rows, then the prompts; by our CLIP, so that both sides are told the same."""
-    rows = [ours.clip.encode_text(texts).repeat_interleave(num_images) for texts in ([""] * len(prompts), prompts)]
+    rows = [
+        ours.clip.encode_text(texts).repeat_interleave(num_images)
+        for texts in ([""] * len(prompts), prompts)
+    ]
     parts = zip(*((text.emb, text.states, text.mask) for text in rows), strict=True)
     return TextEncoding(*(torch.cat(pair) for pair in parts)).to(ours.device, ours.dtype)
 
@@ -218,7 +267,10 @@ def difference(stage: ReferenceStage, inputs: Inputs) -> float:
 
 
 def draw(
-    stages: dict[str, ReferenceStage], prompts: Sequence[str], generators: Generators, options: UnCLIPOptions
+    stages: dict[str, ReferenceStage],
+    prompts: Sequence[str],
+    generators: Generators,
+    options: UnCLIPOptions,
 ) -> Tensor:
     """Prompts -> pictures (B, 3, S, S) in [-1, 1], a generator for each."""
 
@@ -235,7 +287,9 @@ def draw(
 
 def _question(shape: Sequence[int], ours: UnCLIPPipeline) -> tuple[Tensor, Tensor]:
     """Noise, and a timestep for each row."""
-    x_t = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(ours.device, ours.dtype)
+    x_t = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(
+        ours.device, ours.dtype
+    )
     return x_t, torch.full((shape[0],), SOME_T, device=ours.device)
 
 
@@ -254,6 +308,8 @@ def _sample(
     x = randn(shape, generators, like.device, like.dtype)
     for t, t_prev in pairwise([*scheduler.timesteps, None]):
         output = predict(x, t, t_prev is None)
-        x = scheduler.step(output, t, x, prev_timestep=t_prev, generator=list(generators)).prev_sample
+        x = scheduler.step(
+            output, t, x, prev_timestep=t_prev, generator=list(generators)
+        ).prev_sample
         on_step(None)
     return x

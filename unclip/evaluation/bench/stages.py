@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import unclip
+from unclip.cli.common import DTYPES
 from unclip.config import parse
 from unclip.evaluation import STAGES
 from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig, dalle, karlo
@@ -27,13 +28,14 @@ from unclip.evaluation.bench.clock import counted, timed
 from unclip.evaluation.bench.dalle import code_work
 from unclip.evaluation.bench.memory import PeakMemory
 from unclip.pipelines.base import default_dtype, find_device
-from unclip.pipelines.command_line import DTYPES
-from unclip.pipelines.dalle import DallePipeline
+from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.offload import parts
-from unclip.pipelines.unclip import UnCLIPPipeline
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, UnCLIPOptions
 
-STEPS = 2  # of each stage under --steps-only: one with, and one without what is computed once a call
+STEPS = (
+    2  # of each stage under --steps-only: one with, and one without what is computed once a call
+)
 
 
 def where(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
@@ -50,10 +52,14 @@ def open_model(config: BenchConfig) -> UnCLIPPipeline | DallePipeline:
     if config.model in DALLE:
         return dalle.build(config.model, dtype, device)
     if config.model in MEGA:
-        raise ValueError(f"{config.model} is a transformer without a codec; measure it --against plain")
+        raise ValueError(
+            f"{config.model} is a transformer without a codec; measure it --against plain"
+        )
     pipe = unclip.load(config.model, device, dtype, offload=config.offload and not config.quantize)
     if not isinstance(pipe, UnCLIPPipeline | DallePipeline):
-        raise ValueError(f"{config.model} is no unCLIP or DALL-E model, and only those can be measured stage by stage")
+        raise ValueError(
+            f"{config.model} is no unCLIP or DALL-E model, and only those can be measured stage by stage"
+        )
     return pipe
 
 
@@ -80,7 +86,9 @@ def measure(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig) -> dict[s
         whole["call"] = lambda seed: pipe(PROMPT, seed=seed, **batch, **drawing)
     if n := config.candidates:
         whole["drawn"] = lambda seed: pipe(PROMPT, seed=seed, num_images=n, **drawing)
-        whole["chosen"] = lambda seed: pipe(PROMPT, seed=seed, num_images=1, num_candidates=n, **drawing)
+        whole["chosen"] = lambda seed: pipe(
+            PROMPT, seed=seed, num_images=1, num_candidates=n, **drawing
+        )
     seconds: dict[str, list[float]] = {}
     step_seconds: dict[str, list[float]] = {}
     for seed in range(config.repeat + cold):
@@ -107,15 +115,21 @@ def measure(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig) -> dict[s
     }
 
 
-def _prepared(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig) -> UnCLIPOptions | CodeOptions:
+def _prepared(
+    pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig
+) -> UnCLIPOptions | CodeOptions:
     """Changes the networks as the config wants, but for compilation, and gives the options to draw with."""
     if isinstance(pipe, DallePipeline):
         if config.preset or config.quantize or config.offload or config.steps_only:
-            raise ValueError("of a DALL-E no preset, int8 weights, offloading or single steps can be measured")
+            raise ValueError(
+                "of a DALL-E no preset, int8 weights, offloading or single steps can be measured"
+            )
         return pipe.options
     options = pipe.preset(config.preset) if config.preset else pipe.options
     if config.steps_only and len(options.upsamplers) > 1:
-        raise ValueError("the steps of several upsamplers are not alike; measure them without --steps-only")
+        raise ValueError(
+            "the steps of several upsamplers are not alike; measure them without --steps-only"
+        )
     if config.quantize:
         pipe.quantize(config.quantize)
     if config.offload:
@@ -123,12 +137,16 @@ def _prepared(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig) -> UnCL
     return options
 
 
-def _work(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig, options: UnCLIPOptions | CodeOptions) -> Work:
+def _work(
+    pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig, options: UnCLIPOptions | CodeOptions
+) -> Work:
     """The stages that are asked for."""
     of_kind = code_work if isinstance(pipe, DallePipeline) else picture_work
     work = of_kind(pipe, PROMPT, config.batch, options)
     if missing := [name for name in config.stages or () if name not in work.calls]:
-        raise ValueError(f"{config.model} has no stage {missing[0]!r}; expected some of {', '.join(work.calls)}")
+        raise ValueError(
+            f"{config.model} has no stage {missing[0]!r}; expected some of {', '.join(work.calls)}"
+        )
     wanted = config.stages or tuple(work.calls)
     return replace(work, calls={name: call for name, call in work.calls.items() if name in wanted})
 
@@ -139,12 +157,17 @@ def _parts(pipe: UnCLIPPipeline | DallePipeline) -> dict[str, nn.Module]:
     clip = {} if pipe.clip is None else {"clip": pipe.clip}
     for name, module in {**clip, **pipe.networks()}.items():
         pieces = parts([module])
-        found |= {name if len(pieces) == 1 else f"{name}.{i}": piece for i, piece in enumerate(pieces)}
+        found |= {
+            name if len(pieces) == 1 else f"{name}.{i}": piece for i, piece in enumerate(pieces)
+        }
     return found
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for tensor in (*module.parameters(), *module.buffers())
+    )
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -162,7 +185,9 @@ def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 def main() -> None:
     try:
         config = parse(BenchConfig, json.loads(sys.argv[1]))
-        Path(sys.argv[2]).write_text(json.dumps(measure(open_model(config), config)), encoding="utf-8")
+        Path(sys.argv[2]).write_text(
+            json.dumps(measure(open_model(config), config)), encoding="utf-8"
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

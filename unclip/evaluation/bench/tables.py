@@ -9,7 +9,10 @@ from typing import Any
 from unclip.evaluation.report import Row, markdown
 
 MIB, GB, TERA = 2**20, 1e9, 1e12
-RESIDENT_SHARE, OFFLOAD_ROOM = 1.3, 1e9  # peak memory stays within 1.3 x all weights, or the largest network + 1 GB
+RESIDENT_SHARE, OFFLOAD_ROOM = (
+    1.3,
+    1e9,
+)  # peak memory stays within 1.3 x all weights, or the largest network + 1 GB
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
@@ -24,7 +27,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
     table = []
     for name, seconds in results["seconds"].items():
         count = results["steps"].get(name)
-        what = names.get(name) or f"of that: {name}" + (f", {count} step{'s' * (count > 1)}" if count else "")
+        what = names.get(name) or f"of that: {name}" + (
+            f", {count} step{'s' * (count > 1)}" if count else ""
+        )
         table.append(Row(what, tell_seconds(statistics.median(seconds)), spread(seconds)))
     for name, size in results["peak_memory"].items():
         what = {
@@ -39,7 +44,15 @@ def rows(results: dict[str, Any]) -> list[Row]:
 def stage_table(results: dict[str, Any]) -> str:
     """Each stage and the whole, as Markdown."""
     peak = max(results["machine_peak"].values())
-    head = ("stage", "seconds", "lowest to highest", "a step", "TFLOP", "of the machine's peak", "peak memory")
+    head = (
+        "stage",
+        "seconds",
+        "lowest to highest",
+        "a step",
+        "TFLOP",
+        "of the machine's peak",
+        "peak memory",
+    )
     lines = [head]
     stages = {name: results["seconds"][name] for name in results["flops"]}
     for name, seconds in stages.items():
@@ -47,12 +60,32 @@ def stage_table(results: dict[str, Any]) -> str:
         step = tell_seconds(statistics.median(results["step_seconds"][name])) if steps else ""
         what = f"{name}, {steps} steps" if steps else name
         speed = share(flops, statistics.median(seconds), peak)
-        lines.append((what, *_cells(seconds), step, _tera(flops), speed, _mib(results["stage_memory"].get(name))))
-    whole = results["seconds"].get("call") or [sum(turn) for turn in zip(*stages.values(), strict=True)]
+        lines.append(
+            (
+                what,
+                *_cells(seconds),
+                step,
+                _tera(flops),
+                speed,
+                _mib(results["stage_memory"].get(name)),
+            )
+        )
+    whole = results["seconds"].get("call") or [
+        sum(turn) for turn in zip(*stages.values(), strict=True)
+    ]
     if "call" in results["seconds"] or len(stages) > 1:
         flops, images = sum(results["flops"].values()), results["batch"] / statistics.median(whole)
         what = f"all, {results['batch']} of {results['size']} px: {images:.3g} a second"
-        lines.append((what, *_cells(whole), "", _tera(flops), share(flops, statistics.median(whole), peak), ""))
+        lines.append(
+            (
+                what,
+                *_cells(whole),
+                "",
+                _tera(flops),
+                share(flops, statistics.median(whole), peak),
+                "",
+            )
+        )
     return markdown(lines)
 
 
@@ -66,23 +99,42 @@ def comparison_table(results: dict[str, Any]) -> str:
     """All rows as Markdown; notes below tell what is composed, and how far the answers are apart."""
     peak = max(results["machine_peak"].values())
     lines = [
-        ("", results["against"], "unclip", "times as fast", "lowest to highest", "of the machine's peak, or speed")
+        (
+            "",
+            results["against"],
+            "unclip",
+            "times as fast",
+            "lowest to highest",
+            "of the machine's peak, or speed",
+        )
     ]
     for row in results["rows"]:
         seconds = [statistics.median(row[side]) for side in ("theirs", "ours")]
         if row["flops"]:
-            speeds = " and ".join(share(flops, s, peak) for flops, s in zip(row["flops"], seconds, strict=True))
+            speeds = " and ".join(
+                share(flops, s, peak) for flops, s in zip(row["flops"], seconds, strict=True)
+            )
         else:
             count, kind = row["made"]
             speeds = " and ".join(_figure(count / s) for s in seconds) + f" {kind} a second"
         what = row["what"] + (" *" if row["composed"] else "")
-        lines.append((what, *map(tell_seconds, seconds), _times(row["ratio"]), _ratios(row), speeds))
+        lines.append(
+            (what, *map(tell_seconds, seconds), _times(row["ratio"]), _ratios(row), speeds)
+        )
     notes = []
     if any(row["composed"] for row in results["rows"]):
-        notes.append("\\* Put together: single steps x their number, what is computed once added; stages added up.")
-    apart = {row["what"]: f"{row['difference']:.1e} {row['unit']}" for row in results["rows"] if row["difference"]}
+        notes.append(
+            "\\* Put together: single steps x their number, what is computed once added; stages added up."
+        )
+    apart = {
+        row["what"]: f"{row['difference']:.1e} {row['unit']}"
+        for row in results["rows"]
+        if row["difference"]
+    }
     if apart:
-        notes.append(f"How far both sides' answers are apart: {'; '.join(f'{k} {v}' for k, v in apart.items())}.")
+        notes.append(
+            f"How far both sides' answers are apart: {'; '.join(f'{k} {v}' for k, v in apart.items())}."
+        )
     if results["peak_memory"]:
         notes.append(f"Both sides needed {_gb(results['peak_memory'])} of memory at most.")
     return "\n\n".join([markdown(lines), *notes])
@@ -93,9 +145,14 @@ def other_claims(results: dict[str, Any]) -> list[str]:
     seconds, lines = results["seconds"], []
     if "codes" in seconds:
         tokens = results["batch"] * results["steps"]["codes"]
-        lines.append(f"{_figure(tokens / statistics.median(seconds['codes']))} image tokens a second")
+        lines.append(
+            f"{_figure(tokens / statistics.median(seconds['codes']))} image tokens a second"
+        )
     if "chosen" in seconds:
-        ratios = [chosen / drawn for drawn, chosen in zip(seconds["drawn"], seconds["chosen"], strict=True)]
+        ratios = [
+            chosen / drawn
+            for drawn, chosen in zip(seconds["drawn"], seconds["chosen"], strict=True)
+        ]
         ratio = statistics.median(seconds["chosen"]) / statistics.median(seconds["drawn"])
         lines.append(
             f"choosing among {results['candidates']} candidates takes {ratio:.3g}x as long as drawing them "

@@ -57,7 +57,13 @@ class Contender:
 def begin(config: BenchConfig, against: str) -> dict[str, Any]:
     """The head of the results: what is compared, where, and what the machine can do at best."""
     here = {**host(), **machine(*where(config))}
-    return {**asdict(config), "against": against, "machine": here, "machine_peak": machine_peak(here), "rows": []}
+    return {
+        **asdict(config),
+        "against": against,
+        "machine": here,
+        "machine_peak": machine_peak(here),
+        "rows": [],
+    }
 
 
 def take_turns(

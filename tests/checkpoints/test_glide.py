@@ -1,0 +1,429 @@
+"""GLIDE: its four networks answer as in its own code, and the pipeline draws the picture that its sampling draws."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from recorded import numbers, recording, sampled, weights
+from tokenizers import pre_tokenizers
+from torch import Tensor
+
+import unclip
+from unclip.checkpoints import glide
+from unclip.checkpoints.renaming import to_there
+from unclip.cli.main import main
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.models.published.glide import GLIDE, GLIDEConfig
+from unclip.pipelines.base import redraw
+from unclip.pipelines.glide import GLIDEPipeline
+from unclip.tokenizer import GPT2Tokenizer
+from unclip.types import GLIDEOptions, StageOptions, UnCLIPOptions
+
+RECORDED = recording("glide")
+FILES = ("base", "upsample", "base_inpaint", "upsample_inpaint")
+L = 6  # text slots
+MASK = torch.arange(L) < torch.tensor([[4], [0]])
+IDS = torch.where(MASK, (numbers("ids", (2, L)).abs() * 20).long() % 50, 49)
+T = torch.tensor([999, 3])
+LOW_RES = numbers("low_res", (2, 3, 4, 4))
+
+
+def state(name: str) -> dict[str, Tensor]:
+    """The recording tells of the others only where they differ from the first."""
+    return weights({**RECORDED["base"]["shapes"], **RECORDED[name]["shapes"]})
+
+
+def network(name: str, folder: Path) -> GLIDE:
+    torch.save(state(name), folder / f"{name}.pt")
+    return glide.read_network(folder / f"{name}.pt")
+
+
+def known() -> Tensor:
+    mask = (numbers("mask", (2, 1, 8, 8)) > 0).float()
+    return torch.cat([numbers("known", (2, 3, 8, 8)) * mask, mask], dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FILES)
+def test_a_network_answers_as_in_glides_code(name: str, tmp_path: Path) -> None:
+    net = network(name, tmp_path)
+    inputs = [{"known": known()}, {}] if "inpaint" in name else [{}]
+    for given, expected in zip(inputs, RECORDED[name]["output"], strict=True):
+        given |= {"low_res": LOW_RES} if "upsample" in name else {}
+        output = net(numbers("x.glide", (2, 3, 8, 8)), T, IDS, MASK, **given)
+        assert sampled(output) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_rules_are_undone_exactly(name: str, tmp_path: Path) -> None:
+    net = network(name, tmp_path)
+    back = to_there(net.state_dict(), glide.glide_rules(net.config))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state(name).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "low_size", "inpaints"),
+    [("base", 64, None, False), ("upsample", 256, 64, False), ("upsample_inpaint", 256, 64, True)],
+)
+def test_what_a_network_is_for_is_told_by_its_channels(
+    name: str, size: int, low_size: int | None, inpaints: bool, tmp_path: Path
+) -> None:
+    config = network(name, tmp_path).config
+    assert (config.image_size, config.low_size, config.inpaints) == (size, low_size, inpaints)
+
+
+def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """50 tokens: letters, some merges of them, and the end of text."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "Ã", "ł", "!"]
+    merges = [
+        ("r", "e"),
+        ("re", "d"),
+        ("Ġ", "re"),
+        ("Ġre", "d"),
+        ("f", "i"),
+        ("fi", "s"),
+        ("Ġ", "a"),
+        ("s", "h"),
+    ]
+    tokens = [*letters, *("".join(pair) for pair in merges), "'", "<|endoftext|>"]
+    assert len(tokens) == 50
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def bpe(text: str) -> list[int]:
+    """GPT-2's encoder by its definition: again and again, all places of the earliest merge in a word are merged."""
+    vocab, merges = vocabulary()
+    ids = []
+    for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text.lower()):
+        parts = list(word)
+        while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in merges]:
+            first = min(pairs, key=merges.index)
+            i = next(i for i in range(len(parts)) if tuple(parts[i : i + 2]) == first)
+            parts[i : i + 2] = ["".join(first)]
+        ids += [vocab[part] for part in parts]
+    return ids
+
+
+@pytest.mark.parametrize(
+    "text", ["a red fish", " Red  FISH", "", "rered", "it's 2 à", "<|endoftext|>"[2:11]]
+)
+def test_the_tokenizer_is_gpt2s(text: str) -> None:
+    ids, mask = GPT2Tokenizer(*vocabulary(), context_length=24)([text])
+    assert ids[0][mask[0]].tolist() == bpe(text)
+    assert (ids[0][~mask[0]] == 49).all() and not mask[0, len(bpe(text)) :].any()
+
+
+def test_a_caption_that_is_too_long_is_cut_with_a_warning() -> None:
+    tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
+    with pytest.warns(UserWarning, match="this part was cut: 'edfish'"):
+        ids, mask = tokenizer(["abcdefedfish"])
+    assert ids[0].tolist() == bpe("abcdef") and mask.all()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """All of GLIDE at toy width, as it was published, with its vocabulary."""
+    folder = tmp_path / "glide"
+    folder.mkdir()
+    for name in ("base", "upsample"):
+        torch.save(state(name), folder / f"{name}.pt")
+    write_vocabulary(folder)
+    return folder
+
+
+def write_vocabulary(folder: Path) -> None:
+    vocab, merges = vocabulary()
+    (folder / glide.VOCAB_FILE).write_bytes(gzip.compress(json.dumps(vocab).encode()))
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / glide.MERGES_FILE).write_bytes(gzip.compress("\n".join(lines).encode()))
+
+
+class Told(GPT2Tokenizer):
+    """Gives the ids of the recording for whatever is not empty."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        mask = torch.stack([MASK[0] if text else MASK[1] for text in texts])
+        return torch.where(mask, IDS[0], 49), mask
+
+
+def small_pipe(folder: Path) -> GLIDEPipeline:
+    """Pictures of 8 and 16 pixels, as the recording has them."""
+    nets = [glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample")]
+    nets[0].config = replace(nets[0].config, image_size=8)
+    nets[1].config = replace(nets[1].config, image_size=16, low_size=8)
+    options = GLIDEOptions(
+        StageOptions(steps=5, guidance=3.0, sampler="ancestral"),
+        (StageOptions(steps=4, sampler="ancestral"),),
+    )
+    tokenizer = Told(*vocabulary(), context_length=L)
+    return GLIDEPipeline(
+        tokenizer, nets[0], nets[1:], options, schedules={"upsampler_0": ScheduleConfig("linear")}
+    )
+
+
+def test_the_pipeline_draws_what_glides_own_sampling_draws(folder: Path) -> None:
+    pipe, told = small_pipe(folder), RECORDED["picture"]
+    generators = [torch.Generator().manual_seed(told["seed"])]
+    small = pipe.decode(["a red fish"], generators=generators)
+    assert sampled(small) == pytest.approx(told["output"][0], abs=1e-4)
+    large = pipe.upsample(small, ["a red fish"], generators=generators)
+    # The linear schedule ends at α = 0.006: an estimate of x_0 there has rounding errors 160 times as large.
+    assert sampled(large) == pytest.approx(told["output"][1], abs=2e-3)
+
+
+def test_a_call_draws_every_prompt_under_its_own_seed(folder: Path) -> None:
+    pipe, seen = small_pipe(folder), []
+    result = pipe(
+        ["a fish", "a dish"],
+        num_images=2,
+        seed=7,
+        batch_size=3,
+        on_step=seen.append,
+        progress=False,
+    )
+    assert result.seeds == [7, 8, 9, 10] and result.prompts == [
+        "a fish",
+        "a fish",
+        "a dish",
+        "a dish",
+    ]
+    assert [image.size for image in result.images] == [(16, 16)] * 4
+    assert len(seen) == 2 * (5 + 4) and {step.stage for step in seen} == {"decoder", "upsampler_0"}
+    alone = pipe("a dish", seed=9, progress=False)
+    assert alone.images[0].tobytes() == result.images[2].tobytes()
+    assert (
+        redraw(pipe, result.metadata[2], progress=False).images[0].tobytes()
+        == result.images[2].tobytes()
+    )
+
+
+def test_guidance_changes_the_picture_and_upsamplers_may_be_guided_too(folder: Path) -> None:
+    pipe = small_pipe(folder)
+
+    def drawn(options: GLIDEOptions) -> bytes:
+        return pipe("a fish", seed=1, options=options, progress=False).images[0].tobytes()
+
+    free = replace(pipe.options, decoder=replace(pipe.options.decoder, guidance=1.0))
+    guided = replace(pipe.options, upsamplers=(replace(pipe.options.upsamplers[0], guidance=2.0),))
+    assert len({drawn(pipe.options), drawn(free), drawn(guided)}) == 3
+
+
+def test_the_published_folder_is_a_pipeline(folder: Path) -> None:
+    pipe = unclip.load(folder, device="cpu")
+    assert (pipe.options.decoder.steps, pipe.options.decoder.guidance) == (100, 3.0)
+    assert (
+        pipe.schedules["decoder"].config.kind == "cosine"
+        and pipe.schedules["upsampler_0"].config.kind == "linear"
+    )
+    assert pipe.tokenizer(["a red fish"])[0][0, :3].tolist() == bpe("a red fish")[:3]
+    (folder / "upsample.pt").unlink()
+    assert unclip.load(folder, device="cpu").options.upsamplers == ()
+
+
+def test_our_own_folder_holds_all_of_it(folder: Path, tmp_path: Path) -> None:
+    pipe = unclip.load(folder, device="cpu")
+    pipe.save_pretrained(tmp_path / "ours")
+    again = unclip.load(tmp_path / "ours", device="cpu")
+    assert isinstance(again, GLIDEPipeline) and again.options == pipe.options
+    assert again.schedules["upsampler_0"].config == ScheduleConfig("linear")
+    assert torch.equal(again.tokenizer(["a red fish"])[0], pipe.tokenizer(["a red fish"])[0])
+    for name, net in pipe.networks().items():
+        other = again.networks()[name]
+        assert other.config == net.config
+        assert all(
+            torch.equal(tensor, other.state_dict()[key]) for key, tensor in net.state_dict().items()
+        )
+
+
+def test_the_inpainting_pair_is_found_by_its_file_and_draws_where_nothing_is_known(
+    folder: Path,
+) -> None:
+    for name in ("base_inpaint", "upsample_inpaint"):
+        torch.save(state(name), folder / f"{name}.pt")
+    pipe = unclip.load(folder / "base_inpaint.pt", device="cpu")
+    assert [net.config.inpaints for net in pipe.networks().values()] == [True, True]
+    assert not unclip.load(folder, device="cpu").decoder.config.inpaints
+    pipe.decoder.config = replace(pipe.decoder.config, image_size=8)
+    options = GLIDEOptions(StageOptions(steps=2), upsamplers=())
+    assert pipe("a fish", seed=0, options=options, progress=False).images[0].size == (8, 8)
+
+
+def test_half_precision_is_kept_to(folder: Path) -> None:
+    pipe = unclip.load(folder, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for net in pipe.networks().values() for p in net.parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_the_command_line_converts_tells_and_draws(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "upsample.pt").unlink()
+    ours, picture = str(tmp_path / "ours"), str(tmp_path / "fish.png")
+    assert main(["convert", str(folder), ours, "--to", "unclip"]) == 0
+    assert main(["info", ours]) == 0
+    told = capsys.readouterr().out
+    assert "glide: glide in" in told and "decoder " in told and "tokenizer" not in told
+    assert (
+        main(
+            [
+                "generate",
+                "a fish",
+                "--model",
+                ours,
+                "--steps",
+                "1",
+                "--device",
+                "cpu",
+                "-o",
+                picture,
+            ]
+        )
+        == 0
+    )
+    assert Image.open(picture).size == (64, 64)
+    assert (
+        main(["generate", "a fish", "--model", ours, "--prior-steps", "3", "--device", "cpu"]) == 2
+    )
+    assert (
+        "glide is of kind glide, which has no --prior-steps; it has --steps"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (UnCLIPOptions(), "options is a UnCLIPOptions; expected GLIDEOptions"),
+        (
+            GLIDEOptions(upsamplers=(StageOptions(1),) * 2),
+            "options for 2 upsamplers, but the model has 1",
+        ),
+        (
+            GLIDEOptions(decoder=StageOptions(4, reuse=2)),
+            "reuse deep features, which this kind of model does not",
+        ),
+    ],
+)
+def test_options_for_something_else_are_refused(
+    options: object, message: str, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_pipe(folder)("a fish", options=options, progress=False)
+
+
+def test_pictures_cannot_be_varied_without_clip(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match="knows no image embeddings and cannot vary a picture; give it a prompt"
+    ):
+        small_pipe(folder).variations(image_emb=torch.zeros(1, 16))
+
+
+def test_networks_that_do_not_belong_together_are_refused(folder: Path) -> None:
+    base, upsample = (glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample"))
+    tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
+    with pytest.raises(
+        ValueError, match="decoder must start from noise alone, but its low_size is 64"
+    ):
+        GLIDEPipeline(tokenizer, upsample)
+    with pytest.raises(
+        ValueError, match="upsampler_0 must start from pictures of 64 px, but its low_size is None"
+    ):
+        GLIDEPipeline(tokenizer, base, [base])
+    with pytest.raises(
+        ValueError, match="decoder reads 6 of 50 tokens, but the tokenizer gives 7 of 50"
+    ):
+        GLIDEPipeline(GPT2Tokenizer(*vocabulary(), context_length=7), base)
+    with pytest.raises(ValueError, match="schedules of prior; the model has decoder"):
+        GLIDEPipeline(tokenizer, base, schedules={"prior": ScheduleConfig()})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "low_res is missing; low_size of this network is 64"),
+        ({"low_res": LOW_RES, "known": torch.zeros(2, 4, 8, 8)}, "this network does not inpaint"),
+    ],
+)
+def test_a_network_is_given_what_it_needs(
+    given: dict[str, Tensor], message: str, tmp_path: Path
+) -> None:
+    net = network("upsample", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        net(torch.zeros(2, 3, 8, 8), T, IDS, MASK, **given)
+    with pytest.raises(
+        ValueError, match="the text has 5 tokens; this network takes 6, pads included"
+    ):
+        net.condition(IDS[:, :5], MASK[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("final_ln.bias"), r"base\.pt does not fit: missing: final_ln\.bias"),
+        (lambda s: s.update(unemb=torch.zeros(2)), r"base\.pt does not fit: unexpected: unemb"),
+        (
+            lambda s: s.pop("token_embedding.weight"),
+            r"holds no network of GLIDE's: token_embedding\.weight is missing",
+        ),
+        (
+            lambda s: s.update({"input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)}),
+            "a U-Net of 5 channels; GLIDE's",
+        ),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_told(
+    edit: Callable[[dict[str, Tensor]], object], message: str, folder: Path
+) -> None:
+    changed = state("base")
+    edit(changed)
+    torch.save(changed, folder / "base.pt")
+    with pytest.raises(ValueError, match=message):
+        unclip.load(folder)
+
+
+def test_a_vocabulary_that_is_absent_or_damaged_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / glide.VOCAB_FILE).write_bytes(b"{")
+    with pytest.raises(
+        ValueError, match=r"encoder\.json\.gz and vocab\.bpe\.gz hold no vocabulary"
+    ):
+        unclip.load(folder)
+    (folder / glide.VOCAB_FILE).unlink()
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network"))
+    )
+    with pytest.raises(
+        ValueError, match=r"has no encoder\.json\.gz .* could not be fetched either: no network"
+    ):
+        unclip.load(folder)
+    GPT2Tokenizer(*vocabulary(), context_length=L).save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer.json")
+    assert unclip.load(folder, device="cpu").tokenizer.vocab_size == 50
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json holds no tokenizer of GPT-2's kind"):
+        unclip.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"low_size": 64},
+            "unet has 3 channels in and 6 out; with low_size=64 and inpaints=False it needs 6 and 6",
+        ),
+        ({"image_size": 63}, "image_size is 63; expected a multiple of 2"),
+    ],
+)
+def test_sizes_are_checked(changes: dict[str, int], message: str, tmp_path: Path) -> None:
+    config: GLIDEConfig = network("base", tmp_path).config
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)

@@ -1,0 +1,138 @@
+"""Of a repository on the Hub, what makes a model is fetched, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import unclip
+from unclip.checkpoints.hub import PRIOR_FILES, wanted
+
+OURS = [
+    "model.json",
+    "options.json",
+    "clip/open_clip_config.json",
+    "decoder/config.json",
+    "decoder/model.safetensors",
+]
+KARLO = [
+    "model_index.json",
+    "prior/config.json",
+    "decoder/config.json",
+    "prior/w.safetensors",
+    "decoder/w.safetensors",
+]
+MEGA = ["config.json", "vocab.json", "merges.txt", "encoder.pt", "decoder.pt", "detoker.pt"]
+MINI = ["vocab_mini.json", "merges_mini.txt", "encoder_mini.pt", "decoder_mini.pt"]
+
+
+def test_json_and_safetensors_are_enough_where_they_are_there():
+    useless = [
+        "decoder/pytorch_model.bin",
+        "sheet.png",
+        "last.pt",
+        "decoder/model.fp16.safetensors",
+        "run.ckpt",
+    ]
+    assert wanted(OURS + useless) == OURS
+    assert wanted(KARLO + useless) == KARLO
+
+
+def test_a_component_without_full_safetensors_is_taken_as_it_is():
+    bare = [*KARLO, "text_encoder/config.json", "image_encoder/config.json"]
+    more = ["text_encoder/pytorch_model.bin", "image_encoder/model.fp16.safetensors"]
+    assert sorted(wanted([*bare, *more, "decoder/w.bin"])) == sorted(bare + more)
+
+
+def test_of_mega_and_mini_mega_is_taken():
+    assert set(wanted(MEGA + MINI)) == {*MEGA, "vocab_mini.json", "merges_mini.txt"}
+    assert set(wanted([*MINI, "detoker.pt"])) == {*MINI, "detoker.pt"}
+
+
+def test_dalle2_pytorch_s_best_and_latest_are_taken():
+    prior = ["prior/prior_config.json", "prior/best.pth"]
+    decoder = ["decoder/decoder_config.json", "decoder/a/latest.pth"]
+    useless = [
+        "prior/latest.pth",
+        "prior/old/best.pth",
+        "decoder/a/epoch_1.pth",
+        "decoder/a/samples.npy",
+        "other.pth",
+    ]
+    assert set(wanted([*prior, *decoder, *useless])) == {*prior, *decoder}
+    assert set(wanted([*prior, *decoder, *useless], PRIOR_FILES)) == set(prior)
+    with pytest.raises(
+        ValueError,
+        match=r"several models \(decoder/a/latest.pth, decoder/b/latest.pth\); fetch one",
+    ):
+        wanted([*prior, *decoder, "decoder/b/latest.pth"])
+
+
+def test_other_original_files_are_taken():
+    karlo = [
+        "prior-ckpt-step=01000000.ckpt",
+        "decoder-ckpt-step=01000000.ckpt",
+        "ViT-L-14.pt",
+        "ViT-L-14_stats.th",
+    ]
+    assert set(wanted([*karlo, "a.png"])) == set(karlo)
+    assert set(wanted([*karlo, "2_1.pt"], PRIOR_FILES)) == {karlo[0], karlo[3]}
+    assert wanted(["dalle.pt", "tokenizer.json", "train.log"]) == ["tokenizer.json", "dalle.pt"]
+
+
+def test_a_hub_id_is_fetched(tiny_folder, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(hub_id, allow_patterns):
+        asked[hub_id] = allow_patterns
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: [*OURS, "a.bin"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert unclip.load("someone/tiny", "cpu").source == "someone/tiny"
+    assert asked == {"someone/tiny": OURS}
+
+
+def test_without_a_network_what_was_fetched_is_read(tiny_folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--someone--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0a1b")
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / "0a1b").symlink_to(Path(tiny_folder).resolve())
+    assert unclip.load("someone/tiny", "cpu").name == "tiny"
+    with pytest.raises(
+        ValueError, match="no local folder.*the Hub cannot be reached and nothing of it is cached; "
+    ):
+        unclip.load("someone/other")
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(404, "the Hub has no such model, or it is private"), (503, "no more")]
+)
+def test_the_hub_s_answer_is_told(status, reason, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    class Answer(errors.RepositoryNotFoundError if status == 404 else errors.HfHubHTTPError):
+        def __init__(self) -> None:
+            OSError.__init__(self, "no more")
+
+        def __str__(self) -> str:
+            return "no more"
+
+    def list_repo_files(hub_id):
+        raise Answer
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    with pytest.raises(
+        ValueError, match=f"'someone/gone' is no local folder and could not be fetched: {reason}"
+    ):
+        unclip.load("someone/gone")

@@ -1,0 +1,231 @@
+import io
+import json
+import sys
+from itertools import chain, repeat
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clip
+from PIL import Image
+
+from unclip.data.embeddings import EmbeddingDataset, EmbeddingWriter, embed, main
+from unclip.data.loader import DataConfig, Loader, open_dataset
+from unclip.data.shards import ShardDataset, ShardWriter
+
+pytest.importorskip("pyarrow")
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return tiny_clip().eval()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Seven pictures with two captions each."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    with ShardWriter(tmp_path / "data", "train") as writer:
+        for i in range(7):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+            meta = {"captions": [f"apple {i}", f"fish {i}"], "weight": 1.0 if i else 0.5}
+            writer.write(f"k{i}", {"png": file.getvalue(), "json": meta})
+    return tmp_path / "data"
+
+
+def write(folder, sizes=(3, 2), text=True):
+    writer = EmbeddingWriter(folder)
+    rows = 0
+    for number, size in enumerate(sizes):
+        emb = torch.arange(rows, rows + size)[:, None] + torch.zeros(size, 4)
+        writer.write(number, emb, -emb, {"caption": [f"c{rows + i}" for i in range(size)]})
+        rows += size
+    return folder
+
+
+def test_what_is_written_is_read(tmp_path):
+    dataset = EmbeddingDataset(write(tmp_path))
+    assert len(dataset) == 5 and dataset.weights.tolist() == [1] * 5
+    batch = dataset.batch([4, 0, 2, 3])
+    assert (
+        batch["image_emb"][:, 0].tolist() == [4, 0, 2, 3]
+        and batch["image_emb"].dtype == torch.float32
+    )
+    assert torch.equal(batch["text_emb"], -batch["image_emb"])
+    assert batch["caption"] == ["c4", "c0", "c2", "c3"] and batch["key"] == [
+        "1-1",
+        "0-0",
+        "0-2",
+        "1-0",
+    ]
+    assert isinstance(dataset._arrays["img_emb"][0], np.memmap)
+
+
+def test_clip_retrievals_own_variations_are_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    for folder in ("img_emb", "metadata"):  # no text_emb; ten parts and more; half precision
+        (tmp_path / folder).mkdir()
+    for number in range(11):
+        np.save(tmp_path / f"img_emb/img_emb_{number}.npy", np.full((2, 4), number, np.float16))
+        table = pyarrow.table({"image_path": ["x", "y"], "caption": [f"{number} a", f"{number} b"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"metadata/metadata_{number}.parquet")
+    dataset = EmbeddingDataset(tmp_path)
+    batch = dataset.batch(range(22))
+    assert "text_emb" not in batch
+    assert batch["image_emb"][:, 0].tolist() == [n for n in range(11) for _ in range(2)]
+    assert batch["caption"][-1] == "10 b"
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"weight": [1.0, -1.0]}, r"weight is -1\.0; expected a number >= 0"),
+        ({"weight": [1.0, float("nan")]}, "weight is nan"),
+        ({"weight": [1.0, None]}, "weight is None"),
+        ({"caption": [1, 2]}, r"2 of 2 captions are no strings, e\.g\. 1"),
+        ({"caption": ["a", None]}, r"1 of 2 captions are no strings, e\.g\. None"),
+    ],
+)
+def test_faulty_metadata_is_named(tmp_path, column, message):
+    EmbeddingWriter(tmp_path).write(
+        0, torch.ones(2, 4), torch.ones(2, 4), {"caption": ["a", "b"], **column}
+    )
+    with pytest.raises(ValueError, match=rf"metadata_0\.parquet: {message}"):
+        EmbeddingDataset(tmp_path)
+
+
+def test_the_loader_gives_embeddings_and_resumes(tmp_path):
+    config = DataConfig(str(write(tmp_path, (30, 20))), image_size=64, batch_size=8, workers=2)
+    whole = [
+        batch
+        for _, batch in zip(range(9), chain.from_iterable(repeat(Loader(config))), strict=False)
+    ]
+    assert set(whole[0]) == {"image_emb", "text_emb", "caption", "key"} and whole[0][
+        "image_emb"
+    ].shape == (8, 4)
+    for batch in whole:
+        assert batch["caption"] == [f"c{int(value)}" for value in batch["image_emb"][:, 0]]
+    resumed = Loader(config)
+    resumed.load_state_dict({"epoch": 1, "batch": 1})
+    assert next(iter(resumed))["caption"] == whole[7]["caption"]
+    assert len(list(resumed.captions())) == 50
+
+
+def test_embeddings_are_those_of_the_pictures(shards, clip, tmp_path):
+    dataset = ShardDataset(shards)
+    assert embed(dataset, clip, tmp_path / "emb", batch_size=3, part_size=4) == {}
+    assert sorted(path.name for path in (tmp_path / "emb/img_emb").iterdir()) == [
+        "img_emb_0.npy",
+        "img_emb_1.npy",
+    ]
+    batch = EmbeddingDataset(tmp_path / "emb").batch(range(7))
+    assert batch["caption"] == [f"apple {i}" for i in range(7)] and batch["key"] == [
+        f"k{i}" for i in range(7)
+    ]
+    with torch.inference_mode():
+        expected = clip.encode_image([sample.image for sample in dataset])
+        torch.testing.assert_close(batch["image_emb"], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            batch["text_emb"], clip.encode_text(batch["caption"]).emb, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_all_captions_share_the_weight_of_their_picture(shards, clip, tmp_path):
+    embed(ShardDataset(shards), clip, tmp_path / "emb", all_captions=True, batch_size=3)
+    dataset = open_dataset(tmp_path / "emb")
+    assert dataset.captions[:4] == ["apple 0", "fish 0", "apple 1", "fish 1"] and len(dataset) == 14
+    assert dataset.weights[:4].tolist() == [0.25, 0.25, 0.5, 0.5]
+    batch = dataset.batch([2, 3])
+    assert torch.equal(batch["image_emb"][0], batch["image_emb"][1])
+    assert not torch.equal(batch["text_emb"][0], batch["text_emb"][1])
+
+
+def test_a_stopped_run_goes_on_part_by_part(shards, clip, tmp_path, monkeypatch):
+    dataset, out = ShardDataset(shards), tmp_path / "emb"
+    read = []
+    original = ShardDataset.__getitem__
+
+    def stopping(self, index):
+        read.append(index)
+        if index == 5 and len(read) < 8:
+            raise KeyboardInterrupt
+        return original(self, index)
+
+    monkeypatch.setattr(ShardDataset, "__getitem__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        embed(dataset, clip, out, part_size=2)
+    first = (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns
+    read.extend([-1] * 8)
+    embed(dataset, clip, out, part_size=2)
+    assert (
+        read[-3:] == [4, 5, 6]
+        and -1 in read
+        and (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns == first
+    )
+    assert len(EmbeddingDataset(out)) == 7
+    with pytest.raises(ValueError, match="begun with captions 'canonical', now 'all'"):
+        embed(dataset, clip, out, part_size=2, all_captions=True)
+
+
+def test_the_command(shards, clip, tmp_path, capsys):
+    clip.save_pretrained(tmp_path / "clip")
+    command = [
+        str(shards),
+        str(tmp_path / "emb"),
+        "--clip",
+        str(tmp_path / "clip"),
+        "--device",
+        "cpu",
+    ]
+    main(command)
+    assert "7 rows, 0 broken" in capsys.readouterr().out
+    assert json.loads((tmp_path / "emb/embeddings.json").read_text())["data"] == str(shards)
+    with pytest.raises(SystemExit, match="holds embeddings already"):
+        main([str(tmp_path / "emb"), *command[1:]])
+    with pytest.raises(SystemExit, match="error: .*is missing"):
+        main([*command[:3], str(tmp_path / "nowhere")])
+    for option, value, message in (
+        ("--part-size", "-5", "part_size is -5; expected at least 1"),
+        ("--batch-size", "0", "batch_size is 0; expected at least 1"),
+        ("--device", "nonsense", "there is no device 'nonsense' here"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            main([command[0], str(tmp_path / "other"), *command[2:], option, value])
+    assert not list(tmp_path.glob("other/*"))
+
+
+def test_broken_pictures_stop_when_they_are_many(shards, clip, tmp_path):
+    with ShardWriter(shards, "zz") as writer:
+        writer.write("bad", {"png": b"bad", "txt": "bad"})
+    with pytest.raises(ValueError, match="1 broken samples, over 1%"):
+        embed(ShardDataset(shards), clip, tmp_path / "emb")
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    np.save(
+        write(tmp_path) / "img_emb/img_emb_0.npy", np.array([{"a": 1}], object), allow_pickle=True
+    )
+    with pytest.raises(ValueError, match=r"img_emb_0\.npy: no readable npy array"):
+        EmbeddingDataset(tmp_path)
+
+
+def test_wrong_input_is_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no embeddings"):
+        EmbeddingDataset(tmp_path)
+    np.save(write(tmp_path) / "text_emb/text_emb_1.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"part 1 has unequal numbers of rows: .*'text_emb': 3"):
+        EmbeddingDataset(tmp_path)
+    (tmp_path / "metadata/metadata_1.parquet").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"metadata_1\.parquet: no readable parquet"):
+        EmbeddingDataset(tmp_path)
+    (tmp_path / "metadata/metadata_1.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metadata_1\.parquet is missing"):
+        EmbeddingDataset(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        EmbeddingDataset(tmp_path)

@@ -1,0 +1,92 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip.data.samples import caption_list, decode, sample_weight, square
+
+
+def encoded(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def test_transparent_parts_become_white():
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 128))
+    decoded = decode(encoded(image))
+    assert decoded.mode == "RGB"
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((1, 0)) == (
+        255,
+        127,
+        127,
+    )
+
+
+def test_a_transparent_palette_becomes_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 255, 0, 255, 0])
+    image.putpixel((1, 0), 1)
+    decoded = decode(encoded(image, transparency=0))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 255, 0)]
+
+
+def test_grey_of_16_bits_keeps_its_range():
+    image = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], np.uint16))
+    assert [pixel[0] for pixel in np.asarray(decode(encoded(image)))[0]] == [0, 128, 255]
+
+
+def test_cmyk_becomes_rgb():
+    decoded = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert decoded.mode == "RGB"
+    assert np.abs(np.asarray(decoded, int) - [255, 0, 0]).max() < 8
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decode(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
+
+
+def test_shorter_side_is_resized_and_the_middle_kept():
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (10, 0, 30, 20))
+    pixels = square(image, 10)
+    assert pixels.shape == (10, 10, 3) and pixels.dtype == np.uint8
+    assert (
+        np.abs(pixels[:, 3:7] - np.array([0, 0, 255])).max() < 8
+        and (pixels[:, 0, 0] < pixels[:, 0, 2]).all()
+    )
+
+
+def test_resizing_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.abs(square(Image.fromarray(stripes), 8).astype(int) - 127).max() < 8
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda png: b"", lambda png: b"hello", lambda png: png[: len(png) // 2]]
+)
+def test_broken_pictures_raise_value_error(damage):
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="picture"):
+        decode(damage(encoded(Image.fromarray(noise))))
+
+
+def test_formats_that_start_programs_are_refused():
+    with pytest.raises(ValueError, match="no PNG"):
+        decode(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+def test_captions_and_weights_are_checked():
+    assert caption_list(" a fox ") == ["a fox"] and caption_list(["a", " ", "b"]) == ["a", "b"]
+    for empty in ("", None, [], [1], " "):
+        with pytest.raises(ValueError, match="no caption"):
+            caption_list(empty)
+    assert sample_weight({}) == 1 and sample_weight({"weight": "0.5"}) == 0.5
+    for wrong in (-1, "much", float("nan"), None):
+        with pytest.raises(ValueError, match="weight"):
+            sample_weight({"weight": wrong})

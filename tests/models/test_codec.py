@@ -1,0 +1,254 @@
+"""What all image codecs promise, and the parts that they share."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from unclip.checkpoints.store import load_component, save_component
+from unclip.config import parse, to_dict
+from unclip.models.codecs.codec import (
+    Autoencoder,
+    GatedConv,
+    ImageCodec,
+    code_statistics,
+    laplace_mixture,
+)
+from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
+from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
+from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
+from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
+from unclip.models.unet import LevelSpec
+
+NET = ConvNetConfig(width=16, factor=4, blocks=1, block_width=8)
+LEVELS = (LevelSpec(8, 1), LevelSpec(16, 1, attention=True))
+CODECS = {
+    "dvae": (
+        DVAE,
+        DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8),
+    ),
+    "gated": (
+        DVAE,
+        DVAEConfig(
+            image_size=16, vocab_size=24, width=8, groups=2, blocks=1, code_width=8, conv="gated"
+        ),
+    ),
+    "vqvae": (VQVAE, VQVAEConfig(image_size=16, vocab_size=24, code_width=6, net=NET)),
+    "ema": (VQVAE, VQVAEConfig("vqvae", 16, 24, 6, NET, NearestConfig(ema=0.9, revive=1.0))),
+    "vqgan": (VQGAN, VQGANConfig("vqgan", 16, 24, 6, LEVELS, feature_width=8, groups=4)),
+    "gumbel": (
+        VQGAN,
+        VQGANConfig(
+            "vqgan", 16, 24, 6, LEVELS, feature_width=8, groups=4, quantizer=GumbelConfig()
+        ),
+    ),
+    "gaussian": (GaussianVAE, GaussianVAEConfig(image_size=16, net=NET)),
+}
+DISCRETE = [name for name in CODECS if name != "gaussian"]
+
+
+def make(name: str) -> Autoencoder:
+    torch.manual_seed(0)
+    network, config = CODECS[name]
+    codec = network(config)
+    if name in ("vqvae", "ema", "vqgan"):  # codes as they would be learned: features of pictures
+        features = codec._features(pictures(4)).detach().permute(0, 2, 3, 1).flatten(0, 2)  # N C
+        codec.quantizer.codebook.data.copy_(features[:: len(features) // 24][:24])
+    return codec.eval()
+
+
+def pictures(batch: int = 2, height: int = 16, width: int = 16) -> torch.Tensor:
+    """Coloured squares of 4 pixels."""
+    colours = torch.rand(
+        batch, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(1)
+    ).round()
+    return (2 * colours - 1).kron(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_pictures_become_codes_and_codes_pictures(name):
+    codec, images = make(name), pictures()
+    codes = codec.encode(images)
+    assert codes.dtype == torch.long and codes.shape == (2, *codec.grid)
+    assert codes.min() >= 0 and codes.max() < codec.vocab_size and codes.unique().numel() > 1
+    drawn = codec.decode(codes)
+    assert drawn.shape == images.shape and drawn.dtype == torch.float32 and drawn.abs().max() <= 1
+    torch.testing.assert_close(drawn, codec.reconstruct(images))
+    assert torch.equal(codes, codec.encode(images))  # no noise
+    assert not drawn.requires_grad  # no gradient of stage two reaches a codec
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_the_code_is_the_likeliest_and_the_picture_likelier_than_another(name):
+    codec, images = make(name), pictures()
+    logits, codes = codec.logits(images), codec.encode(images)
+    assert logits.shape == (2, *codec.grid, codec.vocab_size) and torch.equal(
+        logits.argmax(dim=-1), codes
+    )
+    own, other = (
+        codec.log_likelihood(x, codes) for x in (codec.decode(codes), -codec.decode(codes))
+    )
+    assert own.shape == (2,) and (own > other).all()
+
+
+def test_the_laplace_mixture_is_a_distribution():
+    scales = 2 ** torch.linspace(-9, 0, 64, dtype=torch.float64)
+    images, drawn = pictures(3), 0.9 * pictures(3).flip(0)
+    error = ((images - drawn) / 2).double()
+    each = torch.stack(
+        [torch.distributions.Laplace(0.0, s).log_prob(error).sum(dim=(1, 2, 3)) for s in scales]
+    )
+    wanted = (each.logsumexp(dim=0) - torch.tensor(64.0).log()).float()
+    torch.testing.assert_close(laplace_mixture(images, drawn), wanted)
+    exact = (
+        laplace_mixture(images, images) / images[0].numel()
+    )  # 8 bits a value would be as good as it gets
+    assert (exact / torch.tensor(2.0).log()).max() < 8
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_pictures_of_other_sizes_have_other_grids(name):
+    codec, images = make(name), pictures(1, 24, 8)
+    codes = codec.encode(images)
+    assert codes.shape[1:] == (24 // codec.factor, 8 // codec.factor)
+    assert codec.decode(codes).shape == images.shape
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_training_brings_the_picture_nearer_and_every_parameter_takes_part(name):
+    codec, images = make(name).train(), pictures(4)
+    optimizer = torch.optim.Adam(codec.parameters(), lr=5e-3)
+    annealed = {"temperature": 0.5, "kl_weight": 0.01}
+    errors = []
+    for _ in range(30):
+        terms = codec(images, **{key: annealed[key] for key in codec.annealed})
+        optimizer.zero_grad()
+        terms.loss.backward()
+        assert all(p.grad is not None for p in codec.parameters())
+        optimizer.step()
+        errors.append(terms.logged["pixel" if "pixel" in terms.logged else "nll"].item())
+    assert errors[-1] < errors[0] - 0.1 and terms.loss.isfinite()
+    assert terms.reconstruction.shape == images.shape and terms.reconstruction.requires_grad
+    assert all(value.ndim == 0 and not value.requires_grad for value in terms.logged.values())
+    if name != "gaussian":
+        assert 0 < terms.logged["usage"] <= 1 <= terms.logged["perplexity"] <= codec.vocab_size
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_is_saved_and_loaded(name, tmp_path):
+    codec, images = make(name), pictures()
+    save_component(codec, tmp_path)
+    loaded = load_component(tmp_path)
+    assert loaded.config == codec.config and torch.equal(
+        loaded.reconstruct(images), codec.reconstruct(images)
+    )
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_half_precision_draws_the_same_within_its_rounding(name, tmp_path):
+    codec = make(name)
+    save_component(codec, tmp_path)
+    half = load_component(tmp_path, torch.bfloat16)
+    codes = codec.encode(pictures())
+    assert half.encode(pictures()).shape == codes.shape
+    torch.testing.assert_close(half.decode(codes), codec.decode(codes), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_config_survives_its_file(name):
+    config = CODECS[name][1]
+    assert parse(type(config), to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 1, 16, 16), (3, 16, 16), (0, 3, 16, 16)])
+def test_pictures_that_do_not_fit_are_refused(name, shape):
+    with pytest.raises(ValueError, match=r"pictures are \(.*expected \(B, 3, H, W\)"):
+        make(name).reconstruct(torch.zeros(shape))
+
+
+def test_codes_that_do_not_exist_are_refused():
+    codec = make("dvae")
+    with pytest.raises(ValueError, match="codes run from 0 to 24; this codec knows 0 to 23"):
+        codec.decode(torch.tensor([[[0, 24]]]))
+    with pytest.raises(ValueError, match="codes run from -1"):
+        codec.decode(torch.tensor([[[-1, 3]]]))
+    with pytest.raises(ValueError, match=r"expected \(B, h, w\) of integers"):
+        codec.decode(torch.zeros(4, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="of integers"):
+        codec.decode(torch.zeros(1, 4, 4))
+
+
+def test_an_open_gate_lets_a_convolution_through():
+    torch.manual_seed(0)
+    gated, x = GatedConv(lambda: nn.Conv2d(3, 5, 3, padding=1)), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(gated(x), gated.conv(x) * torch.sigmoid(gated.gate(x)))
+    nn.init.zeros_(gated.gate.weight)
+    nn.init.constant_(gated.gate.bias, 100.0)
+    assert torch.equal(gated(x), gated.conv(x))
+    nn.init.constant_(gated.gate.bias, -200.0)
+    assert not gated(x).any()
+
+
+def test_a_gated_codec_with_open_gates_is_the_plain_one():
+    _, config = CODECS["gated"]
+    gated, plain = make("gated"), DVAE(DVAEConfig(**{**vars(config), "conv": "plain"}))
+    state = gated.state_dict()
+    for name in state:
+        if ".gate." in name:
+            nn.init.constant_(state[name], 100.0 if name.endswith(".b") else 0.0)
+    kept = {
+        re.sub(r"(conv_\d)\.conv\.", r"\1.", name): x
+        for name, x in state.items()
+        if ".gate." not in name
+    }
+    plain.load_state_dict(kept)
+    assert torch.equal(gated.logits(pictures()), plain.logits(pictures()))
+    assert torch.equal(gated.reconstruct(pictures()), plain.reconstruct(pictures()))
+
+
+def test_usage_and_perplexity_of_known_codes():
+    even = code_statistics(torch.arange(8).view(2, 2, 2), 16)
+    assert even["usage"] == 0.5
+    torch.testing.assert_close(even["perplexity"], torch.tensor(8.0))
+    one = code_statistics(torch.full((2, 3, 3), 5), 16)
+    assert (one["usage"].item(), one["perplexity"].item()) == (1 / 16, 1.0)
+    p = torch.tensor([0.5, 0.25, 0.25])
+    mixed = code_statistics(torch.tensor([[0, 0, 1, 2]]), 3)
+    torch.testing.assert_close(
+        mixed["perplexity"], torch.distributions.Categorical(p).entropy().exp()
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        (lambda: DVAEConfig(image_size=20), "image_size is 20; expected a multiple of 8"),
+        (lambda: DVAEConfig(width=6), "width is 6; expected a multiple of 4"),
+        (lambda: DVAEConfig(blocks=0), "blocks is 0; expected at least 1"),
+        (lambda: DVAEConfig(min_scale=-1.0), "min_scale is -1.0"),
+        (lambda: ConvNetConfig(factor=6), "factor is 6; expected a power of 2"),
+        (lambda: VQVAEConfig(image_size=20), "image_size is 20"),
+        (lambda: NearestConfig(ema=1.0), r"ema is 1.0; expected a decay in \[0, 1\)"),
+        (lambda: NearestConfig(revive=0.0), "revive is 0.0"),
+        (
+            lambda: VQGANConfig(groups=24),
+            r"levels\[0\] is .* expected blocks, and channels in 24 equal groups",
+        ),
+        (lambda: VQGANConfig(levels=()), "levels is empty"),
+        (lambda: VQGANConfig(image_size=100), "image_size is 100; expected a multiple of 16"),
+        (lambda: GaussianVAEConfig(latent_width=0), "latent_width is 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(config, fault):
+    with pytest.raises(ValueError, match=fault):
+        config()
+
+
+def test_the_contract_is_that_of_the_base_class():
+    assert all(isinstance(make(name), ImageCodec) == (name != "gaussian") for name in CODECS)
+    assert (make("dvae").grid, make("gated").grid, make("vqgan").grid) == ((4, 4), (8, 8), (8, 8))

@@ -1,0 +1,247 @@
+"""Priors without diffusion in the place of the diffusion prior, and the decoder without any (unCLIP 5.1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    CONTEXT,
+    EMB_DIM,
+    TEXT_WIDTH,
+    TINY_OPTIONS,
+    scrambled,
+    tiny_clip,
+    tiny_decoder,
+    tiny_prior,
+)
+from parity import randomize
+
+import unclip
+from unclip.checkpoints.store import save_component
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
+from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.pipelines.base import redraw
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.types import StageOptions
+
+SIZES = (EMB_DIM, TEXT_WIDTH, CONTEXT, 32, 2, 2)
+KINDS = ("ar", "one-shot", "noise")
+K, V = 5, 16
+
+
+def make_prior(kind: str):
+    torch.manual_seed(1)
+    if kind == "ar":
+        prior = ARPrior(ARPriorConfig(*SIZES, components=K, buckets=V))
+        emb = torch.randn(100, EMB_DIM)
+        prior.fit(emb, emb + torch.randn(100, EMB_DIM))
+    else:
+        prior = OneShotPrior(
+            OneShotPriorConfig(*SIZES, query="noise" if kind == "noise" else "learned")
+        )
+    return randomize(prior).eval()
+
+
+@pytest.fixture(scope="module")
+def own_pipe():
+    """A model without upsamplers, whose prior may be exchanged."""
+    torch.manual_seed(0)
+    clip, prior, decoder = (
+        scrambled(network) for network in (tiny_clip(), tiny_prior(), tiny_decoder())
+    )
+    options = replace(TINY_OPTIONS, upsamplers=())
+    schedules = {"prior": ScheduleConfig("linear")}
+    return UnCLIPPipeline(
+        clip, prior, decoder, [], options, schedules=schedules, name="own", licence="MIT"
+    )
+
+
+@pytest.fixture(params=KINDS)
+def pipe(own_pipe, request):
+    before = own_pipe.prior
+    own_pipe.prior = make_prior(request.param)
+    yield own_pipe
+    own_pipe.prior = before
+    assert own_pipe.schedules["prior"].config.kind == "linear"  # it comes back with its own
+
+
+def embeddings(pipe, prompts, **drawing):
+    return pipe.sample_prior(pipe.encode_text(prompts), **drawing)
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_batch_is_each_picture_alone(pipe):
+    prompts = ["a red apple", "a blue fish"]
+    batch = pipe(prompts, num_images=2, seed=5, progress=False)
+    for k, seed in enumerate(batch.seeds):
+        alone = pipe(prompts[k // 2], seed=seed, progress=False)
+        torch.testing.assert_close(alone.image_emb[0], batch.image_emb[k], rtol=0, atol=1e-5)
+    drawn = batch.image_emb.unflatten(0, (2, 2))
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+    same = torch.allclose(drawn[:, 0], drawn[:, 1], atol=1e-6)
+    assert same == (
+        pipe.prior.config == make_prior("one-shot").config
+    )  # which nothing random goes into
+
+
+def test_the_candidate_nearest_to_the_text_is_kept(pipe):
+    text = pipe.encode_text("a red apple")
+    options = replace(pipe.options.prior, guidance=1.0)
+    of_one = pipe.sample_prior(
+        text, num_images=4, generators=seeded(3, 3, 3, 3), options=options, candidates=1
+    )
+    torch.testing.assert_close(of_one, of_one[:1].expand(4, -1), rtol=0, atol=1e-5)
+    (generator,) = seeded(3)
+    drawn = torch.cat(
+        [
+            pipe.sample_prior(text, generators=[generator], options=options, candidates=1)
+            for _ in range(4)
+        ]
+    )
+    best = pipe.sample_prior(text, generators=seeded(3), options=options, candidates=4)
+    torch.testing.assert_close(best[0], drawn[(drawn @ text.emb[0]).argmax()], rtol=0, atol=1e-5)
+
+
+def test_guidance_leads_away_from_the_null_or_the_negative(pipe):
+    def drawn(guidance: float, **told):
+        options = StageOptions(steps=1, guidance=guidance, temperature=0)
+        return embeddings(
+            pipe, "a red apple", generators=seeded(0), options=options, candidates=1, **told
+        )
+
+    fish, apple = pipe.encode_text("a blue fish"), pipe.encode_text("a red apple")
+    assert not torch.allclose(drawn(1.0), drawn(4.0), atol=1e-4)
+    assert not torch.allclose(drawn(4.0, negative=fish), drawn(4.0), atol=1e-4)
+    torch.testing.assert_close(drawn(4.0, negative=apple), drawn(1.0), rtol=0, atol=1e-4)
+
+
+def test_a_mixture_of_weight_one_is_its_text(pipe):
+    both = pipe.encode_text(["a red apple", "a blue fish"])
+    given = {"generators": seeded(1), "candidates": 1}
+    mixed = pipe.sample_prior(both, weights=torch.tensor([[1.0], [0.0]]), **given)
+    given = {"generators": seeded(1), "candidates": 1}
+    torch.testing.assert_close(mixed, pipe.sample_prior(both[:1], **given), rtol=0, atol=1e-4)
+
+
+def test_every_step_is_told(pipe):
+    told = []
+    pipe("a red apple", seed=0, on_step=told.append, progress=False)
+    prior = [progress for progress in told if progress.stage == "prior"]
+    assert [progress.step for progress in prior] == list(range(1, pipe.prior.steps + 1))
+    assert {progress.num_steps for progress in prior} == {pipe.prior.steps}
+
+
+def test_what_is_saved_draws_the_same(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model/prior/schedule.json").exists()
+    again = unclip.load(tmp_path / "model")
+    assert type(again.prior) is type(pipe.prior) and "prior" not in again.schedules
+    drawn = [
+        one("a red apple", seed=1, progress=False).images[0].tobytes() for one in (pipe, again)
+    ]
+    assert drawn[0] == drawn[1]
+    assert type(unclip.load_prior(tmp_path / "model")) is type(pipe.prior)
+
+
+def test_other_manipulations_and_precisions_take_it(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    for again in (
+        unclip.load(tmp_path / "model", dtype=torch.bfloat16),
+        unclip.load(tmp_path / "model").quantize("int8"),
+        unclip.load(tmp_path / "model").offload(),
+        unclip.compile(unclip.load(tmp_path / "model")),
+    ):
+        assert embeddings(again, "a red apple").isfinite().all()
+    latent = pipe.imagine(["a red apple"], seed=0, progress=False)
+    assert latent.image_emb.shape == (1, EMB_DIM)
+    assert (
+        pipe.image_to_image(torch.zeros(3, 8, 8), "a red apple", seed=0, progress=False)
+        .image_emb.isfinite()
+        .all()
+    )
+
+
+def test_a_prior_alone_is_loaded_and_told_in_the_metadata(own_pipe, tmp_path):
+    save_component(make_prior("ar"), tmp_path / "ar")
+    before, own_pipe.prior = own_pipe.prior, unclip.load_prior(tmp_path / "ar")
+    try:
+        drawn = own_pipe("a red apple", seed=0, progress=False)
+        assert drawn.metadata[0]["prior_model"] == str(tmp_path / "ar")
+        assert (
+            redraw(own_pipe, drawn.metadata[0], progress=False).images[0].tobytes()
+            == drawn.images[0].tobytes()
+        )
+    finally:
+        own_pipe.prior = before
+    assert "prior_model" not in own_pipe("a red apple", seed=0, progress=False).metadata[0]
+
+
+def test_a_prior_of_another_clip_is_refused(own_pipe):
+    with pytest.raises(ValueError, match="prior has emb_dim 8, but CLIP has 16"):
+        own_pipe.prior = OneShotPrior(OneShotPriorConfig(8, *SIZES[1:]))
+
+
+# -- without a prior (unCLIP 5.1)
+
+
+def test_the_caption_s_embedding_is_decoded_at_an_image_s_length(own_pipe):
+    options = replace(own_pipe.options, embedding="text")
+    own_pipe.prior.set_stats(torch.zeros(EMB_DIM), torch.full((EMB_DIM,), 3.0))
+    drawn = own_pipe(
+        ["a red apple", "a blue fish"], num_images=2, seed=0, options=options, progress=False
+    )
+    text_emb = own_pipe.encode_text(["a red apple", "a blue fish"]).emb.repeat_interleave(2, dim=0)
+    assert F.cosine_similarity(drawn.image_emb, text_emb).min() > 1 - 1e-5
+    torch.testing.assert_close(drawn.image_emb.norm(dim=-1), torch.full((4,), 12.0))
+    again = redraw(own_pipe, drawn.metadata[3], progress=False)
+    torch.testing.assert_close(again.image_emb[0], drawn.image_emb[3])
+
+
+def test_the_caption_alone_is_decoded_as_with_a_dropped_embedding(own_pipe):
+    text, told = own_pipe.encode_text("a red apple"), []
+    options = replace(own_pipe.options, embedding="none")
+    drawn = own_pipe("a red apple", seed=0, options=options, on_step=told.append, progress=False)
+    assert drawn.image_emb is None and "prior" not in {progress.stage for progress in told}
+    with mock.patch.object(
+        own_pipe.decoder, "condition", wraps=own_pipe.decoder.condition
+    ) as condition:
+        small = own_pipe.decode(None, text, generators=seeded(0))
+    assert condition.call_args_list[0].kwargs["drop_image"].tolist() == [True]
+    assert condition.call_args_list[0].kwargs["drop_text"] is None
+    assert not torch.allclose(
+        small, own_pipe.decode(torch.ones(1, EMB_DIM), text, generators=seeded(0)), atol=1e-3
+    )
+    pixels = (
+        torch.frombuffer(bytearray(drawn.images[0].tobytes()), dtype=torch.uint8)
+        .view(8, 8, 3)
+        .permute(2, 0, 1)
+    )
+    assert (small[0].mul(127.5).add(127.5) - pixels).abs().max() <= 1
+    assert own_pipe(["a", "b"], seed=0, options=options, progress=False).pick([1]).image_emb is None
+    with pytest.raises(ValueError, match="neither image_emb nor text"):
+        own_pipe.decode(None)
+
+
+def test_a_model_without_a_prior_draws_from_captions_alone(own_pipe):
+    bare = UnCLIPPipeline(own_pipe.clip, None, own_pipe.decoder, [], own_pipe.options)
+    assert bare(
+        "a fish", seed=0, options=replace(bare.options, embedding="none"), progress=False
+    ).images
+    with pytest.raises(ValueError, match="this model has no prior"):
+        bare("a fish", options=replace(bare.options, embedding="text"), progress=False)
+
+
+def test_manipulations_refuse_what_is_for_prompts_alone(own_pipe):
+    options = replace(own_pipe.options, embedding="none")
+    with pytest.raises(
+        ValueError, match="embedding is 'none', which is for pictures of prompts alone"
+    ):
+        own_pipe.image_to_image(torch.zeros(3, 8, 8), "a fish", options=options, progress=False)

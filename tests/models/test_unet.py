@@ -1,0 +1,197 @@
+"""The U-Net and its layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import randomize
+
+from unclip.models.layers import GroupNorm, KeyValues, attend, timestep_embedding
+from unclip.models.unet import LevelSpec, UNet, UNetConfig
+
+LEVELS = (LevelSpec(16, 1), LevelSpec(32, 2, attention=True))
+
+
+def small(levels: tuple[LevelSpec, ...] = LEVELS, **options: object) -> UNet:
+    torch.manual_seed(0)
+    defaults = {"head_dim": 8, "groups": 8, "context_dim": 12}
+    return randomize(UNet(UNetConfig(3, 3, levels, **(defaults | options))))
+
+
+def inputs(
+    unet: UNet, batch: int = 2, size: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, KeyValues | None]:
+    torch.manual_seed(1)
+    x, t = torch.randn(batch, 3, size, size), torch.arange(batch) * 300
+    if unet.config.context_dim is None:
+        return x, unet.time_embedding(t), None
+    mask = torch.arange(5) < torch.arange(1, batch + 1)[:, None]
+    return x, unet.time_embedding(t), unet.project_context(torch.randn(batch, 5, 12), mask)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"resample": "conv", "patch": 2},
+        {"time_shift": "additive", "context_dim": None, "mid_attention": False},
+        {"patch": 4, "time_dim": 20, "context_dim": None},
+    ],
+)
+def test_every_variant_gives_a_picture_and_trains(options: dict[str, object]) -> None:
+    unet = small(**options)
+    unet(*inputs(unet, size=16)).square().mean().backward()
+    assert unet(*inputs(unet, size=16)).shape == (2, 3, 16, 16)
+    assert [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_patch_moves_pixels_into_channels() -> None:
+    unet = small(patch=2, context_dim=None)
+    assert unet.stem.weight.shape == (16, 3 * 4, 3, 3)
+    assert unet.head.weight.shape == (3 * 4, 16, 3, 3)
+    sizes = []
+    unet.stem.register_forward_hook(lambda _module, _args, out: sizes.append(out.shape))
+    unet(*inputs(unet))
+    assert sizes == [(2, 16, 4, 4)]
+    # A head that copies the stem's channels gives the picture back: the two reorderings undo each other.
+    x = torch.randn(1, 3, 8, 6)
+    assert torch.equal(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), x)
+
+
+def test_a_new_unet_predicts_zero() -> None:
+    unet = UNet(UNetConfig(3, 3, LEVELS, head_dim=8, groups=8))
+    assert not unet(*inputs(unet)).any()
+
+
+def test_closed_context_is_not_seen() -> None:
+    unet = small()
+    x, time, kv = inputs(unet)
+    expected = unet(x, time, kv)
+
+    def noise_where(closed: torch.Tensor) -> KeyValues:
+        side = [
+            tuple(torch.where(closed[:, None, :, None], 100.0, y) for y in ys)
+            for ys in (kv.k, kv.v)
+        ]
+        return KeyValues(*side, kv.mask)
+
+    assert torch.equal(unet(x, time, noise_where(~kv.mask)), expected)
+    assert not torch.allclose(unet(x, time, noise_where(kv.mask)), expected)
+    assert torch.allclose(unet(x, time, kv.pad(9)), expected, atol=1e-5)
+
+
+def test_rows_are_independent() -> None:
+    unet = small()
+    x, time, kv = inputs(unet, batch=3)
+    expected = unet(x, time, kv)
+    for i in range(3):
+        torch.testing.assert_close(
+            unet(x[i : i + 1], time[i : i + 1], kv[i : i + 1]), expected[i : i + 1]
+        )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_checkpointing_changes_no_gradient(channels_last: bool) -> None:
+    unet = small()
+    if channels_last:
+        unet = unet.to(memory_format=torch.channels_last)
+    grads = []
+    for unet.gradient_checkpointing in (False, True):
+        unet.zero_grad()
+        unet(*inputs(unet)).square().mean().backward()
+        grads.append([p.grad.clone() for p in unet.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_close_to_float32(autocast: bool) -> None:
+    unet = small().to(memory_format=torch.channels_last)
+    expected = unet(*inputs(unet))
+    if not autocast:
+        unet = unet.bfloat16()
+        unet.project_context, project = lambda c, m: project(c.bfloat16(), m), unet.project_context
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = unet(*inputs(unet))
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() / expected.norm() < 0.03
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bfloat16_group_norm(modulated: bool, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    norm = randomize(GroupNorm(8, 32), std=1.0)
+    # an off-centre input: the variance is the small difference of two sums
+    x = (torch.randn(3, 32, 7, 5) + torch.randn(3, 32, 1, 1) * 2).bfloat16()
+    dy, scale, shift = (torch.randn(*shape).bfloat16() for shape in (x.shape, (3, 32), (3, 32)))
+    if channels_last:
+        x, dy = (y.to(memory_format=torch.channels_last) for y in (x, dy))
+
+    def run(dtype: torch.dtype) -> list[torch.Tensor]:
+        arguments = [
+            y.to(dtype).requires_grad_() for y in ((x, scale, shift) if modulated else (x,))
+        ]
+        y = norm.to(torch.float64 if dtype == torch.float64 else torch.float32)(*arguments)
+        return [y, *torch.autograd.grad(y, [*arguments, norm.weight, norm.bias], dy.to(dtype))]
+
+    for exact, ours in zip(run(torch.float64), run(torch.bfloat16), strict=True):
+        assert (ours - exact).norm() / exact.norm() < 0.01
+        assert ours.stride() == exact.stride()
+
+
+@pytest.mark.parametrize("mean", [20, 1000])
+def test_bfloat16_group_norm_far_from_zero(mean: float) -> None:
+    torch.manual_seed(0)
+    x, norm = (mean + torch.randn(4, 32, 8, 8) * mean / 20).bfloat16(), GroupNorm(8, 32)
+    exact = F.group_norm(x.double(), 8)
+    assert (norm(x) - exact).norm() / exact.norm() < 0.01
+
+
+def test_bfloat16_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 6, 6))
+    for mask in (None, torch.rand(2, 1, 1, 6) < 0.7, torch.rand(2, 1, 4, 6) < 0.7):
+        if mask is not None:
+            mask[..., 0] = True
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        out = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+        assert out.dtype == torch.bfloat16 and (out - expected).norm() / expected.norm() < 0.01
+
+
+def test_timestep_embedding() -> None:
+    emb = timestep_embedding(torch.tensor([0, 7]), 6)
+    angles = [7 * 10_000 ** (-i / 3) for i in range(3)]
+    expected = [
+        [1.0] * 3 + [0.0] * 3,
+        [math.cos(a) for a in angles] + [math.sin(a) for a in angles],
+    ]
+    torch.testing.assert_close(emb, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": ()}, "levels is empty"),
+        ({"groups": 5}, r"levels\[0\].channels is 16; groups = 5 must divide it"),
+        ({"head_dim": 24}, r"levels\[1\].channels is 32; head_dim = 24 must divide it"),
+        ({"patch": 0}, "patch is 0; expected at least 1"),
+        ({"levels": (LevelSpec(16, 0),)}, r"levels\[0\].blocks is 0; expected at least 1"),
+        ({"dropout": 1.5}, r"dropout is 1.5; expected a fraction in \[0, 1\)"),
+    ],
+)
+def test_bad_configs_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_bad_input_is_named() -> None:
+    unet = small(patch=2)
+    _, time, kv = inputs(unet)
+    with pytest.raises(ValueError, match="the picture is 8 x 6; this U-Net needs multiples of 4"):
+        unet(torch.randn(2, 3, 8, 6), time, kv)
+    with pytest.raises(ValueError, match="the context is missing; context_dim of this U-Net is 12"):
+        unet(torch.randn(2, 3, 8, 8), time)

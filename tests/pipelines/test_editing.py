@@ -1,0 +1,286 @@
+"""Inpainting, outpainting and image-to-image of whole pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+
+from unclip.diffusion.repaint import PaintOptions
+from unclip.diffusion.samplers import scheduler_betas
+from unclip.image_io import read_metadata, save_png
+from unclip.pipelines.base import redraw
+from unclip.pipelines.provenance import encode_picture
+from unclip.pipelines.unclip.editing import to_model, windows_over
+
+PAINTING = PaintOptions(resamples=2, jump=2)
+QUICK = {"progress": False, "batch_size": 2}
+
+
+def difference(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) -> int:
+    pixels = np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
+    return int((pixels if where is None else pixels[where]).max())
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
+
+
+def mask(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    marked = Image.new("L", (width, height))
+    marked.paste(255, box)
+    return marked
+
+
+@pytest.fixture(scope="module")
+def pipe(invertible_pipe):
+    return invertible_pipe
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 31), (9, 12), (64, 50)])
+def test_what_is_not_marked_stays_as_it_is(pipe, size):
+    image, marked = picture(*size), mask(*size, (2, 3, 7, 8))
+    result = pipe.inpaint(
+        image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
+    )
+    assert [one.size for one in result.images] == [size] * 3 and result.seeds == [1, 2, 3]
+    kept = np.asarray(marked) == 0
+    assert all(difference(one, image, kept) == 0 for one in result.images)
+    assert len({one.tobytes() for one in result.images}) == 3
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+    together = pipe.inpaint(
+        image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
+    )
+    alone = pipe.inpaint(image, marked, "a red apple", painting=PAINTING, seed=3, **QUICK)
+    assert difference(alone.images[0], together.images[2]) <= 1
+
+
+def test_the_prompt_matters_and_may_be_left_out(pipe):
+    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+    drawn = {"painting": PAINTING, "seed": 1, **QUICK}
+    apple, fish, none = (
+        pipe.inpaint(image, marked, said, **drawn) for said in ("a red apple", "a blue fish", None)
+    )
+    assert difference(apple.images[0], fish.images[0]) > 0
+    assert none.prompts == [None] and none.image_emb.allclose(pipe.encode_image(image))
+
+
+def test_strength_keeps_what_was_there(pipe):
+    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+
+    def changed(strength: float) -> float:
+        painting = PaintOptions(resamples=1, strength=strength)
+        options = replace(
+            pipe.options, decoder=replace(pipe.options.decoder, steps=20), upsamplers=()
+        )
+        drawn = pipe.inpaint(
+            image, marked, "a red apple", painting=painting, options=options, seed=1, **QUICK
+        )
+        return float(np.abs(np.subtract(drawn.images[0], image, dtype=int)).mean())
+
+    assert changed(0.1) < changed(0.5) < changed(1.0)
+
+
+def test_a_mask_of_another_size_is_refused(pipe):
+    with pytest.raises(ValueError, match="mask is 8 x 9 px, but the picture is 16 x 16"):
+        pipe.inpaint(picture(16, 16), mask(8, 9, (0, 0, 2, 2)), "a")
+
+
+def test_masks_that_mark_nothing_or_everything_are_told(pipe):
+    image = picture(16, 16)
+    with pytest.warns(UserWarning, match="nothing is marked"):
+        result = pipe.inpaint(image, Image.new("L", (16, 16)), "a", num_images=2, **QUICK)
+    assert [difference(one, image) for one in result.images] == [0, 0]
+    with pytest.warns(UserWarning, match="everything is marked"):
+        result = pipe.inpaint(image, Image.new("L", (16, 16), 255), "a", painting=PAINTING, **QUICK)
+    assert difference(result.images[0], image) > 0
+
+
+def test_transparent_parts_of_a_mask_are_painted(pipe):
+    image = picture(16, 16)
+    clear = image.convert("RGBA")
+    clear.putalpha(mask(16, 16, (0, 0, 16, 8)))  # opaque above
+    result = pipe.inpaint(image, clear, "a", painting=PAINTING, seed=0, **QUICK)
+    kept = np.zeros((16, 16), dtype=bool)
+    kept[:8] = True
+    assert (
+        difference(result.images[0], image, kept) == 0
+        and difference(result.images[0], image, ~kept) > 0
+    )
+
+
+@pytest.mark.parametrize(
+    "borders",
+    [{"right": 30}, {"left": 3, "top": 40}, {"left": 9, "top": 9, "right": 9, "bottom": 9}],
+)
+def test_a_picture_goes_on_beyond_its_borders(pipe, borders):
+    image = picture(16, 20)
+    result = pipe.outpaint(
+        image, "a red apple", **borders, painting=PAINTING, seed=1, num_images=2, **QUICK
+    )
+    left, top = borders.get("left", 0), borders.get("top", 0)
+    width, height = 16 + left + borders.get("right", 0), 20 + top + borders.get("bottom", 0)
+    for one in result.images:
+        assert one.size == (width, height)
+        assert difference(one.crop((left, top, left + 16, top + 20)), image) == 0
+        outside = np.ones((height, width), dtype=bool)
+        outside[top : top + 20, left : left + 16] = False
+        assert np.asarray(one)[outside].any(axis=1).mean() > 0.9  # not left black
+
+
+@pytest.mark.parametrize(
+    ("borders", "message"),
+    [
+        ({}, "are all 0"),
+        ({"left": -1}, "left is -1"),
+        ({"top": 1.5}, "top is 1.5"),
+        ({"right": 5000}, "at most 64 windows"),
+        ({"left": 10**10}, "at most 64 windows"),
+        ({"bottom": 10**19}, "at most 64 windows"),
+    ],
+)
+def test_bad_borders_are_refused(pipe, borders, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.outpaint(picture(16, 16), "a", **borders)
+
+
+def test_image_to_image_leaves_less_the_stronger_it_is(pipe):
+    image = picture(16, 16)
+    options = replace(pipe.options, decoder=replace(pipe.options.decoder, steps=20))
+
+    def changed(strength: float) -> float:
+        drawn = pipe.image_to_image(
+            image, "a red apple", strength=strength, options=options, seed=1, **QUICK
+        )
+        return float(np.abs(np.subtract(drawn.images[0], image, dtype=int)).mean())
+
+    assert changed(0.1) < changed(0.4) < changed(1.0)
+    assert pipe.image_to_image(picture(40, 30), "a", seed=0, **QUICK).images[0].size == (40, 30)
+    assert pipe.image_to_image(picture(1, 1), "a", seed=0, **QUICK).images[0].size == (1, 1)
+    for strength in (0.0, 1.1):
+        with pytest.raises(ValueError, match="strength is"):
+            pipe.image_to_image(image, "a", strength=strength)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers, numpy 2
+def test_painting_takes_the_schedulers_that_drawing_takes(pipe):
+    scheduler = EulerDiscreteScheduler(
+        trained_betas=scheduler_betas(pipe.schedules["decoder"]), use_karras_sigmas=True
+    )
+    options = replace(pipe.options, decoder=replace(pipe.options.decoder, sampler=scheduler))
+    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+    pipe.inpaint(image, marked, "a", painting=PAINTING, options=options, **QUICK)
+    pipe.image_to_image(image, "a", options=options, **QUICK)
+
+
+def test_every_step_is_reported(pipe):
+    steps = []
+    marked = mask(16, 16, (2, 3, 12, 12))
+    pipe.inpaint(picture(16, 16), marked, "a", painting=PAINTING, on_step=steps.append, **QUICK)
+    once = [("prior", i, 3) for i in (1, 2, 3)] + [("decoder", i, 8) for i in range(1, 9)]
+    once += [("upsampler_0", i, 3) for i in (1, 2, 3)]
+    assert [(p.stage, p.step, p.num_steps) for p in steps] == once
+
+
+def test_edited_pictures_are_drawn_again_from_their_metadata(pipe, tmp_path):
+    image, drawn = picture(20, 16), {"num_images": 2, "seed": 4, **QUICK}
+    results = [
+        pipe.inpaint(image, mask(20, 16, (2, 3, 9, 9)), "a red apple", painting=PAINTING, **drawn),
+        pipe.outpaint(image, right=9, painting=PAINTING, **drawn),
+        pipe.image_to_image(image, "a blue fish", strength=0.5, **drawn),
+    ]
+    for result in results:
+        save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
+        (metadata,) = read_metadata(tmp_path / "a.png")
+        assert difference(redraw(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
+    with pytest.raises(ValueError, match="too large for metadata"):
+        redraw(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
+
+
+def test_a_picture_too_large_for_metadata_is_left_out(monkeypatch):
+    from unclip.pipelines import provenance as recipes
+
+    monkeypatch.setattr(recipes, "LARGEST", 100)
+    assert encode_picture(Image.effect_noise((64, 64), 50)) is None
+
+
+def test_options_that_cannot_go_back_are_refused(pipe):
+    options = replace(pipe.options, decoder=replace(pipe.options.decoder, reuse=2))
+    with pytest.raises(ValueError, match="reuse above 1 cannot paint"):
+        pipe.image_to_image(picture(16, 16), "a", options=options)
+    with pytest.raises(ValueError, match="2 pictures were given"):
+        pipe.image_to_image([picture(16, 16)] * 2, "a")
+
+
+# -- windows
+
+
+def covered(hole: np.ndarray, side: int) -> np.ndarray:
+    seen = np.zeros_like(hole)
+    for left, top in windows_over(hole, side):
+        assert 0 <= left <= hole.shape[1] - side and 0 <= top <= hole.shape[0] - side
+        seen[top : top + side, left : left + side] = True
+    return seen
+
+
+def test_a_small_hole_is_seen_whole_and_in_the_middle():
+    hole = np.zeros((100, 40), dtype=bool)
+    hole[60:70, 5:15] = True
+    assert list(windows_over(hole, 40)) == [(0, 45)]
+    assert list(windows_over(np.zeros((40, 40), dtype=bool), 40)) == []
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 90), (70, 40), (33, 47)])
+def test_windows_cover_all_that_is_to_be_painted(shape):
+    everything = np.ones(shape, dtype=bool)
+    assert covered(everything, 16).all()
+    beyond = everything.copy()
+    beyond[:16, :16] = False
+    assert (covered(beyond, 16) | ~beyond).all()
+
+
+def test_windows_begin_where_something_is_known():
+    hole = np.ones((16, 80), dtype=bool)
+    hole[:, :16] = False
+    windows = list(windows_over(hole, 16))
+    assert windows == [(left, 0) for left in range(8, 65, 8)]
+
+
+def test_windows_over_a_thin_hole_are_counted():
+    hole = np.zeros((16, 3200), dtype=bool)
+    hole[8, : 64 * 16] = True
+    assert len(list(windows_over(hole, 16))) <= 64
+    hole[8] = True  # of little area, but long
+    with pytest.raises(ValueError, match="at most 64 windows"):
+        list(windows_over(hole, 16))
+
+
+def test_the_model_sees_nothing_of_the_hole():
+    for side, size in ((16, 16), (64, 16), (8, 16)):
+        pixels = np.full((1, side, side, 3), 255, dtype=np.uint8)
+        hole = np.zeros((side, side), dtype=bool)
+        hole[side // 4 : side // 2, side // 4 : side // 2] = True
+        pixels[:, hole] = 0
+        known, marked = to_model(pixels, hole, size, keep=False)
+        assert known.shape == (1, 3, size, size) and marked.shape == (1, 1, size, size)
+        assert known.min() > 0.99 and marked.float().mean() == pytest.approx(1 / 16)
+        assert to_model(pixels, hole, size, keep=True)[0].min() < -0.9
+
+
+def test_a_large_picture_is_edited_in_place(pipe):
+    """Through the model's small eye, but what is kept is kept at its own size."""
+    image, marked = picture(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
+    with pytest.warns(
+        UserWarning, match="a picture of 3000 x 2000 px is too large for metadata"
+    ) as told:
+        result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
+    assert [one.filename for one in told] == [__file__]
+    assert difference(result.images[0], image, np.asarray(marked) == 0) == 0

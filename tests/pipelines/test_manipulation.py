@@ -1,0 +1,517 @@
+"""Inversion, reconstruction, variations, interpolation and text diffs of whole pictures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from safetensors.torch import save_file
+
+import unclip
+from unclip.diffusion.inversion import InversionOptions
+from unclip.embeddings import normalise
+from unclip.image_io import open_image, read_metadata, save_png
+from unclip.pipelines.base import redraw
+from unclip.pipelines.unclip import manipulations as manipulation
+from unclip.pipelines.unclip.latent import Latent, along, deterministic
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.types import GenerationResult
+
+ROOT = Path(__file__).parents[2]
+FEW = {"progress": False, "batch_size": 2}
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+def mean_difference(drawn: list[Image.Image], pictures: list[Image.Image]) -> float:
+    pairs = zip(drawn, pictures, strict=True)
+    return float(np.mean([np.abs(np.subtract(a, b, dtype=int)).mean() for a, b in pairs]))
+
+
+def blob(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    """Something with an edge and a soft part."""
+    image = Image.new("RGB", size, "white")
+    image.paste(colour, (3, 4, size[0] - 5, size[1] - 3))
+    return Image.blend(image, Image.linear_gradient("L").resize(size).convert("RGB"), 0.3)
+
+
+PICTURES = [blob("red"), blob("blue"), blob("green", (24, 20))]
+
+
+@pytest.fixture(scope="module")
+def pipe(invertible_pipe) -> UnCLIPPipeline:
+    return invertible_pipe
+
+
+@pytest.fixture(scope="module")
+def options(pipe):
+    return deterministic(pipe.options, steps=8)
+
+
+@pytest.fixture(scope="module")
+def latent(pipe, options) -> Latent:
+    return pipe.invert(PICTURES, options=options, **FEW)
+
+
+@pytest.fixture(scope="module")
+def again(pipe, latent):
+    return pipe.reconstruct(latent, **FEW)
+
+
+def test_a_latent_has_two_parts(pipe, latent):
+    assert len(latent) == 3
+    assert [tuple(x.shape) for x in latent.noise] == [(3, 3, 8, 8), (3, 3, 16, 16)]
+    assert latent.image_emb.shape == (3, 16)
+    torch.testing.assert_close(latent.image_emb[:2], pipe.encode_image(PICTURES[:2]))
+
+
+def test_reconstructions_are_the_pictures(again):
+    for drawn, picture in zip(again.images, PICTURES, strict=True):
+        fitted = picture.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS)
+        assert difference(drawn, picture if picture.size == (16, 16) else fitted) <= 12
+    assert again.seeds == [None] * 3
+
+
+def test_corrections_beat_plain_inversion(pipe, options):
+    guided = replace(options, upsamplers=(), decoder=replace(options.decoder, guidance=6.0))
+    small = [picture.resize((8, 8)) for picture in PICTURES[:2]]
+
+    def error(iterations: int) -> float:
+        result = pipe.reconstruct(
+            small, options=guided, inversion=InversionOptions(iterations), **FEW
+        )
+        return mean_difference(result.images, small)
+
+    assert error(10) < error(0)
+
+
+def test_inversion_does_not_depend_on_the_batch(pipe, options, latent):
+    alone = pipe.invert(PICTURES[1], options=options, progress=False)
+    for of_one, of_all in zip(alone.noise, latent[[1]].noise, strict=True):
+        torch.testing.assert_close(of_one, of_all, rtol=0, atol=2e-3)
+
+
+def test_every_step_is_reported(pipe, options):
+    steps = []
+    pipe.invert(PICTURES, options=options, on_step=steps.append, **FEW)
+    once = [("decoder", i, 8) for i in range(1, 9)] * 2 + [
+        ("upsampler_0", i, 3) for i in range(1, 4)
+    ]
+    assert [(p.stage, p.step, p.num_steps) for p in steps] == once * 2
+
+
+def test_a_latent_is_saved_and_loaded(latent, again, pipe, tmp_path):
+    latent.save(tmp_path / "new" / "a.safetensors")
+    loaded = Latent.load(tmp_path / "new" / "a.safetensors")
+    assert (loaded.options, loaded.sources) == (latent.options, latent.sources)
+    assert difference(pipe.reconstruct(loaded, **FEW).images[1], again.images[1]) == 0
+    save_file({"image_emb": torch.ones(1, 16)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="is no saved latent"):
+        Latent.load(tmp_path / "b.safetensors")
+
+
+def test_rows_of_latents_come_apart_and_together(latent):
+    parts = Latent.cat([latent[[2]], latent[:2]])
+    assert [one.sources for one in latent] == [(source,) for source in latent.sources]
+    assert torch.equal(latent[-1].noise[0], latent.noise[0][2:])
+    with pytest.raises(IndexError):
+        latent[3]
+    torch.testing.assert_close(parts.noise[1], latent.noise[1][[2, 0, 1]])
+    assert parts.sources == (latent.sources[2], *latent.sources[:2])
+    assert latent.repeat_interleave(2).image_emb[3].equal(latent.image_emb[1])
+    other = replace(latent, options=deterministic(latent.options, steps=9))
+    with pytest.raises(ValueError, match="under different options"):
+        Latent.cat([latent, other])
+    with pytest.raises(ValueError, match=r"of \[2, 3\] pictures"):
+        replace(latent, image_emb=latent.image_emb[:2])
+
+
+# -- variations
+
+
+def test_variations_move_away_as_eta_grows(pipe, latent, again):
+    def distance(eta: float) -> float:
+        varied = pipe.vary(latent, eta=eta, num_images=2, seed=3, **FEW)
+        return mean_difference(varied.images, [image for image in again.images for _ in range(2)])
+
+    distances = [distance(eta) for eta in (0.0, 0.3, 0.6, 1.0)]
+    assert distances[0] == 0 and distances == sorted(distances) and len(set(distances)) == 4
+
+
+def test_variations_have_seeds(pipe, latent):
+    varied = pipe.vary(latent, eta=0.5, num_images=2, seed=3, **FEW)
+    assert (
+        varied.seeds == [3, 4, 5, 6, 7, 8]
+        and len({image.tobytes() for image in varied.images}) == 6
+    )
+    alone = pipe.vary(latent[[1]], eta=0.5, seed=6, **FEW)
+    assert difference(alone.images[0], varied.images[3]) <= 1
+    with pytest.raises(ValueError, match="eta is 1.5; expected 0"):
+        pipe.vary(latent, eta=1.5)
+
+
+def test_a_random_latent_is_what_variations_draw(pipe, options):
+    emb = pipe.encode_image(PICTURES[:2])
+    latent = pipe.random_latent(emb, seed=4, options=options)
+    drawn = pipe.variations(image_emb=emb, seed=4, options=options, progress=False)
+    for a, b in zip(pipe.reconstruct(latent, **FEW).images, drawn.images, strict=True):
+        assert difference(a, b) <= 1
+    with pytest.raises(ValueError, match=r"image_emb is of shape \(2,\)"):
+        pipe.random_latent(torch.ones(2))
+
+
+# -- interpolation
+
+
+@pytest.mark.parametrize("noise", ["slerp", "first", "random"])
+def test_a_path_begins_and_ends_with_the_reconstructions(pipe, latent, again, noise):
+    path = pipe.interpolate(latent[:2], frames=5, noise=noise, seed=1, **FEW)
+    assert len(path) == 5 and not path.image_emb.is_inference()
+    if noise != "random":
+        assert difference(path.images[0], again.images[0]) == 0
+    if noise == "slerp":
+        assert difference(path.images[-1], again.images[1]) == 0
+    torch.testing.assert_close(path.image_emb[[0, -1]], latent.image_emb[:2])
+
+
+def test_frames_are_computed_when_they_are_drawn(pipe, latent, monkeypatch):
+    """So that those of a long path need not all be in memory."""
+    known = []
+
+    def seen(path: Latent, places: list[float]) -> Latent:
+        points = along(path, places)
+        known.append((len(points), len(points.noise)))
+        return points
+
+    monkeypatch.setattr(manipulation, "along", seen)
+    pipe.interpolate(latent, frames=5, **FEW)
+    assert known == [(2, 2), (2, 2), (1, 2)]
+    pipe.interpolate(latent, frames=5, even=True, **FEW)
+    assert known[3:6] == [
+        (2, 1),
+        (2, 1),
+        (1, 1),
+    ]  # where CLIP looks at small ones, there is no noise of the large
+
+
+def test_a_path_through_several_runs_evenly_through_each_part(latent):
+    points = along(latent, [k / 8 for k in range(9)])
+    for i, place in enumerate((0, 4, 8)):
+        torch.testing.assert_close(points.image_emb[place], latent.image_emb[i], rtol=0, atol=0)
+        torch.testing.assert_close(points.noise[0][place], latent.noise[0][i], rtol=0, atol=0)
+    unit = normalise(points.image_emb)
+    steps = (unit[1:] - unit[:-1]).norm(dim=1)
+    torch.testing.assert_close(steps[:4], steps[:1].expand(4))
+    torch.testing.assert_close(steps[4:], steps[4:5].expand(4))
+    norms = (
+        points.noise[0].flatten(1).norm(dim=1)
+    )  # noise between noises is still as large as noise
+    torch.testing.assert_close(norms[:5], torch.lerp(norms[0], norms[4], torch.linspace(0, 1, 5)))
+
+
+@pytest.mark.parametrize("noise", ["slerp", "random"])
+def test_even_frames_are_where_steps_are_equal_for_clip(pipe, latent, again, noise):
+    def steps(path: GenerationResult) -> torch.Tensor:
+        seen = normalise(pipe.encode_image(path.images))
+        return (seen[1:] - seen[:-1]).norm(dim=1)
+
+    chosen = {"noise": noise, "seed": 1, "options": replace(latent.options, upsamplers=()), **FEW}
+    plain, even = (
+        pipe.interpolate(latent[:2], frames=7, even=one, **chosen) for one in (False, True)
+    )
+    assert steps(even).max() / steps(even).mean() < min(
+        1.5, steps(plain).max() / steps(plain).mean()
+    )
+    places = [entry["arguments"]["frames"][0] for entry in even.metadata]
+    assert places == sorted(set(places)) and (places[0], places[-1]) == (0, 1)
+    again = pipe.interpolate(latent[:2], frames=places, **chosen)
+    assert [difference(*pair) for pair in zip(again.images, even.images, strict=True)] == [0] * 7
+
+
+def test_even_frames_between_equals_are_where_they_would_be(pipe, latent):
+    path = pipe.interpolate(latent[[0, 0]], frames=3, even=True, **FEW)
+    assert [entry["arguments"]["frames"] for entry in path.metadata] == [[0.0], [0.5], [1.0]]
+
+
+def test_a_path_between_prompts(pipe, options):
+    path = pipe.interpolate(
+        prompts=["a red apple", "a blue fish"], frames=3, seed=5, options=options, **FEW
+    )
+    ends = pipe.imagine(["a red apple", "a blue fish"], seed=5, options=options, progress=False)
+    drawn = pipe.reconstruct(ends, **FEW)
+    assert [difference(path.images[k], drawn.images[k // 2]) for k in (0, 2)] == [0, 0]
+    torch.testing.assert_close(
+        ends.image_emb[1:],
+        pipe("a blue fish", seed=6, options=options, progress=False).image_emb,
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either pictures .* or prompts"),
+        ({"path": blob("red")}, "at least 2 pictures or prompts; got 1"),
+        ({"path": torch.zeros(1, 3, 8, 8)}, "at least 2 pictures or prompts; got 1"),
+        ({"path": [blob("red")]}, "at least 2 pictures or prompts; got 1"),
+        ({"prompts": ["a"]}, "at least 2 pictures or prompts; got 1"),
+        ({"prompts": ["a", "b"], "frames": 1}, "frames is 1"),
+        ({"prompts": ["a", "b"], "frames": [0.5, 1.5]}, "expected places on the path"),
+        (
+            {"prompts": ["a", "b"], "frames": [0.5, 1], "even": True},
+            "even=True, which finds the places",
+        ),
+        ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
+    ],
+)
+def test_bad_paths_are_refused(pipe, options, arguments, message, monkeypatch):
+    monkeypatch.setattr(UnCLIPPipeline, "invert", None)  # before hours of it
+    with pytest.raises(ValueError, match=message):
+        pipe.interpolate(**arguments, options=options, progress=False)
+
+
+# -- text diffs
+
+
+def test_a_text_diff_begins_with_the_reconstruction_and_turns_the_embedding(pipe, latent, again):
+    thetas = [0.0, 0.2, 0.5]
+    result = pipe.text_diff(latent[:2], "", "a blue fish", thetas, eta=0.0, **FEW)
+    assert len(result) == 6
+    assert [difference(result.images[3 * i], again.images[i]) for i in range(2)] == [0, 0]
+    base, text = pipe.encode_text(["", "a blue fish"]).emb
+    direction = normalise(normalise(text) - normalise(base))
+    closeness = (normalise(result.image_emb) @ direction).view(2, 3)
+    assert (closeness.diff(dim=1) > 0).all()
+    torch.testing.assert_close(
+        result.image_emb.norm(dim=1), latent.image_emb[[0, 0, 0, 1, 1, 1]].norm(dim=1)
+    )
+    one = pipe.text_diff(latent[[1]], "", "a blue fish", theta=0.5, eta=0.0, **FEW)
+    assert difference(one.images[0], result.images[5]) <= 1
+    for theta in (1.5, []):
+        with pytest.raises(ValueError, match="theta is"):
+            pipe.text_diff(latent, "a", "b", theta)
+    with pytest.raises(ValueError, match="eta is 1.5"):
+        pipe.text_diff(latent, "a", "b", eta=1.5)
+    with pytest.raises(ValueError, match="same embedding"):
+        pipe.text_diff(latent, "a fish", "a fish")
+
+
+@pytest.mark.parametrize("theta", [np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), (0.1, 0.2)])
+def test_theta_is_any_sequence_of_numbers(pipe, latent, theta):
+    result = pipe.text_diff(latent[0], "", "a blue fish", theta, **FEW)
+    assert [entry["arguments"]["theta"] for entry in result.metadata] == pytest.approx([0.1, 0.2])
+
+
+def test_bad_seeds_are_refused_before_anything_is_inverted(pipe, monkeypatch):
+    monkeypatch.setattr(UnCLIPPipeline, "invert", None)
+    with pytest.raises(ValueError, match="seed is -1"):
+        pipe.vary(PICTURES, seed=-1)
+    with pytest.raises(ValueError, match="seed is -1"):
+        pipe.text_diff(PICTURES, "", "a blue fish", seed=-1)
+    with pytest.raises(ValueError, match="same embedding"):
+        pipe.text_diff(PICTURES, "a fish", "a fish")
+
+
+def test_a_text_diff_loosens_the_noise(pipe, latent, again):
+    chosen = {"theta": [0.0, 0.3], **FEW}
+    result = pipe.text_diff(latent[:2], "", "a blue fish", seed=4, **chosen)
+    assert result.seeds == [4, 4, 5, 5]
+    assert difference(result.images[0], again.images[0]) > 0
+    varied = pipe.vary(latent[:2], eta=0.5, seed=4, **FEW)  # which is what it is at theta 0
+    assert [difference(result.images[2 * i], varied.images[i]) for i in range(2)] == [0, 0]
+    alone = pipe.text_diff(latent[[1]], "", "a blue fish", seed=5, **chosen)
+    assert difference(alone.images[1], result.images[3]) <= 1
+
+
+# -- what a picture tells about itself
+
+
+def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, tmp_path):
+    results = [
+        pipe.reconstruct(latent, **FEW),
+        pipe.vary(latent, eta=0.5, num_images=2, seed=3, **FEW),
+        pipe.interpolate(latent, frames=5, **FEW),
+        pipe.interpolate(latent, frames=3, noise="random", seed=8, **FEW),
+        pipe.interpolate(
+            prompts=["a red apple", "a blue fish"], frames=3, seed=2, options=latent.options, **FEW
+        ),
+        pipe.text_diff(latent, "", "a blue fish", [0.1, 0.4], eta=0.0, **FEW),
+        pipe.text_diff(latent, "", "a blue fish", [0.1, 0.4], seed=6, **FEW),
+    ]
+    latents: dict = {}
+    for result in results:
+        save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
+        (metadata,) = read_metadata(tmp_path / "a.png")
+        redrawn = redraw(pipe, metadata, progress=False, latents=latents)
+        assert len(redrawn) == 1 and difference(redrawn.images[0], result.images[1]) <= 2
+    assert len(latents) == 5  # three pictures and two embeddings: nothing was inverted twice
+
+
+def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_again(pipe, latent):
+    guided = replace(latent.options, decoder=replace(latent.options.decoder, guidance=6.0))
+    latents: dict = {}
+    for result in (
+        pipe.vary(latent, eta=0.3, seed=1, options=guided, **FEW),
+        pipe.vary(
+            pipe.random_latent(latent.image_emb, seed=4, options=latent.options),
+            options=guided,
+            **FEW,
+        ),
+        pipe.reconstruct(PICTURES, options=guided, **FEW),
+    ):
+        again = redraw(
+            pipe, json.loads(json.dumps(result.metadata[0])), progress=False, latents=latents
+        )
+        assert (
+            difference(again.images[0], result.images[0]) <= 2
+            and again.metadata[0] == result.metadata[0]
+        )
+    assert len(latents) == 3  # of the first picture under either options
+    assert "options" not in result.metadata[0]["sources"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operation": "__init__"}, "unknown operation '__init__'"),
+        ({"sources": []}, "does not tell what was manipulated"),
+        ({"sources": [{"film": ""}]}, "a source with film; expected a picture or an embedding"),
+        ({"sources": [{"picture": "AAAA"}]}, "a picture in the metadata is damaged"),
+        (
+            {"sources": [{"picture": "", "inversion": {"turns": 1}}]},
+            "inversion in the metadata: turns is unknown",
+        ),
+    ],
+)
+def test_metadata_of_manipulations_is_checked(pipe, again, changes, message):
+    with pytest.raises(ValueError, match=message):
+        redraw(pipe, {**again.metadata[0], **changes}, progress=False)
+
+
+# -- options
+
+
+def test_only_deterministic_options_are_inverted(pipe, options):
+    for changes in ({"sampler": "unipc"}, {"eta": 0.5}, {"reuse": 2}):
+        bad = replace(options, decoder=replace(options.decoder, **changes))
+        with pytest.raises(ValueError, match="can be inverted"):
+            pipe.invert(PICTURES[0], options=bad)
+        assert deterministic(bad, 8) == options
+    for source in (PICTURES[0], pipe.random_latent(torch.ones(1, 16), options=options)):
+        with pytest.raises(ValueError, match="options is a StageOptions"):
+            pipe.reconstruct(source, options=options.decoder)
+    scheduler = replace(options, decoder=replace(options.decoder, sampler=DDIMScheduler()))
+    with pytest.raises(ValueError, match="the decoder is sampled with 'DDIMScheduler', eta"):
+        pipe.invert(PICTURES[0], options=scheduler)
+
+
+def test_noise_of_another_model_is_refused(pipe, latent):
+    other = replace(latent, noise=(latent.noise[1], latent.noise[1]))
+    with pytest.raises(ValueError, match="holds noise of 16, 16 px, but the model draws 8, 16 px"):
+        pipe.reconstruct(other)
+    wide = replace(latent, image_emb=torch.ones(3, 17))
+    for drawn in (
+        pipe.reconstruct,
+        pipe.vary,
+        pipe.interpolate,
+        lambda path: pipe.text_diff(path, "a", "b"),
+    ):
+        with pytest.raises(
+            ValueError, match="holds embeddings of width 17, but the model's are 16"
+        ):
+            drawn(wide)
+
+
+def test_large_pictures_are_reduced_one_at_a_time(pipe, options, tmp_path, monkeypatch):
+    for i in range(3):
+        Image.effect_noise((90, 70), 50).convert("RGB").save(tmp_path / f"{i}.png")
+    files = sorted(tmp_path.iterdir())
+    expected, alive = pipe.invert(list(map(Image.open, files)), options=options, **FEW), []
+
+    def opened(source: Path) -> Image.Image:
+        assert all(one() is None for one in alive)
+        alive.append(weakref.ref(picture := open_image(source)))
+        return picture
+
+    monkeypatch.setattr(manipulation, "open_image", opened)
+    latent = pipe.invert(files, options=options, **FEW)
+    assert len(alive) == 3 and all(map(torch.equal, latent.noise, expected.noise))
+
+
+def test_fewer_stages_give_smaller_pictures(pipe, latent):
+    small = pipe.reconstruct(latent, options=replace(latent.options, upsamplers=()), **FEW)
+    assert small.images[0].size == (8, 8)
+
+
+def test_pictures_of_any_size_are_inverted(pipe, options):
+    pictures = [Image.new("RGB", size, "red") for size in ((1, 1), (40, 3), (300, 200))]
+    result = pipe.reconstruct(pictures, options=options, **FEW)
+    assert [image.size for image in result.images] == [(16, 16)] * 3
+    assert all(difference(image, Image.new("RGB", (16, 16), "red")) <= 6 for image in result.images)
+    tensor = torch.full((1, 3, 16, 16), -1.0)
+    assert (
+        difference(
+            pipe.reconstruct(tensor, options=options, **FEW).images[0], Image.new("RGB", (16, 16))
+        )
+        <= 6
+    )
+
+
+def test_an_upsampler_with_a_second_network_ends_at_its_timestep(pipe, options):
+    """It was trained for t = 0 alone (Karlo)."""
+    from conftest import scrambled, tiny_upsampler
+
+    unet = pipe.upsamplers[0].config.unet
+    upsampler = scrambled(tiny_upsampler(prediction="v", last_unet=unet), std=0.02)
+    two = UnCLIPPipeline(pipe.clip, None, pipe.decoder, [upsampler], options)
+    low_res = torch.zeros(1, 3, 8, 8)
+    with torch.inference_mode():
+        run = two._run(1, options, torch.zeros(1, 16), low_res)
+    assert run.timesteps[0] == 999 and run.timesteps[-1] == 0
+    picture = PICTURES[0]
+    assert difference(two.reconstruct(picture, options=options, **FEW).images[0], picture) <= 12
+
+
+def test_half_precision(pipe, options):
+    half = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
+    latent = half.invert(PICTURES[0], options=options, **FEW)
+    assert {x.dtype for x in latent.noise} == {torch.float32}
+    assert difference(half.reconstruct(latent, **FEW).images[0], PICTURES[0]) <= 40
+
+
+# -- the bundled model
+
+
+@pytest.fixture(scope="module")
+def emoji() -> UnCLIPPipeline:
+    return unclip.load("emoji", "cpu")
+
+
+def test_the_bundled_model_reconstructs_its_own_picture(emoji):
+    """With guidance on, where plain inversion goes astray; few steps, for the sake of time."""
+    from unclip.evaluation.metrics import psnr
+    from unclip.pipelines.unclip.bound_stage import to_tensor
+
+    options = replace(deterministic(emoji.options), upsamplers=())
+    options = replace(options, decoder=replace(options.decoder, steps=20))
+    drawn = emoji("a red apple", seed=0, options=options, progress=False)
+
+    def decibels(iterations: int) -> float:
+        again = emoji.reconstruct(
+            drawn.images[0], options=options, inversion=InversionOptions(iterations), **FEW
+        )
+        return psnr(to_tensor(again.images), to_tensor(drawn.images)).item()
+
+    better, plain = decibels(10), decibels(0)
+    assert better > 25 and better > plain + 10

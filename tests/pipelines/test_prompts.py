@@ -1,0 +1,185 @@
+"""Mixtures of prompts and negative prompts, from the words to the pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from unclip.diffusion.guidance import Guided, Mixed, classifier_free
+from unclip.pipelines.base import generators_from, redraw
+from unclip.pipelines.unclip.prompts import PromptBatch, describe_prompt
+from unclip.types import StageOptions
+
+APPLE, FISH = "a red apple", "a blue fish"
+
+
+def difference(a, b) -> int:
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
+
+
+@pytest.fixture
+def draw(invertible_pipe):
+    return lambda *args, **kwargs: invertible_pipe(*args, seed=1, progress=False, **kwargs)
+
+
+# -- words
+
+
+def test_texts_come_first_by_first():
+    wording = PromptBatch.of([{APPLE: 3, FISH: 1}, "a cat", {"x": 1, "y": 1, "z": 2}])
+    assert wording.texts == [APPLE, "a cat", "x", FISH, "a cat", "y", APPLE, "a cat", "z"]
+    expected = torch.tensor([[0.75, 1.0, 0.25], [0.25, 0.0, 0.25], [0.0, 0.0, 0.5]])
+    torch.testing.assert_close(wording.weights, expected)
+    assert wording[1:2].texts == ["a cat"] and wording[1:2].weights is None
+    assert [describe_prompt(prompt) for prompt in wording.prompts[:2]] == [
+        f"3 {APPLE} + 1 {FISH}",
+        "a cat",
+    ]
+
+
+def test_negative_prompts_are_one_for_all_or_one_for_each():
+    assert PromptBatch.of([APPLE, FISH], "grey").negative == ["grey", "grey"]
+    assert PromptBatch.of([APPLE, FISH], ["a", "b"])[1:].negative == ["b"]
+    assert PromptBatch.of(APPLE).metadata() == [{"prompt": APPLE}]
+    assert PromptBatch.of({APPLE: 1}, "grey").metadata() == [
+        {"prompt": {APPLE: 1.0}, "negative_prompt": "grey"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "message"),
+    [
+        ({}, None, "list of prompts is empty"),
+        ({"a": 0}, None, "weights of the mixture are"),
+        ({"a": 1, "b": -2}, None, "a sum above 0"),
+        ({"a": float("nan")}, None, "expected numbers"),
+        ({"a": "much"}, None, "expected numbers"),
+        ({1: 1}, None, "prompt 0 is 1"),
+        ([{"a": 1}, 3], None, "prompt 1 is 3, a int"),
+        ([["a", "b"], {"c": 1}], None, r"prompt 0 is \['a', 'b'\], a list; expected a string"),
+        ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
+        ("a", 5, "prompt is a int"),
+    ],
+)
+def test_bad_wording_is_refused(prompt, negative, message):
+    with pytest.raises(ValueError, match=message):
+        PromptBatch.of(prompt, negative)
+
+
+# -- arithmetic
+
+
+def test_a_mixture_is_the_weighted_sum_of_guided_answers():
+    B, K = 3, 2
+    conditions = torch.randn(K * B, 1, generator=torch.Generator().manual_seed(0))
+    weights = torch.tensor([[0.5, 1.0, 0.2], [0.5, 0.0, 0.8]])
+    options = StageOptions(1, guidance=4.0)
+
+    def both(x, t):
+        return torch.cat([conditions, torch.zeros_like(conditions)]) * x + t[:, None]
+
+    guided = classifier_free(both, lambda x, t: conditions * x + t[:, None], options, 1000)
+    assert isinstance(guided, Guided)
+    x, t = torch.ones(B, 1), torch.tensor([7.0, 7.0, 7.0])
+    mixed = Mixed(guided, weights)
+    expected = (weights[..., None] * 4.0 * conditions.view(K, B, 1)).sum(dim=0) + 7
+    torch.testing.assert_close(mixed(x, t), expected)
+    torch.testing.assert_close(mixed.at(7)(x, t), expected)
+
+
+def test_mixing_in_the_prior_is_mixing_of_its_predictions(invertible_pipe):
+    """One step from the same noise: the embedding is the mean of those of the two prompts."""
+    options = StageOptions(steps=1, guidance=2.0)
+
+    def emb(texts, weights=None):
+        text = invertible_pipe.encode_text(texts)
+        drawn = {
+            "generators": generators_from([3]),
+            "options": options,
+            "candidates": 1,
+            "weights": weights,
+        }
+        return invertible_pipe.sample_prior(text, **drawn)
+
+    mixed = emb([APPLE, FISH], torch.tensor([[0.25], [0.75]]))
+    torch.testing.assert_close(mixed, 0.25 * emb([APPLE]) + 0.75 * emb([FISH]))
+
+
+def test_mixing_in_the_decoder_is_mixing_of_its_predictions(invertible_pipe):
+    options, image_emb = StageOptions(steps=1, guidance=2.0), torch.ones(1, 16)
+
+    def picture(texts, weights=None):
+        text = invertible_pipe.encode_text(texts)
+        drawn = {"generators": generators_from([3]), "options": options, "weights": weights}
+        return invertible_pipe.decode(image_emb, text, **drawn)
+
+    mixed = picture([APPLE, FISH], torch.tensor([[0.25], [0.75]]))
+    expected = 0.25 * picture([APPLE]) + 0.75 * picture([FISH])
+    inside = expected.abs() < 0.99  # elsewhere the estimates were clipped
+    torch.testing.assert_close(mixed[inside], expected[inside], rtol=0, atol=1e-4)
+    assert inside.any()
+
+
+# -- pictures
+
+
+def test_a_mixture_of_one_is_the_prompt(draw):
+    plain = draw([APPLE, FISH])
+    for prompts in ([{APPLE: 5.0}, FISH], [{APPLE: 1.0, FISH: 0.0}, FISH]):
+        mixed = draw(prompts)
+        assert max(difference(*pair) for pair in zip(plain.images, mixed.images, strict=True)) <= 2
+    assert mixed.prompts == [f"1 {APPLE} + 0 {FISH}", FISH]
+
+
+def test_mixed_pictures_do_not_depend_on_their_batch_and_are_drawn_again(draw, invertible_pipe):
+    mixture = {APPLE: 1.0, FISH: 1.0}
+    together = draw([mixture, FISH], num_images=3, negative_prompt="an apple")
+    assert difference(together.images[0], draw(APPLE).images[0]) > 0
+    alone = draw([mixture, FISH], num_images=3, negative_prompt="an apple", batch_size=2)
+    assert max(difference(*pair) for pair in zip(together.images, alone.images, strict=True)) <= 2
+    for k in (1, 4):
+        again = redraw(invertible_pipe, together.metadata[k], progress=False)
+        assert difference(again.images[0], together.images[k]) <= 2
+    assert (
+        together.metadata[1]["prompt"] == mixture
+        and together.metadata[1]["negative_prompt"] == "an apple"
+    )
+
+
+def test_the_negative_prompt_stands_in_for_the_null(draw, invertible_pipe):
+    plain = draw(APPLE)
+    assert difference(draw(APPLE, negative_prompt=FISH).images[0], plain.images[0]) > 0
+    options = invertible_pipe.options
+    for stage in ("prior", "decoder"):
+        other = "decoder" if stage == "prior" else "prior"
+        guided = replace(options, **{other: replace(getattr(options, other), guidance=1.0)})
+        with_negative = draw(APPLE, negative_prompt=FISH, options=guided)
+        assert difference(with_negative.images[0], draw(APPLE, options=guided).images[0]) > 0, stage
+
+
+def test_led_away_from_the_prompt_itself_a_prior_goes_nowhere(invertible_pipe):
+    """cond + (scale − 1) (cond − negative) is cond where both are the same."""
+    text = invertible_pipe.encode_text(APPLE)
+
+    def emb(guidance, negative=None):
+        options = StageOptions(steps=3, guidance=guidance)
+        drawn = {"generators": generators_from([3]), "options": options, "negative": negative}
+        return invertible_pipe.sample_prior(text, **drawn)
+
+    torch.testing.assert_close(emb(5.0, text), emb(1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_without_guidance_a_negative_prompt_is_refused(draw, invertible_pipe):
+    options = invertible_pipe.options
+    stages = {
+        stage: replace(getattr(options, stage), guidance=1.0) for stage in ("prior", "decoder")
+    }
+    with pytest.raises(ValueError, match="guidance is 1 in prior and decoder"):
+        draw(APPLE, negative_prompt=FISH, options=replace(options, **stages))
+    for embedding in ("text", "none"):  # of which the prior has no part
+        unguided = replace(options, decoder=stages["decoder"], embedding=embedding)
+        with pytest.raises(ValueError, match="guidance is 1 in decoder; set it higher in decoder"):
+            draw(APPLE, negative_prompt=FISH, options=unguided)

@@ -1,0 +1,346 @@
+"""What is computed once, or not at all, leaves the answers as they are; what is approximate is what was asked for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    CONTEXT,
+    EMB_DIM,
+    TEXT_WIDTH,
+    TINY_OPTIONS,
+    scrambled,
+    tiny_decoder,
+    tiny_prior,
+    tiny_unet,
+)
+from conftest import tiny_upsampler as make_upsampler
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unclip.diffusion.guidance import classifier_free
+from unclip.models.layers import Linear
+from unclip.pipelines.base import generators_from
+from unclip.pipelines.presets import preset
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.pipelines.unclip.stepping import Stepper
+from unclip.types import GLIDEOptions, StageOptions, TextEncoding
+
+STEPS = [999, 600, 300, 0]
+
+
+def make_text(batch: int = 2, tokens: int = 5) -> TextEncoding:
+    states = torch.randn(batch, tokens, TEXT_WIDTH).double()
+    return TextEncoding(
+        torch.randn(batch, EMB_DIM).double(), states, torch.ones(batch, tokens, dtype=torch.bool)
+    )
+
+
+def network_and_context(kind: str):
+    """A network in float64, its context for a batch of 2, and the shape of x_t."""
+    torch.manual_seed(0)
+    if kind == "prior":
+        prior = scrambled(tiny_prior()).double()
+        return prior, prior.condition(make_text()), (2, EMB_DIM)
+    if kind == "decoder":
+        decoder = scrambled(tiny_decoder()).double()
+        return (
+            decoder,
+            decoder.condition(torch.randn(2, EMB_DIM).double(), make_text()),
+            (2, 3, 8, 8),
+        )
+    return scrambled(make_upsampler()).double(), torch.randn(2, 3, 16, 16).double(), (2, 3, 16, 16)
+
+
+def stepper(network, context, reuse: int = 1) -> Stepper:
+    return Stepper(
+        lambda x, told, deep: network.step(x, told, context, deep),
+        lambda t: network.embed(t, context),
+        STEPS,
+        torch.device("cpu"),
+        reuse,
+    )
+
+
+@pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
+@torch.no_grad()
+def test_time_is_embedded_once_a_call(kind):
+    network, context, shape = network_and_context(kind)
+    asked = []
+    embed, network.embed = (
+        network.embed,
+        lambda t, context: asked.append(t.tolist()) or embed(t, context),
+    )
+    shared = stepper(network, context)
+    for t in STEPS:
+        x, ts = torch.randn(shape).double(), torch.full((2,), t)
+        torch.testing.assert_close(
+            shared(x.clone(), ts), network.denoise(x, ts, context), rtol=0, atol=1e-12
+        )
+    assert asked == [STEPS]
+    between = torch.full((2,), 450.5)  # where some of diffusers' schedulers ask
+    torch.testing.assert_close(
+        shared(x.clone(), between), network.denoise(x, between, context), rtol=0, atol=1e-12
+    )
+
+
+def test_captions_are_projected_once_a_call(tiny_pipe, monkeypatch):
+    pipe = UnCLIPPipeline(tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder)
+    rows = []
+    unet = pipe.decoder.unet
+    project = unet.project_context
+    monkeypatch.setattr(
+        unet,
+        "project_context",
+        lambda context, mask: rows.append(len(mask)) or project(context, mask),
+    )
+    options = replace(TINY_OPTIONS, upsamplers=())
+    first = pipe("a red apple", num_images=3, seed=0, options=options, progress=False)
+    assert rows == [3, 1]  # the pictures, and one null
+    assert (
+        pipe("a red apple", num_images=3, seed=0, options=options, progress=False).images
+        == first.images
+    )
+    assert rows == [3, 1, 3]  # which is kept
+
+
+def test_the_prefix_of_a_prompt_serves_its_pictures(tiny_pipe):
+    """In place of a copy for each."""
+    text = tiny_pipe.encode_text(["a red apple", "a fish"])
+    few, each = (tiny_pipe.prior.condition(one) for one in (text, text.repeat_interleave(3)))
+    x, t = torch.randn(6, EMB_DIM), torch.full((6,), 500)
+    torch.testing.assert_close(
+        tiny_pipe.prior.denoise(x, t, few), tiny_pipe.prior.denoise(x, t, each), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("null_text", ["learned", "empty_prompt"])
+def test_pads_are_not_computed(tiny_pipe, null_text):
+    prior, decoder = (scrambled(make(null_text=null_text)) for make in (tiny_prior, tiny_decoder))
+    pipe = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
+    padded = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
+    padded.static_shapes = True
+    lengths, condition = [], prior.condition
+    prior.condition = lambda text: lengths.append(text.mask.shape[1]) or condition(text)
+
+    def draw(pipe: UnCLIPPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+        text, generators = pipe.encode_text("a red apple"), generators_from([0])
+        emb = pipe.sample_prior(text, generators=generators, options=TINY_OPTIONS.prior)
+        return emb, pipe.decode(emb, text, generators=generators, options=TINY_OPTIONS.decoder)
+
+    for one, other in zip(draw(pipe), draw(padded), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    words, null, *with_pads = lengths
+    assert 1 <= null <= 2 < words < CONTEXT and CONTEXT in with_pads
+
+
+def test_what_is_kept_follows_the_weights(tiny_pipe):
+    pipe = copy.deepcopy(tiny_pipe)
+    text = pipe.encode_text("a red apple")
+
+    def draw() -> torch.Tensor:
+        return pipe.sample_prior(text, generators=generators_from([0]), options=TINY_OPTIONS.prior)
+
+    first = draw()
+    assert torch.equal(draw(), first)
+    pipe.prior.null_state.mul_(-1)
+    assert not torch.equal(draw(), first)
+    pipe.prior.null_state.mul_(-1)
+    assert torch.equal(draw(), first)
+
+    torch.manual_seed(5)
+    pipe.prior = other = scrambled(tiny_prior())
+    fresh = UnCLIPPipeline(pipe.clip, other, pipe.decoder)
+    drawn = fresh.sample_prior(text, generators=generators_from([0]), options=TINY_OPTIONS.prior)
+    assert torch.equal(draw(), drawn)
+
+
+def test_guidance_on_an_interval_is_exact_inside_and_absent_outside():
+    decoder, context, shape = network_and_context("decoder")
+    null = context[[1, 0]]
+    x, both = torch.randn(shape).double(), type(context).cat([context, null])
+    for interval, guided in (((0.0, 1.0), True), ((0.2, 0.9), True), ((0.7, 0.9), False)):
+        options = StageOptions(1, guidance=3.0, guidance_interval=interval)
+        denoisers = [stepper(decoder, both), stepper(decoder, context)]
+        answer = classifier_free(*denoisers, options, 1000, True)(x, torch.full((2,), 600))
+        cond, without = (
+            decoder.denoise(x, torch.full((2,), 600), c)[:, :3] for c in (context, null)
+        )
+        expected = without + 3 * (cond - without) if guided else cond
+        torch.testing.assert_close(answer[:, :3], expected, rtol=0, atol=1e-11)
+
+
+# -- deep features
+
+
+@torch.no_grad()
+def test_deep_features_of_the_same_step_change_nothing():
+    upsampler, low_res, shape = network_and_context("upsampler")
+    x, told = torch.randn(shape).double(), upsampler.embed(torch.tensor([500]), low_res)[0]
+    answer, deep = upsampler.step(x.clone(), told, low_res)
+    again, same = upsampler.step(x.clone(), told, low_res, deep.clone())
+    assert torch.equal(again, answer) and torch.equal(same, deep)
+    other, _ = upsampler.step(x.clone(), told, low_res, torch.zeros_like(deep))
+    assert not torch.allclose(other, answer)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "asked", "anew"),
+    [
+        (1, STEPS, [999, 600, 300, 0]),
+        (2, STEPS, [999, 300]),
+        (3, STEPS, [999, 0]),
+        (9, STEPS, [999]),
+        (
+            2,
+            [999, 300, 0],
+            [999, 300],
+        ),  # guidance on an interval leaves timesteps to another denoiser
+        (9, [300, 0, 999, 600], [300, 999]),  # back to more noise
+        (9, [999, 450.5, 300], [999, 450.5, 300]),  # between timesteps
+    ],
+)
+def test_deep_features_are_computed_at_every_nth_timestep(reuse, asked, anew):
+    computed, shared = [], None
+
+    def step(x, told, deep):
+        if deep is None:
+            computed.append(told.item())
+        return x, told
+
+    shared = Stepper(step, lambda t: t.double(), STEPS, torch.device("cpu"), reuse)
+    for t in asked:
+        shared(torch.zeros(1), torch.tensor([t]))
+    assert computed == anew
+
+
+def test_reuse_is_refused_where_there_is_nothing_deep(tiny_pipe):
+    options = replace(TINY_OPTIONS, prior=replace(TINY_OPTIONS.prior, reuse=2))
+    with pytest.raises(
+        ValueError,
+        match="prior is a DiffusionPrior, which cannot reuse deep features; set reuse to 1",
+    ):
+        tiny_pipe("a red apple", options=options, progress=False)
+
+
+# -- presets
+
+
+def test_the_fast_preset_takes_fewer_steps(tiny_pipe):
+    options = replace(
+        TINY_OPTIONS,
+        prior=StageOptions(steps=25, sampler="ancestral"),
+        decoder=StageOptions(steps=25, guidance=8.0, sampler="ancestral"),
+        upsamplers=(StageOptions(steps=7, sampler="ancestral"),),
+    )
+    assert preset("exact", options, []) is options
+    fast = preset("fast", options, [tiny_pipe.upsamplers[0].config])
+    assert (fast.prior.steps, fast.decoder.steps, fast.upsamplers[0].steps) == (10, 10, 4)
+    assert {fast.prior.sampler, fast.decoder.sampler, fast.upsamplers[0].sampler} == {"unipc"}
+    assert fast.decoder.guidance == 8.0 and fast.decoder.guidance_interval == (0.2, 0.9)
+
+
+def test_the_network_of_the_last_step_meets_no_other_timestep(tiny_pipe):
+    upsampler = scrambled(make_upsampler(last_unet=tiny_unet(6, 3)))
+    pipe = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder, [upsampler])
+    pipe.options = replace(pipe.options, upsamplers=(StageOptions(steps=7, sampler="ancestral"),))
+    options = pipe.preset("fast").upsamplers
+    assert (options[0].steps, options[0].sampler, options[0].reuse) == (3, "ancestral", 3)
+    told = []
+    run = upsampler.last_unet.run
+    upsampler.last_unet.run = lambda x, told_now, *rest, **more: (
+        told.append(told_now) or run(x, told_now, *rest, **more)
+    )
+    pipe.upsample(torch.zeros(1, 3, 8, 8), options=options)
+    (only,) = told
+    at_0 = upsampler.embed(torch.tensor([0]), torch.zeros(0), last=True)[0]
+    torch.testing.assert_close(only, at_0)
+
+
+def test_presets_of_other_kinds(tiny_dalle):
+    fast = preset("fast", GLIDEOptions(), [None])
+    assert (fast.decoder.steps, fast.upsamplers[0].steps) == (40, 16)
+    assert tiny_dalle.preset("exact") is tiny_dalle.options
+    with pytest.raises(
+        ValueError,
+        match="preset 'fast' takes steps of diffusion less often, and this kind of model",
+    ):
+        tiny_dalle.preset("fast")
+    with pytest.raises(ValueError, match="unknown preset 'faster'; expected one of exact, fast"):
+        tiny_dalle.preset("faster")
+
+
+# -- layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (4, 1), (4, 2)])
+def test_a_linear_layer_for_few_rows_gives_the_usual_answer(shape, bias):
+    layer, x = Linear(24, 40, bias=bias), torch.randn(*shape, 24)
+    usual = F.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), usual, rtol=1e-5, atol=1e-6)
+        assert layer(x).is_contiguous()
+    torch.testing.assert_close(layer(x), usual, rtol=0, atol=0)  # in training
+
+
+# -- layout, and what a device would have to wait for
+
+
+def test_networks_draw_channels_last_and_answer_as_before(tiny_pipe):
+    convolutions = [
+        module.weight
+        for network in (tiny_pipe.decoder, *tiny_pipe.upsamplers)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
+
+    def draw() -> torch.Tensor:
+        generators = generators_from([3])
+        return tiny_pipe.upsample(
+            tiny_pipe.decode(emb, text, generators=generators), generators=generators
+        )
+
+    usual = draw()
+    for weight in convolutions:
+        weight.data = weight.data.contiguous()
+    torch.testing.assert_close(draw(), usual, rtol=0, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the calls that read a number out of a tensor, for which the CPU waits until a device has computed it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.9)])
+def test_no_step_waits_for_the_device(tiny_pipe, sampler, interval):
+    """Tables, timesteps and guidance are numbers of the CPU: a step more reads no number more."""
+    text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
+
+    def waits(steps: int) -> int:
+        options = StageOptions(
+            steps=steps, guidance=3.0, sampler=sampler, guidance_interval=interval
+        )
+        with Waits() as mode:
+            tiny_pipe.decode(emb, text, generators=generators_from([0]), options=options)
+        return mode.count
+
+    with Waits() as mode:
+        torch.ones(1).item()
+    assert mode.count == 1
+    waits(2)  # what is kept between calls
+    assert waits(2) == waits(6)

@@ -1,0 +1,293 @@
+"""Pictures of every kind in, PNGs, GIFs and MP4s out."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import struct
+import sys
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+
+from unclip import image_io as pictures
+from unclip.image_io import (
+    cell,
+    lacks_picture,
+    open_image,
+    open_mask,
+    read_metadata,
+    save_animation,
+    save_png,
+)
+
+
+def saved(image: Image.Image, path, **how) -> str:
+    image.save(path, **how)
+    return str(path)
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    red = Image.new("RGB", (6, 4), (200, 30, 40))
+    kinds = {
+        "palette.gif": red.quantize(4),
+        "grey.png": red.convert("L"),
+        "bits.png": red.convert("1"),
+        "clear.png": red.convert("RGBA"),
+        "cmyk.jpg": red.convert("CMYK"),
+        "cmyk.tif": red.convert("CMYK"),
+        "greyalpha.png": red.convert("LA"),
+    }
+    for name, image in kinds.items():
+        opened = open_image(saved(image, tmp_path / name))
+        assert (opened.mode, opened.size) == ("RGB", (6, 4)), name
+        if "grey" not in name and "bits" not in name:
+            assert np.abs(np.subtract(opened.getpixel((2, 2)), (200, 30, 40))).max() <= 4, name
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    opened = open_image(saved(Image.fromarray(ramp), tmp_path / "deep.png"))
+    assert np.abs(np.asarray(opened, dtype=int)[..., 0].ravel() - np.arange(256)).max() <= 1
+
+
+def test_a_turned_photograph_is_set_upright(tmp_path):
+    image = Image.new("RGB", (8, 4), "blue")
+    image.paste("red", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways: to be turned by 90 degrees clockwise
+    opened = open_image(saved(image, tmp_path / "turned.png", exif=exif))
+    assert opened.size == (4, 8)
+    assert opened.getpixel((2, 1)) == (255, 0, 0) and opened.getpixel((2, 6)) == (0, 0, 255)
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    path = saved(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_image(path).getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_a_very_large_picture_is_opened_without_a_warning_and_a_bomb_refused(tmp_path, monkeypatch):
+    path = saved(Image.new("1", (400, 400)), tmp_path / "large.png")
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 100_000
+    )  # as 10,000 x 10,000 pixels are to the usual limit
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(path).size == (400, 400)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(ValueError, match=r"large\.png: Image size .* exceeds limit"):
+        open_image(path)
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    path = saved(Image.new("F", (4, 4)), tmp_path / "floats.tif")
+    with pytest.raises(ValueError, match=r"floats\.tif: its pixels are of kind F; expected RGB"):
+        open_image(path)
+
+
+def test_what_is_no_picture_is_refused():
+    for source in (np.zeros((4, 4, 3), dtype=np.uint8), torch.zeros(3, 4, 4), None):
+        for opened in (open_image, open_mask):
+            with pytest.raises(
+                ValueError,
+                match=f"a {type(source).__name__} is no picture; expected a path or a PIL",
+            ):
+                opened(source)
+
+
+def test_masks_are_white_or_transparent(tmp_path):
+    grey = Image.fromarray(np.array([[0, 127], [128, 255]], dtype=np.uint8))
+    assert np.asarray(open_mask(saved(grey, tmp_path / "grey.png"))).tolist() == [
+        [0, 0],
+        [255, 255],
+    ]
+    clear = Image.new("RGBA", (2, 1), "white")
+    clear.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(open_mask(saved(clear, tmp_path / "clear.png"))).tolist() == [[0, 255]]
+    for mode in ("RGBA", "LA"):  # an alpha channel that says nothing
+        opaque = grey.convert(mode)
+        assert np.asarray(open_mask(saved(opaque, tmp_path / f"{mode}.png"))).tolist() == [
+            [0, 0],
+            [255, 255],
+        ]
+    with pytest.raises(FileNotFoundError, match="no picture at"):
+        open_mask(tmp_path / "none.png")
+
+
+def test_a_damaged_file_is_told_in_one_line(tmp_path, monkeypatch):
+    """Pillow's readers raise nearly anything."""
+    path = saved(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    for error in (
+        RuntimeError("frame 0"),
+        NotImplementedError("format 0"),
+        struct.error("4 bytes"),
+        AttributeError(),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageOps, "exif_transpose", mock.Mock(side_effect=error))
+            for opened in (open_image, open_mask):
+                with pytest.raises(
+                    ValueError, match=r"a\.png: not a picture that can be read; expected a PNG"
+                ):
+                    opened(path)
+
+
+# -- what a picture tells about itself
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *("5", '"x"', '"pictures"', "null", "[]", "[1]", "{", "[" * 100_000, '{"pictures": [1]}'),
+        *(
+            '{"pictures": [], "entries": [{"picture": 0}]}',
+            '{"pictures": [1], "entries": [{"picture": 0}]}',
+        ),
+        *(
+            '{"options": 5}',
+            '{"sources": [4]}',
+            '{"sources": ["x"]}',
+            '{"sources": 4}',
+            '{"options": null}',
+        ),
+        *(
+            '{"dtype": []}',
+            '{"image_emb": 5}',
+            '{"arguments": []}',
+            '[{"seed": 1}, {"sources": [{"picture": 1}]}]',
+        ),
+    ],
+)
+def test_metadata_that_was_not_written_here_is_refused(tmp_path, told):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(pictures.METADATA_KEY, told)
+    path = saved(Image.new("RGB", (4, 4)), tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(
+        ValueError, match=r"a\.png: its metadata is damaged, or not unclip's; expected a picture as"
+    ):
+        read_metadata(path)
+
+
+def test_a_picture_is_held_once_for_all_that_was_drawn_of_it(frames, tmp_path):
+    told = [
+        *(
+            {"seed": i, "operation": "inpaint", "picture": "P" * 9000, "mask": "M" * 900}
+            for i in range(9)
+        ),
+        *(
+            {"sources": [{"picture": "P" * 9000}, {"picture": one}, {"seed": 2}]}
+            for one in ("Q" * 9000, None)
+        ),
+        {"prompt": {"picture": 2.0}},
+    ]
+    save_png(frames[0], tmp_path / "a.png", told)
+    save_animation(frames, tmp_path / "a.gif", metadata=told)
+    for path in (tmp_path / "a.png", tmp_path / "a.gif"):
+        assert read_metadata(path) == told and path.stat().st_size < 22_000
+    assert [lacks_picture(entry) for entry in told] == [*[False] * 10, True, False]
+
+
+def test_pictures_that_are_too_large_together_are_left_out(frames, tmp_path, monkeypatch):
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 3000)
+    monkeypatch.setattr(pictures, "MOST_TEXT", 2800)
+    told = [{"seed": 1, "picture": "P" * 2000}, {"seed": 2, "sources": [{"picture": "Q" * 2000}]}]
+    for metadata in (told, {"picture": "P" * 3000}):
+        with pytest.warns(
+            UserWarning, match="too large for metadata: it cannot be drawn again from the file"
+        ) as said:
+            save_png(frames[0], tmp_path / "a.png", metadata)
+        assert said[0].filename == __file__ and all(
+            map(lacks_picture, read_metadata(tmp_path / "a.png"))
+        )
+    save_png(frames[0], tmp_path / "a.png", told[:1] * 9)
+    assert read_metadata(tmp_path / "a.png") == told[:1] * 9
+
+
+# -- animations
+
+
+@pytest.fixture
+def frames() -> list[Image.Image]:
+    return [Image.new("RGB", (15, 9), (40 * i, 20, 200 - 30 * i)) for i in range(5)]
+
+
+def test_a_gif_holds_its_frames_and_how_they_were_made(frames, tmp_path):
+    told = [{"operation": "interpolate", "prompt": "é" * 300, "frame": i} for i in range(5)]
+    save_animation(frames, tmp_path / "new" / "a.gif", fps=5, metadata=told)
+    with Image.open(tmp_path / "new" / "a.gif") as image:
+        assert (image.n_frames, image.size, image.info["duration"]) == (5, (15, 9), 200)
+        for i, frame in enumerate(frames):
+            image.seek(i)
+            assert (
+                np.abs(
+                    np.subtract(np.asarray(image.convert("RGB"), int), np.asarray(frame, int))
+                ).max()
+                <= 8
+            )
+    assert read_metadata(tmp_path / "new" / "a.gif") == told
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.gif"]
+
+
+@pytest.mark.parametrize(
+    ("fps", "lengths"), [(15, [70, 60, 70, 70, 60]), (24, [40] * 3 + [50, 40]), (100, [10] * 5)]
+)
+def test_a_gif_keeps_time(frames, tmp_path, fps, lengths):
+    """In hundredths of a second, so that some frames last longer than others."""
+    save_animation(frames, tmp_path / "a.gif", fps)
+    with Image.open(tmp_path / "a.gif") as image:
+        found = [image.seek(i) or image.info["duration"] for i in range(5)]
+    assert found == lengths and abs(sum(found) - 5000 / fps) <= 5
+
+
+def test_an_animation_of_another_kind_is_refused(frames, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"a\.webm: an animation is written as \.gif or \.mp4"):
+        save_animation(frames, tmp_path / "a.webm")
+    for fps in (0, 0.001, 101, float("nan"), float("inf")):
+        with pytest.raises(
+            ValueError, match=rf"fps is {fps:g}; expected 0.1 to 100 pictures a second, .* a \.gif"
+        ):
+            save_animation(frames, tmp_path / "a.gif", fps)
+    with pytest.raises(
+        ValueError, match=r"fps is inf; expected 0.1 to 1000 pictures a second, .* an? \.mp4"
+    ):
+        save_animation(frames, tmp_path / "a.mp4", float("inf"))
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # not installed
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="an .mp4 needs ffmpeg"):
+        save_animation(frames, tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a program here is a shell script")
+def test_ffmpeg_is_given_the_frames(frames, tmp_path, monkeypatch):
+    """A stand-in that keeps what it is told: the real one is not everywhere."""
+    program = tmp_path / "ffmpeg"
+    program.write_text('#!/bin/sh\necho "$@" > "$0.said"\nfor last; do :; done\ncat > "$last"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    save_animation(frames, tmp_path / "a.mp4", fps=12)
+    assert (tmp_path / "a.mp4").read_bytes() == b"".join(frame.tobytes() for frame in frames)
+    said = (tmp_path / "ffmpeg.said").read_text()
+    assert "-s 15x9 -r 12" in said and "-pix_fmt yuv420p" in said
+    program.write_text("#!/bin/sh\ncat > /dev/null\necho no such codec >&2\nexit 1\n")
+    with pytest.raises(ValueError, match="could not be written: ffmpeg says no such codec"):
+        save_animation(frames, tmp_path / "b.mp4")
+    assert not (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg here")
+def test_an_mp4_is_written(frames, tmp_path):
+    save_animation(frames, tmp_path / "a.mp4")
+    assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+
+
+def test_a_cell_has_titles_above_and_a_caption_below():
+    image = cell([Image.new("RGB", (8, 8), "red"), None], 20, "a b", ["1", "2"])
+    assert image.width == 44 and image.height > 40
+    assert (np.asarray(image)[:, 22:] != 255).any()

@@ -1,0 +1,500 @@
+"""The training scripts one after the other, from drawn pictures to a model that draws."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from scripts import ROOT, draw_pictures, run_in_two_processes, run_script
+
+import unclip
+from unclip.checkpoints import registry as catalogue
+from unclip.checkpoints.codecs import load_codec
+from unclip.data.embeddings import EmbeddingWriter
+from unclip.data.precomputed import PartWriter
+from unclip.weights import read_tensors
+
+NETWORKS = (
+    "clip",
+    "prior",
+    "ar_prior",
+    "one_shot_prior",
+    "layout",
+    "decoder",
+    "upsampler",
+    "codec",
+    "dalle",
+)
+
+
+def train(network: str, *arguments: str) -> None:
+    run_script(
+        ROOT / "train" / f"{network}.py",
+        "--config",
+        str(ROOT / f"configs/tiny/{network}.yaml"),
+        *arguments,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which all networks of configs/tiny were trained and put together."""
+    folder, before = tmp_path_factory.mktemp("tiny"), Path.cwd()
+    draw_pictures(folder / "data/tiny")
+    os.chdir(folder)
+    try:
+        for network in NETWORKS:
+            train(network)
+        run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"))
+        yield folder
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
+    run = workplace / "runs/tiny" / network
+    weights = next((run / "model").glob("*.safetensors"))
+    assert all(tensor.isfinite().all() for tensor in read_tensors(weights).values())
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert [
+        json.loads((run / "checkpoints" / c / "state.json").read_text())["step"]
+        for c in checkpoints
+    ] == [4, 8]
+    assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 8
+    assert (run / "checkpoints" / checkpoints[-1] / "tokenizer.json").is_file() == (
+        network in ("clip", "dalle")
+    )
+
+
+@pytest.mark.parametrize("network", ["decoder", "upsampler", "codec", "dalle"])
+def test_networks_that_draw_leave_previews(workplace, network):
+    assert list((workplace / "runs/tiny" / network).rglob("*.png"))
+
+
+def test_the_prior_learns_the_statistics_of_the_embeddings(workplace):
+    weights = read_tensors(workplace / "runs/tiny/prior/model/model.safetensors")
+    fresh = torch.full_like(weights["emb_std"], len(weights["emb_std"]) ** -0.5)
+    assert not torch.equal(weights["emb_std"], fresh) and weights["emb_mean"].any()
+
+
+def test_the_bundle_draws(workplace):
+    pipe = unclip.load(workplace / "runs/tiny/model")
+    result = pipe(["a red circle", "a blue square"], num_images=2, seed=3, progress=False)
+    assert [image.size for image in result.images] == [(32, 32)] * 4
+    assert result.image_emb.shape == (4, 32) and result.image_emb.isfinite().all()
+    again = pipe.variations(result.images[0], seed=1, progress=False)
+    assert again.images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("clip", [None, "runs/tiny/clip/model", "lender"])
+def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(
+    workplace, clip, monkeypatch
+):
+    lender = {"lender": workplace / "runs/tiny/model"}
+    monkeypatch.setattr(catalogue, "bundled_models", lambda: lender)
+    setting = [] if clip is None else [f"--set=clip={clip}"]
+    run_script(
+        ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model_dalle.yaml"), *setting
+    )
+    folder = workplace / "runs/tiny/model_dalle"
+    assert (folder / "clip").is_dir() == (clip == "runs/tiny/clip/model")
+    assert catalogue.lenders(folder) == ({"clip": "lender"} if clip == "lender" else {})
+    pipe = unclip.load(folder)
+    result = pipe(
+        "a red circle", num_candidates=None if clip is None else 2, seed=3, progress=False
+    )
+    assert result.images[0].size == (16, 16) and (result.scores is None) == (pipe.clip is None) == (
+        clip is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "prior=runs/tiny/decoder/model",
+            "runs/tiny/decoder/model holds a Decoder; expected a prior",
+        ),
+        (
+            "decoder=runs/tiny/prior/model",
+            "runs/tiny/prior/model holds a DiffusionPrior; expected a decoder",
+        ),
+        (
+            "inpainter=runs/tiny/layout/model",
+            "runs/tiny/layout/model holds a Layout; expected a decoder",
+        ),
+        (
+            "upsamplers=[runs/tiny/decoder/model]",
+            "runs/tiny/decoder/model holds a Decoder; expected an upsampler",
+        ),
+    ],
+)
+def test_a_network_in_the_place_of_another_is_not_bundled(workplace, setting, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run_script(
+            ROOT / "train/bundle.py",
+            "--config",
+            str(ROOT / "configs/tiny/model.yaml"),
+            "--set",
+            setting,
+        )
+
+
+@pytest.mark.parametrize("kind", ["ar_prior", "one_shot_prior"])
+def test_a_prior_without_diffusion_takes_the_place_of_the_other(workplace, kind):
+    pipe = unclip.load(workplace / "runs/tiny/model")
+    pipe.prior = unclip.load_prior(workplace / "runs/tiny" / kind / "model")
+    assert pipe("a red circle", seed=0, progress=False).image_emb.isfinite().all()
+    assert not torch.equal(pipe.prior.emb_std, torch.full((32,), 32**-0.5))  # measured on the data
+    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"),
+               f"--set=prior=runs/tiny/{kind}/model", f"--set=output=runs/tiny/with_{kind}")  # fmt: skip
+    assert type(unclip.load(workplace / f"runs/tiny/with_{kind}").prior) is type(pipe.prior)
+
+
+def test_as_many_components_are_coded_as_explain_the_variance(workplace):
+    train(
+        "ar_prior",
+        "--set",
+        "explained=0.9",
+        "--set",
+        "fit.output=runs/tiny/explained",
+        "--set",
+        "fit.steps=1",
+    )
+    config = json.loads((workplace / "runs/tiny/explained/model/config.json").read_text())
+    assert config["components"] == 2
+    codes = unclip.load_prior(workplace / "runs/tiny/explained/model").codes
+    assert codes.components.shape == (2, 32) and codes.mean.any()
+
+
+def test_a_run_is_resumed_and_goes_further(workplace):
+    run = workplace / "runs/tiny/prior"
+    before = read_tensors(run / "model/model.safetensors")["head.weight"].clone()
+    train("prior", "--resume", "latest", "--set", "fit.steps=10")
+    assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 10
+    assert not torch.equal(read_tensors(run / "model/model.safetensors")["head.weight"], before)
+
+
+def test_weights_of_another_run_can_be_started_from(workplace):
+    before = read_tensors(workplace / "runs/tiny/decoder/model/model.safetensors")[
+        "image_to_time.weight"
+    ]
+    output = "--set=fit.output=runs/tiny/continued"
+    train(
+        "decoder",
+        "--init",
+        "runs/tiny/decoder/model",
+        output,
+        "--set=fit.steps=1",
+        "--set=optim.lr=1e-9",
+    )
+    after = read_tensors(workplace / "runs/tiny/continued/model/model.safetensors")[
+        "image_to_time.weight"
+    ]
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
+    config = ["--config", str(ROOT / "configs/tiny/inpaint.yaml"), "--set", "optim.lr=1e-6"]
+    script, run, plain = (
+        ROOT / "train/decoder.py",
+        workplace / "runs/tiny/inpaint",
+        "runs/tiny/decoder/model",
+    )
+    run_script(script, *config, "--init", plain, "--set", "fit.steps=4")
+    run_script(script, *config, "--resume", "latest", "--set", "fit.steps=8")
+    weights, before = (
+        read_tensors(Path(folder) / "model.safetensors") for folder in (run / "model", plain)
+    )
+    told = before["unet.stem.weight"].shape[1]
+    after = weights["unet.stem.weight"]
+    assert after.shape[1] == told // 3 * 7 and after[:, told:].any()
+    torch.testing.assert_close(after[:, :told], before["unet.stem.weight"], atol=1e-4, rtol=0)
+    assert list(run.rglob("*.png"))
+
+    bundle = ["--set", "inpainter=runs/tiny/inpaint/model", "--set", "output=runs/tiny/painter"]
+    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), *bundle)
+    pipe = unclip.load(workplace / "runs/tiny/painter")
+    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
+    mask.paste(255, (8, 8, 24, 24))
+    painted = pipe.inpaint(picture, mask, "a blue square", seed=0, progress=False)
+    assert painted.metadata[0]["arguments"]["painting"]["trained"] is True
+    assert painted.images[0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
+    shown = [
+        "--set=layout=runs/tiny/layout/model",
+        "--set=fit.output=runs/tiny/shown",
+        "--set=emb_noise=0.5",
+    ]
+    shown += [
+        "--set=model.layout={emb_dim: 32, size: 8, width: 32, depth: 2}",
+        "--set=model.unet.in_channels=6",
+    ]
+    train("decoder", *shown, "--init", "runs/tiny/decoder/model", "--set=fit.steps=4")
+    train("decoder", *shown, "--resume", "latest", "--set=fit.steps=8")
+    after, layout = (
+        read_tensors(workplace / f"runs/tiny/{name}/model/model.safetensors")
+        for name in ("shown", "layout")
+    )
+    for name, tensor in layout.items():
+        assert torch.equal(after[f"layout.{name}"], tensor)
+    assert after["unet.stem.weight"][:, 12:].any()
+    own = ["--set=fit.output=runs/tiny/shown_again", "--set=fit.steps=1"]
+    train("decoder", *shown[2:], *own, "--init", "runs/tiny/shown/model")  # which brings its layout
+    again = read_tensors(workplace / "runs/tiny/shown_again/model/model.safetensors")
+    assert all(torch.equal(again[f"layout.{name}"], tensor) for name, tensor in layout.items())
+    with pytest.raises(
+        SystemExit, match="model.layout is not trained here: set layout to a trained one's folder"
+    ):
+        train("decoder", *shown[2:], *own)
+    with pytest.raises(
+        SystemExit, match="layout is runs/tiny/layout/model; expected its shape in model.layout"
+    ):
+        train("decoder", shown[0])
+    with pytest.raises(
+        SystemExit, match="emb_noise is 0.5; expected 0 or more, and 0 without model.layout"
+    ):
+        train("decoder", "--set=emb_noise=0.5")
+    with pytest.raises(
+        SystemExit, match="agreement is 5.0; expected 0 or more, and 0 without model.layout"
+    ):
+        train("decoder", "--set=agreement=5.0")
+    with pytest.raises(
+        SystemExit, match="agreement is 5.0; expected 0 for task: draw, which has no holes"
+    ):
+        train("decoder", *shown[1:], "--set=agreement=5.0")
+    with pytest.raises(SystemExit, match="emb_mix is 0.5; expected 0 to 1, and 0 for task: draw"):
+        train("decoder", "--set=emb_mix=0.5")
+    with pytest.raises(
+        SystemExit, match="copy_paste is 2.0; expected 0 to 1, and 0 for task: draw"
+    ):
+        train("decoder", "--set=copy_paste=2.0")
+
+
+def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):
+    train("upsampler", "--dry-run", "--set", "fit.output=runs/tiny/dry")
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("parameters", "memory", "FLOPs"))
+    assert not (workplace / "runs/tiny/dry").exists()
+
+
+def test_a_run_that_would_be_overwritten_is_refused(workplace):
+    with pytest.raises(SystemExit, match="already holds"):
+        train("upsampler")
+
+
+def test_a_typo_is_named_with_its_place(workplace, tmp_path):
+    config = tmp_path / "typo.yaml"
+    config.write_text((ROOT / "configs/tiny/prior.yaml").read_text().replace("warmup:", "warm_up:"))
+    with pytest.raises(
+        SystemExit, match=r"typo\.yaml:\d+: optim\.warm_up is unknown; did you mean 'warmup'"
+    ):
+        run_script(ROOT / "train/prior.py", "--config", str(config))
+
+
+def test_a_codec_is_trained_with_a_judge_and_exported_without(workplace):
+    codec = load_codec(workplace / "runs/tiny/codec/model")
+    assert (codec.grid, codec.vocab_size) == ((4, 4), 32)
+    rows = [
+        json.loads(row)
+        for row in (workplace / "runs/tiny/codec/metrics.jsonl").read_text().splitlines()
+    ]
+    assert {"nll", "kl_bits", "usage", "perplexity", "judge", "perceptual"} <= rows[0].keys()
+    temperatures = [row["temperature"] for row in rows if "temperature" in row]
+    assert temperatures == sorted(temperatures, reverse=True) and temperatures[-1] < 0.3
+    train(
+        "codec",
+        "--init",
+        "runs/tiny/codec/model",
+        "--set",
+        "fit.output=runs/tiny/tuned",
+        "--set",
+        "fit.steps=1",
+    )
+    tuned = load_codec(workplace / "runs/tiny/tuned/model")
+    assert (tuned.encoder.input.w - codec.encoder.input.w).abs().max() < 0.01
+
+
+def test_a_codec_s_faulty_config_is_told(workplace):
+    with pytest.raises(SystemExit, match="data gives pictures of 8 pixels; this model has 16"):
+        train("codec", "--set", "data.image_size=8", "--set", "fit.output=runs/tiny/faulty")
+    with pytest.raises(
+        SystemExit, match="anneal.kl is unknown; this codec anneals temperature, kl_weight"
+    ):
+        train(
+            "codec",
+            "--set",
+            "anneal.kl={start: 0, end: 1, steps: 2}",
+            "--set",
+            "fit.output=runs/tiny/faulty",
+        )
+    with pytest.raises(
+        SystemExit, match="model.kind is 'vae'; expected 'dvae' or 'gaussian' or 'vqgan' or 'vqvae'"
+    ):
+        train("codec", "--set", "model.kind=vae", "--set", "fit.output=runs/tiny/faulty")
+    with pytest.raises(SystemExit, match="model.withd is unknown; did you mean 'width'"):
+        train("codec", "--set", "model.withd=3", "--set", "fit.output=runs/tiny/faulty")
+
+
+def test_accelerate_launches_a_script(workplace):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=1",
+        str(ROOT / "train/clip.py"),
+    ]
+    arguments = [
+        "--config",
+        str(ROOT / "configs/tiny/clip.yaml"),
+        "--set",
+        "fit.output=runs/tiny/launched",
+    ]
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": search}
+    done = subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
+
+
+def test_a_saved_clip_is_gone_on_with(workplace):
+    before, after = workplace / "runs/tiny/clip/model", workplace / "runs/tiny/clip_more/model"
+    settings = "--set=fit.output=runs/tiny/clip_more", "--set=fit.steps=1", "--set=optim.lr=1e-9"
+    train("clip", "--init", str(before), *settings)
+    assert (after / "tokenizer.json").read_text() == (before / "tokenizer.json").read_text()
+    one, other = (
+        read_tensors(folder / "open_clip_model.safetensors") for folder in (before, after)
+    )
+    floats = [
+        name for name, tensor in one.items() if tensor.is_floating_point() and "running" not in name
+    ]
+    assert floats and all(torch.allclose(one[name], other[name], atol=1e-6) for name in floats)
+
+
+@pytest.mark.parametrize(
+    ("network", "setting", "message"),
+    [
+        (
+            "prior",
+            "text_width=64",
+            r"model\.text_width is 64; expected 32, as the CLIP in runs/tiny/clip/model has",
+        ),
+        ("prior", "context_length=8", r"model\.context_length is 8; expected at least 16"),
+        ("layout", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
+        ("decoder", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
+        (
+            "decoder",
+            "text={kind: transformer, vocab_size: 300, context_length: 16, width: 16, depth: 1, heads: 1}",
+            r"model\.text\.vocab_size is 300; expected at least 320",
+        ),
+        (
+            "clip",
+            "model_cfg.text_cfg.vocab_size=200",
+            r"tokenizer\.json has 2\d\d tokens; this model has only 200",
+        ),
+    ],
+)
+def test_a_network_that_does_not_fit_what_it_reads_is_refused(workplace, network, setting, message):
+    tokenizer = ["--set=tokenizer=runs/tiny/clip/model/tokenizer.json"] if network == "clip" else []
+    with pytest.raises(SystemExit, match=message):
+        train(network, f"--set=model.{setting}", *tokenizer, "--set=fit.output=runs/tiny/unfit")
+    assert not Path("runs/tiny/unfit").exists()
+
+
+def test_data_that_a_network_cannot_learn_from_is_refused(workplace, tmp_path):
+    pytest.importorskip("pyarrow")
+    captions = {"caption": ["a", "b"]}
+    for name, width in (("emb", 32), ("wide", 48)):
+        EmbeddingWriter(tmp_path / name).write(
+            0, torch.rand(2, width), torch.rand(2, width), captions
+        )
+    codes = PartWriter(tmp_path / "codes")
+    codes.write_part(0, {"codes": torch.zeros(2, 4, 4).byte().numpy()}, captions)
+    (tmp_path / "codes/codes.json").write_text('{"vocab_size": 32}')
+    output = "--set=fit.output=runs/tiny/unfit"
+    for network in ("clip", "codec", "decoder", "upsampler", "layout"):
+        with pytest.raises(SystemExit, match="emb holds embeddings(; expected pictures$|, which)"):
+            train(network, f"--set=data.path={tmp_path}/emb", output)
+    with pytest.raises(
+        SystemExit, match="codes holds image codes; expected pictures or embeddings"
+    ):
+        train("prior", f"--set=data.path={tmp_path}/codes", output)
+    with pytest.raises(SystemExit, match="wide holds embeddings of 48 numbers; expected 32"):
+        train("prior", f"--set=data.path={tmp_path}/wide", output)
+    with pytest.raises(
+        SystemExit, match="emb holds embeddings, which can't be augmented or cropped"
+    ):
+        train("prior", f"--set=data.path={tmp_path}/emb", "--set=data.augment.shift=0.1", output)
+    with pytest.raises(SystemExit, match="stats_batches is 0; expected at least 1"):
+        train("prior", "--set=stats_batches=0", output)
+
+
+def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
+    settings = (
+        "--set=fit.steps=1",
+        "--set=fit.output=runs/tiny/explained_by_two",
+        "--set=explained=0.7",
+    )
+    run_in_two_processes(
+        ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings
+    )
+    assert (workplace / "runs/tiny/explained_by_two/model").is_dir()
+
+
+def test_a_dry_run_of_two_processes_ends_also_where_they_gather(workplace):
+    arguments = (
+        f"--config={ROOT}/configs/tiny/clip.yaml",
+        "--dry-run",
+        "--set=fit.output=runs/tiny/dry",
+    )
+    assert run_in_two_processes(ROOT / "train/clip.py", *arguments).count("a step") == 1
+
+
+def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
+    small = workplace / "runs/tiny/decoder/model"
+    levels = json.loads((small / "config.json").read_text())["unet"]["levels"]
+    channels, blocks = levels[0]["channels"], 2
+    arguments = ["--small", str(small), "--blocks", str(blocks), "--out", "grown"]
+    run_script(ROOT / "train/grow.py", "--channels", str(channels), *arguments)
+
+    config = json.loads((workplace / "grown/config.json").read_text())
+    assert config["unet"]["levels"] == [
+        {"channels": channels, "blocks": blocks, "attention": False},
+        *levels,
+    ]
+    assert json.loads((workplace / "grown/schedule.json").read_text())["shift"] == 2.0
+    inner, outer = (
+        read_tensors(folder / "model.safetensors") for folder in (small, workplace / "grown")
+    )
+    first = "unet.down.{}.res.conv1.weight"  # the inner U-Net's first block comes after two blocks and a downsampling
+    assert torch.equal(outer[first.format(3)], inner[first.format(0)])
+    assert torch.equal(outer["unet.mid.0.res.conv1.weight"], inner["unet.mid.0.res.conv1.weight"])
+    assert (
+        len(unclip.checkpoints.store.load_component("grown").unet.up)
+        == len(levels) * 2 + blocks + 1
+    )
+    with pytest.raises(
+        SystemExit, match="runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"
+    ):
+        run_script(
+            ROOT / "train/grow.py",
+            "--small",
+            "runs/tiny/prior/model",
+            "--channels",
+            "8",
+            "--out",
+            "other",
+        )
+    with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
+        run_script(ROOT / "train/grow.py", "--channels", str(channels + 8), *arguments)

@@ -1,0 +1,359 @@
+"""The loop: a resumed run equals one that went through, and whatever goes wrong loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fitting import OPTIM, TinyLoader, denoising, plain_model, quiet, run, straight, weights
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip.training.dry_run import describe
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run
+from unclip.training.log import available_trackers
+from unclip.training.optim import OptimConfig
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "fp32"}, {"precision": "bf16", "channels_last": True}], ids=str
+)
+def test_a_resumed_run_equals_one_that_went_through(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    through, parts = tmp_path / "through", tmp_path / "parts"
+    whole = run(quiet(through, accumulate=2, **options), optim=replace(OPTIM, schedule="constant"))
+    config = quiet(parts, accumulate=2, **options)
+    first = run(replace(config, steps=3), optim=replace(OPTIM, schedule="constant"))
+    torch.manual_seed(999)  # whatever the process did before
+    second = run(config, optim=replace(OPTIM, schedule="constant"), start={"resume": "latest"})
+    assert (
+        first.given + second.given == whole.given
+    )  # 3 x 2 batches of 5 an epoch: it stops in mid-epoch
+    assert_same(weights(parts, 6), weights(through, 6))
+    assert not torch.equal(weights(parts, 6)["model/0.weight"], weights(parts, 3)["model/0.weight"])
+
+
+def test_looking_at_the_model_does_not_change_its_training(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def preview(model: nn.Module) -> Image.Image:
+        assert not model.training
+        seen.append(torch.randn(3))
+        return Image.new("RGB", (8, 8), "red")
+
+    blind, looking = tmp_path / "blind", tmp_path / "looking"
+    run(quiet(blind))
+    config = quiet(
+        looking, val_every=2, preview_every=3, save_every=1, log_every=1, trackers=("tensorboard",)
+    )
+    run(config, val_loader=TinyLoader(2), preview=preview)
+    assert_same(weights(blind, 6), weights(looking, 6))
+    assert torch.equal(seen[0], seen[1])  # the same seeds every time
+    assert sorted(p.name for p in (looking / "previews").iterdir()) == [
+        "step-0000003.png",
+        "step-0000006.png",
+    ]
+    assert list((looking / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_metrics_are_means_and_validation_uses_the_same_noise(tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    def noted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        terms = denoising(model, batch)
+        losses.append(terms["loss"].item())
+        return terms
+
+    standing = OptimConfig(
+        lr=1e-30, weight_decay=0.0
+    )  # the weights stay: so must the validation loss
+    run(
+        quiet(tmp_path, 4, accumulate=2, log_every=2, val_every=2),
+        noted,
+        optim=standing,
+        val_loader=TinyLoader(2),
+    )
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 2, 4, 4]
+    assert rows[0]["loss"] == pytest.approx(np.mean(losses[:4]), rel=1e-6)
+    assert rows[2]["epoch"] == pytest.approx(8 / 5)
+    assert (
+        rows[1]["val_loss"] == rows[3]["val_loss"] == pytest.approx(np.mean(losses[-2:]), rel=1e-6)
+    )
+    assert {"grad_norm", "samples_per_s", "lr", "root"} <= rows[0].keys()
+
+
+def test_accumulated_gradients_are_averaged(tmp_path: Path) -> None:
+    norms = []
+    for accumulate in (1, 3):
+        config = quiet(
+            tmp_path / str(accumulate), 1, accumulate=accumulate, log_every=1, precision="fp32"
+        )
+        fit(
+            plain_model(),
+            lambda model, batch: straight(model, {"image": torch.ones(1, 3, 4, 4)}),
+            TinyLoader(),
+            config,
+            OPTIM,
+        )
+        norms.append(
+            json.loads((tmp_path / str(accumulate) / "metrics.jsonl").read_text())["grad_norm"]
+        )
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_rows_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
+    config = quiet(tmp_path, 4, log_every=1, save_every=2, keep=9)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, dies_at(4, RuntimeError("power cut")))
+    run(config, start={"resume": "latest"})
+    assert [
+        json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4]
+
+
+def dies_at(batch_number: int, error: Exception) -> Callable:
+    calls = []
+
+    def loss_fn(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        calls.append(batch)
+        if len(calls) == batch_number:
+            raise error
+        return denoising(model, batch)
+
+    return loss_fn
+
+
+def test_the_average_is_exported(tmp_path: Path) -> None:
+    def export(model: nn.Module, folder: Path) -> None:
+        torch.save(model.state_dict(), folder / "mine.pt")
+
+    run(quiet(tmp_path), export=export)
+    exported = torch.load(tmp_path / "model" / "mine.pt", weights_only=True)
+    saved = weights(tmp_path, 6)
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, saved[f"ema/{name}"])
+        assert not torch.equal(tensor, saved[f"model/{name}"])
+
+
+def test_init_takes_weights_and_nothing_else(tmp_path: Path) -> None:
+    run(quiet(tmp_path / "first"))
+    start = {"init": str(tmp_path / "first" / "model")}
+    run(quiet(tmp_path / "second", 1), optim=OptimConfig(lr=1e-30, weight_decay=0.0), start=start)
+    first, second = weights(tmp_path / "first", 6), weights(tmp_path / "second", 1)
+    assert torch.equal(first["ema/0.weight"], second["model/0.weight"])
+    assert second["optimizer/step/0.weight"] == 1
+
+
+def test_a_resumed_run_may_be_longer_but_not_another(tmp_path: Path) -> None:
+    run(quiet(tmp_path, 2))
+    with pytest.raises(
+        ValueError,
+        match=r"other settings: model\.width was 8, is 16\. A resumed run may change only",
+    ):
+        run(quiet(tmp_path, 4), width=16, start={"resume": "latest"})
+    with pytest.raises(
+        ValueError, match=r"fit\.accumulate was 1, is 3; fit\.ema was 0\.999, is None"
+    ):
+        run(quiet(tmp_path, 4, accumulate=3, ema=None), start={"resume": "latest"})
+    run(quiet(tmp_path, 4, log_every=1), optim=replace(OPTIM, lr=1e-3), start={"resume": "latest"})
+    assert (tmp_path / "checkpoints" / "step-0000004").is_dir()
+    with pytest.raises(ValueError, match="already holds step-0000004, which would be lost"):
+        run(quiet(tmp_path, 4))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run(quiet(tmp_path, 2))
+    file = tmp_path / "checkpoints" / "step-0000002" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors is truncated"):
+        run(quiet(tmp_path, 4), start={"resume": "latest"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_finishes_the_step_saves_and_exits_0(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["train/prior.py", "--config", "a b.yaml", "--init=x", "--resume", "y"]
+    )
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    calls = []
+
+    def signalled(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        calls.append(batch)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return denoising(model, batch)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        run(quiet(tmp_path, accumulate=2), signalled)
+    assert stop.value.code == 0
+    assert (len(calls), signal.getsignal(number)) == (4, before)
+    command = "python train/prior.py --config 'a b.yaml' --resume latest"
+    assert f"stopped after step 2; to go on: {command}" in capsys.readouterr().out
+    run(quiet(tmp_path, accumulate=2), start={"resume": "latest"})
+    run(quiet(tmp_path / "through", accumulate=2))
+    assert_same(weights(tmp_path, 6), weights(tmp_path / "through", 6))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, value: float) -> None:
+    def poisoned(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        terms = denoising(model, batch)
+        return {**terms, "loss": terms["loss"] * value} if batch["key"][0] == "e0b3i0" else terms
+
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^step 4: loss (nan|inf), .*; batch: e0b3i0, e0b3i1, e0b3i2, e0b3i3",
+    ):
+        run(quiet(tmp_path, save_every=1), poisoned)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-0000002",
+        "step-0000003",
+    ]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 3).values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    def poisoned(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        zero = (model(batch["image"]) * 0).sum()
+        return {"loss": zero.sqrt()}  # 0, its slope infinite
+
+    with pytest.raises(
+        FloatingPointError, match=r"^step 1: loss 0, gradient norm nan \(in 0\.weight and 5 more\)"
+    ):
+        run(quiet(tmp_path), poisoned)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
+    """The limit on file sizes makes real writes fail, like a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills_the_disk(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        if batch["key"][0] == "e0b3i0":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        return denoising(model, batch)
+
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot write .*step-0000004: .*; what was saved before is untouched"
+        ) as error:
+            run(quiet(tmp_path, save_every=1, trackers=("tensorboard",)), fills_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-0000002",
+        "step-0000003",
+    ]
+    run(quiet(tmp_path), start={"resume": "latest"})
+    run(quiet(tmp_path / "through"))
+    assert_same(weights(tmp_path, 6), weights(tmp_path / "through", 6))
+
+
+def test_dry_run_tells_the_cost_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = nn.Linear(48, 10, bias=False)
+    config = quiet(tmp_path / "run", accumulate=3, precision="fp32")
+    with pytest.raises(SystemExit) as stop:
+        fit(
+            model,
+            lambda m, batch: {"loss": m(batch["image"].flatten(1)).square().mean()},
+            TinyLoader(),
+            config,
+            OPTIM,
+            run=Run({}, dry_run=True),
+        )
+    assert stop.value.code == 0
+    assert not (tmp_path / "run").exists()
+    text = capsys.readouterr().out
+    assert "480 (480 trained)" in text
+    flops = (
+        2 * 2 * 4 * 48 * 10
+    )  # the product and the gradient of the weight; 2 for each multiplication and addition
+    assert f"{3 * flops:.3e} a step, {flops / 4:.3e} a sample" in text
+    # 480 weights of 4 bytes; 4 x 48 inputs and 4 x 10 outputs are kept for the backward pass
+    assert (
+        "weights 0.00192 MB, gradients 0.00192 MB, AdamW 0.00384 MB, EMA 0.00192 MB, activations 0.000928 MB"
+        in text
+    )
+
+
+def test_dry_run_counts_attention() -> None:
+    q = nn.Parameter(torch.randn(1, 2, 8, 4))  # 2 heads, 8 tokens, 4 channels a head
+    config = FitConfig("unused", 1)
+    text = describe(
+        nn.ParameterList([q]),
+        lambda: F.scaled_dot_product_attention(q, q, q).sum(),
+        {"q": q},
+        config,
+    )
+    product = 2 * 2 * 8 * 8 * 4
+    assert (
+        f"{(2 + 5) * product:.3e} a step" in text
+    )  # 2 products forward; 4 backward and the scores once more
+
+
+def test_broken_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    loader = TinyLoader()
+    loader.broken = {"a.png": "damaged", "b.png": "damaged"}
+    run(quiet(tmp_path, 1, log_every=1), loader=loader)
+    assert "broken 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trackers": ("wandbb",)}, "unknown tracker 'wandbb'; expected one of .*tensorboard"),
+        ({"gradient_checkpointing": True}, "Sequential has no gradient checkpointing"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(quiet(tmp_path, **changes))
+
+
+def test_without_tensorboard_the_default_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(
+        UserWarning, match=r"tensorboard is not installed; logging to metrics\.jsonl only"
+    ):
+        assert available_trackers(("tensorboard",)) == []
+    with pytest.raises(ValueError, match="the tracker 'wandb' is not installed; pip install wandb"):
+        available_trackers(("wandb", "tensorboard"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"ema": 1.0}, {"save_every": -1}, {"keep": 0}, {"val_batches": 0}]
+)
+def test_impossible_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        quiet(tmp_path, **{"steps": 1, **wrong})

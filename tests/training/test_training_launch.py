@@ -1,0 +1,150 @@
+"""A script that trains: one line for a mistake, resuming, and two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fitting import OPTIM, TinyLoader, plain_model, quiet, straight, weights
+from scripts import run_in_two_processes
+
+from unclip.training.fit import FitConfig, fit
+from unclip.training.launch import Run, launch, resume_command
+from unclip.training.optim import OptimConfig
+from unclip.training.processes import this_process
+
+
+@dataclass(frozen=True)
+class Script:
+    fit: FitConfig
+    optim: OptimConfig = OPTIM
+
+
+def main(run: Run[Script]) -> None:
+    config = run.config
+    loader = TinyLoader(
+        1, rank=int(os.environ.get("RANK", 0)), processes=int(os.environ.get("WORLD_SIZE", 1))
+    )
+    fit(plain_model().to(run.device), straight, loader, config.fit, config.optim, run=run)
+
+
+def script_config(folder: Path, **settings: Any) -> str:
+    values = {
+        "output": str(folder / "run"),
+        "steps": 2,
+        "trackers": [],
+        "val_every": 0,
+        "preview_every": 0,
+        **settings,
+    }
+    (folder / "run.yaml").write_text(json.dumps({"fit": values}))
+    return str(folder / "run.yaml")
+
+
+def test_a_mistake_ends_a_script_with_one_line(tmp_path: Path) -> None:
+    config = script_config(tmp_path)
+    for argv, message in [
+        (
+            ["--config", config, "--set", "fit.stepps=3"],
+            "error: --set fit.stepps=3: fit.stepps is unknown; did you mean",
+        ),
+        (["--config", config, "--resume", "latest"], "error: no checkpoint in"),
+        (["--config", config, "--init", "nowhere"], "error: no weights at nowhere"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            launch(main, Script, None, argv)
+        assert str(stop.value.code).startswith(message)
+        assert "\n" not in str(stop.value.code)
+    with pytest.raises(FileNotFoundError):
+        launch(main, Script, None, ["--config", config, "--resume", "latest", "--traceback"])
+
+
+def test_a_script_trains_and_resumes(tmp_path: Path) -> None:
+    config = script_config(tmp_path)
+    launch(main, Script, None, ["--config", config])
+    launch(
+        main,
+        Script,
+        None,
+        [
+            "--config",
+            config,
+            "--resume",
+            "latest",
+            "--set",
+            "fit.steps=3",
+            "--set",
+            "optim.lr=1e-5",
+        ],
+    )
+    saved = json.loads(
+        (tmp_path / "run" / "checkpoints" / "step-0000003" / "state.json").read_text()
+    )
+    assert (saved["settings"]["optim"]["lr"], saved["data"]) == (1e-5, {"epoch": 3, "batch": 0})
+
+
+def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
+    config = script_config(tmp_path)
+    launch(main, Script, None, ["--config", config])
+    file = tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json"
+    state = json.loads(file.read_text())
+    again = ["--config", config, "--resume", "latest", "--set", "fit.steps=3"]
+    file.write_text(
+        json.dumps({**state, "settings": {**state["settings"], "optim": {"betas": [0.5, 0.9]}}})
+    )
+    with pytest.raises(SystemExit, match=r"optim\.betas\.0 was 0\.5, is 0\.9"):
+        launch(main, Script, None, again)
+    del state["settings"]["optim"][
+        "betas"
+    ]  # as if the setting were new: it was then as is the default now
+    file.write_text(json.dumps(state))
+    launch(main, Script, None, again)
+    assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
+
+
+def test_resume_command_goes_through_accelerate_if_it_was_started_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(sys, "argv", ["train/clip.py", "--config", "c.yaml", "--set", "optim.lr=1"])
+    assert (
+        resume_command()
+        == "accelerate launch train/clip.py --config c.yaml --set optim.lr=1 --resume latest"
+    )
+
+
+def test_two_processes_train_like_one_on_their_joined_batch(tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    config = script_config(tmp_path / "two", precision="fp32", accumulate=2)
+    run_in_two_processes(__file__, "--config", config)
+    fit(
+        plain_model(),
+        straight,
+        TinyLoader(1, size=8),
+        quiet(tmp_path / "one", 2, precision="fp32", accumulate=2),
+        OPTIM,
+    )
+    one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two" / "run", 2)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this_process()  # settled: alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        SystemExit, match=r"error: WORLD_SIZE is 2, but accelerate trains with 1 process\(es\)"
+    ):
+        launch(main, Script, None, ["--config", script_config(tmp_path)])
+
+
+if __name__ == "__main__":  # one of the two processes
+    launch(main, Script, __doc__)

@@ -1,0 +1,161 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EMB_DIM, tiny_clip, tiny_decoder, tiny_prior, tiny_upsampler
+
+from unclip.data.corruption import CorruptionConfig
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.schedules import Schedule
+from unclip.training.losses import CLIPLoss, DecoderLoss, DropConfig, PriorLoss, UpsamplerLoss
+
+CAPTIONS = ["a red apple", "a blue fish", "a red fish", "a blue apple"]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return tiny_clip().requires_grad_(False).eval()
+
+
+def batch(size: int) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {"image": torch.rand(4, 3, size, size, generator=generator) * 2 - 1, "caption": CAPTIONS}
+
+
+class Recorder(torch.nn.Module):
+    """Stands where the network would, and keeps what it was given."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels, self.calls = channels, []
+
+    def forward(self, x_t, t, *conditions):
+        self.calls.append((x_t, t, *conditions))
+        return x_t.new_zeros(x_t.shape[0], self.channels, *x_t.shape[2:])
+
+
+def train(
+    model: torch.nn.Module, loss_fn, data: dict, steps: int = 60, lr: float = 3e-3
+) -> tuple[float, float]:
+    """Mean loss of the first and of the last ten steps on one batch."""
+    torch.manual_seed(0)
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr), []
+    for _ in range(steps):
+        loss = loss_fn(model, data)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+
+
+def test_clip_learns_to_tell_four_pictures_apart():
+    torch.manual_seed(0)
+    clip = tiny_clip()
+    first, last = train(clip, CLIPLoss(clip), batch(16), steps=40)
+    assert last < 0.3 * first
+
+
+def test_prior_decoder_and_upsampler_learn_one_batch(clip):
+    torch.manual_seed(0)
+    prior, decoder, upsampler = tiny_prior(), tiny_decoder(), tiny_upsampler()
+    prior.set_stats(torch.zeros(EMB_DIM), clip.encode_image(batch(8)["image"]).std(0))
+    drop, loss, schedule = DropConfig(), LossConfig(), Schedule()
+    first, last = train(prior, PriorLoss(prior, clip, schedule, drop, loss), batch(8))
+    assert last < 0.5 * first
+    first, last = train(decoder, DecoderLoss(decoder, clip, schedule, drop, loss), batch(8))
+    assert last < 0.8 * first
+    first, last = train(
+        upsampler, UpsamplerLoss(upsampler, schedule, CorruptionConfig(), loss), batch(16)
+    )
+    assert last < 0.8 * first
+
+
+def test_the_prior_is_asked_for_the_normalised_embedding(clip):
+    prior, recorder = tiny_prior(), Recorder(EMB_DIM)
+    prior.set_stats(torch.full((EMB_DIM,), 0.5), torch.full((EMB_DIM,), 2.0))
+    loss = PriorLoss(prior, clip, Schedule(), DropConfig(), LossConfig())(recorder, batch(16))[
+        "loss"
+    ]
+    x_0 = (clip.encode_image(batch(16)["image"]) - 0.5) / 2  # the recorder answers 0
+    torch.testing.assert_close(loss, x_0.square().mean())
+
+
+def test_precomputed_embeddings_take_the_place_of_pictures(clip):
+    prior, recorder = tiny_prior(), Recorder(EMB_DIM)
+    loss_fn = PriorLoss(prior, clip, Schedule(), DropConfig(), LossConfig())
+    emb = clip.encode_image(batch(16)["image"])
+    a = loss_fn(recorder, batch(16))["loss"]
+    b = loss_fn(recorder, {"image_emb": emb, "caption": CAPTIONS})["loss"]
+    torch.testing.assert_close(a, b)
+
+
+def test_pictures_and_captions_are_dropped_independently_at_their_rates(clip):
+    decoder, recorder = tiny_decoder(), Recorder(6)
+    loss_fn = DecoderLoss(decoder, clip, Schedule(), DropConfig(text=0.5, image=0.1), LossConfig())
+    data = {"image": torch.zeros(512, 3, 8, 8), "caption": CAPTIONS * 128}
+    torch.manual_seed(0)
+    for _ in range(4):
+        loss_fn(recorder, data)
+    image = torch.cat([call[4] for call in recorder.calls]).float()
+    text = torch.cat([call[5] for call in recorder.calls]).float()
+    assert len(image) == 2048
+    assert abs(image.mean() - 0.1) < 0.03 and abs(text.mean() - 0.5) < 0.05
+    assert abs((image * text).mean() - 0.05) < 0.02  # unCLIP 2.1: both at once 5 % of the time
+
+
+def test_a_model_whose_null_is_the_empty_prompt_gets_it_as_its_caption(clip):
+    prior, recorder = tiny_prior(null_text="empty_prompt"), Recorder(EMB_DIM)
+    PriorLoss(prior, clip, Schedule(), DropConfig(text=0.9999), LossConfig())(recorder, batch(16))
+    _, _, text, drop = recorder.calls[0]
+    assert drop is None
+    torch.testing.assert_close(text.emb, clip.encode_text([""] * 4).emb)
+
+
+def test_the_upsampler_sees_its_crop_reduced_and_corrupted(clip):
+    upsampler, recorder, data = tiny_upsampler(low=8), Recorder(3), batch(16)
+    UpsamplerLoss(upsampler, Schedule(), CorruptionConfig(kind="none"), LossConfig())(
+        recorder, data
+    )
+    UpsamplerLoss(upsampler, Schedule(), CorruptionConfig(kind="blur"), LossConfig())(
+        recorder, data
+    )
+    (_, _, plain), (_, _, blurred) = recorder.calls
+    expected = F.interpolate(data["image"], (8, 8), mode="bicubic", antialias=True).clamp(-1, 1)
+    torch.testing.assert_close(plain, expected)
+    assert blurred.shape == plain.shape and blurred.std() < plain.std()
+
+
+def test_frozen_networks_get_no_gradient(clip):
+    decoder = tiny_decoder()
+    DecoderLoss(decoder, clip, Schedule(), DropConfig(), LossConfig())(decoder, batch(8))[
+        "loss"
+    ].backward()
+    assert all(p.grad is None for p in clip.parameters())
+    assert decoder.unet.head.weight.grad.abs().sum() > 0
+
+
+def test_impossible_drop_rates_are_refused():
+    with pytest.raises(ValueError, match="drop.text is 1.5"):
+        DropConfig(text=1.5)
+
+
+def test_training_without_the_padding_is_training_with_it(clip):
+    text = clip.encode_text(["a red apple", "fish"])
+    short = text.trim()
+    assert (
+        short.states.shape[1]
+        == short.mask.shape[1]
+        == short.ids.shape[1]
+        == int(text.mask.sum(1).max())
+    )
+    prior, decoder = tiny_prior(), tiny_decoder()
+    for p in [*prior.parameters(), *decoder.parameters()]:
+        torch.nn.init.normal_(p, std=0.2)  # heads start at zero, and would hide a difference
+    t, drop = torch.tensor([10, 900]), torch.tensor([True, False])
+    x, emb = torch.randn(2, EMB_DIM), torch.randn(2, EMB_DIM)
+    torch.testing.assert_close(prior(x, t, short, drop), prior(x, t, text, drop))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(
+        decoder(x, t, emb, short, drop, drop), decoder(x, t, emb, text, drop, drop)
+    )

@@ -1,0 +1,234 @@
+"""What the priors without diffusion are trained on, and CLIP's embeddings made once for all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, tiny_clip
+from scripts import draw_pictures
+
+from unclip.data.loader import Augment, DataConfig, Loader
+from unclip.embeddings import normalise
+from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
+from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.training.embedded import EmbeddedLoader, embedding_pairs, open_loader
+from unclip.training.losses import ARPriorLoss, DropConfig, OneShotLossConfig, OneShotPriorLoss
+
+SIZES = (EMB_DIM, TEXT_WIDTH, CONTEXT, 32, 2, 2)
+K, V = 4, 8
+
+
+@pytest.fixture(scope="module")
+def clip():
+    torch.manual_seed(0)
+    return tiny_clip().requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    draw_pictures(folder, size=16)
+    return folder
+
+
+def data(path: Path, **changes) -> DataConfig:
+    return DataConfig(**{"path": str(path), "image_size": 16, "batch_size": 4, **changes})
+
+
+@pytest.fixture
+def batch(clip, pictures):
+    return next(iter(EmbeddedLoader(Loader(data(pictures, batch_size=12)), clip)))
+
+
+def ar_prior(clip, batch) -> ARPrior:
+    torch.manual_seed(0)
+    prior = ARPrior(ARPriorConfig(*SIZES, components=K, buckets=V))
+    prior.fit(batch["image_emb"], clip.encode_text(batch["caption"]).emb)
+    return prior
+
+
+def one_shot_prior(batch, query: str = "learned") -> OneShotPrior:
+    torch.manual_seed(0)
+    prior = OneShotPrior(OneShotPriorConfig(*SIZES, query=query))
+    prior.set_stats(batch["image_emb"].mean(0), batch["image_emb"].std(0))
+    return prior
+
+
+def train(model, loss_fn, batch, steps: int = 150) -> tuple[float, float]:
+    """Loss before and after some steps on one batch."""
+    torch.manual_seed(0)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(steps):
+        loss = loss_fn(model, batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], sum(losses[-10:]) / 10
+
+
+def test_the_autoregressive_prior_learns_which_codes_a_caption_has(clip, batch):
+    prior = ar_prior(clip, batch)
+    first, last = train(prior, ARPriorLoss(prior, clip, DropConfig(text=0.0)), batch)
+    assert first == pytest.approx(torch.tensor(V).log().item(), abs=1e-4) and last < 0.3 * first
+    prior.eval()
+    with torch.no_grad():
+        prefix = prior.condition(clip.encode_text(batch["caption"]))
+    generators = [torch.Generator().manual_seed(k) for k in range(12)]
+    emb = prior.sample(
+        prefix, generators, lambda x: x, temperature=0
+    )  # under dot products that it has not seen
+    distances = torch.cdist(emb, batch["image_emb"])
+    assert distances.diagonal().mean() < 0.9 * distances.mean()  # 0.62 to 0.83 under six seeds
+
+
+def test_the_autoregressive_prior_is_told_codes_dot_product_and_what_is_dropped(clip, batch):
+    prior, told = ar_prior(clip, batch), []
+
+    def model(codes, dot, text, drop):
+        told.append((codes, dot, text, drop))
+        return torch.zeros(*codes.shape, V)
+
+    loss = ARPriorLoss(prior, clip, DropConfig(text=0.5))
+    torch.manual_seed(0)
+    assert loss(model, batch)["loss"].item() == pytest.approx(torch.tensor(V).log().item())
+    codes, dot, text, drop = told[0]
+    assert (
+        torch.equal(codes, prior.codes.encode(batch["image_emb"])) and drop.any() and not drop.all()
+    )
+    assert torch.equal(dot, prior.codes.encode_dot(batch["image_emb"], text.emb))
+
+
+def test_the_dot_product_is_that_with_the_caption_though_the_empty_prompt_is_read(clip, batch):
+    prior, told = (
+        ARPrior(ARPriorConfig(*SIZES, null_text="empty_prompt", components=K, buckets=V)),
+        [],
+    )
+    prior.fit(batch["image_emb"], clip.encode_text(batch["caption"]).emb)
+
+    def model(codes, dot, text, drop):
+        told.append((dot, text))
+        return torch.zeros(*codes.shape, V)
+
+    ARPriorLoss(prior, clip, DropConfig(text=0.9999))(model, batch)
+    dot, text = told[0]
+    torch.testing.assert_close(text.emb, clip.encode_text([""] * 12).emb)
+    assert torch.equal(
+        dot, prior.codes.encode_dot(batch["image_emb"], clip.encode_text(batch["caption"]).emb)
+    )
+
+
+@pytest.mark.parametrize("query", ["learned", "noise"])
+def test_the_one_shot_prior_learns_the_embedding_of_a_caption(clip, batch, query):
+    prior = one_shot_prior(batch, query)
+    first, last = train(
+        prior, OneShotPriorLoss(prior, clip, DropConfig(text=0.0), OneShotLossConfig(0.0)), batch
+    )
+    assert last < 0.3 * first
+
+
+def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_dropped(clip, batch):
+    prior = one_shot_prior(batch)
+    predicted, dropped = torch.randn(12, EMB_DIM), []
+
+    def model(text, noise, drop):
+        dropped.append(drop)
+        return predicted
+
+    torch.manual_seed(0)
+    terms = OneShotPriorLoss(prior, clip, DropConfig(text=0.5), OneShotLossConfig(0.2))(
+        model, batch
+    )
+    text_emb = clip.encode_text(batch["caption"]).emb
+    image_emb = normalise(predicted * prior.emb_std + prior.emb_mean)
+    logits = clip.logit_scale.exp() * image_emb @ normalise(text_emb).T
+    kept = [row for row in range(12) if not dropped[0][row]]
+    expected = -torch.stack(
+        [logits[row, kept].log_softmax(dim=0)[i] for i, row in enumerate(kept)]
+    ).mean()
+    mse = F.mse_loss(predicted, (batch["image_emb"] - prior.emb_mean) / prior.emb_std)
+    torch.testing.assert_close(terms["contrastive"], expected)
+    torch.testing.assert_close(terms["loss"], mse + 0.2 * expected)
+    assert 0 < len(kept) < 12
+
+    prior = OneShotPrior(replace(prior.config, null_text="empty_prompt"))
+    prior.set_stats(batch["image_emb"].mean(0), batch["image_emb"].std(0))
+    torch.manual_seed(0)
+    others = OneShotPriorLoss(prior, clip, DropConfig(text=0.5), OneShotLossConfig(0.2))(
+        model, batch
+    )
+    assert dropped[1] is None
+    torch.testing.assert_close(others["contrastive"], expected)
+    with pytest.raises(ValueError, match="loss.contrastive is -1"):
+        OneShotLossConfig(-1)
+
+
+# -- embeddings made once
+
+
+def test_batches_are_those_of_the_loader_with_embeddings(clip, pictures):
+    loader, embedded = Loader(data(pictures)), EmbeddedLoader(Loader(data(pictures)), clip)
+    assert len(loader) == len(embedded) == 3
+    for _ in range(2):
+        for seen, batch in zip(loader, embedded, strict=True):
+            assert (seen["key"], seen["caption"]) == (batch["key"], batch["caption"])
+            torch.testing.assert_close(
+                batch["image_emb"], clip.encode_image(seen["image"]), rtol=0, atol=1e-5
+            )
+
+
+def test_a_loader_that_goes_on_gives_the_same_bits(clip, pictures):
+    whole = EmbeddedLoader(Loader(data(pictures)), clip)
+    batches = list(whole)
+    resumed = EmbeddedLoader(Loader(data(pictures)), clip)
+    resumed.load_state_dict({"epoch": 0, "batch": 2})
+    (last,) = list(resumed)
+    assert (
+        torch.equal(last["image_emb"], batches[2]["image_emb"])
+        and resumed.state_dict() == whole.state_dict()
+    )
+
+
+def test_pairs_are_measured_without_moving_the_loader(clip, pictures):
+    for loader in (Loader(data(pictures)), EmbeddedLoader(Loader(data(pictures)), clip)):
+        image_emb, text_emb = embedding_pairs(clip, loader, 2)
+        assert image_emb.shape == text_emb.shape == (8, EMB_DIM)
+        first = next(iter(loader))
+        torch.testing.assert_close(text_emb[:4], clip.encode_text(first["caption"]).emb)
+
+
+def test_an_embedding_that_is_not_finite_is_named(clip, pictures):
+    embedded = EmbeddedLoader(Loader(data(pictures)), clip)
+    embedded.image_emb["7"][3] = torch.nan
+    with pytest.raises(ValueError, match="the image embedding of 7 is not finite"):
+        embedding_pairs(clip, embedded, 3)
+    with pytest.raises(ValueError, match="stats_batches is 0; expected at least 1"):
+        embedding_pairs(clip, embedded, 0)
+
+
+def test_augmented_pictures_are_not_embedded_once_for_all(clip, pictures):
+    with pytest.raises(ValueError, match="augmented or cropped cannot be embedded once"):
+        open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=True)
+    assert isinstance(
+        open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=False), Loader
+    )
+
+
+def test_pictures_of_one_key_are_told(clip, pictures, monkeypatch):
+    loader = Loader(data(pictures))
+    sample = type(loader.dataset).__getitem__
+    monkeypatch.setattr(
+        type(loader.dataset), "__getitem__", lambda self, i: _renamed(sample(self, i))
+    )
+    with pytest.raises(
+        ValueError, match="several pictures have the same key; embed at each step instead"
+    ):
+        EmbeddedLoader(loader, clip)
+
+
+def _renamed(sample):
+    return replace(sample, key="same")

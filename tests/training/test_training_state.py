@@ -1,0 +1,190 @@
+"""EMA, optimiser and learning rate, and folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clip, tiny_prior
+from safetensors.torch import save_file
+from torch import nn
+
+from unclip.files import atomic_folder
+from unclip.models.codecs.quantizers import NearestConfig, VectorQuantizer
+from unclip.training.checkpoints import Checkpoints
+from unclip.training.ema import EMA
+from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.random_state import random_state, set_random_state
+from unclip.training.run_state import load_weights
+
+
+def test_ema_follows_the_weights_quickly_at_first() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.9)
+    nn.init.ones_(model.weight)
+    ema.update()  # decay (1 + 0) / (10 + 0)
+    with ema.swapped_in():
+        torch.testing.assert_close(model.weight, torch.full((1, 2), 0.9))
+    ema.updates = 10_000
+    ema.update()
+    with ema.swapped_in():
+        torch.testing.assert_close(model.weight, torch.full((1, 2), 0.9 + 0.1 * 0.1))
+    assert torch.equal(model.weight, torch.ones(1, 2))
+
+
+def test_ema_leaves_frozen_parameters_alone_and_comes_back_after_an_error() -> None:
+    model = nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    ema = EMA(model, decay=0.5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+        model.bias += 1
+    with pytest.raises(KeyError), ema.swapped_in():
+        assert torch.equal(model.weight, before)
+        bias = model.bias.detach().clone()
+        raise KeyError
+    assert torch.equal(model.weight, before + 1)
+    assert torch.equal(model.bias, bias)
+
+
+def test_ema_averages_bf16_weights_in_fp32() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    ema = EMA(model, decay=0.999)
+    ema.updates = 10**6
+    nn.init.zeros_(model.weight)
+    for _ in range(100):  # each changes the average by less than bf16 can tell
+        ema.update()
+    with ema.swapped_in():
+        assert model.weight.item() == pytest.approx(0.999**100, abs=4e-3)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    config = OptimConfig(lr=1.0, warmup=10, final_lr=0.1)
+    assert [config.lr_at(step, 110) for step in (0, 4, 9, 10)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0]
+    )
+    assert config.lr_at(60, 110) == pytest.approx(0.55)  # half way
+    assert config.lr_at(110, 110) == pytest.approx(0.1)
+    assert replace(config, schedule="constant").lr_at(109, 110) == 1.0
+    assert OptimConfig(lr=1.0, warmup=0).lr_at(0, 10) == 1.0
+    early = replace(config, decay_steps=110)
+    assert [early.lr_at(step, 1000) for step in (60, 110, 900)] == pytest.approx([0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": 0.0}, {"warmup": -1}, {"final_lr": 2.0}, {"clip_norm": 0.0}, {"decay_steps": 9}],
+)
+def test_impossible_optimisers_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+        OptimConfig(**wrong)
+
+
+def test_weight_decay_spares_gains_biases_and_embeddings() -> None:
+    model = nn.ModuleDict(
+        {"table": nn.Embedding(3, 2), "linear": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}
+    )
+    decayed, spared = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    assert [p is model["linear"].weight for p in decayed["params"]] == [True]
+    assert (decayed["weight_decay"], spared["weight_decay"], len(spared["params"])) == (0.5, 0.0, 4)
+
+
+def test_weight_decay_spares_embeddings_that_are_plain_parameters() -> None:
+    prior, codec = tiny_prior(), VectorQuantizer(NearestConfig(), 8, 4)
+    for model, name in (
+        (prior, "positions"),
+        (codec, "codebook"),
+        (tiny_clip(), "positional_embedding"),
+    ):
+        spared = {id(p) for p in build_optimizer(model, OptimConfig()).param_groups[-1]["params"]}
+        tables = [p for key, p in model.named_parameters() if key.endswith(name)]
+        assert tables and all(id(p) in spared for p in tables)
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(nn.Linear(1, 1).requires_grad_(False), OptimConfig())
+
+
+def draws() -> list[float]:
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+        torch.randn(()).item(),
+    ]
+
+
+def test_random_state_is_restored_exactly() -> None:
+    draws()  # odd numbers of gaussians: each library keeps the second of a pair
+    state = random_state()
+    first = draws()
+    assert draws() != first
+    set_random_state(state)
+    assert draws() == first
+
+
+def test_a_build_for_a_gpu_does_without_one(monkeypatch) -> None:
+    """It names its accelerator whether there is one or not."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    state = random_state()
+    assert state["device"] is None
+    set_random_state(state)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("first")
+        assert not target.exists()
+    with pytest.raises(
+        OSError, match="cannot write .*model: No space left; what was saved before is untouched"
+    ):
+        with atomic_folder(target) as folder:
+            (folder / "a").write_text("second")
+            raise OSError("No space left")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (target / "a").read_text() == "first"
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("third")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / ".step-0000009.new").mkdir()  # of a killed run
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoints.find("latest")
+    for step in (1, 2, 10):
+        with checkpoints.writing(step) as folder:
+            (folder / "state.json").write_text("{}")
+    assert [p.name for p in checkpoints.all()] == ["step-0000002", "step-0000010"]
+    assert checkpoints.find("latest").name == "step-0000010"
+    assert checkpoints.find(str(tmp_path / "step-0000002")).name == "step-0000002"
+    with pytest.raises(
+        FileNotFoundError, match="nowhere is no checkpoint; expected a folder such as"
+    ):
+        checkpoints.find("nowhere")
+
+
+def test_weights_to_start_from(tmp_path: Path) -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_file({k: v.half() for k, v in other.state_dict().items()}, tmp_path / "model.safetensors")
+    load_weights(model, tmp_path)
+    torch.testing.assert_close(model.weight, other.weight, atol=1e-3, rtol=1e-3)
+    assert model.weight.dtype == torch.float32
+    save_file(nn.Linear(2, 2, bias=False).state_dict(), tmp_path / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema\.safetensors does not fit: missing: bias"):
+        load_weights(model, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no ema\.safetensors or model\.safetensors in"):
+        load_weights(model, tmp_path.parent)

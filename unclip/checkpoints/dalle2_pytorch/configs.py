@@ -1,0 +1,437 @@
+"""DALLE2-pytorch's configurations, and what its releases made of them, as configurations of the networks here.
+
+Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Some releases compute otherwise under
+the same names of tensors; what was trained so has to be sampled so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from unclip.checkpoints.dalle2_pytorch.files import Release
+from unclip.config import parse
+from unclip.models.published.cross_attention_decoder import (
+    CrossAttentionDecoderConfig,
+    CrossAttentionUpsamplerConfig,
+)
+from unclip.models.published.cross_attention_unet import CrossAttentionUNetConfig, CrossLevel
+from unclip.models.published.relative_prior import RelativePriorConfig
+
+T = TypeVar("T")
+
+CLIP_TOKENS = 77  # to which the CLIPs that it takes pad every caption
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    make: str = "openai"
+    model: str = "ViT-L/14"
+    base_model_kwargs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PriorNetSource:
+    dim: int
+    depth: int
+    max_text_len: int | None = None
+    num_timesteps: int | None = None
+    num_time_embeds: int = 1
+    num_image_embeds: int = 1
+    num_text_embeds: int = 1
+    dim_head: int = 64
+    heads: int = 8
+    ff_mult: float = 4
+    norm_in: bool = False
+    norm_out: bool = True
+    attn_dropout: float = 0.0
+    ff_dropout: float = 0.0
+    final_proj: bool = True
+    normformer: bool = False
+    rotary_emb: bool = True
+    self_cond: bool = False
+
+
+@dataclass(frozen=True)
+class PriorSource:
+    """`prior` of a prior_config.json."""
+
+    net: PriorNetSource
+    image_embed_dim: int
+    clip: ClipSource | None = None
+    image_size: int | None = None
+    image_channels: int = 3
+    timesteps: int = 1000
+    sample_timesteps: int | None = None
+    cond_drop_prob: float = 0.0
+    text_cond_drop_prob: float | None = None
+    image_cond_drop_prob: float | None = None
+    loss_type: str = "l2"
+    predict_x_start: bool = True
+    predict_v: bool = False
+    beta_schedule: str = "cosine"
+    condition_on_text_encodings: bool = True
+    sampling_clamp_l2norm: bool = False
+    sampling_final_clamp_l2norm: bool = False
+    training_clamp_l2norm: bool = False
+    init_image_embed_l2norm: bool = False
+    image_embed_scale: float | None = None
+    clip_adapter_overrides: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class UnetSource:
+    """One of `unets`; keys that are not here it never heeded itself."""
+
+    dim: int
+    dim_mults: tuple[int, ...] = (1, 2, 4, 8)
+    image_embed_dim: int | None = None
+    text_embed_dim: int | None = None
+    cond_dim: int | None = None
+    num_image_tokens: int = 4
+    num_time_tokens: int = 2
+    channels: int = 3
+    self_attn: int | bool | tuple[int | bool, ...] | None = False
+    attn_dim_head: int = 32
+    attn_heads: int = 16
+    lowres_noise_cond: bool = False
+    self_cond: bool = False
+    sparse_attn: bool = False
+    cosine_sim_cross_attn: bool = False
+    cosine_sim_self_attn: bool = False
+    cond_on_text_encodings: bool | None = False
+    add_image_embeds_to_time: bool = True
+    init_dim: int | None = None
+    init_conv_kernel_size: int = 7
+    init_cross_embed: bool = True
+    init_cross_embed_kernel_sizes: tuple[int, ...] = (3, 7, 15)
+    resnet_groups: int | tuple[int, ...] = 8
+    resnet_weight_standardization: bool = False
+    num_resnet_blocks: int | tuple[int, ...] = 2
+    cross_embed_downsample: bool = False
+    memory_efficient: bool = False
+    scale_skip_connection: bool = False
+    final_conv_kernel_size: int = 1
+    combine_upsample_fmaps: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderSource:
+    """`decoder` of a decoder_config.json."""
+
+    unets: tuple[dict[str, Any], ...]
+    image_size: int | None = None
+    image_sizes: tuple[int, ...] | None = None
+    clip: ClipSource | None = None
+    channels: int = 3
+    vae: tuple[Any, ...] = ()
+    timesteps: int = 1000
+    sample_timesteps: int | tuple[int | None, ...] | None = None
+    image_cond_drop_prob: float = 0.1
+    text_cond_drop_prob: float = 0.5
+    loss_type: str = "l2"
+    beta_schedule: str | tuple[str, ...] | None = None
+    predict_x_start: bool | tuple[bool, ...] = False
+    predict_v: bool | tuple[bool, ...] = False
+    predict_x_start_for_latent_diffusion: bool = False
+    random_crop_sizes: Any = None
+    use_noise_for_lowres_cond: bool | tuple[bool, ...] = False
+    use_blur_for_lowres_cond: Any = None
+    lowres_downsample_first: bool = True
+    blur_prob: float = 0.5
+    blur_sigma: Any = None
+    blur_kernel_size: Any = None
+    lowres_noise_sample_level: float = 0.2
+    clip_denoised: bool = True
+    clip_x_start: bool = True
+    clip_adapter_overrides: dict[str, Any] | None = None
+    learned_variance: bool | tuple[bool, ...] = True
+    learned_variance_constrain_frac: bool = False
+    vb_loss_weight: float = 0.001
+    unconditional: bool = False
+    auto_normalize_img: bool = True
+    use_dynamic_thres: bool = False
+    dynamic_thres_percentile: float = 0.95
+    p2_loss_weight_gamma: Any = 0.0
+    p2_loss_weight_k: Any = 1
+    ddim_sampling_eta: float = 0.0
+    condition_on_text_encodings: Any = (
+        None  # of early releases, which the U-Nets' own setting replaced
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("beta_schedule", "predict_v", "predict_x_start", "sample_timesteps"):
+            if len(self.each(name)) != len(self.unets):
+                raise ValueError(
+                    f"{name} has {len(self.each(name))} values for {len(self.unets)} U-Nets"
+                )
+        if not self.unets or len(self.sizes) != len(self.unets):
+            raise ValueError(
+                f"there are {len(self.unets)} U-Nets for {len(self.sizes)} image_sizes"
+            )
+
+    def each(self, name: str) -> tuple[Any, ...]:
+        """A setting for each U-Net; one alone is for all."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.unets)
+
+    @property
+    def learned_variances(self) -> tuple[bool, ...]:
+        """For each U-Net; those that are left out have none."""
+        given = (
+            self.learned_variance
+            if isinstance(self.learned_variance, tuple)
+            else (self.learned_variance,)
+        )
+        return (*given, *(False,) * len(self.unets))[: len(self.unets)]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the picture, from the smallest."""
+        return tuple(sorted(self.image_sizes or ([self.image_size] if self.image_size else ())))
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        if self.beta_schedule is not None:
+            return self.each("beta_schedule")
+        return ("cosine",) * (len(self.unets) - 1) + (
+            "linear" if len(self.unets) > 1 else "cosine",
+        )
+
+    def prediction(self, i: int) -> str:
+        return (
+            "v" if self.each("predict_v")[i] else "x0" if self.each("predict_x_start")[i] else "eps"
+        )
+
+
+# What a setting has to be, where nothing here computes what another value asks for, and why.
+REQUIRED: dict[type, dict[str, tuple[Any, str]]] = {
+    PriorNetSource: {
+        "num_image_embeds": (1, "the prior has one token for x_t"),
+        "num_text_embeds": (1, "the prior has one token for the text embedding"),
+        "num_time_embeds": (1, "the prior has one token for t"),
+        "self_cond": (False, "the prior is not told its estimate of the step before"),
+    },
+    PriorSource: {
+        "condition_on_text_encodings": (True, "the prior reads the caption's tokens"),
+        "image_embed_scale": (None, "unit vectors are scaled by the root of their width"),
+        "init_image_embed_l2norm": (False, "sampling starts from plain noise"),
+        "predict_v": (False, "the prior answers x_0"),
+        "predict_x_start": (True, "the prior answers x_0"),
+        "sampling_clamp_l2norm": (False, "estimates of x_0 are not put on a sphere at every step"),
+        "training_clamp_l2norm": (False, "estimates of x_0 are not put on a sphere at every step"),
+    },
+    UnetSource: {
+        "add_image_embeds_to_time": (True, "the image embedding is told to the time embedding"),
+        "channels": (3, "pictures have three channels"),
+        "combine_upsample_fmaps": (False, "the levels' outputs are not combined"),
+        "cross_embed_downsample": (False, "a level is halved by one convolution"),
+        "init_dim": (None, "the stem is as wide as the last block"),
+        "lowres_noise_cond": (False, "an upsampler is not told a noise level"),
+        "resnet_weight_standardization": (False, "convolutions use their weights as they are"),
+        "self_cond": (False, "a U-Net is not told its estimate of the step before"),
+    },
+    DecoderSource: {
+        "auto_normalize_img": (True, "pictures are scaled to [-1, 1]"),
+        "channels": (3, "pictures have three channels"),
+        "learned_variance_constrain_frac": (
+            False,
+            "a learned variance is interpolated without a sigmoid",
+        ),
+        "predict_x_start_for_latent_diffusion": (False, "pictures are drawn in pixels"),
+        "unconditional": (False, "pictures are drawn from an image embedding"),
+        "use_noise_for_lowres_cond": (False, "an upsampler sees its small picture without noise"),
+        "vae": ((), "pictures are drawn in pixels"),
+    },
+}
+
+
+def read(kind: type[T], data: Any, where: str) -> T:
+    """A part of a configuration; ValueError for an unknown key, or a value that nothing here computes."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where} is a {type(data).__name__}; expected a mapping")
+    if kind is UnetSource:
+        data = {
+            key: value
+            for key, value in data.items()
+            if key in {field.name for field in fields(UnetSource)}
+        }
+    source = parse(kind, dict(data), where)
+    for part in (source, *(getattr(source, field.name) for field in fields(source))):
+        for name, (wanted, reason) in REQUIRED.get(type(part), {}).items():
+            value = getattr(part, name)
+            if value != wanted and set(value if isinstance(value, tuple) else (value,)) != {wanted}:
+                raise ValueError(
+                    f"{where}: {name} is {value!r}, but only {wanted!r} is supported: {reason} here"
+                )
+    return source
+
+
+def prior_config(
+    source: PriorSource, state: Mapping[str, Tensor], release: Release, where: str
+) -> tuple[RelativePriorConfig, int]:
+    """The prior, and what its position bias is multiplied with."""
+    if (0, 16) <= release < (0, 16, 2) or (0, 22, 2) <= release < (0, 23, 3):
+        raise ValueError(
+            f"{where} is of release {dotted(release)}, which computed like no other for some hours in 2022"
+        )
+    net, learned = source.net, release >= (0, 23, 3)
+    if net.dim != source.image_embed_dim:
+        raise ValueError(
+            f"{where}: net.dim is {net.dim}, but image_embed_dim {source.image_embed_dim}; expected the same width"
+        )
+    if net.num_timesteps is not None and net.num_timesteps < source.timesteps:
+        raise ValueError(
+            f"{where}: net.num_timesteps is {net.num_timesteps}; expected at least {source.timesteps}"
+        )
+    dropped = (
+        source.cond_drop_prob if source.text_cond_drop_prob is None else source.text_cond_drop_prob
+    )
+    slots = state.get("net.null_text_encodings", state.get("net.null_text_embed"))  # (1, N, C)
+    most = net.max_text_len or (CLIP_TOKENS if slots is None else slots.shape[1])
+    # The score of a pair was divided by this for half precision, then, with the bias, multiplied (CogView).
+    relaxed = (
+        1024
+        if (0, 16, 2) <= release < (0, 23, 3)
+        else 128
+        if learned and release < (1, 4, 3)
+        else 1
+    )
+    # Until 1.9 the null of the text did not reach the transformer, until 1.10.4 it spared the text embedding.
+    null = ("learned" if release >= (1, 10, 4) else None) if learned else "masked"
+    config = RelativePriorConfig(
+        width=net.dim,
+        context_length=most if learned else CLIP_TOKENS,
+        depth=net.depth,
+        heads=net.heads,
+        head_dim=net.dim_head,
+        mlp_ratio=net.ff_mult,
+        mlp_norm=net.normformer,
+        num_timesteps=net.num_timesteps,
+        padding="learned" if learned else "masked",
+        text_null=null if dropped > 0 else None,
+        similarity="cosine" if release >= (1, 4, 3) else "dot",
+        rotary=net.rotary_emb,
+        norm_in=net.norm_in,
+        norm_out=net.norm_out,
+        peak_norms="last" if learned else "all" if release >= (0, 16, 2) else "none",
+        head=net.final_proj,
+    )
+    return config, relaxed
+
+
+def decoder_config(
+    source: DecoderSource, state: Mapping[str, Tensor], release: Release, where: str
+) -> CrossAttentionDecoderConfig:
+    """The first U-Net, which draws from an image embedding."""
+    unet = read(UnetSource, source.unets[0], f"{where}.unets.0")
+    if unet.image_embed_dim is None or unet.image_embed_dim == (unet.cond_dim or unet.dim):
+        raise ValueError(
+            f"{where}.unets.0: image_embed_dim is {unet.image_embed_dim}; expected the width of CLIP's "
+            f"embeddings, and another one than cond_dim, for which the original makes no image tokens"
+        )
+    if unet.cond_on_text_encodings and unet.text_embed_dim is None:
+        raise ValueError(
+            f"{where}.unets.0: text_embed_dim is missing, but the decoder reads captions"
+        )
+    return CrossAttentionDecoderConfig(
+        unet=unet_config(unet, source, 0, state, release, where),
+        image_size=source.sizes[0],
+        emb_dim=unet.image_embed_dim,
+        text_width=unet.text_embed_dim if unet.cond_on_text_encodings else None,
+        image_tokens=unet.num_image_tokens,
+        text_slots=state["unets.0.null_text_embed"].shape[1]
+        if "unets.0.null_text_embed" in state
+        else CLIP_TOKENS,
+        prediction=source.prediction(0),
+        learned_variance=source.learned_variances[0],
+    )
+
+
+def upsampler_config(
+    source: DecoderSource, i: int, state: Mapping[str, Tensor], release: Release, where: str
+) -> CrossAttentionUpsamplerConfig:
+    """U-Net i > 0, which draws from a smaller picture."""
+    unet = read(UnetSource, source.unets[i], f"{where}.unets.{i}")
+    if unet.cond_on_text_encodings:
+        raise ValueError(
+            f"{where}.unets.{i} reads captions; expected an upsampler that sees the picture only"
+        )
+    return CrossAttentionUpsamplerConfig(
+        unet=unet_config(unet, source, i, state, release, where),
+        low_size=source.sizes[i - 1],
+        high_size=source.sizes[i],
+        prediction=source.prediction(i),
+        learned_variance=source.learned_variances[i],
+    )
+
+
+def unet_config(
+    unet: UnetSource,
+    source: DecoderSource,
+    i: int,
+    state: Mapping[str, Tensor],
+    release: Release,
+    where: str,
+) -> CrossAttentionUNetConfig:
+    prefix, count, upsampler = f"unets.{i}.", len(unet.dim_mults), i > 0
+    if unet.sparse_attn and (1, 2, 0) <= release < (1, 4, 0):
+        raise ValueError(
+            f"{where}: sparse_attn of releases 1.2 and 1.3, current for two days in 2022, is not supported"
+        )
+
+    def each(value: Any) -> tuple[Any, ...]:
+        value = value if isinstance(value, tuple) else (value,) * count
+        if len(value) != count:
+            raise ValueError(f"{where}.unets.{i} has {len(value)} settings for {count} levels")
+        return value
+
+    def has(name: str) -> bool:
+        return f"{prefix}{name}" in state
+
+    settings = (
+        each(value) for value in (unet.num_resnet_blocks, unet.self_attn, unet.resnet_groups)
+    )
+    levels = zip(unet.dim_mults, *settings, strict=True)
+    rest = "linear" if unet.sparse_attn else None
+    return CrossAttentionUNetConfig(
+        in_channels=6 if upsampler else 3,
+        out_channels=6 if source.learned_variances[i] else 3,
+        channels=unet.dim,
+        levels=tuple(
+            CrossLevel(unet.dim * m, n, "full" if attends else rest, g)
+            for m, n, attends, g in levels
+        ),
+        token_dim=unet.cond_dim or unet.dim,
+        time_tokens=unet.num_time_tokens,
+        stem=unet.init_cross_embed_kernel_sizes
+        if unet.init_cross_embed
+        else (unet.init_conv_kernel_size,),
+        shrink_first=unet.memory_efficient,
+        # How pictures are resized changed with the releases; here the names of the tensors tell.
+        down="unshuffle" if has("downs.0.0.1.weight") or has("downs.0.4.1.weight") else "conv",
+        up="shuffle"
+        if has("ups.0.3.net.0.weight")
+        else "nearest"
+        if has("ups.0.3.1.weight")
+        else "transposed",
+        heads=unet.attn_heads,
+        head_dim=unet.attn_dim_head,
+        pixel_similarity="cosine" if unet.cosine_sim_self_attn else "dot",
+        pixel_scale=1 / unet.attn_dim_head
+        if release >= (1, 4, 3)
+        else None,  # since then queries are scaled twice
+        token_similarity="cosine" if unet.cosine_sim_cross_attn else "dot",
+        unit_values=release >= (1, 4, 0),
+        peak_norms=(0, 16, 2) <= release < (0, 23, 3),
+        skip_scale=2**-0.5 if unet.scale_skip_connection else 1.0,
+        head_kernel=unet.final_conv_kernel_size,
+        head_sees=3 if upsampler and release >= (0, 24, 0) else 0,
+    )
+
+
+def dotted(release: Release) -> str:
+    return ".".join(map(str, release))

@@ -1,0 +1,58 @@
+"""OpenAI's CLIP as it was published: a TorchScript archive such as ViT-L-14.pt, or a state dict of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from unclip.checkpoints.adm import transformer_depth
+from unclip.checkpoints.pickles import read_state
+
+if TYPE_CHECKING:
+    from unclip.clip import CLIP, CLIPConfig
+
+HEAD_DIM = 64  # of both towers, in every model that OpenAI published
+SIZES = ("input_resolution", "context_length", "vocab_size")  # stored as tensors among the weights
+
+
+def read_clip(file: Path) -> CLIP:
+    """Both towers, in float32; the names are open_clip's. ValueError for a tower that is no vision transformer."""
+    from unclip.clip import CLIP  # late: open_clip is slow to import
+
+    state = {name: tensor for name, tensor in read_state(file).items() if name not in SIZES}
+    return CLIP.from_tensors(clip_config(state, file), state, file)
+
+
+def clip_config(state: Mapping[str, Tensor], source: Path) -> CLIPConfig:
+    """The sizes of a CLIP as its tensors tell them; all of OpenAI's compute QuickGELU."""
+    from unclip.clip import CLIPConfig
+
+    try:
+        context_length, text_width = state["positional_embedding"].shape
+        vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
+        grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+        text_cfg = {
+            "context_length": context_length,
+            "vocab_size": len(state["token_embedding.weight"]),
+            "width": text_width,
+            "heads": text_width // HEAD_DIM,
+            "layers": transformer_depth(state),
+        }
+        vision_cfg = {
+            "image_size": grid * patch_size,
+            "layers": transformer_depth(state, "visual.transformer."),
+            "width": vision_width,
+            "head_width": HEAD_DIM,
+            "patch_size": patch_size,
+        }
+        embed_dim = state["text_projection"].shape[1]
+    except KeyError as error:
+        raise ValueError(
+            f"{source} holds no CLIP of OpenAI's with a ViT: {error.args[0]} is missing"
+        ) from None
+    return CLIPConfig(
+        {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg, "quick_gelu": True}
+    )

@@ -1,0 +1,355 @@
+"""CLIP's towers in transformers' folder layout: names, configuration and preprocessing, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.checkpoints.folders import read_parts
+from unclip.checkpoints.renaming import Rule, fuse, move, transpose, under
+from unclip.checkpoints.transformers.tokenizer import end_last, read_tokenizer
+from unclip.clip import CLIP, CLIPConfig, OpenCLIPTokenizer
+from unclip.files import read_json
+from unclip.tokenizer import BPETokenizer
+
+TEXT = (
+    move("text_model.embeddings.token_embedding", "token_embedding"),
+    move("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    move("text_model.final_layer_norm", "ln_final"),
+    transpose("text_projection.weight", "text_projection"),
+)
+VISION = (
+    move("vision_model.embeddings.class_embedding", "class_embedding"),
+    move("vision_model.embeddings.patch_embedding", "conv1"),
+    move("vision_model.embeddings.position_embedding.weight", "positional_embedding"),
+    move("vision_model.pre_layrnorm", "ln_pre"),
+    move("vision_model.post_layernorm", "ln_post"),
+    transpose("visual_projection.weight", "proj"),
+)
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+BLOCK = (
+    move("layer_norm1", "ln_1"),
+    fuse([f"{name}.weight" for name in QKV], "attn.in_proj_weight"),
+    fuse([f"{name}.bias" for name in QKV], "attn.in_proj_bias"),
+    move("self_attn.out_proj", "attn.out_proj"),
+    move("layer_norm2", "ln_2"),
+    move("mlp.fc1", "mlp.c_fc"),
+    move("mlp.fc2", "mlp.c_proj"),
+)
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
+_DEFAULTS = {
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+}  # of transformers' classes
+TEXT_DEFAULTS = _DEFAULTS | {
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+}
+VISION_DEFAULTS = _DEFAULTS | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
+IGNORED = ("*.position_ids",)  # 0, 1, 2, ... which transformers saved up to version 4.30
+ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # as PIL numbers them
+EPS = 1e-5
+LOGIT_SCALE = 2.6592  # where CLIP's training starts; the towers alone leave it out, and drawing has no use for it
+FIRST_EOS = 2  # transformers' sign for pooling at the highest id, as CLIP itself does
+
+
+def rules_of_text(depth: int, prefix: str = "") -> list[Rule]:
+    """CLIPTextModelWithProjection -> open_clip's text tower, whose names begin with `prefix`."""
+    return under("", prefix, [*TEXT, *_blocks("text_model", depth)])
+
+
+def rules_of_vision(depth: int) -> list[Rule]:
+    """CLIPVisionModelWithProjection -> open_clip's VisionTransformer."""
+    return under("", "visual.", [*VISION, *_blocks("vision_model", depth)])
+
+
+def _blocks(there: str, depth: int) -> list[Rule]:
+    blocks = (
+        under(f"{there}.encoder.layers.{i}.", f"transformer.resblocks.{i}.", BLOCK)
+        for i in range(depth)
+    )
+    return [rule for block in blocks for rule in block]
+
+
+def read_clip(folder: Path, with_images: bool) -> CLIP:
+    """The text encoder and tokenizer in a folder, and its image encoder with its preprocessing, as one CLIP."""
+    text, vision = folder / "text_encoder", folder / "image_encoder"
+    files = (
+        (vision / CONFIG_FILE, folder / "feature_extractor" / PROCESSOR_FILE) if with_images else ()
+    )
+    config = read_config(text / CONFIG_FILE, *files)
+    tokenizer = read_tokenizer(folder / "tokenizer", config.context_length)
+    if tokenizer.vocab_size > (slots := config.model_cfg["text_cfg"]["vocab_size"]):
+        raise ValueError(
+            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, but the text encoder knows {slots}"
+        )
+    with torch.device("meta"):
+        own = CLIP(config, tokenizer).model.state_dict()
+    text_rules, vision_rules = rules(config)
+    parts = {text: text_rules, vision: vision_rules} if with_images else {text: text_rules}
+    tensors = read_parts(own, parts, dict.fromkeys(own, torch.float32), IGNORED)
+    return CLIP.from_tensors(
+        config, {**tensors, "logit_scale": torch.tensor(LOGIT_SCALE)}, folder, tokenizer
+    )
+
+
+def read_config(
+    text_file: Path, vision_file: Path | None = None, processor_file: Path | None = None
+) -> CLIPConfig:
+    """The configurations of the towers and of the preprocessing as open_clip's; ValueError for what it has not."""
+    text, common = _read_tower(text_file, TEXT_DEFAULTS)
+    text_cfg = {
+        "context_length": text["max_position_embeddings"],
+        "vocab_size": text["vocab_size"],
+        **_size(text),
+        "heads": text["num_attention_heads"],
+    }
+    if (end := text.get("eos_token_id", FIRST_EOS)) != FIRST_EOS:
+        text_cfg |= {"pool_type": "eos", "eos_id": end}
+    if vision_file is None:
+        return CLIPConfig({**common, "vision_cfg": None, "text_cfg": text_cfg})
+    vision, vision_common = _read_tower(vision_file, VISION_DEFAULTS)
+    if vision_common != common:
+        told = ", ".join(
+            f"{name} {value} and {common[name]}" for name, value in vision_common.items()
+        )
+        raise ValueError(f"{vision_file} and {text_file} don't fit together: {told}")
+    if vision.get("num_channels", 3) != 3:
+        raise ValueError(
+            f"{vision_file}: num_channels is {vision['num_channels']}; only 3 is supported"
+        )
+    vision_cfg = {
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        **_size(vision),
+        "head_width": vision["hidden_size"] // vision["num_attention_heads"],
+    }
+    preprocess = (
+        {} if processor_file is None else read_processor(processor_file, vision["image_size"])
+    )
+    return CLIPConfig({**common, "vision_cfg": vision_cfg, "text_cfg": text_cfg}, preprocess)
+
+
+def _read_tower(file: Path, defaults: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tower's settings, and those that both towers must have in common."""
+    config = {**defaults, **read_json(file)}
+    for name in defaults:
+        if not isinstance(config[name], int):
+            raise ValueError(f"{file}: {name} is {config[name]!r}; expected a whole number")
+    if (activation := config.get("hidden_act", "quick_gelu")) not in ACTIVATIONS:
+        raise ValueError(
+            f"{file}: hidden_act is {activation!r}; expected {' or '.join(ACTIVATIONS)}"
+        )
+    return config, {"embed_dim": config["projection_dim"], "quick_gelu": ACTIVATIONS[activation]}
+
+
+def _size(config: dict[str, Any]) -> dict[str, Any]:
+    size = {
+        "width": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
+    }
+    eps = config.get("layer_norm_eps", EPS)
+    return size if eps == EPS else {**size, "norm_kwargs": {"eps": eps}}
+
+
+def read_processor(file: Path, image_size: int) -> dict[str, Any]:
+    """A CLIPImageProcessor's as open_clip's preprocess_cfg: the shortest edge and a crop, or a squash."""
+    config = read_json(file)
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if not config.get(name, True):
+            raise ValueError(f"{file}: {name} is False, which is not supported")
+    size, crop = config.get("size", 224), config.get("crop_size", 224)
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    cropped, whole = {"shortest_edge": image_size}, {"height": image_size, "width": image_size}
+    if size == cropped and config.get("do_center_crop", True) and crop == whole:
+        mode = "shortest"
+    elif size == whole and not (config.get("do_center_crop", True) and crop != whole):
+        mode = "squash"
+    else:
+        raise ValueError(
+            f"{file}: size is {size} and crop_size {crop}; expected {cropped} and {whole}"
+        )
+    if (resample := config.get("resample", 3)) not in RESAMPLINGS:
+        raise ValueError(f"{file}: resample is {resample}; expected 3 (bicubic) or 2 (bilinear)")
+    normal = {
+        name: config[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in config
+    }
+    return {
+        "size": image_size,
+        **normal,
+        "interpolation": RESAMPLINGS[resample],
+        "resize_mode": mode,
+    }
+
+
+def rules(config: CLIPConfig) -> tuple[list[Rule], list[Rule]]:
+    """The rules of the text tower, and of the image tower if there is one."""
+    text, vision = config.model_cfg["text_cfg"], config.model_cfg.get("vision_cfg")
+    prefix = "text." if config.model_cfg.get("custom_text") else ""
+    return rules_of_text(text.get("layers", 12), prefix), rules_of_vision(
+        vision.get("layers", 12)
+    ) if vision else []
+
+
+def reasons_against_text(clip: CLIP) -> list[str]:
+    """What transformers' CLIPTextModel has no equal for."""
+    text = clip.config.model_cfg["text_cfg"]
+    fine = (
+        "context_length",
+        "vocab_size",
+        "width",
+        "heads",
+        "layers",
+        "mlp_ratio",
+        "norm_kwargs",
+        "eos_id",
+        "pad_id",
+    )
+    reasons = _unknown(
+        "text_cfg", text, {name: None for name in fine} | {"pool_type": ("argmax", "eos")}
+    )
+    if not isinstance(clip.tokenizer, (BPETokenizer, OpenCLIPTokenizer)):
+        reasons.append(f"its tokenizer is a {type(clip.tokenizer).__name__}")
+    elif text.get("pool_type") == "eos" and text.get("eos_id", FIRST_EOS) != end_id(clip.tokenizer):
+        reasons.append(
+            f"its texts end with id {end_id(clip.tokenizer)}, but text_cfg.eos_id is {text.get('eos_id')}"
+        )
+    return reasons
+
+
+def end_id(tokenizer: BPETokenizer | OpenCLIPTokenizer) -> int:
+    return (
+        tokenizer.end_id
+        if isinstance(tokenizer, BPETokenizer)
+        else tokenizer.tokenizer.eot_token_id
+    )
+
+
+def reasons_against_vision(clip: CLIP) -> list[str]:
+    """What transformers' CLIPVisionModel and CLIPImageProcessor have no equal for."""
+    vision = clip.config.model_cfg.get("vision_cfg")
+    if vision is None:
+        return ["there is no image tower"]
+    fine = ("image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio", "norm_kwargs")
+    reasons = _unknown(
+        "vision_cfg", vision, {name: None for name in fine} | {"pool_type": ("tok",)}
+    )
+    if not isinstance(vision.get("layers", 12), int):
+        reasons.append("vision_cfg.layers makes it a ResNet")
+    if clip.preprocess.resize_mode == "longest":
+        reasons.append("pictures are padded (resize_mode 'longest')")
+    return reasons
+
+
+def _unknown(
+    where: str, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...] | None]
+) -> list[str]:
+    """Settings that are on, and not known or not of a known value (None = any)."""
+    on = {name: value for name, value in config.items() if value not in (None, False)}
+    return [
+        f"{where}.{name} is {value!r}"
+        for name, value in on.items()
+        if name not in known or (known[name] is not None and value not in known[name])
+    ]
+
+
+def for_transformers(clip: CLIP) -> tuple[BPETokenizer | OpenCLIPTokenizer, dict[str, Tensor]]:
+    """The tokenizer and the weights to write: transformers cannot pool at a token of id 2, which then gets another."""
+    tokenizer, state = clip.tokenizer, clip.model.state_dict()
+    if (
+        clip.config.model_cfg["text_cfg"].get("pool_type") == "eos"
+        and end_id(tokenizer) == FIRST_EOS
+    ):
+        tokenizer, order = end_last(tokenizer)
+        name = next(name for name in state if name.endswith("token_embedding.weight"))
+        rows = torch.tensor(
+            [*order, *range(len(order), len(state[name]))], device=state[name].device
+        )
+        state[name] = state[name][rows]
+    return tokenizer, state
+
+
+def write_config(clip: CLIP, tokenizer: BPETokenizer | OpenCLIPTokenizer) -> dict[str, Any]:
+    """The config.json of a CLIPTextModelWithProjection."""
+    text = {
+        "width": 512,
+        "heads": 8,
+        "layers": 12,
+        **clip.config.model_cfg["text_cfg"],
+    }  # open_clip's defaults
+    own = isinstance(tokenizer, BPETokenizer)
+    return {
+        **_tower(clip, "CLIPTextModelWithProjection", "clip_text_model", text, text["heads"]),
+        "max_position_embeddings": clip.context_length,
+        "vocab_size": text.get("vocab_size", 49408),
+        "bos_token_id": tokenizer.start_id if own else tokenizer.tokenizer.sot_token_id,
+        "eos_token_id": end_id(tokenizer) if text.get("pool_type") == "eos" else FIRST_EOS,
+    }
+
+
+def write_vision_config(clip: CLIP) -> dict[str, Any]:
+    """The config.json of a CLIPVisionModelWithProjection."""
+    vision = {"width": 768, "head_width": 64, "layers": 12, **clip.config.model_cfg["vision_cfg"]}
+    heads = vision["width"] // vision["head_width"]
+    return {
+        **_tower(clip, "CLIPVisionModelWithProjection", "clip_vision_model", vision, heads),
+        "image_size": clip.image_size,
+        "patch_size": vision.get("patch_size", 16),
+    }
+
+
+def _tower(
+    clip: CLIP, kind: str, model_type: str, cfg: dict[str, Any], heads: int
+) -> dict[str, Any]:
+    quick_gelu = clip.config.model_cfg.get("quick_gelu", False)
+    return {
+        "architectures": [kind],
+        "model_type": model_type,
+        "hidden_size": cfg["width"],
+        "intermediate_size": int(cfg["width"] * cfg.get("mlp_ratio", 4)),
+        "num_hidden_layers": cfg["layers"],
+        "num_attention_heads": heads,
+        "projection_dim": clip.emb_dim,
+        "hidden_act": next(name for name, quick in ACTIVATIONS.items() if quick == quick_gelu),
+        "layer_norm_eps": (cfg.get("norm_kwargs") or {}).get("eps", EPS),
+    }
+
+
+def write_processor(clip: CLIP) -> dict[str, Any]:
+    """The preprocessor_config.json of a CLIPImageProcessor."""
+    cfg, side = asdict(clip.preprocess), clip.image_size
+    whole = {"height": side, "width": side}
+    squash = cfg["resize_mode"] == "squash"
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": whole if squash else {"shortest_edge": side},
+        "resample": next(
+            number for number, name in RESAMPLINGS.items() if name == cfg["interpolation"]
+        ),
+        "do_center_crop": not squash,
+        "crop_size": whole,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(cfg["mean"]),
+        "image_std": list(cfg["std"]),
+    }

@@ -1,0 +1,154 @@
+"""CLIP's tokenizer in transformers' folder layout, read and written without transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from unclip.clip import OpenCLIPTokenizer, Tokenize
+from unclip.config import save_json
+from unclip.files import read_json
+from unclip.tokenizer import CLIP_END, CLIP_PAD, CLIP_START, END, PAD, START, BPETokenizer
+
+VOCAB_FILE, MERGES_FILE, WHOLE_FILE = "vocab.json", "merges.txt", "tokenizer.json"
+SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
+# CLIP (2103.00020): special tokens, contractions, words, digits one by one, and runs of anything else
+WORDS = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+END_OF_WORD = "</w>"
+
+
+def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
+    """A CLIPTokenizer's folder, whatever its vocabulary; same ids as transformers'.
+
+    context_length: of the text encoder; ValueError if the tokenizer is made for another.
+    """
+    settings = read_json(folder / SETTINGS_FILE)
+    if (length := settings.get("model_max_length", context_length)) != context_length:
+        raise ValueError(
+            f"{folder / SETTINGS_FILE}: model_max_length is {length}, but the text encoder has {context_length}"
+        )
+    if not (folder / VOCAB_FILE).is_file():  # transformers 5 writes a single file
+        return BPETokenizer.load(folder / WHOLE_FILE, context_length)
+    if (folder / SPECIAL_FILE).is_file():
+        settings = {**read_json(folder / SPECIAL_FILE), **settings}
+    special = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
+    special = [token["content"] if isinstance(token, dict) else token for token in special if token]
+    vocab, merges = read_json(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
+    try:
+        return BPETokenizer(clip_tokenizer(vocab, merges, special), context_length)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{folder} holds no tokenizer of CLIP's kind: {error}") from None
+
+
+def clip_tokenizer(
+    vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]
+) -> Tokenizer:
+    """Vocabulary and merges as a tokenizer.
+
+    special: tokens that are found in a text before all others. With "!" among them, as Karlo's folder has it for its
+    padding, an exclamation mark in a prompt is that very token and not the one of "!" at the end of a word.
+    """
+    model = models.BPE(
+        vocab=vocab, merges=list(merges), unk_token=CLIP_END, end_of_word_suffix=END_OF_WORD
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(dict.fromkeys([CLIP_START, CLIP_END, *special])))
+    return tokenizer
+
+
+def _read_merges(file: Path) -> list[tuple[str, str]]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    pairs = [tuple(line.split()) for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = [pair for pair in pairs if pair and pair[0] != "#version:"]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise ValueError(f"{file}: {' '.join(wrong[0])!r} is no merge of two tokens")
+    return pairs
+
+
+def end_last(own: BPETokenizer) -> tuple[BPETokenizer, list[int]]:
+    """The tokenizer with its end token and its last one in each other's place, and the old id of each new one."""
+    last, data = own.vocab_size - 1, json.loads(own.tokenizer.to_str())
+    order = list(range(last + 1))
+    order[own.end_id], order[last] = last, own.end_id
+    data["model"]["vocab"] = {word: order[i] for word, i in data["model"]["vocab"].items()}
+    for token in data["added_tokens"]:
+        token["id"] = order[token["id"]]
+    data["post_processor"] = None  # it would know the old ids, and nothing here needs it
+    return BPETokenizer(Tokenizer.from_str(json.dumps(data)), own.context_length), order
+
+
+def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
+    """Writes the folder; returns the class of transformers that reads it."""
+    folder.mkdir(parents=True)
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.tokenizer.token_to_id(CLIP_START) is None:
+        return _write_own(tokenizer, folder)
+    if isinstance(tokenizer, BPETokenizer):
+        model = json.loads(tokenizer.tokenizer.to_str())["model"]
+        vocab, merges = model["vocab"], model["merges"]
+        pad = (
+            CLIP_PAD
+            if tokenizer.pad_id in tokenizer.tokenizer.get_added_tokens_decoder()
+            else CLIP_END
+        )
+    else:
+        assert isinstance(tokenizer, OpenCLIPTokenizer)
+        vocab, merges = open_clip_vocabulary(tokenizer.tokenizer)
+        pad = CLIP_END  # "!" would get another id if it were the pad
+    special = {"bos": CLIP_START, "eos": CLIP_END, "unk": CLIP_END, "pad": pad}
+    (folder / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / MERGES_FILE).write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8"
+    )
+    _write_settings(folder, "CLIPTokenizer", tokenizer.context_length, special)
+    return "CLIPTokenizer"
+
+
+def open_clip_vocabulary(theirs: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of open_clip's SimpleTokenizer, start and end under CLIP's own names."""
+    names = {theirs.sot_token_id: CLIP_START, theirs.eot_token_id: CLIP_END}
+    return {names.get(i, word): i for word, i in theirs.encoder.items()}, list(theirs.bpe_ranks)
+
+
+def _write_own(own: BPETokenizer, folder: Path) -> str:
+    """A tokenizer that was trained here; start, end and white space, which are our class's doing, go into the file."""
+    tokenizer = copy.deepcopy(own.tokenizer)
+    spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence([*spaces, tokenizer.normalizer])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, own.start_id), (END, own.end_id)]
+    )
+    tokenizer.save(str(folder / WHOLE_FILE), pretty=False)
+    special = {"bos": START, "eos": END, "unk": None, "pad": PAD}
+    _write_settings(folder, "PreTrainedTokenizerFast", own.context_length, special)
+    return "PreTrainedTokenizerFast"
+
+
+def _write_settings(
+    folder: Path, kind: str, context_length: int, special: dict[str, str | None]
+) -> None:
+    tokens: dict[str, Any] = {
+        f"{name}_token": token for name, token in special.items() if token is not None
+    }
+    save_json(
+        {"tokenizer_class": kind, "model_max_length": context_length, **tokens},
+        folder / SETTINGS_FILE,
+    )
+    save_json(tokens, folder / SPECIAL_FILE)

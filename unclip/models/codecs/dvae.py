@@ -1,0 +1,230 @@
+"""OpenAI's discrete VAE (2102.12092, 2.1 and A): Gumbel-softmax codes, logit-Laplace pixels.
+
+Its tensors have OpenAI's names, but for `blocks.`: encoder.group_1.block_1.res_path.conv_1.w.
+"""
+
+# B batch, H W picture, h w grid of codes, K vocabulary, C width of a code
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from unclip.models.codecs.codec import (
+    ConvKind,
+    ImageCodec,
+    LossTerms,
+    check_positive,
+    code_statistics,
+    convolution,
+)
+from unclip.models.codecs.quantizers import full_precision, kl_to_uniform
+
+EPS = 0.1  # pixels are mapped to [EPS, 1 - EPS], where their logit is finite
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    """OpenAI's, unless told otherwise."""
+
+    kind: Literal["dvae"] = "dvae"
+    image_size: int = 256
+    vocab_size: int = 8192
+    width: int = 256  # of the first group; each group is twice as wide as the one before
+    groups: int = 4  # a picture is halved between two groups
+    blocks: int = 2  # in a group
+    code_width: int = 128  # that the decoder begins with
+    conv: ConvKind = "plain"  # in the residual branches; OpenAI's has no gates
+    min_scale: float = (
+        0.0  # added to the Laplace's scale, which pictures of flat colours would take to 0
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(self, "image_size", "vocab_size", "width", "groups", "blocks", "code_width")
+        if self.width % 4:
+            raise ValueError(
+                f"width is {self.width}; expected a multiple of 4, as a block is a quarter as wide inside"
+            )
+        if self.image_size % self.factor:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected a multiple of {self.factor}"
+            )
+        if self.min_scale < 0:
+            raise ValueError(f"min_scale is {self.min_scale}; expected 0 or more")
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (self.groups - 1)
+
+
+class Conv2d(nn.Module):
+    """A convolution that keeps the size, started from N(0, 1 / fan-in)."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(
+            torch.empty(c_out, c_in, kernel, kernel).normal_(std=(c_in * kernel**2) ** -0.5)
+        )
+        self.b = nn.Parameter(torch.zeros(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """id_path(x) + gain * res_path(x), the branch a quarter as wide inside; gain = 1 / (blocks in all)**2."""
+
+    def __init__(self, c_in: int, c_out: int, kernels: Sequence[int], config: DVAEConfig) -> None:
+        super().__init__()
+        self.gain = (config.groups * config.blocks) ** -2
+        widths = [c_in, *[c_out // 4] * (len(kernels) - 1), c_out]
+        branch: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels, start=1):
+            shape = widths[i - 1], widths[i], kernel
+            branch[f"relu_{i}"] = nn.ReLU()
+            branch[f"conv_{i}"] = convolution(config.conv, lambda shape=shape: Conv2d(*shape))
+        self.id_path = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.res_path = nn.Sequential(branch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def make_encoder(config: DVAEConfig) -> nn.Sequential:
+    """Pictures (B, 3, H, W) -> logits of codes (B, K, h, w)."""
+    widths = [config.width * 2**i for i in range(config.groups)]
+    layers = [("input", Conv2d(3, config.width, 7))]
+    layers += _groups([config.width, *widths], (3, 3, 3, 1), ("pool", nn.MaxPool2d(2)), config)
+    output = [("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], config.vocab_size, 1))]
+    return nn.Sequential(OrderedDict([*layers, ("output", nn.Sequential(OrderedDict(output)))]))
+
+
+def make_decoder(config: DVAEConfig) -> nn.Sequential:
+    """(Soft) one-hot codes (B, K, h, w) -> mean and ln scale of the pixels' logits (B, 6, H, W)."""
+    widths = [config.width * 2**i for i in reversed(range(config.groups))]
+    layers = [("input", Conv2d(config.vocab_size, config.code_width, 1))]
+    layers += _groups(
+        [config.code_width, *widths],
+        (1, 3, 3, 3),
+        ("upsample", nn.Upsample(scale_factor=2)),
+        config,
+    )
+    output = [("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], 6, 1))]
+    return nn.Sequential(OrderedDict([*layers, ("output", nn.Sequential(OrderedDict(output)))]))
+
+
+def _groups(
+    widths: Sequence[int], kernels: Sequence[int], resize: tuple[str, nn.Module], config: DVAEConfig
+) -> list[tuple[str, nn.Module]]:
+    """The groups from widths[0] to widths[1] and so on, with `resize` at the end of each but the last."""
+    groups = []
+    for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        inputs = [c_in, *[c_out] * (config.blocks - 1)]
+        parts = [
+            (f"block_{j}", Block(c, c_out, kernels, config)) for j, c in enumerate(inputs, start=1)
+        ]
+        parts += [resize] if i < config.groups else []
+        groups.append((f"group_{i}", nn.Sequential(OrderedDict(parts))))
+    return groups
+
+
+class DVAE(ImageCodec):
+    """Learned by an ELBO in which the codes are relaxed: weights over the codebook, sharper as training goes on."""
+
+    annealed = ("temperature", "kl_weight")
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size, self.factor, self.vocab_size = (
+            config.image_size,
+            config.factor,
+            config.vocab_size,
+        )
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.output.conv.w
+
+    def logits(self, images: Tensor) -> Tensor:
+        x = to_logit_range(self.checked(images)).to(self.encoder.input.w.dtype)
+        h = self.encoder[:-1](x)  # B C h w
+        with full_precision(h):  # which code is the likeliest must not hang on a rounding
+            logits = self.encoder.output(h.to(self.encoder.output.conv.w.dtype))  # B K h w
+        return rearrange(logits.float(), "b k h w -> b h w k")
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.logits(images).argmax(dim=-1)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return pixels_of(self._draw(self._embed(codes))[0])
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w), or weights over the codebook (B, h, w, K) -> (B, C, h, w).
+
+        A one-hot 1 x 1 convolution is a look-up of columns, so codes are looked up.
+        """
+        table, bias = self.decoder.input.w[:, :, 0, 0].T, self.decoder.input.b  # K C, C
+        if codes.ndim == 3:
+            return rearrange(F.embedding(codes, table) + bias, "b h w c -> b c h w")
+        with full_precision(codes):
+            return rearrange(codes @ table + bias, "b h w c -> b c h w")
+
+    def _draw(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) -> mean and scale of the pixels' logits, (B, 3, H, W) each, float32."""
+        mean, ln_scale = self.decoder[1:](embedded).float().chunk(2, dim=1)
+        return mean, ln_scale.exp() + self.config.min_scale
+
+    def loss(self, images: Tensor, temperature: float = 1.0, kl_weight: float = 1.0) -> LossTerms:
+        """Mean NLL of a pixel's colour + kl_weight / (3 factor**2) * mean KL of a position, in nats (A.2: beta / 192).
+
+        In eval mode the codes are hard, as stage two will see them.
+        """
+        logits = self.logits(images)  # B h w K
+        codes = logits.argmax(dim=-1)  # B h w
+        soft = F.gumbel_softmax(logits, tau=temperature, dim=-1) if self.training else codes
+        mean, scale = self._draw(self._embed(soft))  # B 3 H W
+        nll = logit_laplace_nll(images, mean, scale).mean()
+        kl = kl_to_uniform(logits).mean()
+        reconstruction = pixels_of(mean)
+        return LossTerms(
+            loss=nll + kl_weight * kl / (3 * self.factor**2),
+            reconstruction=reconstruction,
+            logged={
+                "nll": nll.detach(),
+                "kl_bits": kl.detach() / math.log(2),
+                "mse": F.mse_loss(reconstruction.detach(), images),
+                **code_statistics(codes, self.vocab_size),
+            },
+        )
+
+    def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
+        mean, scale = self._draw(self._embed(codes))
+        per_value = math.log(1 - 2 * EPS) - logit_laplace_nll(images, mean, scale)  # B 3 H W
+        return per_value.sum(dim=(1, 2, 3))
+
+
+def to_logit_range(images: Tensor) -> Tensor:
+    """[-1, 1] -> [EPS, 1 - EPS]."""
+    return (1 - 2 * EPS) * (images + 1) / 2 + EPS
+
+
+def pixels_of(mean: Tensor) -> Tensor:
+    """The picture whose logits a decoder's means are: any shape -> about [-1, 1]."""
+    return 2 * (torch.sigmoid(mean) - EPS) / (1 - 2 * EPS) - 1
+
+
+def logit_laplace_nll(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """-ln p of each colour of images (B, 3, H, W) in [-1, 1], as a density on [EPS, 1 - EPS] (2102.12092, A.3)."""
+    x = to_logit_range(images.float())
+    return torch.log(2 * scale * x * (1 - x)) + (torch.logit(x) - mean).abs() / scale

@@ -1,0 +1,182 @@
+"""The VQ-VAE (1711.00937): strided convolutions, a few residual blocks, and the nearest of K codes in the middle."""
+
+# B batch, H W picture, h w grid of codes, K vocabulary, C width of a code
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.models.codecs.codec import (
+    ConvKind,
+    ImageCodec,
+    LossTerms,
+    check_positive,
+    code_statistics,
+    convolution,
+    laplace_mixture,
+)
+from unclip.models.codecs.quantizers import NearestConfig, Quantizer, VectorQuantizer
+
+
+@dataclass(frozen=True)
+class ConvNetConfig:
+    """The encoder's and the decoder's convolutions: nearly all of the work is done on the small grid."""
+
+    width: int = 128
+    factor: int = 8  # pixels to a position; a power of 2
+    blocks: int = 2  # residual blocks on the grid
+    block_width: int = 32  # inside a residual block
+    conv: ConvKind = "plain"  # in the residual blocks
+
+    def __post_init__(self) -> None:
+        check_positive(self, "width", "blocks", "block_width")
+        if self.width % 2:
+            raise ValueError(f"width is {self.width}; expected an even number")
+        if self.factor < 2 or self.factor & (self.factor - 1):
+            raise ValueError(f"factor is {self.factor}; expected a power of 2, at least 2")
+
+    @property
+    def halvings(self) -> int:
+        return self.factor.bit_length() - 1
+
+
+class Residual(nn.Module):
+    """x + a 1 x 1 of a 3 x 3 convolution."""
+
+    def __init__(self, config: ConvNetConfig) -> None:
+        super().__init__()
+        width, inner = config.width, config.block_width
+        self.conv1 = convolution(config.conv, lambda: nn.Conv2d(width, inner, 3, padding=1))
+        self.conv2 = nn.Conv2d(inner, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+def make_encoder(config: ConvNetConfig, c_out: int) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, c_out, H / factor, W / factor)."""
+    width = config.width
+    widths = [3, width // 2, *[width] * (config.halvings - 1)]
+    halve = [
+        layer
+        for c_in, c in zip(widths, widths[1:], strict=False)
+        for layer in (nn.Conv2d(c_in, c, 4, stride=2, padding=1), nn.ReLU())
+    ]
+    blocks = [Residual(config) for _ in range(config.blocks)]
+    return nn.Sequential(
+        *halve,
+        nn.Conv2d(widths[-1], width, 3, padding=1),
+        *blocks,
+        nn.ReLU(),
+        nn.Conv2d(width, c_out, 1),
+    )
+
+
+def make_decoder(config: ConvNetConfig, c_in: int) -> nn.Sequential:
+    """(B, c_in, h, w) -> (B, 3, h * factor, w * factor)."""
+    width = config.width
+    widths = [*[width] * config.halvings, width // 2]
+    blocks = [Residual(config) for _ in range(config.blocks)]
+    double = [
+        layer
+        for c, c_out in zip(widths, widths[1:], strict=False)
+        for layer in (nn.ReLU(), nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1))
+    ]
+    return nn.Sequential(
+        nn.Conv2d(c_in, width, 3, padding=1),
+        *blocks,
+        *double,
+        nn.ReLU(),
+        nn.Conv2d(width // 2, 3, 3, padding=1),
+    )
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    kind: Literal["vqvae"] = "vqvae"
+    image_size: int = 256
+    vocab_size: int = 512
+    code_width: int = 64
+    net: ConvNetConfig = field(default_factory=ConvNetConfig)
+    quantizer: NearestConfig = field(default_factory=NearestConfig)
+    pixel_loss: Literal["l1", "l2"] = "l2"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "image_size", "vocab_size", "code_width")
+        if self.image_size % self.net.factor:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected a multiple of factor = {self.net.factor}"
+            )
+
+
+class QuantizedCodec(ImageCodec):
+    """Features of the picture are quantised, and the picture is drawn from what they become."""
+
+    quantizer: Quantizer
+    decoder: nn.Sequential
+
+    @property
+    def annealed(self) -> tuple[str, ...]:
+        return self.quantizer.annealed
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder[-1].weight
+
+    @abstractmethod
+    def _features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w)."""
+
+    @abstractmethod
+    def _draw(self, z: Tensor) -> Tensor:
+        """Quantised features (B, C, h, w) -> (B, 3, H, W) float32."""
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.quantizer.encode(self._features(images))
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self._draw(self.quantizer.embed(codes))
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.quantizer.logits(self._features(self.checked(images)))
+
+    def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
+        return laplace_mixture(images, self._decode(codes))
+
+    def loss(self, images: Tensor, **annealed: float) -> LossTerms:
+        """Pixel error + the quantiser's loss."""
+        quantized = self.quantizer(self._features(images), **annealed)
+        reconstruction = self._draw(quantized.z)  # B 3 H W
+        pixel = {"l1": F.l1_loss, "l2": F.mse_loss}[self.config.pixel_loss](reconstruction, images)
+        logged = {
+            "pixel": pixel.detach(),
+            "mse": F.mse_loss(reconstruction.detach(), images),
+            **quantized.logged,
+            **code_statistics(quantized.codes, self.vocab_size),
+        }
+        return LossTerms(pixel + quantized.loss, reconstruction, logged)
+
+
+class VQVAE(QuantizedCodec):
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size, self.factor, self.vocab_size = (
+            config.image_size,
+            config.net.factor,
+            config.vocab_size,
+        )
+        self.encoder = make_encoder(config.net, config.code_width)
+        self.quantizer = VectorQuantizer(config.quantizer, config.vocab_size, config.code_width)
+        self.decoder = make_decoder(config.net, config.code_width)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return self.encoder(images.to(self.last_layer.dtype))
+
+    def _draw(self, z: Tensor) -> Tensor:
+        return self.decoder(z.to(self.last_layer.dtype)).float()

@@ -1,0 +1,342 @@
+"""A diffusion prior with relative positions: the causal transformer of DALLE2-pytorch, whose weights laion published.
+
+What it has over `DiffusionPrior` (unCLIP 2.2): a learned bias for each distance (T5, 1910.10683, 2.1) and rotary
+embeddings (2104.09864) instead of positions, one key and value for all heads (1911.02150) with a null among them,
+sandwiched norms without biases, SwiGLU (2002.05202), and CLIP embeddings of unit length.
+"""
+
+# B batch, N text slots, C width (= CLIP embedding width = text width), H heads, d width of a head, n tokens, m keys
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from unclip.models.layers import KeyValues
+from unclip.types import TextEncoding
+
+BUCKETS, FARTHEST = (
+    32,
+    128,
+)  # distances that have a bias of their own, and the one from which all share the last
+ROTATED = 32  # components of a head that turn with the position
+COSINE_SCALE = 16.0
+
+
+@dataclass(frozen=True)
+class RelativePriorConfig:
+    width: int  # C, of CLIP's embeddings and text states too
+    context_length: int  # N, slots for text tokens
+    depth: int
+    heads: int
+    head_dim: int = 64
+    mlp_ratio: float = 4.0
+    mlp_norm: bool = False  # a norm inside of the MLP (NormFormer, 2110.09456)
+    num_timesteps: int | None = None  # a table of time embeddings; None = sinusoids through an MLP
+    padding: Literal["learned", "masked"] = (
+        "learned"  # a token for each slot without text (DALL-E 1), or nothing
+    )
+    text_null: Literal["learned", "masked"] | None = (
+        "learned"  # what training put for the text; None: it never did
+    )
+    similarity: Literal["cosine", "dot"] = "cosine"  # of queries and keys
+    rotary: bool = True
+    norm_in: bool = False
+    norm_out: bool = True
+    peak_norms: Literal["none", "last", "all"] = (
+        "last"  # norms that divide by the largest entry (CogView, 2105.13290)
+    )
+    head: bool = True  # a Linear after the last norm
+
+    def __post_init__(self) -> None:
+        for name in ("width", "context_length", "depth", "heads", "head_dim", "mlp_ratio"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.num_timesteps is None and (self.width % 2 or self.width < 4):
+            raise ValueError(
+                f"width is {self.width}; the time sinusoids need an even number of at least 4"
+            )
+        if self.text_null == "learned" and self.padding != "learned":
+            raise ValueError(
+                'text_null is "learned", but this prior has no learned padding for it to be made of'
+            )
+
+    # The names under which the pipeline asks every prior.
+    @property
+    def emb_dim(self) -> int:
+        return self.width
+
+    @property
+    def text_width(self) -> int:
+        return self.width
+
+    @property
+    def null_text(self) -> Literal["learned"]:
+        """Never the empty prompt."""
+        return "learned"
+
+
+class RelativePrefix(KeyValues):
+    """Keys (turned already) and values of the null, the N text slots and the text embedding, in every block."""
+
+
+class PeakLayerNorm(nn.LayerNorm):
+    """LayerNorm of x over its largest entry: the same, but for the sign and for what eps counts against."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x / x.amax(dim=-1, keepdim=True))
+
+
+class RelativeBlock(nn.Module):
+    """Attention over one head of keys and values, then SwiGLU; `project` apart, so that keys can come from a prefix."""
+
+    def __init__(self, config: RelativePriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        C, inner, mlp = (
+            config.width,
+            config.heads * config.head_dim,
+            int(config.mlp_ratio * config.width),
+        )
+        Norm = PeakLayerNorm if config.peak_norms == "all" else nn.LayerNorm
+        self.norm1 = Norm(C, bias=False)
+        self.q = nn.Linear(C, inner, bias=False)
+        self.kv = nn.Linear(C, 2 * config.head_dim, bias=False)
+        self.null_kv = nn.Parameter(torch.randn(2, config.head_dim))
+        self.out = nn.Linear(inner, C, bias=False)
+        self.norm2 = Norm(C, bias=False)
+        self.norm3 = Norm(C, bias=False)
+        self.fc1 = nn.Linear(C, 2 * mlp, bias=False)
+        self.norm4 = Norm(mlp, bias=False) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(mlp, C, bias=False)
+
+    def project(
+        self, x: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, n, C) at `positions` (n,) -> queries (B, H, n, d), keys and values (B, 1, n, d)."""
+        x = self.norm1(x)
+        q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.config.heads)
+        k, v = self.kv(x)[:, None].chunk(2, dim=-1)
+        if self.config.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        return self._measured(q), self._measured(k), v
+
+    def null(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of what is always there to attend to, (B, 1, 1, d) each."""
+        k, v = self.null_kv[:, None, None, None].expand(-1, batch, -1, -1, -1)
+        return self._measured(k), v
+
+    def forward(
+        self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens (B, n, C), their queries, m keys and values, and what is added to the scores, (B|1, H, n, m)."""
+        cosine = self.config.similarity == "cosine"
+        scale = COSINE_SCALE if cosine else self.config.head_dim**-0.5
+        k, v = (y.expand(-1, self.config.heads, -1, -1) for y in (k, v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)  # B H n d
+        x = x + self.norm2(self.out(rearrange(h, "b h n d -> b n (h d)")))
+        h, gate = self.fc1(self.norm3(x)).chunk(2, dim=-1)
+        return x + self.fc2(self.norm4(h * F.silu(gate)))
+
+    def _measured(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) if self.config.similarity == "cosine" else x
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """RoFormer (2104.09864, 3.2.2): neighbouring components (..., n, d) turn as a pair, the first 32 of them."""
+    dim = min(ROTATED, x.shape[-1])
+    frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
+    angles = positions[:, None] * frequencies  # n dim/2
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turned, rest = x[..., :dim], x[..., dim:]
+    even, odd = turned[..., 0::2], turned[..., 1::2]
+    pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return torch.cat([pairs.flatten(-2), rest], dim=-1)
+
+
+class TimeTable(nn.Embedding):
+    """An embedding for each timestep: (B,) -> (B, C)."""
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(t.round().long())
+
+
+class TimeSinusoids(nn.Sequential):
+    """[sin, cos] of t through an MLP with two hidden layers: (B,) -> (B, C)."""
+
+    def __init__(self, width: int) -> None:
+        hidden = 2 * width
+        layers = [
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, width),
+        ]
+        super().__init__(*layers)
+        self.width = width
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        return super().forward(sinusoids(t, self.width).to(self[0].bias.dtype))
+
+
+def sinusoids(t: torch.Tensor, dim: int) -> torch.Tensor:
+    """[sin, cos] of t at dim / 2 frequencies from 1 to 1 / 10000, both included: (B,) -> (B, dim) float32."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class RelativePrior(nn.Module):
+    """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
+
+    emb_norm: torch.Tensor
+    x0_limit = (
+        None  # x_0 is a unit vector times the root of its width; single components may be far out
+    )
+
+    def __init__(self, config: RelativePriorConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.width
+        self.time = (
+            TimeSinusoids(C) if config.num_timesteps is None else TimeTable(config.num_timesteps, C)
+        )
+        self.query = nn.Parameter(torch.randn(C))
+        self.bias = nn.Embedding(BUCKETS, config.heads)
+        if config.padding == "learned":
+            self.no_token = nn.Parameter(torch.randn(config.context_length, C))
+        if config.text_null == "learned":
+            self.null_emb = nn.Parameter(torch.randn(C))
+        self.norm_in = self._norm("all") if config.norm_in else nn.Identity()
+        self.blocks = nn.ModuleList(RelativeBlock(config) for _ in range(config.depth))
+        self.norm = self._norm("last", "all") if config.norm_out else nn.Identity()
+        self.head = nn.Linear(C, C, bias=False) if config.head else nn.Identity()
+        self.register_buffer("emb_norm", torch.ones(()))
+
+    def _norm(self, *peak: str) -> nn.LayerNorm:
+        return (PeakLayerNorm if self.config.peak_norms in peak else nn.LayerNorm)(
+            self.config.width, bias=False
+        )
+
+    def normalize(self, emb: torch.Tensor) -> torch.Tensor:
+        """CLIP image embeddings (..., C) of any length -> x_0, of length √C and so of about unit variance."""
+        return F.normalize(emb, dim=-1) * self.config.width**0.5
+
+    def denormalize(self, x_0: torch.Tensor) -> torch.Tensor:
+        """x_0 (..., C) -> CLIP image embeddings of length `emb_norm`.
+
+        That is 1, as in training. For a decoder that was trained on CLIP's embeddings as they are, set their length:
+        `prior.emb_norm.fill_(pipe.encode_image(pictures).norm(dim=-1).mean())`.
+        """
+        return F.normalize(x_0, dim=-1) * self.emb_norm
+
+    def null_text(self, batch: int) -> TextEncoding:
+        """A text without a token, which is the null. ValueError if the prior never saw one."""
+        self._check_null()
+        emb = self.query.new_zeros(batch, self.config.width)
+        return TextEncoding(
+            emb, emb[:, None], torch.zeros(batch, 1, dtype=torch.bool, device=emb.device)
+        )
+
+    def _check_null(self) -> None:
+        if self.config.text_null is None:
+            raise ValueError(
+                "this prior was trained with its text always there: it cannot be guided, set guidance to 1"
+            )
+
+    def condition(self, text: TextEncoding, drop: torch.Tensor | None = None) -> RelativePrefix:
+        """The part that sees neither t nor x_t; the null stands in for a text without a token, or where `drop` (B,)."""
+        N = self.config.context_length
+        text = fitting(text, N, "prior")
+        B, L = text.mask.shape
+        if drop is not None:
+            self._check_null()
+        text = text.to(dtype=self.query.dtype)
+        learned_slots, learned_null = (
+            self.config.padding == "learned",
+            self.config.text_null == "learned",
+        )
+        mask = F.pad(text.mask if drop is None else text.mask & ~drop[:, None], (0, N - L))  # B N
+        known = mask.any(dim=1, keepdim=True)  # B 1
+        # What is closed is never seen, but PeakLayerNorm divides by it: it may be anything but 0.
+        no_token, no_emb = (
+            self.no_token if learned_slots else self.query,
+            self.null_emb if learned_null else self.query,
+        )
+        states = torch.where(mask[..., None], F.pad(text.states, (0, 0, 0, N - L)), no_token)
+        emb = torch.where(known, F.normalize(text.emb, dim=-1), no_emb)
+        x = self.norm_in(torch.cat([states, emb[:, None]], dim=1))  # B N+1 C
+        open_ = torch.cat(
+            [torch.ones_like(known), mask | learned_slots, known | learned_null], dim=1
+        )  # B N+2
+        positions = torch.arange(N + 1, device=x.device)
+        bias = self._scores_bias(positions, open_)  # B H N+1 N+2
+        ks, vs = [], []
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.project(x, positions)
+            k_null, v_null = block.null(B)
+            ks.append(torch.cat([k_null, k], dim=2))  # B 1 N+2 d
+            vs.append(torch.cat([v_null, v], dim=2))
+            if i + 1 < len(self.blocks):  # of the last block only the keys and values are wanted
+                x = block(x, q, ks[-1], vs[-1], bias)
+        return RelativePrefix(tuple(ks), tuple(vs), open_)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: RelativePrefix) -> torch.Tensor:
+        """Predicts x_0: (B, C), (B,) -> (B, C). A row of the prefix serves B / len(prefix) rows."""
+        B, N = len(x_t), self.config.context_length
+        prefix = prefix.expand(B)
+        tokens = [self.time(t), x_t.to(self.query.dtype), self.query.expand(B, -1)]
+        x = self.norm_in(torch.stack(tokens, dim=1))  # B 3 C
+        positions = torch.arange(N + 1, N + 4, device=x.device)
+        bias = self._scores_bias(positions, F.pad(prefix.mask, (0, 3), value=True))  # B H 3 N+5
+        for block, k_text, v_text in zip(self.blocks, prefix.k, prefix.v, strict=True):
+            q, k, v = block.project(x, positions)
+            x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), bias)
+        return self.head(self.norm(x[:, -1]))
+
+    def _scores_bias(self, positions: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
+        """Queries at `positions` (n,), which of the m keys are open (B, m) -> (B, H, n, m), -inf at what isn't seen."""
+        # The null is key 0, so key j is the token at j - 1: trained so, a token shares a bucket with the one before it.
+        keys = torch.arange(open_.shape[1], device=positions.device)
+        bias = self.bias(bucket(positions[:, None] - keys)).permute(2, 0, 1)  # H n m
+        seen = open_[:, None, None] & (keys <= positions[:, None] + 1)  # B 1 n m
+        return torch.where(seen, bias, -torch.inf)
+
+    def forward(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        text: TextEncoding,
+        drop: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.denoise(x_t, t, self.condition(text, drop))
+
+
+def fitting(text: TextEncoding, slots: int, who: str) -> TextEncoding:
+    """The text, without columns that are padding only if that is what makes it fit; ValueError if it doesn't."""
+    text = text if text.mask.shape[1] <= slots else text.trim()
+    if text.mask.shape[1] > slots:
+        raise ValueError(
+            f"the text has {text.mask.shape[1]} tokens; this {who} takes at most {slots}"
+        )
+    return text
+
+
+def bucket(distance: torch.Tensor) -> torch.Tensor:
+    """T5's buckets of distances, looking back only: 0 to 15 each have one, from there they widen (1910.10683, 2.1)."""
+    near = BUCKETS // 2
+    distance = distance.clamp(min=0)
+    wide = (
+        torch.log(distance.clamp(min=1).float() / near)
+        / math.log(FARTHEST / near)
+        * (BUCKETS - near)
+    )
+    return torch.where(distance < near, distance, (near + wide.long()).clamp(max=BUCKETS - 1))

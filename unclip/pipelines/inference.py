@@ -1,0 +1,41 @@
+"""A network as it draws: frozen, in the numbers and the layout that suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unclip.clip import CLIP
+
+M = TypeVar("M", bound=nn.Module)
+
+SMALL_CLIP = 200_000_000  # parameters up to which CLIP stays in float32: it runs once a call
+
+
+def prepare_for_inference(module: M, dtype: torch.dtype | None = None) -> M:
+    """In eval mode, frozen, convolutions channels-last, parameters in `dtype`.
+
+    A small CLIP keeps its dtype, and so do buffers, which are statistics.
+    """
+    module.eval().requires_grad_(False)
+    settle = settling(module, dtype)
+    for parameter in module.parameters():
+        parameter.data = settle(parameter.data)
+    return module
+
+
+def settling(module: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """What `settled` does to each parameter."""
+    is_clip = isinstance(module, CLIP)
+    if is_clip and sum(p.numel() for p in module.parameters()) <= SMALL_CLIP:
+        dtype = None
+
+    def settle(x: Tensor) -> Tensor:
+        return x.to(
+            dtype=dtype, memory_format=torch.channels_last if x.ndim == 4 and not is_clip else None
+        )
+
+    return settle
