@@ -27,9 +27,13 @@ def inputs(
     torch.manual_seed(1)
     x, t = torch.randn(batch, 3, size, size), torch.arange(batch) * 300
     if unet.config.context_dim is None:
-        return x, unet.time_embedding(t), None
+        return x, unet.modulation(unet.time_embedding(t)), None
     mask = torch.arange(5) < torch.arange(1, batch + 1)[:, None]
-    return x, unet.time_embedding(t), unet.project_context(torch.randn(batch, 5, 12), mask)
+    return (
+        x,
+        unet.modulation(unet.time_embedding(t)),
+        unet.project_context(torch.randn(batch, 5, 12), mask),
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,8 +47,8 @@ def inputs(
 )
 def test_every_variant_gives_a_picture_and_trains(options: dict[str, object]) -> None:
     unet = small(**options)
-    unet(*inputs(unet, size=16)).square().mean().backward()
-    assert unet(*inputs(unet, size=16)).shape == (2, 3, 16, 16)
+    unet(*inputs(unet, size=16))[0].square().mean().backward()
+    assert unet(*inputs(unet, size=16))[0].shape == (2, 3, 16, 16)
     assert [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -54,7 +58,7 @@ def test_a_patch_moves_pixels_into_channels() -> None:
     assert unet.head.weight.shape == (3 * 4, 16, 3, 3)
     sizes = []
     unet.stem.register_forward_hook(lambda _module, _args, out: sizes.append(out.shape))
-    unet(*inputs(unet))
+    unet(*inputs(unet))[0]
     assert sizes == [(2, 16, 4, 4)]
     # A head that copies the stem's channels gives the picture back: the two reorderings undo each other.
     x = torch.randn(1, 3, 8, 6)
@@ -63,13 +67,13 @@ def test_a_patch_moves_pixels_into_channels() -> None:
 
 def test_a_new_unet_predicts_zero() -> None:
     unet = UNet(UNetConfig(3, 3, LEVELS, head_dim=8, groups=8))
-    assert not unet(*inputs(unet)).any()
+    assert not unet(*inputs(unet))[0].any()
 
 
 def test_closed_context_is_not_seen() -> None:
     unet = small()
     x, time, kv = inputs(unet)
-    expected = unet(x, time, kv)
+    expected = unet(x, time, kv)[0]
 
     def noise_where(closed: torch.Tensor) -> KeyValues:
         side = [
@@ -78,18 +82,18 @@ def test_closed_context_is_not_seen() -> None:
         ]
         return KeyValues(*side, kv.mask)
 
-    assert torch.equal(unet(x, time, noise_where(~kv.mask)), expected)
-    assert not torch.allclose(unet(x, time, noise_where(kv.mask)), expected)
-    assert torch.allclose(unet(x, time, kv.pad(9)), expected, atol=1e-5)
+    assert torch.equal(unet(x, time, noise_where(~kv.mask))[0], expected)
+    assert not torch.allclose(unet(x, time, noise_where(kv.mask))[0], expected)
+    assert torch.allclose(unet(x, time, kv.pad(9))[0], expected, atol=1e-5)
 
 
 def test_rows_are_independent() -> None:
     unet = small()
     x, time, kv = inputs(unet, batch=3)
-    expected = unet(x, time, kv)
+    expected = unet(x, time, kv)[0]
     for i in range(3):
         torch.testing.assert_close(
-            unet(x[i : i + 1], time[i : i + 1], kv[i : i + 1]), expected[i : i + 1]
+            unet(x[i : i + 1], time[i : i + 1], kv[i : i + 1])[0], expected[i : i + 1]
         )
 
 
@@ -101,7 +105,7 @@ def test_checkpointing_changes_no_gradient(channels_last: bool) -> None:
     grads = []
     for unet.gradient_checkpointing in (False, True):
         unet.zero_grad()
-        unet(*inputs(unet)).square().mean().backward()
+        unet(*inputs(unet))[0].square().mean().backward()
         grads.append([p.grad.clone() for p in unet.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -110,12 +114,12 @@ def test_checkpointing_changes_no_gradient(channels_last: bool) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_close_to_float32(autocast: bool) -> None:
     unet = small().to(memory_format=torch.channels_last)
-    expected = unet(*inputs(unet))
+    expected = unet(*inputs(unet))[0]
     if not autocast:
         unet = unet.bfloat16()
         unet.project_context, project = lambda c, m: project(c.bfloat16(), m), unet.project_context
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = unet(*inputs(unet))
+        out = unet(*inputs(unet))[0]
     assert out.dtype == torch.bfloat16
     assert (out - expected).norm() / expected.norm() < 0.03
 
@@ -191,7 +195,7 @@ def test_bad_configs_are_named(options: dict[str, object], message: str) -> None
 def test_bad_input_is_named() -> None:
     unet = small(patch=2)
     _, time, kv = inputs(unet)
-    with pytest.raises(ValueError, match="the picture is 8 x 6; this U-Net needs multiples of 4"):
+    with pytest.raises(ValueError, match="the image is 8 x 6; this U-Net needs multiples of 4"):
         unet(torch.randn(2, 3, 8, 6), time, kv)
     with pytest.raises(ValueError, match="the context is missing; context_dim of this U-Net is 12"):
         unet(torch.randn(2, 3, 8, 8), time)

@@ -105,7 +105,7 @@ def test_bad_input_is_named() -> None:
         ValueError, match=r"low_res is \(9, 9\) and x_t \(32, 32\); .* or 4 times smaller"
     ):
         upsampler(torch.randn(1, 3, 32, 32), t, torch.randn(1, 3, 9, 9))
-    with pytest.raises(ValueError, match="the picture is 18 x 16; this U-Net needs multiples of 4"):
+    with pytest.raises(ValueError, match="the image is 18 x 16; this U-Net needs multiples of 4"):
         upsampler(torch.randn(1, 3, 18, 16), t, torch.randn(1, 3, 18, 16))
 
 

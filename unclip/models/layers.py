@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -237,6 +237,10 @@ def _per_pixel(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x[:, :, None, None].to(like.dtype)
 
 
+LayerKeyValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values of one attention, (B, H, N, d) each, and the mask (B, N) bool."""
+
+
 @dataclass(frozen=True)
 class KeyValues(Rows):
     """Keys and values of N tokens for each attention of a network, computed once and attended to at every step."""
@@ -247,6 +251,10 @@ class KeyValues(Rows):
 
     def __len__(self) -> int:
         return self.mask.shape[0]
+
+    def layers(self) -> Iterator[LayerKeyValues]:
+        """Iterate over the attentions: keys, values and the mask of each."""
+        return ((k, v, self.mask) for k, v in zip(self.k, self.v, strict=True))
 
     def _map(self: KV, f: Callable[[torch.Tensor], torch.Tensor]) -> KV:
         return type(self)(tuple(map(f, self.k)), tuple(map(f, self.v)), f(self.mask))

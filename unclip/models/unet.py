@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.models.layers import GroupNorm, KeyValues, TimeMLP, attend, split_heads, zeroed
+from unclip.models.layers import (
+    GroupNorm,
+    KeyValues,
+    LayerKeyValues,
+    TimeMLP,
+    attend,
+    split_heads,
+    zeroed,
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resize = resize
         self.scale_shift = config.time_shift == "scale_shift"
-        self.modulation = 2 * c_out if self.scale_shift else c_out  # M
+        self.modulation_dim = 2 * c_out if self.scale_shift else c_out  # M
         self.norm1 = GroupNorm(config.groups, c_in)
         self.conv1 = (
             UpConv2d(c_in, c_out) if resize == "up" else nn.Conv2d(c_in, c_out, 3, padding=1)
         )
-        self.time = nn.Linear(config.time_width, self.modulation)
+        self.time = nn.Linear(config.time_width, self.modulation_dim)
         self.norm2 = GroupNorm(config.groups, c_out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
@@ -158,16 +166,11 @@ class Attention(nn.Module):
         """(B, N, context_dim) -> keys and values, (B, H, N, d) each."""
         return split_heads(self.context_kv(context), 2, self.heads)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        k_context: torch.Tensor | None,
-        v_context: torch.Tensor | None,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        size = x.shape[2:]
+    def forward(self, x: torch.Tensor, context: LayerKeyValues | None = None) -> torch.Tensor:
+        size, mask = x.shape[2:], None
         q, k, v = split_heads(self.qkv(self.norm(x).flatten(2).mT), 3, self.heads)  # B H S d
-        if k_context is not None:
+        if context is not None:
+            k_context, v_context, mask = context
             k = torch.cat([k_context, k], dim=2)  # B H N+S d
             v = torch.cat([v_context, v], dim=2)
             mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]  # B 1 1 N+S
@@ -177,33 +180,27 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block (or a downsampling), attention where the level has it, and a resize at the end of a level."""
+    """One step of the U-Net: a residual block or downsampling, optional attention, optional upsampling."""
 
     def __init__(
         self, res: nn.Module, attention: Attention | None = None, resize: nn.Module | None = None
     ) -> None:
         super().__init__()
         self.res, self.attention, self.resize = res, attention, resize
+        self.modulation_dims = [
+            part.modulation_dim if isinstance(part, ResBlock) else 0 for part in (res, resize)
+        ]
 
     def forward(
-        self,
-        x: torch.Tensor,
-        modulations: Sequence[torch.Tensor],  # one for each residual block in it
-        k: torch.Tensor | None = None,
-        v: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        self, x: torch.Tensor, modulation: torch.Tensor, context: LayerKeyValues | None = None
     ) -> torch.Tensor:
-        modulations = iter(modulations)
-        x = self.res(x, next(modulations)) if isinstance(self.res, ResBlock) else self.res(x)
+        res_modulation, resize_modulation = modulation.split(self.modulation_dims, dim=1)
+        x = self.res(x, res_modulation) if isinstance(self.res, ResBlock) else self.res(x)
         if self.attention is not None:
-            x = self.attention(x, k, v, mask)
-        if self.resize is not None:
-            x = (
-                self.resize(x, next(modulations))
-                if isinstance(self.resize, ResBlock)
-                else self.resize(x)
-            )
-        return x
+            x = self.attention(x, context)
+        if isinstance(self.resize, ResBlock):
+            return self.resize(x, resize_modulation)
+        return x if self.resize is None else self.resize(x)
 
 
 class UNet(nn.Module):
@@ -290,69 +287,84 @@ class UNet(nn.Module):
         return KeyValues(k, v, mask)
 
     def forward(
-        self, x: torch.Tensor, time_emb: torch.Tensor, context: KeyValues | None = None
-    ) -> torch.Tensor:
-        return self.run(x, self.modulation(time_emb), context)[0]
-
-    def run(
         self,
         x: torch.Tensor,
         modulation: torch.Tensor,
         context: KeyValues | None = None,
-        deep: torch.Tensor | None = None,
+        deep_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` from the modulation (B or 1, M) on; also gives what the levels under the first answered.
+        """Return the output (B, out_channels, s, s) and the deep features (B, C, s', s').
 
-        Given back as `deep` at a later step, that answer stands in for those levels (DeepCache, 2312.00858).
+        x: (B, in_channels, s, s). modulation: (B or 1, M), from `modulation`. context: from `project_context`.
+        The deep features are the output of all levels below the first. Passed to a later call, they replace the
+        computation of these levels (DeepCache, 2312.00858).
         """
+        self._check_inputs(x, context)
+        down, mid, up = self._conditioned_blocks(modulation, context)
+        shallow = self.config.levels[
+            0
+        ].blocks  # the first level has so many blocks down, one more up
+
+        h = self.stem(F.pixel_unshuffle(x.to(self.stem.bias.dtype), self.config.patch))  # B C h w
+        skips = [h]
+        for block in down[:shallow]:
+            skips.append(h := self._run(h, *block))
+        if deep_features is None:
+            for block in down[shallow:]:
+                skips.append(h := self._run(h, *block))
+            for block in mid:
+                h = self._run(h, *block)
+            for block in up[: -shallow - 1]:
+                h = self._run(torch.cat([h, skips.pop()], dim=1), *block)
+            deep_features = h
+        h = deep_features
+        for block in up[-shallow - 1 :]:
+            h = self._run(torch.cat([h, skips.pop()], dim=1), *block)
+        h = self.head(silu(self.norm(h)))
+        return F.pixel_shuffle(h, self.config.patch), deep_features
+
+    def _check_inputs(self, x: torch.Tensor, context: KeyValues | None) -> None:
         divisor = self.config.size_divisor
         if x.shape[2] % divisor or x.shape[3] % divisor:
             raise ValueError(
-                f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
+                f"the image is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
             )
         if (context is None) != (self.config.context_dim is None):
             state = "missing" if context is None else "not expected"
             raise ValueError(
                 f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}"
             )
-        down, mid, up = self._calls(modulation, context)
-        shallow = self.config.levels[
-            0
-        ].blocks  # blocks of the first level on the way down; one more on the way up
 
-        h = self.stem(F.pixel_unshuffle(x.to(self.stem.bias.dtype), self.config.patch))  # B C h w
-        skips = [h]
-        for call in down[:shallow]:
-            skips.append(h := call(h))
-        if deep is None:
-            for call in down[shallow:]:
-                skips.append(h := call(h))
-            for call in mid:
-                h = call(h)
-            for call in up[: -shallow - 1]:
-                h = call(torch.cat([h, skips.pop()], dim=1))
-            deep = h
-        h = deep
-        for call in up[-shallow - 1 :]:
-            h = call(torch.cat([h, skips.pop()], dim=1))
-        h = self.head(silu(self.norm(h)))
-        return F.pixel_shuffle(h, self.config.patch), deep  # B out s s; B C h w
-
-    def _calls(
+    def _conditioned_blocks(
         self, modulation: torch.Tensor, context: KeyValues | None
-    ) -> list[list[Callable[[torch.Tensor], torch.Tensor]]]:
-        """The blocks of `down`, `mid` and `up` with what they are given beside x."""
-        pieces = iter(modulation.split([block.modulation for block in self.res_blocks()], dim=1))
-        kvs = iter(zip(context.k, context.v, strict=True)) if context is not None else None
-
-        def bind(block: Block) -> Callable[[torch.Tensor], torch.Tensor]:
-            args = (
-                [next(pieces) for part in (block.res, block.resize) if isinstance(part, ResBlock)],
+    ) -> list[list[tuple[Block, torch.Tensor, LayerKeyValues | None]]]:
+        """Pair every block of `down`, `mid` and `up` with its modulation and its keys and values."""
+        parts = (self.down, self.mid, self.up)
+        modulations = iter(
+            modulation.split(
+                [sum(block.modulation_dims) for part in parts for block in part], dim=1
             )
-            if block.attention is not None and kvs is not None:
-                args += (*next(kvs), context.mask)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                return lambda x: checkpoint(block, x, *args, use_reentrant=False)
-            return lambda x: block(x, *args)
+        )
+        contexts = iter(() if context is None else context.layers())
+        return [
+            [
+                (
+                    block,
+                    next(modulations),
+                    next(contexts, None) if block.attention is not None else None,
+                )
+                for block in part
+            ]
+            for part in parts
+        ]
 
-        return [[bind(block) for block in part] for part in (self.down, self.mid, self.up)]
+    def _run(
+        self,
+        x: torch.Tensor,
+        block: Block,
+        modulation: torch.Tensor,
+        context: LayerKeyValues | None,
+    ) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, modulation, context, use_reentrant=False)
+        return block(x, modulation, context)

@@ -119,7 +119,7 @@ class GLIDE(nn.Module):
         if low_res is not None:
             channels.append(F.interpolate(low_res.to(x_t.dtype), x_t.shape[2:], mode="bilinear"))
         time = self.unet.time_embedding(t) + context.time_shift
-        return self.unet(torch.cat(channels, dim=1), time, context.kv)
+        return self.unet(torch.cat(channels, dim=1), self.unet.modulation(time), context.kv)[0]
 
     def forward(
         self,

@@ -316,12 +316,12 @@ class Decoder(nn.Module):
         x_t: torch.Tensor,
         modulation: torch.Tensor,
         context: DecoderContext,
-        deep: torch.Tensor | None = None,
+        deep_features: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`denoise` from the modulation (B, M) on; `deep` goes in and comes out as in `UNet.run`."""
+        """`denoise` from the modulation (B, M) on; `deep_features` goes in and comes out as in `UNet`."""
         if context.beside is not None:
             x_t = torch.cat([x_t, context.beside.to(x_t.dtype)], dim=1)
-        return self.unet.run(x_t, modulation, context.kv, deep)
+        return self.unet(x_t, modulation, context.kv, deep_features)
 
     def forward(
         self,

@@ -53,7 +53,7 @@ class DiffusionPrior(TextPrior):
         return self.time(t)[:, None]
 
     def step(
-        self, x_t: torch.Tensor, time: torch.Tensor, prefix: TextPrefix, deep: None = None
+        self, x_t: torch.Tensor, time: torch.Tensor, prefix: TextPrefix, deep_features: None = None
     ) -> tuple[torch.Tensor, None]:
         """`denoise` from the time embedding (B or 1, C) on; there is nothing to be used again at another step."""
         B = len(x_t)

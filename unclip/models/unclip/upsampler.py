@@ -85,10 +85,10 @@ class Upsampler(nn.Module):
         x_t: torch.Tensor,
         modulation: torch.Tensor,
         low_res: torch.Tensor,
-        deep: torch.Tensor | None = None,
+        deep_features: torch.Tensor | None = None,
         last: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`denoise` from the modulation (B or 1, M) on; `deep` goes in and comes out as in `UNet.run`."""
+        """`denoise` from the modulation (B or 1, M) on; `deep_features` goes in and comes out as in `UNet`."""
         if low_res.shape[2:] != x_t.shape[2:]:
             given = low_res.shape[2:]
             low_res = self.prepare(low_res)
@@ -98,12 +98,12 @@ class Upsampler(nn.Module):
                     f"or {self.config.high_size // self.config.low_size} times smaller"
                 )
         low_res = low_res.to(x_t.dtype)
-        output, deep = self.network(last).run(
-            torch.cat([x_t, low_res], dim=1), modulation, deep=deep
+        output, deep_features = self.network(last)(
+            torch.cat([x_t, low_res], dim=1), modulation, deep_features=deep_features
         )
         if not self.config.residual:
-            return output, deep
+            return output, deep_features
         prediction, *variance = output.split(3, dim=1)
-        return torch.cat([prediction + low_res, *variance], dim=1), deep
+        return torch.cat([prediction + low_res, *variance], dim=1), deep_features
 
     forward = denoise
