@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import warnings
+from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+from annotated_types import Ge, MinLen, MultipleOf
 
-from unclip.config import flatten, load_config, parse, save_json, to_dict
+from unclip.config import (
+    Fraction,
+    PositiveInt,
+    config,
+    flatten,
+    load_config,
+    parse,
+    save_json,
+    to_dict,
+)
+from unclip.types import StageOptions
 
 
 @dataclass(frozen=True)
@@ -19,14 +31,10 @@ class Optim:
     clip_norm: float | None = 1.0
 
 
-@dataclass(frozen=True)
+@config
 class Level:
-    channels: int
+    channels: PositiveInt
     attention: bool = False
-
-    def __post_init__(self) -> None:
-        if self.channels < 1:
-            raise ValueError(f"channels is {self.channels}; expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ def test_override_replaces_one_value(tmp_path: Path, override: str, value: objec
             GOOD.replace("64", "'64'"),
             "run.yaml:3: levels.0.channels is '64'; expected a valid integer",
         ),
-        (GOOD.replace("64", "0"), "run.yaml:3: levels.0: channels is 0; expected at least 1"),
+        (GOOD.replace("64", "0"), "run.yaml:3: levels.0.channels is 0; expected at least 1"),
         (GOOD.replace("name: tiny\n", ""), "run.yaml:1: name is missing"),
         (
             GOOD.replace("  - {channels: 64}", "  - {attention: true}"),
@@ -218,3 +226,60 @@ def test_flatten_gives_dotted_names() -> None:
         "d.0": 2,
         "d.1.e": None,
     }
+
+
+@config
+class Bounded:
+    size: Annotated[int, Ge(2), MultipleOf(2)] = 2
+    rate: Fraction | None = None
+    kind: Literal["a", "b"] = "a"
+    grid: tuple[PositiveInt, ...] = (1, 1)
+    levels: Annotated[tuple[Level, ...], MinLen(1)] = (Level(1),)
+
+    def __post_init__(self) -> None:
+        if self.size > 10 and self.kind == "b":
+            raise ValueError(f"size is {self.size}; expected at most 10 for kind 'b'")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 0}, "size is 0; expected at least 2"),
+        ({"size": 3}, "size is 3; expected at least 2 and a multiple of 2"),
+        ({"size": "large"}, "size is 'large'; expected at least 2"),
+        ({"rate": 1.5}, "rate is 1.5; expected at least 0 and at most 1"),
+        ({"rate": float("nan")}, "rate is nan; expected at least 0"),
+        ({"kind": "c"}, "kind is 'c'; expected 'a' or 'b'"),
+        ({"grid": (4, 0)}, r"grid\[1\] is 0; expected at least 1"),
+        ({"levels": ()}, r"levels is \(\); expected at least 1 entry"),
+        ({"size": 12, "kind": "b"}, "expected at most 10 for kind 'b'"),
+    ],
+)
+def test_config_values_are_checked_on_construction(values, message):
+    with pytest.raises(ValueError, match=message):
+        Bounded(**values)
+    if values.get("rate") == values.get("rate"):  # JSON has no NaN
+        with pytest.raises(ValueError, match=next(iter(values))):
+            parse(Bounded, values)
+
+
+def test_values_within_the_bounds_are_accepted():
+    assert Bounded(size=4, rate=0.5, grid=[2, 3]).grid == [2, 3]
+    assert parse(Bounded, {"size": 4, "rate": None}) == Bounded(size=4)
+    with pytest.raises(FrozenInstanceError):
+        Bounded().size = 4
+
+
+def test_a_violated_bound_in_a_file_names_the_key_and_the_bound():
+    with pytest.raises(ValueError, match=r"here: levels\.0\.channels is 0; expected at least 1"):
+        parse(Bounded, {"levels": [{"channels": 0}]}, "here")
+
+
+def test_the_old_name_of_an_option_still_works():
+    with pytest.warns(DeprecationWarning, match="cache_interval"):
+        options = StageOptions(4, reuse=3)
+    with pytest.warns(DeprecationWarning, match="cache_interval"):
+        assert options.reuse == options.cache_interval == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # files with the old name load silently
+        assert parse(StageOptions, {"steps": 4, "reuse": 3}) == options

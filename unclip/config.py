@@ -1,29 +1,147 @@
-"""YAML and JSON <-> frozen dataclasses: strict, with errors that name their place in the file.
+"""Strict YAML and JSON <-> frozen dataclasses; errors name the file, the line and the key.
 
-The dataclass is the only schema. Unknown keys, missing keys, values of another type, NaN and infinity are refused; any
-value can be overridden as `optim.lr=1e-4`.
+The dataclass is the only schema. Unknown keys, missing keys, values of the wrong type, NaN and
+infinity are errors. Overrides such as "optim.lr=1e-4" replace single values.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import yaml
+from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf
+from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
 # A plain dataclass takes the config of the type around it: hence list[cls].
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Place = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
+PositiveFraction = Annotated[float, Interval(gt=0, le=1)]
+DropRate = Annotated[float, Interval(ge=0, lt=1)]  # probability of dropping something in training
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def config(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass whose values are checked against their annotations.
+
+    Checked on construction: bounds such as `Annotated[int, Ge(1)]`, also of the elements of a
+    tuple, and `Literal` choices. A violation is a ValueError "steps is 0; expected at least 1". The
+    class's own `__post_init__` runs afterwards, for checks across fields.
+    """
+    own = getattr(cls, "__post_init__", None)
+
+    def __post_init__(self: Any) -> None:
+        for name, hint in _hints(cls).items():
+            _check(name, getattr(self, name), hint)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass's fields; resolved late, as they may name later classes."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """ValueError if `value` violates the bounds or choices in the annotation `hint`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        bounded = [member for member in args if typing.get_origin(member) in (Annotated, Literal)]
+        if value is not None and len(bounded) == 1 and len(args) - (type(None) in args) == 1:
+            _check(name, value, bounded[0])
+    elif origin is Annotated:
+        _check(name, value, args[0])
+        bounds = [bound for item in args[1:] for bound in _flat(item)]
+        if bounds and not all(_satisfies(value, bound) for bound in bounds):
+            expected = " and ".join(_expected(bound) for bound in bounds)
+            raise ValueError(f"{name} is {_short(value)}; expected {expected}")
+    elif origin is Literal and value not in args:
+        *others, last = map(repr, args)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name} is {_short(value)}; expected {expected}")
+    elif origin in (tuple, list) and isinstance(value, (tuple, list)):
+        items = [args[0]] * len(value) if len(args) == 1 or args[-1] is ... else args
+        for i, (element, item) in enumerate(zip(value, items, strict=False)):
+            _check(f"{name}[{i}]", element, item)
+
+
+def _flat(item: Any) -> Iterable[Any]:
+    return item if isinstance(item, Interval) else (item,)
+
+
+def _satisfies(value: Any, bound: Any) -> bool:
+    """Compare a value, which may be NaN or of another type, with one bound."""
+    if isinstance(bound, MinLen):
+        return len(value) >= bound.min_length
+    try:
+        if not math.isfinite(value):
+            return False
+    except TypeError:
+        return False
+    match bound:
+        case Ge(ge):
+            return bool(value >= ge)
+        case Gt(gt):
+            return bool(value > gt)
+        case Le(le):
+            return bool(value <= le)
+        case Lt(lt):
+            return bool(value < lt)
+        case MultipleOf(multiple_of):
+            return value % multiple_of == 0
+    raise AssertionError(f"bound {bound} is not supported")
+
+
+def _expected(bound: Any) -> str:
+    """A bound in words; pydantic's errors give the same text through `_PYDANTIC_BOUNDS`."""
+    match bound:
+        case Ge(limit):
+            return f"at least {limit:g}"
+        case Gt(limit):
+            return f"more than {limit:g}"
+        case Le(limit):
+            return f"at most {limit:g}"
+        case Lt(limit):
+            return f"less than {limit:g}"
+        case MultipleOf(factor):
+            return f"a multiple of {factor:g}"
+        case MinLen(length):
+            return f"at least {length} entr{'y' if length == 1 else 'ies'}"
+    raise AssertionError(f"bound {bound} is not supported")
+
+
+# pydantic's error types -> the bound that was violated
+_PYDANTIC_BOUNDS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "greater_than_equal": lambda ctx: Ge(ctx["ge"]),
+    "greater_than": lambda ctx: Gt(ctx["gt"]),
+    "less_than_equal": lambda ctx: Le(ctx["le"]),
+    "less_than": lambda ctx: Lt(ctx["lt"]),
+    "multiple_of": lambda ctx: MultipleOf(ctx["multiple_of"]),
+    "too_short": lambda ctx: MinLen(ctx["min_length"]),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -164,9 +282,8 @@ def _validate(cls: type[T], data: Any, locate: Callable[[Place], str]) -> T:
     # Strict JSON mode: 3 is a float, a list is a tuple, but "3" is no int and 1 no bool.
     try:
         text = json.dumps(data, default=str)
-        return pydantic.TypeAdapter(list[cls], config=_STRICT).validate_json(
-            f"[{text}]", strict=True
-        )[0]
+        adapter = pydantic.TypeAdapter[list[T]](list[cls], config=_STRICT)  # type: ignore[valid-type]
+        return adapter.validate_json(f"[{text}]", strict=True)[0]
     except pydantic.ValidationError as error:
         raise ValueError("\n".join(_messages(cls, data, error, locate))) from None
 
@@ -185,6 +302,9 @@ def _messages(
             text = f"{name} is missing"
         elif kind == "value_error":  # raised by a __post_init__
             text = f"{name}: {fault['ctx']['error']}"
+        elif kind in _PYDANTIC_BOUNDS:
+            expected = _expected(_PYDANTIC_BOUNDS[kind](fault["ctx"]))
+            text = f"{name} is {_short(fault['input'])}; expected {expected}"
         else:
             expected = (
                 fault["msg"].removeprefix("Input should be ").replace("an object", "a mapping")

@@ -307,8 +307,8 @@ def test_the_command_line_converts_tells_and_draws(
             "options for 2 upsamplers, but the model has 1",
         ),
         (
-            GLIDEOptions(decoder=StageOptions(4, reuse=2)),
-            "reuse deep features, which this kind of model does not",
+            GLIDEOptions(decoder=StageOptions(4, cache_interval=2)),
+            "cache_interval is above 1",
         ),
     ],
 )

@@ -213,8 +213,8 @@ def test_a_picture_too_large_for_metadata_is_left_out(monkeypatch):
 
 
 def test_options_that_cannot_go_back_are_refused(pipe):
-    options = replace(pipe.options, decoder=replace(pipe.options.decoder, reuse=2))
-    with pytest.raises(ValueError, match="reuse above 1 cannot paint"):
+    options = replace(pipe.options, decoder=replace(pipe.options.decoder, cache_interval=2))
+    with pytest.raises(ValueError, match="needs cache_interval 1"):
         pipe.image_to_image(picture(16, 16), "a", options=options)
     with pytest.raises(ValueError, match="2 pictures were given"):
         pipe.image_to_image([picture(16, 16)] * 2, "a")

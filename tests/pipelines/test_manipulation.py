@@ -403,7 +403,7 @@ def test_metadata_of_manipulations_is_checked(pipe, again, changes, message):
 
 
 def test_only_deterministic_options_are_inverted(pipe, options):
-    for changes in ({"sampler": "unipc"}, {"eta": 0.5}, {"reuse": 2}):
+    for changes in ({"sampler": "unipc"}, {"eta": 0.5}, {"cache_interval": 2}):
         bad = replace(options, decoder=replace(options.decoder, **changes))
         with pytest.raises(ValueError, match="can be inverted"):
             pipe.invert(PICTURES[0], options=bad)

@@ -219,10 +219,10 @@ def test_deep_features_are_computed_at_every_nth_timestep(reuse, asked, anew):
 
 
 def test_reuse_is_refused_where_there_is_nothing_deep(tiny_pipe):
-    options = replace(TINY_OPTIONS, prior=replace(TINY_OPTIONS.prior, reuse=2))
+    options = replace(TINY_OPTIONS, prior=replace(TINY_OPTIONS.prior, cache_interval=2))
     with pytest.raises(
         ValueError,
-        match="prior is a DiffusionPrior, which cannot reuse deep features; set reuse to 1",
+        match="prior is a DiffusionPrior.*set cache_interval to 1",
     ):
         tiny_pipe("a red apple", options=options, progress=False)
 
@@ -249,7 +249,7 @@ def test_the_network_of_the_last_step_meets_no_other_timestep(tiny_pipe):
     pipe = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder, [upsampler])
     pipe.options = replace(pipe.options, upsamplers=(StageOptions(steps=7, sampler="ancestral"),))
     options = pipe.preset("fast").upsamplers
-    assert (options[0].steps, options[0].sampler, options[0].reuse) == (3, "ancestral", 3)
+    assert (options[0].steps, options[0].sampler, options[0].cache_interval) == (3, "ancestral", 3)
     told = []
     run = upsampler.last_unet.forward
     upsampler.last_unet.forward = lambda x, told_now, *rest, **more: (

@@ -277,7 +277,7 @@ class GLIDEPipeline(Placement):
             raise ValueError(
                 f"options for {len(options.upsamplers)} upsamplers, but the model has {have}; start from pipe.options"
             )
-        if any(stage.reuse > 1 for stage in (options.decoder, *options.upsamplers)):
+        if any(stage.cache_interval > 1 for stage in (options.decoder, *options.upsamplers)):
             raise ValueError(
-                "options reuse deep features, which this kind of model does not; set reuse to 1"
+                "cache_interval is above 1, which this kind of model does not support; set it to 1"
             )

@@ -35,7 +35,7 @@ def preset(name: str, options: Options, upsamplers: Sequence[Any]) -> Options:
         upsamplers=tuple(
             _fewer(stage, 0.6)
             if getattr(config, "last_unet", None) is None
-            else replace(stage, steps=max(2, round(0.45 * stage.steps)), reuse=3)
+            else replace(stage, steps=max(2, round(0.45 * stage.steps)), cache_interval=3)
             for stage, config in zip(options.upsamplers, upsamplers, strict=False)
         ),
     )

@@ -186,9 +186,9 @@ class UnCLIPEditing(UnCLIPRuns):
         check_count("batch_size", batch_size)
         options = options or self.options
         self._check_options(options)
-        if any(stage.reuse != 1 for stage in (options.decoder, *options.upsamplers)):
+        if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
             raise ValueError(
-                "options with reuse above 1 cannot paint, which goes back and forth between steps"
+                "painting goes back and forth between steps and needs cache_interval 1"
             )
         seeds = seeds_from(seed, num_images)
         windows = list(windows_over(canvas.hole, canvas.side))

@@ -112,7 +112,7 @@ def deterministic(options: UnCLIPOptions, steps: int = 50) -> UnCLIPOptions:
     """`options` with what can be inverted: DDIM without noise, at least `steps` steps in the decoder."""
 
     def plain(stage: StageOptions, steps: int) -> StageOptions:
-        return replace(stage, sampler="ddim", eta=0.0, reuse=1, steps=max(steps, stage.steps))
+        return replace(stage, sampler="ddim", eta=0.0, cache_interval=1, steps=max(steps, stage.steps))
 
     upsamplers = tuple(plain(stage, 1) for stage in options.upsamplers)
     return replace(options, decoder=plain(options.decoder, steps), upsamplers=upsamplers)
@@ -124,10 +124,10 @@ def check_invertible(options: UnCLIPOptions) -> None:
         ("decoder", options.decoder),
         *((f"upsampler {i}", o) for i, o in enumerate(options.upsamplers)),
     ):
-        if stage.sampler != "ddim" or stage.eta != 0 or stage.reuse != 1:
+        if stage.sampler != "ddim" or stage.eta != 0 or stage.cache_interval != 1:
             sampler = with_named_sampler(stage).sampler
             raise ValueError(
-                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and reuse {stage.reuse}; only 'ddim', "
+                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and cache_interval {stage.cache_interval}; only 'ddim', "
                 f"0 and 1 can be inverted: deterministic(options) in unclip.pipelines.unclip.latent sets them"
             )
 

@@ -294,9 +294,9 @@ class UnCLIPStages(UnCLIPNetworks):
     ) -> Denoise:
         """The network of a stage under one context; which: `last` for an upsampler."""
         part = network.network(**which) if hasattr(network, "network") else network
-        if options.reuse > 1 and not (hasattr(network, "step") and hasattr(network, "unet")):
+        if options.cache_interval > 1 and not (hasattr(network, "step") and hasattr(network, "unet")):
             raise ValueError(
-                f"{stage} is a {type(network).__name__}, which cannot reuse deep features; set reuse to 1"
+                f"{stage} is a {type(network).__name__}, which has no deep features to cache; set cache_interval to 1"
             )
         if hasattr(network, "step"):
             return Stepper(
@@ -306,7 +306,7 @@ class UnCLIPStages(UnCLIPNetworks):
                 lambda t: network.embed(t, context, **which),
                 timesteps(options, self.schedules[stage]),
                 self.device,
-                options.reuse,
+                options.cache_interval,
                 partial(self._use, part),
             )
 
