@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from unclip import _deprecated
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from unclip.types import TextEncoding as TextEncoding
     from unclip.types import UnCLIPOptions as UnCLIPOptions
 
-# Resolved on first use (PEP 562): importing torch and open_clip takes seconds, and `import unclip` must not.
+_deprecated.install()
+
+# Resolved on first use (PEP 562), because importing torch and open_clip takes seconds.
 _HOME = {
     "CLIP": "unclip.clip",
     "CodeOptions": "unclip.types",

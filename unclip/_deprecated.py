@@ -1,13 +1,176 @@
-"""Old names that keep working for one release, with a DeprecationWarning that names the new one."""
+"""Old module paths and names that keep working for one release, with a DeprecationWarning.
+
+`install()` adds a finder that serves old module paths and gives modules with renamed members a
+`__getattr__`. `renamed_fields` does the same for the fields of a dataclass.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def _table(text: str) -> dict[str, str]:
+    pairs = (line.split() for line in text.strip().splitlines())
+    return {f"unclip.{old}": f"unclip.{new}" for old, new in pairs}
+
+
+# Old module path, new module path. Names that are not in NAMES are looked up in the new module.
+MODULES = _table("""
+cli cli.main
+pictures image_io
+resize image_io
+latents embeddings
+checkpoints.catalogue checkpoints.registry
+checkpoints.contents checkpoints.probe
+checkpoints.diffusers checkpoints.diffusers.load
+checkpoints.diffusers_configs checkpoints.diffusers.configs
+checkpoints.diffusers_export checkpoints.diffusers.export
+checkpoints.diffusers_layout checkpoints.diffusers.layout
+checkpoints.diffusers_names checkpoints.diffusers.names
+checkpoints.dalle2_pytorch checkpoints.dalle2_pytorch.load
+checkpoints.dalle2_pytorch_config checkpoints.dalle2_pytorch.configs
+checkpoints.dalle2_pytorch_files checkpoints.dalle2_pytorch.files
+checkpoints.dalle2_pytorch_names checkpoints.dalle2_pytorch.names
+checkpoints.transformers_clip checkpoints.transformers.clip
+checkpoints.transformers_tokenizer checkpoints.transformers.tokenizer
+checkpoints.openai_clip checkpoints.openai.clip
+checkpoints.openai_dvae checkpoints.openai.dvae
+models.prior models.unclip.prior
+models.text_prior models.unclip.text_prior
+models.ar_prior models.unclip.ar_prior
+models.one_shot_prior models.unclip.one_shot_prior
+models.decoder models.unclip.decoder
+models.upsampler models.unclip.upsampler
+models.layout models.unclip.layout
+models.embedding_stats models.unclip.embedding_stats
+models.embedding_codes models.unclip.embedding_codes
+models.dalle models.dalle.transformer
+models.dalle_attention models.dalle.attention
+models.dalle_cache models.dalle.cache
+models.dalle_sampling models.dalle.sampling
+models.dalle_bound models.dalle.bound
+models.dalle_layers models.dalle.layers
+models.dalle_rotary models.dalle.rotary
+models.dalle_streams models.dalle.streams
+models.codec models.codecs.codec
+models.dvae models.codecs.dvae
+models.vqvae models.codecs.vqvae
+models.vqgan models.codecs.vqgan
+models.vae models.codecs.vae
+models.quantizers models.codecs.quantizers
+models.discriminator models.codecs.discriminator
+models.plain_dvae models.published.plain_dvae
+models.cross_attention_unet models.published.cross_attention_unet
+models.cross_attention_decoder models.published.cross_attention_decoder
+models.relative_prior models.published.relative_prior
+models.glide models.published.glide
+models.bart_dalle models.published.bart_dalle
+models.packing models.cpu.packing
+models.int8 models.cpu.int8
+pipelines.placement pipelines.runtime
+pipelines.compiling pipelines.compilation
+pipelines.settling pipelines.inference
+pipelines.recipes pipelines.provenance
+pipelines.unclip pipelines.unclip.pipeline
+pipelines.stages pipelines.unclip.stages
+pipelines.networks pipelines.unclip.networks
+pipelines.runs pipelines.unclip.bound_stage
+pipelines.stepping pipelines.unclip.stepping
+pipelines.manipulation pipelines.unclip.manipulations
+pipelines.editing pipelines.unclip.editing
+pipelines.latent pipelines.unclip.latent
+pipelines.wording pipelines.unclip.prompts
+pipelines.probing pipelines.unclip.probing
+pipelines.dalle pipelines.dalle.pipeline
+pipelines.dalle_stages pipelines.dalle.stages
+pipelines.command_line cli.common
+pipelines.arguments cli.arguments
+pipelines.commands cli.manipulate
+pipelines.from_pictures cli.sources
+evaluation.commands cli.evaluate
+evaluation.codec_command cli.evaluate_codec
+evaluation.priors_command cli.evaluate_priors
+""")
+
+# Renamed members: old path, new path.
+NAMES = _table("""
+pictures.open_picture image_io.open_image
+pictures.lacks_picture image_io.lacks_image
+pictures.TYPES image_io.FIELD_TYPES
+pictures.FASTEST image_io.MAX_FPS
+pictures.SLOWEST image_io.MIN_FPS
+pictures.MOST_TEXT image_io.MAX_METADATA
+checkpoints.contents.Contents checkpoints.probe.FormatProbe
+models.decoder.known_part models.unclip.decoder.masked_image
+models.unet.plus models.unet.add_
+pipelines.base.Picture pipelines.base.ImageInput
+pipelines.offload.Residency pipelines.offload.Offloader
+pipelines.recipes.picture_source pipelines.provenance.image_source
+pipelines.settling.settled pipelines.inference.prepare_for_inference
+pipelines.wording.Wording pipelines.unclip.prompts.PromptBatch
+""")
+
+_CHANGED = {*MODULES, *(name.rpartition(".")[0] for name in NAMES)}
+
+
+def install() -> None:
+    """Serve old module paths and names; `unclip/__init__.py` calls this once."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def lookup(module: str, name: str) -> Any:
+    """Return the object that used to be `module.name`, with a warning; AttributeError if none."""
+    new = NAMES.get(f"{module}.{name}")
+    if new is None and module in MODULES and not name.startswith("__"):
+        submodules = getattr(sys.modules[module], "__path__", [])
+        if PathFinder.find_spec(f"{module}.{name}", submodules) is None:
+            new = f"{MODULES[module]}.{name}"
+    if new is not None:
+        owner, _, attribute = new.rpartition(".")
+        try:
+            value = getattr(import_module(owner), attribute)
+        except AttributeError:
+            pass
+        else:
+            _warn(f"{module}.{name}", new)
+            return value
+    raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname not in _CHANGED:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None:  # the module has moved
+            if fullname in MODULES:
+                _warn(fullname, MODULES[fullname])
+            return ModuleSpec(fullname, self)
+        if isinstance(spec.loader, Loader):  # the module exists, but some of its names have moved
+            spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__getattr__ = functools.partial(lookup, module.__name__)
+
+
+def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    execute(module)
+    module.__getattr__ = functools.partial(lookup, module.__name__)
 
 
 def renamed_fields(**new_names: str) -> Callable[[type[T]], type[T]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unclip.resize import resize
+from unclip.image_io import resize
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_cut
 from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, write_tensors

@@ -1,4 +1,4 @@
-"""Pictures in and out of files: opened strictly, written with what it takes to draw them again."""
+"""Reading and writing image files, with the metadata that is needed to generate an image again."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+if TYPE_CHECKING:  # the command line reads metadata without importing torch
+    from torch import Tensor
+
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
-TYPES = {  # of what an entry of the metadata may tell, or a source in it
+FIELD_TYPES = {  # of an entry of the metadata and of the sources in it
     **dict.fromkeys(("options", "arguments", "inversion"), dict),
     **dict.fromkeys(
         ("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quantized"),
@@ -25,15 +28,16 @@ TYPES = {  # of what an entry of the metadata may tell, or a source in it
     ),
     "sources": list,
 }
-FASTEST = {".gif": 100, ".mp4": 1000}  # pictures a second of animations
-SLOWEST = 0.1
-MOST_TEXT = 60_000_000  # characters of metadata; Pillow opens no PNG with texts beyond 64 MB
+MAX_FPS = {".gif": 100, ".mp4": 1000}
+MIN_FPS = 0.1
+MAX_METADATA = 60_000_000  # characters; Pillow refuses PNG files with more than 64 MB of text
 
 
 def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A picture as upright RGB of 8 bits, transparent parts on white; of an animation, its first frame.
+    """Open an image as upright 8-bit RGB, composited on white; the first frame of an animation.
 
-    ValueError if the file is no picture, is truncated, or has more pixels than Pillow takes for honest (178 million).
+    Raises FileNotFoundError, or ValueError if the file is not an image, is truncated, or has more
+    than Pillow's limit of 178 million pixels.
     """
     image = _open(source)
     if not image.has_transparency_data:
@@ -43,9 +47,9 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
 
 
 def open_mask(source: str | Path | Image.Image) -> Image.Image:
-    """What is to be painted, as 255 in a picture of mode L, and 0 where it is kept.
+    """Open an inpainting mask in mode L: 255 where the image is painted, 0 where it is kept.
 
-    That is the white of a mask (from middle grey on); or, if it has transparent parts, those.
+    The painted area is the transparent part of the file; without one, its pixels above mid-grey.
     """
     image = _open(source)
     if image.has_transparency_data:
@@ -57,29 +61,27 @@ def open_mask(source: str | Path | Image.Image) -> Image.Image:
 
 
 def _open(source: str | Path | Image.Image) -> Image.Image:
-    """Upright, with 8 bits a channel."""
+    """Open an image upright, with 8 bits per channel."""
     if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
-        kind = type(source).__name__
         raise ValueError(
-            f"a {kind} is no picture; expected a path or a PIL picture (of an array: Image.fromarray)"
+            f"cannot open an image from a {type(source).__name__}; expected a path or a PIL image "
+            "(for an array: Image.fromarray)"
         )
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # a large picture is welcome; what is twice as large Pillow refuses itself
+        with warnings.catch_warnings():  # Pillow itself refuses images of twice this size
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(source)
             image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no picture at {source}") from None
-    except Exception as error:  # damaged files make Pillow raise nearly anything
-        told = (OSError, SyntaxError, Image.DecompressionBombError)
-        known = isinstance(error, told) and not isinstance(error, UnidentifiedImageError)
-        reason = error if known else "not a picture that can be read"
-        raise ValueError(f"{source}: {reason}; expected a PNG, JPEG, WebP or the like") from None
+        raise FileNotFoundError(f"image file {source} does not exist") from None
+    except Exception as error:  # Pillow raises almost any type for damaged files
+        specific = (OSError, SyntaxError, Image.DecompressionBombError)
+        known = isinstance(error, specific) and not isinstance(error, UnidentifiedImageError)
+        reason = error if known else "not a readable image"
+        raise ValueError(f"{source}: {reason}; expected a PNG, JPEG, WebP or similar") from None
     if image.mode in ("F", "LAB"):
         raise ValueError(
-            f"{source}: its pixels are of kind {image.mode}; expected RGB, grey, CMYK or a palette"
+            f"{source}: pixel mode is {image.mode}; expected RGB, grey, CMYK or a palette"
         )
     if not image.mode.startswith("I"):
         return image
@@ -87,8 +89,24 @@ def _open(source: str | Path | Image.Image) -> Image.Image:
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
+def resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Resize with antialiasing, without clamping: (B, C, H, W) -> (B, C, *size).
+
+    mode is "bilinear" or "bicubic". Computed in float32 or wider and returned in the input's dtype.
+    MPS tensors are resized on the CPU, because MPS lacks the gradient of this operation.
+    """
+    import torch
+
+    wide = images.to(torch.promote_types(images.dtype, torch.float32))
+    wide = wide.cpu() if wide.device.type == "mps" else wide
+    return torch.nn.functional.interpolate(wide, size, mode=mode, antialias=True).to(images)
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None:
-    """Writes a PNG whole or not at all; `metadata` (JSON types) goes into a text chunk. Parent folders are made."""
+    """Write a PNG atomically, with `metadata` (JSON types) as a text chunk; create parent folders.
+
+    Raises OSError if the file cannot be written.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
@@ -103,100 +121,96 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
 
 
 def read_metadata(path: str | Path) -> list[dict[str, Any]]:
-    """What `save_png` or `save_animation` put into a PNG or GIF, one entry for each picture in it.
+    """Read the metadata of a PNG or GIF that unclip wrote: one entry for each image in the file.
 
-    ValueError if the file is no picture, or one that was not drawn here, or if its metadata is damaged.
+    Raises ValueError if the file is not an image, has no such metadata, or has damaged metadata.
     """
     open_image(path)
     with Image.open(path) as image:
         image.load()  # text chunks may follow the pixels
         text = getattr(image, "text", {}).get(METADATA_KEY)
-        if image.format == "GIF" and image.info.get("comment", b"").startswith(
-            (b"[", b'{"pictures":')
-        ):
-            text = image.info["comment"]
+        comment = image.info.get("comment", b"") if image.format == "GIF" else b""
+        if comment.startswith((b"[", b'{"pictures":')):
+            text = comment
     if text is None:
         raise ValueError(
-            f"{path} holds no metadata of unclip; it was drawn elsewhere, or its metadata was stripped"
+            f"{path} has no unclip metadata; expected an image that unclip wrote, unmodified"
         )
     try:
-        told = json.loads(text)
-        if "pictures" in told:
-            pictures = told["pictures"]
-            told = _with_pictures(
-                told["entries"], lambda place: None if place is None else pictures[place]
-            )
-        entries = told if isinstance(told, list) else [told]
-        sound = entries != [] and all(
-            _is_sound(source) for entry in entries for source in _sources(entry)
-        )
+        data = json.loads(text)
+        if "pictures" in data:
+            pictures = data["pictures"]
+            data = _with_images(data["entries"], lambda i: None if i is None else pictures[i])
+        entries = data if isinstance(data, list) else [data]
+        if entries and all(_is_valid(source) for entry in entries for source in _sources(entry)):
+            return entries
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"{path}: its metadata is damaged, or not unclip's; expected a picture as unclip wrote it"
-        )
-    return entries
+        pass
+    raise ValueError(
+        f"{path}: its metadata is damaged; expected an image that unclip wrote, unmodified"
+    )
 
 
-def _is_sound(source: dict[str, Any]) -> bool:
-    """Whether it may be an entry of metadata, or a source in one."""
-    right = (isinstance(source[name], types) for name, types in TYPES.items() if name in source)
+def _is_valid(source: dict[str, Any]) -> bool:
+    """Whether a metadata entry, or a source in one, has fields of the expected types."""
+    right = (
+        isinstance(source[name], types) for name, types in FIELD_TYPES.items() if name in source
+    )
     return isinstance(source, dict) and all(right)
 
 
-def lacks_picture(entry: dict[str, Any]) -> bool:
-    """Whether a picture that it was drawn from was too large for its metadata."""
+def lacks_image(entry: dict[str, Any]) -> bool:
+    """Whether an input image was too large to be stored in this metadata entry."""
     return any(
         None in (source.get("picture", ""), source.get("mask", "")) for source in _sources(entry)
     )
 
 
 def _to_json(metadata: Any, ensure_ascii: bool = False) -> str:
-    """For `read_metadata`: several entries hold each picture once. A warning if all pictures must be left out."""
-    told = metadata
+    """Serialise metadata; several entries store each image once.
+
+    Warns and leaves the images out if the text would be too large for a PNG.
+    """
+    data = metadata
     if isinstance(metadata, list):
-        places: dict[str, int] = {}
-        entries = _with_pictures(
-            metadata, lambda one: None if one is None else places.setdefault(one, len(places))
+        index: dict[str, int] = {}
+        entries = _with_images(
+            metadata, lambda image: None if image is None else index.setdefault(image, len(index))
         )
-        told = {"pictures": list(places), "entries": entries} if places else entries
-    text = json.dumps(told, ensure_ascii=ensure_ascii)
-    if len(text) <= MOST_TEXT:
+        data = {"pictures": list(index), "entries": entries} if index else entries
+    text = json.dumps(data, ensure_ascii=ensure_ascii)
+    if len(text) <= MAX_METADATA:
         return text
     warnings.warn(
-        "what was drawn from is too large for metadata: it cannot be drawn again from the file",
+        "the input images are too large for metadata; this file cannot be generated again from it",
         stacklevel=3,
     )
-    bare = _with_pictures(metadata if isinstance(metadata, list) else [metadata], lambda _: None)
+    bare = _with_images(metadata if isinstance(metadata, list) else [metadata], lambda _: None)
     return json.dumps(bare, ensure_ascii=ensure_ascii)
 
 
 def _sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where an entry holds pictures."""
+    """Return the parts of an entry that may hold images."""
     return [entry, *entry.get("sources", [])]
 
 
-def _with_pictures(
+def _with_images(
     entries: Sequence[dict[str, Any]], change: Callable[[Any], Any]
 ) -> list[dict[str, Any]]:
-    """Entries with other values in place of the pictures."""
+    """Return copies of the entries with `change` applied to their images and masks."""
 
     def changed(source: dict[str, Any]) -> dict[str, Any]:
+        images = {name: change(source[name]) for name in ("picture", "mask") if name in source}
         inner = {"sources": list(map(changed, source["sources"]))} if "sources" in source else {}
-        return {
-            **source,
-            **{name: change(source[name]) for name in ("picture", "mask") if name in source},
-            **inner,
-        }
+        return {**source, **images, **inner}
 
     return list(map(changed, entries))
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Pictures of one size in rows of `columns`, on white with `gap` pixels between."""
+    """Arrange images of one size in rows of `columns`, on white with `gap` pixels between them."""
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("images is empty; a grid needs at least one image")
     width, height = images[0].size
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -207,70 +221,75 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 
 
 def cell(
-    pictures: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()
+    images: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()
 ) -> Image.Image:
-    """Pictures side by side, `size` pixels each (None stays white), titles above, the caption below on two lines."""
+    """Arrange images in a row, `size` pixels each, with titles above and a two-line caption below.
+
+    None leaves its place white.
+    """
     font = ImageFont.load_default(max(12, size // 10))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow was built without FreeType otherwise
     line = round(font.size * 1.3)
-    top, width = line if titles else 0, (size + 4) * len(pictures) - 4
-    image = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
-    pen = ImageDraw.Draw(image)
-    for i, picture in enumerate(pictures):
+    top, width = line if titles else 0, (size + 4) * len(images) - 4
+    sheet = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
         left = i * (size + 4)
         if titles:
             pen.text((left + 2, 0), titles[i], fill="black", font=font)
-        if picture is not None:
-            image.paste(picture.resize((size, size), Image.Resampling.LANCZOS), (left, top))
+        if image is not None:
+            sheet.paste(image.resize((size, size), Image.Resampling.LANCZOS), (left, top))
     letters = max(8, int(width / font.getlength("n")))
     lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" …")
     pen.text((2, top + size + 2), "\n".join(lines), fill="black", font=font)
-    return image
+    return sheet
 
 
 def check_animation(path: Path, fps: float) -> None:
-    """ValueError unless `path` is a .gif, of 0.1 to 100 pictures a second, or an .mp4, to 1000, with an ffmpeg."""
-    fastest = FASTEST.get(path.suffix.lower())
-    if fastest is None:
-        raise ValueError(f"{path}: an animation is written as .gif or .mp4")
-    if not SLOWEST <= fps <= fastest:
-        kind = path.suffix.lower()
-        raise ValueError(
-            f"fps is {fps:g}; expected {SLOWEST} to {fastest} pictures a second, the range of a {kind}"
-        )
-    if path.suffix.lower() == ".mp4":
+    """Raise ValueError if an animation cannot be written to `path` at this frame rate.
+
+    A .gif allows 0.1 to 100 frames per second; an .mp4 allows up to 1000 and needs ffmpeg.
+    """
+    kind = path.suffix.lower()
+    if kind not in MAX_FPS:
+        raise ValueError(f"{path}: the file type is {kind!r}; expected .gif or .mp4")
+    if not MIN_FPS <= fps <= MAX_FPS[kind]:
+        raise ValueError(f"fps is {fps:g}; expected {MIN_FPS} to {MAX_FPS[kind]} for a {kind} file")
+    if kind == ".mp4":
         find_ffmpeg()
 
 
 def save_animation(
     images: Sequence[Image.Image], path: str | Path, fps: float = 10.0, metadata: Any = None
 ) -> None:
-    """Writes pictures of one size as a .gif or an .mp4, whole or not at all; a GIF repeats and holds the metadata.
+    """Write images of one size as a .gif (looping, with metadata) or .mp4, atomically.
 
-    fps: pictures a second, see `check_animation`, whose errors are those of this.
+    fps: frames per second. Raises the errors of `check_animation`.
     """
     path = Path(path)
     check_animation(path, fps)
-    write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # ffmpeg tells the format by the ending
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # ffmpeg infers the format from the suffix
     try:
-        write(images, part, fps, metadata)
+        if path.suffix.lower() == ".gif":
+            _write_gif(images, part, fps, metadata)
+        else:
+            _write_mp4(images, part, fps)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: Any) -> None:
-    # One palette for all frames: with one of its own each, still parts would flicker.
+    # All frames share one palette; with a palette each, static areas would flicker.
     sheet = grid(images, columns=len(images), gap=0)
     palette = sheet.quantize(256, dither=Image.Dither.NONE)
     frames = [
         image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images
     ]
     comment = _to_json(metadata, ensure_ascii=True).encode() if metadata is not None else b""
-    ends = [
-        10 * round(100 * k / fps) for k in range(len(images) + 1)
-    ]  # ms; a GIF counts in hundredths of a second
+    # In ms; a GIF counts in hundredths of a second.
+    ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]
     lengths = [end - start for start, end in pairwise(ends)]
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=lengths, loop=0, comment=comment
@@ -278,7 +297,10 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
 
 
 def find_ffmpeg() -> str:
-    """The program that writes an .mp4: that of imageio-ffmpeg, or else the system's; ValueError if there is neither."""
+    """Return the path of ffmpeg: imageio-ffmpeg's if installed, else the system's.
+
+    Raises ValueError if there is neither.
+    """
     try:
         import imageio_ffmpeg
 
@@ -286,33 +308,24 @@ def find_ffmpeg() -> str:
     except (ImportError, RuntimeError):
         if (found := shutil.which("ffmpeg")) is None:
             raise ValueError(
-                "an .mp4 needs ffmpeg (pip install imageio-ffmpeg brings one); or write a .gif"
+                "writing an .mp4 needs ffmpeg, which was not found; "
+                "run `pip install imageio-ffmpeg`, or write a .gif"
             ) from None
         return found
 
 
-def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float, metadata: Any) -> None:
+def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
     width, height = images[0].size
-    even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"  # H.264 with colours at half resolution asks for it
-    source = [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-        "-r",
-        str(fps),
-        "-i",
-        "-",
-    ]
-    target = ["-vf", even, "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
-    command = [find_ffmpeg(), "-loglevel", "error", "-y", *source, *target]
+    # H.264 with subsampled colours needs an even width and height.
+    even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"
+    source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
+    target = f"-vf {even} -pix_fmt yuv420p -movflags +faststart".split()
     done = subprocess.run(
-        command, input=b"".join(image.tobytes() for image in images), capture_output=True
+        [find_ffmpeg(), "-loglevel", "error", "-y", *source, *target, str(path)],
+        input=b"".join(image.tobytes() for image in images),
+        capture_output=True,
     )
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit status {done.returncode}"
-        ]
-        raise ValueError(f"{path.name} could not be written: ffmpeg says {lines[-1]}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise ValueError(f"{path.name} could not be written: ffmpeg reports {reason!r}")

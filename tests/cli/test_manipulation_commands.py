@@ -360,7 +360,7 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("vary none.png", "no picture at none.png"),
+        ("vary none.png", "none.png does not exist"),
         ("vary apple.png --eta 2", "'2' is not a number from 0 to 1"),
         ("vary apple.png -n 2 -o a.png", "a.png is one file, but 2 pictures will be drawn"),
         ("vary apple.png --iterations -1", "iterations is -1"),
@@ -395,7 +395,7 @@ def test_what_is_mixed_and_what_is_avoided_reach_the_picture(run):
         ),
         (
             "interpolate apple.png fish.png -o a.gif --fps 0",
-            "fps is 0; expected 0.1 to 100 pictures a second",
+            "fps is 0; expected 0.1 to 100",
         ),
         ("interpolate apple.png fish.png -o a.gif --fps nan", "fps is nan; expected 0.1 to 100"),
         ("interpolate apple.png fish.png -o a.gif --grid", "a.gif is an animation: --grid"),

@@ -165,7 +165,7 @@ def test_a_line_that_fails_is_told(monkeypatch, model, tmp_path):
     monkeypatch.setattr(gallery, "FIGURES", [broken])
     with pytest.raises(
         SystemExit,
-        match="`unclip vary missing.png -o a.png` ended with 2: .*no picture at missing.png",
+        match="`unclip vary missing.png -o a.png` ended with 2: .*missing.png does not exist",
     ):
         main(["--out", str(tmp_path / "g.md"), "--model", model, "--quiet"])
     with pytest.raises(SystemExit, match="expected a file that ends in .md"):

@@ -299,7 +299,7 @@ def info(args: Namespace) -> None:
 def _picture_info(path: Path) -> None:
     import shlex
 
-    from unclip.image_io import lacks_picture, read_metadata
+    from unclip.image_io import lacks_image, read_metadata
 
     entries = read_metadata(path)
     for entry in entries:
@@ -310,12 +310,12 @@ def _picture_info(path: Path) -> None:
         }
         told = {key: value for key, value in entry.items() if key not in ("options", "mask", *held)}
         for key in held.keys() & entry.keys():
-            holds = "does not hold" if lacks_picture(entry) else "holds"
+            holds = "does not hold" if lacks_image(entry) else "holds"
             told["drawn from"] = f"{held[key]}, which the picture {holds}"
         for key, value in {**told, **entry.get("options", {})}.items():
             print(f"{key}: {_one_line(value)}")
         print()
-    if any(map(lacks_picture, entries)):
+    if any(map(lacks_image, entries)):
         print("it cannot be drawn again: what it was drawn from was too large for its metadata")
     else:
         print(f"draw it again: unclip generate --from {shlex.quote(str(path))} -o again.png")

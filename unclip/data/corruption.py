@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.resize import resize
+from unclip.image_io import resize
 
 # B batch, s side of the low-res picture, K side of a blur kernel
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.resize import resize
+from unclip.image_io import resize
 
 # B batch, s picture side
 

@@ -21,7 +21,7 @@ from unclip.models.unclip.layout import Layout
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior
 from unclip.models.unclip.upsampler import Upsampler
-from unclip.resize import resize
+from unclip.image_io import resize
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
 

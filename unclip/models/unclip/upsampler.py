@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unclip.models.unet import UNet, UNetConfig
-from unclip.resize import resize
+from unclip.image_io import resize
 
 
 @dataclass(frozen=True)
