@@ -186,17 +186,16 @@ def renamed_fields(**new_names: str) -> Callable[[type[T]], type[T]]:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             for old in new_names.keys() & kwargs.keys():
                 _warn(f"{cls.__name__}({old}=...)", f"{cls.__name__}({new_names[old]}=...)")
-            init(self, *args, **rename(kwargs))
+            init(self, *args, **{new_names.get(key, key): x for key, x in kwargs.items()})
 
-        def rename(data: Any) -> Any:
-            if not isinstance(data, dict):
-                return data
-            return {new_names.get(key, key): value for key, value in data.items()}
-
-        def schema(source: Any, handler: Callable[[Any], Any]) -> Any:
-            from pydantic_core import core_schema
-
-            return core_schema.no_info_before_validator_function(rename, handler(source))
+        def schema(source: Any, handler: Any) -> Any:
+            own = handler(source)
+            old_names = {new: old for old, new in new_names.items()}
+            # Changed in place: the definition is shared by all places that refer to the class.
+            for field in handler.resolve_ref_schema(own)["schema"]["fields"]:
+                if field["name"] in old_names:
+                    field["validation_alias"] = [[field["name"]], [old_names[field["name"]]]]
+            return own
 
         def old_attribute(old: str, new: str) -> property:
             def get(self: Any) -> Any:
