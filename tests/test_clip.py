@@ -1,3 +1,5 @@
+"""The CLIP wrapper against open_clip itself."""
+
 import math
 from pathlib import Path
 
@@ -28,8 +30,8 @@ def clip():
 
 
 @pytest.fixture(scope="module")
-def own():
-    """A CustomTextCLIP with a tokenizer of its own that pools at its end token."""
+def custom():
+    """A CustomTextCLIP with a BPETokenizer, which pools at the end token."""
     tokenizer = BPETokenizer.train(
         ["a red apple", "a green pear"], vocab_size=300, context_length=10
     )
@@ -47,9 +49,9 @@ def own():
     return CLIP(config, tokenizer).eval()
 
 
-def test_embeddings_are_open_clips_own(clip, own):
+def test_embeddings_equal_open_clips(clip, custom):
     with torch.no_grad():
-        for model in (clip, own):
+        for model in (clip, custom):
             text = model.encode_text(["a red apple", "!"])
             theirs = model.model.encode_text(text.ids)
             torch.testing.assert_close(text.emb, theirs[0] if isinstance(theirs, tuple) else theirs)
@@ -59,42 +61,41 @@ def test_embeddings_are_open_clips_own(clip, own):
             torch.testing.assert_close(model.encode_image(images), model.model.encode_image(pixels))
 
 
-def test_states_are_those_that_the_embedding_is_pooled_from(clip, own):
+def test_the_embedding_is_pooled_from_the_states(clip, custom):
     with torch.no_grad():
         for model, projection in (
             (clip, clip.model.text_projection),
-            (own, own.model.text.text_projection),
+            (custom, custom.model.text.text_projection),
         ):
             text = model.encode_text(["a red apple", "pear"])
             assert text.states.shape == (2, model.context_length, model.text_width)
-            last = text.states[
-                torch.arange(2), text.mask.sum(1) - 1
-            ]  # after the final LayerNorm, at the end token
+            # After the final LayerNorm, at the end token.
+            last = text.states[torch.arange(2), text.mask.sum(1) - 1]
             torch.testing.assert_close(text.emb, last @ projection)
 
 
-def test_the_mask_keeps_an_exclamation_mark_that_has_the_pad_id(clip):
+def test_the_mask_includes_an_exclamation_mark_with_the_pad_id(clip):
     text = clip.encode_text(["!~", "a", ""])
-    assert text.ids[0, 1] == 0  # this "!" is token 0, which is also the pad
+    assert text.ids[0, 1] == 0  # "!" is token 0, which is also the pad token
     assert text.mask.sum(1).tolist() == [4, 3, 2]
 
 
-def test_a_long_prompt_warns_and_shows_the_cut_part(clip):
+def test_long_prompts_are_truncated_with_a_warning_that_shows_the_cut(clip):
     with pytest.warns(UserWarning, match="more than 77 tokens.*the end'"):
         clip.encode_text(["apple " * 80 + "the end"])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 64), (20, 30)])
-def test_pictures_and_tensors_are_prepared_alike(clip, size):
+def test_pil_images_and_tensors_are_prepared_alike(clip, size):
     ramp = np.linspace(0, 255, size[0] * size[1] * 3).reshape(size[1], size[0], 3).astype(np.uint8)
     tensor = torch.from_numpy(ramp).permute(2, 0, 1)[None] / 127.5 - 1
     a, b = clip.prepare([Image.fromarray(ramp)]), clip.prepare(tensor)
     assert a.shape == b.shape == (1, 3, 32, 32)
-    assert (a - b).abs().mean() < 0.02  # PIL rounds to 8 bits between its passes
+    assert (a - b).abs().mean() < 0.02  # PIL rounds to 8 bits between its two passes
 
 
-def test_a_folder_gives_the_same_model_back(own, clip, tmp_path):
-    for model in (own, clip):
+def test_a_saved_model_loads_unchanged(custom, clip, tmp_path):
+    for model in (custom, clip):
         model.save_pretrained(tmp_path / "clip")
         again = CLIP.from_pretrained(tmp_path / "clip")
         with torch.no_grad():
@@ -105,9 +106,9 @@ def test_a_folder_gives_the_same_model_back(own, clip, tmp_path):
         (tmp_path / "clip" / "tokenizer.json").unlink(missing_ok=True)
 
 
-def test_half_precision_files_are_half_the_size_and_load_as_float(own, tmp_path):
-    own.save_pretrained(tmp_path / "full")
-    own.save_pretrained(tmp_path / "half", torch.float16)
+def test_half_precision_files_are_half_the_size_and_load_as_float32(custom, tmp_path):
+    custom.save_pretrained(tmp_path / "full")
+    custom.save_pretrained(tmp_path / "half", torch.float16)
     full, half = (
         (tmp_path / n / "open_clip_model.safetensors").stat().st_size for n in ("full", "half")
     )
@@ -115,7 +116,7 @@ def test_half_precision_files_are_half_the_size_and_load_as_float(own, tmp_path)
     assert CLIP.from_pretrained(tmp_path / "half").logit_scale.dtype == torch.float32
 
 
-def test_open_clip_itself_opens_the_folder(clip, tmp_path):
+def test_open_clip_loads_a_saved_folder(clip, tmp_path):
     clip.save_pretrained(tmp_path)
     theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     ids, _ = clip.tokenizer(["a red apple"])
@@ -123,17 +124,17 @@ def test_open_clip_itself_opens_the_folder(clip, tmp_path):
         torch.testing.assert_close(theirs.encode_text(ids), clip.model.encode_text(ids))
 
 
-def test_folders_that_do_not_fit_are_refused(own, tmp_path):
+def test_incomplete_and_truncated_folders_are_errors(custom, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"open_clip_config.json is missing"):
         CLIP.from_pretrained(tmp_path)
-    own.save_pretrained(tmp_path)
+    custom.save_pretrained(tmp_path)
     weights = tmp_path / "open_clip_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated"):
         CLIP.from_pretrained(tmp_path)
 
 
-def test_tensors_that_do_not_fit_are_named(clip):
+def test_mismatched_tensors_are_listed(clip):
     tensors = dict(clip.model.state_dict())
     tensors["extra"] = torch.zeros(1)
     del tensors["logit_scale"]
@@ -144,8 +145,8 @@ def test_tensors_that_do_not_fit_are_named(clip):
         load_strictly(make().model, tensors, "somewhere")
 
 
-def test_quick_gelu_follows_the_weights(monkeypatch):
-    """`ViT-B-32` computes GELU but the tag's weights were trained with QuickGELU: open_clip only warns."""
+def test_the_activation_follows_the_pretrained_weights(monkeypatch):
+    """`ViT-B-32` uses GELU but its weights were trained with QuickGELU; open_clip only warns."""
     model_cfg = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     tag = {"quick_gelu": True}
     monkeypatch.setattr(open_clip, "get_model_config", lambda name: dict(model_cfg))
@@ -166,14 +167,14 @@ def test_quick_gelu_follows_the_weights(monkeypatch):
         CLIP.from_open_clip("some-model-quickgelu", "laion")
 
 
-def test_unknown_architectures_and_tags_are_refused():
+def test_unknown_architectures_and_tags_are_errors():
     with pytest.raises(ValueError, match="unknown open_clip architecture 'ViT-X'"):
         CLIP.from_open_clip("ViT-X")
-    with pytest.raises(ValueError, match="no pretrained tag or file 'nowhere'; tags: openai"):
+    with pytest.raises(ValueError, match="no pretrained tag or file 'nowhere'; its tags: openai"):
         CLIP.from_open_clip("ViT-B-32", "nowhere")
 
 
-def test_a_captioner_is_refused():
+def test_a_captioner_is_an_error():
     with pytest.raises(ValueError, match="captioner"):
         make(multimodal_cfg={})
 
@@ -187,19 +188,19 @@ def test_the_contrastive_loss_is_symmetric_cross_entropy():
     torch.testing.assert_close(contrastive_loss(image, text, scale), expected)
 
 
-def test_the_temperature_is_clipped_at_100(own):
-    ids, mask = own.tokenizer(["a red apple"])
+def test_the_inverse_temperature_is_clamped_to_100(custom):
+    ids, mask = custom.tokenizer(["a red apple"])
     with torch.no_grad():
-        own.logit_scale.fill_(math.log(1e4))
-        image_emb, text_emb, scale = own(torch.zeros(1, 3, 32, 32), ids, mask)
+        custom.logit_scale.fill_(math.log(1e4))
+        image_emb, text_emb, scale = custom(torch.zeros(1, 3, 32, 32), ids, mask)
     torch.testing.assert_close(scale, torch.tensor(100.0))
-    own(torch.zeros(1, 3, 32, 32), ids, mask)[2].backward()
-    assert own.logit_scale.grad > 0, "so that it can come back"
+    custom(torch.zeros(1, 3, 32, 32), ids, mask)[2].backward()
+    assert custom.logit_scale.grad > 0  # a clamp inside the graph would stop the gradient
     for emb in (image_emb, text_emb):
         torch.testing.assert_close(emb.norm(dim=-1), torch.ones(1))
 
 
-def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+def embedding_pairs() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(6, 8, generator=generator, requires_grad=True) for _ in range(2))
 
@@ -214,7 +215,7 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    image, text = pairs()
+    image, text = embedding_pairs()
     rows = slice(3 * rank, 3 * rank + 3)
     loss = loss_of(image[rows], text[rows])
     loss.backward()
@@ -224,15 +225,13 @@ def one_of_two_processes(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_contrast_their_pairs_with_those_of_both(tmp_path):
+def test_the_contrastive_loss_spans_all_processes(tmp_path):
     torch.multiprocessing.spawn(one_of_two_processes, args=(tmp_path,), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    image, text = pairs()
+    image, text = embedding_pairs()
     loss = loss_of(image, text)
     loss.backward()
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, loss.detach())
-    for name, whole in (
-        ("image", image.grad),
-        ("text", text.grad),
-    ):  # DistributedDataParallel takes the mean
+    # DistributedDataParallel averages gradients over processes.
+    for name, whole in (("image", image.grad), ("text", text.grad)):
         torch.testing.assert_close((first[name] + second[name]) / 2, whole)

@@ -1,4 +1,4 @@
-"""YAML <-> dataclasses: what is accepted, and that every refusal names its place."""
+"""Strict parsing of YAML and JSON into dataclasses, and errors that name their location."""
 
 from __future__ import annotations
 
@@ -68,33 +68,35 @@ optim:
 """
 
 
-def written(folder: Path, text: str) -> Path:
+def write_config(folder: Path, text: str) -> Path:
     file = folder / "run.yaml"
     file.write_text(text)
     return file
 
 
-def refusal(folder: Path, text: str, *overrides: str) -> str:
-    """The error for a bad file, with `run.yaml` for its path."""
-    file = written(folder, text)
+def error_message(folder: Path, text: str, *overrides: str) -> str:
+    """Return the error for an invalid file, with `run.yaml` in place of its path."""
+    file = write_config(folder, text)
     with pytest.raises(ValueError) as error:
         load_config(file, Config, overrides)
     return str(error.value).replace(str(file), "run.yaml")
 
 
 def test_a_file_becomes_nested_dataclasses(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, GOOD), Config)
+    config = load_config(write_config(tmp_path, GOOD), Config)
     assert config == Config("tiny", (Level(64), Level(128, True)), optim=Optim(lr=1e-4))
 
 
-def test_an_integer_is_a_float_and_null_is_none(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, GOOD + "  clip_norm: null\n  betas: [0, 0.5]\n"), Config)
+def test_integers_are_valid_floats_and_null_is_none(tmp_path: Path) -> None:
+    config = load_config(
+        write_config(tmp_path, GOOD + "  clip_norm: null\n  betas: [0, 0.5]\n"), Config
+    )
     assert config.optim.clip_norm is None
     assert config.optim.betas == (0.0, 0.5)
     assert isinstance(config.optim.betas[0], float)
 
 
-def test_kind_chooses_the_member_of_a_union() -> None:
+def test_kind_selects_the_member_of_a_union() -> None:
     config = parse(Config, {"name": "a", "levels": [], "text": {"kind": "transformer", "depth": 2}})
     assert config.text == Transformer(2)
 
@@ -107,11 +109,11 @@ def test_kind_chooses_the_member_of_a_union() -> None:
         ("levels.1.channels=7", 7),
         ("name=a=b", "a=b"),
         ("text={kind: transformer, depth: 3}", Transformer(3)),
-        ("text.norm=true", True),  # a section that the file leaves out
+        ("text.norm=true", True),  # a section that the file omits
     ],
 )
 def test_override_replaces_one_value(tmp_path: Path, override: str, value: object) -> None:
-    config = load_config(written(tmp_path, GOOD), Config, [override])
+    config = load_config(write_config(tmp_path, GOOD), Config, [override])
     found: object = config
     for key in override.partition("=")[0].split("."):
         found = found[int(key)] if isinstance(found, tuple) else getattr(found, key)
@@ -157,8 +159,8 @@ def test_override_replaces_one_value(tmp_path: Path, override: str, value: objec
         ("- 1\n", "run.yaml:1: the config is [1]; expected a mapping"),
     ],
 )
-def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    assert refusal(tmp_path, text) == message
+def test_errors_name_the_line_and_the_key(tmp_path: Path, text: str, message: str) -> None:
+    assert error_message(tmp_path, text) == message
 
 
 @pytest.mark.parametrize(
@@ -167,8 +169,8 @@ def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str)
         ("optim.lr=fast", "--set optim.lr=fast: optim.lr is 'fast'; expected a valid number"),
         ("optim.lrr=1", "--set optim.lrr=1: optim.lrr is unknown; did you mean 'lr'?"),
         ("optim.lr", "--set 'optim.lr': expected KEY=VALUE, such as optim.lr=1e-4"),
-        ("levels.5.channels=1", "--set 'levels.5.channels=1': '5' is looked up in a list of 2"),
-        ("name.first=1", "--set 'name.first=1': 'first' is looked up in 'tiny'"),
+        ("levels.5.channels=1", "--set 'levels.5.channels=1': '5' does not exist in a list of 2"),
+        ("name.first=1", "--set 'name.first=1': 'first' does not exist in 'tiny'"),
         ("optim.lr=[1", "--set 'optim.lr=[1': '[1' is not a valid YAML value"),
         (
             "optim.clip_norm=.nan",
@@ -180,35 +182,35 @@ def test_a_fault_is_named_with_its_line(tmp_path: Path, text: str, message: str)
         ),
     ],
 )
-def test_a_bad_override_is_named(tmp_path: Path, override: str, message: str) -> None:
-    assert refusal(tmp_path, GOOD, override) == message
+def test_errors_name_the_override(tmp_path: Path, override: str, message: str) -> None:
+    assert error_message(tmp_path, GOOD, override) == message
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
-    text = refusal(tmp_path, GOOD.replace("64", "x") + "  lrr: 3\n")
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
+    text = error_message(tmp_path, GOOD.replace("64", "x") + "  lrr: 3\n")
     assert text.splitlines() == [
         "run.yaml:3: levels.0.channels is 'x'; expected a valid integer",
         "run.yaml:8: optim.lrr is unknown; did you mean 'lr'?",
     ]
 
 
-def test_merge_keys_are_yaml(tmp_path: Path) -> None:
+def test_yaml_merge_keys_are_supported(tmp_path: Path) -> None:
     text = "name: a\nlevels: [&level {channels: 4}, {<<: *level, attention: true}]\n"
-    assert load_config(written(tmp_path, text), Config).levels == (Level(4), Level(4, True))
+    assert load_config(write_config(tmp_path, text), Config).levels == (Level(4), Level(4, True))
 
 
-def test_an_override_changes_nothing_that_shares_an_anchor(tmp_path: Path) -> None:
+def test_an_override_does_not_change_other_uses_of_an_anchor(tmp_path: Path) -> None:
     text = "name: a\nlevels: [&level {channels: 4}, *level, {<<: *level}]\n"
-    config = load_config(written(tmp_path, text), Config, ["levels.0.channels=5"])
+    config = load_config(write_config(tmp_path, text), Config, ["levels.0.channels=5"])
     assert config.levels == (Level(5), Level(4), Level(4))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config file .*absent\.yaml"):
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml", Config)
 
 
-def test_json_there_and_back(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     config = Config("a", (Level(2), Level(3, True)), Transformer(4), Optim(betas=(0.5, 0.6)))
     save_json(config, tmp_path / "config.json")
     data = json.loads((tmp_path / "config.json").read_text())
@@ -219,7 +221,7 @@ def test_json_there_and_back(tmp_path: Path) -> None:
         parse(Config, {"name": "a", "levels": [{}]}, where="model")
 
 
-def test_flatten_gives_dotted_names() -> None:
+def test_flatten_returns_dotted_keys() -> None:
     assert flatten({"a": {"b": 1, "c": []}, "d": [2, {"e": None}]}) == {
         "a.b": 1,
         "a.c": [],

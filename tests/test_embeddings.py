@@ -1,3 +1,5 @@
+"""Embedding arithmetic and PCA against textbook formulas."""
+
 import math
 
 import pytest
@@ -19,16 +21,15 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def test_normalise():
+def test_normalise_gives_unit_length_in_the_input_dtype():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     assert normalise(x).tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
     assert normalise(x.half()).dtype == torch.float16
-    assert normalise(torch.full((1, 768), 1e-4).half()).float().norm() == pytest.approx(
-        1.0, abs=1e-2
-    )
+    small = torch.full((1, 768), 1e-4).half()
+    assert normalise(small).float().norm() == pytest.approx(1.0, abs=1e-2)
 
 
-def test_slerp_is_the_textbook_formula():
+def test_slerp_equals_the_textbook_formula():
     a, b = normalise(randn(5, 16)), normalise(randn(5, 16, seed=1))
     angle = (a * b).sum(-1, keepdim=True).arccos()
     for fraction in (0.0, 0.3, 1.0):
@@ -36,7 +37,7 @@ def test_slerp_is_the_textbook_formula():
         torch.testing.assert_close(slerp(a, b, fraction), expected)
 
 
-def test_slerp_runs_through_equal_angles():
+def test_slerp_fractions_are_fractions_of_the_angle():
     a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     fractions = torch.linspace(0, 1, 7)
     path = slerp(a.expand(7, 2), b.expand(7, 2), fractions)
@@ -44,7 +45,7 @@ def test_slerp_runs_through_equal_angles():
     torch.testing.assert_close(path, torch.stack([angles.cos(), angles.sin()], -1))
 
 
-def test_lengths_run_linearly():
+def test_slerp_interpolates_lengths_linearly():
     a, b = normalise(randn(3, 8)) * 2, normalise(randn(3, 8, seed=1)) * 6
     torch.testing.assert_close(
         slerp(a, b, 0.25).norm(dim=-1), torch.full((3,), 3.0, dtype=torch.float64)
@@ -66,13 +67,13 @@ def test_slerp_of_nearly_parallel_and_antipodal_vectors(sign, gap, dtype):
     )
     torch.testing.assert_close(path[0], a, rtol=0, atol=tolerance)
     torch.testing.assert_close(path[-1], b, rtol=0, atol=tolerance)
-    steps = path.diff(dim=0).norm(dim=-1)  # the same chord at each step: constant speed
+    steps = path.diff(dim=0).norm(dim=-1)  # equal chords: constant speed
     torch.testing.assert_close(steps, steps[:1].expand_as(steps), rtol=0, atol=tolerance)
     if sign < 0:
-        assert (path[4] * a).sum(-1).abs().max() < 0.02  # half way round, not through the origin
+        assert (path[4] * a).sum(-1).abs().max() < 0.02  # around the sphere, not through the origin
 
 
-def test_slerp_of_half_precision_keeps_its_dtype():
+def test_slerp_keeps_half_precision():
     a, b = randn(2, 64, dtype=torch.float32), randn(2, 64, seed=1, dtype=torch.float32)
     out = slerp(a.half(), b.half(), 0.5)
     assert out.dtype == torch.float16
@@ -82,7 +83,7 @@ def test_slerp_of_half_precision_keeps_its_dtype():
 # -- arithmetic
 
 
-def test_a_weighted_sum_is_one_of_matrices():
+def test_weighted_sum():
     parts, weights = randn(5, 3, 8), torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(
         weighted_sum(parts, weights), torch.einsum("nkd,k->nd", parts, weights)
@@ -91,7 +92,7 @@ def test_a_weighted_sum_is_one_of_matrices():
         weighted_sum(parts, [1.0, 1.0])
 
 
-def test_a_mixture_leans_to_the_heavier_part_and_keeps_the_length():
+def test_a_mixture_has_the_direction_of_the_weighted_sum_and_the_mean_length():
     a, b = normalise(randn(8)) * 3, normalise(randn(8, seed=1)) * 5
     mixed = mix(torch.stack([a, b]), [3.0, 1.0])
     assert mixed.norm() == pytest.approx(4.0)
@@ -102,7 +103,7 @@ def test_a_mixture_leans_to_the_heavier_part_and_keeps_the_length():
         mix(torch.stack([a, a]), [1.0, -1.0])
 
 
-def test_text_diff_turns_by_a_fraction_of_the_arc_and_keeps_the_length():
+def test_text_diff_rotates_by_a_fraction_of_the_arc_and_keeps_the_length():
     image, text, base = randn(4, 16) * 7, randn(4, 16, seed=1), randn(4, 16, seed=2)
     direction = text_direction(text, base)
     torch.testing.assert_close(direction, normalise(normalise(text) - normalise(base)))
@@ -110,10 +111,10 @@ def test_text_diff_turns_by_a_fraction_of_the_arc_and_keeps_the_length():
     def angle(x, y):
         return (normalise(x) * normalise(y)).sum(-1).arccos()
 
-    turned = text_diff(image, text, base, 0.3)
-    torch.testing.assert_close(angle(turned, image), 0.3 * angle(direction, image))
-    torch.testing.assert_close(angle(turned, direction), 0.7 * angle(direction, image))
-    torch.testing.assert_close(turned.norm(dim=-1), image.norm(dim=-1))
+    rotated = text_diff(image, text, base, 0.3)
+    torch.testing.assert_close(angle(rotated, image), 0.3 * angle(direction, image))
+    torch.testing.assert_close(angle(rotated, direction), 0.7 * angle(direction, image))
+    torch.testing.assert_close(rotated.norm(dim=-1), image.norm(dim=-1))
     torch.testing.assert_close(text_diff(image, text, base, 0.0), image)
     thetas = torch.tensor([0.0, 0.1, 0.5, 1.0])
     each = torch.stack(
@@ -124,11 +125,9 @@ def test_text_diff_turns_by_a_fraction_of_the_arc_and_keeps_the_length():
         text_diff(image, text, text, 0.3)
 
 
-def test_the_nearest_captions_come_first():
-    captions, text_emb = (
-        ["x", "y", "z"],
-        torch.eye(3) * torch.tensor([1.0, 5.0, 2.0]),
-    )  # lengths do not count
+def test_nearest_captions_are_ordered_by_cosine_similarity():
+    captions = ["x", "y", "z"]
+    text_emb = torch.eye(3) * torch.tensor([1.0, 5.0, 2.0])  # lengths do not matter
     found = nearest_captions(
         torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.0, 9.0]]), text_emb, captions, k=2
     )
@@ -141,7 +140,7 @@ def test_the_nearest_captions_come_first():
 # -- PCA
 
 
-def test_pca_is_the_singular_value_decomposition():
+def test_pca_equals_the_singular_value_decomposition():
     emb = randn(50, 6) * torch.tensor([5.0, 3.0, 2.0, 1.0, 0.5, 0.1], dtype=torch.float64) + 4
     pca = PCA.fit(emb)
     centred = emb - emb.mean(dim=0)
@@ -164,7 +163,7 @@ def test_pca_is_the_singular_value_decomposition():
     )
 
 
-def test_pca_keeps_what_it_is_told_to():
+def test_the_number_of_components():
     emb = randn(40, 4) * torch.tensor([10.0, 3.0, 1.0, 0.1], dtype=torch.float64)
     assert len(PCA.fit(emb, 2)) == 2
     few = PCA.fit(emb, 0.95)
@@ -175,11 +174,11 @@ def test_pca_keeps_what_it_is_told_to():
             PCA.fit(emb, components)
     with pytest.raises(ValueError, match="at least 2"):
         PCA.fit(emb[:1])
-    with pytest.raises(ValueError, match="k is 3; this PCA has 2"):
+    with pytest.raises(ValueError, match="k is 3; expected 0 to 2"):
         PCA.fit(emb, 2).truncate(emb, 3)
 
 
-def test_a_pca_is_saved_and_loaded(tmp_path):
+def test_a_saved_pca_loads_unchanged(tmp_path):
     pca = PCA.fit(randn(20, 5), 3)
     pca.save(tmp_path / "new" / "pca.safetensors")
     again = PCA.load(tmp_path / "new" / "pca.safetensors")
@@ -189,7 +188,7 @@ def test_a_pca_is_saved_and_loaded(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"mean": torch.ones(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds mean; expected a PCA"):
+    with pytest.raises(ValueError, match="holds mean; expected .* PCA.save"):
         PCA.load(tmp_path / "other.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(OSError, match=r"cannot write .*folder\.safetensors: "):

@@ -1,3 +1,5 @@
+"""Training, encoding, truncation, dropout and saving of the tokenizers."""
+
 import pytest
 import torch
 
@@ -11,42 +13,40 @@ def tokenizer():
     return BPETokenizer.train(CAPTIONS, vocab_size=320, context_length=12)
 
 
-def test_ids_start_and_end_and_the_mask_covers_both(tokenizer):
+def test_the_mask_covers_the_start_and_end_tokens(tokenizer):
     ids, mask = tokenizer(["a red apple", ""])
     assert ids.shape == mask.shape == (2, 12)
     assert ids[0, 0] == tokenizer.start_id and ids[0, mask[0].sum() - 1] == tokenizer.end_id
-    assert (
-        ids[1, :3].tolist() == [tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id]
-        and mask[1].sum() == 2
-    )
+    assert ids[1, :3].tolist() == [tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id]
+    assert mask[1].sum() == 2
     assert torch.equal(mask, ids != tokenizer.pad_id)
 
 
 @pytest.mark.parametrize("text", ["a red apple", "ça va? 100%", "snow ☃ 日本 🍎", "x!y"])
-def test_any_text_comes_back_in_lower_case(text):
+def test_decoding_returns_the_lower_cased_text(text):
     tokenizer = BPETokenizer.train(CAPTIONS, vocab_size=320, context_length=64)
     assert tokenizer.decode(tokenizer([text.upper()])[0][0].tolist()) == text.upper().lower()
 
 
-def test_spacing_and_case_do_not_matter(tokenizer):
+def test_whitespace_and_case_are_normalised(tokenizer):
     a, b = tokenizer(["  A  red\napple "])[0], tokenizer(["a red apple"])[0]
     assert torch.equal(a, b)
 
 
-def test_a_long_prompt_is_cut_with_a_warning_that_shows_what_was_lost(tokenizer):
+def test_long_prompts_are_truncated_with_a_warning_that_shows_the_cut(tokenizer):
     with pytest.warns(UserWarning, match=r"more than 12 tokens.*green apple'$"):
         ids, mask = tokenizer(["a red apple " * 4 + "and a green apple"])
     assert mask.all() and ids[0, -1] == tokenizer.end_id
 
 
-def test_it_is_the_same_after_saving(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = BPETokenizer.load(tmp_path / "tokenizer.json", context_length=12)
     assert again.vocab_size == tokenizer.vocab_size <= 320
     assert torch.equal(again(CAPTIONS)[0], tokenizer(CAPTIONS)[0])
 
 
-def test_a_missing_file_and_a_foreign_tokenizer_are_refused(tmp_path):
+def test_missing_files_and_foreign_tokenizers_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json"):
         BPETokenizer.load(tmp_path / "tokenizer.json", 12)
     from tokenizers import Tokenizer, models
@@ -55,7 +55,7 @@ def test_a_missing_file_and_a_foreign_tokenizer_are_refused(tmp_path):
         BPETokenizer(Tokenizer(models.BPE()), 12)
 
 
-def test_without_marks_a_text_fills_its_context_from_the_first_place():
+def test_unmarked_texts_have_no_start_and_end_tokens():
     tokenizer = BPETokenizer.train(CAPTIONS, vocab_size=320, context_length=12, marked=False)
     with pytest.warns(UserWarning, match="more than 12 tokens"):
         ids, mask = tokenizer(["a red apple", "", "☃ " * 40])
@@ -65,40 +65,40 @@ def test_without_marks_a_text_fills_its_context_from_the_first_place():
 
 
 @pytest.fixture(scope="module")
-def wide():
+def long_tokenizer():
     return BPETokenizer.train(CAPTIONS, vocab_size=320, context_length=64)
 
 
 @pytest.mark.parametrize("text", ["A red apple", "ça va? 100%", "snow ☃ 日本 🍎", ""])
-def test_bpe_dropout_changes_the_tokens_but_not_the_text(wide, text):
-    plain = wide([text])[0]
+def test_bpe_dropout_changes_the_tokens_but_not_the_text(long_tokenizer, text):
+    plain = long_tokenizer([text])[0]
     assert torch.equal(
-        wide([text], dropout=1e-12)[0], plain
-    )  # its own merging is that of the library
-    letters = wide([text], dropout=1.0)[1].sum() - 2
+        long_tokenizer([text], dropout=1e-12)[0], plain
+    )  # our merging equals the library's
+    letters = long_tokenizer([text], dropout=1.0)[1].sum() - 2
     assert letters == len(f" {text.lower()}".encode()) * (text != "")
     for seed in range(5):
         torch.manual_seed(seed)
-        ids = wide([text], dropout=0.5)[0]
-        assert wide.decode(ids[0].tolist()) == text.lower()
+        ids = long_tokenizer([text], dropout=0.5)[0]
+        assert long_tokenizer.decode(ids[0].tolist()) == text.lower()
         torch.manual_seed(seed)
-        assert torch.equal(wide([text], dropout=0.5)[0], ids)
+        assert torch.equal(long_tokenizer([text], dropout=0.5)[0], ids)
 
 
-def test_bpe_dropout_keeps_the_right_share_of_merges(wide):
-    first = next(iter(wide._ranks))
+def test_bpe_dropout_skips_merges_with_the_given_probability(long_tokenizer):
+    first = next(iter(long_tokenizer._ranks))
     torch.manual_seed(0)
-    merged = sum(len(wide._merge(list(first), 0.3)) == 1 for _ in range(2000))
+    merged = sum(len(long_tokenizer._merge(list(first), 0.3)) == 1 for _ in range(2000))
     assert abs(merged / 2000 - 0.7) < 4 * (0.3 * 0.7 / 2000) ** 0.5
 
 
-def test_dropout_never_cuts_a_text_that_fits(recwarn):
+def test_dropout_never_truncates_a_text_that_fits(recwarn):
     tokenizer = BPETokenizer.train(CAPTIONS, vocab_size=320, context_length=5, marked=False)
     assert torch.equal(tokenizer(["a red apple"], dropout=1.0)[0], tokenizer(["a red apple"])[0])
     assert not recwarn.list
 
 
-def test_it_comes_back_from_its_folder_and_no_other_kind_does(tokenizer, tmp_path):
+def test_tokenizers_are_loaded_by_type(tokenizer, tmp_path):
     for marked in (True, False):
         BPETokenizer(tokenizer.tokenizer, 7, marked).save_pretrained(tmp_path)
         again = load_tokenizer(tmp_path)

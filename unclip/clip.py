@@ -1,12 +1,10 @@
-"""CLIP over open_clip: the one file that imports it."""
+"""CLIP models from open_clip. This is the only module that imports open_clip."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,58 +15,57 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from unclip.config import save_json
 from unclip.image_io import resize
-from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_cut
+from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
 from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
 
 def _import_open_clip() -> Any:
-    """Imports open_clip; where torchvision was built for another torch, its missing operators are declared first.
+    """Import open_clip, which needs torchvision for its image transforms.
 
-    A CPU build of torch beside the default torchvision wheel is common, and torchvision then stops at import because
-    its compiled operators are absent. None of them is used here, so a declaration without a kernel is enough.
+    pip pairs a CPU build of torch with a torchvision that was compiled for CUDA, and whose import
+    fails because its operators cannot be loaded. The transforms use no operator, so a declaration
+    without an implementation is enough. Any other mismatch is one ImportError.
     """
-    while True:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
         try:
-            import open_clip
-
-            return open_clip
+            for name in ("nms", "qnms"):
+                torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+            import torchvision  # noqa: F401
         except RuntimeError as error:
-            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            torch.library.define(f"torchvision::{missing[1]}", "(Tensor x) -> Tensor")
-            for name in [n for n in sys.modules if n.split(".")[0] in ("torchvision", "open_clip")]:
-                del sys.modules[name]
+            raise ImportError(
+                f"the installed torchvision does not fit torch {torch.__version__} ({error}); "
+                "install torch and torchvision from the same source, as pytorch.org describes"
+            ) from None
+    import open_clip
+
+    return open_clip
 
 
 open_clip = _import_open_clip()
 
-# B batch, L text tokens, W text width, D embedding width, S image size
+# B batch, L text tokens, W text width, D embedding width, S image size, C channels
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
-NO_TOWER = {
-    "layers": 1,
-    "width": 64,
-    "patch_size": 16,
-    "image_size": 16,
-}  # built in place of none, and thrown away
+# open_clip cannot build a model without an image tower, so a minimal one is built and removed.
+MINIMAL_VISION = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 16}
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids (B, L), mask (B, L)
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """open_clip's own two tables, as they stand in its `open_clip_config.json`."""
+    """The two tables of an `open_clip_config.json`, in open_clip's own format."""
 
-    model_cfg: dict[
-        str, Any
-    ]  # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
-    preprocess_cfg: dict[str, Any] = field(
-        default_factory=dict
-    )  # size, mean, std, interpolation, resize_mode
+    # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
+    model_cfg: dict[str, Any]
+    # size, mean, std, interpolation, resize_mode
+    preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     @property
     def context_length(self) -> int:
@@ -76,13 +73,13 @@ class CLIPConfig:
 
     @property
     def plain(self) -> bool:
-        """Both towers are open_clip's own, not timm's or transformers'."""
+        """Whether both towers are open_clip's own rather than from timm or transformers."""
         vision, text = self.model_cfg.get("vision_cfg") or {}, self.model_cfg["text_cfg"]
         return not (vision.get("timm_model_name") or text.get("hf_model_name"))
 
 
 class OpenCLIPTokenizer:
-    """The tokenizer that open_clip's text config asks for, with the mask and the warning that it lacks."""
+    """The tokenizer of open_clip's text config, extended by a mask and a truncation warning."""
 
     def __init__(self, config: CLIPConfig) -> None:
         self.context_length, text_cfg = config.context_length, config.model_cfg["text_cfg"]
@@ -101,30 +98,32 @@ class OpenCLIPTokenizer:
         room = self.context_length - 2
         for text in texts:
             if len(tokens := self.tokenizer.encode(text)) > room:
-                warn_cut(text, self.tokenizer.decode(tokens[room:]), self.context_length)
-        # CLIP pads with 0, which is also "!": what is real is told by the first end token, never by the id.
+                warn_truncated(text, self.tokenizer.decode(tokens[room:]), self.context_length)
+        # CLIP pads with 0, which is also the token "!"; only the first end token delimits the text.
         end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=-1, keepdim=True)
         return ids, torch.arange(ids.shape[1]) <= end
 
 
 class CLIP(nn.Module):
-    """An open_clip model with its tokenizer and preprocessing; embeddings are not normalised (CLIP, 2103.00020)."""
+    """An open_clip model with its tokenizer and preprocessing (CLIP, 2103.00020).
+
+    Embeddings are not normalised, except in `forward`.
+    """
 
     def __init__(self, config: CLIPConfig, tokenizer: Tokenize | None = None) -> None:
         super().__init__()
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
             raise ValueError(
-                "this open_clip configuration is a captioner (multimodal_cfg); expected a plain CLIP"
+                "this open_clip configuration is a captioner (multimodal_cfg); expected a CLIP"
             )
-        custom_text = (
-            model_cfg.pop("custom_text", False) or "hf_model_name" in model_cfg["text_cfg"]
-        )
+        has_hf_text = "hf_model_name" in model_cfg["text_cfg"]
+        custom_text = model_cfg.pop("custom_text", False) or has_hf_text
         has_images = bool(model_cfg.get("vision_cfg"))
-        model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else NO_TOWER
+        model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else MINIMAL_VISION
         self.model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**model_cfg)
         if custom_text:
-            self.model.text.output_tokens = True  # it returns its states beside the embedding
+            self.model.text.output_tokens = True  # return the states as well
         self.config = config
         self.tokenizer = tokenizer or OpenCLIPTokenizer(config)
         self.preprocess = open_clip.transform.PreprocessCfg(
@@ -135,19 +134,21 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_open_clip(cls, architecture: str, pretrained: str | None = None) -> CLIP:
-        """An architecture that open_clip knows, with the weights of a pretrained tag or file (or random ones).
+        """Build an open_clip architecture with the weights of a pretrained tag or file, or random.
 
-        Weights that were trained with QuickGELU get a model that computes it; the reverse mismatch is refused.
+        The activation follows the weights: GELU architectures load weights that were trained with
+        QuickGELU as a QuickGELU model. The reverse mismatch is a ValueError.
         """
         if (model_cfg := open_clip.get_model_config(architecture)) is None:
             raise ValueError(
-                f"unknown open_clip architecture {architecture!r}; open_clip.list_models() lists them"
+                f"unknown open_clip architecture {architecture!r}; "
+                "expected one of open_clip.list_models()"
             )
         tag = (open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else None) or {}
         if pretrained and not tag and not Path(pretrained).is_file():
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise ValueError(
-                f"{architecture} has no pretrained tag or file {pretrained!r}; tags: {known}"
+                f"{architecture} has no pretrained tag or file {pretrained!r}; its tags: {tags}"
             )
         quick_gelu = model_cfg.get("quick_gelu", False)
         if tag and quick_gelu and not tag.get("quick_gelu", False):
@@ -169,7 +170,10 @@ class CLIP(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> CLIP:
-        """A folder in open_clip's layout; a `tokenizer.json` in it replaces the tokenizer that the config asks for."""
+        """Load a folder in open_clip's layout.
+
+        A `tokenizer.json` in the folder replaces the tokenizer of the config.
+        """
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
@@ -190,23 +194,22 @@ class CLIP(nn.Module):
         source: str | Path,
         tokenizer: Tokenize | None = None,
     ) -> CLIP:
-        """A model of given weights in open_clip's names, in float32; source is what an error calls them."""
-        # On the meta device nothing is initialised in vain; timm's and transformers' towers are not made for it.
+        """Build a float32 model from tensors with open_clip's names; errors refer to `source`."""
+        # The meta device skips initialisation; towers from timm and transformers do not support it.
         with torch.device("meta") if config.plain else contextlib.nullcontext():
             clip = cls(config, tokenizer)
         load_strictly(clip.model, tensors, source)
         tower = clip.model.text if isinstance(clip.model, open_clip.CustomTextCLIP) else clip.model
-        if config.plain and tower.attn_mask is not None:  # not among the weights
+        if config.plain and tower.attn_mask is not None:  # not in the checkpoint
             tower.attn_mask = torch.full(tower.attn_mask.shape, -torch.inf).triu(1)
         assert not any(buffer.is_meta for buffer in clip.buffers())
         return clip.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes config, weights (in `dtype` if given) and, if it is our own, the tokenizer."""
+        """Write the config, the weights (in `dtype` if given) and a BPETokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = {"model_cfg": self.config.model_cfg, "preprocess_cfg": self.config.preprocess_cfg}
-        (folder / CONFIG_FILE).write_text(json.dumps(text, indent=2) + "\n")
+        save_json(self.config, folder / CONFIG_FILE)
         write_tensors(self.model, folder / WEIGHTS_FILE, dtype)
         if isinstance(self.tokenizer, BPETokenizer):
             self.tokenizer.save(folder / TOKENIZER_FILE)
@@ -228,13 +231,13 @@ class CLIP(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the square picture that the image tower sees, in pixels."""
+        """Side of the image tower's square input, in pixels."""
         size = self.preprocess.size
         return size if isinstance(size, int) else size[0]
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """ln of the inverse temperature."""
+        """Natural logarithm of the inverse temperature."""
         return self.model.logit_scale
 
     @property
@@ -242,11 +245,11 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def encode_text(self, texts: Sequence[str]) -> TextEncoding:
-        """B captions -> embedding, states and mask; a caption longer than the context is cut with a warning."""
+        """Encode B captions. Captions longer than the context are truncated with a warning."""
         return self.encode_tokens(*self.tokenizer(texts))
 
     def encode_tokens(self, ids: Tensor, mask: Tensor) -> TextEncoding:
-        """Token ids (B, L) and their mask (B, L) -> TextEncoding on the model's device."""
+        """Encode token ids (B, L) with their mask (B, L), on the model's device."""
         ids, mask = ids.to(self.device), mask.to(self.device)
         if isinstance(self.model, open_clip.CustomTextCLIP):
             emb, states = self.model.text(ids)  # (B, D), (B, L, W)
@@ -255,40 +258,48 @@ class CLIP(nn.Module):
                 text=ids, text_indices=1, normalize=False, normalize_intermediates=True
             )
             emb, states = out["text_features"], out["text_intermediates"][-1]  # (B, D), (B, L, W)
-        length = states.shape[1]  # a tower that pools at its first token returns the others only
+        length = states.shape[1]  # a tower that pools its first token returns only the others
         return TextEncoding(emb, states, mask[:, -length:], ids[:, -length:])
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What contrastive training needs: normalised embeddings (B, D) of both kinds, and the inverse temperature."""
+        """Return normalised image and text embeddings (B, D) and the inverse temperature ().
+
+        The inverse temperature is clamped to 100, as in the paper.
+        """
         image_emb = F.normalize(self.encode_image(images).float(), dim=-1)  # (B, D)
         text_emb = F.normalize(self.encode_tokens(ids, mask).emb.float(), dim=-1)  # (B, D)
-        with (
-            torch.no_grad()
-        ):  # not in the graph: beyond the limit there would be no gradient to come back by
+        with torch.no_grad():  # outside the graph, where the clamp would stop the gradient
             self.logit_scale.clamp_(max=math.log(100))
         return image_emb, text_emb, self.logit_scale.float().exp()
 
     def encode_image(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Pictures -> (B, D): a tensor (B, 3, H, W) in [-1, 1] of any size, or PIL pictures."""
+        """Encode PIL images or a tensor (B, 3, H, W) in [-1, 1] of any size: -> (B, D)."""
         return self.model.encode_image(self.prepare(images))
 
     def image_features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps (B, C, h, w) of the image tower's stages: a tensor (B, 3, H, W) in [-1, 1] of any size."""
+        """Return the feature maps of the image tower's stages: (B, 3, H, W) -> list of (B, C, h, w).
+
+        Images are in [-1, 1], of any size.
+        """
         stages = self.model.visual.forward_intermediates(
             self.prepare(images), output_fmt="NCHW", intermediates_only=True
         )
         return stages["image_intermediates"]
 
     def prepare(self, images: Tensor | Sequence[Image.Image]) -> Tensor:
-        """Resized, cropped and normalised as the model asks: (B, 3, S, S). ValueError without an image tower."""
+        """Resize, crop and normalise images for the image tower: -> (B, 3, S, S).
+
+        Raises ValueError if the model has no image tower.
+        """
         if self.model.visual is None:
             raise ValueError(
-                "this model has no image encoder, so it cannot see pictures; give image_emb, or a prompt"
+                "this model has no image encoder, so it cannot encode images; "
+                "give image_emb or a prompt"
             )
         cfg, size = self.preprocess, self.image_size
         if not isinstance(images, Tensor):
             if cfg.resize_mode == "shortest":
-                images = [_centre(image, size, cfg.interpolation) for image in images]
+                images = [_center_crop(image, size, cfg.interpolation) for image in images]
             transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
             return torch.stack([transform(image) for image in images]).to(
                 self.device, self.logit_scale.dtype
@@ -297,9 +308,11 @@ class CLIP(nn.Module):
         if x.shape[-2:] != (size, size):
             if cfg.resize_mode == "longest":
                 raise ValueError(
-                    "this CLIP pads pictures (resize_mode 'longest'); give PIL pictures, not a tensor"
+                    "this CLIP pads its images (resize_mode 'longest'); expected PIL, got a tensor"
                 )
-            target = (size, size) if cfg.resize_mode == "squash" else _resized(*x.shape[-2:], size)
+            height, width = x.shape[-2:]
+            squash = cfg.resize_mode == "squash"
+            target = (size, size) if squash else _resized_size(height, width, size)
             x = resize(x.float(), target, cfg.interpolation).clamp(-1, 1)
             top, left = (target[0] - size) // 2, (target[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
@@ -310,30 +323,30 @@ class CLIP(nn.Module):
         return ((x * 0.5 + 0.5 - mean) / std).to(self.logit_scale.dtype)
 
 
-def _resized(height: int, width: int, shortest: int) -> tuple[int, int]:
-    """Height and width of a picture whose shortest side becomes `shortest`."""
-    return tuple(int(shortest * side / min(height, width)) for side in (height, width))
+def _resized_size(height: int, width: int, shortest: int) -> tuple[int, int]:
+    """Return the height and width of an image after its shorter side becomes `shortest`."""
+    scale = min(height, width)
+    return int(shortest * height / scale), int(shortest * width / scale)
 
 
-def _centre(image: Image.Image, size: int, interpolation: str) -> Image.Image:
-    """The square in the middle. Where it is half a pixel off, to the left or top, as in transformers."""
-    height, width = _resized(image.height, image.width, size)
-    bilinear = interpolation == "bilinear"  # all else is bicubic, as in open_clip
-    image = image.resize(
-        (width, height), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-    )
+def _center_crop(image: Image.Image, size: int, interpolation: str) -> Image.Image:
+    """Resize the shorter side to `size` and crop the central square, as transformers does.
+
+    An offset of half a pixel is rounded towards the top left.
+    """
+    height, width = _resized_size(image.height, image.width, size)
+    bilinear = interpolation == "bilinear"  # all other modes are bicubic, as in open_clip
+    resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    image = image.resize((width, height), resampling)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE over normalised embeddings (B, D), gathered over all processes (CLIP, 2103.00020, figure 3)."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world_size = (
-        (torch.distributed.get_rank(), torch.distributed.get_world_size())
-        if distributed
-        else (0, 1)
-    )
+    """Symmetric InfoNCE over normalised embeddings (B, D) of all processes (CLIP, figure 3)."""
+    rank, world_size = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     loss = open_clip.ClipLoss(
         local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
     )

@@ -24,10 +24,9 @@ from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf
 from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
-# A plain dataclass takes the config of the type around it: hence list[cls].
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Place = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
+KeyPath = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -60,7 +59,7 @@ def config(cls: type[T]) -> type[T]:
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields; resolved late, as they may name later classes."""
+    """Return the annotations of a dataclass's fields; they may name classes defined later."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -77,11 +76,11 @@ def _check(name: str, value: Any, hint: Any) -> None:
         bounds = [bound for item in args[1:] for bound in _flat(item)]
         if bounds and not all(_satisfies(value, bound) for bound in bounds):
             expected = " and ".join(_expected(bound) for bound in bounds)
-            raise ValueError(f"{name} is {_short(value)}; expected {expected}")
+            raise ValueError(f"{name} is {_shorten(value)}; expected {expected}")
     elif origin is Literal and value not in args:
         *others, last = map(repr, args)
         expected = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"{name} is {_short(value)}; expected {expected}")
+        raise ValueError(f"{name} is {_shorten(value)}; expected {expected}")
     elif origin in (tuple, list) and isinstance(value, (tuple, list)):
         items = [args[0]] * len(value) if len(args) == 1 or args[-1] is ... else args
         for i, (element, item) in enumerate(zip(value, items, strict=False)):
@@ -89,6 +88,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
 
 
 def _flat(item: Any) -> Iterable[Any]:
+    """Split an Interval into its bounds."""
     return item if isinstance(item, Interval) else (item,)
 
 
@@ -116,7 +116,7 @@ def _satisfies(value: Any, bound: Any) -> bool:
 
 
 def _expected(bound: Any) -> str:
-    """A bound in words; pydantic's errors give the same text through `_PYDANTIC_BOUNDS`."""
+    """Describe a bound, for our own errors and for pydantic's."""
     match bound:
         case Ge(limit):
             return f"at least {limit:g}"
@@ -145,7 +145,7 @@ _PYDANTIC_BOUNDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (YAML 1.2; YAML 1.1 wants 1.0e-4)."""
+    """SafeLoader that also reads 1e-4 as a number (valid in YAML 1.2; YAML 1.1 needs 1.0e-4)."""
 
 
 _Loader.add_implicit_resolver(
@@ -156,48 +156,47 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """Read the YAML (or JSON) file `path` as a `cls`; `overrides` are strings like "optim.lr=1e-4".
+    """Read a YAML or JSON file as a `cls`, with overrides such as "optim.lr=1e-4".
 
-    A section that a file leaves out takes its default; an override in such a section starts from the defaults of the
-    section's own class. Raises FileNotFoundError, or ValueError naming file:line and the dotted key of each fault.
+    Omitted sections take their defaults. An override inside an omitted section starts from the
+    defaults of the section's class. Raises FileNotFoundError, or ValueError with one line for each
+    error, naming the file, line and dotted key.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no config file {path}")
+        raise FileNotFoundError(f"config file {path} does not exist")
     loader = _Loader(path.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()
-        lines = dict(_lines(node, str(path))) if node else {}
-        data = _unshared(loader.construct_document(node)) if node else {}
+        lines = dict(_line_numbers(node, str(path))) if node else {}
+        data = _without_aliases(loader.construct_document(node)) if node else {}
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ValueError(
-            f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
+        problem = getattr(error, "problem", None) or error
+        raise ValueError(f"{path}{line}: not valid YAML: {problem}") from None
     finally:
         loader.dispose()
+    overridden = {_override(data, override): f"--set {override}" for override in overrides}
 
-    overridden = {}
-    for override in overrides:
-        place = _override(data, override)
-        overridden[place] = f"--set {override}"
-
-    def locate(place: Place) -> str:
-        while place and place not in overridden and place not in lines:
-            place = place[:-1]  # a missing key is reported at the section it is missing from
-        return overridden.get(place) or f"{path}:{lines.get(place, 1)}"
+    def locate(key_path: KeyPath) -> str:
+        while key_path and key_path not in overridden and key_path not in lines:
+            key_path = key_path[:-1]  # a missing key is reported at its section
+        return overridden.get(key_path) or f"{path}:{lines.get(key_path, 1)}"
 
     return _validate(cls, data, locate)
 
 
 def parse(cls: type[T], data: dict[str, Any], where: str = "config") -> T:
-    """Validate plain data (as JSON gives it) into the dataclass `cls`; ValueErrors begin with `where`."""
-    return _validate(cls, data, lambda place: where)
+    """Validate plain data, as read from JSON, into the dataclass `cls`.
+
+    Raises ValueError with one line for each error, starting with `where`.
+    """
+    return _validate(cls, data, lambda key_path: where)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain JSON types: tuples become lists, paths strings."""
+    """Convert a dataclass to plain JSON types: tuples become lists and paths become strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
@@ -208,7 +207,7 @@ def save_json(config: Any, path: str | Path) -> None:
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested plain data as {"optim.lr": 1e-4, "levels.0.channels": 64}."""
+    """Flatten nested plain data: {"optim.lr": 1e-4, "levels.0.channels": 64}."""
     if isinstance(data, dict) and data:
         items = data.items()
     elif isinstance(data, list) and data:
@@ -222,34 +221,39 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _lines(node: yaml.Node, path: str, place: Place = ()) -> Iterator[tuple[Place, int]]:
-    """(place, line from 1) of every value; refuses a key that is given twice, of which YAML keeps only the last."""
+def _line_numbers(
+    node: yaml.Node, path: str, parent: KeyPath = ()
+) -> Iterator[tuple[KeyPath, int]]:
+    """Yield (key path, line number) of every value.
+
+    A repeated key is a ValueError, because YAML would silently keep only its last value.
+    """
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in first:
+            name, line = key.value, key.start_mark.line + 1
+            if name in first:
                 raise ValueError(
-                    f"{path}:{line}: {key.value!r} is given twice (first in line {first[key.value]})"
+                    f"{path}:{line}: {name!r} is given twice (first in line {first[name]})"
                 )
-            first[key.value] = line
-            yield (*place, key.value), line
-            yield from _lines(value, path, (*place, key.value))
+            first[name] = line
+            yield (*parent, name), line
+            yield from _line_numbers(value, path, (*parent, name))
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            yield (*place, i), value.start_mark.line + 1
-            yield from _lines(value, path, (*place, i))
+            yield (*parent, i), value.start_mark.line + 1
+            yield from _line_numbers(value, path, (*parent, i))
 
 
-def _unshared(data: Any) -> Any:
-    """A copy in which no two places are one object, as YAML makes them of an anchor and its aliases."""
+def _without_aliases(data: Any) -> Any:
+    """Copy data so that YAML anchors and aliases become separate objects."""
     if isinstance(data, dict):
-        return {key: _unshared(value) for key, value in data.items()}
-    return [_unshared(value) for value in data] if isinstance(data, list) else data
+        return {key: _without_aliases(value) for key, value in data.items()}
+    return [_without_aliases(value) for value in data] if isinstance(data, list) else data
 
 
-def _override(data: Any, override: str) -> Place:
-    """Set one "a.b=value" inside `data`; the value is read as YAML. Returns the place that was set."""
+def _override(data: Any, override: str) -> KeyPath:
+    """Apply one "a.b=value" to `data`, reading the value as YAML; return its key path."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -258,28 +262,30 @@ def _override(data: Any, override: str) -> Place:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise ValueError(f"--set {override!r}: {text!r} is not a valid YAML value") from None
-    place: Place = ()
-    for key in keys[:-1]:
-        key = _key(data, key, override)
+    path: KeyPath = ()
+    for name in keys[:-1]:
+        key = _key(data, name, override)
         if isinstance(data, dict) and data.get(key) is None:
             data[key] = {}
-        data, place = data[key], (*place, key)
+        data, path = data[key], (*path, key)
     key = _key(data, keys[-1], override)
     data[key] = value
-    return (*place, key)
+    return (*path, key)
 
 
 def _key(data: Any, key: str, override: str) -> str | int:
+    """Return `key` as a key of the mapping, or an index into the list, `data`."""
     if isinstance(data, dict):
         return key
     if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
         return int(key)
     kind = f"a list of {len(data)}" if isinstance(data, list) else repr(data)
-    raise ValueError(f"--set {override!r}: {key!r} is looked up in {kind}")
+    raise ValueError(f"--set {override!r}: {key!r} does not exist in {kind}")
 
 
-def _validate(cls: type[T], data: Any, locate: Callable[[Place], str]) -> T:
-    # Strict JSON mode: 3 is a float, a list is a tuple, but "3" is no int and 1 no bool.
+def _validate(cls: type[T], data: Any, locate: Callable[[KeyPath], str]) -> T:
+    # Strict JSON mode: 3 is a valid float and a list a valid tuple, but "3" is not a valid int.
+    # The list around cls passes the pydantic config on to a standard dataclass.
     try:
         text = json.dumps(data, default=str)
         adapter = pydantic.TypeAdapter[list[T]](list[cls], config=_STRICT)  # type: ignore[valid-type]
@@ -289,92 +295,85 @@ def _validate(cls: type[T], data: Any, locate: Callable[[Place], str]) -> T:
 
 
 def _messages(
-    cls: type, data: Any, error: pydantic.ValidationError, locate: Callable[[Place], str]
+    cls: type, data: Any, error: pydantic.ValidationError, locate: Callable[[KeyPath], str]
 ) -> list[str]:
-    """A line for each fault: place in the file, dotted key, what was given and what was expected."""
+    """Format each error as one line: its location, dotted key, given value and expectation."""
     messages: dict[str, None] = {}  # an ordered set
-    for fault in _meant(error.errors(include_url=False)):
-        place, owner = _resolve(cls, data, fault["loc"][1:])
-        name, kind = ".".join(map(str, place)) or "the config", fault["type"]
+    for entry in _relevant(error.errors(include_url=False)):
+        path, owner = _resolve(cls, data, entry["loc"][1:])
+        name, kind = ".".join(map(str, path)) or "the config", entry["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            text = f"{name} is unknown{_nearest(str(place[-1]), owner)}"
+            text = f"{name} is unknown{_suggestion(str(path[-1]), owner)}"
         elif kind in ("missing", "missing_argument"):
             text = f"{name} is missing"
         elif kind == "value_error":  # raised by a __post_init__
-            text = f"{name}: {fault['ctx']['error']}"
-        elif kind in _PYDANTIC_BOUNDS:
-            expected = _expected(_PYDANTIC_BOUNDS[kind](fault["ctx"]))
-            text = f"{name} is {_short(fault['input'])}; expected {expected}"
+            text = f"{name}: {entry['ctx']['error']}"
         else:
-            expected = (
-                fault["msg"].removeprefix("Input should be ").replace("an object", "a mapping")
-            )
-            text = f"{name} is {_short(fault['input'])}; expected {expected.replace('a valid array', 'a list')}"
-        messages[f"{locate(place)}: {text}"] = None
+            if kind in _PYDANTIC_BOUNDS:
+                expected = _expected(_PYDANTIC_BOUNDS[kind](entry["ctx"]))
+            else:
+                expected = entry["msg"].removeprefix("Input should be ")
+                for python_name, yaml_name in (
+                    ("an object", "a mapping"),
+                    ("a valid array", "a list"),
+                ):
+                    expected = expected.replace(python_name, yaml_name)
+            text = f"{name} is {_shorten(entry['input'])}; expected {expected}"
+        messages[f"{locate(path)}: {text}"] = None
     return list(messages)
 
 
-def _meant(faults: Sequence[Any]) -> list[Any]:
-    """In a union of dataclasses every member reports its faults: keep those of the member whose `kind` matches.
+def _relevant(errors: Sequence[Any]) -> list[Any]:
+    """Keep the errors of the union members whose `kind` or `type` matches the data.
 
-    If none does, one fault says which kinds there are.
+    pydantic reports the errors of every member of a union of dataclasses. If no member matches, one
+    error lists the possible kinds.
     """
-    wrong: dict[Place, Any] = {}  # location of a member -> the fault of its kind
-    for fault in faults:
-        if fault["loc"][-1] in ("kind", "type") and fault["type"] in (
-            "literal_error",
-            "missing",
-            "missing_argument",
-        ):
-            wrong[fault["loc"][:-1]] = fault
-    meant: list[Any] = []
-    for fault in faults:
-        loc = fault["loc"]
-        if (
-            member := next((loc[:i] for i in range(1, len(loc)) if loc[:i] in wrong), None)
-        ) is None:
-            meant.append(fault)
+    mismatched: dict[KeyPath, Any] = {}  # location of a union member -> the error of its kind
+    kinds = ("literal_error", "missing", "missing_argument")
+    for error in errors:
+        if error["loc"][-1] in ("kind", "type") and error["type"] in kinds:
+            mismatched[error["loc"][:-1]] = error
+    relevant: list[Any] = []
+    for error in errors:
+        loc = error["loc"]
+        member = next((loc[:i] for i in range(1, len(loc)) if loc[:i] in mismatched), None)
+        if member is None:
+            relevant.append(error)
             continue
-        members = {
-            f["loc"][: len(member)] for f in faults if f["loc"][: len(member) - 1] == member[:-1]
-        }
-        if members <= set(wrong) and fault is wrong[min(members)]:
-            kinds = [wrong[m]["ctx"]["expected"] for m in sorted(members) if "ctx" in wrong[m]]
-            meant.append({**fault, "msg": " or ".join(kinds) or fault["msg"]})
-    return meant
+        n = len(member)
+        members = {e["loc"][:n] for e in errors if e["loc"][: n - 1] == member[:-1]}
+        if members <= set(mismatched) and error is mismatched[min(members)]:
+            ordered = [mismatched[m] for m in sorted(members)]
+            expected = [e["ctx"]["expected"] for e in ordered if "ctx" in e]
+            relevant.append({**error, "msg": " or ".join(expected) or error["msg"]})
+    return relevant
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(key: str, owner: Any) -> str:
+def _suggestion(key: str, owner: Any) -> str:
+    """Suggest the closest field of the dataclass `owner` for an unknown key, or list all fields."""
     names = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-    close = difflib.get_close_matches(key, names, n=1)
-    return (
-        f"; did you mean {close[0]!r}?"
-        if close
-        else f"; expected one of: {', '.join(names)}"
-        if names
-        else ""
-    )
+    if close := difflib.get_close_matches(key, names, n=1):
+        return f"; did you mean {close[0]!r}?"
+    return f"; expected one of: {', '.join(names)}" if names else ""
 
 
-def _resolve(cls: Any, data: Any, loc: Place) -> tuple[Place, Any]:
-    """pydantic's location -> (place in the data, the dataclass that owns its last key).
+def _resolve(cls: Any, data: Any, loc: KeyPath) -> tuple[KeyPath, Any]:
+    """Convert pydantic's location to (key path in the data, dataclass that owns its last key).
 
-    pydantic puts the name of a union's member into the location; the data has no such key.
+    pydantic adds the name of a union's member to the location, which is not a key of the data.
     """
-    place: list[str | int] = []
+    path: list[str | int] = []
     owner = None
     for i, key in enumerate(loc):
-        options = (
-            typing.get_args(cls)
-            if typing.get_origin(cls) in (typing.Union, types.UnionType)
-            else (cls,)
-        )
-        classes = [o for o in options if dataclasses.is_dataclass(o)]
+        is_union = typing.get_origin(cls) in (typing.Union, types.UnionType)
+        options = typing.get_args(cls) if is_union else (cls,)
+        classes: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
         if isinstance(data, list) and isinstance(key, int):
             items = [a for o in options for a in typing.get_args(o) if a is not Ellipsis]
             cls = items[min(key, len(items) - 1)] if items else None
@@ -388,5 +387,5 @@ def _resolve(cls: Any, data: Any, loc: Place) -> tuple[Place, Any]:
             data = data.get(key)
         else:
             continue
-        place.append(key)
-    return tuple(place), owner
+        path.append(key)
+    return tuple(path), owner

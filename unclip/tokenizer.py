@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer that travels with its model: trained on the captions of a data set, or CLIP's own."""
+"""Byte-pair tokenizers that are saved with their model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,20 +23,22 @@ CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
 BART = ("<pad>", "<s>", "</s>")
 
 
-def warn_cut(text: str, cut: str, context_length: int) -> None:
-    """Says which part of a prompt did not fit; nothing is ever cut silently."""
+def warn_truncated(text: str, cut: str, context_length: int) -> None:
+    """Warn that a prompt was truncated, with the part that was cut."""
     warnings.warn(
-        f"the prompt {text[:40]!r}... has more than {context_length} tokens; this part was cut: {cut.strip()!r}",
+        f"the prompt {text[:40]!r}... has more than {context_length} tokens; "
+        f"it was truncated by {cut.strip()!r}",
         stacklevel=3,
     )
 
 
 class BPETokenizer:
-    """Byte-level BPE over lower-cased text: any string can be encoded.
+    """Byte-level BPE over lower-cased text, which can encode any string.
 
-    A tokenizer that was trained here has pad, start and end as ids 0, 1, 2. CLIP's and BART's have their own names for
-    them, and CLIP's pads with "!", which stands in captions too. marked: whether a text stands between start and end,
-    as CLIP and BART want it; DALL-E has a start of its own and no end.
+    Tokenizers trained here have pad, start and end tokens as ids 0, 1 and 2; those of CLIP and BART
+    have their own, and CLIP's pad token "!" also occurs in captions.
+
+    marked: add the start and end tokens to each text, as CLIP and BART expect. DALL-E does not.
     """
 
     def __init__(self, tokenizer: Tokenizer, context_length: int, marked: bool = True) -> None:
@@ -47,11 +50,11 @@ class BPETokenizer:
         ids = [tokenizer.token_to_id(name) for name in names]
         if marked and (missing := [name for name, i in zip(names, ids, strict=True) if i is None]):
             raise ValueError(
-                f"this tokenizer has no {' and no '.join(missing)}; train one with BPETokenizer.train"
+                f"this tokenizer has no {' and no '.join(missing)} token; "
+                "train one with BPETokenizer.train"
             )
-        self.pad_id, self.start_id, self.end_id = (
-            i or 0 for i in ids
-        )  # unmarked, a text needs none of them
+        # Unmarked tokenizers need none of them.
+        self.pad_id, self.start_id, self.end_id = (i or 0 for i in ids)
         self.tokenizer = tokenizer
         self.context_length, self.marked = context_length, marked
 
@@ -63,7 +66,7 @@ class BPETokenizer:
     def train(
         cls, captions: Iterable[str], vocab_size: int, context_length: int, marked: bool = True
     ) -> BPETokenizer:
-        """Learns `vocab_size` tokens (256 bytes and 3 special ones among them) from the captions."""
+        """Learn `vocab_size` tokens from captions, including 256 bytes and 3 special tokens."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -79,32 +82,33 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, file: str | Path, context_length: int, marked: bool = True) -> BPETokenizer:
-        """Reads a `tokenizer.json` as the `tokenizers` library writes it."""
+        """Load a `tokenizer.json` of the `tokenizers` library."""
         if not Path(file).is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {file}; expected the tokenizer.json of a model folder"
+                f"{file} does not exist; expected the tokenizer.json of a model folder"
             )
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library has no specific type
             raise ValueError(
-                f"{file} holds no tokenizer ({error}); fetch or export it again"
+                f"{file} is not a valid tokenizer ({error}); download or export it again"
             ) from None
-        tokenizer.no_padding()  # transformers keeps in the file how it was last used
+        tokenizer.no_padding()  # transformers saves its last padding settings in the file
         tokenizer.no_truncation()
         return cls(tokenizer, context_length, marked)
 
     def save(self, file: str | Path) -> None:
+        """Write a `tokenizer.json`."""
         self.tokenizer.save(str(file), pretty=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> BPETokenizer:
-        """A folder that `save_pretrained` wrote."""
+        """Load a folder that `save_pretrained` wrote."""
         config = read_json(Path(folder) / "config.json")
         return cls.load(Path(folder) / TOKENIZER_FILE, config["context_length"], config["marked"])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the vocabulary and how a text is laid out; dtype is for networks."""
+        """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / TOKENIZER_FILE)
         config = {
@@ -117,9 +121,11 @@ class BPETokenizer:
     def __call__(
         self, texts: Sequence[str], dropout: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """B strings -> ids (B, L) long and mask (B, L) bool, True = a real token (start and end included).
+        """Encode B texts: -> ids (B, L) long and mask (B, L) bool, True = a token of the text.
 
-        dropout: the probability with which BPE passes over a merge, for training; it draws from torch's own generator.
+        Start and end tokens count as tokens of the text.
+        dropout: probability of skipping a merge in training (BPE-dropout, 1910.13267), with random
+        numbers from torch's global generator.
         """
         ids = torch.full((len(texts), self.context_length), self.pad_id)
         mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -127,12 +133,10 @@ class BPETokenizer:
         for row, text in enumerate(texts):
             text = " ".join(text.split())
             tokens = self._with_dropout(text, dropout) if dropout else None
-            if (
-                tokens is None or len(tokens) > room
-            ):  # what dropout made too long may fit without it
+            if tokens is None or len(tokens) > room:  # without dropout the text may fit
                 code = self.tokenizer.encode(text, add_special_tokens=False)
                 if len(code.ids) > room:
-                    warn_cut(text, text[code.offsets[room][0] :], self.context_length)
+                    warn_truncated(text, text[code.offsets[room][0] :], self.context_length)
                 tokens = code.ids[:room]
             if self.marked:
                 tokens = [self.start_id, *tokens, self.end_id]
@@ -141,60 +145,59 @@ class BPETokenizer:
         return ids, mask
 
     def _with_dropout(self, text: str, p: float) -> list[int]:
-        """BPE-dropout (1910.13267). Not that of `tokenizers`, which cannot be seeded: a resumed run would differ."""
-        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(
-            self.tokenizer.normalizer.normalize_str(text)
-        )
-        end = self.tokenizer.model.end_of_word_suffix or ""  # CLIP's
+        """Encode one text with BPE-dropout.
+
+        The implementation of `tokenizers` cannot be seeded, so a resumed run would differ.
+        """
+        text = self.tokenizer.normalizer.normalize_str(text)
+        words = self.tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        end = self.tokenizer.model.end_of_word_suffix or ""  # CLIP has one
         letters = ([*word[:-1], word[-1] + end] for word, _ in words)
-        return [
-            self.tokenizer.token_to_id(part) for parts in letters for part in self._merge(parts, p)
-        ]
+        vocab = self._vocab
+        return [vocab[part] for parts in letters for part in self._merge(parts, p)]
 
     def _merge(self, parts: list[str], p: float) -> list[str]:
-        """The best merge of two neighbours, again and again; each time each merge is passed over with probability p."""
+        """Apply the best merge of two neighbours repeatedly, skipping each with probability p."""
         while True:
-            ranks = [
-                self._ranks.get(pair, len(self._ranks))
-                for pair in zip(parts, parts[1:], strict=False)
+            pairs = list(pairwise(parts))
+            draws = torch.rand(len(pairs)).tolist()
+            candidates = [
+                (self._ranks[pair], i)
+                for i, pair in enumerate(pairs)
+                if draws[i] >= p and pair in self._ranks
             ]
-            kept = [
-                (rank, i)
-                for i, (rank, draw) in enumerate(
-                    zip(ranks, torch.rand(len(ranks)).tolist(), strict=True)
-                )
-                if rank < len(self._ranks) and draw >= p
-            ]
-            if not kept:
+            if not candidates:
                 return parts
-            _, i = min(kept)
+            _, i = min(candidates)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
     @cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
-        """The learned merges, the first learned first."""
+        """Map each learned merge to its rank, in the order of training."""
         merges = json.loads(self.tokenizer.to_str())["model"]["merges"]
-        pairs = (
-            merge.split(" ") if isinstance(merge, str) else merge for merge in merges
-        )  # older files have "a b"
-        return {tuple(pair): rank for rank, pair in enumerate(pairs)}
+        return {pair: rank for rank, pair in enumerate(_pairs(merges))}
+
+    @cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The lower-cased text of token ids; special tokens are left out."""
-        text, end = (
-            self.tokenizer.decode(list(ids), skip_special_tokens=True),
-            self.tokenizer.model.end_of_word_suffix,
-        )
+        """Return the lower-cased text of token ids, without special tokens."""
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        end = self.tokenizer.model.end_of_word_suffix
         return (text.replace(end, " ") if end else text).strip()
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE over lower-cased text, as GLIDE reads it: no start, no end, padded with the last id."""
+    """GPT-2's byte-level BPE over lower-cased text, as GLIDE uses it.
+
+    It adds no start and end tokens and pads with the last id.
+    """
 
     def __init__(
         self, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], context_length: int
     ) -> None:
-        # Special tokens are left out: a caption that spells one is a caption of these letters.
+        # Without special tokens, a caption that spells one is encoded as ordinary text.
         self.tokenizer = Tokenizer(models.BPE(dict(vocab), list(merges)))
         self.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.tokenizer.decoder = decoders.ByteLevel()
@@ -207,42 +210,41 @@ class GPT2Tokenizer:
 
     @classmethod
     def load(cls, file: str | Path, context_length: int) -> GPT2Tokenizer:
-        """Reads a `tokenizer.json`, GPT-2's own for one."""
+        """Load a `tokenizer.json`, such as that of GPT-2."""
         try:
             model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
-            pairs = (
-                merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]
-            )
-            return cls(model["vocab"], [tuple(pair) for pair in pairs], context_length)
+            return cls(model["vocab"], _pairs(model["merges"]), context_length)
         except FileNotFoundError:
             raise
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library has no specific type
             raise ValueError(
-                f"{file} holds no tokenizer of GPT-2's kind ({error}); fetch or export it again"
+                f"{file} is not a GPT-2 tokenizer ({error}); download or export it again"
             ) from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
-        """A folder that `save_pretrained` wrote."""
+        """Load a folder that `save_pretrained` wrote."""
         return cls.load(
             Path(folder) / TOKENIZER_FILE, read_json(Path(folder) / "config.json")["context_length"]
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes the vocabulary and how many tokens a text may have; dtype is for networks."""
+        """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(Path(folder) / TOKENIZER_FILE), pretty=False)
         config = {"type": "GPT2Tokenizer", "context_length": self.context_length}
         (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """B strings -> ids (B, L) long and mask (B, L) bool, True = a real token."""
+        """Encode B texts: -> ids (B, L) long and mask (B, L) bool, True = a token of the text."""
         ids = torch.full((len(texts), self.context_length), self.pad_id)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for row, text in enumerate(texts):
             tokens = self.tokenizer.encode(text.lower()).ids
             if len(tokens) > self.context_length:
-                warn_cut(text, self.decode(tokens[self.context_length :]), self.context_length)
+                warn_truncated(
+                    text, self.decode(tokens[self.context_length :]), self.context_length
+                )
             tokens = tokens[: self.context_length]
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             mask[row, : len(tokens)] = True
@@ -252,11 +254,17 @@ class GPT2Tokenizer:
         return self.tokenizer.decode(list(ids))
 
 
+def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
+    """Return merges as pairs; older files store "a b" instead of ["a", "b"]."""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return [(left, right) for left, right in pairs]
+
+
 TOKENIZERS = {"BPETokenizer": BPETokenizer, "GPT2Tokenizer": GPT2Tokenizer}
 
 
 def load_tokenizer(folder: str | Path) -> BPETokenizer | GPT2Tokenizer:
-    """The tokenizer in a folder that `save_pretrained` wrote; ValueError names an unknown type."""
+    """Load a tokenizer from a folder that `save_pretrained` wrote."""
     kind = read_json(Path(folder) / "config.json").get("type")
     if kind not in TOKENIZERS:
         raise ValueError(

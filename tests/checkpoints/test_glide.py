@@ -122,7 +122,7 @@ def test_the_tokenizer_is_gpt2s(text: str) -> None:
 
 def test_a_caption_that_is_too_long_is_cut_with_a_warning() -> None:
     tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
-    with pytest.warns(UserWarning, match="this part was cut: 'edfish'"):
+    with pytest.warns(UserWarning, match="truncated by 'edfish'"):
         ids, mask = tokenizer(["abcdefedfish"])
     assert ids[0].tolist() == bpe("abcdef") and mask.all()
 
