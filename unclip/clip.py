@@ -277,7 +277,7 @@ class CLIP(nn.Module):
         return self.model.encode_image(self.prepare(images))
 
     def image_features(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of the image tower's stages: (B, 3, H, W) -> list of (B, C, h, w).
+        """Return the feature maps of the image tower: (B, 3, H, W) -> list of (B, C, h, w).
 
         Images are in [-1, 1], of any size.
         """
