@@ -1,27 +1,30 @@
-"""Trains the autoregressive prior on captions and CLIP image embeddings (unCLIP 2.2).
+"""Train the autoregressive prior on captions and CLIP image embeddings (unCLIP 2.2).
 
 accelerate launch train/ar_prior.py --config configs/emoji/ar_prior.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from accelerate.utils import broadcast_object_list
 
+from unclip._deprecated import renamed_fields
 from unclip.checkpoints.store import save_component
+from unclip.config import PositiveFraction, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.embeddings import PCA
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.training.embedded import embedding_pairs, open_loader
 from unclip.training.fit import FitConfig, fit
-from unclip.training.frozen import load_clip
+from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
-from unclip.training.losses import ARPriorLoss, DropConfig
+from unclip.training.losses import ARPriorLoss, ConditionDropout
 from unclip.training.optim import OptimConfig
 
 
-@dataclass(frozen=True)
+@renamed_fields(explained="explained_variance")
+@config
 class ARPriorTraining:
     clip: str  # folder of a trained CLIP
     model: ARPriorConfig
@@ -29,12 +32,10 @@ class ARPriorTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
-    embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
-    stats_batches: int = 100  # batches that principal components and buckets are learned from
-    explained: float | None = (
-        None  # as many components as explain so much of the variance, rather than the model's
-    )
+    drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
+    embed_once: bool = False  # embed all images before the training; for small datasets
+    stats_batches: PositiveInt = 100  # batches for the principal components and the buckets
+    explained_variance: PositiveFraction | None = None  # determines model.components, if given
 
 
 def main(run: Run[ARPriorTraining]) -> None:
@@ -43,12 +44,13 @@ def main(run: Run[ARPriorTraining]) -> None:
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     pairs = embedding_pairs(clip, loader, config.stats_batches)
     model = config.model
-    if config.explained is not None:
-        components = [len(PCA.fit(pairs[0], config.explained))]
+    if config.explained_variance is not None:
+        components = [len(PCA.fit(pairs[0], config.explained_variance))]
         broadcast_object_list(components)  # each process has other pairs
         model = replace(model, components=components[0])
     prior = ARPrior(model).to(run.device)
-    prior.fit(*pairs)  # with the weights of another run come its own
+    prior.fit(*pairs)  # replaced if weights are loaded
+    val_data = config.val_data
     fit(
         prior,
         ARPriorLoss(prior, clip, config.drop),
@@ -56,9 +58,7 @@ def main(run: Run[ARPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once)
-        if config.val_data
-        else None,
+        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
         export=save_component,
     )
 

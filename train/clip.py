@@ -1,44 +1,41 @@
-"""Trains a CLIP contrastively on pictures and captions (2103.00020).
+"""Train a CLIP contrastively on images and captions (2103.00020).
 
 accelerate launch train/clip.py --config configs/emoji/clip.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from unclip.clip import CLIP, WEIGHTS_FILE, CLIPConfig
+from unclip.config import config
 from unclip.data.loader import DataConfig, open_data
 from unclip.training.fit import FitConfig, fit
+from unclip.training.initialization import load_weights, make_tokenizer
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
 from unclip.training.optim import OptimConfig
-from unclip.training.run_state import load_weights
-from unclip.training.vocabulary import make_tokenizer
 
 
-@dataclass(frozen=True)
+@config
 class CLIPTraining:
     model: CLIPConfig
     data: DataConfig
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    tokenizer: str | None = (
-        None  # a tokenizer.json; None trains one with the text tower's vocabulary on the captions
-    )
+    tokenizer: str | None = None  # a tokenizer.json; null: train one on the captions
 
 
 def main(run: Run[CLIPTraining]) -> None:
     config = run.config
-    loader, text_cfg = open_data(config.data), config.model.model_cfg["text_cfg"]
-    tokenizer = make_tokenizer(
-        run, loader.captions(), text_cfg["vocab_size"], config.model.context_length
-    )
+    loader = open_data(config.data)
+    vocab_size = config.model.model_cfg["text_cfg"]["vocab_size"]
+    tokenizer = make_tokenizer(run, loader.captions(), vocab_size, config.model.context_length)
     clip = CLIP(config.model, tokenizer)
-    if run.init and (saved := Path(run.init) / WEIGHTS_FILE).is_file():
-        load_weights(clip.model, saved)
+    if run.init and (weights := Path(run.init) / WEIGHTS_FILE).is_file():  # a saved CLIP
+        load_weights(clip.model, weights)
         run = replace(run, init=None)
     fit(
         clip,

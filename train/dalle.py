@@ -1,65 +1,59 @@
-"""Trains DALL-E's transformer on captions and image codes, stage two (2102.12092, 2.2).
+"""Train DALL-E's transformer on captions and image codes, stage two (2102.12092, 2.2).
 
 accelerate launch train/dalle.py --config configs/emoji/dalle.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from torch import nn
 
 from unclip.checkpoints.store import load_kind, save_component
-from unclip.data.codes import CodeDataset
+from unclip.config import config
 from unclip.data.loader import DataConfig, Loader, open_data
+from unclip.data.precomputed import CodeDataset
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.streams import Kernel
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.tokenizer import TOKENIZER_FILE
 from unclip.training.dalle import DALLELoss, DALLELossConfig
 from unclip.training.fit import FitConfig, fit
+from unclip.training.initialization import make_tokenizer
 from unclip.training.launch import Run, launch
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import dalle_preview
-from unclip.training.vocabulary import make_tokenizer
 
 
-@dataclass(frozen=True)
+@config
 class DALLETraining:
     codec: str  # folder of a trained codec
     model: DALLEConfig
-    data: (
-        DataConfig  # pictures, encoded at each step after augmentation, or codes of train/encode.py
-    )
+    data: DataConfig  # images, encoded after augmentation, or codes of train/encode.py
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
-    tokenizer: str | None = (
-        None  # a tokenizer.json; None trains one with `text_vocab` tokens on the captions
-    )
+    tokenizer: str | None = None  # a tokenizer.json; null: train one on the captions
     loss: DALLELossConfig = field(default_factory=DALLELossConfig)
-    attention_kernel: Kernel = (
-        "sdpa"  # or flex, which skips what a layer doesn't see: for CUDA and long streams
-    )
+    attention_kernel: Kernel = "sdpa"  # "flex" skips masked blocks: for CUDA and long sequences
 
 
 def main(run: Run[DALLETraining]) -> None:
-    config = run.config
-    told = "a codec, as train/codec.py makes it"
-    codec = load_kind(config.codec, ImageCodec, told, device=run.device).requires_grad_(False)
-    config.model.check_codec(codec.vocab_size, codec.grid)
+    config, model = run.config, run.config.model
+    codec = load_kind(config.codec, ImageCodec, "a codec of train/codec.py", device=run.device)
+    codec.requires_grad_(False)
+    model.check_codec(codec.vocab_size, codec.grid)
     loader = open_loader(config.data, codec)
     val_loader = open_loader(config.val_data, codec) if config.val_data else None
-    model = config.model
-    tokenizer = make_tokenizer(
-        run, loader.captions(), model.text_vocab, model.context_length, marked=False
-    )
-    dalle = DALLE(config.model).to(run.device)
+    captions = loader.captions()
+    tokenizer = make_tokenizer(run, captions, model.text_vocab, model.context_length, marked=False)
+    dalle = DALLE(model).to(run.device)
     dalle.attention_kernel = config.attention_kernel
 
     def export(model: nn.Module, folder: Path) -> None:
         save_component(model, folder)
-        tokenizer.save(folder / "tokenizer.json")
+        tokenizer.save(folder / TOKENIZER_FILE)
 
     fit(
         dalle,
@@ -75,18 +69,18 @@ def main(run: Run[DALLETraining]) -> None:
     )
 
 
-def open_loader(config: DataConfig, codec: ImageCodec) -> Loader:
-    """Pictures at the codec's size, or codes of a codec like it."""
-    loader = open_data(config, CodeDataset)
-    if not isinstance(loader.dataset, CodeDataset):
-        if (config.crop or config.image_size) != codec.image_size:
-            size = config.crop or config.image_size
+def open_loader(data: DataConfig, codec: ImageCodec) -> Loader:
+    """Return a loader of images at the codec's size, or of codes with its vocabulary and grid."""
+    loader = open_data(data, CodeDataset)
+    dataset, size = loader.dataset, data.crop or data.image_size
+    if not isinstance(dataset, CodeDataset):
+        if size != codec.image_size:
             raise ValueError(
-                f"{config.path} is read at {size} pixels; this codec takes {codec.image_size}"
+                f"{data.path} is read at {size} pixels; expected {codec.image_size}, as the codec"
             )
-    elif (loader.dataset.vocab_size, loader.dataset.grid) != (codec.vocab_size, codec.grid):
+    elif (dataset.vocab_size, dataset.grid) != (codec.vocab_size, codec.grid):
         raise ValueError(
-            f"{config.path} holds codes of another codec: encode it again with train/encode.py"
+            f"{data.path} contains codes of another codec; encode it again with train/encode.py"
         )
     return loader
 

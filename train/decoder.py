@@ -1,4 +1,4 @@
-"""Trains the diffusion decoder: from a CLIP image embedding and a caption to a picture (unCLIP 2.1).
+"""Train the diffusion decoder: from a CLIP image embedding and a caption to an image (unCLIP 2.1).
 
 accelerate launch train/decoder.py --config configs/emoji/decoder.yaml
 accelerate launch train/decoder.py --config configs/tiny/inpaint.yaml --init runs/tiny/decoder/model
@@ -6,73 +6,67 @@ accelerate launch train/decoder.py --config configs/tiny/inpaint.yaml --init run
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Literal
 
 from unclip.checkpoints.store import save_component
+from unclip.config import Fraction, NonNegative, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
-from unclip.training.frozen import load_clip
+from unclip.training.initialization import load_clip, load_weights, warm_start
 from unclip.training.inpainting import HoleConfig
 from unclip.training.launch import Run, launch
-from unclip.training.losses import DecoderLoss, DropConfig
+from unclip.training.losses import ConditionDropout, DecoderLoss
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import decoder_preview
-from unclip.training.run_state import load_weights
-from unclip.training.warm_start import warm_start
 
 
-@dataclass(frozen=True)
+@config
 class DecoderTraining:
     clip: str  # folder of a trained CLIP
     model: DecoderConfig
-    data: DataConfig  # at the size that CLIP wants, if that is larger than the decoder's
+    data: DataConfig  # at CLIP's image size, if that is larger than the decoder's
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    drop: DropConfig = field(default_factory=lambda: DropConfig(text=0.5, image=0.1))
-    task: Literal["draw", "inpaint"] = (
-        "draw"  # inpaint: around random holes, best from a trained decoder's weights
-    )
-    holes: HoleConfig = field(default_factory=HoleConfig)  # of the task "inpaint"
-    copy_paste: float = 0.0  # share of pictures with holes that another one's thing is pasted into; for plain grounds
-    emb_mix: float = 0.0  # of another picture's in embeddings of pictures with holes, as a share of the arc, at most
-    layout: str | None = (
-        None  # folder of a trained one, for a model that is shown it; None = the one in --init
-    )
-    agreement: float = 0.0  # of embeddings with what is known around holes, at most, as in painting; needs a layout
-    emb_noise: float = 0.0  # standard deviations of noise on embeddings, at most; for a model that is shown a layout
+    drop: ConditionDropout = field(default_factory=lambda: ConditionDropout(text=0.5, image=0.1))
+    # "inpaint" trains around random holes, best from a trained decoder; "draw" is an old name
+    task: Literal["generate", "inpaint", "draw"] = "generate"
+    holes: HoleConfig = field(default_factory=HoleConfig)  # inpaint: frequencies of kinds of holes
+    copy_paste: Fraction = 0.0  # inpaint: fraction of images with an object pasted into the hole
+    emb_mix: Fraction = 0.0  # inpaint: largest interpolation to another image's embedding
+    layout: str | None = None  # folder of a trained layout network; null: the one in --init
+    agreement: NonNegative = 0.0  # inpaint with a layout: largest weight of embedding guidance
+    emb_noise: NonNegative = 0.0  # with a layout: largest noise on embeddings, in std
 
     def __post_init__(self) -> None:
-        if self.model.inpaints != (self.task == "inpaint"):
-            expected = str(self.task == "inpaint").lower()
-            raise ValueError(f"task is {self.task!r}; expected a model with inpaints: {expected}")
-        for name in ("copy_paste", "emb_mix"):
-            if not 0 <= (share := getattr(self, name)) <= 1 or (share and self.task == "draw"):
-                raise ValueError(f"{name} is {share}; expected 0 to 1, and 0 for task: draw")
-        if self.layout and not self.model.layout:
+        if self.task == "draw":
+            object.__setattr__(self, "task", "generate")
+        inpaint = self.task == "inpaint"
+        if self.model.inpaints != inpaint:
             raise ValueError(
-                f"layout is {self.layout}; expected its shape in model.layout, which is missing"
+                f"task is {self.task!r}, model.inpaints is {str(self.model.inpaints).lower()}; "
+                f"expected {str(inpaint).lower()}"
             )
+        for name in ("copy_paste", "emb_mix", "agreement"):
+            if (value := getattr(self, name)) and not inpaint:
+                raise ValueError(f"{name} is {value}; expected 0, unless task is 'inpaint'")
         for name in ("agreement", "emb_noise"):
-            if (value := getattr(self, name)) < 0 or (value and not self.model.layout):
-                raise ValueError(
-                    f"{name} is {value}; expected 0 or more, and 0 without model.layout"
-                )
-        if self.agreement and self.task == "draw":
-            raise ValueError(
-                f"agreement is {self.agreement}; expected 0 for task: draw, which has no holes"
-            )
+            if (value := getattr(self, name)) and not self.model.layout:
+                raise ValueError(f"{name} is {value}; expected 0 without model.layout")
+        if self.layout and not self.model.layout:
+            raise ValueError(f"layout is {self.layout}, but model.layout, its config, is missing")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(
-                    f"{name}.image_size is {data.image_size}; this model draws {self.model.image_size}"
+                    f"{name}.image_size is {data.image_size}; "
+                    f"expected at least {self.model.image_size}, as model.image_size"
                 )
 
 
@@ -86,20 +80,29 @@ def main(run: Run[DecoderTraining]) -> None:
             load_weights(decoder.layout, config.layout)
         elif not (run.init or run.resume):
             raise ValueError(
-                "model.layout is not trained here: set layout to a trained one's folder, or give --init"
+                "model.layout is not trained here; set layout to a trained one's folder, or --init"
             )
     if run.init:
         warm_start(decoder, run.init, keep_layout=config.layout is not None)
         run = replace(run, init=None)
     schedule = Schedule(config.schedule)
-    val_loader = open_data(config.val_data) if config.val_data else None
     holes = config.holes if config.task == "inpaint" else None
-    given = {
-        name: getattr(config, name) for name in ("emb_noise", "emb_mix", "copy_paste", "agreement")
-    }
+    loss = DecoderLoss(
+        decoder,
+        clip,
+        schedule,
+        config.drop,
+        config.loss,
+        holes,
+        emb_noise=config.emb_noise,
+        emb_mix=config.emb_mix,
+        copy_paste=config.copy_paste,
+        agreement=config.agreement,
+    )
+    val_loader = open_data(config.val_data) if config.val_data else None
     fit(
         decoder,
-        DecoderLoss(decoder, clip, schedule, config.drop, config.loss, holes, **given),
+        loss,
         open_data(config.data),
         config.fit,
         config.optim,

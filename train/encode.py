@@ -1,6 +1,6 @@
-"""Encodes pictures once with a trained codec, for train/dalle.py; started again, it goes on.
+"""Encode images once with a trained codec, for train/dalle.py. Rerun to resume.
 
-python train/encode.py "data/emoji/train-*.tar" data/emoji-codes/train --codec runs/emoji/codec/model
+python train/encode.py "data/emoji/train-*.tar" data/codes/train --codec runs/emoji/codec/model
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import argparse
 from typing import Any
 
 from unclip.checkpoints.store import load_kind
-from unclip.data.codes import CodeDataset, encode
-from unclip.data.precomputed import add_arguments, run_command
+from unclip.data.codes import encode
+from unclip.data.precompute import add_arguments, run_command
+from unclip.data.precomputed import CodeDataset
 from unclip.data.samples import Dataset
 from unclip.models.codecs.codec import ImageCodec
 
@@ -23,12 +24,10 @@ def main() -> None:
     parser.add_argument("--codec", required=True, metavar="FOLDER", help="a trained codec")
     options = parser.parse_args()
 
-    def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
+    def compute(dataset: Dataset, device: str, out: str, **sizes: Any) -> dict[int, str]:
+        codec = load_kind(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
         source = {"data": options.data, "codec": options.codec}
-        codec = load_kind(
-            options.codec, ImageCodec, "a codec, as train/codec.py makes it", device=device
-        )
-        return encode(dataset, codec, out, source=source, **how)
+        return encode(dataset, codec, out, source=source, **sizes)
 
     run_command(options, compute, CodeDataset)
 

@@ -1,24 +1,25 @@
-"""Trains a prior that predicts the image embedding in one pass (ECLIPSE, 2312.04655).
+"""Train a prior that predicts the image embedding in one pass (ECLIPSE, 2312.04655).
 
 accelerate launch train/one_shot_prior.py --config configs/emoji/one_shot_prior.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from unclip.checkpoints.store import save_component
+from unclip.config import PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
-from unclip.training.frozen import load_clip
+from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
-from unclip.training.losses import DropConfig, OneShotLossConfig, OneShotPriorLoss
+from unclip.training.losses import ConditionDropout, OneShotLossConfig, OneShotPriorLoss
 from unclip.training.optim import OptimConfig
 
 
-@dataclass(frozen=True)
+@config
 class OneShotPriorTraining:
     clip: str  # folder of a trained CLIP
     model: OneShotPriorConfig
@@ -27,11 +28,9 @@ class OneShotPriorTraining:
     fit: FitConfig
     val_data: DataConfig | None = None
     loss: OneShotLossConfig = field(default_factory=OneShotLossConfig)
-    drop: DropConfig = field(default_factory=DropConfig)  # only `text` applies
-    embed_once: bool = False  # CLIP sees each picture once, before the training; for data that it gets through quickly
-    stats_batches: int = (
-        100  # batches that the embeddings' mean and standard deviation are measured on
-    )
+    drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
+    embed_once: bool = False  # embed all images before the training; for small datasets
+    stats_batches: PositiveInt = 100  # batches for the mean and std of the image embeddings
 
 
 def main(run: Run[OneShotPriorTraining]) -> None:
@@ -39,8 +38,9 @@ def main(run: Run[OneShotPriorTraining]) -> None:
     clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     prior = OneShotPrior(config.model).to(run.device)
-    if not (run.resume or run.init):  # else they come with the weights
+    if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
+    val_data = config.val_data
     fit(
         prior,
         OneShotPriorLoss(prior, clip, config.drop, config.loss),
@@ -48,9 +48,7 @@ def main(run: Run[OneShotPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(config.val_data, clip, config.embed_once)
-        if config.val_data
-        else None,
+        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
         export=save_component,
     )
 

@@ -1,14 +1,15 @@
-"""Trains one diffusion upsampler on crops: from a low-res picture to a high-res one (unCLIP 2.1).
+"""Train a diffusion upsampler on crops: from a low- to a high-resolution image (unCLIP 2.1).
 
 accelerate launch train/upsampler.py --config configs/emoji/upsampler.yaml
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
 from unclip.checkpoints.store import save_component
+from unclip.config import config
 from unclip.data.corruption import CorruptionConfig
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
@@ -21,10 +22,10 @@ from unclip.training.optim import OptimConfig
 from unclip.training.preview import upsampler_preview
 
 
-@dataclass(frozen=True)
+@config
 class UpsamplerTraining:
     model: UpsamplerConfig
-    data: DataConfig  # `crop` is the side of the training crops, 1/4 of the picture's in the paper
+    data: DataConfig  # `crop` is the side of the crops, 1/4 of the image's in the paper
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
@@ -36,12 +37,11 @@ class UpsamplerTraining:
 def main(run: Run[UpsamplerTraining]) -> None:
     config = run.config
     upsampler = Upsampler(config.model).to(run.device)
-    if (
-        upsampler.last_unet is not None
-    ):  # Karlo tuned its last step with an adversarial loss, which this is not
+    if upsampler.last_unet is not None:  # Karlo trained it with an adversarial loss
         if not (run.init or run.resume):
             raise ValueError(
-                "model.last_unet is not trained here: start from weights that hold it (--init) or drop it"
+                "model.last_unet is not trained here; start from weights that contain it (--init), "
+                "or remove it"
             )
         upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)

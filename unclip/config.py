@@ -34,7 +34,8 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 PositiveFraction = Annotated[float, Interval(gt=0, le=1)]
-DropRate = Annotated[float, Interval(ge=0, lt=1)]  # probability of dropping something in training
+ProperFraction = Annotated[float, Interval(ge=0, lt=1)]
+DropRate = ProperFraction  # probability of dropping something in training
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.codes import CodeDataset, encode
+from unclip.data.codes import encode
 from unclip.data.folder import FolderDataset
 from unclip.data.loader import DataConfig, Loader, open_dataset
+from unclip.data.precomputed import CodeDataset
 
 pytest.importorskip("pyarrow")
 
@@ -69,7 +70,7 @@ def test_each_caption_may_have_a_row(pictures, tmp_path):
 
 def test_what_was_begun_with_another_codec_is_not_continued(pictures, tmp_path):
     encode(pictures, MeanCodec(), tmp_path / "codes", source={"codec": "a"})
-    with pytest.raises(ValueError, match="begun with codec 'a', now 'b'"):
+    with pytest.raises(ValueError, match="started with codec 'a', now 'b'"):
         encode(pictures, MeanCodec(), tmp_path / "codes", source={"codec": "b"})
 
 
@@ -77,13 +78,13 @@ def test_wrong_input_is_named(pictures, tmp_path):
     encode(pictures, MeanCodec(), tmp_path / "codes")
     np.save(tmp_path / "codes/codes/codes_0.npy", np.zeros((5, 2, 2)))
     with pytest.raises(
-        ValueError, match=r"codes_0\.npy: expected unsigned whole numbers \(N, h, w\), got float64"
+        ValueError, match=r"codes_0\.npy: expected unsigned integers \(N, h, w\), got float64"
     ):
         CodeDataset(tmp_path / "codes")
     np.save(tmp_path / "codes/codes/codes_0.npy", np.zeros((5, 2, 2), np.uint8))
     for text, message in (
-        ("{}", "vocab_size is None; expected a number"),
-        ('{"vocab_size": "9"}', "vocab_size is '9'; expected a number"),
+        ("{}", "vocab_size is None; expected an integer"),
+        ('{"vocab_size": "9"}', "vocab_size is '9'; expected an integer"),
         ("{", "not valid JSON"),
     ):
         (tmp_path / "codes/codes.json").write_text(text)
@@ -91,7 +92,9 @@ def test_wrong_input_is_named(pictures, tmp_path):
             CodeDataset(tmp_path / "codes")
     np.save(tmp_path / "codes/codes/codes_0.npy", np.full((5, 2, 2), 9, np.uint8))
     (tmp_path / "codes/codes.json").write_text('{"vocab_size": 9}')
-    with pytest.raises(ValueError, match=r"codes holds a code 9; vocab_size in codes\.json is 9"):
+    with pytest.raises(
+        ValueError, match=r"codes contains the code 9; vocab_size in codes\.json is 9"
+    ):
         CodeDataset(tmp_path / "codes").batch([0])
     (tmp_path / "codes/codes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"codes\.json is missing"):

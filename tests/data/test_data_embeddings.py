@@ -9,8 +9,9 @@ import torch
 from conftest import tiny_clip
 from PIL import Image
 
-from unclip.data.embeddings import EmbeddingDataset, EmbeddingWriter, embed, main
+from unclip.data.embeddings import EmbeddingWriter, embed, main
 from unclip.data.loader import DataConfig, Loader, open_dataset
+from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.shards import ShardDataset, ShardWriter
 
 pytest.importorskip("pyarrow")
@@ -87,8 +88,8 @@ def test_clip_retrievals_own_variations_are_read(tmp_path):
         ({"weight": [1.0, -1.0]}, r"weight is -1\.0; expected a number >= 0"),
         ({"weight": [1.0, float("nan")]}, "weight is nan"),
         ({"weight": [1.0, None]}, "weight is None"),
-        ({"caption": [1, 2]}, r"2 of 2 captions are no strings, e\.g\. 1"),
-        ({"caption": ["a", None]}, r"1 of 2 captions are no strings, e\.g\. None"),
+        ({"caption": [1, 2]}, r"2 of 2 captions are not strings, e\.g\. 1"),
+        ({"caption": ["a", None]}, r"1 of 2 captions are not strings, e\.g\. None"),
     ],
 )
 def test_faulty_metadata_is_named(tmp_path, column, message):
@@ -168,7 +169,7 @@ def test_a_stopped_run_goes_on_part_by_part(shards, clip, tmp_path, monkeypatch)
         and (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns == first
     )
     assert len(EmbeddingDataset(out)) == 7
-    with pytest.raises(ValueError, match="begun with captions 'canonical', now 'all'"):
+    with pytest.raises(ValueError, match="started with captions 'canonical', now 'all'"):
         embed(dataset, clip, out, part_size=2, all_captions=True)
 
 
@@ -185,14 +186,14 @@ def test_the_command(shards, clip, tmp_path, capsys):
     main(command)
     assert "7 rows, 0 broken" in capsys.readouterr().out
     assert json.loads((tmp_path / "emb/embeddings.json").read_text())["data"] == str(shards)
-    with pytest.raises(SystemExit, match="holds embeddings already"):
+    with pytest.raises(SystemExit, match="already contains embeddings"):
         main([str(tmp_path / "emb"), *command[1:]])
     with pytest.raises(SystemExit, match="error: .*is missing"):
         main([*command[:3], str(tmp_path / "nowhere")])
     for option, value, message in (
         ("--part-size", "-5", "part_size is -5; expected at least 1"),
         ("--batch-size", "0", "batch_size is 0; expected at least 1"),
-        ("--device", "nonsense", "there is no device 'nonsense' here"),
+        ("--device", "nonsense", "the device 'nonsense' is not available"),
     ):
         with pytest.raises(SystemExit, match=f"error: {message}"):
             main([command[0], str(tmp_path / "other"), *command[2:], option, value])
@@ -210,7 +211,7 @@ def test_pickles_are_never_loaded(tmp_path):
     np.save(
         write(tmp_path) / "img_emb/img_emb_0.npy", np.array([{"a": 1}], object), allow_pickle=True
     )
-    with pytest.raises(ValueError, match=r"img_emb_0\.npy: no readable npy array"):
+    with pytest.raises(ValueError, match=r"img_emb_0\.npy is not a readable npy array"):
         EmbeddingDataset(tmp_path)
 
 
@@ -221,7 +222,7 @@ def test_wrong_input_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"part 1 has unequal numbers of rows: .*'text_emb': 3"):
         EmbeddingDataset(tmp_path)
     (tmp_path / "metadata/metadata_1.parquet").write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"metadata_1\.parquet: no readable parquet"):
+    with pytest.raises(ValueError, match=r"metadata_1\.parquet is not a readable parquet"):
         EmbeddingDataset(tmp_path)
     (tmp_path / "metadata/metadata_1.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"metadata_1\.parquet is missing"):

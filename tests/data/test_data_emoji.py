@@ -60,7 +60,7 @@ def checkout(tmp_path):
 def test_a_checkout_becomes_captioned_shards(checkout, tmp_path, capsys):
     out = tmp_path / "out"
     main([str(checkout), str(out), "--size", "32", "--jobs", "1"])
-    assert "1 svgs have no entry" in capsys.readouterr().out
+    assert "1 SVGs have no entry" in capsys.readouterr().out
     samples = {sample.key: sample for sample in ShardDataset(str(out / "*.tar"))}
     assert set(samples) == {
         f"{style}-{code}" for style in ("plain", "fancy") for code in ("1F34E", "1F44B-1F3FB")
@@ -181,7 +181,7 @@ def test_few_broken_svgs_are_left_out_and_many_stop(checkout, tmp_path):
     assert len(summary["broken"]) == 1 and "00000.svg" in summary["broken"][0]
     assert sum(summary["train"].values()) + sum(summary["heldout"].values()) == 119
     (svg / "00001.svg").write_text("")
-    with pytest.raises(ValueError, match="over 1% of 120 svgs are broken"):
+    with pytest.raises(ValueError, match="over 1% of 120 SVGs are broken"):
         render_all(checkout, tmp_path / "two", size=8, jobs=1)
     assert not list(tmp_path.glob("two*"))
 

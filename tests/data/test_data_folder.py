@@ -58,7 +58,7 @@ def test_without_captions_the_three_ways_are_told(folder):
     with pytest.raises(ValueError, match=r"no captions; expected.*name\.txt.*metadata\.jsonl.*CSV"):
         FolderDataset(folder)
     (folder / "b.txt").write_text("b")
-    with pytest.raises(ValueError, match=r"2 of 3 pictures have no caption, e\.g\. .*a\.JPG"):
+    with pytest.raises(ValueError, match=r"2 of 3 images have no caption, e\.g\. .*a\.JPG"):
         FolderDataset(folder)
 
 
@@ -79,7 +79,7 @@ def test_faulty_rows_are_named(folder, line, message):
 
 
 def test_missing_things_are_named(folder):
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a directory"):
         FolderDataset(folder / "nowhere")
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "b"}\n')
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
@@ -95,5 +95,5 @@ def test_missing_things_are_named(folder):
         FolderDataset(folder)[0]
     for name in ("x.csv", "y.csv"):
         (folder / name).write_text("file_name,text\n")
-    with pytest.raises(ValueError, match=r"2 CSVs.*x\.csv"):
+    with pytest.raises(ValueError, match=r"2 CSV files.*x\.csv"):
         FolderDataset(folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.loader import Augment, DataConfig, Loader, crop, open_dataset, place
+from unclip.data.loader import Augment, DataConfig, Loader, crop, open_dataset, shift_and_scale
 from unclip.data.order import EpochOrder
 from unclip.data.shards import ShardWriter
 
@@ -98,7 +98,7 @@ def test_state_counts_batches_handed_out(config):
     for _ in loader:
         places.append(loader.state_dict())
     assert places == [{"epoch": 0, "batch": n} for n in range(5)] + [{"epoch": 1, "batch": 0}]
-    with pytest.raises(ValueError, match="no batch 5 in 5"):
+    with pytest.raises(ValueError, match="batch 5, but an epoch has 5 batches"):
         loader.load_state_dict({"epoch": 0, "batch": 5})
 
 
@@ -198,14 +198,14 @@ def test_epochs_have_one_length_and_whole_weights_come_each_time():
 def test_few_samples_give_one_smaller_batch(config):
     loader = Loader(replace(config, batch_size=100))
     assert len(loader) == 1 and next(iter(loader))["image"].shape[0] == 22
-    with pytest.raises(ValueError, match="22 samples an epoch for 30 processes"):
+    with pytest.raises(ValueError, match="22 samples per epoch for 30 processes"):
         Loader(config, num_processes=30, process_index=0)
 
 
 def test_a_broken_picture_is_replaced_counted_and_named(tmp_path):
     path = write_shard(tmp_path / "data", 120, broken=(7,))
     loader = Loader(DataConfig(path, image_size=8, batch_size=120))
-    with pytest.warns(UserWarning, match="k7: no PNG") as warned:
+    with pytest.warns(UserWarning, match="k7: not a PNG") as warned:
         batches = take(loader, 3)
     assert len(warned) == 1 and list(loader.broken) == [7]
     for batch in batches:
@@ -221,12 +221,12 @@ def test_many_broken_pictures_stop(tmp_path, workers):
     path = write_shard(tmp_path / "data", 120, broken=(3, 9))
     loader = Loader(DataConfig(path, image_size=8, batch_size=120, workers=workers))
     with pytest.raises(
-        ValueError, match=r"2 broken pictures, more than max_broken = 1\.0% of 120: k\d: .*; k\d"
+        ValueError, match=r"2 broken images, more than max_broken = 1\.0% of 120: k\d: .*; k\d"
     ):
         with pytest.warns(UserWarning, match="broken"):
             next(iter(loader))
     nothing = write_shard(tmp_path / "nothing", 4, broken=range(4))
-    with pytest.raises(ValueError, match="broken pictures, more than max_broken"):
+    with pytest.raises(ValueError, match="broken images, more than max_broken"):
         with pytest.warns(UserWarning, match="broken"):
             next(
                 iter(
@@ -241,14 +241,20 @@ def test_many_broken_pictures_stop(tmp_path, workers):
 
 def test_placing_keeps_what_is_inside_and_fills_with_white():
     picture = np.random.default_rng(0).integers(0, 255, (10, 10, 3), dtype=np.uint8)
-    still = place(picture, Augment(0.2, 0.0), np.array([0.9, 0.5, 0.5]))
+    still = shift_and_scale(picture, Augment(0.2, 0.0), np.array([0.9, 0.5, 0.5]))
     assert np.array_equal(still, picture)
-    moved = place(picture, Augment(0.2, 0.0), np.array([0.5, 0.999, 0.0]))  # 2 to the right, 2 up
+    moved = shift_and_scale(
+        picture, Augment(0.2, 0.0), np.array([0.5, 0.999, 0.0])
+    )  # 2 to the right, 2 up
     assert np.array_equal(moved[:8, 2:], picture[2:, :8])
     assert (moved[8:] == 255).all() and (moved[:, :2] == 255).all()
-    smaller = place(np.zeros((10, 10, 3), np.uint8), Augment(0.0, 0.2), np.array([0.0, 0.5, 0.5]))
+    smaller = shift_and_scale(
+        np.zeros((10, 10, 3), np.uint8), Augment(0.0, 0.2), np.array([0.0, 0.5, 0.5])
+    )
     assert (smaller[1:9, 1:9] == 0).all() and smaller.sum() == 255 * 3 * (100 - 64)
-    larger = place(np.zeros((10, 10, 3), np.uint8), Augment(0.0, 0.2), np.array([0.999, 0.5, 0.5]))
+    larger = shift_and_scale(
+        np.zeros((10, 10, 3), np.uint8), Augment(0.0, 0.2), np.array([0.999, 0.5, 0.5])
+    )
     assert (larger == 0).all()
 
 
@@ -281,7 +287,7 @@ def test_open_dataset_tells_the_kinds_apart(tmp_path, config):
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"crop": 9}, "crop is 9; expected 1 to image_size = 8"),
+        ({"crop": 9}, "crop is 9; expected at most image_size = 8"),
         ({"max_broken": 1.0}, "max_broken"),
         ({"seed": -1}, "seed is -1"),
     ],
@@ -289,7 +295,7 @@ def test_open_dataset_tells_the_kinds_apart(tmp_path, config):
 def test_settings_are_checked(config, change, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **change)
-    with pytest.raises(ValueError, match="augment.shift is 1"):
+    with pytest.raises(ValueError, match="shift is 1"):
         Augment(shift=1.0)
 
 

@@ -120,9 +120,7 @@ def test_sources_can_be_patterns_ranges_lists_and_folders(tmp_path):
         "train-002.tar",
     ]
     assert len(ShardDataset([tmp_path / "train-000.tar", tmp_path / "heldout-000.tar"])) == 2
-    with pytest.raises(
-        FileNotFoundError, match=r"names 2 shards that are missing, e\.g\. .*/train-003\.tar"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"2 missing shards, e\.g\. .*/train-003\.tar"):
         find_shards(f"{tmp_path}/train-{{001..004}}.tar")
     with pytest.raises(ValueError, match="heldout"):  # never trained on by accident
         find_shards(tmp_path)
@@ -144,7 +142,7 @@ def test_wrong_input_is_named(tmp_path):
     write_members(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a"})
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:700])
-    with pytest.raises(ValueError, match=r"cut\.tar: no readable"):
+    with pytest.raises(ValueError, match=r"cut\.tar is not a readable"):
         ShardDataset(tmp_path / "cut.tar")
     write_members(
         tmp_path / "long.tar", {f"{i}.{kind}": png() for i in range(9) for kind in ("png", "txt")}
@@ -152,18 +150,20 @@ def test_wrong_input_is_named(tmp_path):
     whole = bytearray((tmp_path / "long.tar").read_bytes())
     (tmp_path / "cut.tar").write_bytes(whole[:4096])  # where a member ends
     with pytest.raises(
-        ValueError, match=r"cut\.tar: no readable.*damaged at byte 4,096, or ends there"
+        ValueError, match=r"cut\.tar is not a readable.*damaged or truncated at byte 4,096"
     ):
         ShardDataset(tmp_path / "cut.tar")
     whole[4096] ^= 1  # in the header of the next
     (tmp_path / "cut.tar").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"cut\.tar: no readable.*damaged at byte 4,096"):
+    with pytest.raises(
+        ValueError, match=r"cut\.tar is not a readable.*damaged or truncated at byte 4,096"
+    ):
         ShardDataset(tmp_path / "cut.tar")
     write_members(tmp_path / "bare.tar", {"a.png": png()})
     with pytest.raises(ValueError, match="no captions"):
         ShardDataset(tmp_path / "bare.tar")
     write_members(tmp_path / "text.tar", {"a.txt": b"a"})
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         ShardDataset(tmp_path / "text.tar")
     with ShardWriter(tmp_path, "x") as writer, pytest.raises(ValueError, match="without dots"):
         writer.write("a.b", {"txt": "a"})

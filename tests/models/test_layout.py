@@ -15,8 +15,8 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.decoder import Decoder, masked_image
 from unclip.models.unclip.layout import Layout, LayoutConfig
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.training.losses import DecoderLoss, DropConfig, LayoutLoss, noised
-from unclip.training.warm_start import warm_start
+from unclip.training.initialization import warm_start
+from unclip.training.losses import ConditionDropout, DecoderLoss, LayoutLoss, add_embedding_noise
 from unclip.types import TextEncoding
 
 SHAPE = LayoutConfig(emb_dim=EMB_DIM, size=4, width=16, depth=2)
@@ -117,11 +117,11 @@ def test_noise_on_embeddings_is_measured_in_their_standard_deviations():
     torch.manual_seed(0)
     layout, std = Layout(SHAPE), torch.linspace(0.1, 2, EMB_DIM)
     layout.set_stats(torch.zeros(EMB_DIM), std)
-    noise = noised(torch.ones(20_000, EMB_DIM), layout, most=0.6) - 1
+    noise = add_embedding_noise(torch.ones(20_000, EMB_DIM), layout, most=0.6) - 1
     # a share uniform in [0, 0.6] has a mean square of 0.12
     torch.testing.assert_close(noise.std(0), 0.12**0.5 * std, rtol=0.05, atol=0)
     assert (noise / std).std(1).quantile(0.02) < 0.1  # some rows have hardly any
-    assert torch.equal(noised(std[None], layout, 0.0), std[None])
+    assert torch.equal(add_embedding_noise(std[None], layout, 0.0), std[None])
 
 
 def test_without_its_embedding_nothing_is_shown():
@@ -211,7 +211,7 @@ def test_a_decoder_learns_from_noised_embeddings_and_its_layout_stays(monkeypatc
             decoder,
             clip,
             Schedule(ScheduleConfig()),
-            DropConfig(0.5, 0.0),
+            ConditionDropout(0.5, 0.0),
             LossConfig(),
             None,
             emb_noise,

@@ -22,9 +22,9 @@ from unclip.models.unclip.decoder import Decoder, DecoderContext, masked_image
 from unclip.models.unclip.layout import LayoutConfig
 from unclip.pipelines.base import redraw
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.training.inpainting import HOLES, HoleConfig, copy_paste, cut_out, random_holes
-from unclip.training.losses import DecoderLoss, DropConfig, mixed
-from unclip.training.warm_start import warm_start
+from unclip.training.initialization import warm_start
+from unclip.training.inpainting import HOLES, HoleConfig, copy_paste, foreground_alpha, random_holes
+from unclip.training.losses import ConditionDropout, DecoderLoss, mix_embeddings
 from unclip.types import TextEncoding
 
 QUICK = {"progress": False, "batch_size": 2}
@@ -61,9 +61,9 @@ def test_kinds_come_as_often_as_they_are_weighted():
         dim=(1, 2, 3)
     )
     assert everything.float().mean() == pytest.approx(0.25, abs=0.06)
-    with pytest.raises(ValueError, match="holes.box is -1"):
+    with pytest.raises(ValueError, match="box is -1"):
         HoleConfig(box=-1)
-    with pytest.raises(ValueError, match="all weights in holes are 0"):
+    with pytest.raises(ValueError, match="all weights are 0"):
         HoleConfig(0, 0, 0, 0, 0)
 
 
@@ -76,7 +76,7 @@ def disc(rows: int, side: int = 32) -> torch.Tensor:
 
 
 def test_things_are_cut_out_of_plain_grounds_only():
-    opaque = cut_out(disc(1))[0, 0]
+    opaque = foreground_alpha(disc(1))[0, 0]
     assert (
         opaque[16, 16] == 1
         and opaque[16, 8] == 1
@@ -84,10 +84,10 @@ def test_things_are_cut_out_of_plain_grounds_only():
         and not opaque[:, :2].any()
     )
     holed = torch.where(disc(1)[:, 2:] > disc(1)[:, :1], 1.0, disc(1))
-    assert cut_out(holed)[0, 0, 16, 16] == 1, "white inside a thing is not its ground"
-    assert torch.equal(cut_out(-disc(1)), cut_out(disc(1))), "the ground may have any colour"
+    assert foreground_alpha(holed)[0, 0, 16, 16] == 1, "white inside a thing is not its ground"
+    assert torch.equal(foreground_alpha(-disc(1)), foreground_alpha(disc(1))), "the ground may have any colour"
     noise = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert cut_out(noise).mean() > 0.8
+    assert foreground_alpha(noise).mean() > 0.8
 
 
 def test_pasted_things_lie_within_their_holes_and_the_ground_goes_on():
@@ -187,7 +187,7 @@ def test_it_learns_to_copy_what_is_known():
         Schedule(ScheduleConfig()),
     )
     holes = HoleConfig(box=0, stroke=0, half=1, border=0, all=0)
-    loss = DecoderLoss(decoder, clip, schedule, DropConfig(0.5, 0.1), LossConfig(), holes)
+    loss = DecoderLoss(decoder, clip, schedule, ConditionDropout(0.5, 0.1), LossConfig(), holes)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=6e-3)
 
     def plain(count: int) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_it_learns_to_copy_what_is_known():
 def test_embeddings_beside_holes_are_of_other_pictures_in_part():
     torch.manual_seed(0)
     emb, rows = torch.eye(EMB_DIM).repeat(100, 1), torch.arange(100 * EMB_DIM) % 2 == 0
-    turned = mixed(emb, rows, most=0.5)
+    turned = mix_embeddings(emb, rows, most=0.5)
     torch.testing.assert_close(turned[~rows], emb[~rows])
     cosine = (turned * emb).sum(dim=1)[rows]
     assert (
@@ -235,7 +235,7 @@ def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
     )
     holes = HoleConfig(box=1, stroke=0, half=0, border=0, all=1)
     loss = DecoderLoss(
-        decoder, clip, Schedule(ScheduleConfig()), DropConfig(), LossConfig(), holes, emb_mix=0.5
+        decoder, clip, Schedule(ScheduleConfig()), ConditionDropout(), LossConfig(), holes, emb_mix=0.5
     )
     emb = torch.randn(64, EMB_DIM)
     loss(decoder, {"image": torch.zeros(64, 3, 8, 8), "image_emb": emb, "caption": ["a"] * 64})
@@ -256,7 +256,7 @@ def test_who_is_shown_a_pasted_thing_is_asked_for_it(monkeypatch):
         HoleConfig(box=1, stroke=0, half=0, border=0, all=1),
     )
     loss = DecoderLoss(
-        decoder, clip, schedule, DropConfig(0, 0), LossConfig(), holes, copy_paste=0.5
+        decoder, clip, schedule, ConditionDropout(0, 0), LossConfig(), holes, copy_paste=0.5
     )
     emb, captions = (
         torch.randn(64, EMB_DIM),
@@ -294,7 +294,7 @@ def test_training_asks_for_embeddings_that_agree_with_what_is_known(monkeypatch)
         HoleConfig(box=1, stroke=0, half=0, border=0, all=1),
     )
     loss = DecoderLoss(
-        decoder, clip, schedule, DropConfig(0, 0), LossConfig(), holes, agreement=50.0
+        decoder, clip, schedule, ConditionDropout(0, 0), LossConfig(), holes, agreement=50.0
     )
     emb = torch.randn(32, EMB_DIM)
     loss(decoder, {"image": disc(32, 8).contiguous(), "image_emb": emb, "caption": ["a"] * 32})[

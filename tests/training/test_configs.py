@@ -383,12 +383,14 @@ def test_codec_and_transformer_of_a_folder_fit_together(stack):
 
 
 def test_a_decoder_is_not_trained_on_pictures_of_another_size():
-    with pytest.raises(SystemExit, match="image_size is 8; this model draws 16"):
+    with pytest.raises(SystemExit, match="image_size is 8; expected at least 16"):
         train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")
 
 
 def test_a_task_needs_its_kind_of_model():
-    with pytest.raises(SystemExit, match="task is 'inpaint'; expected a model with inpaints: true"):
+    with pytest.raises(
+        SystemExit, match="task is 'inpaint', model.inpaints is false; expected true"
+    ):
         train("decoder", "tiny/decoder.yaml", "--set", "task=inpaint")
 
 

@@ -147,7 +147,7 @@ def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=runs/tiny/dalle/model")
     save_component(GaussianVAE(GaussianVAEConfig(image_size=16, net=ConvNetConfig(width=8))), "vae")
     with pytest.raises(
-        SystemExit, match="vae holds a GaussianVAE; expected a codec that gives codes"
+        SystemExit, match="vae contains a GaussianVAE; expected a codec with discrete codes"
     ):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=vae")
     with pytest.raises(SystemExit, match="--set codex=3: codex is unknown; did you mean 'codec'"):
@@ -238,7 +238,7 @@ def test_pictures_are_encoded_once(workplace, capsys):
     )
     train(*once, "--set=fit.steps=2")
     assert (workplace / "runs/tiny/once/model/model.safetensors").is_file()
-    with pytest.raises(SystemExit, match="holds image codes, which can't be augmented"):
+    with pytest.raises(SystemExit, match="contains image codes, which cannot be augmented"):
         train("--set=data.path=codes", "--set=fit.output=runs/tiny/other")
     with pytest.raises(
         SystemExit, match="error: runs/tiny/dalle/model holds a DALLE; expected a codec"
@@ -247,7 +247,7 @@ def test_pictures_are_encoded_once(workplace, capsys):
             ROOT / "train/encode.py", "data/tiny", "again", "--codec", "runs/tiny/dalle/model"
         )
     with pytest.raises(
-        SystemExit, match="error: codes holds image codes already; expected pictures"
+        SystemExit, match="error: codes already contains image codes; expected images"
     ):
         run_script(ROOT / "train/encode.py", "codes", "again", "--codec", "runs/tiny/codec/model")
 
@@ -258,13 +258,13 @@ def test_parts_that_do_not_fit_are_named(workplace):
         match="the codec has 32 codes on a grid of 4 x 4; the transformer expects 64 on 4 x 4",
     ):
         train("--set=model.image_vocab=64")
-    with pytest.raises(SystemExit, match="data/tiny is read at 8 pixels; this codec takes 16"):
+    with pytest.raises(
+        SystemExit, match="data/tiny is read at 8 pixels; expected 16, as the codec"
+    ):
         train("--set=data.image_size=8")
     with pytest.raises(SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected a codec"):
         train("--set=codec=runs/tiny/dalle/model")
-    with pytest.raises(
-        SystemExit, match=r"tokenizer\.json has \d+ tokens; this model has only 100"
-    ):
+    with pytest.raises(SystemExit, match=r"tokenizer\.json has \d+ tokens; expected at most 100"):
         train("--set=tokenizer=runs/tiny/dalle/model/tokenizer.json", "--set=model.text_vocab=100")
-    with pytest.raises(SystemExit, match="drop_text is 1.5; expected a fraction"):
+    with pytest.raises(SystemExit, match="drop_text is 1.5; expected less than 1"):
         train("--set=loss.drop_text=1.5")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.training.dry_run import describe
-from unclip.training.fit import FitConfig, fit
+from unclip.training.fit import fit
 from unclip.training.launch import Run
 from unclip.training.log import available_trackers
 from unclip.training.optim import OptimConfig
@@ -177,7 +177,7 @@ def test_a_resumed_run_may_be_longer_but_not_another(tmp_path: Path) -> None:
         run(quiet(tmp_path, 4, accumulate=3, ema=None), start={"resume": "latest"})
     run(quiet(tmp_path, 4, log_every=1), optim=replace(OPTIM, lr=1e-3), start={"resume": "latest"})
     assert (tmp_path / "checkpoints" / "step-0000004").is_dir()
-    with pytest.raises(ValueError, match="already holds step-0000004, which would be lost"):
+    with pytest.raises(ValueError, match="already contains step-0000004, which would be lost"):
         run(quiet(tmp_path, 4))
 
 
@@ -214,7 +214,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     assert stop.value.code == 0
     assert (len(calls), signal.getsignal(number)) == (4, before)
     command = "python train/prior.py --config 'a b.yaml' --resume latest"
-    assert f"stopped after step 2; to go on: {command}" in capsys.readouterr().out
+    assert f"stopped after step 2; to resume: {command}" in capsys.readouterr().out
     run(quiet(tmp_path, accumulate=2), start={"resume": "latest"})
     run(quiet(tmp_path / "through", accumulate=2))
     assert_same(weights(tmp_path, 6), weights(tmp_path / "through", 6))
@@ -297,7 +297,7 @@ def test_dry_run_tells_the_cost_and_writes_nothing(
     flops = (
         2 * 2 * 4 * 48 * 10
     )  # the product and the gradient of the weight; 2 for each multiplication and addition
-    assert f"{3 * flops:.3e} a step, {flops / 4:.3e} a sample" in text
+    assert f"{3 * flops:.3e} per step, {flops / 4:.3e} per sample" in text
     # 480 weights of 4 bytes; 4 x 48 inputs and 4 x 10 outputs are kept for the backward pass
     assert (
         "weights 0.00192 MB, gradients 0.00192 MB, AdamW 0.00384 MB, EMA 0.00192 MB, activations 0.000928 MB"
@@ -307,16 +307,15 @@ def test_dry_run_tells_the_cost_and_writes_nothing(
 
 def test_dry_run_counts_attention() -> None:
     q = nn.Parameter(torch.randn(1, 2, 8, 4))  # 2 heads, 8 tokens, 4 channels a head
-    config = FitConfig("unused", 1)
     text = describe(
         nn.ParameterList([q]),
         lambda: F.scaled_dot_product_attention(q, q, q).sum(),
         {"q": q},
-        config,
+        ema=False,
     )
     product = 2 * 2 * 8 * 8 * 4
     assert (
-        f"{(2 + 5) * product:.3e} a step" in text
+        f"{(2 + 5) * product:.3e} per step" in text
     )  # 2 products forward; 4 backward and the scores once more
 
 
@@ -331,7 +330,7 @@ def test_broken_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("changes", "message"),
     [
         ({"trackers": ("wandbb",)}, "unknown tracker 'wandbb'; expected one of .*tensorboard"),
-        ({"gradient_checkpointing": True}, "Sequential has no gradient checkpointing"),
+        ({"gradient_checkpointing": True}, "Sequential does not support gradient checkpointing"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -15,9 +15,8 @@ from fitting import OPTIM, TinyLoader, plain_model, quiet, straight, weights
 from scripts import run_in_two_processes
 
 from unclip.training.fit import FitConfig, fit
-from unclip.training.launch import Run, launch, resume_command
+from unclip.training.launch import Run, launch, resume_command, this_process
 from unclip.training.optim import OptimConfig
-from unclip.training.processes import this_process
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from conftest import EMB_DIM, tiny_clip, tiny_decoder, tiny_prior, tiny_upsample
 from unclip.data.corruption import CorruptionConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule
-from unclip.training.losses import CLIPLoss, DecoderLoss, DropConfig, PriorLoss, UpsamplerLoss
+from unclip.training.losses import CLIPLoss, ConditionDropout, DecoderLoss, PriorLoss, UpsamplerLoss
 
 CAPTIONS = ["a red apple", "a blue fish", "a red fish", "a blue apple"]
 
@@ -60,7 +60,7 @@ def test_prior_decoder_and_upsampler_learn_one_batch(clip):
     torch.manual_seed(0)
     prior, decoder, upsampler = tiny_prior(), tiny_decoder(), tiny_upsampler()
     prior.set_stats(torch.zeros(EMB_DIM), clip.encode_image(batch(8)["image"]).std(0))
-    drop, loss, schedule = DropConfig(), LossConfig(), Schedule()
+    drop, loss, schedule = ConditionDropout(), LossConfig(), Schedule()
     first, last = train(prior, PriorLoss(prior, clip, schedule, drop, loss), batch(8))
     assert last < 0.5 * first
     first, last = train(decoder, DecoderLoss(decoder, clip, schedule, drop, loss), batch(8))
@@ -74,16 +74,16 @@ def test_prior_decoder_and_upsampler_learn_one_batch(clip):
 def test_the_prior_is_asked_for_the_normalised_embedding(clip):
     prior, recorder = tiny_prior(), Recorder(EMB_DIM)
     prior.set_stats(torch.full((EMB_DIM,), 0.5), torch.full((EMB_DIM,), 2.0))
-    loss = PriorLoss(prior, clip, Schedule(), DropConfig(), LossConfig())(recorder, batch(16))[
-        "loss"
-    ]
+    loss = PriorLoss(prior, clip, Schedule(), ConditionDropout(), LossConfig())(
+        recorder, batch(16)
+    )["loss"]
     x_0 = (clip.encode_image(batch(16)["image"]) - 0.5) / 2  # the recorder answers 0
     torch.testing.assert_close(loss, x_0.square().mean())
 
 
 def test_precomputed_embeddings_take_the_place_of_pictures(clip):
     prior, recorder = tiny_prior(), Recorder(EMB_DIM)
-    loss_fn = PriorLoss(prior, clip, Schedule(), DropConfig(), LossConfig())
+    loss_fn = PriorLoss(prior, clip, Schedule(), ConditionDropout(), LossConfig())
     emb = clip.encode_image(batch(16)["image"])
     a = loss_fn(recorder, batch(16))["loss"]
     b = loss_fn(recorder, {"image_emb": emb, "caption": CAPTIONS})["loss"]
@@ -92,7 +92,9 @@ def test_precomputed_embeddings_take_the_place_of_pictures(clip):
 
 def test_pictures_and_captions_are_dropped_independently_at_their_rates(clip):
     decoder, recorder = tiny_decoder(), Recorder(6)
-    loss_fn = DecoderLoss(decoder, clip, Schedule(), DropConfig(text=0.5, image=0.1), LossConfig())
+    loss_fn = DecoderLoss(
+        decoder, clip, Schedule(), ConditionDropout(text=0.5, image=0.1), LossConfig()
+    )
     data = {"image": torch.zeros(512, 3, 8, 8), "caption": CAPTIONS * 128}
     torch.manual_seed(0)
     for _ in range(4):
@@ -106,7 +108,9 @@ def test_pictures_and_captions_are_dropped_independently_at_their_rates(clip):
 
 def test_a_model_whose_null_is_the_empty_prompt_gets_it_as_its_caption(clip):
     prior, recorder = tiny_prior(null_text="empty_prompt"), Recorder(EMB_DIM)
-    PriorLoss(prior, clip, Schedule(), DropConfig(text=0.9999), LossConfig())(recorder, batch(16))
+    PriorLoss(prior, clip, Schedule(), ConditionDropout(text=0.9999), LossConfig())(
+        recorder, batch(16)
+    )
     _, _, text, drop = recorder.calls[0]
     assert drop is None
     torch.testing.assert_close(text.emb, clip.encode_text([""] * 4).emb)
@@ -128,7 +132,7 @@ def test_the_upsampler_sees_its_crop_reduced_and_corrupted(clip):
 
 def test_frozen_networks_get_no_gradient(clip):
     decoder = tiny_decoder()
-    DecoderLoss(decoder, clip, Schedule(), DropConfig(), LossConfig())(decoder, batch(8))[
+    DecoderLoss(decoder, clip, Schedule(), ConditionDropout(), LossConfig())(decoder, batch(8))[
         "loss"
     ].backward()
     assert all(p.grad is None for p in clip.parameters())
@@ -136,8 +140,8 @@ def test_frozen_networks_get_no_gradient(clip):
 
 
 def test_impossible_drop_rates_are_refused():
-    with pytest.raises(ValueError, match="drop.text is 1.5"):
-        DropConfig(text=1.5)
+    with pytest.raises(ValueError, match="text is 1.5; expected at least 0 and less than 1"):
+        ConditionDropout(text=1.5)
 
 
 def test_training_without_the_padding_is_training_with_it(clip):

@@ -16,7 +16,12 @@ from unclip.embeddings import normalise
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.training.embedded import EmbeddedLoader, embedding_pairs, open_loader
-from unclip.training.losses import ARPriorLoss, DropConfig, OneShotLossConfig, OneShotPriorLoss
+from unclip.training.losses import (
+    ARPriorLoss,
+    ConditionDropout,
+    OneShotLossConfig,
+    OneShotPriorLoss,
+)
 
 SIZES = (EMB_DIM, TEXT_WIDTH, CONTEXT, 32, 2, 2)
 K, V = 4, 8
@@ -73,7 +78,7 @@ def train(model, loss_fn, batch, steps: int = 150) -> tuple[float, float]:
 
 def test_the_autoregressive_prior_learns_which_codes_a_caption_has(clip, batch):
     prior = ar_prior(clip, batch)
-    first, last = train(prior, ARPriorLoss(prior, clip, DropConfig(text=0.0)), batch)
+    first, last = train(prior, ARPriorLoss(prior, clip, ConditionDropout(text=0.0)), batch)
     assert first == pytest.approx(torch.tensor(V).log().item(), abs=1e-4) and last < 0.3 * first
     prior.eval()
     with torch.no_grad():
@@ -93,7 +98,7 @@ def test_the_autoregressive_prior_is_told_codes_dot_product_and_what_is_dropped(
         told.append((codes, dot, text, drop))
         return torch.zeros(*codes.shape, V)
 
-    loss = ARPriorLoss(prior, clip, DropConfig(text=0.5))
+    loss = ARPriorLoss(prior, clip, ConditionDropout(text=0.5))
     torch.manual_seed(0)
     assert loss(model, batch)["loss"].item() == pytest.approx(torch.tensor(V).log().item())
     codes, dot, text, drop = told[0]
@@ -114,7 +119,7 @@ def test_the_dot_product_is_that_with_the_caption_though_the_empty_prompt_is_rea
         told.append((dot, text))
         return torch.zeros(*codes.shape, V)
 
-    ARPriorLoss(prior, clip, DropConfig(text=0.9999))(model, batch)
+    ARPriorLoss(prior, clip, ConditionDropout(text=0.9999))(model, batch)
     dot, text = told[0]
     torch.testing.assert_close(text.emb, clip.encode_text([""] * 12).emb)
     assert torch.equal(
@@ -126,7 +131,9 @@ def test_the_dot_product_is_that_with_the_caption_though_the_empty_prompt_is_rea
 def test_the_one_shot_prior_learns_the_embedding_of_a_caption(clip, batch, query):
     prior = one_shot_prior(batch, query)
     first, last = train(
-        prior, OneShotPriorLoss(prior, clip, DropConfig(text=0.0), OneShotLossConfig(0.0)), batch
+        prior,
+        OneShotPriorLoss(prior, clip, ConditionDropout(text=0.0), OneShotLossConfig(0.0)),
+        batch,
     )
     assert last < 0.3 * first
 
@@ -140,7 +147,7 @@ def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_drop
         return predicted
 
     torch.manual_seed(0)
-    terms = OneShotPriorLoss(prior, clip, DropConfig(text=0.5), OneShotLossConfig(0.2))(
+    terms = OneShotPriorLoss(prior, clip, ConditionDropout(text=0.5), OneShotLossConfig(0.2))(
         model, batch
     )
     text_emb = clip.encode_text(batch["caption"]).emb
@@ -158,12 +165,12 @@ def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_drop
     prior = OneShotPrior(replace(prior.config, null_text="empty_prompt"))
     prior.set_stats(batch["image_emb"].mean(0), batch["image_emb"].std(0))
     torch.manual_seed(0)
-    others = OneShotPriorLoss(prior, clip, DropConfig(text=0.5), OneShotLossConfig(0.2))(
+    others = OneShotPriorLoss(prior, clip, ConditionDropout(text=0.5), OneShotLossConfig(0.2))(
         model, batch
     )
     assert dropped[1] is None
     torch.testing.assert_close(others["contrastive"], expected)
-    with pytest.raises(ValueError, match="loss.contrastive is -1"):
+    with pytest.raises(ValueError, match="contrastive is -1"):
         OneShotLossConfig(-1)
 
 
@@ -206,12 +213,10 @@ def test_an_embedding_that_is_not_finite_is_named(clip, pictures):
     embedded.image_emb["7"][3] = torch.nan
     with pytest.raises(ValueError, match="the image embedding of 7 is not finite"):
         embedding_pairs(clip, embedded, 3)
-    with pytest.raises(ValueError, match="stats_batches is 0; expected at least 1"):
-        embedding_pairs(clip, embedded, 0)
 
 
 def test_augmented_pictures_are_not_embedded_once_for_all(clip, pictures):
-    with pytest.raises(ValueError, match="augmented or cropped cannot be embedded once"):
+    with pytest.raises(ValueError, match="embed_once is true, but images are augmented or cropped"):
         open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=True)
     assert isinstance(
         open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=False), Loader
@@ -224,9 +229,7 @@ def test_pictures_of_one_key_are_told(clip, pictures, monkeypatch):
     monkeypatch.setattr(
         type(loader.dataset), "__getitem__", lambda self, i: _renamed(sample(self, i))
     )
-    with pytest.raises(
-        ValueError, match="several pictures have the same key; embed at each step instead"
-    ):
+    with pytest.raises(ValueError, match="several images have the same key"):
         EmbeddedLoader(loader, clip)
 
 

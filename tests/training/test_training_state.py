@@ -15,11 +15,10 @@ from torch import nn
 
 from unclip.files import atomic_folder
 from unclip.models.codecs.quantizers import NearestConfig, VectorQuantizer
-from unclip.training.checkpoints import Checkpoints
+from unclip.training.checkpoints import Checkpoints, random_state, set_random_state
 from unclip.training.ema import EMA
+from unclip.training.initialization import load_weights
 from unclip.training.optim import OptimConfig, build_optimizer
-from unclip.training.random_state import random_state, set_random_state
-from unclip.training.run_state import load_weights
 
 
 def test_ema_follows_the_weights_quickly_at_first() -> None:
@@ -172,7 +171,7 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert checkpoints.find("latest").name == "step-0000010"
     assert checkpoints.find(str(tmp_path / "step-0000002")).name == "step-0000002"
     with pytest.raises(
-        FileNotFoundError, match="nowhere is no checkpoint; expected a folder such as"
+        FileNotFoundError, match="nowhere is not a checkpoint; expected a folder such as"
     ):
         checkpoints.find("nowhere")
 

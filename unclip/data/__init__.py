@@ -1,1 +1,1 @@
-"""Pictures and captions: where they come from (emoji, folders, tar shards, embeddings) and how batches are made."""
+"""Captioned images, embeddings and image codes: readers, writers and a resumable batch loader."""

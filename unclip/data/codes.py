@@ -1,69 +1,20 @@
-"""Precomputed image codes, for training a transformer on them; `train/encode.py` computes them.
+"""Computation of image codes of a dataset, for training DALL-E's transformer: train/encode.py."""
 
-codes/codes_0.npy (N, h, w)  metadata/metadata_0.parquet (column caption)  codes.json (the codec's vocabulary and grid)
-"""
+# B batch, S image size, N rows, h w grid of codes
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from unclip.data.precomputed import (
-    Indices,
-    PartWriter,
-    PrecomputedDataset,
-    caption_rows,
-    precompute,
-)
-from unclip.data.samples import square
-from unclip.files import read_json
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from unclip.data.samples import Dataset, Sample
-    from unclip.models.codecs.codec import ImageCodec
-
-# B batch, N rows, h w grid of codes, S side of a picture
-
-SETTINGS_FILE = "codes.json"
-
-
-class CodeDataset(PrecomputedDataset):
-    """Captions with their pictures' codes."""
-
-    names, told, expected = ("codes",), "image codes", "unsigned whole numbers (N, h, w)"
-
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        if not (self.folder / SETTINGS_FILE).is_file():
-            raise FileNotFoundError(
-                f"{self.folder / SETTINGS_FILE} is missing; it tells the codec's vocabulary"
-            )
-        settings = read_json(self.folder / SETTINGS_FILE)
-        self.vocab_size: int = settings.get("vocab_size")  # of the codec
-        if type(self.vocab_size) is not int:
-            raise ValueError(
-                f"{self.folder / SETTINGS_FILE}: vocab_size is {self.vocab_size!r}; expected a number"
-            )
-        self.grid: tuple[int, int] = self.shape
-
-    @staticmethod
-    def _fits(array: np.ndarray) -> bool:
-        return array.ndim == 3 and array.dtype.kind == "u"
-
-    def batch(self, indices: Indices) -> dict[str, Any]:
-        """Rows as {"codes": long (B, h, w), "caption", "key"}; ValueError for a code that the codec does not have."""
-        codes = self._rows("codes", indices).astype(np.int64)
-        if (most := codes.max(initial=0)) >= self.vocab_size:
-            raise ValueError(
-                f"{self.folder} holds a code {most}; vocab_size in {SETTINGS_FILE} is {self.vocab_size}"
-            )
-        return {"codes": torch.from_numpy(codes), **self._texts(indices)}
+from unclip.data.precompute import Arrays, Columns, PartWriter, caption_rows, precompute
+from unclip.data.precomputed import CODES_FILE
+from unclip.data.samples import Dataset, Sample, resize_center_crop
+from unclip.models.codecs.codec import ImageCodec
 
 
 def encode(
@@ -76,22 +27,20 @@ def encode(
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
 ) -> dict[int, str]:
-    """Encodes a dataset into `out`, a row for each sample with its canonical caption or one for each caption.
+    """Encode a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
-    `source` tells what is encoded with what. For the rest see `precompute`.
+    A sample has one row for its canonical caption, or with `all_captions` one for each caption.
+    `source` (paths of the data and the codec) is stored with the settings.
     """
     device, dtype = next(codec.parameters()).device, np.min_scalar_type(codec.vocab_size - 1)
 
-    def compute(
-        samples: list[Sample], images: list[Image.Image]
-    ) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
         columns, repeats = caption_rows(samples, all_captions)
-        pixels = np.stack([square(image, codec.image_size) for image in images])  # B S S 3
-        pictures = (
-            torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device).float().div(127.5).sub(1)
-        )  # B 3 S S
-        codes = codec.encode(pictures).cpu().numpy().astype(dtype)  # B h w
-        return columns, {"codes": codes.repeat(repeats, axis=0)}
+        pixels = np.stack([resize_center_crop(image, codec.image_size) for image in images])
+        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, 3, S, S)
+        batch = batch.to(device).float().div(127.5).sub(1)
+        codes = codec.encode(batch).cpu().numpy().astype(dtype)  # (B, h, w)
+        return columns, {"codes": codes.repeat(repeats, axis=0)}  # (N, h, w)
 
     settings = {
         "vocab_size": codec.vocab_size,
@@ -99,12 +48,11 @@ def encode(
         "captions": "all" if all_captions else "canonical",
         **(source or {}),
     }
-    writer = PartWriter(out)
     return precompute(
         dataset,
         compute,
-        writer,
-        SETTINGS_FILE,
+        PartWriter(out),
+        CODES_FILE,
         settings,
         batch_size=batch_size,
         part_size=part_size,

@@ -1,10 +1,14 @@
-"""Damages an upsampler's low-res input in training, so that it forgives the faults of the stage before (unCLIP 2.1)."""
+"""Corruption of an upsampler's low-resolution input in training (unCLIP 2.1).
+
+It makes the upsampler robust to errors of the stage before it.
+"""
+
+# B batch, s low-resolution side, K side of a blur kernel
 
 from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,45 +17,36 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unclip.config import Fraction, PositiveInt, config
 from unclip.image_io import resize
 
-# B batch, s side of the low-res picture, K side of a blur kernel
+RESIZE_MODES = ("bilinear", "bicubic", "nearest-exact")
 
 
-@dataclass(frozen=True)
+@config
 class CorruptionConfig:
-    """What is done to low-res pictures; ranges are (low, high), drawn uniformly for each picture."""
+    """Corruption of low-resolution images; ranges (low, high) are sampled for each image."""
 
     kind: Literal["none", "blur", "bsr"] = "blur"  # unCLIP: blur for 64 -> 256, bsr for 256 -> 1024
-    probability: float = 1.0  # that a picture is corrupted at all
-    kernel: int = 3  # of "blur", in pixels; "bsr" takes as many as its sigma needs
-    sigma: tuple[float, float] | None = (
-        None  # of the blur in pixels; None: 0.6 for "blur", 0.2 to 1.5 for "bsr"
-    )
+    probability: Fraction = 1.0  # of corrupting an image at all
+    kernel: PositiveInt = 3  # blur: side in pixels (bsr derives it from sigma)
+    sigma: tuple[float, float] | None = None  # in pixels; null: 0.6 for blur, 0.2 to 1.5 for bsr
     resize: tuple[float, float] = (0.5, 1.5)  # bsr: factor, before resizing back
-    noise: tuple[float, float] = (0.0, 0.1)  # bsr: standard deviation, for pictures in [-1, 1]
+    noise: tuple[float, float] = (0.0, 0.1)  # bsr: standard deviation, for images in [-1, 1]
     jpeg: tuple[int, int] = (30, 95)  # bsr: quality
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(
-                f"corruption.probability is {self.probability}; expected a number in [0, 1]"
-            )
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(
-                f"corruption.kernel is {self.kernel}; expected an odd number of pixels"
-            )
-        limits = {
-            "sigma": (1e-3, math.inf),
-            "resize": (1e-3, math.inf),
-            "noise": (0, math.inf),
-            "jpeg": (1, 100),
-        }
-        for name, (lowest, highest) in limits.items():
-            low, high = self.sigma_range if name == "sigma" else getattr(self, name)
-            if not lowest <= low <= high <= highest:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel is {self.kernel}; expected an odd number of pixels")
+        for name, (low, high), (least, most) in (
+            ("sigma", self.sigma_range, (1e-3, math.inf)),
+            ("resize", self.resize, (1e-3, math.inf)),
+            ("noise", self.noise, (0, math.inf)),
+            ("jpeg", self.jpeg, (1, 100)),
+        ):
+            if not least <= low <= high <= most:
                 raise ValueError(
-                    f"corruption.{name} is {(low, high)}; expected {lowest} <= low <= high <= {highest}"
+                    f"{name} is {(low, high)}; expected {least} <= low <= high <= {most}"
                 )
 
     @property
@@ -62,84 +57,83 @@ class CorruptionConfig:
 
 
 def corrupt(
-    images: Tensor, config: CorruptionConfig, generator: torch.Generator | None = None
+    images: Tensor, corruption: CorruptionConfig, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Corrupted copies of images (B, 3, s, s) in [-1, 1]; draws from `generator`, or torch's global one on the CPU.
+    """Corrupt images (B, 3, s, s) in [-1, 1]; random numbers are from `generator` or torch's.
 
-    "bsr" works picture by picture, and its JPEG on the CPU.
+    "bsr" processes one image at a time, and its JPEG runs on the CPU.
     """
-    if config.kind == "none":
+    if corruption.kind == "none":
         return images
     device = "cpu" if generator is None else generator.device
     draws = torch.rand(len(images), 13, generator=generator, device=device).cpu()  # (B, 13)
-    chosen = draws[:, 0] < config.probability
-    if config.kind == "blur":
-        corrupted = gaussian_blur(images, config.kernel, _between(config.sigma_range, draws[:, 1]))
+    if corruption.kind == "blur":
+        sigma = _interpolate(corruption.sigma_range, draws[:, 1])  # (B,)
+        corrupted = gaussian_blur(images, corruption.kernel, sigma)
     else:
         noise = torch.randn(images.shape, generator=generator, device=device).to(images)
-        corrupted = torch.cat(
-            [_bsr(*one, config) for one in zip(images.split(1), noise.split(1), draws, strict=True)]
-        )
-    return torch.where(chosen.to(images.device)[:, None, None, None], corrupted, images)
+        rows = zip(images.split(1), noise.split(1), draws, strict=True)
+        corrupted = torch.cat([_bsr(*row, corruption) for row in rows])
+    chosen = (draws[:, 0] < corruption.probability).to(images.device)
+    return torch.where(chosen[:, None, None, None], corrupted, images)
 
 
-def gaussian_blur(images: Tensor, kernel: int = 3, sigma: float | Tensor = 0.6) -> Tensor:
-    """Images (B, C, H, W) blurred by a `kernel` x `kernel` Gaussian, borders repeated; sigma in pixels, one or (B,)."""
+def gaussian_blur(images: Tensor, kernel: PositiveInt = 3, sigma: float | Tensor = 0.6) -> Tensor:
+    """Blur images (B, C, H, W) with replicated borders; sigma in pixels, a number or (B,)."""
     sigma = torch.as_tensor(sigma, dtype=torch.float32).expand(len(images))
     return _filter(images, gaussian_kernels(kernel, sigma, sigma, torch.zeros(len(images))))
 
 
 def gaussian_kernels(size: int, sigma_x: Tensor, sigma_y: Tensor, angle: Tensor) -> Tensor:
-    """Kernels (B, K, K) that sum to 1, turned by `angle` in radians; all arguments but `size` are (B,)."""
+    """Return normalised kernels (B, K, K), rotated by `angle` in radians; arguments are (B,)."""
     offset = torch.arange(size, dtype=torch.float32) - size // 2
     y, x = torch.meshgrid(offset, offset, indexing="ij")  # (K, K)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    along, across = x * cos + y * sin, y * cos - x * sin  # (B, K, K)
-    kernels = torch.exp(
-        -0.5 * ((along / sigma_x[:, None, None]) ** 2 + (across / sigma_y[:, None, None]) ** 2)
-    )
+    u, v = x * cos + y * sin, y * cos - x * sin  # (B, K, K)
+    squares = (u / sigma_x[:, None, None]) ** 2 + (v / sigma_y[:, None, None]) ** 2
+    kernels = torch.exp(-0.5 * squares)
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
 
 def _filter(images: Tensor, kernels: Tensor) -> Tensor:
-    """Each image (B, C, H, W) with its own kernel (B, K, K)."""
-    batch, channels, height, width = images.shape
+    """Filter each image (B, C, H, W) with its own kernel (B, K, K)."""
+    batch, channels, _, _ = images.shape
     pad = kernels.shape[-1] // 2
-    padded = F.pad(images, (pad, pad, pad, pad), mode="replicate").flatten(0, 1)[
-        None
-    ]  # (1, B C, H + 2 pad, W + 2 pad)
+    padded = F.pad(images, (pad, pad, pad, pad), mode="replicate")
     weight = kernels.to(images).repeat_interleave(channels, dim=0)[:, None]  # (B C, 1, K, K)
-    with torch.autocast(images.device.type, enabled=False):  # a corruption is not the network's
-        return F.conv2d(padded, weight, groups=batch * channels).view(
-            batch, channels, height, width
-        )
+    with torch.autocast(images.device.type, enabled=False):  # data, not a part of the network
+        filtered = F.conv2d(padded.flatten(0, 1)[None], weight, groups=batch * channels)
+    return filtered.view_as(images)
 
 
-def _bsr(image: Tensor, noise: Tensor, draw: Tensor, config: CorruptionConfig) -> Tensor:
-    """Blur, resizing, noise and JPEG in random order on image (1, 3, s, s), after BSRGAN (2103.14006)."""
+def _bsr(image: Tensor, noise: Tensor, draw: Tensor, corruption: CorruptionConfig) -> Tensor:
+    """Apply blur, resizing, noise and JPEG in random order, after BSRGAN (2103.14006).
+
+    image, noise (1, 3, s, s); draw (13,) in [0, 1).
+    """
 
     def blur(x: Tensor) -> Tensor:
-        sigma_x, sigma_y = (_between(config.sigma_range, draw[i : i + 1]) for i in (5, 6))
+        sigma_x, sigma_y = (_interpolate(corruption.sigma_range, draw[i : i + 1]) for i in (5, 6))
         if draw[7] < 0.5:  # isotropic
             sigma_y = sigma_x
-        size = 2 * math.ceil(2 * config.sigma_range[1]) + 1
+        size = 2 * math.ceil(2 * corruption.sigma_range[1]) + 1
         return _filter(x, gaussian_kernels(size, sigma_x, sigma_y, draw[8:9] * math.pi))
 
-    def resize(x: Tensor) -> Tensor:
+    def rescale(x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        factor = float(_between(config.resize, draw[9]))
-        there = (max(1, round(height * factor)), max(1, round(width * factor)))
-        modes = ("bilinear", "bicubic", "nearest-exact")
-        choice = int(draw[10] * len(modes) ** 2)
-        return _resize(_resize(x, there, modes[choice // 3]), (height, width), modes[choice % 3])
+        factor = float(_interpolate(corruption.resize, draw[9]))
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        there, back = divmod(int(draw[10] * len(RESIZE_MODES) ** 2), len(RESIZE_MODES))
+        resized = _resize(x, size, RESIZE_MODES[there])
+        return _resize(resized, (height, width), RESIZE_MODES[back])
 
     def add_noise(x: Tensor) -> Tensor:
-        return x + noise * float(_between(config.noise, draw[11]))
+        return x + noise * float(_interpolate(corruption.noise, draw[11]))
 
     def compress(x: Tensor) -> Tensor:
-        return jpeg(x, round(float(_between(config.jpeg, draw[12]))))
+        return jpeg(x, round(float(_interpolate(corruption.jpeg, draw[12]))))
 
-    steps = (blur, resize, add_noise, compress)
+    steps = (blur, rescale, add_noise, compress)
     for number in draw[1:5].argsort():
         image = steps[number](image).clamp(-1, 1)
     return image
@@ -150,21 +144,13 @@ def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """An image (1, 3, H, W) in [-1, 1] after JPEG compression at `quality`, 1 to 100."""
-    pixels = (
-        (image[0].float() * 127.5 + 127.5)
-        .round()
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(1, 2, 0)
-        .cpu()
-        .numpy()
-    )
+    """Compress and decompress an image (1, 3, H, W) in [-1, 1] at `quality` 1 to 100."""
+    pixels = (image[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
     decoded = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return decoded.to(image) / 127.5 - 1
 
 
-def _between(limits: tuple[float, float], draw: Tensor) -> Tensor:
+def _interpolate(limits: tuple[float, float], draw: Tensor) -> Tensor:
     return limits[0] + (limits[1] - limits[0]) * draw

@@ -1,74 +1,45 @@
-"""Precomputed CLIP embeddings in clip-retrieval's layout: a reader, a writer, and a command that computes them.
-
-img_emb/img_emb_0.npy  text_emb/text_emb_0.npy  metadata/metadata_0.parquet (column caption)
+"""Computation of CLIP embeddings of a dataset, stored in clip-retrieval's layout.
 
 python -m unclip.data.embeddings DATA OUT --clip MODEL_FOLDER
 """
+
+# N rows, D embedding width
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from unclip.data.precomputed import (
-    Indices,
+from unclip.clip import CLIP
+from unclip.data.precompute import (
+    Arrays,
+    Columns,
     PartWriter,
-    PrecomputedDataset,
     add_arguments,
     caption_rows,
     precompute,
     run_command,
 )
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from unclip.clip import CLIP
-    from unclip.data.samples import Dataset, Sample
-
-# B batch, N rows, D embedding width
-
-
-class EmbeddingDataset(PrecomputedDataset):
-    """Captions with their pictures' embeddings, and their own if there are any."""
-
-    names, told, expected = ("img_emb", "text_emb"), "embeddings", "floating-point numbers (N, D)"
-
-    @staticmethod
-    def _fits(array: np.ndarray) -> bool:
-        return array.ndim == 2 and array.dtype.kind == "f"
-
-    def batch(self, indices: Indices) -> dict[str, Any]:
-        """Rows as {"image_emb": float (B, D), "text_emb": float (B, D) if there are any, "caption", "key"}."""
-        told = {"img_emb": "image_emb", "text_emb": "text_emb"}
-        rows = {told[name]: self._rows(name, indices).astype(np.float32) for name in self._arrays}
-        return {
-            **{name: torch.from_numpy(array) for name, array in rows.items()},
-            **self._texts(indices),
-        }
+from unclip.data.precomputed import EmbeddingDataset
+from unclip.data.samples import Dataset, Sample
 
 
 class EmbeddingWriter(PartWriter):
-    """Writes parts in clip-retrieval's layout."""
+    """Write parts in clip-retrieval's layout."""
 
     def write(
-        self, number: int, image_emb: Tensor, text_emb: Tensor, columns: Mapping[str, Sequence[Any]]
+        self, part: int, image_emb: Tensor, text_emb: Tensor, columns: Mapping[str, Sequence[Any]]
     ) -> None:
-        """One part: embeddings (N, D), and columns of N values, among them `caption`."""
-        self.write_part(number, _arrays(image_emb, text_emb), columns)
-
-
-def _arrays(image_emb: Tensor, text_emb: Tensor) -> dict[str, np.ndarray]:
-    return {
-        "img_emb": image_emb.detach().float().cpu().numpy(),
-        "text_emb": text_emb.detach().float().cpu().numpy(),
-    }
+        """Write embeddings (N, D) and columns of N values, including `caption`."""
+        arrays = {"img_emb": _to_numpy(image_emb), "text_emb": _to_numpy(text_emb)}
+        self.write_part(part, arrays, columns)
 
 
 def embed(
@@ -81,33 +52,26 @@ def embed(
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
 ) -> dict[int, str]:
-    """Embeds a dataset into `out`, a row for each sample with its canonical caption or one for each caption.
+    """Embed a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
-    `source` tells what is embedded with what. For the rest see `precompute`.
+    A sample has one row for its canonical caption, or with `all_captions` one for each caption.
+    `source` (paths of the data and CLIP) is stored with the settings.
     """
 
     @torch.inference_mode()
-    def compute(
-        samples: list[Sample], images: list[Image.Image]
-    ) -> tuple[dict[str, list[Any]], dict[str, np.ndarray]]:
+    def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
         columns, repeats = caption_rows(samples, all_captions)
-        texts = columns["caption"]
-        image_emb = clip.encode_image(images).repeat_interleave(
-            torch.tensor(repeats, device=clip.device), dim=0
-        )  # N D
-        chunks = [
-            texts[start : start + len(samples)] for start in range(0, len(texts), len(samples))
-        ]
-        return columns, _arrays(
-            image_emb, torch.cat([clip.encode_text(chunk).emb for chunk in chunks])
-        )
+        texts, step = columns["caption"], len(samples)
+        chunks = [texts[start : start + step] for start in range(0, len(texts), step)]
+        image_emb = _to_numpy(clip.encode_image(images)).repeat(repeats, axis=0)  # (N, D)
+        text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
+        return columns, {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
 
     settings = {"captions": "all" if all_captions else "canonical", **(source or {})}
-    writer = EmbeddingWriter(out)
     return precompute(
         dataset,
         compute,
-        writer,
+        PartWriter(out),
         "embeddings.json",
         settings,
         batch_size=batch_size,
@@ -115,21 +79,23 @@ def embed(
     )
 
 
+def _to_numpy(emb: Tensor) -> np.ndarray:
+    return emb.detach().float().cpu().numpy()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m unclip.data.embeddings",
-        description="Computes CLIP embeddings; started again, it goes on.",
+        description="Compute CLIP embeddings of captioned images. Rerun to resume.",
     )
     add_arguments(parser, "img_emb, text_emb and metadata", part_size=10_000)
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
     options = parser.parse_args(arguments)
-    from unclip.clip import CLIP  # takes seconds to import
 
-    def compute(dataset: Dataset, device: str, out: str, **how: Any) -> dict[int, str]:
+    def compute(dataset: Dataset, device: str, out: str, **sizes: Any) -> dict[int, str]:
+        clip = CLIP.from_pretrained(options.clip).to(device)
         source = {"data": options.data, "clip": options.clip}
-        return embed(
-            dataset, CLIP.from_pretrained(options.clip).to(device), out, source=source, **how
-        )
+        return embed(dataset, clip, out, source=source, **sizes)
 
     run_command(options, compute, EmbeddingDataset)
 

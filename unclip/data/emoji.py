@@ -1,4 +1,4 @@
-"""Renders a checkout of github.com/svgmoji/svgmoji into captioned tar shards, split into train and held out.
+"""Render a checkout of github.com/svgmoji/svgmoji to captioned tar shards, train and held out.
 
 python -m unclip.data.emoji SVGMOJI OUT
 """
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from unclip.data.shards import ShardWriter
 
-GROUPS = (  # the numbering of emojibase, which emoji.json follows
+GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
     "smileys & emotion",
     "people & body",
     "component",
@@ -36,13 +36,14 @@ GROUPS = (  # the numbering of emojibase, which emoji.json follows
     "symbols",
     "flags",
 )
-FLAG_WEIGHT = 0.5  # 13 % of the weight otherwise, and coats of arms say little about anything else
+FLAG_WEIGHT = 0.5  # else 13 % of the weight, and coats of arms help with nothing else
 MAX_BROKEN = 0.01
 
 LICENCES = {
-    "noto": "Noto Emoji, copyright Google LLC, Apache License 2.0 (flags: public domain or exempt), "
-    "https://github.com/googlefonts/noto-emoji",
-    "blob": "Blobmoji, copyright Google LLC and C1710, Apache License 2.0, https://github.com/C1710/blobmoji",
+    "noto": "Noto Emoji, copyright Google LLC, Apache License 2.0 "
+    "(flags: public domain or exempt), https://github.com/googlefonts/noto-emoji",
+    "blob": "Blobmoji, copyright Google LLC and C1710, Apache License 2.0, "
+    "https://github.com/C1710/blobmoji",
     "twemoji": "Twemoji graphics, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/), https://github.com/twitter/twemoji",
 }
@@ -50,7 +51,7 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture to be drawn: a file of one style and its entry in emoji.json."""
+    """An SVG file of one style and its entry in emoji.json."""
 
     style: str
     path: Path
@@ -67,17 +68,17 @@ class Emoji:
 
 
 def digest(style: str, hexcode: str) -> bytes:
-    """sha256 of "style/hexcode": decides the split and the (shuffled) order."""
+    """Return the sha256 of "style/hexcode", which determines the split and the order."""
     return hashlib.sha256(f"{style}/{hexcode}".encode()).digest()
 
 
 def is_held_out(style: str, hexcode: str) -> bool:
-    """True for the 5 % of pictures that are never trained on."""
+    """Return True for the 5 % of images that are never trained on."""
     return digest(style, hexcode)[0] < 13
 
 
 def with_article(noun: str) -> str:
-    """ "red apple" -> "a red apple"; plurals, proper names and numbers stay bare."""
+    """Add an article: "a red apple". Plurals, proper names and numbers are unchanged."""
     plural = noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
     if plural or not noun[0].islower():
         return noun
@@ -86,7 +87,7 @@ def with_article(noun: str) -> str:
 
 
 def phrase(annotation: str) -> str:
-    """The annotation as one would say it: "man: white hair" -> "a man with white hair"."""
+    """Turn an annotation into a phrase: "man: white hair" -> "a man with white hair"."""
     head, _, rest = annotation.partition(": ")
     if not rest:
         return with_article(head)
@@ -100,29 +101,31 @@ def phrase(annotation: str) -> str:
 
 
 def captions(entry: dict[str, Any], style: str) -> list[str]:
-    """Every caption of a picture, without repeats; the canonical one, used in all evaluations, comes first."""
+    """Return all captions, without duplicates; the canonical one, for evaluation, is first."""
     annotation, tags = entry["annotation"], entry.get("tags", [])
-    spoken = phrase(annotation)
+    text = phrase(annotation)
     found = [
         f"{annotation}, {style} emoji",
-        f"{spoken} in {style} style",
-        f"{style} emoji of {spoken}",
-        spoken,
+        f"{text} in {style} style",
+        f"{style} emoji of {text}",
+        text,
         annotation,
     ]
     if tags:
         found.append(f"{annotation}: {', '.join(tags)}, {style} emoji")
     if "group" in entry:
         found.append(f"{GROUPS[entry['group']]} emoji, {annotation}, {style}")
-    if (
-        len(tags) > 1 and "tone" not in entry
-    ):  # one tag, or tags that leave out the skin tone, name no picture
+    # A single tag, or tags without the skin tone, do not identify an image.
+    if len(tags) > 1 and "tone" not in entry:
         found.append(f"{', '.join(tags)}, {style}")
     return list(dict.fromkeys(found))
 
 
 def concept_weights(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Sampling weight of each hexcode; a concept's skin-tone variants, 5 or for two people 25, weigh 1 together."""
+    """Return the sampling weight of each hexcode.
+
+    The skin-tone variants of a concept (5, or 25 for two people) have a total weight of 1.
+    """
     variants_of = {
         hexcode: len(entry["skins"]) for entry in entries for hexcode in entry.get("skins", [])
     }
@@ -136,7 +139,7 @@ def concept_weights(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
-    """All pictures of a checkout that have an entry in emoji.json, shuffled by hash; and how many have none."""
+    """Return the SVGs with an entry in emoji.json, shuffled by hash, and the number without."""
     packages = Path(svgmoji) / "packages"
     table = packages / "svgmoji" / "emoji.json"
     folders = sorted(packages.glob("svgmoji__*/svg"))
@@ -145,7 +148,8 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
         missing.append(str(packages / "svgmoji__<style>" / "svg" / "*.svg"))
     if missing:
         raise FileNotFoundError(
-            f"{svgmoji} is no checkout of github.com/svgmoji/svgmoji: missing {', '.join(missing)}"
+            f"{svgmoji} is not a checkout of github.com/svgmoji/svgmoji: "
+            f"missing {', '.join(missing)}"
         )
     try:
         entries = json.loads(table.read_text(encoding="utf-8"))
@@ -165,30 +169,32 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
                 unknown += 1
     if not known:
         raise ValueError(
-            f"{table}: none of the {unknown} svg files has an entry; expected file names like 1F34E.svg"
+            f"{table}: none of the {unknown} SVG files has an entry; "
+            "expected file names like 1F34E.svg"
         )
     known.sort(key=lambda emoji: digest(emoji.style, emoji.hexcode))
     return known, unknown
 
 
 def render(path: str | Path, size: int) -> bytes:
-    """An svg as an RGB PNG of size x size pixels, centred on white. Raises ValueError for a broken svg.
+    """Render an SVG to a square RGB PNG, centered on white; ValueError if it is broken.
 
-    No fonts are used, so every machine draws the same; writing kept as text, in 1 % of the files, is left out.
+    No fonts are used, so that the output does not depend on the machine. Text elements, which 1 %
+    of the files have, are not rendered.
     """
     import resvg_py
 
-    drawn = resvg_py.svg_to_bytes(
+    rendered = resvg_py.svg_to_bytes(
         svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
-    picture = Image.open(io.BytesIO(drawn)).convert("RGB")
-    if picture.size != (size, size):  # resvg keeps the proportions
-        picture.thumbnail((size, size))
+    image = Image.open(io.BytesIO(rendered)).convert("RGB")
+    if image.size != (size, size):  # resvg keeps the proportions
+        image.thumbnail((size, size))
         square = Image.new("RGB", (size, size), "white")
-        square.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
-        picture = square
+        square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        image = square
     png = io.BytesIO()
-    picture.save(png, "PNG")
+    image.save(png, "PNG")
     return png.getvalue()
 
 
@@ -202,15 +208,16 @@ def _render_or_error(path: Path, size: int) -> bytes | str:
 def render_all(
     svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int | None = None
 ) -> dict[str, Any]:
-    """Renders every emoji into `out`, which appears only when it is complete; returns what dataset.json says.
+    """Render every emoji into `out`, which appears when it is complete; return dataset.json.
 
-    Raises FileNotFoundError or ValueError for a wrong layout, an existing `out`, or over 1 % broken svgs.
+    Raises FileNotFoundError or ValueError for a wrong layout, an existing `out`, or over 1 % broken
+    SVGs.
     """
     out = Path(out)
     if size < 8:
         raise ValueError(f"--size is {size}; expected at least 8 pixels")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; remove it or choose another place")
+        raise ValueError(f"{out} exists; remove it or choose another folder")
     found, unnamed = find_emoji(svgmoji)
     try:
         import resvg_py  # noqa: F401
@@ -227,23 +234,24 @@ def render_all(
         ShardWriter(partial_out, "train") as train,
         ShardWriter(partial_out, "heldout") as heldout,
     ):
-        pictures = pool.map(
+        images = pool.map(
             partial(_render_or_error, size=size), [emoji.path for emoji in found], chunksize=16
         )
         try:
-            for emoji, picture in zip(
-                found, tqdm(pictures, total=len(found), unit=" pictures"), strict=True
+            for emoji, image in zip(
+                found, tqdm(images, total=len(found), unit=" images"), strict=True
             ):
-                if isinstance(picture, str):
-                    broken.append(picture)
+                if isinstance(image, str):
+                    broken.append(image)
                     if len(broken) > MAX_BROKEN * len(found):
                         raise ValueError(
-                            f"over {MAX_BROKEN:.0%} of {len(found)} svgs are broken, e.g. {broken[0]}"
+                            f"over {MAX_BROKEN:.0%} of {len(found)} SVGs are broken, "
+                            f"e.g. {broken[0]}"
                         )
                     continue
                 held_out = is_held_out(emoji.style, emoji.hexcode)
                 (heldout if held_out else train).write(
-                    emoji.key, {"png": picture, **_describe(emoji)}
+                    emoji.key, {"png": image, **_describe(emoji)}
                 )
                 counts["heldout" if held_out else "train"][emoji.style] += 1
         except BaseException:
@@ -283,7 +291,7 @@ def _describe(emoji: Emoji) -> dict[str, Any]:
 
 def _licences(styles: Sequence[str]) -> str:
     lines = [f"- {style}: {LICENCES.get(style, 'see its source')}" for style in styles]
-    source = "Pictures drawn from the vector files of https://github.com/svgmoji/svgmoji:"
+    source = "Images rendered from the vector files of https://github.com/svgmoji/svgmoji:"
     names = "Names and tags: emojibase (MIT), after Unicode CLDR (Unicode License)."
     return "\n".join(["# Licences and attribution", "", source, "", *lines, "", names, ""])
 
@@ -293,24 +301,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m unclip.data.emoji", description=__doc__.split("\n")[0]
     )
     parser.add_argument("svgmoji", metavar="SVGMOJI", help="checkout of github.com/svgmoji/svgmoji")
+    parser.add_argument("out", metavar="OUT", help="new folder for train-*.tar and heldout-*.tar")
     parser.add_argument(
-        "out", metavar="OUT", help="folder to be made, for train-*.tar and heldout-*.tar"
+        "--size", type=int, default=256, help="image side in pixels (default: %(default)s)"
     )
-    parser.add_argument(
-        "--size", type=int, default=256, help="pixels a side (default: %(default)s)"
-    )
-    parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
     try:
         summary = render_all(options.svgmoji, options.out, options.size, options.jobs)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; nothing was written") from None
+        raise SystemExit("interrupted; nothing was written") from None
     counts = {split: sum(summary[split].values()) for split in ("train", "heldout")}
-    print(f"{options.out}: {counts['train']} pictures to train on, {counts['heldout']} held out")
+    print(f"{options.out}: {counts['train']} training images, {counts['heldout']} held out")
     print(
-        f"{summary['without_entry']} svgs have no entry in emoji.json, {len(summary['broken'])} are broken"
+        f"{summary['without_entry']} SVGs have no entry in emoji.json, "
+        f"{len(summary['broken'])} are broken"
     )
     for name in summary["broken"]:
         print(f"broken: {name}")

@@ -1,4 +1,4 @@
-"""What every dataset gives: captioned pictures, decoded only when asked for."""
+"""The sample that every dataset returns: captions and an image that is decoded on access."""
 
 from __future__ import annotations
 
@@ -12,57 +12,57 @@ from PIL import Image, ImageOps
 
 from unclip.image_io import open_image
 
-# Formats that Pillow decodes by itself; others (EPS) would start programs.
+# Formats that Pillow decodes by itself. Others (EPS) would start external programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, not yet decoded, and what can be said about it."""
+    """An encoded image with its captions and metadata."""
 
-    key: str  # unique name in its dataset
+    key: str  # unique within the dataset
     captions: list[str]  # at least one; the canonical one first
-    read: Callable[[], bytes] = field(repr=False)  # gives the encoded picture
-    weight: float = 1.0  # how often it is drawn in an epoch, on average
+    read: Callable[[], bytes] = field(repr=False)  # returns the encoded image
+    weight: float = 1.0  # expected number of occurrences in an epoch
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def image(self) -> Image.Image:
-        """The picture, upright, RGB, on white where transparent. Raises ValueError or OSError if it is broken."""
+        """Decode the image: see `decode`. Raises ValueError or OSError if it cannot be read."""
         return decode(self.read())
 
 
 class Dataset(Protocol):
-    """Random access to samples; `weights` (N,) float64 are known without reading them."""
+    """Random access to samples; `weights` (N,) float64 are known without reading any sample."""
 
     weights: np.ndarray
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises ValueError or OSError for a sample without caption or picture."""
+        """Raises ValueError or OSError if the caption or the image is missing."""
         ...
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded picture of any mode as upright RGB on white; ValueError if it is broken."""
+    """Decode an image to upright RGB, transparency on white; ValueError if it is damaged."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
     except Image.UnidentifiedImageError:
-        raise ValueError(f"no {', '.join(FORMATS)} picture") from None
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise ValueError(f"damaged picture: {error}") from None
+        raise ValueError(f"not a {', '.join(FORMATS)} image") from None
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image: {error}") from None
     return open_image(image)
 
 
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """Shorter side resized to `size` (Lanczos, antialiased), centre cropped: uint8 (size, size, 3)."""
+def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """Resize the shorter side to `size` (Lanczos) and crop the center: uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def caption_list(value: Any) -> list[str]:
-    """One caption or a list of them -> non-empty captions, stripped; ValueError if there is none."""
+    """Strip a caption or list of captions and drop empty ones; ValueError if none is left."""
     values = value if isinstance(value, list) else [value]
     captions = [text.strip() for text in values if isinstance(text, str) and text.strip()]
     if not captions:
@@ -71,7 +71,7 @@ def caption_list(value: Any) -> list[str]:
 
 
 def sample_weight(meta: Mapping[str, Any]) -> float:
-    """`weight` of a sample's metadata, 1 if it has none; ValueError unless it is a number >= 0."""
+    """Return `weight` from a sample's metadata (default 1); ValueError unless it is >= 0."""
     try:
         weight = float(meta.get("weight", 1.0))
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""WebDataset tar shards on local disk: a writer, and a reader with random access.
+"""WebDataset tar shards on local disk: a writer and a reader with random access.
 
-One sample is a run of members whose names agree up to the first dot of the base name: `fox.png`, `fox.txt`, `fox.json`.
+A sample is a sequence of consecutive members with the same name up to the first dot of the base
+name: `fox.png`, `fox.txt`, `fox.json`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,12 @@ import numpy as np
 
 from unclip.data.samples import Sample, caption_list, sample_weight
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
-READ = (
-    *PICTURES,
-    "txt",
-    "json",
-)  # every other kind of member is left alone; nothing is ever unpickled
+IMAGES = ("png", "jpg", "jpeg", "webp")
+EXTENSIONS = (*IMAGES, "txt", "json")  # other members are ignored; nothing is ever unpickled
 
 
 class ShardWriter:
-    """Writes samples to `folder/PREFIX-00000.tar`, `PREFIX-00001.tar`, ...; the same samples give the same bytes."""
+    """Write samples to `folder/PREFIX-00000.tar`, `PREFIX-00001.tar`, ..., deterministically."""
 
     def __init__(self, folder: str | Path, prefix: str, samples_per_shard: int = 1000) -> None:
         self.folder, self.prefix, self.samples_per_shard = Path(folder), prefix, samples_per_shard
@@ -36,16 +33,16 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
 
     def write(self, key: str, files: Mapping[str, bytes | str | dict[str, Any]]) -> None:
-        """Adds one sample. `files`: extension -> bytes, text, or a dict that becomes JSON."""
+        """Add a sample; `files` maps an extension to bytes, text, or a dict written as JSON."""
         if not key or "." in key:
             raise ValueError(
-                f"sample key {key!r}; expected a name without dots: the extension starts at the first dot"
+                f"sample key is {key!r}; expected a name without dots: "
+                "the extension starts at the first dot"
             )
         if self.count % self.samples_per_shard == 0:
             self.close()
-            self._tar = tarfile.open(
-                self.folder / f"{self.prefix}-{self.count // self.samples_per_shard:05d}.tar", "w"
-            )
+            number = self.count // self.samples_per_shard
+            self._tar = tarfile.open(self.folder / f"{self.prefix}-{number:05d}.tar", "w")
         assert self._tar is not None
         for extension, content in files.items():
             if isinstance(content, dict):
@@ -57,7 +54,7 @@ class ShardWriter:
         self.count += 1
 
     def close(self) -> None:
-        """Finishes the shard being written."""
+        """Finish the current shard."""
         if self._tar is not None:
             self._tar.close()
             self._tar = None
@@ -75,18 +72,17 @@ class _Member(NamedTuple):
 
 
 class ShardDataset:
-    """The samples of local tar shards, in the order of the files; no file stays open, so workers can share it.
+    """Samples of local tar shards, in file order. No file stays open, so workers can share it.
 
-    `source`: a folder, a tar, a pattern (`train-*.tar`, `train-{00000..00009}.tar`), or a list of these. The caption
-    comes from the JSON's `captions` (a list) or `caption`, else from the txt; the JSON may hold a `weight`.
+    `source` is a folder, a tar, a pattern (`train-*.tar`, `train-{00000..00009}.tar`), or a list of
+    these. The captions are `captions` (a list) or `caption` in the JSON member, else the txt
+    member. The JSON may contain a `weight`.
     """
 
     def __init__(self, source: str | Path | Sequence[str | Path]) -> None:
         sources = [source] if isinstance(source, (str, Path)) else source
         self.shards = [shard for one in sources for shard in find_shards(one)]
-        self._index: list[
-            tuple[int, str, dict[str, _Member]]
-        ] = []  # shard, key, extension -> member
+        self._index: list[tuple[int, str, dict[str, _Member]]] = []  # shard, key, extension: member
         weights: list[float] = []
         for number, shard in enumerate(self.shards):
             for key, members, weight in _read_index(shard):
@@ -95,12 +91,10 @@ class ShardDataset:
         self.weights = np.array(weights, np.float64)
         if not self._index:
             raise ValueError(
-                f"{source}: no picture ({', '.join(PICTURES)}) in {len(self.shards)} shards"
+                f"{source}: no image ({', '.join(IMAGES)}) in {len(self.shards)} shards"
             )
         if not any("txt" in members or "json" in members for _, _, members in self._index):
-            raise ValueError(
-                f"{source}: no captions; expected a .txt or .json member beside each picture"
-            )
+            raise ValueError(f"{source}: no captions; expected a .txt or .json for each image")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -110,20 +104,20 @@ class ShardDataset:
         shard = self.shards[number]
         try:
             meta = json.loads(_read(shard, members["json"])) if "json" in members else {}
-            said = meta.get("captions") or meta.get("caption") if isinstance(meta, dict) else None
-            if not said and "txt" in members:
-                said = _read(shard, members["txt"]).decode("utf-8-sig")
-            captions, weight = caption_list(said), sample_weight(meta)
+            text = meta.get("captions") or meta.get("caption") if isinstance(meta, dict) else None
+            if not text and "txt" in members:
+                text = _read(shard, members["txt"]).decode("utf-8-sig")
+            captions, weight = caption_list(text), sample_weight(meta)
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{shard}: {key}: {error}") from None
-        picture = next(members[extension] for extension in PICTURES if extension in members)
-        return Sample(key, captions, partial(_read, shard, picture), weight, meta)
+        image = next(members[extension] for extension in IMAGES if extension in members)
+        return Sample(key, captions, partial(_read, shard, image), weight, meta)
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """The tar files that a folder, file or pattern names, sorted.
+    """Return the sorted tar files of a folder, file or pattern.
 
-    FileNotFoundError if there is none, or not each that a range names.
+    Raises FileNotFoundError if there are none, or if a shard of a numbered range is missing.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -131,7 +125,8 @@ def find_shards(source: str | Path) -> list[Path]:
         held_out = [path for path in found if path.name.startswith("heldout")]
         if 0 < len(held_out) < len(found):
             raise ValueError(
-                f"{source} holds heldout-*.tar beside others; name those you want: {source}/train-*.tar"
+                f"{source} contains heldout-*.tar and other shards; "
+                f"select some of them, e.g. {source}/train-*.tar"
             )
     elif folder.is_file():
         found = [folder]
@@ -139,9 +134,7 @@ def find_shards(source: str | Path) -> list[Path]:
         patterns = _expand_range(str(source))
         found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern))]
         if found and (missing := [pattern for pattern in patterns if not glob.glob(pattern)]):
-            raise FileNotFoundError(
-                f"{source} names {len(missing)} shards that are missing, e.g. {missing[0]}"
-            )
+            raise FileNotFoundError(f"{source}: {len(missing)} missing shards, e.g. {missing[0]}")
     if not found:
         raise FileNotFoundError(
             f"no shards at {source}; expected a folder with *.tar, a tar, or a pattern of tars"
@@ -150,15 +143,13 @@ def find_shards(source: str | Path) -> list[Path]:
 
 
 def _expand_range(pattern: str) -> list[str]:
-    """ "a-{000..002}.tar" -> three names."""
+    """Expand "a-{000..002}.tar" to three names."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return [pattern]
     first, last = match.groups()
-    return [
-        pattern[: match.start()] + f"{number:0{len(first)}d}" + pattern[match.end() :]
-        for number in range(int(first), int(last) + 1)
-    ]
+    head, tail, digits = pattern[: match.start()], pattern[match.end() :], len(first)
+    return [f"{head}{n:0{digits}d}{tail}" for n in range(int(first), int(last) + 1)]
 
 
 def _read(shard: Path, member: _Member) -> bytes:
@@ -168,7 +159,7 @@ def _read(shard: Path, member: _Member) -> bytes:
 
 
 def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
-    """Key, members and weight of each sample of a shard that has a picture."""
+    """Return key, members and weight of each sample that contains an image."""
     samples: list[tuple[str, dict[str, _Member], float]] = []
     key, members, weight = "", {}, 1.0
     try:
@@ -176,33 +167,31 @@ def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
             for info in tar:
                 head, _, base = info.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                if not stem:  # a hidden file, such as macOS keeps beside each
+                if not stem:  # a hidden file, such as macOS adds for each member
                     continue
                 name = f"{head}/{stem}" if head else stem
                 if name != key:
                     samples.append((key, members, weight))
                     key, members, weight = name, {}, 1.0
                 extension = extension.lower()
-                if not info.isreg() or extension not in READ:
+                if not info.isreg() or extension not in EXTENSIONS:
                     continue
                 members[extension] = _Member(info.offset_data, info.size)
                 if extension == "json":
-                    weight = _weight_in(tar.extractfile(info).read())
-            if (
-                _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE))
-                != tarfile.NUL * tarfile.BLOCKSIZE
-            ):
-                raise tarfile.ReadError(
-                    f"it is damaged at byte {tar.offset:,}, or ends there without an end mark"
-                )
+                    reader = tar.extractfile(info)
+                    assert reader is not None  # a regular file
+                    weight = _json_weight(reader.read())
+            end = _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE))
+            if end != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError(f"damaged or truncated at byte {tar.offset:,}")
     except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{shard}: no readable, uncompressed tar ({error})") from None
+        raise ValueError(f"{shard} is not a readable, uncompressed tar ({error})") from None
     samples.append((key, members, weight))
-    return [sample for sample in samples if any(extension in sample[1] for extension in PICTURES)]
+    return [sample for sample in samples if any(extension in sample[1] for extension in IMAGES)]
 
 
-def _weight_in(text: bytes) -> float:
-    """The weight in a sample's JSON; 1 if the JSON is damaged, which is reported when the sample is read."""
+def _json_weight(text: bytes) -> float:
+    """Return the weight in a sample's JSON; 1 if it is damaged, which reading it reports."""
     try:
         return sample_weight(json.loads(text)) if b'"weight"' in text else 1.0
     except (ValueError, AttributeError):

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.loader import open_dataset
-from unclip.data.samples import Dataset, Sample, square
+from unclip.data.samples import Dataset, Sample, resize_center_crop
 from unclip.data.shards import ShardDataset
 
 # N pictures, S their side
@@ -85,7 +85,7 @@ class Pairs:
 
     def picture(self, row: int, size: int) -> Image.Image:
         """A picture at `size` x `size` pixels, from its file."""
-        return Image.fromarray(square(self.dataset[self.indices[row]].image, size))
+        return Image.fromarray(resize_center_crop(self.dataset[self.indices[row]].image, size))
 
     def spread(self, count: int) -> list[int]:
         """Rows of `count` pairs that differ: one of a concept, without skin tones, styles and groups evened out.
@@ -134,7 +134,7 @@ def load_pairs(
     def read(index: int) -> tuple[Pair, np.ndarray] | str:
         try:
             sample = dataset[index]
-            return Pair.of(sample), square(sample.image, size)
+            return Pair.of(sample), resize_center_crop(sample.image, size)
         except (ValueError, OSError) as error:
             return str(error)
 

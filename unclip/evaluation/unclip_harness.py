@@ -17,7 +17,7 @@ from unclip.evaluation.metrics import agreement, psnr
 from unclip.pipelines.base import generators_from
 from unclip.pipelines.unclip.bound_stage import to_tensor
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.training.losses import resized
+from unclip.training.losses import resize_square
 
 # N held-out pairs, B batch, D CLIP embedding width, s decoder's and S model's picture side
 
@@ -101,7 +101,7 @@ class UnCLIPEvaluation(Evaluation):
         for part in self.drawer.batches(count, "upsampler alone", 8):
             rows = range(count)[part]
             truth = to_tensor([self.held_out.picture(row, large) for row in rows])
-            low_res = resized(truth, small)
+            low_res = resize_square(truth, small)
             bicubic = F.interpolate(low_res, (large, large), mode="bicubic").clamp(-1, 1)
             upsampled = pipe.upsample(
                 low_res, generators=generators[part], options=options

@@ -1,1 +1,1 @@
-"""Training: `fit.fit` is the loop of every network, `launch.launch` the command line of every script."""
+"""Training: `fit.fit` is the loop of every network, `launch.launch` the command line of scripts."""

@@ -1,12 +1,12 @@
-"""What image codecs are trained on: their own loss, with values that change over time; a feature network; a judge."""
+"""The loss of image codecs: reconstruction, annealed weights, perceptual and adversarial terms."""
 
-# B batch, H W picture
+# B batch, C channels, H W image, h w feature map
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -14,53 +14,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from unclip.config import PositiveInt, config
 from unclip.models.codecs.codec import Autoencoder, LossTerms
 from unclip.models.codecs.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
 
-Features = Callable[
-    [Tensor], Sequence[Tensor]
-]  # pictures (B, 3, H, W) in [-1, 1] -> maps (B, C, h, w)
+# images (B, 3, H, W) in [-1, 1] -> feature maps (B, C, h, w)
+Features = Callable[[Tensor], Sequence[Tensor]]
 
 
-@dataclass(frozen=True)
+@config
 class Annealing:
-    """A value that goes from `start` to `end` within `steps` updates along half a cosine (2102.12092, A.2)."""
+    """A value that moves from `start` to `end` in `steps` updates on a half cosine.
+
+    2102.12092, A.2.
+    """
 
     start: float
     end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
+    steps: PositiveInt
 
     def at(self, step: int) -> float:
         done = min(step / self.steps, 1.0)
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-@dataclass(frozen=True)
+@config
 class PerceptualConfig:
-    """The distance of features, added to the codec's loss."""
+    """A feature distance that is added to the codec's loss."""
 
-    network: str = "emoji"  # a model, or a folder of a CLIP, whose image tower gives the features
+    network: str = "emoji"  # a model, or the folder of a CLIP; its image tower gives the features
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@config
 class AdversarialConfig:
-    """VQ-GAN's judge (2012.09841, 3.1)."""
+    """VQ-GAN's discriminator (2012.09841, 3.1)."""
 
-    weight: float = 0.8  # times the adaptive weight
-    start: int = 0  # updates before it counts
+    weight: float = 0.8  # factor of the adaptive weight
+    start: int = 0  # updates before the adversarial loss is used
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
-class JudgedCodec(nn.Module):
-    """A codec and its discriminator as one model, of one optimiser.
+class AdversarialCodec(nn.Module):
+    """A codec and its discriminator as one model with one optimizer.
 
-    Neither loss has a gradient in the other's parameters, so a step of AdamW on their sum is a step of each on its own,
-    unless their common gradient is clipped (optim.clip_norm).
+    Neither loss has a gradient in the other's parameters, so that an AdamW step on their sum equals
+    a step on each, unless their joint gradient is clipped (optim.clip_norm).
     """
 
     def __init__(self, codec: Autoencoder, config: AdversarialConfig) -> None:
@@ -68,18 +67,22 @@ class JudgedCodec(nn.Module):
         self.codec, self.discriminator = codec, PatchDiscriminator(config.discriminator)
 
     def forward(self, images: Tensor, **annealed: float) -> tuple[LossTerms, Tensor, Tensor]:
-        """What the codec says, the score of its reconstructions (-> codec), and the hinge loss (-> discriminator)."""
+        """Return the codec's loss terms, the score of its output, and the hinge loss.
+
+        The score has a gradient in the codec only, the hinge loss in the discriminator only.
+        """
         terms = self.codec(images, **annealed)
-        frozen = {
-            name: parameter.detach() for name, parameter in self.discriminator.named_parameters()
-        }
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         score = functional_call(self.discriminator, frozen, terms.reconstruction).mean()
         fake = self.discriminator(terms.reconstruction.detach())
         return terms, score, hinge_loss(self.discriminator(images), fake)
 
 
 class CodecLoss:
-    """For `fit`: trains a codec, or with `adversarial` a JudgedCodec; `before_step` tells it the time."""
+    """The loss of a codec, or with `adversarial` of an AdversarialCodec.
+
+    `fit` calls `before_step`, which sets the annealed values.
+    """
 
     def __init__(
         self,
@@ -102,44 +105,42 @@ class CodecLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         images = batch["image"].to(self.codec.last_layer.device)
         annealed = {name: value.at(self.step) for name, value in self.anneal.items()}
-        if self.adversarial is None:
-            terms = model(images, **annealed)
-        else:
-            terms, score, judge_loss = model(images, **annealed)
-        loss, logged = (
-            terms.loss,
-            {**terms.logged, **{name: torch.tensor(x) for name, x in annealed.items()}},
-        )
+        output = model(images, **annealed)
+        terms = output if self.adversarial is None else output[0]
+        loss, logged = terms.loss, dict(terms.logged)
+        logged |= {name: torch.tensor(x) for name, x in annealed.items()}
         if self.features is not None and self.perceptual is not None:
             distance = perceptual_distance(self.features, terms.reconstruction, images)
             loss = loss + self.perceptual.weight * distance
             logged["perceptual"] = distance.detach()
         if self.adversarial is not None:
-            weight = (
-                adaptive_weight(loss, -score, self.codec.last_layer)
-                if torch.is_grad_enabled()
-                else 0.0
-            )
-            counts = float(self.step >= self.adversarial.start)
-            loss = loss + counts * (judge_loss - self.adversarial.weight * weight * score)
-            logged |= {"score": score.detach(), "judge": judge_loss.detach()}
+            _, score, hinge = output
+            started = float(self.step >= self.adversarial.start)
+            weight = 0.0  # validation has no gradients to balance
+            if torch.is_grad_enabled():
+                weight = adaptive_weight(loss, -score, self.codec.last_layer)
+            loss = loss + started * (hinge - self.adversarial.weight * weight * score)
+            logged |= {"score": score.detach(), "hinge": hinge.detach()}
         return {"loss": loss, **logged}
 
 
-def perceptual_distance(features: Features, images: Tensor, truth: Tensor) -> Tensor:
-    """Squared distance of unit feature vectors, averaged over places, summed over maps (1801.03924, not weighted)."""
+def perceptual_distance(features: Features, images: Tensor, target: Tensor) -> Tensor:
+    """Return the squared distance of normalised features, as in LPIPS without weights.
+
+    Averaged over positions and summed over maps (1801.03924).
+    """
     with torch.no_grad():
-        wanted = features(truth)
+        expected = features(target)
     distances = [
         (F.normalize(x.float(), dim=1) - F.normalize(y.float(), dim=1)).square().sum(dim=1).mean()
-        for x, y in zip(features(images), wanted, strict=True)
+        for x, y in zip(features(images), expected, strict=True)
     ]
     return torch.stack(distances).sum()
 
 
 def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """The factor that gives both losses equal gradients in the last layer (2012.09841, equation 7)."""
-    wanted, given = (
+    """Return the weight that equalises the gradients in the last layer (2012.09841, equation 7)."""
+    reference, norm = (
         torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (loss, adversarial)
     )
-    return (wanted / (given + 1e-4)).clamp(max=1e4).detach()
+    return (reference / (norm + 1e-4)).clamp(max=1e4).detach()

@@ -1,16 +1,16 @@
-"""What DALL-E's transformer is trained on: captions and image codes, precomputed or encoded at each step."""
+"""The loss of DALL-E's transformer on captions and image codes, precomputed or encoded per step."""
 
-# B batch, L text tokens, N = h * w codes
+# B batch, L text tokens, h w grid of codes, S image size
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import DropRate, ProperFraction, config
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.transformer import DALLE
 from unclip.tokenizer import BPETokenizer
@@ -18,25 +18,20 @@ from unclip.tokenizer import BPETokenizer
 Batch = dict[str, Any]  # "caption", and "codes" (B, h, w) or "image" (B, 3, S, S) in [-1, 1]
 
 
-@dataclass(frozen=True)
+@config
 class DALLELossConfig:
-    text_weight: float = 0.125  # of the text's loss; the picture's has the rest (2102.12092, 2.2)
-    drop_text: float = (
-        0.1  # how often the null stands in for a caption, so that guidance has a second half
+    text_weight: ProperFraction = (
+        0.125  # of the text's loss; the image's has the rest (2102.12092, 2.2)
     )
-    bpe_dropout: float = 0.1  # of merges, in training (2102.12092, B.2)
-
-    def __post_init__(self) -> None:
-        for name in ("text_weight", "drop_text", "bpe_dropout"):
-            if not 0 <= (p := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {p}; expected a fraction in [0, 1)")
+    drop_text: DropRate = 0.1  # probability of the null caption, for classifier-free guidance
+    bpe_dropout: DropRate = 0.1  # probability of skipping a merge, in training (2102.12092, B.2)
 
 
 class DALLELoss:
-    """Cross-entropies of text and codes in nats a token, each over its own tokens (2102.12092, 2.2).
+    """Cross-entropies of text and codes in nats per token, each over its tokens (2102.12092, 2.2).
 
-    The null is not learned as a text: only rows with their caption count for the text's loss. In eval mode no caption
-    is dropped, nor any merge.
+    The text's loss excludes dropped captions: the null is not a text to predict. Eval mode drops
+    neither captions nor merges.
     """
 
     def __init__(
@@ -45,23 +40,23 @@ class DALLELoss:
         self.dalle, self.tokenizer, self.codec, self.config = dalle, tokenizer, codec, config
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        codes, training = image_codes(self.codec, batch), self.dalle.training
+        codes, training = image_codes(self.codec, batch), self.dalle.training  # (B, h, w)
         ids, mask = self.tokenizer(batch["caption"], self.config.bpe_dropout if training else 0.0)
-        drop = torch.rand(len(ids)) < (self.config.drop_text if training else 0.0)
-        tokens = self.dalle.tokens(ids, mask, drop)  # B L
+        drop = torch.rand(len(ids)) < (self.config.drop_text if training else 0.0)  # (B,)
+        tokens = self.dalle.tokens(ids, mask, drop)  # (B, L)
         logits = model(tokens, codes)
-        told = ~drop.to(tokens.device)
-        of_text = F.cross_entropy(
-            logits.text.float().flatten(0, 1), tokens.flatten(), reduction="none"
-        )
-        text = (of_text.view_as(tokens).mean(dim=1) * told).sum() / told.sum().clamp(min=1)
+        kept = ~drop.to(tokens.device)
+        text_logits = logits.text.float().flatten(0, 1)
+        text = F.cross_entropy(text_logits, tokens.flatten(), reduction="none").view_as(tokens)
+        text = (text.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
         image = F.cross_entropy(logits.codes.float().flatten(0, 1), codes.flatten())
         loss = self.config.text_weight * text + (1 - self.config.text_weight) * image
         return {"loss": loss, "text": text.detach(), "image": image.detach()}
 
 
 def image_codes(codec: ImageCodec, batch: Batch) -> Tensor:
-    """Codes (B, h, w) of a batch on the codec's device; no gradient reaches the codec."""
+    """Return the codes (B, h, w) of a batch on the codec's device, without gradient."""
+    device = next(codec.parameters()).device
     if "codes" in batch:
-        return batch["codes"].to(next(codec.parameters()).device)
-    return codec.encode(batch["image"].to(next(codec.parameters()).device))
+        return batch["codes"].to(device)
+    return codec.encode(batch["image"].to(device))

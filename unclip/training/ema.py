@@ -1,4 +1,4 @@
-"""Exponential moving average of the trained weights: the ones that are validated, previewed and exported."""
+"""Exponential moving average of the trained weights, used for validation, previews and export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """fp32 averages of a model's trained parameters; buffers and frozen parameters are the model's own.
+    """fp32 averages of a model's trained parameters, starting at its current weights.
 
-    Starts at the model's present weights. With a warm-up the average follows quickly while it is young.
+    Buffers and frozen parameters are the model's own. The decay warms up over the first updates.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,14 +26,14 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update of the model: average += (1 - decay) * (weights - average)."""
+        """Apply average += (1 - decay) * (weights - average)."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._params], 1 - decay)
         self.updates += 1
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; only pointers move, nothing is copied."""
+        """Give the model the averaged weights inside `with`, by exchanging pointers."""
         self._swap()
         try:
             yield
@@ -41,7 +41,7 @@ class EMA:
             self._swap()
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Continue from saved averages, by parameter name."""
+        """Restore saved averages, given by parameter name."""
         for name, average in zip(self._names, self._averages, strict=True):
             average.copy_(tensors[name])
         self.updates = updates

@@ -1,75 +1,68 @@
-"""What all training scripts share: the command line, the seed, and errors in one line."""
+"""Start and stop of a training script: command line, accelerate, signals, one-line errors."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
 
 from unclip.config import load_config
+from unclip.training.log import available_trackers
 
 C = TypeVar("C")
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
 class Run(Generic[C]):
-    """One start of a training script: its whole config, and what the command line asks for."""
+    """The config and command-line options of one start of a training script."""
 
     config: C
     resume: str | None = None  # "latest" or the folder of a checkpoint
-    init: str | None = (
-        None  # weights to start from with a fresh optimiser: a safetensors file or a folder
-    )
+    init: str | None = None  # initial weights, with a new optimizer: a safetensors file or a folder
     dry_run: bool = False
     traceback: bool = False
 
     @property
     def device(self) -> torch.device:
-        """Where `fit` will train in this process: for the frozen networks that a loss uses."""
-        from unclip.training.processes import this_process  # late: accelerate is slow to import
-
+        """The training device of this process, for the frozen networks of a loss."""
         return this_process().device
 
 
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:
-    """Read the command line and the config; `cls` is a dataclass with a field `fit: FitConfig`."""
+    """Parse the command line and the config; `cls` is a dataclass with a field `fit: FitConfig`."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file with all settings"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4"
-    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="YAML file with all settings")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
-        "--resume",
-        metavar="latest|FOLDER",
-        help="continue a run exactly where a checkpoint left it",
+        "--resume", metavar="latest|FOLDER", help="resume a run exactly from a checkpoint"
     )
     start.add_argument(
-        "--init", metavar="PATH", help="start from these weights (safetensors file or folder)"
+        "--init", metavar="PATH", help="initial weights (safetensors file or folder)"
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print parameters, memory and FLOPs a step, then stop",
-    )
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in the code an error was raised"
-    )
+    add("--dry-run", action="store_true", help="print parameters, memory and FLOPs, then exit")
+    add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     config = load_config(args.config, cls, args.set)
-    torch.manual_seed(config.fit.seed)  # the initial weights; `fit` seeds each process again
+    torch.manual_seed(config.fit.seed)  # initial weights; `fit` seeds each process again
     return Run(config, args.resume, args.init, args.dry_run, args.traceback)
 
 
@@ -79,7 +72,7 @@ def launch(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run a script's `main`; a mistake of the user's, a full disk or a NaN ends it with one line and exit code 1."""
+    """Run a script's `main`; a user error, a full disk or a NaN exits with one line and code 1."""
     run = None
     try:
         run = setup(cls, description, argv)
@@ -91,7 +84,7 @@ def launch(
 
 
 def resume_command() -> str:
-    """The command line of this process, continued from its latest checkpoint."""
+    """Return the command line of this process with --resume latest."""
     words = iter(sys.argv)
     kept = []
     for word in words:
@@ -99,7 +92,62 @@ def resume_command() -> str:
             next(words, None)
         elif not word.startswith(("--resume=", "--init=")):
             kept.append(word)
-    launcher = (
-        ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    launcher = ["accelerate", "launch"] if by_accelerate else ["python"]
     return shlex.join([*launcher, *kept, "--resume", "latest"])
+
+
+def this_process() -> PartialState:
+    """Return accelerate's state of this process: device, index, number of processes.
+
+    The first call fixes it until the process ends. Without an accelerator it must be created with
+    cpu=True: otherwise each of several processes assumes that it is alone.
+    """
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu)
+
+
+def make_accelerator(precision: str, trackers: tuple[str, ...], output: str) -> Accelerator:
+    """Create the Accelerator of a run; ValueError for what the machine or a checkpoint lacks."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))  # used by the loaders to split the data
+    if (joined := this_process().num_processes) != world_size:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size}, but accelerate trains with {joined} process(es), each "
+            "on its own; start one process, or set ACCELERATE_USE_CPU=1"
+        )
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(precision, precision),
+        log_with=available_trackers(trackers) or None,
+        project_config=ProjectConfiguration(output, logging_dir=f"{output}/logs"),
+    )
+    if accelerator.distributed_type in SHARDED:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} shards the weights, which checkpoints do not "
+            "support; use DDP"
+        )
+    return accelerator
+
+
+class StopRequest:
+    """Inside `with`, the first SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from unclip.data.embeddings import EmbeddingDataset
+from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.loader import open_dataset
 from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset
