@@ -1,9 +1,10 @@
-"""What tests of the samplers share."""
+"""Helpers for the tests of the samplers."""
 
 from __future__ import annotations
 
 import torch
 
+from unclip.diffusion.samplers import Estimator, sample
 from unclip.diffusion.schedules import Schedule
 
 SAMPLERS = ["ancestral", "ddim", "dpm++", "unipc"]
@@ -11,17 +12,36 @@ COSINE = Schedule()
 
 
 def seeds(*values):
+    """One generator for each seed."""
     return [torch.Generator().manual_seed(value) for value in values]
 
 
 def toy_network(channels=3, dtype=torch.float64):
-    """A fixed function of x_t and t whose samples do not see each other."""
-    weight = torch.randn(
-        channels, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
-    ).to(dtype)
+    """A fixed function of x_t and t that treats the rows of a batch independently."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(channels, 3, dtype=torch.float64, generator=generator).to(dtype)
 
     def denoise(x_t, t):
-        time = (t.to(x_t.dtype) / 1000).view(-1, *[1] * (x_t.ndim - 1))
-        return torch.stack([(w.view(-1, 1, 1) * x_t + time).sum(1).tanh() for w in weight], dim=1)
+        mixed = [(w.view(-1, 1, 1) * x_t + t / 1000).sum(1).tanh() for w in weight]
+        return torch.stack(mixed, dim=1)
 
     return denoise
+
+
+def sample_from(
+    denoise,
+    x_T,
+    schedule,
+    options,
+    *,
+    prediction="x0",
+    learned_variance=False,
+    clip=1.0,
+    generators,
+    on_step=None,
+):
+    """Sample with an unguided denoiser in the dtype of x_T."""
+    estimate = Estimator(
+        denoise, schedule, options, prediction, learned_variance, clip, dtype=x_T.dtype
+    )
+    return sample(estimate, x_T, schedule, options, generators=generators, on_step=on_step)

@@ -27,8 +27,7 @@ from unclip.models.published.cross_attention_decoder import (
 )
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.decoder import Decoder
-from unclip.models.unclip.prior import DiffusionPrior
-from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline

@@ -46,14 +46,14 @@ checkpoints.transformers_tokenizer checkpoints.transformers.tokenizer
 checkpoints.openai_clip checkpoints.openai.clip
 checkpoints.openai_dvae checkpoints.openai.dvae
 models.prior models.unclip.prior
-models.text_prior models.unclip.text_prior
+models.text_prior models.unclip.prior
 models.ar_prior models.unclip.ar_prior
 models.one_shot_prior models.unclip.one_shot_prior
 models.decoder models.unclip.decoder
 models.upsampler models.unclip.upsampler
 models.layout models.unclip.layout
-models.embedding_stats models.unclip.embedding_stats
-models.embedding_codes models.unclip.embedding_codes
+models.embedding_stats models.unclip.prior
+models.embedding_codes models.unclip.ar_prior
 models.dalle models.dalle.transformer
 models.dalle_attention models.dalle.attention
 models.dalle_cache models.dalle.cache
@@ -85,7 +85,6 @@ pipelines.unclip pipelines.unclip.pipeline
 pipelines.stages pipelines.unclip.stages
 pipelines.networks pipelines.unclip.networks
 pipelines.runs pipelines.unclip.bound_stage
-pipelines.stepping pipelines.unclip.stepping
 pipelines.manipulation pipelines.unclip.manipulations
 pipelines.editing pipelines.unclip.editing
 pipelines.latent pipelines.unclip.latent

@@ -359,7 +359,7 @@ def test_a_network_is_given_what_it_needs(
     with pytest.raises(ValueError, match=message):
         net(torch.zeros(2, 3, 8, 8), T, IDS, MASK, **given)
     with pytest.raises(
-        ValueError, match="the text has 5 tokens; this network takes 6, pads included"
+        ValueError, match="the text has 5 tokens; this network takes 6"
     ):
         net.condition(IDS[:, :5], MASK[:, :5])
 

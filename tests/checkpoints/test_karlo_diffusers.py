@@ -123,7 +123,8 @@ def test_every_network_answers_as_in_diffusers(
     )
     x_t, low_res = torch.randn(2, 2, 3, 64, 64)
     for last, unet in enumerate((reference.super_res_first, reference.super_res_last)):
-        ours = pipe.upsamplers[0].denoise(x_t, t, low_res, last=bool(last))
+        upsampler = pipe.upsamplers[0]
+        ours = (upsampler.denoise_last if last else upsampler.denoise)(x_t, t, low_res)
         close(ours, unet(torch.cat([x_t, low_res], dim=1), t).sample)
 
 

@@ -1,20 +1,14 @@
-"""What holds for every sampler: seeds, one step, bounds, callbacks, precision, guidance, bad options."""
+"""Properties of every sampler: seeds, bounds, callbacks, precision, guidance, bad options."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-)
-from sampling import COSINE, SAMPLERS, seeds, toy_network
+from diffusers import EulerDiscreteScheduler
+from sampling import COSINE, SAMPLERS, sample_from, seeds, toy_network
 
-from unclip.diffusion.guidance import Guided, classifier_free, threshold
-from unclip.diffusion.samplers import (
-    randn,
-    sample,
-    scheduler_betas,
-)
+from unclip.diffusion.samplers import Estimator, randn, sample, threshold
+from unclip.diffusion.schedulers import scheduler_betas
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.types import StageOptions
 
@@ -36,7 +30,7 @@ def options_for(name, steps, **options):
     return StageOptions(steps, sampler=name, **options)
 
 
-def draw(
+def sample_named(
     name,
     steps,
     *values,
@@ -44,12 +38,11 @@ def draw(
     clip=1.0,
     learned=False,
     on_step=None,
-    last=None,
     **options,
 ):
     generators = seeds(*values)
     x_T = randn((len(values), 3, 8, 8), generators, dtype=dtype)
-    return sample(
+    return sample_from(
         toy_network(6 if learned else 3, dtype),
         x_T,
         COSINE,
@@ -59,16 +52,15 @@ def draw(
         clip=clip,
         generators=generators,
         on_step=on_step,
-        denoise_last=last,
     )
 
 
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("learned", [False, True])
 def test_each_sample_depends_on_its_own_generator_only(name, learned):
-    together = draw(name, 6, 10, 11, 12, learned=learned)
+    together = sample_named(name, 6, 10, 11, 12, learned=learned)
     for i, seed in enumerate((10, 11, 12)):
-        assert torch.equal(together[i : i + 1], draw(name, 6, seed, learned=learned))
+        assert torch.equal(together[i : i + 1], sample_named(name, 6, seed, learned=learned))
     assert not torch.equal(together[0], together[1])
 
 
@@ -76,15 +68,15 @@ def test_each_sample_depends_on_its_own_generator_only(name, learned):
 def test_one_step_gives_the_first_estimate(name):
     generators = seeds(0)
     x_T = randn((1, 3, 8, 8), generators)
-    estimate = toy_network(dtype=torch.float32)(x_T, torch.tensor([999])).clamp(-1, 1)
-    torch.testing.assert_close(draw(name, 1, 0), estimate, rtol=0, atol=1e-6)
+    estimate = toy_network(dtype=torch.float32)(x_T, 999).clamp(-1, 1)
+    torch.testing.assert_close(sample_named(name, 1, 0), estimate, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_clipping_bounds_every_estimate(name):
     estimates, free = [], []
-    out = draw(name, 5, 0, clip=0.2, on_step=lambda step, steps, x_0: estimates.append(x_0))
-    draw(name, 5, 0, clip=None, on_step=lambda step, steps, x_0: free.append(x_0))
+    out = sample_named(name, 5, 0, clip=0.2, on_step=lambda step, steps, x_0: estimates.append(x_0))
+    sample_named(name, 5, 0, clip=None, on_step=lambda step, steps, x_0: free.append(x_0))
     assert len(estimates) == 5 and all(x_0.abs().max() <= 0.2 for x_0 in estimates)
     assert out.abs().max() <= 0.201
     assert max(x_0.abs().max() for x_0 in free) > 0.2
@@ -93,7 +85,7 @@ def test_clipping_bounds_every_estimate(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_dynamic_threshold_acts_on_every_estimate(name):
     estimates, free = [], []
-    draw(
+    sample_named(
         name,
         5,
         0,
@@ -101,7 +93,7 @@ def test_dynamic_threshold_acts_on_every_estimate(name):
         dynamic_threshold=0.9,
         on_step=lambda step, steps, x_0: estimates.append(x_0),
     )
-    draw(name, 5, 0, clip=None, on_step=lambda step, steps, x_0: free.append(x_0))
+    sample_named(name, 5, 0, clip=None, on_step=lambda step, steps, x_0: free.append(x_0))
     assert torch.equal(estimates[0], threshold(free[0], 0.2, 0.9))
     assert not torch.equal(estimates[0], threshold(free[0], 0.2))
     assert all(float(x_0.abs().max()) == pytest.approx(0.2) for x_0 in estimates)
@@ -110,7 +102,7 @@ def test_dynamic_threshold_acts_on_every_estimate(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_on_step_counts(name):
     calls = []
-    out = draw(
+    out = sample_named(
         name, 4, 0, 1, on_step=lambda step, num_steps, x_0: calls.append((step, num_steps, x_0))
     )
     assert [call[:2] for call in calls] == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -119,16 +111,10 @@ def test_on_step_counts(name):
     )  # the last estimate is the result
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_last_step_can_have_its_own_network(name):
-    out = draw(name, 4, 0, last=lambda x_t, t: torch.full_like(x_t, 0.25))
-    torch.testing.assert_close(out, torch.full_like(out, 0.25), rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_networks_are_sampled_in_float32(name, dtype):
-    """The same outputs, once in half precision and once in float64; half-precision arithmetic would be off by 0.3."""
+    """Half-precision arithmetic on the same outputs would be off by 0.3."""
     output = 0.9 * randn((1, 3, 8, 8), seeds(1), dtype=dtype)
     x_T = randn((1, 3, 8, 8), seeds(0), dtype=dtype)
     results, seen = [], []
@@ -139,7 +125,7 @@ def test_half_precision_networks_are_sampled_in_float32(name, dtype):
 
     for wide in (dtype, torch.float64):
         options = StageOptions(10, sampler=name)
-        x_0 = sample(
+        x_0 = sample_from(
             denoise, x_T.to(wide), COSINE, options, prediction="eps", clip=1.0, generators=seeds(0)
         )
         results.append(x_0)
@@ -162,7 +148,7 @@ def test_ddim_and_the_solvers_ignore_the_learned_variance():
             generators = seeds(0)
             x_T = randn((1, 3, 8, 8), generators, dtype=torch.float64)
             results.append(
-                sample(
+                sample_from(
                     constant_variance(value),
                     x_T,
                     COSINE,
@@ -176,13 +162,13 @@ def test_ddim_and_the_solvers_ignore_the_learned_variance():
         assert torch.equal(*results) == same
 
 
-def test_deterministic_samplers_draw_nothing():
+def test_deterministic_samplers_use_no_generator():
     for name in ("ddim", "dpm++", "unipc"):
         generators = seeds(5)
         x_T = randn((1, 3, 4, 4), generators)
         state = generators[0].get_state()
         options = options_for(name, 4)
-        sample(
+        sample_from(
             toy_network(dtype=x_T.dtype),
             x_T,
             COSINE,
@@ -194,13 +180,10 @@ def test_deterministic_samplers_draw_nothing():
         assert torch.equal(generators[0].get_state(), state)
 
 
-def test_guidance_outside_its_interval_costs_nothing(monkeypatch):
+def test_guidance_outside_its_interval_costs_nothing():
     rows = []
-    monkeypatch.delattr(
-        Guided, "__call__"
-    )  # it reads t from the tensor; the sampler knows it and need not wait
 
-    def denoise_cond(x_t, t):
+    def denoise(x_t, t):
         rows.append(len(x_t))
         return x_t * 0.5
 
@@ -209,17 +192,15 @@ def test_guidance_outside_its_interval_costs_nothing(monkeypatch):
         return torch.cat([x_t[: len(x_t) // 2] * 0.5, x_t[len(x_t) // 2 :] * 0.1])
 
     options = StageOptions(4, guidance=2.0, guidance_interval=(0.3, 0.8))  # t = 999, 749, 499, 249
-    denoise = classifier_free(denoise_both, denoise_cond, options, COSINE.num_timesteps)
-    generators = seeds(0, 1)
-    x_T = randn((2, 3, 4, 4), generators)
-    sample(denoise, x_T, COSINE, options, prediction="x0", clip=None, generators=generators)
+    estimate = Estimator(denoise, COSINE, options, "x0", denoise_both=denoise_both)
+    sample(estimate, randn((2, 3, 4, 4), seeds(0, 1)), COSINE, options)
     assert rows == [2, 4, 4, 2]
 
 
-def test_embeddings_are_sampled_like_pictures():
+def test_embeddings_are_sampled_like_images():
     x_T = randn((2, 16), seeds(0, 1))
     for name in SAMPLERS:
-        out = sample(
+        out = sample_from(
             lambda x_t, t: 0.5 * x_t.tanh(),
             x_T,
             COSINE,
@@ -232,12 +213,12 @@ def test_embeddings_are_sampled_like_pictures():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_as_many_steps_as_a_sampler_takes_are_finite(name):
+def test_the_largest_number_of_steps_is_finite(name):
     schedule = Schedule(ScheduleConfig(num_timesteps=10))
     options = StageOptions(9 if name in ("dpm++", "unipc") else 10, sampler=name)
     x_T = randn((1, 3, 4, 4), seeds(0), dtype=torch.float64)
     assert (
-        sample(
+        sample_from(
             toy_network(), x_T, schedule, options, prediction="x0", clip=1.0, generators=seeds(0)
         )
         .isfinite()
@@ -245,7 +226,7 @@ def test_as_many_steps_as_a_sampler_takes_are_finite(name):
     )
 
 
-def test_randn_draws_each_row_as_if_alone():
+def test_randn_rows_depend_on_their_own_generator():
     noise = randn((3, 4, 5), seeds(1, 2, 3))
     for row, seed in zip(noise, (1, 2, 3), strict=True):
         assert torch.equal(
@@ -267,7 +248,7 @@ def test_randn_draws_each_row_as_if_alone():
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sample(
+        sample_from(
             toy_network(),
             torch.zeros(1, 3, 4, 4),
             COSINE,
@@ -282,7 +263,7 @@ def test_eps_prediction_under_zero_terminal_snr_is_refused():
     schedule = Schedule(ScheduleConfig(zero_terminal_snr=True))
     options = StageOptions(2)
     with pytest.raises(ValueError, match="zero_terminal_snr"):
-        sample(
+        sample_from(
             toy_network(),
             torch.zeros(1, 3, 4, 4),
             schedule,

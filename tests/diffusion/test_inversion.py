@@ -1,4 +1,4 @@
-"""DDIM backwards: exact where the answer is known, better with corrections than without."""
+"""DDIM inversion: exact where the noise is known, better with corrections than without."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ import math
 import pytest
 import torch
 
-from unclip.diffusion.inversion import InversionOptions, draw, inverse_step, invert
-from unclip.diffusion.samplers import ancestral_timesteps, ddim_step, ddim_timesteps, estimator
+from unclip.diffusion.inversion import InversionOptions, inverse_step, invert
+from unclip.diffusion.samplers import Estimator, ddim_step, ddim_timesteps, sample
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.types import StageOptions
 
-SPREAD = 0.4  # standard deviation of the pictures of the Gaussian world
+STD = 0.4  # standard deviation of the Gaussian images
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gaussian(schedule, spread=SPREAD):
-    """The exact denoiser where pictures are normal with mean 0: the mean of x_0 given x_t."""
+def gaussian(schedule, std=STD):
+    """The exact denoiser of normal images with mean 0: the mean of x_0 given x_t."""
 
-    def estimate(x_t, t, last):
+    def estimate(x_t, t):
         level = float(schedule.alpha_bar[t])
-        return math.sqrt(level) * spread**2 / (level * spread**2 + 1 - level) * x_t, None
+        return math.sqrt(level) * std**2 / (level * std**2 + 1 - level) * x_t, None
 
     return estimate
 
 
-def bent(schedule):
-    """A denoiser that hangs on x_t in no simple way, and is clipped as those of pictures are."""
+def nonlinear(schedule):
+    """A nonlinear denoiser, clipped as those of images are."""
 
-    def estimate(x_t, t, last):
-        x_0 = gaussian(schedule)(x_t, t, last)[0]
+    def estimate(x_t, t):
+        x_0 = gaussian(schedule)(x_t, t)[0]
         return (x_0 + 0.3 * torch.sin(3 * x_t + x_t.roll(1, -1))).clamp(-1, 1), None
 
     return estimate
@@ -43,49 +44,31 @@ def schedule(request):
     return Schedule(ScheduleConfig(zero_terminal_snr=request.param))
 
 
-def test_drawing_is_ddim(schedule):
-    from unclip.diffusion.samplers import sample
-    from unclip.types import StageOptions
-
-    x_T, steps = randn(2, 3, 4, 4), 7
-    world = bent(schedule)
-    expected = sample(
-        lambda x, t: world(x, int(t[0]), False)[0],
-        x_T,
-        schedule,
-        StageOptions(steps, sampler="ddim"),
-        prediction="x0",
-        clip=1.0,
-        generators=[torch.Generator()] * 2,
-    )
-    torch.testing.assert_close(draw(world, x_T, schedule, ddim_timesteps(steps, 1000)), expected)
+def ddim(estimate, x_T, schedule, steps, eta=0.0, generators=()):
+    options = StageOptions(steps, sampler="ddim", eta=eta)
+    return sample(estimate, x_T, schedule, options, generators=generators)
 
 
-def test_an_inverted_picture_is_drawn_again(schedule):
-    x_0 = randn(3, 3, 4, 4) * SPREAD
-    exact = InversionOptions(iterations=100, tolerance=1e-12)
-    for timesteps in (ddim_timesteps(20, 1000), ancestral_timesteps(20, 1000)):
-        x_T = invert(gaussian(schedule), x_0, schedule, timesteps, exact)
-        torch.testing.assert_close(
-            draw(gaussian(schedule), x_T, schedule, timesteps), x_0, rtol=0, atol=1e-8
-        )
+def test_inversion_inverts_ddim(schedule):
+    x_0, exact = randn(3, 3, 4, 4) * STD, InversionOptions(iterations=100, tolerance=1e-12)
+    x_T = invert(gaussian(schedule), x_0, schedule, ddim_timesteps(20, 1000), exact)
+    torch.testing.assert_close(ddim(gaussian(schedule), x_T, schedule, 20), x_0, rtol=0, atol=1e-8)
 
 
-def test_noise_is_found_again():
+def test_inversion_of_a_nonlinear_denoiser():
     schedule = Schedule()
     x_T, timesteps = randn(3, 3, 4, 4), ddim_timesteps(20, 1000)
-    x_0 = draw(bent(schedule), x_T, schedule, timesteps)
-    found = invert(bent(schedule), x_0, schedule, timesteps, InversionOptions(200, 1e-12))
-    torch.testing.assert_close(
-        draw(bent(schedule), found, schedule, timesteps), x_0, rtol=0, atol=1e-5
-    )
+    x_0 = ddim(nonlinear(schedule), x_T, schedule, 20)
+    found = invert(nonlinear(schedule), x_0, schedule, timesteps, InversionOptions(200, 1e-12))
+    again = ddim(nonlinear(schedule), found, schedule, 20)
+    torch.testing.assert_close(again, x_0, rtol=0, atol=1e-5)
 
 
-def test_in_the_gaussian_world_the_noise_has_the_spread_of_noise():
+def test_noise_of_gaussian_images_has_unit_variance():
     schedule, timesteps = Schedule(), ddim_timesteps(250, 1000)
     x_T = invert(
         gaussian(schedule),
-        randn(4, 3, 16, 16) * SPREAD,
+        randn(4, 3, 16, 16) * STD,
         schedule,
         timesteps,
         InversionOptions(100, 1e-10),
@@ -101,29 +84,31 @@ def test_corrections_are_better_than_none():
     )
 
     def error(iterations):
-        x_T = invert(bent(schedule), x_0, schedule, timesteps, InversionOptions(iterations, 1e-8))
-        return (draw(bent(schedule), x_T, schedule, timesteps) - x_0).square().mean().sqrt().item()
+        x_T = invert(
+            nonlinear(schedule), x_0, schedule, timesteps, InversionOptions(iterations, 1e-8)
+        )
+        return (ddim(nonlinear(schedule), x_T, schedule, 20) - x_0).square().mean().sqrt().item()
 
     plain, few, many = error(0), error(3), error(30)
     assert many < few < plain and many < plain / 5
 
 
-def test_plain_inversion_asks_the_network_once_a_step():
+def test_plain_inversion_calls_the_network_once_a_step():
     schedule, calls = Schedule(), []
 
-    def estimate(x_t, t, last):
-        calls.append((t, last))
-        return gaussian(schedule)(x_t, t, last)
+    def estimate(x_t, t):
+        calls.append(t)
+        return gaussian(schedule)(x_t, t)
 
     invert(estimate, randn(1, 3, 2, 2), schedule, [999, 500, 100], InversionOptions(0))
-    assert calls == [(100, True), (500, False), (999, False)]
+    assert calls == [100, 500, 999]
     calls.clear()
     invert(estimate, randn(1, 3, 2, 2), schedule, [999, 500, 100], InversionOptions(50, 1e-6))
-    assert 3 < len(calls) < 60 and {t for t, last in calls if last} == {100}
+    assert 3 < len(calls) < 60 and set(calls) == {100, 500, 999}
 
 
-def test_plain_inversion_is_ddim_with_the_noise_before():
-    """Song et al.'s own inversion: a step of DDIM towards more noise."""
+def test_plain_inversion_is_ddim_with_the_previous_noise():
+    """Song et al.'s inversion: a step of DDIM towards more noise."""
     schedule, (t, t_prev) = Schedule(), (500, 450)
     levels = [float(schedule.alpha_bar[one]) for one in (t, t_prev)]
     x_prev, x_0 = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
@@ -135,14 +120,14 @@ def test_plain_inversion_is_ddim_with_the_noise_before():
 def test_a_sample_does_not_depend_on_its_batch():
     schedule, timesteps, options = Schedule(), ddim_timesteps(5, 1000), InversionOptions(10, 1e-2)
     x_0 = torch.stack([randn(3, 4, 4) * scale for scale in (0.01, 0.3, 1.0)])
-    together = invert(bent(schedule), x_0, schedule, timesteps, options)
+    together = invert(nonlinear(schedule), x_0, schedule, timesteps, options)
     for i in range(3):
-        alone = invert(bent(schedule), x_0[i : i + 1], schedule, timesteps, options)
+        alone = invert(nonlinear(schedule), x_0[i : i + 1], schedule, timesteps, options)
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
-def test_a_correction_that_does_harm_is_not_kept():
-    """Guidance can make the estimate hang on x_t so much that the plain iteration runs away."""
+def test_harmful_corrections_are_discarded():
+    """Guidance can make the slope so large that the plain iteration diverges."""
     levels = (0.5, 0.6)
 
     def estimate(x):
@@ -155,24 +140,19 @@ def test_a_correction_that_does_harm_is_not_kept():
     torch.testing.assert_close(ddim_step(x_t, x_0, *levels), x_prev, rtol=0, atol=1e-6)
 
 
-def test_eta_draws_afresh_but_at_the_last_step():
-    schedule, drawn = Schedule(), []
-
-    def noise():
-        drawn.append(randn(1, 3, 2, 2, seed=len(drawn)))
-        return drawn[-1]
-
-    x_T, world = randn(1, 3, 2, 2), gaussian(schedule)
-    first = draw(world, x_T, schedule, [999, 500, 100], 0.5, noise)
-    assert len(drawn) == 2
-    assert not torch.allclose(first, draw(world, x_T, schedule, [999, 500, 100]))
+def test_eta_uses_generators_except_at_the_last_step():
+    schedule, generator = Schedule(), torch.Generator().manual_seed(0)
+    x_T, reference = randn(1, 3, 2, 2), torch.Generator().manual_seed(0)
+    first = ddim(gaussian(schedule), x_T, schedule, 3, 0.5, [generator])
+    for _ in range(2):
+        torch.randn(x_T.shape, generator=reference, dtype=x_T.dtype)
+    assert torch.equal(generator.get_state(), reference.get_state())
+    assert not torch.allclose(first, ddim(gaussian(schedule), x_T, schedule, 3))
 
 
-def test_steps_are_reported_and_the_dtype_of_the_network_is_free():
+def test_steps_are_reported():
     schedule, steps = Schedule(), []
-    estimate = estimator(
-        lambda x, t: x * 0.5, schedule, prediction="v", clip=1.0, dtype=torch.float32
-    )
+    estimate = Estimator(lambda x, t: x * 0.5, schedule, StageOptions(2), "v", clip=1.0)
     x_T = invert(
         estimate,
         torch.zeros(1, 3, 2, 2),

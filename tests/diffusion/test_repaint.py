@@ -1,4 +1,4 @@
-"""Painting into pictures: what is kept, what is painted, and how the two meet."""
+"""Inpainting: the kept part, the painted part and the seam."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler
 
 from unclip.diffusion.repaint import PaintOptions, fill, paste, repaint
-from unclip.diffusion.samplers import ddim_timesteps, scheduler_betas, timesteps
+from unclip.diffusion.samplers import ddim_timesteps, sampling_timesteps
+from unclip.diffusion.schedulers import scheduler_betas
 from unclip.diffusion.schedules import Schedule
 from unclip.types import StageOptions
 
@@ -23,10 +24,10 @@ def noise_like(shape, seed=0):
 
 
 def correlated(schedule, rho=0.95):
-    """The exact denoiser of pictures of two pixels, normal with variance 1 and correlation rho."""
+    """The exact denoiser of two-pixel images, normal with variance 1 and correlation rho."""
     covariance = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
 
-    def estimate(x_t, t, last):
+    def estimate(x_t, t):
         level = float(schedule.alpha_bar[t])
         gain = (
             math.sqrt(level)
@@ -38,17 +39,17 @@ def correlated(schedule, rho=0.95):
     return estimate
 
 
-def test_what_is_painted_goes_with_what_is_kept():
-    """One pixel of two is known: the other is drawn from the conditional distribution, the better with resampling."""
+def test_painted_pixels_follow_the_conditional_distribution():
+    """One pixel of two is known; resampling brings the other closer to its distribution."""
     schedule, B = Schedule(), 2000
-    picture = torch.full((B, 1, 1, 2), 1.5, dtype=torch.float64)
+    image = torch.full((B, 1, 1, 2), 1.5, dtype=torch.float64)
     hole = torch.tensor([False, True]).view(1, 1, 1, 2)
 
     def painted(resamples: int) -> torch.Tensor:
-        noise = noise_like(picture.shape)
+        noise = noise_like(image.shape)
         options = PaintOptions(resamples, jump=5)
         return repaint(
-            correlated(schedule), picture, hole, schedule, ddim_timesteps(50, T), noise, options
+            correlated(schedule), image, hole, schedule, ddim_timesteps(50, T), noise, options
         )[..., 1]
 
     once, often = painted(1), painted(8)
@@ -60,8 +61,8 @@ def test_what_is_painted_goes_with_what_is_kept():
 def test_steps_are_counted_and_stretches_repeated():
     schedule, seen, steps = Schedule(), [], []
 
-    def estimate(x_t, t, last):
-        seen.append((t, last))
+    def estimate(x_t, t):
+        seen.append(t)
         return torch.zeros_like(x_t), None
 
     shape = (1, 3, 2, 2)
@@ -76,24 +77,23 @@ def test_steps_are_counted_and_stretches_repeated():
         options,
         on_step=lambda *step: steps.append(step[:2]),
     )
-    assert [t for t, _ in seen] == [999, 600, 999, 600, 300, 300]
-    assert [last for _, last in seen] == [False] * 4 + [True] * 2
+    assert seen == [999, 600, 999, 600, 300, 300]
     assert steps == [(i, 6) for i in range(1, 7)]
 
 
-def test_strength_says_where_to_begin():
+def test_strength_sets_the_first_timestep():
     schedule, seen = Schedule(), []
     shape = (1, 3, 2, 2)
 
-    def estimate(x_t, t, last):
+    def estimate(x_t, t):
         seen.append((t, x_t.mean().item()))
         return x_t, None
 
-    picture, hole = torch.ones(shape), torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    image, hole = torch.ones(shape), torch.ones(1, 1, 2, 2, dtype=torch.bool)
     ts = ddim_timesteps(10, T)
     repaint(
         estimate,
-        picture,
+        image,
         hole,
         schedule,
         ts,
@@ -101,9 +101,7 @@ def test_strength_says_where_to_begin():
         PaintOptions(1, strength=0.3),
     )
     assert [t for t, _ in seen] == ts[-3:]
-    assert seen[0][1] == pytest.approx(
-        float(schedule.alpha_bar[ts[-3]]) ** 0.5
-    )  # the picture, noised so far
+    assert seen[0][1] == pytest.approx(float(schedule.alpha_bar[ts[-3]]) ** 0.5)  # the noised image
     assert PaintOptions(strength=0.01).steps(10) == 1
 
 
@@ -117,12 +115,12 @@ def test_strength_says_where_to_begin():
         (KDPM2DiscreteScheduler, {}),
     ],
 )
-def test_it_steps_through_the_timesteps_of_any_scheduler(scheduler, how, variance):
+def test_timesteps_of_any_scheduler_are_used(scheduler, how, variance):
     schedule, seen, shape = Schedule(), [], (1, 3, 2, 2)
     sampler = scheduler(trained_betas=scheduler_betas(schedule), **how)
-    ts = timesteps(StageOptions(4, sampler=sampler), schedule)
+    ts = sampling_timesteps(StageOptions(4, sampler=sampler), schedule)
 
-    def estimate(x_t, t, last):
+    def estimate(x_t, t):
         seen.append(t)
         return x_t.clamp(-1, 1), variance
 
@@ -133,46 +131,46 @@ def test_it_steps_through_the_timesteps_of_any_scheduler(scheduler, how, varianc
     assert seen == sorted(set(map(round, ts)), reverse=True) and {type(t) for t in seen} == {int}
 
 
-def test_pasting_keeps_what_is_kept_and_hides_the_seam():
-    picture = torch.zeros(2, 3, 32, 32)
+def test_paste_keeps_known_pixels_and_hides_the_seam():
+    image = torch.zeros(2, 3, 32, 32)
     hole = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     hole[..., 8:24, 8:24] = True
-    painted = torch.full_like(picture, 0.5)  # everywhere lighter than what is kept
+    painted = torch.full_like(image, 0.5)  # lighter than the kept part
     painted[..., 15:17, 15:17] = 1.0
-    pasted = paste(painted, picture, hole, radius=2)
-    kept = ~hole.expand_as(picture)
-    assert torch.equal(pasted[kept], picture[kept])
+    pasted = paste(painted, image, hole, radius=2)
+    kept = ~hole.expand_as(image)
+    assert torch.equal(pasted[kept], image[kept])
     seam = (pasted[..., 8, 8:24] - pasted[..., 7, 8:24]).abs().max()
     assert seam < 0.2  # of a step of 0.5
     assert torch.equal(
         pasted[..., 13:19, 13:19], painted[..., 13:19, 13:19]
-    )  # far from the seam nothing is changed
-    assert torch.equal(paste(painted, painted, hole, 2), painted)  # nothing was amiss
+    )  # unchanged far from the seam
+    assert torch.equal(paste(painted, painted, hole, 2), painted)  # no difference at the seam
     everything = torch.ones_like(hole)
-    assert torch.equal(paste(painted, picture, everything, 2), painted)
+    assert torch.equal(paste(painted, image, everything, 2), painted)
 
 
-def test_holes_are_filled_with_what_is_around_them():
-    picture = torch.zeros(1, 3, 32, 32)
-    picture[..., :16] = 1.0
+def test_fill_uses_the_surrounding_colours():
+    image = torch.zeros(1, 3, 32, 32)
+    image[..., :16] = 1.0
     hole = torch.zeros(1, 1, 32, 32, dtype=torch.bool)
     hole[..., 4:28, 2:14] = True
-    garbage = picture.masked_fill(hole, -1.0)
+    garbage = image.masked_fill(hole, -1.0)
     filled = fill(garbage, hole)
-    assert torch.equal(filled[~hole.expand_as(picture)], picture[~hole.expand_as(picture)])
+    assert torch.equal(filled[~hole.expand_as(image)], image[~hole.expand_as(image)])
     assert filled[..., 4:28, 2:10].min() > 0.7  # of the white side
-    assert torch.equal(fill(picture, torch.zeros_like(hole)), picture)
-    assert torch.equal(fill(picture, torch.ones_like(hole)), torch.zeros_like(picture))  # grey
+    assert torch.equal(fill(image, torch.zeros_like(hole)), image)
+    assert torch.equal(fill(image, torch.ones_like(hole)), torch.zeros_like(image))  # grey
 
 
-def test_a_wide_hole_is_filled_quickly():
-    picture, hole = torch.ones(1, 3, 256, 256), torch.ones(1, 1, 256, 256, dtype=torch.bool)
-    hole[..., 0, 0] = False  # little to begin with, so that all radii are gone through
+def test_fill_of_a_wide_hole_is_fast():
+    image, hole = torch.ones(1, 3, 256, 256), torch.ones(1, 1, 256, 256, dtype=torch.bool)
+    hole[..., 0, 0] = False  # one known pixel: all radii are needed
     started = time.process_time()
-    fill(picture, hole)
+    fill(image, hole)
     assert (
         time.process_time() - started < 8
-    )  # seconds; with boxes that are not taken apart it is several times that
+    )  # seconds; several times as long without separable filters
 
 
 @pytest.mark.parametrize(

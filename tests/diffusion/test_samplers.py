@@ -11,19 +11,16 @@ from diffusers import (
     HeunDiscreteScheduler,
     UnCLIPScheduler,
 )
-from sampling import COSINE, SAMPLERS, seeds, toy_network
+from sampling import COSINE, SAMPLERS, sample_from, seeds, toy_network
 
 from unclip.diffusion.samplers import (
-    alpha_bar,
     ancestral_step,
     ancestral_timesteps,
     ddim_step,
     ddim_timesteps,
-    make_scheduler,
     randn,
-    sample,
-    scheduler_betas,
 )
+from unclip.diffusion.schedulers import make_scheduler, scheduler_betas
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.types import StageOptions
 
@@ -35,16 +32,13 @@ DIFFUSERS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def mixture_denoiser(schedule, prediction):
-    """The exact denoiser of pixels drawn from 0.3 N(0.6, 0.1²) + 0.7 N(-0.5, 0.1²), in terms of the prediction."""
+    """The exact denoiser of pixels from 0.3 N(0.6, 0.1²) + 0.7 N(-0.5, 0.1²)."""
     means, std = torch.tensor([0.6, -0.5], dtype=torch.float64), 0.1
     log_weights = torch.tensor([0.3, 0.7], dtype=torch.float64).log()
 
     def denoise(x_t, t):
-        t = t.round().long()  # Euler and Heun step between timesteps
-        alpha, sigma = (
-            schedule.at("alpha", t, x_t)[..., None],
-            schedule.at("sigma", t, x_t)[..., None],
-        )
+        t = round(t)  # Euler and Heun step between timesteps
+        alpha, sigma = schedule.at("alpha", t, x_t), schedule.at("sigma", t, x_t)
         rest, variance = x_t[..., None] - alpha * means, alpha**2 * std**2 + sigma**2
         weights = (log_weights - rest**2 / (2 * variance)).softmax(-1)
         x_0 = (weights * (means + alpha * std**2 / variance * rest)).sum(-1)
@@ -56,11 +50,11 @@ def mixture_denoiser(schedule, prediction):
 MIXTURE_MEAN, MIXTURE_STD = -0.17, (0.1**2 + 0.3 * 0.7 * 1.1**2) ** 0.5
 
 
-def draw_mixture(sampler, steps, schedule=COSINE, prediction="v", **options):
-    """8192 draws from the mixture's diffusion, from the same x_T every time."""
+def sample_mixture(sampler, steps, schedule=COSINE, prediction="v", **options):
+    """Sample 8192 pixels of the mixture, always from the same x_T."""
     generators = seeds(*range(8))
     x_T = randn((8, 1, 32, 32), generators, dtype=torch.float64)
-    return sample(
+    return sample_from(
         mixture_denoiser(schedule, prediction),
         x_T,
         schedule,
@@ -72,17 +66,17 @@ def draw_mixture(sampler, steps, schedule=COSINE, prediction="v", **options):
 
 
 def widen(scheduler, schedule):
-    """Give UnCLIPScheduler our float64 tables in place of its float32 ones, in which 1 - alpha_bar cancels."""
+    """Replace the float32 tables of UnCLIPScheduler, where 1 - alpha_bar cancels, by float64."""
     scheduler.betas, scheduler.alphas_cumprod = schedule.betas, schedule.alpha_bar
     scheduler.alphas, scheduler.one = 1 - schedule.betas, torch.tensor(1.0, dtype=torch.float64)
     return scheduler
 
 
-# --- ancestral: unCLIP's sampler -------------------------------------------------------------------------------------
+# -- ancestral sampling
 
 
 @pytest.mark.parametrize("num_steps", [2, 7, 25, 50, 64, 1000])
-def test_ancestral_timesteps_are_karlos(num_steps):
+def test_ancestral_timesteps_equal_karlos(num_steps):
     reference = UnCLIPScheduler()
     reference.set_timesteps(num_steps)
     assert ancestral_timesteps(num_steps, 1000) == reference.timesteps.tolist()
@@ -92,9 +86,9 @@ def test_ancestral_timesteps_are_karlos(num_steps):
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "learned_range"])
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
 @pytest.mark.parametrize(("tables", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
-def test_ancestral_step_is_unclips(variance_type, prediction, tables, tolerance):
-    """Exact with the same tables. In the reference's float32 ones, 1 - alpha_bar has lost digits near t = 0: its last
-    step scales the sample by 1.0005, and `precision` does as much."""
+def test_ancestral_step_equals_unclip_scheduler(variance_type, prediction, tables, tolerance):
+    """Exact with the same tables. The reference's float32 tables lose digits of 1 - alpha_bar near
+    t = 0: its last step scales the sample by 1.0005, as does `precision` "float32"."""
     schedule = Schedule(ScheduleConfig(precision=tables))
     reference = UnCLIPScheduler(
         variance_type=variance_type, prediction_type=DIFFUSERS_NAMES[prediction]
@@ -112,7 +106,7 @@ def test_ancestral_step_is_unclips(variance_type, prediction, tables, tolerance)
 
         x_0 = schedule.predict_x0(output, x_t, torch.tensor([t]), prediction).clamp(-1, 1)
         noise = randn(x_t.shape, seeds(t), dtype=torch.float64) if t > 0 else None
-        levels = alpha_bar(schedule, t), alpha_bar(schedule, t_prev)
+        levels = schedule.level(t), schedule.level(t_prev)
         beta = float(schedule.betas[t]) if t_prev == t - 1 else None
         ours = ancestral_step(x_t, x_0, *levels, noise, variance if learned else None, beta)
         torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
@@ -125,8 +119,8 @@ def test_ancestral_step_is_unclips(variance_type, prediction, tables, tolerance)
     [(torch.float64, 1e-10), (torch.float32, 2e-3)],
     ids=["float64", "float32"],
 )
-def test_ancestral_trajectory_is_unclips_from_one_generator(learned, prediction, dtype, tolerance):
-    """As diffusers' pipelines run it with batch 1. In float32 the reference's own tables are kept, and so its error."""
+def test_ancestral_trajectory_equals_unclip_scheduler(learned, prediction, dtype, tolerance):
+    """As in diffusers' pipelines with batch 1; in float32 with the reference's inexact tables."""
     variance_type = "learned_range" if learned else "fixed_small_log"
     reference = UnCLIPScheduler(
         variance_type=variance_type, prediction_type=DIFFUSERS_NAMES[prediction]
@@ -138,12 +132,12 @@ def test_ancestral_trajectory_is_unclips_from_one_generator(learned, prediction,
     generator = seeds(3)[0]
     x_t = torch.randn(1, 3, 8, 8, generator=generator, dtype=dtype)
     for t, t_prev in pairwise([*reference.timesteps.tolist(), None]):
-        x_t = reference.step(denoise(x_t, torch.tensor([t])), t, x_t, t_prev, generator).prev_sample
+        x_t = reference.step(denoise(x_t, t), t, x_t, t_prev, generator).prev_sample
 
     generators = seeds(3)
     x_T = randn((1, 3, 8, 8), generators, dtype=dtype)
     options = StageOptions(25, sampler="ancestral")
-    ours = sample(
+    ours = sample_from(
         denoise,
         x_T,
         COSINE,
@@ -154,10 +148,10 @@ def test_ancestral_trajectory_is_unclips_from_one_generator(learned, prediction,
         generators=generators,
     )
     torch.testing.assert_close(ours, x_t, rtol=0, atol=tolerance)
-    assert torch.equal(generator.get_state(), generators[0].get_state())  # as many draws, too
+    assert torch.equal(generator.get_state(), generators[0].get_state())  # equally many draws
 
 
-# --- DDIM ------------------------------------------------------------------------------------------------------------
+# -- DDIM
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 27, 250, 999, 1000])
@@ -170,7 +164,7 @@ def test_ddim_timesteps_start_from_pure_noise(num_steps):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_ddim_is_diffusers(prediction, eta):
+def test_ddim_equals_diffusers(prediction, eta):
     reference = DDIMScheduler(
         trained_betas=COSINE.betas.tolist(),
         prediction_type=DIFFUSERS_NAMES[prediction],
@@ -184,7 +178,7 @@ def test_ddim_is_diffusers(prediction, eta):
     denoise, generator = toy_network(), seeds(3)[0]
     x_t = torch.randn(1, 3, 8, 8, generator=generator, dtype=torch.float64)
     for t in reference.timesteps:
-        output = denoise(x_t, t.view(1))
+        output = denoise(x_t, int(t))
         x_t = reference.step(
             output, t, x_t, eta, use_clipped_model_output=True, generator=generator
         ).prev_sample
@@ -192,7 +186,7 @@ def test_ddim_is_diffusers(prediction, eta):
     generators = seeds(3)
     x_T = randn((1, 3, 8, 8), generators, dtype=torch.float64)
     options = StageOptions(20, sampler="ddim", eta=eta)
-    ours = sample(
+    ours = sample_from(
         denoise, x_T, COSINE, options, prediction=prediction, clip=1.0, generators=generators
     )
     torch.testing.assert_close(ours, x_t, rtol=0, atol=1e-10)
@@ -200,17 +194,17 @@ def test_ddim_is_diffusers(prediction, eta):
 
 def test_ddim_with_eta_1_is_ancestral():
     x_t, x_0, noise = torch.randn(3, 2, 3, 4, 4, dtype=torch.float64, generator=seeds(0)[0])
-    levels = alpha_bar(COSINE, 600), alpha_bar(COSINE, 400)
+    levels = COSINE.level(600), COSINE.level(400)
     torch.testing.assert_close(
         ddim_step(x_t, x_0, *levels, 1.0, noise), ancestral_step(x_t, x_0, *levels, noise)
     )
 
 
 @pytest.mark.parametrize("steps", [3, 25, 40])
-def test_ddim_with_eta_1_begins_at_no_signal_at_all(steps):
+def test_ddim_with_eta_1_is_finite_at_zero_terminal_snr(steps):
     schedule = Schedule(ScheduleConfig(zero_terminal_snr=True))
     x_T, options = randn((1, 3, 4, 4), seeds(0)), StageOptions(steps, eta=1.0)
-    drawn = sample(
+    drawn = sample_from(
         lambda x, t: 0 * x, x_T, schedule, options, prediction="v", clip=None, generators=seeds(0)
     )
     assert drawn.isfinite().all()
@@ -218,11 +212,11 @@ def test_ddim_with_eta_1_begins_at_no_signal_at_all(steps):
 
 def test_ddim_step_runs_backwards():
     x_t, x_0 = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, generator=seeds(0)[0])
-    low, high = alpha_bar(COSINE, 400), alpha_bar(COSINE, 600)
+    low, high = COSINE.level(400), COSINE.level(600)
     torch.testing.assert_close(ddim_step(ddim_step(x_t, x_0, low, high), x_0, high, low), x_t)
 
 
-# --- all samplers on data whose denoiser is known exactly ------------------------------------------------------------
+# -- all samplers on data whose denoiser is known exactly
 
 
 @pytest.mark.parametrize(
@@ -237,9 +231,9 @@ def test_ddim_step_runs_backwards():
     ids=str,
 )
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samplers_draw_the_data(sampler, config, prediction):
+def test_samplers_reproduce_the_data_distribution(sampler, config, prediction):
     steps = 250 if sampler == "ancestral" else 80
-    x_0 = draw_mixture(sampler, steps, Schedule(config), prediction)
+    x_0 = sample_mixture(sampler, steps, Schedule(config), prediction)
     right = x_0 > 0.05
     assert float(x_0.mean()) == pytest.approx(MIXTURE_MEAN, abs=0.03)
     assert float(x_0.std()) == pytest.approx(MIXTURE_STD, abs=0.03)
@@ -250,9 +244,9 @@ def test_samplers_draw_the_data(sampler, config, prediction):
 
 
 def test_multistep_solvers_beat_ddim_in_10_steps():
-    exact = draw_mixture("ddim", 1000)
+    exact = sample_mixture("ddim", 1000)
     errors = {
-        s: float((draw_mixture(s, 10) - exact).square().mean().sqrt())
+        s: float((sample_mixture(s, 10) - exact).square().mean().sqrt())
         for s in ("ddim", "dpm++", "unipc")
     }
     assert errors["dpm++"] < 0.85 * errors["ddim"]
@@ -261,26 +255,26 @@ def test_multistep_solvers_beat_ddim_in_10_steps():
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, HeunDiscreteScheduler, DDPMScheduler])
 @pytest.mark.parametrize("expects", ["epsilon", "v_prediction"])
-def test_diffusers_scheduler_objects_draw_the_data(kind, expects):
-    """Whatever prediction type they expect, and whatever the network predicts."""
+def test_diffusers_schedulers_reproduce_the_data_distribution(kind, expects):
+    """The scheduler's and the network's prediction type may differ."""
     extra = {"clip_sample": False} if kind is DDPMScheduler else {}
     scheduler = kind(trained_betas=scheduler_betas(COSINE), prediction_type=expects, **extra)
     before = scheduler.timesteps
-    x_0 = draw_mixture(scheduler, 50, prediction="eps")
-    assert scheduler.timesteps is before  # the caller's is untouched
+    x_0 = sample_mixture(scheduler, 50, prediction="eps")
+    assert scheduler.timesteps is before  # the caller's object is not changed
     assert float(x_0.mean()) == pytest.approx(MIXTURE_MEAN, abs=0.03)
     assert float(x_0.std()) == pytest.approx(MIXTURE_STD, abs=0.03)
 
 
 def test_diffusers_scheduler_may_repeat_a_timestep():
-    """Karras' noise levels crowd at the noisy end, where they round to the same t."""
+    """Karras' noise levels are dense at the noisy end, where they round to the same t."""
     betas = scheduler_betas(COSINE)
     scheduler = DPMSolverMultistepScheduler(
         trained_betas=betas, prediction_type="sample", use_karras_sigmas=True
     )
     scheduler.set_timesteps(10)
     assert len(scheduler.timesteps.unique()) < 10
-    assert float(draw_mixture(scheduler, 10).mean()) == pytest.approx(MIXTURE_MEAN, abs=0.1)
+    assert float(sample_mixture(scheduler, 10).mean()) == pytest.approx(MIXTURE_MEAN, abs=0.1)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -293,7 +287,7 @@ def test_unclip_scheduler_object_is_ancestral(learned):
         generators = seeds(1, 2)
         x_T = randn((2, 3, 4, 4), generators, dtype=torch.float64)
         results.append(
-            sample(
+            sample_from(
                 toy_network(6 if learned else 3),
                 x_T,
                 COSINE,
@@ -307,23 +301,23 @@ def test_unclip_scheduler_object_is_ancestral(learned):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-10)
 
 
-def test_scheduler_objects_that_do_not_fit_are_refused():
+def test_incompatible_schedulers_are_refused():
     for scheduler in (
         EulerDiscreteScheduler(),
         DPMSolverMultistepScheduler(num_train_timesteps=500),
     ):
-        with pytest.raises(ValueError, match=r"another noise schedule.*trained_betas"):
-            draw_mixture(scheduler, 2)
+        with pytest.raises(ValueError, match=r"noise schedule .*trained_betas"):
+            sample_mixture(scheduler, 2)
     with pytest.raises(
         ValueError, match="FlowMatchEulerDiscreteScheduler is not for variance-preserving"
     ):
-        draw_mixture(FlowMatchEulerDiscreteScheduler(), 2)
+        sample_mixture(FlowMatchEulerDiscreteScheduler(), 2)
 
 
 @pytest.mark.parametrize("name", ["dpm++", "unipc"])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_schedulers_hold_our_schedule(name, kind, zero_terminal_snr):
+def test_schedulers_get_the_schedule(name, kind, zero_terminal_snr):
     schedule = Schedule(ScheduleConfig(kind, zero_terminal_snr=zero_terminal_snr))
     scheduler = make_scheduler(name, schedule)
     torch.testing.assert_close(

@@ -26,7 +26,7 @@ from unclip.models.cpu.int8 import is_quantized
 from unclip.models.unclip.decoder import DecoderConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
-from unclip.models.unclip.text_prior import TextPriorConfig
+from unclip.models.unclip.prior import TextPriorConfig
 from unclip.models.unclip.upsampler import UpsamplerConfig
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import UnCLIPOptions

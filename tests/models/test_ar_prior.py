@@ -11,8 +11,8 @@ from parity import randomize
 
 from unclip.embeddings import PCA
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.unclip.embedding_codes import EmbeddingCodes
-from unclip.models.unclip.text_prior import TextPrefix
+from unclip.models.unclip.ar_prior import EmbeddingCodes
+from unclip.models.unclip.prior import KeyValues
 from unclip.types import TextEncoding
 
 D, K, V, L, B = 16, 6, 12, 9, 3
@@ -153,7 +153,7 @@ def test_no_embedding_depends_on_its_batch(prior):
 
 def test_embeddings_are_drawn_as_the_uncached_network_would(prior):
     prefix, told = prior.condition(make_text()[:1]), []
-    emb = prior.sample(prefix, generators(7), alone, temperature=0, on_draw=told.append)
+    emb = prior.sample(prefix, generators(7), alone, temperature=0, on_prediction=told.append)
     dot = V // 2 + int(torch.rand(K + 1, generator=generators(7)[0])[0] * (V - V // 2))
     codes = torch.zeros(1, K, dtype=torch.long)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_conditions_are_combined_before_each_code(prior):
     torch.testing.assert_close(mixed, first)
     repelled = prior.sample(prefix, generators(0), lambda x: 5 * x[:1] - 4 * x[1:], temperature=0)
     assert not torch.allclose(repelled, first)
-    assert isinstance(prefix, TextPrefix)
+    assert isinstance(prefix, KeyValues)
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,9 @@ def test_the_upsampler_sees_each_small_pixel_four_times():
     )
     x_t, t, *_ = given()
     low = torch.randn(2, 3, 4, 4)
-    large = upsampler.prepare(low)
+    large = upsampler.condition(low)
     assert torch.equal(large[:, :, ::2, ::2], low) and torch.equal(large[:, :, 1::2, 1::2], low)
-    assert torch.equal(upsampler.denoise(x_t, t, low), upsampler.denoise(x_t, t, large, last=True))
+    assert torch.equal(upsampler.denoise(x_t, t, low), upsampler.denoise(x_t, t, large))
     assert upsampler.denoise(x_t, t, low).shape == (2, 3, 8, 8)
 
 
@@ -209,7 +209,7 @@ def test_the_upsampler_sees_each_small_pixel_four_times():
         ),
         (
             lambda: replace(DECODER, image_size=9),
-            "the picture's size is 9; expected a multiple of 2",
+            "size is 9; expected a multiple of 2",
         ),
         (lambda: replace(DECODER, learned_variance=False), "unet has 3 channels in and 6 out"),
         (

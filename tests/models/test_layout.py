@@ -73,19 +73,19 @@ def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
     def misses(found: torch.Tensor) -> torch.Tensor:
         return (layout(found) - layout(true))[..., :2].square().mean(dim=(1, 2, 3))
 
-    slightly, fully = (layout.agreeing(emb, known, weight, steps=200) for weight in (1.0, 1000.0))
-    assert torch.equal(layout.agreeing(emb, known, 0.0), emb) and torch.equal(fully[2], emb[2])
+    slightly, fully = (layout.guide_embedding(emb, known, weight, steps=200) for weight in (1.0, 1000.0))
+    assert torch.equal(layout.guide_embedding(emb, known, 0.0), emb) and torch.equal(fully[2], emb[2])
     assert (misses(fully)[:2] < 0.2 * misses(emb)[:2]).all() and (
         misses(slightly)[:2] < misses(emb)[:2]
     ).all()
     ways = [((found - emb) / std).square().mean(dim=1)[:2] for found in (slightly, fully)]
     assert (0 < ways[0]).all() and (ways[0] < ways[1]).all()
     weights = torch.tensor([1.0, 1000.0, 0.0])  # a row is as if it were alone
-    each = layout.agreeing(emb, known, weights, steps=200)
+    each = layout.guide_embedding(emb, known, weights, steps=200)
     torch.testing.assert_close(each, torch.stack([slightly[0], fully[1], emb[2]]))
     with torch.inference_mode():  # all that it is given may have been made there
         inside = scrambled(Layout(SHAPE)).bfloat16()
-        bent = inside.agreeing(emb.bfloat16() + 0, known + 0, 10.0)
+        bent = inside.guide_embedding(emb.bfloat16() + 0, known + 0, 10.0)
     assert bent.dtype == torch.bfloat16 and bent[:2].ne(emb[:2].bfloat16()).any()
     assert all(p.grad is None for p in layout.parameters())
 
@@ -127,11 +127,11 @@ def test_noise_on_embeddings_is_measured_in_their_standard_deviations():
 def test_without_its_embedding_nothing_is_shown():
     decoder, (x_t, t, emb, text) = decoder_shown("layout"), inputs()
     dropped = torch.tensor([True, False])
-    shown = decoder.condition(emb, text, drop_image=dropped).beside
+    shown = decoder.condition(emb, text, drop_image=dropped).extra_channels
     assert shown.shape == (2, 3, 8, 8) and not shown[0].any() and shown[1].any()
-    assert torch.equal(shown[1:], decoder.condition(emb, text).beside[1:])
+    assert torch.equal(shown[1:], decoder.condition(emb, text).extra_channels[1:])
     scrambled(decoder)
-    torch.nn.init.normal_(decoder.weights_beside()["layout"].data)
+    torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     everything = torch.ones(2, dtype=torch.bool)
     outputs = [decoder(x_t, t, one, text, drop_image=everything) for one in (emb, emb.flip(0))]
     torch.testing.assert_close(*outputs)
@@ -139,7 +139,7 @@ def test_without_its_embedding_nothing_is_shown():
 
 def test_the_layout_reaches_the_picture_and_is_saved_with_the_decoder(tmp_path):
     decoder, (x_t, t, emb, text) = scrambled(decoder_shown("layout", "known")), inputs()
-    torch.nn.init.normal_(decoder.weights_beside()["layout"].data)
+    torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     before = decoder(x_t, t, emb, text)
     save_component(decoder, tmp_path)
     torch.testing.assert_close(load_component(tmp_path)(x_t, t, emb, text), before)
@@ -167,7 +167,7 @@ def test_wrong_shapes_are_refused():
 def test_training_goes_on_from_a_decoder_that_was_shown_less(before, after, tmp_path):
     torch.manual_seed(0)
     old, new = scrambled(decoder_shown(*before)), decoder_shown(*after)
-    for weight in old.weights_beside().values():
+    for weight in old.extra_channel_weights().values():
         torch.nn.init.normal_(weight.data)
     save_component(old, tmp_path)
     if not set(before) <= set(after):
@@ -230,7 +230,7 @@ def test_a_pipeline_draws_with_it(invertible_pipe, tmp_path):
     own = invertible_pipe
     torch.manual_seed(0)
     decoder = scrambled(decoder_shown("layout"), std=0.02)
-    torch.nn.init.normal_(decoder.weights_beside()["layout"].data)
+    torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     pipe = UnCLIPPipeline(
         own.clip, own.prior, decoder, own.upsamplers, own.options, name="shown", licence="MIT"
     )

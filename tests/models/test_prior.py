@@ -9,7 +9,7 @@ from diffusers import PriorTransformer
 from parity import load_from_diffusers, randomize
 
 from unclip.checkpoints.diffusers.names import prior_rules
-from unclip.models.unclip.prior import DiffusionPrior, PriorConfig, TextPrefix
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig, KeyValues
 from unclip.types import TextEncoding
 
 CONFIG = PriorConfig(emb_dim=16, text_width=16, context_length=9, width=32, depth=3, heads=4)
@@ -132,8 +132,8 @@ def test_the_null_changes_only_the_null_branch(prior: DiffusionPrior, text: Text
 def test_prefixes_are_batched(prior: DiffusionPrior, text: TextEncoding) -> None:
     x_t, t = make_noised()
     cond, null = prior.condition(text), prior.condition(prior.null_text(1))
-    both = TextPrefix.cat([cond, null.repeat_interleave(B)])  # of L + 1 and of 2 tokens
-    assert isinstance(both, TextPrefix) and len(both) == 2 * B
+    both = KeyValues.cat([cond, null.repeat_interleave(B)])  # of L + 1 and of 2 tokens
+    assert isinstance(both, KeyValues) and len(both) == 2 * B
     out = prior.denoise(x_t.repeat(2, 1), t.repeat(2), both)
     torch.testing.assert_close(out[:B], prior.denoise(x_t, t, cond), rtol=0, atol=1e-12)
     torch.testing.assert_close(

@@ -62,17 +62,18 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
     enlarged = F.interpolate(low_res, (32, 32), mode="bicubic", antialias=True)
     for last, reference in enumerate(references):
         theirs = reference(torch.cat([x_t, enlarged], dim=1), t).sample
-        ours = upsampler.denoise(x_t, t, low_res, last=bool(last))
+        denoise = upsampler.denoise_last if last else upsampler.denoise
+        ours = denoise(x_t, t, low_res)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def test_enlarged_once_or_at_every_step() -> None:
     upsampler, t = make(), torch.tensor([3, 900])
     x_t, low_res = torch.randn(2, 3, 64, 64), torch.rand(2, 3, 16, 16) * 2 - 1
-    enlarged = upsampler.prepare(low_res)
+    enlarged = upsampler.condition(low_res)
     assert enlarged.shape == x_t.shape
     assert torch.equal(upsampler.denoise(x_t, t, enlarged), upsampler.denoise(x_t, t, low_res))
-    assert upsampler.prepare(low_res.bfloat16()).dtype == torch.bfloat16
+    assert upsampler.condition(low_res.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (64, 64), (128, 32)])
@@ -86,8 +87,8 @@ def test_crops_of_any_size(size: tuple[int, int]) -> None:
 def test_the_last_step_has_its_own_network() -> None:
     shared, split = make(), make(replace(CONFIG, last_unet=UNET))
     x_t, t, low_res = torch.randn(1, 3, 16, 16), torch.tensor([0]), torch.randn(1, 3, 4, 4)
-    assert torch.equal(shared(x_t, t, low_res, last=True), shared(x_t, t, low_res))
-    assert not torch.allclose(split(x_t, t, low_res, last=True), split(x_t, t, low_res))
+    assert shared.last_unet is None
+    assert not torch.allclose(split.denoise_last(x_t, t, low_res), split(x_t, t, low_res))
 
 
 def test_rows_are_independent_and_dtypes_kept() -> None:
@@ -145,14 +146,14 @@ def test_a_residual_upsampler_begins_at_the_enlarged_picture() -> None:
         torch.rand(2, 3, 16, 16) * 2 - 1,
     )
     torch.testing.assert_close(
-        upsampler.denoise(x_t, torch.tensor([5, 900]), low_res), upsampler.prepare(low_res)
+        upsampler.denoise(x_t, torch.tensor([5, 900]), low_res), upsampler.condition(low_res)
     )
     randomize(upsampler)
     plain = Upsampler(replace(config, residual=False))
     plain.load_state_dict(upsampler.state_dict())
     t = torch.tensor([5, 900])
     difference = upsampler.denoise(x_t, t, low_res) - plain.denoise(x_t, t, low_res)
-    torch.testing.assert_close(difference, upsampler.prepare(low_res))
+    torch.testing.assert_close(difference, upsampler.condition(low_res))
     with pytest.raises(ValueError, match="residual needs prediction: x0, but prediction is eps"):
         replace(CONFIG, residual=True)
 

@@ -140,12 +140,12 @@ def test_fine_tuning_begins_with_what_the_plain_decoder_draws(tmp_path, patch):
     decoder(x_t, t, emb, said, known=known).square().mean().backward()
     grad = decoder.unet.stem.weight.grad[:, 3 * patch**2 :]
     assert (
-        decoder.weights_beside()["known"].shape[1] == 4 * patch**2
+        decoder.extra_channel_weights()["known"].shape[1] == 4 * patch**2
         and grad.flatten(2).abs().amax(dim=(0, 2)).min() > 0
     )
 
     scrambled(decoder)
-    torch.nn.init.normal_(decoder.weights_beside()["known"].data, std=0.1)
+    torch.nn.init.normal_(decoder.extra_channel_weights()["known"].data, std=0.1)
     assert not torch.equal(decoder(x_t, t, emb, said, known=known), decoder(x_t, t, emb, said))
     save_component(decoder, tmp_path / "tuned")
     again = inpainting(unet=replace(unet, in_channels=7))
@@ -158,17 +158,17 @@ def test_contexts_keep_what_is_known():
     decoder, emb = inpainting(), torch.randn(3, EMB_DIM)
     known = torch.rand(3, 4, 8, 8)
     context = decoder.condition(emb, text(3), known=known)
-    assert torch.equal(context[1:].beside, known[1:])
-    assert torch.equal(context.repeat_interleave(2).beside, known.repeat_interleave(2, dim=0))
-    assert torch.equal(DecoderContext.cat([context, context[:1]]).beside, known[[0, 1, 2, 0]])
-    assert not decoder.condition(emb, text(3)).beside.any()
+    assert torch.equal(context[1:].extra_channels, known[1:])
+    assert torch.equal(context.repeat_interleave(2).extra_channels, known.repeat_interleave(2, dim=0))
+    assert torch.equal(DecoderContext.cat([context, context[:1]]).extra_channels, known[[0, 1, 2, 0]])
+    assert not decoder.condition(emb, text(3)).extra_channels.any()
 
 
 def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
     pipe = invertible_pipe
     with pytest.raises(ValueError, match="needs 7 and 3"):
         inpainting(unet=tiny_unet(3, 3, context_dim=24))
-    with pytest.raises(ValueError, match="does not inpaint"):
+    with pytest.raises(ValueError, match="not trained to inpaint"):
         tiny_decoder().condition(torch.randn(1, EMB_DIM), text(1), known=torch.rand(1, 4, 8, 8))
     for wrong in (pipe.decoder, inpainting(image_size=16)):
         with pytest.raises(ValueError, match="no decoder of 8 px that was trained to inpaint"):
@@ -322,7 +322,7 @@ def pipe(invertible_pipe) -> UnCLIPPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         inpainter = scrambled(inpainting(), std=0.02)
-        torch.nn.init.normal_(inpainter.weights_beside()["known"].data, std=0.2)
+        torch.nn.init.normal_(inpainter.extra_channel_weights()["known"].data, std=0.2)
     own = invertible_pipe
     schedules = {"decoder": ScheduleConfig(shift=2.0), "inpainter": ScheduleConfig(shift=3.0)}
     parts = own.clip, own.prior, own.decoder, own.upsamplers, own.options

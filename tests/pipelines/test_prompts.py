@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.diffusion.guidance import Guided, Mixed, classifier_free
 from unclip.pipelines.base import generators_from, redraw
 from unclip.pipelines.unclip.prompts import PromptBatch, describe_prompt
 from unclip.types import StageOptions
@@ -70,24 +69,6 @@ def test_bad_wording_is_refused(prompt, negative, message):
 
 
 # -- arithmetic
-
-
-def test_a_mixture_is_the_weighted_sum_of_guided_answers():
-    B, K = 3, 2
-    conditions = torch.randn(K * B, 1, generator=torch.Generator().manual_seed(0))
-    weights = torch.tensor([[0.5, 1.0, 0.2], [0.5, 0.0, 0.8]])
-    options = StageOptions(1, guidance=4.0)
-
-    def both(x, t):
-        return torch.cat([conditions, torch.zeros_like(conditions)]) * x + t[:, None]
-
-    guided = classifier_free(both, lambda x, t: conditions * x + t[:, None], options, 1000)
-    assert isinstance(guided, Guided)
-    x, t = torch.ones(B, 1), torch.tensor([7.0, 7.0, 7.0])
-    mixed = Mixed(guided, weights)
-    expected = (weights[..., None] * 4.0 * conditions.view(K, B, 1)).sum(dim=0) + 7
-    torch.testing.assert_close(mixed(x, t), expected)
-    torch.testing.assert_close(mixed.at(7)(x, t), expected)
 
 
 def test_mixing_in_the_prior_is_mixing_of_its_predictions(invertible_pipe):

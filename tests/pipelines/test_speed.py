@@ -22,12 +22,12 @@ from conftest import tiny_upsampler as make_upsampler
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unclip.diffusion.guidance import classifier_free
-from unclip.models.layers import Linear
+from unclip.diffusion.samplers import Estimator
+from unclip.diffusion.schedules import Schedule
+from unclip.models.layers import DenoiserCache, Linear
 from unclip.pipelines.base import generators_from
 from unclip.pipelines.presets import preset
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.pipelines.unclip.stepping import Stepper
 from unclip.types import GLIDEOptions, StageOptions, TextEncoding
 
 STEPS = [999, 600, 300, 0]
@@ -56,36 +56,25 @@ def network_and_context(kind: str):
     return scrambled(make_upsampler()).double(), torch.randn(2, 3, 16, 16).double(), (2, 3, 16, 16)
 
 
-def stepper(network, context, reuse: int = 1) -> Stepper:
-    return Stepper(
-        lambda x, told, deep: network.step(x, told, context, deep),
-        lambda t: network.embed(t, context),
-        STEPS,
-        torch.device("cpu"),
-        reuse,
-    )
-
-
 @pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
 @torch.no_grad()
-def test_time_is_embedded_once_a_call(kind):
+def test_time_is_embedded_once_a_run(kind, monkeypatch):
     network, context, shape = network_and_context(kind)
-    asked = []
-    embed, network.embed = (
-        network.embed,
-        lambda t, context: asked.append(t.tolist()) or embed(t, context),
-    )
-    shared = stepper(network, context)
+    time = network.time if kind == "prior" else network.unet.time
+    embedded, cache = [], DenoiserCache(STEPS)
+    handle = time.register_forward_hook(lambda _, args, output: embedded.append(args[0].tolist()))
     for t in STEPS:
-        x, ts = torch.randn(shape).double(), torch.full((2,), t)
+        x = torch.randn(shape).double()
+        network.denoise(x, t, context, cache)
+    assert embedded == [STEPS]
+    handle.remove()
+    for t in (*STEPS, 450.5):  # some of diffusers' schedulers step between timesteps
+        ts = torch.full((2,), t)
+        expected = network.denoise(x, ts, context)
         torch.testing.assert_close(
-            shared(x.clone(), ts), network.denoise(x, ts, context), rtol=0, atol=1e-12
+            network.denoise(x, t, context, cache), expected, rtol=0, atol=1e-12
         )
-    assert asked == [STEPS]
-    between = torch.full((2,), 450.5)  # where some of diffusers' schedulers ask
-    torch.testing.assert_close(
-        shared(x.clone(), between), network.denoise(x, between, context), rtol=0, atol=1e-12
-    )
+        assert torch.equal(network.denoise(x, t, context), expected)
 
 
 def test_captions_are_projected_once_a_call(tiny_pipe, monkeypatch):
@@ -159,19 +148,26 @@ def test_what_is_kept_follows_the_weights(tiny_pipe):
     assert torch.equal(draw(), drawn)
 
 
+@torch.no_grad()
 def test_guidance_on_an_interval_is_exact_inside_and_absent_outside():
     decoder, context, shape = network_and_context("decoder")
     null = context[[1, 0]]
     x, both = torch.randn(shape).double(), type(context).cat([context, null])
     for interval, guided in (((0.0, 1.0), True), ((0.2, 0.9), True), ((0.7, 0.9), False)):
         options = StageOptions(1, guidance=3.0, guidance_interval=interval)
-        denoisers = [stepper(decoder, both), stepper(decoder, context)]
-        answer = classifier_free(*denoisers, options, 1000, True)(x, torch.full((2,), 600))
-        cond, without = (
-            decoder.denoise(x, torch.full((2,), 600), c)[:, :3] for c in (context, null)
+        caches = DenoiserCache(STEPS), DenoiserCache(STEPS)
+        estimate = Estimator(
+            lambda x, t, cache=caches[0]: decoder.denoise(x, t, context, cache),
+            Schedule(),
+            options,
+            "x0",
+            learned_variance=True,
+            denoise_both=lambda x, t, cache=caches[1]: decoder.denoise(x, t, both, cache),
+            dtype=torch.float64,
         )
+        cond, without = (decoder.denoise(x, 600, c)[:, :3] for c in (context, null))
         expected = without + 3 * (cond - without) if guided else cond
-        torch.testing.assert_close(answer[:, :3], expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(estimate(x, 600)[0], expected, rtol=0, atol=1e-11)
 
 
 # -- deep features
@@ -180,42 +176,37 @@ def test_guidance_on_an_interval_is_exact_inside_and_absent_outside():
 @torch.no_grad()
 def test_deep_features_of_the_same_step_change_nothing():
     upsampler, low_res, shape = network_and_context("upsampler")
-    x, told = torch.randn(shape).double(), upsampler.embed(torch.tensor([500]), low_res)[0]
-    answer, deep = upsampler.step(x.clone(), told, low_res)
-    again, same = upsampler.step(x.clone(), told, low_res, deep.clone())
-    assert torch.equal(again, answer) and torch.equal(same, deep)
-    other, _ = upsampler.step(x.clone(), told, low_res, torch.zeros_like(deep))
-    assert not torch.allclose(other, answer)
+    x, cache = torch.randn(shape).double(), DenoiserCache([500, 499], interval=2)
+    output = upsampler.denoise(x, 500, low_res, cache)
+    deep = cache.deep_features(499)
+    assert deep is not None
+    cache.steps = {500: 1}  # as if the next step were at 500 again
+    assert torch.equal(upsampler.denoise(x, 500, low_res, cache), output)
+    deep.zero_()
+    assert not torch.allclose(upsampler.denoise(x, 500, low_res, cache), output)
 
 
 @pytest.mark.parametrize(
-    ("reuse", "asked", "anew"),
+    ("interval", "calls", "computed"),
     [
         (1, STEPS, [999, 600, 300, 0]),
         (2, STEPS, [999, 300]),
         (3, STEPS, [999, 0]),
         (9, STEPS, [999]),
-        (
-            2,
-            [999, 300, 0],
-            [999, 300],
-        ),  # guidance on an interval leaves timesteps to another denoiser
+        (2, [999, 300, 0], [999, 300]),  # guidance on an interval skips timesteps
         (9, [300, 0, 999, 600], [300, 999]),  # back to more noise
         (9, [999, 450.5, 300], [999, 450.5, 300]),  # between timesteps
     ],
 )
-def test_deep_features_are_computed_at_every_nth_timestep(reuse, asked, anew):
-    computed, shared = [], None
-
-    def step(x, told, deep):
-        if deep is None:
-            computed.append(told.item())
-        return x, told
-
-    shared = Stepper(step, lambda t: t.double(), STEPS, torch.device("cpu"), reuse)
-    for t in asked:
-        shared(torch.zeros(1), torch.tensor([t]))
-    assert computed == anew
+def test_deep_features_are_computed_at_every_nth_timestep(interval, calls, computed):
+    found, cache = [], DenoiserCache(STEPS, interval)
+    for t in calls:
+        deep_features = cache.deep_features(t)
+        if deep_features is None:
+            found.append(t)
+            deep_features = torch.zeros(1)
+        cache.store(t, deep_features)
+    assert found == computed
 
 
 def test_reuse_is_refused_where_there_is_nothing_deep(tiny_pipe):
@@ -257,8 +248,8 @@ def test_the_network_of_the_last_step_meets_no_other_timestep(tiny_pipe):
     )
     pipe.upsample(torch.zeros(1, 3, 8, 8), options=options)
     (only,) = told
-    at_0 = upsampler.embed(torch.tensor([0]), torch.zeros(0), last=True)[0]
-    torch.testing.assert_close(only, at_0)
+    unet = upsampler.last_unet
+    torch.testing.assert_close(only, unet.modulation(unet.time_embedding(torch.tensor([0]))))
 
 
 def test_presets_of_other_kinds(tiny_dalle):

@@ -56,7 +56,7 @@ from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.layout import Layout, LayoutConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
-from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.prior import DirectPrior
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, losses, guidance, samplers, inversion, painting. Knows no network."""
+"""The mathematics of diffusion: schedules, losses, samplers, inversion, inpainting. No networks."""

@@ -15,12 +15,8 @@ from unclip.diffusion.schedules import Prediction, Schedule
 
 @dataclass(frozen=True)
 class LossConfig:
-    min_snr_gamma: float | None = (
-        None  # 2303.09556 recommends 5; None = every timestep weighs the same
-    )
-    vb_weight: float = (
-        1e-3  # λ of L_simple + λ L_vlb (2102.09672, equation 16); for learned variances only
-    )
+    min_snr_gamma: float | None = None  # 2303.09556 recommends 5; None = equal weights
+    vb_weight: float = 1e-3  # λ of L_simple + λ L_vlb (2102.09672, eq. 16), for learned variances
 
     def __post_init__(self) -> None:
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
@@ -42,17 +38,14 @@ def diffusion_loss(
     learned_variance: bool = False,
     config: LossConfig = LossConfig(),
 ) -> dict[str, Tensor]:
-    """Losses of each sample, all (B,) and in float32 or wider: "loss" to minimise, "mse" unweighted, "vb" in bits/dim.
+    """Return per-sample losses (B,) in float32 or wider: "loss" to minimise, "mse" unweighted, "vb".
 
-    output is (B, C, ...) or, with learned_variance, (B, 2C, ...) = [prediction, variance]; x_0, x_t and noise are
-    (B, C, ...), t is (B,) long. "vb" is there only for learned variances, whose x_0 must lie in [-1, 1].
+    output is (B, C, ...) or, with learned_variance, (B, 2C, ...) = [prediction, variance]; x_0,
+    x_t and noise are (B, C, ...), t is (B,) long. "vb", the variational bound in bits/dim, exists
+    only for learned variances and requires x_0 in [-1, 1].
     """
     channels = x_0.shape[1] * (2 if learned_variance else 1)
-    assert output.shape == (x_0.shape[0], channels, *x_0.shape[2:]), (
-        output.shape,
-        x_0.shape,
-        learned_variance,
-    )
+    assert output.shape == (len(x_0), channels, *x_0.shape[2:]), (output.shape, x_0.shape)
     output, x_0, x_t, noise = (
         x.to(torch.promote_types(x.dtype, torch.float32)) for x in (output, x_0, x_t, noise)
     )
@@ -68,15 +61,16 @@ def diffusion_loss(
     if variance is None:
         return {"loss": loss, "mse": mse}
 
-    # Detached: the bound trains the variance only, its gradient is too noisy for the mean (2102.09672, section 3.1).
+    # Detached: the bound trains the variance only; its gradient is too noisy for the mean
+    # (2102.09672, section 3.1).
     x_0_estimate = schedule.predict_x0(output.detach(), x_t, t, prediction)
     vb = variational_bound(variance, x_0_estimate, x_0, t, schedule)
-    # One of the bound's T terms is drawn, so T times it estimates their sum.
+    # t samples one of the bound's T terms; T times it estimates their sum.
     return {"loss": loss + config.vb_weight * schedule.num_timesteps * vb, "mse": mse, "vb": vb}
 
 
 def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
-    """Weight of each sample's MSE (2303.09556, section 3.4): min(SNR, γ) in terms of x_0; finite at SNR 0."""
+    """Return the weight of each sample's MSE, min(SNR, γ) in terms of x_0 (2303.09556, 3.4)."""
     if prediction == "eps":
         return (gamma / snr).clamp(max=1)  # = min(SNR, γ) / SNR, and its limit 1 at SNR 0
     weight = snr.clamp(max=gamma)
@@ -86,33 +80,32 @@ def min_snr_weight(snr: Tensor, gamma: float, prediction: Prediction) -> Tensor:
 def variational_bound(
     variance: Tensor, x_0_estimate: Tensor, x_0: Tensor, t: Tensor, schedule: Schedule
 ) -> Tensor:
-    """(B,): the term of the variational bound at t in bits per dimension (2102.09672, equations 4 to 6, 14 and 15).
+    """Return the term of the variational bound at t, (B,), in bits per dimension.
 
-    variance is the network's raw answer: -1 stands for the posterior's variance, 1 for beta (`log_variance`).
+    variance: raw output of the network, see `log_variance` (2102.09672, eq. 4 to 6, 14 and 15).
     """
     log_q = schedule.at("log_beta_tilde", t, x_0)
     log_p = log_variance(variance, log_q, schedule.at("log_beta", t, x_0))
-    # Both means are c x_0 + c' x_t with the same c and c', so that x_t cancels in their difference.
+    # Both means are c x_0 + c' x_t with the same c and c': x_t cancels in their difference.
     mean_difference = schedule.at("posterior_x0", t, x_0) * (x_0 - x_0_estimate)
-    kl = 0.5 * (
-        log_p - log_q - 1 + (log_q - log_p).exp() + mean_difference.square() * (-log_p).exp()
-    )
-    # At t = 0 the model's mean is its estimate of x_0 itself: c = 1 and c' = 0.
+    error = mean_difference.square() * (-log_p).exp()
+    kl = 0.5 * (log_p - log_q - 1 + (log_q - log_p).exp() + error)
+    # At t = 0 the model's mean is its estimate of x_0: c = 1 and c' = 0.
     nll = _discretised_gaussian_nll(x_0, x_0_estimate, log_p)
     first = t.view(-1, *[1] * (x_0.ndim - 1)) == 0
     return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
 
 
 def log_variance(variance: Tensor, log_min: Tensor | float, log_max: Tensor | float) -> Tensor:
-    """The learned log variance, interpolated between the bounds; variance -1 is the lower (2102.09672, equation 15)."""
+    """Interpolate the log variance: -1 is the posterior's (log_min), 1 is beta (2102.09672, eq. 15)."""
     fraction = (variance + 1) / 2
     return fraction * log_max + (1 - fraction) * log_min
 
 
 def _discretised_gaussian_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """−log of a normal's mass in the bin of x, one of 256 levels in [-1, 1]; the outer bins reach to infinity.
+    """Return −log of a normal's mass in the bin of x, one of 256 in [-1, 1] (2006.11239, eq. 13).
 
-    DDPM (2006.11239), equation 13.
+    The outer bins extend to infinity.
     """
     inverse_std = (-0.5 * log_var).exp()
     below = torch.special.ndtr((x - mean - 1 / 255) * inverse_std).masked_fill(x < -0.999, 0)

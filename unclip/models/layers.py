@@ -281,3 +281,45 @@ class KeyValues(Rows):
         ks = tuple(torch.cat(layer) for layer in zip(*(part.k for part in parts), strict=True))
         vs = tuple(torch.cat(layer) for layer in zip(*(part.v for part in parts), strict=True))
         return cls(ks, vs, torch.cat([part.mask for part in parts]))
+
+
+def per_row(t: torch.Tensor | float, x_t: torch.Tensor) -> torch.Tensor:
+    """Return the timestep of each row of x_t (B, ...): t as it is, or one number B times."""
+    if isinstance(t, torch.Tensor):
+        return t
+    return torch.full((len(x_t),), t, device=x_t.device)
+
+
+class DenoiserCache:
+    """What a denoiser reuses between the steps of one sampling run under one context.
+
+    What depends on t alone is computed for all timesteps at once. With interval n > 1, a U-Net
+    computes its deep features at every n-th timestep only (DeepCache, 2312.00858).
+    """
+
+    def __init__(self, timesteps: Sequence[float], interval: int = 1) -> None:
+        self.steps = {t: step for step, t in enumerate(timesteps)}
+        self.interval = interval
+        self._time: dict[float, torch.Tensor] = {}
+        self._deep: torch.Tensor | None = None
+        self._deep_step = -math.inf  # at which `_deep` was computed
+
+    def time(
+        self, t: float, embed: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
+        """Return row t of `embed` of all timesteps, (T,) -> (T, ...)."""
+        if t not in self._time:  # a scheduler may round t to a number that was not announced
+            ts = list(self.steps if t in self.steps else [t])
+            self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
+        return self._time[t]
+
+    def deep_features(self, t: float) -> torch.Tensor | None:
+        """Return the deep features to reuse at t; None if they must be computed."""
+        # Guidance on an interval and going back in time leave steps out.
+        age = self.steps.get(t, math.inf) - self._deep_step
+        return self._deep if 0 < age < self.interval else None
+
+    def store(self, t: float, deep_features: torch.Tensor) -> None:
+        """Keep the deep features of t, unless they are reused ones."""
+        if self.interval > 1 and self.deep_features(t) is None:
+            self._deep, self._deep_step = deep_features, self.steps.get(t, math.inf)

@@ -11,8 +11,7 @@ from unclip.checkpoints.registry import locate
 if TYPE_CHECKING:
     import torch
 
-    from unclip.models.unclip.prior import DiffusionPrior
-    from unclip.models.unclip.text_prior import DirectPrior
+    from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
     from unclip.pipelines.base import TextToImage
 
 

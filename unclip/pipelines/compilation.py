@@ -61,7 +61,7 @@ def _prepare(pipe: Placement, prepare: Callable[[nn.Module], None]) -> None:
 def _compile_steps(network: nn.Module, options: dict[str, Any]) -> None:
     for module in network.modules():
         if isinstance(module, UNet | DiffusionPrior):
-            name = "forward" if isinstance(module, UNet) else "step"
+            name = "forward" if isinstance(module, UNet) else "predict"
             setattr(module, name, _compiled(getattr(module, name), options))
 
 
@@ -70,8 +70,8 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
 
     def call(*args: Any, **kwargs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
-        output, deep_features = compiled(*args, **kwargs)
+        outputs = compiled(*args, **kwargs)
         # A CUDA graph writes its output to memory of its own, which the next step overwrites.
-        return output.clone(), None if deep_features is None else deep_features.clone()
+        return torch.utils._pytree.tree_map(torch.clone, outputs)
 
     return call

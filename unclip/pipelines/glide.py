@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.store import Bundle, save_bundle
-from unclip.diffusion.guidance import classifier_free
-from unclip.diffusion.samplers import randn, sample
+from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
@@ -197,44 +196,48 @@ class GLIDEPipeline(Placement):
     ) -> Tensor:
         network = self.networks()[stage]
         self._use(network)
-        context, size = self._context(network, captions), network.config.image_size
+        context, size = self._context(network, captions, low_res), network.config.image_size
 
-        def given(
-            context: DecoderContext, low_res: Tensor | None
-        ) -> Callable[[Tensor, Tensor], Tensor]:
-            return lambda x_t, t: network.denoise(x_t.to(self.dtype), t, context, low_res)
+        def given(context: DecoderContext) -> Denoise:
+            return lambda x_t, t: network.denoise(x_t, t, context)
 
-        denoise = given(context, low_res)
+        denoise_both = None
         if options.guidance != 1.0:
-            null = self._context(network, [""]).repeat_interleave(len(captions))
-            both = given(
-                DecoderContext.cat([context, null]),
-                None if low_res is None else low_res.repeat(2, 1, 1, 1),
+            null = self._context(network, [""], None if low_res is None else low_res[:1])
+            null = replace(
+                null.repeat_interleave(len(captions)), extra_channels=context.extra_channels
             )
-            denoise = classifier_free(
-                both, denoise, options, self.schedules[stage].num_timesteps, True
-            )
+            denoise_both = given(DecoderContext.cat([context, null]))
+        estimate = Estimator(
+            given(context),
+            self.schedules[stage],
+            options,
+            "eps",
+            True,
+            1.0,
+            denoise_both,
+            dtype=self.dtype,
+        )
 
         def report(step: int, num_steps: int, x_0: Tensor) -> None:
             on_step(Progress(stage, step, num_steps, x_0))
 
         return sample(
-            denoise,
+            estimate,
             randn((len(captions), 3, size, size), generators, self.device).to(
                 memory_format=torch.channels_last
             ),
             self.schedules[stage],
             options,
-            prediction="eps",
-            learned_variance=True,
-            clip=1.0,
             generators=generators,
             on_step=report if on_step else None,
         ).clamp(-1, 1)
 
-    def _context(self, network: GLIDE, captions: Sequence[str]) -> DecoderContext:
+    def _context(
+        self, network: GLIDE, captions: Sequence[str], low_res: Tensor | None
+    ) -> DecoderContext:
         ids, mask = self.tokenizer(captions)
-        return network.condition(ids.to(self.device), mask.to(self.device))
+        return network.condition(ids.to(self.device), mask.to(self.device), low_res)
 
     def _metadata(
         self, captions: Sequence[str], seeds: Sequence[int], options: GLIDEOptions

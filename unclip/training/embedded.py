@@ -16,7 +16,7 @@ from tqdm import tqdm
 from unclip.clip import CLIP
 from unclip.data.loader import Augment, DataConfig, Loader, open_data
 from unclip.data.precomputed import EmbeddingDataset
-from unclip.models.unclip.embedding_stats import EmbeddingStats
+from unclip.models.unclip.prior import EmbeddingStats
 
 CHUNK = 64  # images per call of CLIP
 

@@ -52,7 +52,7 @@ def warm_start(decoder: Decoder, source: str | Path, keep_layout: bool = False) 
     if STEM in state and (rest := state[STEM].shape[1] - channels * (1 + has_layout)) >= 0:
         x_t, *extra = state[STEM].split([channels, channels * has_layout, rest], dim=1)
         saved = {n: w for n, w in zip(("layout", "known"), extra, strict=True) if w.shape[1]}
-        own = decoder.weights_beside()
+        own = decoder.extra_channel_weights()
         if saved.keys() <= own.keys():  # else `load_strictly` reports the shapes
             parts = [saved.get(name, torch.zeros_like(weight)) for name, weight in own.items()]
             state[STEM] = torch.cat([x_t, *parts], dim=1)

@@ -24,10 +24,9 @@ from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, masked_image
-from unclip.models.unclip.embedding_stats import EmbeddingStats
 from unclip.models.unclip.layout import Layout
 from unclip.models.unclip.one_shot_prior import OneShotPrior
-from unclip.models.unclip.prior import DiffusionPrior
+from unclip.models.unclip.prior import DiffusionPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
@@ -178,7 +177,7 @@ class DecoderLoss:
                 `copy_paste`. The object is the one that the conditions describe
     emb_mix     see `mix_embeddings`; for the other images with holes
     agreement   largest weight of guiding the embedding to the known part, as in inpainting: see
-                `Layout.agreeing`; needs a layout
+                `Layout.guide_embedding`; needs a layout
     emb_noise   see `add_embedding_noise`; needs a layout
     """
 
@@ -235,7 +234,7 @@ class DecoderLoss:
         if self.agreement:
             assert self.decoder.layout is not None
             weight = self.agreement * torch.rand(B, device=device)
-            image_emb = self.decoder.layout.agreeing(image_emb, known, weight)
+            image_emb = self.decoder.layout.guide_embedding(image_emb, known, weight)
         return x_0, image_emb, text, known
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.clip import CLIP
-from unclip.diffusion.guidance import classifier_free
-from unclip.diffusion.samplers import randn, sample
+from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.image_io import grid
 from unclip.models.codecs.codec import Autoencoder, ImageCodec
@@ -65,14 +64,14 @@ def decoder_preview(
         else:
             null = decoder.condition(image_emb, clip.encode_text([""] * rows), drop, known=known)
         both = type(cond).cat([cond, null])
-        denoise = classifier_free(
-            lambda x, t: decoder.denoise(x, t, both),
+        samples = _sample(
             lambda x, t: decoder.denoise(x, t, cond),
+            small,
+            schedule,
             options,
-            schedule.num_timesteps,
-            config.learned_variance,
+            config,
+            denoise_both=lambda x, t: decoder.denoise(x, t, both),
         )
-        samples = _sample(denoise, small, schedule, options, config)
         return sheet([small, samples] if known is None else [small, known[:, :3], samples])
 
     return preview
@@ -134,24 +133,26 @@ def dalle_preview(
 
 
 def _sample(
-    denoise: Callable[[Tensor, Tensor], Tensor],
+    denoise: Denoise,
     like: Tensor,
     schedule: Schedule,
     options: StageOptions,
     config: Any,
+    denoise_both: Denoise | None = None,
 ) -> Tensor:
     """Sample images (B, 3, s, s) of the shape of `like` with the seeds 0 to B - 1."""
     generators = _generators(len(like))
-    return sample(
+    estimate = Estimator(
         denoise,
-        randn(like.shape, generators, like.device),
         schedule,
         options,
-        prediction=config.prediction,
-        learned_variance=config.learned_variance,
+        config.prediction,
+        config.learned_variance,
         clip=1.0,
-        generators=generators,
+        denoise_both=denoise_both,
     )
+    x_T = randn(like.shape, generators, like.device)
+    return sample(estimate, x_T, schedule, options, generators=generators)
 
 
 def _generators(count: int) -> list[torch.Generator]:

@@ -239,7 +239,7 @@ class ReferenceUpsampler:
         x, t = _question((len(inputs.image_emb), 6, CROP, CROP), self.ours)
         x_t, low_res = x.chunk(2, dim=1)
         return [
-            (theirs(x, t).sample, ours.denoise(x_t, t, low_res, last=bool(last)))
+            (theirs(x, t).sample, (ours.denoise_last if last else ours.denoise)(x_t, t, low_res))
             for last, theirs in enumerate(self.networks)
         ]
 

@@ -1,6 +1,6 @@
-"""GLIDE (2112.10741): a U-Net that draws from a caption alone; others of its kind enlarge, or fill in what is lost."""
+"""GLIDE (2112.10741): a U-Net conditioned on a caption that generates, enlarges or inpaints."""
 
-# B batch, L text slots, W text width, s picture size
+# B batch, L text slots, W text width, s image size
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from unclip.models.layers import TransformerBlock
-from unclip.models.unclip.decoder import DecoderContext, TextTransformer
+from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 
 
@@ -20,21 +20,21 @@ class GLIDEConfig:
     unet: UNetConfig
     image_size: int
     text: TextTransformer
-    low_size: int | None = (
-        None  # of the pictures that it enlarges; None = it draws from noise alone
-    )
-    inpaints: bool = False  # it is told which pixels are known, and what they are
+    low_size: int | None = None  # of the images that it enlarges; None = it generates from noise
+    inpaints: bool = False  # known pixels and their mask are concatenated to x_t
 
     def __post_init__(self) -> None:
         channels = 3 + (3 if self.low_size else 0) + (4 if self.inpaints else 0)
         if self.unet.in_channels != channels or self.unet.out_channels != 6:
             raise ValueError(
                 f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
-                f"with low_size={self.low_size} and inpaints={self.inpaints} it needs {channels} and 6"
+                f"with low_size={self.low_size} and inpaints={self.inpaints} "
+                f"it needs {channels} and 6"
             )
         if self.unet.context_dim != self.text.width:
             raise ValueError(
-                f"unet.context_dim is {self.unet.context_dim}; expected text.width = {self.text.width}"
+                f"unet.context_dim is {self.unet.context_dim}; "
+                f"expected text.width = {self.text.width}"
             )
         if self.image_size < 1 or self.image_size % self.unet.size_divisor:
             raise ValueError(
@@ -47,7 +47,7 @@ class GLIDEConfig:
 
 
 class PaddedTextTransformer(nn.Module):
-    """A bidirectional transformer over all L slots; those that a caption leaves free hold learned embeddings."""
+    """Bidirectional transformer over all L slots; unused slots hold learned embeddings."""
 
     def __init__(self, config: TextTransformer) -> None:
         super().__init__()
@@ -60,17 +60,17 @@ class PaddedTextTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         nn.init.normal_(self.tokens.weight, std=0.02)
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Token ids and which of them are real, (B, L) each -> (B, L, W)."""
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode token ids and the mask of real tokens, (B, L) each -> (B, L, W)."""
         x = torch.where(mask[..., None], self.tokens(ids) + self.positions, self.padding)
-        seen = torch.ones_like(mask)[:, None, None]
+        visible = torch.ones_like(mask)[:, None, None]
         for block in self.blocks:
-            x = block(x, *block.project(x), seen)
+            x = block(x, *block.project(x), visible)
         return self.norm(x)
 
 
-class GLIDE(nn.Module):
-    """The caption reaches the U-Net in its time embedding and, slot by slot, in its attention."""
+class GLIDE(ContextUNet):
+    """The caption enters through the time embedding and, slot by slot, through attention."""
 
     def __init__(self, config: GLIDEConfig) -> None:
         super().__init__()
@@ -79,55 +79,52 @@ class GLIDE(nn.Module):
         self.text_to_time = nn.Linear(config.text.width, config.unet.time_width)
         self.unet = UNet(config.unet)
 
-    def condition(self, ids: torch.Tensor, mask: torch.Tensor) -> DecoderContext:
-        """Token ids and which of them are real, (B, L) each -> context. The null is a caption without any token."""
-        slots = self.config.text.context_length
-        if ids.shape[1] != slots:
-            raise ValueError(
-                f"the text has {ids.shape[1]} tokens; this network takes {slots}, pads included"
-            )
-        x = self.text(ids, mask)  # B L W
-        return DecoderContext(
-            self.text_to_time(x[:, -1]), self.unet.project_context(x, torch.ones_like(mask))
-        )
-
-    def denoise(
+    def condition(
         self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        context: DecoderContext,
-        low_res: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """(B, 3, s, s), (B,) -> (B, 6, s, s): the noise, then the variance.
+        ids: Tensor,
+        mask: Tensor,
+        low_res: Tensor | None = None,
+        known: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> DecoderContext:
+        """Compute the context of token ids and the mask of real tokens, (B, L) each.
 
-        low_res: (B, 3, ...) in [-1, 1] of any size, for a network that enlarges. known: (B, 4, s, s), for one that
-        inpaints, a picture where its fourth channel is 1, and 0 elsewhere; None = nothing is known.
+        The null is a caption without tokens. low_res: (B, 3, ...) in [-1, 1] of any size, for a
+        network that enlarges. known: (B, 4, s, s) from `decoder.masked_image`, for one that
+        inpaints; None = nothing is known. size: of x_t, by default image_size.
         """
-        if (low_res is None) != (self.config.low_size is None):
-            state = "missing" if low_res is None else "not expected"
+        config = self.config
+        if ids.shape[1] != config.text.context_length:
             raise ValueError(
-                f"low_res is {state}; low_size of this network is {self.config.low_size}"
+                f"the text has {ids.shape[1]} tokens; "
+                f"this network takes {config.text.context_length}, padding included"
             )
-        if known is not None and not self.config.inpaints:
-            raise ValueError("this network does not inpaint: it can't be told what is known")
-        channels = [x_t]
-        if self.config.inpaints:
-            channels.append(
-                x_t.new_zeros(len(x_t), 4, *x_t.shape[2:]) if known is None else known.to(x_t.dtype)
-            )
+        if (low_res is None) != (config.low_size is None):
+            state = "missing" if low_res is None else "not expected"
+            raise ValueError(f"low_res is {state}; low_size of this network is {config.low_size}")
+        if known is not None and not config.inpaints:
+            raise ValueError("known was given, but this network does not inpaint")
+        x = self.text(ids, mask)  # B L W
+        size = size or (config.image_size, config.image_size)
+        channels = []
+        if config.inpaints:
+            channels.append(x.new_zeros(len(x), 4, *size) if known is None else known.to(x))
         if low_res is not None:
-            channels.append(F.interpolate(low_res.to(x_t.dtype), x_t.shape[2:], mode="bilinear"))
-        time = self.unet.time_embedding(t) + context.time_shift
-        return self.unet(torch.cat(channels, dim=1), self.unet.modulation(time), context.kv)[0]
+            channels.append(F.interpolate(low_res.to(x), size, mode="bilinear"))
+        return DecoderContext(
+            self.text_to_time(x[:, -1]),
+            self.unet.project_context(x, torch.ones_like(mask)),
+            torch.cat(channels, dim=1) if channels else None,
+        )
 
     def forward(
         self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        low_res: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.denoise(x_t, t, self.condition(ids, mask), low_res, known)
+        x_t: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        low_res: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        height, width = x_t.shape[2:]
+        return self.denoise(x_t, t, self.condition(ids, mask, low_res, known, (height, width)))

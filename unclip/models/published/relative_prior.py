@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
-from unclip.models.layers import KeyValues
+from unclip.models.layers import DenoiserCache, KeyValues, per_row
 from unclip.types import TextEncoding
 
 BUCKETS, FARTHEST = (
@@ -82,14 +82,10 @@ class RelativePriorConfig:
         return "learned"
 
 
-class RelativePrefix(KeyValues):
-    """Keys (turned already) and values of the null, the N text slots and the text embedding, in every block."""
-
-
 class PeakLayerNorm(nn.LayerNorm):
     """LayerNorm of x over its largest entry: the same, but for the sign and for what eps counts against."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x / x.amax(dim=-1, keepdim=True))
 
 
@@ -116,9 +112,7 @@ class RelativeBlock(nn.Module):
         self.norm4 = Norm(mlp, bias=False) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(mlp, C, bias=False)
 
-    def project(
-        self, x: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, n, C) at `positions` (n,) -> queries (B, H, n, d), keys and values (B, 1, n, d)."""
         x = self.norm1(x)
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.config.heads)
@@ -127,14 +121,12 @@ class RelativeBlock(nn.Module):
             q, k = rotate(q, positions), rotate(k, positions)
         return self._measured(q), self._measured(k), v
 
-    def null(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def null(self, batch: int) -> tuple[Tensor, Tensor]:
         """Key and value of what is always there to attend to, (B, 1, 1, d) each."""
         k, v = self.null_kv[:, None, None, None].expand(-1, batch, -1, -1, -1)
         return self._measured(k), v
 
-    def forward(
-        self, x: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Tokens (B, n, C), their queries, m keys and values, and what is added to the scores, (B|1, H, n, m)."""
         cosine = self.config.similarity == "cosine"
         scale = COSINE_SCALE if cosine else self.config.head_dim**-0.5
@@ -144,11 +136,11 @@ class RelativeBlock(nn.Module):
         h, gate = self.fc1(self.norm3(x)).chunk(2, dim=-1)
         return x + self.fc2(self.norm4(h * F.silu(gate)))
 
-    def _measured(self, x: torch.Tensor) -> torch.Tensor:
+    def _measured(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.similarity == "cosine" else x
 
 
-def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
     """RoFormer (2104.09864, 3.2.2): neighbouring components (..., n, d) turn as a pair, the first 32 of them."""
     dim = min(ROTATED, x.shape[-1])
     frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
@@ -163,7 +155,7 @@ def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 class TimeTable(nn.Embedding):
     """An embedding for each timestep: (B,) -> (B, C)."""
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         return super().forward(t.round().long())
 
 
@@ -182,11 +174,11 @@ class TimeSinusoids(nn.Sequential):
         super().__init__(*layers)
         self.width = width
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         return super().forward(sinusoids(t, self.width).to(self[0].bias.dtype))
 
 
-def sinusoids(t: torch.Tensor, dim: int) -> torch.Tensor:
+def sinusoids(t: Tensor, dim: int) -> Tensor:
     """[sin, cos] of t at dim / 2 frequencies from 1 to 1 / 10000, both included: (B,) -> (B, dim) float32."""
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
@@ -197,7 +189,7 @@ def sinusoids(t: torch.Tensor, dim: int) -> torch.Tensor:
 class RelativePrior(nn.Module):
     """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
 
-    emb_norm: torch.Tensor
+    emb_norm: Tensor
     x0_limit = (
         None  # x_0 is a unit vector times the root of its width; single components may be far out
     )
@@ -226,11 +218,11 @@ class RelativePrior(nn.Module):
             self.config.width, bias=False
         )
 
-    def normalize(self, emb: torch.Tensor) -> torch.Tensor:
+    def normalize(self, emb: Tensor) -> Tensor:
         """CLIP image embeddings (..., C) of any length -> x_0, of length √C and so of about unit variance."""
         return F.normalize(emb, dim=-1) * self.config.width**0.5
 
-    def denormalize(self, x_0: torch.Tensor) -> torch.Tensor:
+    def denormalize(self, x_0: Tensor) -> Tensor:
         """x_0 (..., C) -> CLIP image embeddings of length `emb_norm`.
 
         That is 1, as in training. For a decoder that was trained on CLIP's embeddings as they are, set their length:
@@ -252,10 +244,10 @@ class RelativePrior(nn.Module):
                 "this prior was trained with its text always there: it cannot be guided, set guidance to 1"
             )
 
-    def condition(self, text: TextEncoding, drop: torch.Tensor | None = None) -> RelativePrefix:
+    def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
         """The part that sees neither t nor x_t; the null stands in for a text without a token, or where `drop` (B,)."""
         N = self.config.context_length
-        text = fitting(text, N, "prior")
+        text = fit_text(text, N, "prior")
         B, L = text.mask.shape
         if drop is not None:
             self._check_null()
@@ -278,7 +270,7 @@ class RelativePrior(nn.Module):
             [torch.ones_like(known), mask | learned_slots, known | learned_null], dim=1
         )  # B N+2
         positions = torch.arange(N + 1, device=x.device)
-        bias = self._scores_bias(positions, open_)  # B H N+1 N+2
+        bias = self._attention_bias(positions, open_)  # B H N+1 N+2
         ks, vs = [], []
         for i, block in enumerate(self.blocks):
             q, k, v = block.project(x, positions)
@@ -287,22 +279,31 @@ class RelativePrior(nn.Module):
             vs.append(torch.cat([v_null, v], dim=2))
             if i + 1 < len(self.blocks):  # of the last block only the keys and values are wanted
                 x = block(x, q, ks[-1], vs[-1], bias)
-        return RelativePrefix(tuple(ks), tuple(vs), open_)
+        return KeyValues(tuple(ks), tuple(vs), open_)
 
-    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: RelativePrefix) -> torch.Tensor:
-        """Predicts x_0: (B, C), (B,) -> (B, C). A row of the prefix serves B / len(prefix) rows."""
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        text: KeyValues,
+        cache: DenoiserCache | None = None,  # this network caches nothing
+    ) -> Tensor:
+        """Predict x_0 from x_t (B, C) at t, (B,) or one number -> (B, C).
+
+        Each row of `text`, from `condition`, serves an equal share of B.
+        """
         B, N = len(x_t), self.config.context_length
-        prefix = prefix.expand(B)
-        tokens = [self.time(t), x_t.to(self.query.dtype), self.query.expand(B, -1)]
+        text = text.expand(B)
+        tokens = [self.time(per_row(t, x_t)), x_t.to(self.query.dtype), self.query.expand(B, -1)]
         x = self.norm_in(torch.stack(tokens, dim=1))  # B 3 C
         positions = torch.arange(N + 1, N + 4, device=x.device)
-        bias = self._scores_bias(positions, F.pad(prefix.mask, (0, 3), value=True))  # B H 3 N+5
-        for block, k_text, v_text in zip(self.blocks, prefix.k, prefix.v, strict=True):
+        bias = self._attention_bias(positions, F.pad(text.mask, (0, 3), value=True))  # B H 3 N+5
+        for block, k_text, v_text in zip(self.blocks, text.k, text.v, strict=True):
             q, k, v = block.project(x, positions)
             x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), bias)
         return self.head(self.norm(x[:, -1]))
 
-    def _scores_bias(self, positions: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
+    def _attention_bias(self, positions: Tensor, open_: Tensor) -> Tensor:
         """Queries at `positions` (n,), which of the m keys are open (B, m) -> (B, H, n, m), -inf at what isn't seen."""
         # The null is key 0, so key j is the token at j - 1: trained so, a token shares a bucket with the one before it.
         keys = torch.arange(open_.shape[1], device=positions.device)
@@ -312,25 +313,25 @@ class RelativePrior(nn.Module):
 
     def forward(
         self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
+        x_t: Tensor,
+        t: Tensor,
         text: TextEncoding,
-        drop: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        drop: Tensor | None = None,
+    ) -> Tensor:
         return self.denoise(x_t, t, self.condition(text, drop))
 
 
-def fitting(text: TextEncoding, slots: int, who: str) -> TextEncoding:
-    """The text, without columns that are padding only if that is what makes it fit; ValueError if it doesn't."""
+def fit_text(text: TextEncoding, slots: int, network: str) -> TextEncoding:
+    """Trim padding if the text has more columns than `slots`. ValueError if it still has."""
     text = text if text.mask.shape[1] <= slots else text.trim()
     if text.mask.shape[1] > slots:
         raise ValueError(
-            f"the text has {text.mask.shape[1]} tokens; this {who} takes at most {slots}"
+            f"the text has {text.mask.shape[1]} tokens; this {network} takes at most {slots}"
         )
     return text
 
 
-def bucket(distance: torch.Tensor) -> torch.Tensor:
+def bucket(distance: Tensor) -> Tensor:
     """T5's buckets of distances, looking back only: 0 to 15 each have one, from there they widen (1910.10683, 2.1)."""
     near = BUCKETS // 2
     distance = distance.clamp(min=0)

@@ -1,10 +1,7 @@
-"""The autoregressive prior: an image embedding is drawn code by code, each from the caption and those before it.
+"""The autoregressive prior (unCLIP 2.2): an image embedding is sampled as a sequence of codes."""
 
-unCLIP 2.2; the codes are of `EmbeddingCodes`.
-"""
-
-# B embeddings, R conditions of each, N text positions, K codes of an embedding, V values of a code, D CLIP embedding
-# width, C width, H heads, d width of a head
+# B embeddings, R conditions of each, N text positions, K codes of an embedding, V values of a
+# code, D CLIP embedding width, C width, H heads, d width of a head
 
 from __future__ import annotations
 
@@ -15,22 +12,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.embeddings import PCA
+from unclip.models.codecs.quantizers import full_precision
 from unclip.models.dalle.sampling import draw_code
-from unclip.models.layers import attend, timestep_embedding, zeroed
-from unclip.models.unclip.embedding_codes import EmbeddingCodes
-from unclip.models.unclip.text_prior import (
-    Combine,
-    DirectPrior,
-    OnDraw,
-    TextPrefix,
-    TextPriorConfig,
-)
+from unclip.models.layers import KeyValues, attend, timestep_embedding, zeroed
+from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import CodeOptions, TextEncoding
+
+
+class EmbeddingCodes(nn.Module):
+    """Quantise image embeddings: K principal components, each in one of V buckets.
+
+    The buckets of a component are equally wide, from the lowest to the highest coefficient seen
+    in `fit`. Those of the dot product of image and text hold equally many pairs. It has no
+    parameters: `fit` fills buffers, which are saved and stay in float32.
+    """
+
+    mean: Tensor  # (D,)
+    components: Tensor  # (K, D) orthonormal, by decreasing variance
+    low: Tensor  # (K,)
+    bucket_width: Tensor  # (K,)
+    dot_edges: Tensor  # (V - 1,) between buckets
+
+    def __init__(self, emb_dim: int, components: int, buckets: int) -> None:
+        super().__init__()
+        self.buckets = buckets
+        self.register_buffer("mean", torch.zeros(emb_dim))
+        self.register_buffer("components", torch.eye(components, emb_dim))
+        self.register_buffer("low", torch.full((components,), -1.0))
+        self.register_buffer("bucket_width", torch.full((components,), 2.0 / buckets))
+        self.register_buffer("dot_edges", torch.linspace(-1, 1, buckets + 1)[1:-1].clone())
+
+    def fit(self, image_emb: Tensor, text_emb: Tensor) -> None:
+        """Learn components and buckets from N pairs of CLIP embeddings, (N, D) each."""
+        pca = PCA.fit(image_emb, len(self.components))
+        coefficients = pca.project(image_emb.float())  # N K
+        low, high = coefficients.amin(dim=0), coefficients.amax(dim=0)
+        quantiles = torch.linspace(0, 1, self.buckets + 1, dtype=torch.float64)[1:-1]
+        dots = _cosine(image_emb, text_emb).cpu().double().sort().values
+        self.mean.copy_(pca.mean)
+        self.components.copy_(pca.components)
+        self.low.copy_(low)
+        self.bucket_width.copy_((high - low).clamp(min=1e-6) / self.buckets)
+        # torch.quantile refuses large inputs.
+        self.dot_edges.copy_(dots[(quantiles * (len(dots) - 1)).round().long()])
+
+    def encode(self, image_emb: Tensor) -> Tensor:
+        """Quantise (..., D) -> codes (..., K) in 0 .. V - 1; outliers go to the outer buckets."""
+        with full_precision(image_emb):  # a bucket must not depend on rounding
+            coefficients = (image_emb.to(self.mean) - self.mean) @ self.components.T
+        buckets = ((coefficients - self.low) / self.bucket_width).floor()
+        return buckets.clamp(0, self.buckets - 1).long()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the image embeddings (..., D) at the centres of the buckets (..., K)."""
+        with full_precision(codes):
+            return (self.low + (codes + 0.5) * self.bucket_width) @ self.components + self.mean
+
+    def encode_dot(self, image_emb: Tensor, text_emb: Tensor) -> Tensor:
+        """Return the bucket (...) of the dot product of unit-length embeddings (..., D)."""
+        return torch.bucketize(_cosine(image_emb, text_emb).to(self.dot_edges), self.dot_edges)
+
+
+def _cosine(image_emb: Tensor, text_emb: Tensor) -> Tensor:
+    product = F.normalize(image_emb.float(), dim=-1) * F.normalize(text_emb.float(), dim=-1)
+    return product.sum(dim=-1)
 
 
 @dataclass(frozen=True)
 class ARPriorConfig(TextPriorConfig):
-    components: int = 319  # K, principal components of an image embedding, a code for each
+    components: int = 319  # K, principal components of an image embedding, one code each
     buckets: int = 1024  # V, values of a code, and of the dot product
 
     def __post_init__(self) -> None:
@@ -44,26 +95,26 @@ class ARPriorConfig(TextPriorConfig):
 
 
 class ARCache:
-    """Keys and values of B streams, in memory for all of their tokens; the text's are there from the beginning."""
+    """Preallocated keys and values of B sequences; those of the text are filled in."""
 
-    def __init__(self, prefix: TextPrefix, own: int) -> None:
-        self.text = prefix.mask.shape[1]
-        self.mask = F.pad(prefix.mask, (0, own), value=True)[:, None, None]  # B 1 1 N+own
+    def __init__(self, text: KeyValues, own_tokens: int) -> None:
+        self.text = text.mask.shape[1]
+        self.mask = F.pad(text.mask, (0, own_tokens), value=True)[:, None, None]  # B 1 1 N+K
         self.blocks = [
-            F.pad(torch.stack([k, v]), (0, 0, 0, own))  # 2 B H N+own d
-            for k, v in zip(prefix.k, prefix.v, strict=True)
+            F.pad(torch.stack([k, v]), (0, 0, 0, own_tokens))  # 2 B H N+K d
+            for k, v in zip(text.k, text.v, strict=True)
         ]
 
 
 class ARPrior(DirectPrior):
-    """Tokens [text states, text embedding | dot product of image and text, codes]; each predicts the next code.
+    """Own tokens [dot product of image and text, codes]; each predicts the next code.
 
-    An embedding's codes are its principal components, the first the one of most variance. In sampling the dot product
-    is drawn from the upper half of those in training: captions that tell much of their picture.
+    The codes are principal components in order of variance. In sampling, the dot product comes
+    from the upper half of the training set: captions that describe their image well.
     """
 
     def __init__(self, config: ARPriorConfig) -> None:
-        super().__init__(config, own=config.components)
+        super().__init__(config, own_tokens=config.components)
         C, V = config.width, config.buckets
         self.codes = EmbeddingCodes(config.emb_dim, config.components, V)
         self.dot_emb, self.code_emb = nn.Embedding(V, C), nn.Embedding(V, C)
@@ -73,66 +124,60 @@ class ARPrior(DirectPrior):
 
     @property
     def steps(self) -> int:
-        """K."""
+        """Number of codes K."""
         return self.config.components
 
     def fit(self, image_emb: Tensor, text_emb: Tensor) -> None:
-        """Learns components and buckets from pairs of CLIP embeddings (N, D); to be called before training."""
+        """Learn components and buckets from pairs (N, D); call it before training."""
         self.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
         self.codes.fit(image_emb, text_emb)
 
     def forward(
         self, codes: Tensor, dot: Tensor, text: TextEncoding, drop: Tensor | None = None
     ) -> Tensor:
-        """Codes (B, K), bucket of the dot product (B,) and text -> logits of each code (B, K, V)."""
-        tokens = torch.cat(
-            [self.dot_emb(dot)[:, None], self.code_emb(codes[:, :-1])], dim=1
-        )  # B K C
-        x = tokens + self.positions[-self.config.components :]
-        return self.head(self.norm(self.through(x, self.condition(text, drop))))
+        """Compute logits (B, K, V) from codes (B, K), dot-product buckets (B,) and B texts."""
+        tokens = [self.dot_emb(dot)[:, None], self.code_emb(codes[:, :-1])]
+        x = torch.cat(tokens, dim=1) + self.positions[-self.config.components :]  # B K C
+        return self.head(self.norm(self.transform(x, self.condition(text, drop))))
 
-    def start_cache(self, prefix: TextPrefix) -> ARCache:
-        """For a stream of each row of the prefix."""
-        return ARCache(prefix, self.config.components)
+    def start_cache(self, text: KeyValues) -> ARCache:
+        """Allocate a cache with one sequence for each row of `text`."""
+        return ARCache(text, self.config.components)
 
     def step(self, token: Tensor, n: int, cache: ARCache) -> Tensor:
-        """Logits (B, V) of code n, from the one before it (B,); of code 0, from the bucket of the dot product."""
-        x = (self.code_emb if n else self.dot_emb)(token) + self.positions[
-            n - self.config.components
-        ]
-        x, stop = x[:, None], cache.text + n + 1  # B 1 C
+        """Compute logits (B, V) of code n from the code before it (B,), or for n = 0 the bucket."""
+        embedding = self.code_emb if n else self.dot_emb
+        x = (embedding(token) + self.positions[n - self.config.components])[:, None]  # B 1 C
+        stop = cache.text + n + 1
         for block, kv in zip(self.blocks, cache.blocks, strict=True):
             q, k, v = block.project(x)  # B H 1 d
             kv[0, :, :, stop - 1], kv[1, :, :, stop - 1] = k[:, :, 0], v[:, :, 0]
-            x = block.finish(
-                x, attend(q, kv[0, :, :, :stop], kv[1, :, :, :stop], cache.mask[..., :stop])
-            )
+            k, v = kv[0, :, :, :stop], kv[1, :, :, :stop]
+            x = block.finish(x, attend(q, k, v, cache.mask[..., :stop]))
         return self.head(self.norm(x[:, 0]))
 
     def sample(
         self,
-        prefix: TextPrefix,
+        text: KeyValues,
         generators: Sequence[torch.Generator],
         combine: Combine,
         *,
         temperature: float = 1.0,
-        on_draw: OnDraw | None = None,
+        on_prediction: OnPrediction | None = None,
     ) -> Tensor:
-        """As `DirectPrior.sample`; each generator draws K + 1 numbers."""
-        K, V, R = self.config.components, self.config.buckets, len(prefix) // len(generators)
+        """See `DirectPrior.sample`; each generator draws K + 1 numbers."""
+        K, V, R = self.config.components, self.config.buckets, len(text) // len(generators)
         uniform = torch.stack(
             [torch.rand(K + 1, generator=g, device=g.device).cpu() for g in generators]
-        )  # B K+1
-        uniform = uniform.to(prefix.mask.device)
-        how, cache = CodeOptions(temperature=temperature), self.start_cache(prefix)
-        token = (
-            V // 2 + (uniform[:, 0] * (V - V // 2)).long()
-        )  # equally many of training's are in each bucket
+        ).to(text.mask.device)  # B K+1
+        options, cache = CodeOptions(temperature=temperature), self.start_cache(text)
+        # Each bucket of the dot product holds equally many training pairs.
+        token = V // 2 + (uniform[:, 0] * (V - V // 2)).long()  # B
         codes = []
         for n in range(K):
             logits = combine(self.step(token.repeat(R), n, cache).float())  # B V
-            token = draw_code(logits, uniform[:, n + 1], how)
+            token = draw_code(logits, uniform[:, n + 1], options)
             codes.append(token)
-            if on_draw is not None:
-                on_draw(n + 1)
+            if on_prediction is not None:
+                on_prediction(n + 1)
         return self.codes.decode(torch.stack(codes, dim=1))

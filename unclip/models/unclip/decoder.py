@@ -1,34 +1,38 @@
-"""The decoder: draws a picture from a CLIP image embedding and a caption (unCLIP 2.1)."""
+"""The decoder (unCLIP 2.1): a diffusion model of images given a CLIP image embedding and a caption."""
 
-# B batch, L text tokens, D CLIP embedding width, W text width, N context tokens, s picture size
+# B batch, L text tokens, D CLIP embedding width, W text width, N context tokens, s image size,
+# M width of the U-Net's modulation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
-from unclip.models.layers import KeyValues, TransformerBlock
+from unclip.models.layers import DenoiserCache, KeyValues, TransformerBlock, per_row
 from unclip.models.unclip.layout import Layout, LayoutConfig
 from unclip.models.unet import UNet, UNetConfig
-from unclip.types import TextEncoding
+from unclip.types import Rows, TextEncoding
+
+EncodedText = tuple[Tensor, Tensor, Tensor]
+"""The caption's embedding (B, D or width), its context tokens (B, L, context_dim), mask (B, L)."""
 
 
 @dataclass(frozen=True)
 class ClipStates:
-    """The caption is seen through CLIP's text tower (Karlo): Linear and LayerNorm over its states."""
+    """Read the caption through the states of CLIP's text tower (Karlo)."""
 
     kind: Literal["clip_states"] = "clip_states"
 
 
 @dataclass(frozen=True)
 class TextTransformer:
-    """The caption is read by a bidirectional transformer of the decoder's own (GLIDE, unCLIP)."""
+    """Read the caption with a bidirectional transformer of the decoder's own (GLIDE, unCLIP)."""
 
     vocab_size: int
     context_length: int
@@ -51,25 +55,23 @@ class DecoderConfig:
     image_size: int
     emb_dim: int  # D, of CLIP's embeddings
     text_width: int  # W, of CLIP's text states
-    context_tokens: int = 4  # tokens made of the image embedding
+    context_tokens: int = 4  # number of context tokens made of the image embedding
     text: ClipStates | TextTransformer = field(default_factory=ClipStates)
     null_text: Literal["learned", "empty_prompt"] = "learned"
-    text_emb_in_time: bool = True  # the caption's embedding is added to the time embedding too
+    text_emb_in_time: bool = True  # add the caption's embedding to the time embedding
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
-    layout: LayoutConfig | None = None  # it is shown what the image embedding tells of shapes
-    inpaints: bool = False  # it is told which pixels are known, and what they are (GLIDE 2.4)
+    layout: LayoutConfig | None = None  # its output is concatenated to x_t
+    inpaints: bool = False  # known pixels and their mask are concatenated to x_t (GLIDE 2.4)
 
     def __post_init__(self) -> None:
-        channels = (
-            3 + (3 if self.layout else 0) + (4 if self.inpaints else 0),
-            (6 if self.learned_variance else 3),
-        )
+        channels_in = 3 + (3 if self.layout else 0) + (4 if self.inpaints else 0)
+        channels = channels_in, 6 if self.learned_variance else 3
         if (self.unet.in_channels, self.unet.out_channels) != channels:
             raise ValueError(
-                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; a decoder with "
-                f"{'a' if self.layout else 'no'} layout, inpaints={self.inpaints} and "
-                f"learned_variance={self.learned_variance} needs {channels[0]} and {channels[1]}"
+                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
+                f"a decoder with {'a' if self.layout else 'no'} layout, inpaints={self.inpaints} "
+                f"and learned_variance={self.learned_variance} needs {channels[0]} and {channels[1]}"
             )
         if self.layout and self.layout.emb_dim != self.emb_dim:
             raise ValueError(
@@ -77,7 +79,7 @@ class DecoderConfig:
             )
         if self.unet.context_dim is None:
             raise ValueError(
-                "unet.context_dim is not set; the decoder's attention needs the width of its context"
+                "unet.context_dim is not set; the decoder's attention needs the context width"
             )
         if self.image_size % self.unet.size_divisor:
             raise ValueError(
@@ -89,76 +91,95 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class DecoderContext:
-    """All that the decoder needs to know of image embedding and caption; the same at every step."""
+class DecoderContext(Rows):
+    """The conditioning of a decoder, the same at every step."""
 
-    time_shift: torch.Tensor  # (B, time_dim), added to the time embedding
+    time_shift: Tensor  # (B, time_dim), added to the time embedding
     kv: KeyValues  # of the N context tokens
-    beside: torch.Tensor | None = (
-        None  # (B, 3, 4 or 7, s, s), channels beside those of x_t: layout, known part
-    )
+    extra_channels: Tensor | None = None  # (B, C, s, s), concatenated to x_t
 
     def __len__(self) -> int:
-        return self.time_shift.shape[0]
+        return len(self.time_shift)
 
-    def __getitem__(self, rows: slice | torch.Tensor) -> DecoderContext:
-        """Some rows of the batch; `rows` is a slice or an index or mask tensor."""
-        return DecoderContext(
-            self.time_shift[rows], self.kv[rows], None if self.beside is None else self.beside[rows]
-        )
-
-    def repeat_interleave(self, n: int) -> DecoderContext:
-        """Each row n times in a row: (B, ...) -> (B * n, ...)."""
-        beside = None if self.beside is None else self.beside.repeat_interleave(n, dim=0)
-        return DecoderContext(
-            self.time_shift.repeat_interleave(n, dim=0), self.kv.repeat_interleave(n), beside
-        )
+    def _map(self, f: Callable[[Tensor], Tensor]) -> DecoderContext:
+        extra = None if self.extra_channels is None else f(self.extra_channels)
+        return DecoderContext(f(self.time_shift), self.kv._map(f), extra)
 
     @classmethod
     def cat(cls, parts: Sequence[DecoderContext]) -> DecoderContext:
-        """Rows of all parts one after the other; the shorter contexts are padded to the longest."""
-        beside = None if parts[0].beside is None else torch.cat([part.beside for part in parts])
+        """Concatenate the rows of all parts; shorter contexts are padded to the longest."""
+        extra = [part.extra_channels for part in parts if part.extra_channels is not None]
         return cls(
             torch.cat([part.time_shift for part in parts]),
             KeyValues.cat([part.kv for part in parts]),
-            beside,
+            torch.cat(extra) if extra else None,
         )
 
 
+class ContextUNet(nn.Module):
+    """A U-Net whose conditioning is a `DecoderContext`."""
+
+    unet: UNet
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        context: DecoderContext,
+        cache: DenoiserCache | None = None,
+    ) -> Tensor:
+        """Predict from x_t (B, 3, s, s) at t, (B,) or one number -> (B, 3 or 6, s, s).
+
+        The second half of the channels is the variance, if it is learned.
+        """
+        x, unet = x_t, self.unet
+        if context.extra_channels is not None:
+            x = torch.cat([x, context.extra_channels.to(x.dtype)], dim=1)
+        if cache is None:
+            time = unet.time_embedding(per_row(t, x))  # B time_dim
+            return unet(x, unet.modulation(time + context.time_shift), context.kv)[0]
+
+        def modulations(ts: Tensor) -> Tensor:  # (T,) -> (T, B, M)
+            return unet.modulation(unet.time_embedding(ts)[:, None] + context.time_shift)
+
+        modulation = cache.time(t, modulations, x.device)  # B M
+        output, deep_features = unet(x, modulation, context.kv, cache.deep_features(t))
+        cache.store(t, deep_features)
+        return output
+
+
 class ClipStatesEncoder(nn.Module):
-    """CLIP's text embedding as it is, and its states as context tokens."""
+    """CLIP's text embedding unchanged, and its states projected to context tokens."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        assert config.unet.context_dim is not None
         self.emb_dim = config.emb_dim
         self.text_emb_in_time = config.text_emb_in_time
         self.proj = nn.Linear(config.text_width, config.unet.context_dim)
         self.norm = nn.LayerNorm(config.unet.context_dim)
         if config.null_text == "learned":
             if config.text_emb_in_time:
-                self.null_text_emb = nn.Parameter(
-                    torch.randn(config.emb_dim) * config.emb_dim**-0.5
-                )
+                self.null_text_emb = nn.Parameter(torch.randn(self.emb_dim) * self.emb_dim**-0.5)
             self.null_text_state = nn.Parameter(torch.randn(config.text_width))
 
-    def forward(
-        self, text: TextEncoding, drop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         emb, states, mask = text.emb, text.states, text.mask
         if drop is not None:
             if self.text_emb_in_time:
                 emb = torch.where(drop[:, None], self.null_text_emb, emb)
             states = torch.where(drop[:, None, None], self.null_text_state, states)
             mask = torch.where(drop[:, None], first_only(mask), mask)
-        return emb, self.norm(self.proj(states)), mask  # B D, B L context_dim, B L
+        return emb, self.norm(self.proj(states)), mask
 
 
 class TextTransformerEncoder(nn.Module):
-    """Token ids -> the last token's output, and all outputs as context tokens (GLIDE 3)."""
+    """Transformer over token ids: the last token's output, and all outputs as tokens (GLIDE 3)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         text = config.text
+        assert isinstance(text, TextTransformer) and config.unet.context_dim is not None
         self.emb_dim = text.width
         self.tokens = nn.Embedding(text.vocab_size, text.width)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.02)
@@ -171,17 +192,17 @@ class TextTransformerEncoder(nn.Module):
         if config.null_text == "learned":
             self.null_text_state = nn.Parameter(torch.randn(text.width) * 0.02)
 
-    def forward(
-        self, text: TextEncoding, drop: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         ids, mask = text.ids, text.mask
         if ids is None:
             raise ValueError(
-                'the text has no token ids; a decoder with a text "transformer" needs TextEncoding.ids'
+                'the text has no token ids; a decoder with text "transformer" needs '
+                "TextEncoding.ids"
             )
         if ids.shape[1] > len(self.positions):
             raise ValueError(
-                f"the text has {ids.shape[1]} tokens; this decoder takes at most {len(self.positions)}"
+                f"the text has {ids.shape[1]} tokens; "
+                f"this decoder takes at most {len(self.positions)}"
             )
         x = self.tokens(ids)  # B L width
         if drop is not None:
@@ -192,82 +213,73 @@ class TextTransformerEncoder(nn.Module):
             x = block(x, *block.project(x), mask[:, None, None])
         x = self.norm(x)
         last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)  # B
-        return (
-            x[torch.arange(len(x), device=x.device), last],
-            self.proj(x),
-            mask,
-        )  # B width, B L context_dim, B L
+        return x[torch.arange(len(x), device=x.device), last], self.proj(x), mask
 
 
-def first_only(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of the same shape with the first position open."""
+def first_only(mask: Tensor) -> Tensor:
+    """Return a mask of the same shape with only the first position open."""
     return (torch.arange(mask.shape[1], device=mask.device) == 0).expand_as(mask)
 
 
-def masked_image(picture: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
-    """What a decoder that inpaints is told: picture (B, 3, s, s), hole (B or 1, 1, s, s) bool -> (B, 4, s, s).
+def masked_image(image: Tensor, hole: Tensor) -> Tensor:
+    """Return the input of an inpainting decoder: [image, 0 in the hole; 1 where it is known].
 
-    The picture outside of the hole, 0 inside; then 1 where it is known, 0 where it is not.
+    image (B, 3, s, s), hole (B or 1, 1, s, s) bool -> (B, 4, s, s).
     """
-    known = (~hole).to(picture.dtype).expand(len(picture), -1, -1, -1)
-    return torch.cat([picture * known, known], dim=1)
+    known = (~hole).to(image.dtype).expand(len(image), -1, -1, -1)
+    return torch.cat([image * known, known], dim=1)
 
 
-class Decoder(nn.Module):
-    """A U-Net that sees the image embedding and the caption in its time embedding and in its attention."""
+class Decoder(ContextUNet):
+    """U-Net conditioned on image embedding and caption through its time embedding and attention."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         width, time_dim = config.unet.context_dim, config.unet.time_width
+        assert width is not None
         self.null_image = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
         self.image_to_time = nn.Linear(config.emb_dim, time_dim)
         self.image_to_context = nn.Linear(config.emb_dim, config.context_tokens * width)
-        self.text = (
-            ClipStatesEncoder if config.text.kind == "clip_states" else TextTransformerEncoder
-        )(config)
+        is_clip = isinstance(config.text, ClipStates)
+        self.text = ClipStatesEncoder(config) if is_clip else TextTransformerEncoder(config)
         self.text_to_time = (
             nn.Linear(self.text.emb_dim, time_dim) if config.text_emb_in_time else None
         )
         self.layout = None if config.layout is None else Layout(config.layout)
         self.unet = UNet(config.unet)
-        with torch.no_grad():
-            for weight in self.weights_beside().values():
+        with torch.no_grad():  # extra channels are ignored at first
+            for weight in self.extra_channel_weights().values():
                 weight.zero_()
 
-    def weights_beside(self) -> dict[str, torch.Tensor]:
-        """Of the first convolution, views: what it makes of "layout" and "known". Zero where training begins."""
-        channels = {
-            "x_t": 3,
-            "layout": 3 if self.config.layout else 0,
-            "known": 4 if self.config.inpaints else 0,
-        }
-        weights = self.unet.stem.weight.split(
-            [n * self.config.unet.patch**2 for n in channels.values()], dim=1
-        )
-        return {
-            name: w
-            for name, w in zip(channels, weights, strict=True)
-            if name != "x_t" and w.shape[1]
-        }
+    def extra_channel_weights(self) -> dict[str, Tensor]:
+        """Return views of the first convolution's weights for the "layout" and "known" channels."""
+        config = self.config
+        names = ("x_t", "layout", "known")
+        channels = (3, 3 if config.layout else 0, 4 if config.inpaints else 0)
+        weights = self.unet.stem.weight.split([n * config.unet.patch**2 for n in channels], dim=1)
+        views = dict(zip(names, weights, strict=True))
+        return {name: view for name, view in views.items() if name != "x_t" and view.shape[1]}
 
     def condition(
         self,
-        image_emb: torch.Tensor,
+        image_emb: Tensor,
         text: TextEncoding,
-        drop_image: torch.Tensor | None = None,
-        drop_text: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
+        drop_image: Tensor | None = None,
+        drop_text: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> DecoderContext:
-        """Image embeddings (B, D) as CLIP gives them and captions -> context; `drop_*` (B,) bool marks the nulls.
+        """Compute the context of CLIP image embeddings (B, D) and captions.
 
-        known: (B, 4, s, s), for a decoder that inpaints: see `known_part`; None = nothing is known.
+        The nulls replace rows where `drop_image` or `drop_text` (B,) bool is True. known:
+        (B, 4, s, s) from `masked_image`, for a decoder that inpaints; None = nothing is known.
         """
         if known is not None and not self.config.inpaints:
-            raise ValueError("this decoder does not inpaint: it can't be told what is known")
+            raise ValueError("known was given, but this decoder was not trained to inpaint")
         if drop_text is not None and self.config.null_text == "empty_prompt":
             raise ValueError(
-                'drop_text was given, but null_text is "empty_prompt": pass the encoding of "" as text'
+                'drop_text was given, but null_text is "empty_prompt": '
+                'pass the encoding of "" as text'
             )
         dtype = self.null_image.dtype
         image_emb, text = image_emb.to(dtype), text.to(dtype=dtype)
@@ -281,56 +293,32 @@ class Decoder(nn.Module):
         image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
         context = torch.cat([image_tokens, text_tokens], dim=1)  # B n+L context_dim
         mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
-        beside = self._beside(image_emb, drop_image, known)
-        return DecoderContext(time_shift, self.unet.project_context(context, mask), beside)
+        extra_channels = self._extra_channels(image_emb, drop_image, known)
+        return DecoderContext(time_shift, self.unet.project_context(context, mask), extra_channels)
 
-    def _beside(
-        self, image_emb: torch.Tensor, drop_image: torch.Tensor | None, known: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Layout and known part, where the decoder is shown them; zeros where there is nothing to be shown."""
-        size, pictures = (self.config.image_size, self.config.image_size), []
+    def _extra_channels(
+        self, image_emb: Tensor, drop_image: Tensor | None, known: Tensor | None
+    ) -> Tensor | None:
+        """Concatenate layout and known pixels, as configured; zeros where there are none."""
+        size, channels = (self.config.image_size, self.config.image_size), []
         if self.layout is not None:
             layout = F.interpolate(self.layout(image_emb), size, mode="bilinear")  # B 3 s s
-            pictures.append(
-                layout if drop_image is None else layout * ~drop_image[:, None, None, None]
-            )
+            if drop_image is not None:
+                layout = layout * ~drop_image[:, None, None, None]
+            channels.append(layout)
         if self.config.inpaints:
-            pictures.append(
-                image_emb.new_zeros(len(image_emb), 4, *size)
-                if known is None
-                else known.to(image_emb)
-            )
-        return torch.cat(pictures, dim=1) if pictures else None
-
-    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
-        """(B, 3, s, s), (B,) -> (B, 3 or 6, s, s): the prediction, then the variance if it is learned."""
-        modulation = self.unet.modulation(self.unet.time_embedding(t) + context.time_shift)
-        return self.step(x_t, modulation, context)[0]
-
-    def embed(self, t: torch.Tensor, context: DecoderContext) -> torch.Tensor:
-        """What `step` is to be told at T timesteps: (T,) -> (T, B, M)."""
-        return self.unet.modulation(self.unet.time_embedding(t)[:, None] + context.time_shift)
-
-    def step(
-        self,
-        x_t: torch.Tensor,
-        modulation: torch.Tensor,
-        context: DecoderContext,
-        deep_features: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`denoise` from the modulation (B, M) on; `deep_features` goes in and comes out as in `UNet`."""
-        if context.beside is not None:
-            x_t = torch.cat([x_t, context.beside.to(x_t.dtype)], dim=1)
-        return self.unet(x_t, modulation, context.kv, deep_features)
+            nothing = image_emb.new_zeros(len(image_emb), 4, *size)
+            channels.append(nothing if known is None else known.to(image_emb))
+        return torch.cat(channels, dim=1) if channels else None
 
     def forward(
         self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        image_emb: torch.Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        image_emb: Tensor,
         text: TextEncoding,
-        drop_image: torch.Tensor | None = None,
-        drop_text: torch.Tensor | None = None,
-        known: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        drop_image: Tensor | None = None,
+        drop_text: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
         return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text, known))

@@ -1,10 +1,11 @@
-"""Where things are in a picture, told from its image embedding alone: a small blurred picture by an MLP.
+"""The layout network: a small blurred image predicted from its CLIP image embedding by an MLP.
 
-A decoder may be shown it at every step, as DiffuseVAE (2201.00308) shows its U-Net what a VAE makes of the latent: what
-an embedding says of coarse shapes is learned by regression in minutes, and diffusion is left with what it does not say.
+A decoder may get it as extra channels at every step, as DiffuseVAE (2201.00308) gives its U-Net
+the output of a VAE. Regression learns in minutes what an embedding says about coarse shapes; the
+diffusion model adds the rest.
 """
 
-# B batch, D CLIP embedding width, s picture size
+# B batch, D CLIP embedding width, s image size
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from unclip.models.unclip.embedding_stats import EmbeddingStats
+from unclip.models.unclip.prior import EmbeddingStats
 
-AGREE_LR = 0.05  # of a standard deviation, about, that an embedding goes in a step
+GUIDE_LR = 0.05  # step size of `guide_embedding`, in standard deviations of an embedding
 
 
 @dataclass(frozen=True)
 class LayoutConfig:
     emb_dim: int  # D, of CLIP's embeddings
-    size: int = 16  # side of the picture
+    size: int = 16  # side of the output image
     width: int = 768
     depth: int = 3  # hidden layers
 
@@ -33,44 +34,37 @@ class LayoutConfig:
 
 
 class _Linear(nn.Linear):
-    """Which nothing takes the place of: what packs or rounds weights to draw knows no gradients."""
+    """A linear layer that packing and quantisation leave alone: `guide_embedding` needs gradients."""
 
 
 class Layout(EmbeddingStats):
-    """The mean of all pictures with an embedding: (B, D) -> (B, 3, size, size), in about [-1, 1]."""
+    """Mean of all images with an embedding: (B, D) -> (B, 3, size, size), about in [-1, 1]."""
 
     def __init__(self, config: LayoutConfig) -> None:
         super().__init__(config.emb_dim)
         self.config = config
         widths = [config.emb_dim, *[config.width] * config.depth]
-        hidden = [
-            [_Linear(c_in, c_out), nn.SiLU()]
-            for c_in, c_out in zip(widths, widths[1:], strict=False)
-        ]
-        self.mlp = nn.Sequential(*sum(hidden, []), _Linear(config.width, 3 * config.size**2))
+        layers: list[nn.Module] = []
+        for c_in, c_out in zip(widths, widths[1:], strict=False):
+            layers += [_Linear(c_in, c_out), nn.SiLU()]
+        self.mlp = nn.Sequential(*layers, _Linear(config.width, 3 * config.size**2))
 
-    def forward(self, image_emb: torch.Tensor) -> torch.Tensor:
+    def forward(self, image_emb: Tensor) -> Tensor:
         x = self.mlp(self.normalize(image_emb.float()).to(image_emb.dtype))
         return x.unflatten(1, (3, self.config.size, self.config.size))
 
-    def agreeing(
-        self,
-        image_emb: torch.Tensor,
-        known: torch.Tensor,
-        weight: float | torch.Tensor,
-        steps: int = 30,
-    ) -> torch.Tensor:
-        """Embeddings near `image_emb` (B, D) whose layouts agree with what is known of a picture.
+    def guide_embedding(
+        self, image_emb: Tensor, known: Tensor, weight: float | Tensor, steps: int = 30
+    ) -> Tensor:
+        """Move embeddings (B, D) so that their layouts match the known pixels of an image.
 
-        known: (B, 4, s, s), see `known_part`.
-        weight: of the squared error where the picture is known against the squared way that an embedding goes, in
-        standard deviations; one number or (B,). It is how probable the picture is, against how near `image_emb` is.
+        Minimises weight * (squared error where the image is known) + (squared distance from
+        `image_emb`, in standard deviations). known: (B, 4, s, s), see `decoder.masked_image`.
+        weight: one number or (B,).
         """
         pooled = F.adaptive_avg_pool2d(known.float(), self.config.size)
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # which want copies of what was made under the former
+        # Gradients need copies of tensors that were made in inference mode.
+        with torch.inference_mode(False), torch.enable_grad():
             state = {
                 name: tensor.detach().to(torch.float, copy=True)
                 for name, tensor in self.state_dict().items()
@@ -78,13 +72,12 @@ class Layout(EmbeddingStats):
             start, std = image_emb.detach().to(torch.float, copy=True), state["emb_std"]
             colours, share = pooled.detach().clone().split([3, 1], dim=1)
             colours = colours / share.clamp(min=1e-3)
-            way = torch.zeros_like(start, requires_grad=True)
-            adam = torch.optim.Adam([way], lr=AGREE_LR)
+            offset = torch.zeros_like(start, requires_grad=True)
+            adam = torch.optim.Adam([offset], lr=GUIDE_LR)
             for _ in range(steps):
-                layout = torch.func.functional_call(self, state, (start + way * std,))
+                layout = torch.func.functional_call(self, state, (start + offset * std,))
                 error = ((layout - colours).square() * share).flatten(1).mean(dim=1)  # B
-                (way.grad,) = torch.autograd.grad(
-                    (weight * error + way.square().mean(dim=1)).sum(), way
-                )
+                loss = (weight * error + offset.square().mean(dim=1)).sum()
+                (offset.grad,) = torch.autograd.grad(loss, offset)
                 adam.step()
-            return (start + way.detach() * std).to(image_emb.dtype)
+            return (start + offset.detach() * std).to(image_emb.dtype)

@@ -1,4 +1,4 @@
-"""A prior that predicts the image embedding in one pass, without diffusion, as ECLIPSE does (2312.04655)."""
+"""A prior that predicts the image embedding in one pass, as ECLIPSE does (2312.04655)."""
 
 # B embeddings, R conditions of each, D CLIP embedding width, C width
 
@@ -11,31 +11,24 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unclip.models.layers import zeroed
-from unclip.models.unclip.text_prior import (
-    Combine,
-    DirectPrior,
-    OnDraw,
-    TextPrefix,
-    TextPriorConfig,
-)
+from unclip.models.layers import KeyValues, zeroed
+from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import TextEncoding
 
 
 @dataclass(frozen=True)
 class OneShotPriorConfig(TextPriorConfig):
-    query: Literal["learned", "noise"] = (
-        "learned"  # learned: one embedding for each text; noise: as in ECLIPSE
-    )
+    # learned: one embedding for each text; noise: a random one, as in ECLIPSE
+    query: Literal["learned", "noise"] = "learned"
 
 
 class OneShotPrior(DirectPrior):
-    """Tokens [text states, text embedding | query]; the prediction is read from the query."""
+    """One own token, the query, from which the prediction is read."""
 
     steps = 1
 
     def __init__(self, config: OneShotPriorConfig) -> None:
-        super().__init__(config, own=1)
+        super().__init__(config, own_tokens=1)
         D, C = config.emb_dim, config.width
         if config.query == "learned":
             self.query = nn.Parameter(torch.randn(C) * 0.02)
@@ -43,39 +36,40 @@ class OneShotPrior(DirectPrior):
             self.noise_proj = nn.Linear(D, C)
         self.head = zeroed(nn.Linear(C, D))
 
-    def predict(self, prefix: TextPrefix, noise: Tensor | None = None) -> Tensor:
-        """The normalised embedding (B, D) of each row; noise (B, D), which a learned query ignores."""
+    def predict(self, text: KeyValues, noise: Tensor | None = None) -> Tensor:
+        """Predict normalised embeddings (B, D). A learned query ignores the noise (B, D)."""
         if self.config.query == "learned":
-            query = self.query.expand(len(prefix), -1)
+            query = self.query.expand(len(text), -1)
         else:
+            assert noise is not None
             query = self.noise_proj(noise.to(self.positions.dtype))  # B C
         x = query[:, None] + self.positions[-1:]  # B 1 C
-        return self.head(self.norm(self.through(x, prefix)[:, 0]))
+        return self.head(self.norm(self.transform(x, text)[:, 0]))
 
     def forward(
         self, text: TextEncoding, noise: Tensor | None = None, drop: Tensor | None = None
     ) -> Tensor:
-        """Text of B captions and noise (B, D) -> normalised embeddings (B, D)."""
+        """Predict normalised embeddings (B, D) from B texts and noise (B, D)."""
         return self.predict(self.condition(text, drop), noise)
 
     def sample(
         self,
-        prefix: TextPrefix,
+        text: KeyValues,
         generators: Sequence[torch.Generator],
         combine: Combine,
         *,
         temperature: float = 1.0,
-        on_draw: OnDraw | None = None,
+        on_prediction: OnPrediction | None = None,
     ) -> Tensor:
-        """As `DirectPrior.sample`; temperature scales the noise. Each generator draws D numbers, or none."""
+        """See `DirectPrior.sample`. temperature scales the noise, D numbers of each generator."""
         noise = None
         if self.config.query == "noise":
-            D, R = self.config.emb_dim, len(prefix) // len(generators)
-            drawn = torch.stack(
+            D, R = self.config.emb_dim, len(text) // len(generators)
+            noise = torch.stack(
                 [torch.randn(D, generator=g, device=g.device).cpu() for g in generators]
             )  # B D
-            noise = (temperature * drawn).to(prefix.mask.device).repeat(R, 1)
-        emb = self.denormalize(combine(self.predict(prefix, noise).float()))
-        if on_draw is not None:
-            on_draw(1)
+            noise = (temperature * noise).to(text.mask.device).repeat(R, 1)
+        emb = self.denormalize(combine(self.predict(text, noise).float()))
+        if on_prediction is not None:
+            on_prediction(1)
         return emb

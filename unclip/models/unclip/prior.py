@@ -1,24 +1,189 @@
-"""The diffusion prior: a causal transformer from a caption's encoding to a CLIP image embedding (unCLIP 2.2)."""
+"""The diffusion prior (unCLIP 2.2), and what all priors share.
 
-# B batch, D CLIP embedding width, C width
+A prior is a causal transformer from a caption's encoding to a CLIP image embedding. Its tokens are
+[text states, text embedding | its own tokens]; the keys and values of the text are computed once.
+"""
+
+# B batch, L text tokens, D CLIP embedding width, W text width, C width, H heads, d width of a head
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from unclip.models.layers import TimeMLP, zeroed
-from unclip.models.unclip.text_prior import TextPrefix, TextPrior, TextPriorConfig
+from unclip.models.layers import (
+    DenoiserCache,
+    KeyValues,
+    TimeMLP,
+    TransformerBlock,
+    attend_after,
+    per_row,
+    zeroed,
+)
 from unclip.types import TextEncoding
+
+Combine = Callable[[Tensor], Tensor]  # predictions under R conditions (R * B, ...) -> (B, ...)
+OnPrediction = Callable[[int], None]  # called with 1 .. `DirectPrior.steps`
+
+
+class EmbeddingStats(nn.Module):
+    """Mean and standard deviation of CLIP image embeddings, saved with a network trained on them.
+
+    The buffers stay in float32 whatever the dtype of the parameters.
+    """
+
+    emb_mean: Tensor
+    emb_std: Tensor
+
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("emb_mean", torch.zeros(emb_dim))
+        self.register_buffer("emb_std", torch.full((emb_dim,), emb_dim**-0.5))
+
+    def set_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and the standard deviation, (D,) each.
+
+        ValueError if the width differs, a value is not finite, or a deviation is not positive.
+        """
+        D = len(self.emb_mean)
+        if mean.numel() != D or std.numel() != D:
+            raise ValueError(
+                f"mean has {mean.numel()} numbers and std {std.numel()}; expected {D} each"
+            )
+        if invalid := int((~mean.isfinite()).sum()):
+            raise ValueError(f"mean has {invalid} dimensions that are not finite")
+        if invalid := int((~(std.isfinite() & (std > 0))).sum()):
+            raise ValueError(
+                f"std has {invalid} dimensions that are not positive and finite; "
+                f"expected at least two different embeddings"
+            )
+        self.emb_mean.copy_(mean.reshape(D))
+        self.emb_std.copy_(std.reshape(D))
+
+    @property
+    def emb_norm(self) -> Tensor:
+        """Root mean square length of an image embedding, ()."""
+        return (self.emb_mean.square() + self.emb_std.square()).sum().sqrt()
+
+    def normalize(self, emb: Tensor) -> Tensor:
+        """Scale CLIP image embeddings (..., D) to about unit variance."""
+        return (emb - self.emb_mean) / self.emb_std
+
+    def denormalize(self, x_0: Tensor) -> Tensor:
+        """Invert `normalize`."""
+        return x_0 * self.emb_std + self.emb_mean
+
+
+@dataclass(frozen=True)
+class TextPriorConfig:
+    emb_dim: int  # D, of CLIP's embeddings
+    text_width: int  # W, of CLIP's text states
+    context_length: int  # slots for text tokens; a text may use fewer
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    dropout: float = 0.0
+    null_text: Literal["learned", "empty_prompt"] = "learned"
+
+    def __post_init__(self) -> None:
+        sizes = ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
+        if self.width % 2:
+            raise ValueError(f"width is {self.width}; the time sinusoids need an even number")
+
+
+class TextPrior(EmbeddingStats):
+    """Transformer over [text states, text embedding | own tokens]; own tokens come last."""
+
+    def __init__(self, config: TextPriorConfig, own_tokens: int) -> None:
+        super().__init__(config.emb_dim)
+        self.config = config
+        D, C, positions = config.emb_dim, config.width, config.context_length + 1 + own_tokens
+        self.state_proj = nn.Linear(config.text_width, C)
+        self.emb_proj = nn.Linear(D, C)
+        self.positions = nn.Parameter(torch.randn(positions, C) * 0.02)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(C, config.heads, config.mlp_ratio, config.dropout)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(C)
+        if config.null_text == "learned":
+            self.null_emb = nn.Parameter(torch.randn(D) * D**-0.5)
+            self.null_state = nn.Parameter(torch.randn(config.text_width))
+
+    def null_text(self, batch: int) -> TextEncoding:
+        """Return the learned null: one token and an embedding. ValueError if there is none."""
+        if self.config.null_text != "learned":
+            raise ValueError(
+                'this prior has no learned null (null_text is "empty_prompt"); '
+                'pass the encoding of ""'
+            )
+        emb = self.null_emb.expand(batch, -1)
+        mask = emb.new_ones(batch, 1, dtype=torch.bool)
+        return TextEncoding(emb, self.null_state.expand(batch, 1, -1), mask)
+
+    def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
+        """Compute keys and values of the L + 1 text positions in every block.
+
+        The null replaces the text where `drop` (B,) bool is True.
+        """
+        L, slots = text.states.shape[1], self.config.context_length
+        if L > slots:
+            raise ValueError(f"the text has {L} tokens; this prior takes at most {slots}")
+        text = text.to(dtype=self.positions.dtype)
+        if drop is not None:
+            text = self._replace_by_null(text, drop)
+        tokens = [self.state_proj(text.states), self.emb_proj(text.emb)[:, None]]
+        # The embedding keeps its position whatever the length of the text.
+        positions = torch.cat([self.positions[:L], self.positions[slots : slots + 1]])
+        x = torch.cat(tokens, dim=1) + positions  # B L+1 C
+        mask = F.pad(text.mask, (0, 1), value=True)  # B L+1
+        visible = torch.ones(L + 1, L + 1, dtype=torch.bool, device=mask.device)
+        # Padding attends to itself, else its softmax would be 0 / 0; no other token sees it.
+        visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 L+1 L+1
+        ks, vs = [], []
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.project(x)  # B H L+1 d
+            ks.append(k)
+            vs.append(v)
+            if i + 1 < len(self.blocks):  # the output of the last block is not needed
+                x = block(x, q, k, v, visible)
+        return KeyValues(tuple(ks), tuple(vs), mask)
+
+    def transform(self, x: Tensor, text: KeyValues) -> Tensor:
+        """Apply all blocks to the first n own tokens: (B, n, C) -> (B, n, C).
+
+        Each sees the text and its predecessors. Each row of `text` serves an equal share of B.
+        """
+        for block, *text_kv in zip(self.blocks, text.k, text.v, strict=True):
+            q, k, v = block.project(x)  # B H n d
+            x = block.finish(x, attend_after(text_kv, text.mask, q, k, v))
+        return x
+
+    def _replace_by_null(self, text: TextEncoding, drop: Tensor) -> TextEncoding:
+        null = self.null_text(len(text))
+        emb = torch.where(drop[:, None], null.emb, text.emb)
+        states = torch.where(drop[:, None, None], null.states, text.states)
+        null_mask = F.pad(null.mask, (0, text.mask.shape[1] - 1), value=False)
+        return TextEncoding(emb, states, torch.where(drop[:, None], null_mask, text.mask))
 
 
 @dataclass(frozen=True)
 class PriorConfig(TextPriorConfig):
-    x0_limit: float | None = (
-        5.0  # sampling keeps x_0 within it, in standard deviations (Karlo); None = anywhere
-    )
+    x0_limit: float | None = 5.0  # clip x_0 to ± this, in standard deviations (Karlo); None = not
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,10 +194,10 @@ class PriorConfig(TextPriorConfig):
 
 
 class DiffusionPrior(TextPrior):
-    """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
+    """Own tokens [t, x_t, query]; the prediction of x_0 is read from the query."""
 
     def __init__(self, config: PriorConfig) -> None:
-        super().__init__(config, own=3)
+        super().__init__(config, own_tokens=3)
         D, C = config.emb_dim, config.width
         self.time = TimeMLP(C, C)
         self.x_proj = nn.Linear(D, C)
@@ -41,35 +206,56 @@ class DiffusionPrior(TextPrior):
 
     @property
     def x0_limit(self) -> float | None:
-        """Bound of x_0 in sampling."""
+        """Bound of |x_0| in sampling."""
         return self.config.x0_limit
 
-    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
-        """Predicts the normalised embedding: (B, D), (B,) -> (B, D). Each row of the prefix serves an equal share."""
-        return self.step(x_t, self.time(t), prefix)[0]
+    def denoise(
+        self, x_t: Tensor, t: Tensor | float, text: KeyValues, cache: DenoiserCache | None = None
+    ) -> Tensor:
+        """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
 
-    def embed(self, t: torch.Tensor, prefix: TextPrefix) -> torch.Tensor:
-        """What `step` is to be told at T timesteps: (T,) -> (T, 1, C)."""
-        return self.time(t)[:, None]
+        Each row of `text`, from `condition`, serves an equal share of B.
+        """
+        if cache is None:
+            time = self.time(per_row(t, x_t))  # B C
+        else:
+            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1 C
+        return self.predict(x_t, time, text)
 
-    def step(
-        self, x_t: torch.Tensor, time: torch.Tensor, prefix: TextPrefix, deep_features: None = None
-    ) -> tuple[torch.Tensor, None]:
-        """`denoise` from the time embedding (B or 1, C) on; there is nothing to be used again at another step."""
+    def predict(self, x_t: Tensor, time: Tensor, text: KeyValues) -> Tensor:
+        """`denoise` from the time embedding (B or 1, C) on."""
         B = len(x_t)
-        tokens = [
-            time.expand(B, -1),
-            self.x_proj(x_t.to(self.query.dtype)),
-            self.query.expand(B, -1),
-        ]
-        x = torch.stack(tokens, dim=1) + self.positions[-3:]  # B 3 C
-        return self.head(self.norm(self.through(x, prefix)[:, -1])), None
+        x = self.x_proj(x_t.to(self.query.dtype))  # B C
+        tokens = torch.stack([time.expand(B, -1), x, self.query.expand(B, -1)], dim=1)  # B 3 C
+        return self.head(self.norm(self.transform(tokens + self.positions[-3:], text)[:, -1]))
 
     def forward(
-        self,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        text: TextEncoding,
-        drop: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
+    ) -> Tensor:
         return self.denoise(x_t, t, self.condition(text, drop))
+
+
+class DirectPrior(TextPrior, ABC):
+    """A prior that predicts image embeddings without diffusion, and so has no noise schedule."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int:
+        """Number of consecutive predictions that `sample` makes."""
+
+    @abstractmethod
+    def sample(
+        self,
+        text: KeyValues,
+        generators: Sequence[torch.Generator],
+        combine: Combine,
+        *,
+        temperature: float = 1.0,
+        on_prediction: OnPrediction | None = None,
+    ) -> Tensor:
+        """Sample CLIP image embeddings (B, D), one for each generator, independent of the batch.
+
+        text: R * B rows, the first condition of all B, then the second, ... `combine` reduces
+        the predictions under the R conditions to one each (guidance, mixtures). temperature 0
+        takes the most likely value.
+        """

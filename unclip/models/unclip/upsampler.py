@@ -1,6 +1,6 @@
-"""The upsamplers: diffusion at high resolution with the enlarged low-resolution picture as extra channels."""
+"""The upsamplers: diffusion at high resolution with the enlarged small image as extra channels."""
 
-# B batch, s low size, S high size
+# B batch, s low size, S high size, M width of a U-Net's modulation
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from unclip.models.layers import DenoiserCache, per_row
 from unclip.models.unet import UNet, UNetConfig
 from unclip.image_io import resize
 
@@ -21,8 +22,8 @@ class UpsamplerConfig:
     high_size: int
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
-    residual: bool = False  # the network predicts what x_0 has over the enlarged low-res picture (SRDiff, 2104.14951)
-    last_unet: UNetConfig | None = None  # a network of its own for the last step (Karlo)
+    residual: bool = False  # predict x_0 minus the enlarged small image (SRDiff, 2104.14951)
+    last_unet: UNetConfig | None = None  # a separate network for the last step (Karlo)
 
     def __post_init__(self) -> None:
         channels = 6 if self.learned_variance else 3
@@ -31,8 +32,8 @@ class UpsamplerConfig:
                 continue
             if unet.in_channels != 6 or unet.out_channels != channels:
                 raise ValueError(
-                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; "
-                    f"an upsampler with learned_variance={self.learned_variance} needs 6 and {channels}"
+                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; an "
+                    f"upsampler with learned_variance={self.learned_variance} needs 6 and {channels}"
                 )
             if unet.context_dim is not None:
                 raise ValueError(
@@ -51,7 +52,7 @@ class UpsamplerConfig:
 
 
 class Upsampler(nn.Module):
-    """A U-Net over [x_t ; enlarged low-resolution picture], and perhaps a second one for the last step."""
+    """U-Net over [x_t ; enlarged small image], with an optional second one for the last step."""
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
@@ -59,51 +60,63 @@ class Upsampler(nn.Module):
         self.unet = UNet(config.unet)
         self.last_unet = UNet(config.last_unet) if config.last_unet is not None else None
 
-    def prepare(self, low_res: torch.Tensor) -> torch.Tensor:
-        """Enlarged by high_size / low_size (bicubic, antialiased, not clamped): (B, 3, s, s) -> (B, 3, S, S)."""
+    def condition(self, low_res: Tensor) -> Tensor:
+        """Enlarge by high_size / low_size: (B, 3, s, s) -> (B, 3, S, S).
+
+        Bicubic and antialiased; values may leave [-1, 1].
+        """
         factor = self.config.high_size // self.config.low_size
         return resize(low_res, (low_res.shape[2] * factor, low_res.shape[3] * factor))
 
-    def network(self, last: bool = False) -> UNet:
-        """Of the last step, or of those before."""
-        return self.last_unet if last and self.last_unet is not None else self.unet
-
     def denoise(
-        self, x_t: torch.Tensor, t: torch.Tensor, low_res: torch.Tensor, last: bool = False
-    ) -> torch.Tensor:
-        """(B, 3, S, S), (B,), low_res in [-1, 1] at low or high size -> (B, 3 or 6, S, S). Crops will do as well."""
-        unet = self.network(last)
-        return self.step(x_t, unet.modulation(unet.time_embedding(t)), low_res, last=last)[0]
+        self, x_t: Tensor, t: Tensor | float, low_res: Tensor, cache: DenoiserCache | None = None
+    ) -> Tensor:
+        """Predict from x_t (B, 3, S, S) at t, (B,) or one number -> (B, 3 or 6, S, S).
 
-    def embed(self, t: torch.Tensor, low_res: torch.Tensor, last: bool = False) -> torch.Tensor:
-        """What `step` is to be told at T timesteps: (T,) -> (T, 1, M)."""
-        unet = self.network(last)
-        return unet.modulation(unet.time_embedding(t))[:, None]
+        low_res: in [-1, 1], enlarged by `condition` or small. Crops of any size work as well.
+        """
+        return self._denoise(self.unet, x_t, t, low_res, cache)
 
-    def step(
-        self,
-        x_t: torch.Tensor,
-        modulation: torch.Tensor,
-        low_res: torch.Tensor,
-        deep_features: torch.Tensor | None = None,
-        last: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`denoise` from the modulation (B or 1, M) on; `deep_features` goes in and comes out as in `UNet`."""
-        if low_res.shape[2:] != x_t.shape[2:]:
-            given = low_res.shape[2:]
-            low_res = self.prepare(low_res)
-            if low_res.shape[2:] != x_t.shape[2:]:
-                raise ValueError(
-                    f"low_res is {tuple(given)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
-                    f"or {self.config.high_size // self.config.low_size} times smaller"
-                )
-        low_res = low_res.to(x_t.dtype)
-        output, deep_features = self.network(last)(
-            torch.cat([x_t, low_res], dim=1), modulation, deep_features=deep_features
-        )
-        if not self.config.residual:
-            return output, deep_features
-        prediction, *variance = output.split(3, dim=1)
-        return torch.cat([prediction + low_res, *variance], dim=1), deep_features
+    def denoise_last(
+        self, x_t: Tensor, t: Tensor | float, low_res: Tensor, cache: DenoiserCache | None = None
+    ) -> Tensor:
+        """`denoise` with the U-Net of the last step."""
+        assert self.last_unet is not None
+        return self._denoise(self.last_unet, x_t, t, low_res, cache)
 
     forward = denoise
+
+    def _denoise(
+        self,
+        unet: UNet,
+        x_t: Tensor,
+        t: Tensor | float,
+        low_res: Tensor,
+        cache: DenoiserCache | None,
+    ) -> Tensor:
+        low_res = self._fit(low_res, x_t)
+        x = torch.cat([x_t, low_res], dim=1)  # B 6 S S
+        if cache is None:
+            output, _ = unet(x, unet.modulation(unet.time_embedding(per_row(t, x_t))))
+        else:
+            modulation = cache.time(
+                t, lambda ts: unet.modulation(unet.time_embedding(ts))[:, None], x_t.device
+            )  # 1 M
+            output, deep_features = unet(x, modulation, deep_features=cache.deep_features(t))
+            cache.store(t, deep_features)
+        if not self.config.residual:
+            return output
+        prediction, *variance = output.split(3, dim=1)
+        return torch.cat([prediction + low_res, *variance], dim=1)
+
+    def _fit(self, low_res: Tensor, x_t: Tensor) -> Tensor:
+        """Enlarge low_res to the size of x_t if it is smaller."""
+        size = low_res.shape[2:]
+        if size != x_t.shape[2:]:
+            low_res = self.condition(low_res)
+        if low_res.shape[2:] != x_t.shape[2:]:
+            raise ValueError(
+                f"low_res is {tuple(size)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
+                f"or {self.config.high_size // self.config.low_size} times smaller"
+            )
+        return low_res.to(x_t.dtype)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unclip.diffusion.samplers import Estimate, OnSample, estimator, timesteps
+from unclip.diffusion.samplers import sampling_timesteps
+from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Schedule
 from unclip.image_io import open_image
 from unclip.models.unclip.decoder import DecoderContext
@@ -33,6 +34,7 @@ class StageRun:
     """The decoder or an upsampler with its condition and its timesteps."""
 
     name: str
+    options: StageOptions
     estimate: Estimate
     schedule: Schedule
     timesteps: list[float]
@@ -83,38 +85,26 @@ class UnCLIPRuns(UnCLIPStages):
             return self._context(image_emb, None, drop_image=True, known=known)
 
         config, schedule = decoder.config, self.schedules[name]
-        denoise = self._guided(name, decoder, cond, null, options, config.learned_variance)
-        estimate = estimator(
-            denoise,
-            schedule,
-            prediction=config.prediction,
-            learned_variance=config.learned_variance,
-            clip=1.0,
-            percentile=options.dynamic_threshold,
+        denoisers = self._guided(name, decoder, cond, null, options)
+        estimate = self._estimator(
+            name, denoisers, options, config.prediction, config.learned_variance, 1.0
         )
-        return StageRun(name, estimate, schedule, timesteps(options, schedule))
+        return StageRun(name, options, estimate, schedule, sampling_timesteps(options, schedule))
 
     def _upsampler_run(self, i: int, options: StageOptions, low_res: Tensor) -> StageRun:
         upsampler, name = self.upsamplers[i], f"upsampler_{i}"
         config, schedule, low_res = (
             upsampler.config,
             self.schedules[name],
-            upsampler.prepare(low_res.to(self.device)),
+            upsampler.condition(low_res.to(self.device)),
         )
+        spaced = options
         if (
             getattr(config, "last_unet", None) is not None
         ):  # it knows t = 0 alone, where ancestral sampling ends
-            options = replace(options, sampler="ancestral")
-        estimate = estimator(
-            self._denoiser(name, upsampler, low_res, options),
-            schedule,
-            prediction=config.prediction,
-            learned_variance=config.learned_variance,
-            clip=1.0,
-            percentile=options.dynamic_threshold,
-            denoise_last=self._last_denoiser(name, upsampler, low_res, options),
-        )
-        return StageRun(name, estimate, schedule, timesteps(options, schedule))
+            spaced = replace(options, sampler="ancestral")
+        estimate = self._upsampling(name, upsampler, low_res, spaced)
+        return StageRun(name, options, estimate, schedule, sampling_timesteps(spaced, schedule))
 
     def _sizes(self, options: UnCLIPOptions) -> list[int]:
         """Sides of the pictures of the decoder and of each upsampler that is used, in pixels."""

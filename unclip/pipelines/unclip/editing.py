@@ -307,7 +307,7 @@ class UnCLIPEditing(UnCLIPRuns):
         if layout is None or not painting.agreement or not known[:, 3:].any():
             return image_emb
         self._use(decoder)
-        return layout.agreeing(image_emb.to(self.device), known, painting.agreement)
+        return layout.guide_embedding(image_emb.to(self.device), known, painting.agreement)
 
 
 def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:

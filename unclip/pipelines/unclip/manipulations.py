@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unclip.config import to_dict
-from unclip.diffusion.inversion import InversionOptions, draw, invert
-from unclip.diffusion.samplers import randn
+from unclip.diffusion.inversion import InversionOptions, invert
+from unclip.diffusion.samplers import randn, sample
 from unclip.embeddings import normalise, text_diff, text_direction
 from unclip.image_io import open_image
 from unclip.pipelines.base import (
@@ -95,8 +95,13 @@ class UnCLIPManipulations(UnCLIPRuns):
                         run.estimate, pictures, run.schedule, run.timesteps, inversion, on_sample
                     )
                     if i + 1 < len(sizes):
-                        drawn = draw(
-                            run.estimate, x_T, run.schedule, run.timesteps, on_step=on_sample
+                        drawn = sample(
+                            run.estimate,
+                            x_T,
+                            run.schedule,
+                            run.options,
+                            timesteps=run.timesteps,
+                            on_step=on_sample,
                         )
                         low_res = drawn.clamp(-1, 1)
                     noise.append(x_T.cpu())
@@ -378,20 +383,14 @@ class UnCLIPManipulations(UnCLIPRuns):
                         self._run(i, options, part.image_emb, x),
                         part.noise[i].to(self.device),
                     )
-
-                    def noise(
-                        shape: torch.Size = x_T.shape, generators: Any = generators
-                    ) -> Tensor:
-                        return randn(shape, generators, self.device)
-
-                    x = draw(
+                    x = sample(
                         run.estimate,
                         x_T,
                         run.schedule,
-                        run.timesteps,
-                        eta,
-                        noise,
-                        run.reporter(report),
+                        replace(run.options, eta=eta),
+                        timesteps=run.timesteps,
+                        generators=generators,
+                        on_step=run.reporter(report),
                     )
                     x = x.clamp(-1, 1)
                 images += to_pil(x)

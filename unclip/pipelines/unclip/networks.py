@@ -11,8 +11,7 @@ from torch import nn
 from unclip.clip import CLIP
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.decoder import Decoder
-from unclip.models.unclip.prior import DiffusionPrior
-from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.inference import prepare_for_inference
 from unclip.pipelines.offload import Offloader

@@ -14,8 +14,7 @@ from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.unclip.decoder import Decoder
-from unclip.models.unclip.prior import DiffusionPrior
-from unclip.models.unclip.text_prior import DirectPrior
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.base import (
     ImageInput,

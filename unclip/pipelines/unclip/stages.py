@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from unclip.diffusion.guidance import Denoise, Mixed, classifier_free
-from unclip.diffusion.samplers import randn, sample, timesteps
+from unclip.diffusion.samplers import Denoise, Estimator, randn, sample, sampling_timesteps
 from unclip.embeddings import normalise
 from unclip.image_io import open_image
-from unclip.models.unclip.decoder import DecoderContext
-from unclip.models.unclip.prior import DiffusionPrior
-from unclip.models.unclip.text_prior import DirectPrior, TextPrefix
+from unclip.models.unclip.decoder import Decoder, DecoderContext
+from unclip.models.layers import DenoiserCache, KeyValues
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.base import (
     ImageInput,
@@ -27,7 +25,6 @@ from unclip.pipelines.base import (
     random_generators,
 )
 from unclip.pipelines.unclip.networks import UnCLIPNetworks
-from unclip.pipelines.unclip.stepping import Stepper
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
 
 # P prompts, N images of each, C candidates, B batch (P * N), D embedding width, S image size
@@ -95,14 +92,14 @@ class UnCLIPStages(UnCLIPNetworks):
         generators = generators or random_generators(P * num_images)
         each = num_images * candidates
 
-        def prefix(text: TextEncoding) -> TextPrefix:
+        def prefix(text: TextEncoding) -> KeyValues:
             self._use(prior)
             return prior.condition(text)
 
-        def null() -> TextPrefix:
+        def null() -> KeyValues:
             if negative is not None:
                 without = prefix(self._trimmed(negative))
-                return without if len(without) == 1 else TextPrefix.cat([without] * K)
+                return without if len(without) == 1 else KeyValues.cat([without] * K)
             if prior.config.null_text == "learned":
                 return self._keep("null prefix", [prior], lambda: prefix(prior.null_text(1)))
             return self._keep("null prefix", [self.clip, prior], lambda: prefix(self._no_text()))
@@ -117,13 +114,11 @@ class UnCLIPStages(UnCLIPNetworks):
             denoise = self._guided("prior", prior, cond, null, options)
             x_0 = self._sample(
                 "prior",
-                denoise if mixing is None else Mixed(denoise, mixing),
+                self._estimator("prior", denoise, options, "x0", False, prior.x0_limit, mixing),
                 (P * each, prior.config.emb_dim),
                 drawing,
                 options,
                 on_step,
-                prediction="x0",
-                clip=prior.x0_limit,
             )
             emb = prior.denormalize(x_0)
         emb = rearrange(emb, "(p n c) d -> p n c d", p=P, c=candidates)
@@ -184,18 +179,22 @@ class UnCLIPStages(UnCLIPNetworks):
             self._context(image_emb, text, drop_image=blind),
             null,
             options,
-            config.learned_variance,
         )
         return self._sample(
             "decoder",
-            denoise if weights is None else Mixed(denoise, weights),
+            self._estimator(
+                "decoder",
+                denoise,
+                options,
+                config.prediction,
+                config.learned_variance,
+                1.0,
+                weights,
+            ),
             (B, 3, config.image_size, config.image_size),
             generators or random_generators(B),
             options,
             on_step,
-            prediction=config.prediction,
-            learned_variance=config.learned_variance,
-            clip=1.0,
         ).clamp(-1, 1)
 
     @inferring
@@ -218,18 +217,14 @@ class UnCLIPStages(UnCLIPNetworks):
             )
         images = images.to(self.device)
         for i, (upsampler, stage_options) in enumerate(zip(self.upsamplers, options, strict=False)):
-            config, low_res, stage = upsampler.config, upsampler.prepare(images), f"upsampler_{i}"
+            config, low_res, stage = upsampler.config, upsampler.condition(images), f"upsampler_{i}"
             images = self._sample(
                 stage,
-                self._denoiser(stage, upsampler, low_res, stage_options),
+                self._upsampling(stage, upsampler, low_res, stage_options),
                 (len(images), 3, config.high_size, config.high_size),
                 generators,
                 stage_options,
                 on_step,
-                prediction=config.prediction,
-                learned_variance=config.learned_variance,
-                clip=1.0,
-                denoise_last=self._last_denoiser(stage, upsampler, low_res, stage_options),
             ).clamp(-1, 1)
         return images
 
@@ -277,42 +272,67 @@ class UnCLIPStages(UnCLIPNetworks):
         cond: Any,
         null: Callable[[], Any],
         options: StageOptions,
-        learned_variance: bool = False,
-    ) -> Denoise:
+    ) -> list[Denoise]:
         """The network under classifier-free guidance; at scale 1 the null is never computed."""
         if options.guidance == 1.0:
-            return self._denoiser(stage, network, cond, options)
+            return [self._denoiser(stage, network, cond, options)]
         without = null()
         both = type(cond).cat([cond, without.repeat_interleave(len(cond) // len(without))])
-        denoisers = [self._denoiser(stage, network, context, options) for context in (both, cond)]
-        return classifier_free(
-            *denoisers, options, self.schedules[stage].num_timesteps, learned_variance
+        return [self._denoiser(stage, network, context, options) for context in (cond, both)]
+
+    def _estimator(
+        self,
+        stage: str,
+        denoisers: list[Denoise],
+        options: StageOptions,
+        prediction: Any,
+        learned_variance: bool,
+        clip: float | None,
+        weights: Tensor | None = None,
+    ) -> Estimator:
+        return Estimator(
+            denoisers[0],
+            self.schedules[stage],
+            options,
+            prediction,
+            learned_variance,
+            clip,
+            denoisers[1] if len(denoisers) > 1 else None,
+            weights,
+            self.dtype,
+        )
+
+    def _upsampling(
+        self, stage: str, upsampler: Upsampler, low_res: Tensor, options: StageOptions
+    ) -> Estimator:
+        first = self._denoiser(stage, upsampler, low_res, options)
+        last = self._last_denoiser(stage, upsampler, low_res, options)
+        end = sampling_timesteps(options, self.schedules[stage])[-1]
+
+        def denoise(x_t: Tensor, t: float) -> Tensor:
+            return (first if last is None or t != end else last)(x_t, t)
+
+        config = upsampler.config
+        return self._estimator(
+            stage, [denoise], options, config.prediction, config.learned_variance, 1.0
         )
 
     def _denoiser(
-        self, stage: str, network: nn.Module, context: Any, options: StageOptions, **which: Any
+        self, stage: str, network: Any, context: Any, options: StageOptions, last: bool = False
     ) -> Denoise:
-        """The network of a stage under one context; which: `last` for an upsampler."""
-        part = network.network(**which) if hasattr(network, "network") else network
-        if options.cache_interval > 1 and not (hasattr(network, "step") and hasattr(network, "unet")):
+        """The network of a stage under one context; last: the second one of an upsampler."""
+        part, call = network, network.denoise_last if last else network.denoise
+        if isinstance(network, Upsampler):
+            part = network.last_unet if last else network.unet
+        if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
             raise ValueError(
                 f"{stage} is a {type(network).__name__}, which has no deep features to cache; set cache_interval to 1"
             )
-        if hasattr(network, "step"):
-            return Stepper(
-                lambda x_t, told, deep: network.step(
-                    x_t.to(self.dtype), told, context, deep, **which
-                ),
-                lambda t: network.embed(t, context, **which),
-                timesteps(options, self.schedules[stage]),
-                self.device,
-                options.cache_interval,
-                partial(self._use, part),
-            )
+        cache = DenoiserCache(sampling_timesteps(options, self.schedules[stage]), options.cache_interval)
 
-        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        def denoise(x_t: Tensor, t: float) -> Tensor:
             self._use(part)
-            return network.denoise(x_t.to(self.dtype), t, context, **which)
+            return call(x_t, t, context, cache)
 
         return denoise
 
@@ -327,12 +347,11 @@ class UnCLIPStages(UnCLIPNetworks):
     def _sample(
         self,
         stage: str,
-        denoise: Denoise,
+        estimate: Estimator,
         shape: tuple[int, ...],
         generators: Sequence[torch.Generator],
         options: StageOptions,
         on_step: OnStep | None,
-        **network: Any,
     ) -> Tensor:
         x_T = randn(shape, generators, self.device)  # in float32 whatever the networks have
         if x_T.ndim == 4:
@@ -343,15 +362,13 @@ class UnCLIPStages(UnCLIPNetworks):
 
         schedule, report = self.schedules[stage], report if on_step else None
         with self._keeping():
-            return sample(
-                denoise, x_T, schedule, options, generators=generators, on_step=report, **network
-            )
+            return sample(estimate, x_T, schedule, options, generators=generators, on_step=report)
 
     def _sample_directly(
         self,
         prior: DirectPrior,
-        cond: TextPrefix,
-        null: Callable[[], TextPrefix],
+        cond: KeyValues,
+        null: Callable[[], KeyValues],
         generators: Sequence[torch.Generator],
         options: StageOptions,
         on_step: OnStep | None,
@@ -364,7 +381,7 @@ class UnCLIPStages(UnCLIPNetworks):
         )
         if guided:
             without = null()
-            cond = TextPrefix.cat([cond, without.repeat_interleave(len(cond) // len(without))])
+            cond = KeyValues.cat([cond, without.repeat_interleave(len(cond) // len(without))])
             rows *= 2
 
         def combine(predicted: Tensor) -> Tensor:
@@ -384,7 +401,10 @@ class UnCLIPStages(UnCLIPNetworks):
 
         self._use(prior)
         with self._keeping():
-            told = {"temperature": options.temperature, "on_draw": report if on_step else None}
+            told = {
+                "temperature": options.temperature,
+                "on_prediction": report if on_step else None,
+            }
             return prior.sample(cond.expand(rows), generators, combine, **told)
 
     def prior_steps(self, options: StageOptions) -> int:
