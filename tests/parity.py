@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from unclip.checkpoints.renaming import Rule, to_here
+from unclip.checkpoints.renaming import Rule, import_state
 
 
 def load_from_diffusers(
@@ -17,7 +17,7 @@ def load_from_diffusers(
     shapes = {
         name: x.shape for name, x in module.state_dict().items() if name.split(".")[0] != but_for
     }
-    state = to_here(reference.state_dict(), rules, shapes, type(reference).__name__)
+    state = import_state(reference.state_dict(), rules, shapes, type(reference).__name__)
     module.load_state_dict(state, strict=but_for is None)
 
 

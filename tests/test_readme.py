@@ -23,7 +23,7 @@ from scripts import ROOT, draw_pictures, run_script
 
 import unclip
 import unclip.pipelines
-from unclip.checkpoints import registry
+from unclip.checkpoints import folders
 from unclip.cli.main import main
 from unclip.data import embeddings, emoji
 from unclip.types import GLIDEOptions
@@ -105,9 +105,9 @@ def unclip_command(words: list[str]) -> None:
 
 def evaluate(words: list[str]) -> None:
     words = [file for word in words for file in (sorted(glob(word)) if "*" in word else [word])]
-    folder = registry.locate(words[words.index("--model") + 1])
+    folder = folders.locate(words[words.index("--model") + 1])
     fast = ["--parts", "codec"]
-    if registry.read_model_json(folder)["kind"] == "unclip":
+    if folders.read_model_json(folder)["kind"] == "unclip":
         fast = ["--parts", "prior", "--prior-steps=2", "--steps=2"]
     assert main([*words[1:], *fast, "--limit=4", "--quiet"]) == 0
 
@@ -115,7 +115,7 @@ def evaluate(words: list[str]) -> None:
 def bench(words: list[str]) -> None:
     words = [word.replace("karlo-random", "karlo-tiny") for word in words]
     # Cold starts run in processes of their own, which need the folder.
-    model = () if "--model" in words else ("--model", str(registry.locate("emoji")))
+    model = () if "--model" in words else ("--model", str(folders.locate("emoji")))
     assert main([*words[1:], *model, "--repeat=1", "--quiet"]) == 0
 
 
@@ -154,9 +154,9 @@ def reader(tmp_path, monkeypatch, tiny_folder, tiny_dalle_folder):
     (tmp_path / "prompts.txt").write_text("a red apple\na blue fish\n")
     checkout(tmp_path / "svgmoji")
     models = {"emoji": tiny_folder, "emoji-dalle1": tiny_dalle_folder}
-    monkeypatch.setattr(registry, "bundled_models", lambda: models)
+    monkeypatch.setattr(folders, "bundled_models", lambda: models)
     karlo_folder = karlo.write(karlo.text_to_image(), tmp_path / "hub")
-    monkeypatch.setattr(registry, "_fetch", lambda hub_id, files, known: karlo_folder)
+    monkeypatch.setattr(folders, "_fetch", lambda hub_id, files, known: karlo_folder)
     load = cache(unclip.pipelines.load)
     monkeypatch.setattr(unclip.pipelines, "load", load)
     monkeypatch.setattr(unclip, "load", load, raising=False)

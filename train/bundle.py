@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from unclip.checkpoints.codecs import load_codec
-from unclip.checkpoints.registry import bundled_models, component_folders
-from unclip.checkpoints.store import Bundle, is_diffused, load_kind, load_schedule, save_bundle
+from unclip.checkpoints.folders import bundled_models, component_folders
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.registry import load_codec
+from unclip.checkpoints.store import is_diffused, load_as, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import config, load_config
 from unclip.models.codecs.codec import ImageCodec
@@ -97,7 +98,7 @@ def assemble_unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     components: dict[str, Any] = {"clip": CLIP.from_pretrained(parts.clip)}
     for name, folder in folders.items():
-        components[name] = load_kind(folder, *ROLES[name.split("_")[0]])
+        components[name] = load_as(folder, *ROLES[name.split("_")[0]])
     bundle = Bundle(
         kind=parts.kind,
         components=components,
@@ -112,7 +113,7 @@ def assemble_unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
 
 
 def assemble_dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
-    dalle = load_kind(parts.dalle, DALLE, "a DALLE of train/dalle.py")
+    dalle = load_as(parts.dalle, DALLE, "a DALLE of train/dalle.py")
     codec = load_codec(parts.codec)
     if not isinstance(codec, ImageCodec):
         raise ValueError(

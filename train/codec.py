@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import field, replace
 from pathlib import Path
 
-from unclip.checkpoints.registry import locate
+from unclip.checkpoints.folders import locate
 from unclip.checkpoints.store import save_component
 from unclip.clip import CLIP
 from unclip.config import config

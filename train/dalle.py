@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from unclip.checkpoints.store import load_kind, save_component
+from unclip.checkpoints.store import load_as, save_component
 from unclip.config import config
 from unclip.data.loader import DataConfig, Loader, open_data
 from unclip.data.precomputed import CodeDataset
@@ -41,7 +41,7 @@ class DALLETraining:
 
 def main(run: Run[DALLETraining]) -> None:
     config, model = run.config, run.config.model
-    codec = load_kind(config.codec, ImageCodec, "a codec of train/codec.py", device=run.device)
+    codec = load_as(config.codec, ImageCodec, "a codec of train/codec.py", device=run.device)
     codec.requires_grad_(False)
     model.check_codec(codec.vocab_size, codec.grid)
     loader = open_loader(config.data, codec)

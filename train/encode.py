@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from unclip.checkpoints.store import load_kind
+from unclip.checkpoints.store import load_as
 from unclip.data.codes import encode
 from unclip.data.precompute import add_arguments, run_command
 from unclip.data.precomputed import CodeDataset
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
 
     def compute(dataset: Dataset, device: str, out: str, **sizes: Any) -> dict[int, str]:
-        codec = load_kind(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
+        codec = load_as(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
         source = {"data": options.data, "codec": options.codec}
         return encode(dataset, codec, out, source=source, **sizes)
 

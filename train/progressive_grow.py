@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from unclip.checkpoints.store import load_kind, load_schedule, save_component
+from unclip.checkpoints.store import load_as, load_schedule, save_component
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unet import LevelSpec
 
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     try:
-        small = load_kind(args.small, Decoder, "a decoder of train/decoder.py")
+        small = load_as(args.small, Decoder, "a decoder of train/decoder.py")
         large = progressive_grow(small, LevelSpec(args.channels, args.blocks))
         schedule = load_schedule(args.small)
         save_component(large, args.out, schedule=replace(schedule, shift=2 * schedule.shift))

@@ -10,7 +10,7 @@ from unclip import _deprecated
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from unclip.checkpoints.codecs import load_codec as load_codec
+    from unclip.checkpoints.registry import load_codec as load_codec
     from unclip.clip import CLIP as CLIP
     from unclip.diffusion.inversion import InversionOptions as InversionOptions
     from unclip.diffusion.repaint import PaintOptions as PaintOptions
@@ -45,7 +45,7 @@ _HOME = {
     "UnCLIPPipeline": "unclip.pipelines.unclip.pipeline",
     "compile": "unclip.pipelines.compilation",
     "load": "unclip.pipelines",
-    "load_codec": "unclip.checkpoints.codecs",
+    "load_codec": "unclip.checkpoints.registry",
     "load_prior": "unclip.pipelines",
 }
 __all__ = [*_HOME, "__version__"]

@@ -1,4 +1,4 @@
-"""JSON files, and folders that are written whole or not at all."""
+"""JSON files, and folders that are written atomically."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; FileNotFoundError or ValueError naming the file."""
+    """Read a JSON object; FileNotFoundError or ValueError names the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
@@ -28,20 +28,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` when all of it is on the disk.
+    """Yield a temporary folder next to `target` that replaces it once everything is on disk.
 
-    After any failure it is gone and `target` is as it was; a failure to write is an OSError of one line.
+    On failure the temporary folder is removed and `target` stays as it was; write errors are
+    OSError.
     """
-    temporary = target.with_name(
-        f".{target.name}.new"
-    )  # fixed names: what a killed run left is overwritten
-    replaced = target.with_name(f".{target.name}.old")
+    # Fixed names: what an interrupted run left is overwritten.
+    temporary, replaced = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            if not path.is_symlink():  # it may lead nowhere
+            if not path.is_symlink():  # its target need not exist
                 _flush(path)
         shutil.rmtree(replaced, ignore_errors=True)
         if target.exists():
@@ -60,16 +59,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
-    """Copies into a new folder what an old one, if there is one, holds besides `replaced`; links stay links.
+    """Copy what `old`, if it exists, holds apart from `replaced` into `new`; links stay links.
 
-    ValueError for what cannot stay, as the new folder has something of the same name.
+    ValueError for an entry that `new` has too.
     """
     for path in old.iterdir() if old.is_dir() else ():
         if path.name in replaced:
             continue
         if (new / path.name).exists():
             raise ValueError(
-                f"{path} is in the way: the new folder has something else of that name; move it away"
+                f"{path} would be overwritten by a new file of that name; move it away"
             )
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True)
@@ -80,9 +79,8 @@ def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
-    descriptor = os.open(
-        path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
-    )  # a file may be read-only
+    # Windows needs write access to flush; elsewhere the file may be read-only.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ from test_karlo_diffusers import assert_same_picture, draw, picture
 import unclip
 from unclip.checkpoints.convert import convert
 from unclip.checkpoints.diffusers import export as diffusers_export
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.formats import Bundle
 from unclip.cli.main import main
 from unclip.clip import CLIP, CLIPConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
@@ -232,14 +232,17 @@ def drawing_from_a_layout(decoder: Decoder) -> Decoder:
         ),
         (
             lambda p: setattr(p, "decoder", drawing_from_a_layout(p.decoder)),
-            "decoder (it is shown a layout)",
+            "decoder (it is conditioned on a layout)",
         ),
         (
             lambda p: reconfigure(p.upsamplers[0], unet=UNEVEN),
             "upsampler_0 (attention, levels of different depth)",
         ),
         (lambda p: setattr(p, "upsamplers", ()), "upsamplers (there are 0; the pipeline has one)"),
-        (lambda p: setattr(p, "decoder", p.upsamplers[0]), "decoder (it is a Upsampler)"),
+        (
+            lambda p: setattr(p, "decoder", p.upsamplers[0]),
+            "decoder (it is a Upsampler, not a Decoder)",
+        ),
         (
             lambda p: p.clip.config.model_cfg["text_cfg"].update(ls_init_value=0.1),
             "clip (text_cfg.ls_init_value is 0.1",
@@ -270,7 +273,7 @@ def test_each_reason_is_told(change: Any, told: str) -> None:
     with pytest.raises(ValueError, match="x cannot be written for diffusers: "):
         diffusers_export.save_for_diffusers(bundle, "nowhere")
     assert diffusers_export.reasons_against(replace(bundle, kind="dalle")) == [
-        "it is a model of kind 'dalle', and only 'unclip' has a pipeline there"
+        "it is a model of kind 'dalle'; diffusers has a pipeline for 'unclip' only"
     ]
 
 
@@ -296,10 +299,10 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_whole(tmp_path: Path, monkey
     source = karlo.write(karlo.text_to_image(), tmp_path / "karlo")
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diffusers_export, "write_weights", full)
+    monkeypatch.setattr(diffusers_export, "write_safetensors", full)
     with pytest.raises(OSError, match="No space left on device.*untouched"):
         convert(source, source, "diffusers")
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
@@ -333,7 +336,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "thesis.txt").write_text("dear")
     for command, told in {
-        f"convert {source} {tmp_path / 'again'} --to diffusers": "exists and is no folder of diffusers'",
+        f"convert {source} {tmp_path / 'again'} --to diffusers": "exists and is not a diffusers folder",
         f"convert {source} {tmp_path / 'x'} --to onnx": "invalid choice: 'onnx'",
         f"convert nothing {tmp_path / 'x'} --to unclip": "unknown model 'nothing'",
     }.items():

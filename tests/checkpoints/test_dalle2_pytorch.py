@@ -206,7 +206,7 @@ def test_the_best_checkpoint_of_a_folder_is_taken(prior, tmp_path):
         assert torch.equal(unclip.load_prior(path).query, state["net.learned_query"])
     best.rename(tmp_path / "prior/a.pth")
     (tmp_path / "prior/latest.pth").rename(tmp_path / "prior/b.pth")
-    with pytest.raises(ValueError, match=r"prior should hold one .pth file; found a.pth, b.pth"):
+    with pytest.raises(ValueError, match=r"prior: expected one .pth file, found a.pth, b.pth"):
         unclip.load_prior(tmp_path)
 
 
@@ -233,7 +233,7 @@ def test_the_best_checkpoint_of_a_folder_is_taken(prior, tmp_path):
                     ).alpha_bar
                 }
             ),
-            "its tables noise_scheduler are not the cosine schedule with 100 timesteps",
+            "noise_scheduler.* is not the cosine schedule with 100 timesteps",
         ),
     ],
 )
@@ -261,12 +261,12 @@ def test_the_configuration_is_never_guessed(prior, tmp_path):
     (tmp_path / "prior_config.json").rename(tmp_path / "x.json")
     with pytest.raises(
         FileNotFoundError,
-        match="no configuration in it; put its model's prior_config.json beside it",
+        match="holds no configuration; put the model's prior_config.json",
     ):
         unclip.load_prior(file)
     (tmp_path / "prior_config.json").write_text(json.dumps(section))
     with pytest.raises(
-        ValueError, match="prior_config.json: its configuration has no section 'prior'"
+        ValueError, match="prior_config.json: the configuration has no section 'prior'"
     ):
         unclip.load_prior(file)
 
@@ -276,13 +276,13 @@ def test_the_configuration_is_never_guessed(prior, tmp_path):
     [
         (
             {"predict_v": True},
-            "predict_v is True, but only False is supported: the prior answers x_0 here",
+            "predict_v is True, but only False is supported: the prior predicts x_0",
         ),
         ({"net.num_time_embeds": 2}, "num_time_embeds is 2, but only 1 is supported"),
         ({"net.self_cond": True}, "self_cond is True, but only False is supported"),
-        ({"beta_schedule": "jsd"}, "beta_schedule is 'jsd'; only cosine and linear are supported"),
-        ({"sampling_clamp_l2norm": True}, "estimates of x_0 are not put on a sphere"),
-        ({"image_embed_dim": 32}, "net.dim is 24, but image_embed_dim 32"),
+        ({"beta_schedule": "jsd"}, "beta_schedule is 'jsd'; expected 'cosine' or 'linear'"),
+        ({"sampling_clamp_l2norm": True}, "estimates of x_0 are not normalised"),
+        ({"image_embed_dim": 32}, "net.dim is 24, but image_embed_dim is 32"),
         ({"timesteps": 200}, "net.num_timesteps is 100; expected at least 200"),
         ({"net.surprise": 1}, "net.surprise is unknown"),
         ({"image_embed_dim": "24"}, "image_embed_dim is '24'; expected"),
@@ -300,9 +300,7 @@ def test_what_is_not_supported_is_refused_by_name(prior, tmp_path, changes, mess
 @pytest.mark.parametrize("release", ["0.16.1", "0.22.3", "0.23.2"])
 def test_releases_that_computed_like_no_other_are_refused(prior, tmp_path, release):
     state, section = prior
-    with pytest.raises(
-        ValueError, match=f"is of release {release}, which computed like no other for some hours"
-    ):
+    with pytest.raises(ValueError, match=f"is of release {release}, which is not supported"):
         unclip.load_prior(write(tmp_path / "prior.pth", state, release, prior=section))
 
 
@@ -320,11 +318,11 @@ def test_releases_that_computed_like_no_other_are_refused(prior, tmp_path, relea
             "1.0.2",
             "image_embed_dim is 12; expected the width of CLIP's embeddings",
         ),
-        ({"resnet_groups": [8]}, "1.0.2", "has 1 settings for 2 levels"),
+        ({"resnet_groups": [8]}, "1.0.2", "has 1 values for 2 levels"),
         (
             {"anything": "else"},
             "1.2.0",
-            "sparse_attn of releases 1.2 and 1.3, current for two days in 2022, is not supported",
+            "sparse_attn of releases 1.2 and 1.3 is not supported",
         ),
         ({"text_embed_dim": None}, "1.0.2", "text_embed_dim is missing"),
         ({"cond_on_text_encodings": False}, "1.0.2", "unexpected: unets.0.text_to_cond.weight"),
@@ -344,7 +342,7 @@ def test_unets_that_are_not_supported_are_refused(changes, release, message, tmp
     [
         (
             {"learned_variance_constrain_frac": True},
-            "a learned variance is interpolated without a sigmoid here",
+            "a learned variance is interpolated without a sigmoid",
         ),
         (
             {"use_noise_for_lowres_cond": [True]},
@@ -353,7 +351,7 @@ def test_unets_that_are_not_supported_are_refused(changes, release, message, tmp
         ({"beta_schedule": ["cosine", "linear"]}, "beta_schedule has 2 values for 1 U-Nets"),
         (
             {"clip": None},
-            "clip is missing, and cannot be fetched as the configurations name none; put the CLIP there",
+            "clip is missing.*configurations name none; put the CLIP there",
         ),
         ({"clip": {**CLIP_NAMED, "make": "x-clip"}}, "name x-clip ViT-L/14; put the CLIP there"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import unclip
 from unclip.checkpoints import glide
-from unclip.checkpoints.renaming import to_there
+from unclip.checkpoints.renaming import export_state
 from unclip.cli.main import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.glide import GLIDE, GLIDEConfig
@@ -64,7 +64,7 @@ def test_a_network_answers_as_in_glides_code(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_the_rules_are_undone_exactly(name: str, tmp_path: Path) -> None:
     net = network(name, tmp_path)
-    back = to_there(net.state_dict(), glide.glide_rules(net.config))
+    back = export_state(net.state_dict(), glide.glide_rules(net.config))
     assert all(torch.equal(back[key], tensor) for key, tensor in state(name).items())
 
 
@@ -371,11 +371,11 @@ def test_a_network_is_given_what_it_needs(
         (lambda s: s.update(unemb=torch.zeros(2)), r"base\.pt does not fit: unexpected: unemb"),
         (
             lambda s: s.pop("token_embedding.weight"),
-            r"holds no network of GLIDE's: token_embedding\.weight is missing",
+            r"not a network of GLIDE: the tensor token_embedding\.weight is missing",
         ),
         (
             lambda s: s.update({"input_blocks.0.0.weight": torch.zeros(32, 5, 3, 3)}),
-            "a U-Net of 5 channels; GLIDE's",
+            "a U-Net with 5 input channels; GLIDE's",
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_a_vocabulary_that_is_absent_or_damaged_is_told(
 ) -> None:
     (folder / glide.VOCAB_FILE).write_bytes(b"{")
     with pytest.raises(
-        ValueError, match=r"encoder\.json\.gz and vocab\.bpe\.gz hold no vocabulary"
+        ValueError, match=r"encoder\.json\.gz and vocab\.bpe\.gz are not a vocabulary"
     ):
         unclip.load(folder)
     (folder / glide.VOCAB_FILE).unlink()
@@ -402,14 +402,14 @@ def test_a_vocabulary_that_is_absent_or_damaged_is_told(
         "huggingface_hub.hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network"))
     )
     with pytest.raises(
-        ValueError, match=r"has no encoder\.json\.gz .* could not be fetched either: no network"
+        ValueError, match=r"has no encoder\.json\.gz .* downloading it failed: no network"
     ):
         unclip.load(folder)
     GPT2Tokenizer(*vocabulary(), context_length=L).save_pretrained(folder / "tokenizer")
     (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer.json")
     assert unclip.load(folder, device="cpu").tokenizer.vocab_size == 50
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json holds no tokenizer of GPT-2's kind"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a GPT-2 tokenizer"):
         unclip.load(folder)
 
 

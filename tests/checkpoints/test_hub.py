@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import unclip
-from unclip.checkpoints.hub import PRIOR_FILES, wanted
+from unclip.checkpoints.hub import PRIOR_FILES, select
 
 OURS = [
     "model.json",
@@ -35,19 +35,19 @@ def test_json_and_safetensors_are_enough_where_they_are_there():
         "decoder/model.fp16.safetensors",
         "run.ckpt",
     ]
-    assert wanted(OURS + useless) == OURS
-    assert wanted(KARLO + useless) == KARLO
+    assert select(OURS + useless) == OURS
+    assert select(KARLO + useless) == KARLO
 
 
 def test_a_component_without_full_safetensors_is_taken_as_it_is():
     bare = [*KARLO, "text_encoder/config.json", "image_encoder/config.json"]
     more = ["text_encoder/pytorch_model.bin", "image_encoder/model.fp16.safetensors"]
-    assert sorted(wanted([*bare, *more, "decoder/w.bin"])) == sorted(bare + more)
+    assert sorted(select([*bare, *more, "decoder/w.bin"])) == sorted(bare + more)
 
 
 def test_of_mega_and_mini_mega_is_taken():
-    assert set(wanted(MEGA + MINI)) == {*MEGA, "vocab_mini.json", "merges_mini.txt"}
-    assert set(wanted([*MINI, "detoker.pt"])) == {*MINI, "detoker.pt"}
+    assert set(select(MEGA + MINI)) == {*MEGA, "vocab_mini.json", "merges_mini.txt"}
+    assert set(select([*MINI, "detoker.pt"])) == {*MINI, "detoker.pt"}
 
 
 def test_dalle2_pytorch_s_best_and_latest_are_taken():
@@ -60,13 +60,13 @@ def test_dalle2_pytorch_s_best_and_latest_are_taken():
         "decoder/a/samples.npy",
         "other.pth",
     ]
-    assert set(wanted([*prior, *decoder, *useless])) == {*prior, *decoder}
-    assert set(wanted([*prior, *decoder, *useless], PRIOR_FILES)) == set(prior)
+    assert set(select([*prior, *decoder, *useless])) == {*prior, *decoder}
+    assert set(select([*prior, *decoder, *useless], PRIOR_FILES)) == set(prior)
     with pytest.raises(
         ValueError,
-        match=r"several models \(decoder/a/latest.pth, decoder/b/latest.pth\); fetch one",
+        match=r"several models \(decoder/a/latest.pth, decoder/b/latest.pth\); download one",
     ):
-        wanted([*prior, *decoder, "decoder/b/latest.pth"])
+        select([*prior, *decoder, "decoder/b/latest.pth"])
 
 
 def test_other_original_files_are_taken():
@@ -76,9 +76,9 @@ def test_other_original_files_are_taken():
         "ViT-L-14.pt",
         "ViT-L-14_stats.th",
     ]
-    assert set(wanted([*karlo, "a.png"])) == set(karlo)
-    assert set(wanted([*karlo, "2_1.pt"], PRIOR_FILES)) == {karlo[0], karlo[3]}
-    assert wanted(["dalle.pt", "tokenizer.json", "train.log"]) == ["tokenizer.json", "dalle.pt"]
+    assert set(select([*karlo, "a.png"])) == set(karlo)
+    assert set(select([*karlo, "2_1.pt"], PRIOR_FILES)) == {karlo[0], karlo[3]}
+    assert select(["dalle.pt", "tokenizer.json", "train.log"]) == ["tokenizer.json", "dalle.pt"]
 
 
 def test_a_hub_id_is_fetched(tiny_folder, monkeypatch):
@@ -108,7 +108,8 @@ def test_without_a_network_what_was_fetched_is_read(tiny_folder, tmp_path, monke
     (cached / "snapshots" / "0a1b").symlink_to(Path(tiny_folder).resolve())
     assert unclip.load("someone/tiny", "cpu").name == "tiny"
     with pytest.raises(
-        ValueError, match="no local folder.*the Hub cannot be reached and nothing of it is cached; "
+        ValueError,
+        match="not a local folder.*the Hub cannot be reached, and nothing of the model is cached; ",
     ):
         unclip.load("someone/other")
 
@@ -133,6 +134,7 @@ def test_the_hub_s_answer_is_told(status, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
     with pytest.raises(
-        ValueError, match=f"'someone/gone' is no local folder and could not be fetched: {reason}"
+        ValueError,
+        match=f"'someone/gone' is not a local folder and could not be downloaded: {reason}",
     ):
         unclip.load("someone/gone")

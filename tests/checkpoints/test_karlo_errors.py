@@ -125,7 +125,7 @@ def test_a_malicious_pickle_does_not_run(folder: Path, tmp_path: Path, place: st
         ),
         (
             "decoder/diffusion_pytorch_model.safetensors",
-            "decoder holds no weights; expected a .safetensors or .bin",
+            "decoder has no weights; expected a .safetensors or .bin",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_shards_that_are_not_there(folder: Path) -> None:
             {"safety_checker": ["transformers", "Checker"]},
             "unknown component safety_checker (Checker)",
         ),
-        ({"text_proj": [None, None]}, "names no text_proj; UnCLIPPipeline needs it"),
+        ({"text_proj": [None, None]}, "has no text_proj; UnCLIPPipeline needs it"),
     ],
 )
 def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told: str) -> None:
@@ -193,13 +193,13 @@ def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told
         (
             "decoder",
             {"only_cross_attention": True},
-            "only_cross_attention is True, a setting that is not supported",
+            "only_cross_attention is True; this setting is not supported",
         ),
         ("decoder", {"norm_eps": 1e-6}, "norm_eps is 1e-06; only 1e-05 is supported"),
         (
             "decoder",
             {"down_block_types": ["DownBlock2D"] * 2},
-            "down_block_types holds 'DownBlock2D'; only Resnet",
+            "down_block_types has 'DownBlock2D'; only Resnet",
         ),
         ("decoder", {"up_block_types": ["ResnetUpsampleBlock2D"] * 2}, "up_block_types is"),
         (
@@ -210,7 +210,7 @@ def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told
         (
             "decoder",
             {"attention_head_dim": [8, 16]},
-            "attention_head_dim is [8, 16]; only one for all levels",
+            "attention_head_dim is [8, 16]; expected the same for all levels",
         ),
         (
             "decoder",
@@ -232,14 +232,18 @@ def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told
             {"hidden_act": "relu"},
             "hidden_act is 'relu'; expected quick_gelu or gelu",
         ),
-        ("text_encoder", {"hidden_size": None}, "hidden_size is None; expected a whole number"),
-        ("text_encoder", {"vocab_size": 700}, "has 714 tokens, but the text encoder knows 700"),
+        ("text_encoder", {"hidden_size": None}, "hidden_size is None; expected an integer"),
+        (
+            "text_encoder",
+            {"vocab_size": 700},
+            "has 714 tokens, but the text encoder has embeddings for 700",
+        ),
         (
             "text_encoder",
             {"max_position_embeddings": 20},
             "model_max_length is 16, but the text encoder has 20",
         ),
-        ("prior_scheduler", {"prediction_type": "epsilon"}, "a prior predicts the 'sample'"),
+        ("prior_scheduler", {"prediction_type": "epsilon"}, "expected prediction_type 'sample'"),
         (
             "decoder_scheduler",
             {"beta_schedule": "linear"},
@@ -258,7 +262,7 @@ def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told
         (
             "super_res_scheduler",
             {"clip_sample": False},
-            "clip_sample is False; pictures are clipped to 1",
+            "clip_sample is off; expected images to be clipped to 1",
         ),
         ("super_res_scheduler", {"_class_name": "DDPMScheduler"}, "expected 'UnCLIPScheduler'"),
     ],
@@ -276,7 +280,7 @@ def test_settings_that_have_no_equal_here(
         (
             "image_encoder",
             {"hidden_act": "gelu"},
-            "don't fit together: embed_dim 16 and 16, quick_gelu False and True",
+            "do not fit together: embed_dim 16 and 16, quick_gelu False and True",
         ),
         ("image_encoder", {"num_channels": 4}, "num_channels is 4; only 3 is supported"),
         ("feature_extractor", {"size": {"shortest_edge": 40}}, "size is {'shortest_edge': 40}"),
@@ -301,14 +305,12 @@ def test_so_for_pictures(
 
 def test_a_tokenizer_that_is_none(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\na b c\n")
-    refused(folder, "tokenizer/merges.txt: 'a b c' is no merge of two tokens")
+    refused(folder, "tokenizer/merges.txt: 'a b c' is not a merge of two tokens")
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\nq# x#\n")
-    refused(
-        folder, str(folder / "tokenizer"), "no tokenizer of CLIP's kind", "`q#` out of vocabulary"
-    )
+    refused(folder, str(folder / "tokenizer"), "is not a CLIP tokenizer", "`q#` out of vocabulary")
     (folder / "tokenizer" / "vocab.json").unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    refused(folder, "tokenizer/tokenizer.json holds no tokenizer")
+    refused(folder, "tokenizer/tokenizer.json is not a valid tokenizer")
 
 
 def test_the_command_line_says_it_in_one_line(

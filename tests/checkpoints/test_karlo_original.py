@@ -16,9 +16,9 @@ from torch import Tensor
 import unclip
 from unclip.checkpoints import karlo
 from unclip.checkpoints.diffusers.export import save_for_diffusers
-from unclip.checkpoints.formats import load_any
 from unclip.checkpoints.openai.clip import read_clip
-from unclip.checkpoints.renaming import to_there
+from unclip.checkpoints.registry import load_any
+from unclip.checkpoints.renaming import export_state
 from unclip.clip import CLIP, CLIPConfig
 from unclip.types import TextEncoding
 
@@ -180,7 +180,7 @@ def test_the_rules_are_undone_exactly(name: str, folder: Path) -> None:
         network = karlo.read_prior(folder / FILES[name], folder / karlo.STATS_FILE)
     else:
         network = readers[name](folder / FILES[name])
-    back = to_there(network.state_dict(), rules[name](network.config))
+    back = export_state(network.state_dict(), rules[name](network.config))
     assert all(torch.equal(back[key], tensor) for key, tensor in state(name).items())
 
 
@@ -231,7 +231,7 @@ def test_a_missing_or_doubled_file_is_named(copy: Path) -> None:
         load_any(copy)
     shutil.copy(copy / FILES["prior"], copy / "prior-ckpt-2.ckpt")
     with pytest.raises(
-        ValueError, match=r"should hold one file prior-ckpt\*\.ckpt, but holds prior-ckpt-2\.ckpt, "
+        ValueError, match=r"expected one file prior-ckpt\*\.ckpt, found prior-ckpt-2\.ckpt, "
     ):
         load_any(copy)
 
@@ -241,7 +241,7 @@ def test_a_truncated_file_is_named(name: str, copy: Path) -> None:
     whole = (copy / name).read_bytes()
     (copy / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        ValueError, match=rf"{re.escape(name)} is truncated or is no checkpoint"
+        ValueError, match=rf"{re.escape(name)} is truncated or not a PyTorch checkpoint"
     ) as told:
         load_any(copy)
     assert "\n" not in str(told.value)
@@ -250,5 +250,5 @@ def test_a_truncated_file_is_named(name: str, copy: Path) -> None:
 @pytest.mark.parametrize("name", [*FILES.values(), karlo.STATS_FILE, karlo.CLIP_FILE])
 def test_a_file_of_something_else_is_named(name: str, copy: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, copy / name)
-    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds (a dict|no )"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is (a dict|not an? )"):
         load_any(copy)

@@ -206,7 +206,7 @@ def change(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], ob
         (
             "encoder.pt",
             lambda s: s.pop("embed_tokens.weight"),
-            "no DALL-E of min-dalle's: encoder.embed_tokens.weight",
+            "not a DALL-E of min-dalle: the tensor encoder.embed_tokens.weight",
         ),
         (
             "decoder.pt",
@@ -226,12 +226,12 @@ def change(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], ob
         (
             "decoder.pt",
             lambda s: s.update({"embed_tokens.weight": torch.ones(31, 128)}),
-            "knows 30 codes",
+            "has 30 codes, the codec 40",
         ),
         (
             "detoker.pt",
             lambda s: s.pop("embedding.weight"),
-            "no detokenizer of min-dalle's: embedding.w",
+            "not a detokenizer of min-dalle: the tensor embedding.w",
         ),
         (
             "detoker.pt",
@@ -249,7 +249,7 @@ def test_tensors_fit_or_are_named(file, edit, message, tmp_path):
 def test_a_vocabulary_that_is_absent_or_damaged_is_told(tmp_path):
     folder = write(tmp_path / "model")
     (folder / "merges.txt").write_text("#version: 0.2\nx yz\n")
-    with pytest.raises(ValueError, match=r"vocab.json and merges.txt hold no vocabulary"):
+    with pytest.raises(ValueError, match=r"vocab.json and merges.txt are not a vocabulary"):
         unclip.load(folder)
     (folder / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"merges.txt is missing"):

@@ -241,7 +241,7 @@ def test_no_name_is_looked_up(function: Named, tmp_path: Path, canary: Path) -> 
 def test_what_a_stub_returns_cannot_be_called(tmp_path: Path, canary: Path) -> None:
     getter = Named("builtins", "getattr"), MARK, Named("os", "path"), text("system"), TUPLE, REDUCE
     (tmp_path / "file").write_bytes(by_hand(*getter, MARK, text(f"touch {canary}"), TUPLE, REDUCE))
-    with pytest.raises(ValueError, match="is truncated or is no checkpoint"):
+    with pytest.raises(ValueError, match="is truncated or not a PyTorch checkpoint"):
         read_checkpoint(tmp_path / "file")
     assert not canary.exists()
 
@@ -264,7 +264,7 @@ def test_a_file_cannot_change_the_functions_that_it_may_call(name: str, tmp_path
     (tmp_path / "file").write_bytes(
         by_hand(Named("torch._utils", name), b"N", changes, b"\x86", BUILD)
     )
-    with pytest.raises(ValueError, match="it changes a function"):
+    with pytest.raises(ValueError, match="it modifies a function"):
         read_checkpoint(tmp_path / "file")
 
 
@@ -293,7 +293,7 @@ def test_a_truncated_file_is_told_in_one_line(kind: str, kept: float, tmp_path: 
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(
-        ValueError, match=r"cut\.ckpt is truncated or is no checkpoint of PyTorch's \(.+\); fetch"
+        ValueError, match=r"cut\.ckpt is truncated or not a PyTorch checkpoint \(.+\); download"
     ) as told:
         read_checkpoint(file)
     assert "\n" not in str(told.value)
@@ -305,7 +305,7 @@ def test_a_truncated_file_is_told_in_one_line(kind: str, kept: float, tmp_path: 
 )
 def test_a_foreign_file_is_told_in_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(data)
-    with pytest.raises(ValueError, match=r"file\.pt is truncated or is no checkpoint of PyTorch's"):
+    with pytest.raises(ValueError, match=r"file\.pt is truncated or not a PyTorch checkpoint"):
         read_checkpoint(tmp_path / "file.pt")
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent"):
         read_checkpoint(tmp_path / "absent.pt")

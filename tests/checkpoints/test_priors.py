@@ -168,9 +168,9 @@ def test_a_prior_of_another_clip_is_refused(
 
 
 def test_what_holds_no_prior_is_told(tmp_path: Path, tiny_folder: Path, transformer: Path) -> None:
-    with pytest.raises(ValueError, match="holds no prior of a known format"):
+    with pytest.raises(ValueError, match="is not a prior of a known format"):
         unclip.load_prior(tmp_path)
-    with pytest.raises(ValueError, match="decoder holds a Decoder; expected a prior"):
+    with pytest.raises(ValueError, match="decoder is a Decoder; expected a prior"):
         unclip.load_prior(tiny_folder / "decoder")
     with pytest.raises(ValueError, match="unknown model 'kandinsky'"):
         unclip.load_prior("kandinsky")
@@ -182,7 +182,7 @@ def test_what_holds_no_prior_is_told(tmp_path: Path, tiny_folder: Path, transfor
 def test_a_whole_model_cannot_be_loaded_from_a_prior(tmp_path: Path) -> None:
     torch.save(weights(RECORDED["shapes"]), tmp_path / "prior_fp16.ckpt")
     with pytest.raises(
-        ValueError, match=r"holds a prior, not a whole model; unclip\.load_prior reads it"
+        ValueError, match=r"is a prior, not a whole model; load it with unclip\.load_prior"
     ):
         unclip.load(tmp_path)
 

@@ -12,9 +12,9 @@ from conftest import scrambled, tiny_decoder, tiny_prior, tiny_upsampler
 from safetensors.torch import load_file, save_file
 
 import unclip
-from unclip.checkpoints import registry as catalogue
-from unclip.checkpoints import store
-from unclip.checkpoints.formats import load_any
+from unclip.checkpoints import folders, store, summary
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.registry import load_any
 from unclip.cli.main import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_named(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match=r"decoder.model\.safetensors is truncated"):
         unclip.load(folder)
     with pytest.raises(ValueError, match=r"decoder.model\.safetensors is truncated"):
-        catalogue.describe(folder)
+        summary.describe(folder)
 
 
 def test_an_unknown_config_key_is_named(tmp_path):
@@ -179,7 +179,7 @@ def test_folders_of_the_user_stay_in_a_model(tiny_pipe, tiny_folder, tmp_path):
 
     bare.save_pretrained(folder)
     (folder / "prior").mkdir()
-    with pytest.raises(ValueError, match=r"tiny.prior is in the way: .*; move it away"):
+    with pytest.raises(ValueError, match=r"tiny.prior would be overwritten .*; move it away"):
         tiny_pipe.save_pretrained(folder)
     assert unclip.load(folder).prior is None and picture.is_file() and (folder / "prior").is_dir()
 
@@ -196,7 +196,7 @@ def test_a_card_may_be_written_before_the_model(tiny_pipe, tmp_path):
 def test_no_other_folder_is_replaced(tiny_pipe, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is no model folder"):
+    with pytest.raises(ValueError, match="is not a model folder"):
         tiny_pipe.save_pretrained(tmp_path)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "dear"
 
@@ -211,12 +211,12 @@ def test_a_newer_version_is_refused(tiny_folder, tmp_path):
 
 
 def test_a_folder_of_no_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no model of a known format"):
+    with pytest.raises(ValueError, match="not a model of a known format"):
         unclip.load(tmp_path)
 
 
 def test_description_counts_what_is_stored(tiny_pipe, tiny_folder):
-    described = {part.name: part for part in catalogue.describe(tiny_folder)}
+    described = {part.name: part for part in summary.describe(tiny_folder)}
     assert list(described) == ["clip", "prior", "decoder", "upsampler_0"]
     for name, network in tiny_pipe.networks().items():
         assert described[name].parameters == sum(
@@ -232,20 +232,20 @@ def test_bundled_models_are_found_in_a_checkout_and_in_a_wheel(tiny_folder, tmp_
     ):
         shutil.copytree(tiny_folder, assets / "emoji")
         (assets / "pictures").mkdir()
-        monkeypatch.setattr(catalogue, "_PACKAGE", package)
-        assert catalogue.bundled_models() == {"emoji": assets / "emoji"}
-        assert catalogue.locate("emoji") == assets / "emoji"
+        monkeypatch.setattr(folders, "_PACKAGE", package)
+        assert folders.bundled_models() == {"emoji": assets / "emoji"}
+        assert folders.locate("emoji") == assets / "emoji"
 
 
 def test_a_component_may_be_a_bundled_model_s(
     tiny_folder, tiny_dalle, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(folders, "_PACKAGE", tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
     parts = {"tokenizer": tiny_dalle.tokenizer, **tiny_dalle.networks()}
-    bundle = store.Bundle("dalle", parts, {}, tiny_dalle.options, "second", "MIT")
+    bundle = Bundle("dalle", parts, {}, tiny_dalle.options, "second", "MIT")
     folder = tmp_path / "assets" / "second"
-    store.save_bundle(bundle, folder, borrowed={"clip": "emoji"})
+    store.save_bundle(bundle, folder, shared_from={"clip": "emoji"})
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {
         "tokenizer",
         "codec",
@@ -259,8 +259,8 @@ def test_a_component_may_be_a_bundled_model_s(
     )
     assert borrowing("a fish", num_candidates=2, progress=False).scores is not None
 
-    described = {part.name: part for part in catalogue.describe(folder)}
-    assert {name: part.lender for name, part in described.items()} == {
+    described = {part.name: part for part in summary.describe(folder)}
+    assert {name: part.shared_from for name, part in described.items()} == {
         "clip": "emoji",
         "codec": None,
         "dalle": None,
@@ -269,23 +269,23 @@ def test_a_component_may_be_a_bundled_model_s(
     told = capsys.readouterr().out
     assert "F32, from emoji" in told and told.count("from emoji") == 1
     borrowing.save_pretrained(tmp_path / "whole")
-    assert (tmp_path / "whole" / "clip").is_dir() and not catalogue.lenders(tmp_path / "whole")
+    assert (tmp_path / "whole" / "clip").is_dir() and not folders.shared_from(tmp_path / "whole")
 
     shutil.rmtree(tmp_path / "assets" / "emoji")
-    for ask in (unclip.load, catalogue.describe):
+    for ask in (unclip.load, summary.describe):
         with pytest.raises(
-            ValueError, match="borrows clip from 'emoji', which is no bundled model.*: second$"
+            ValueError, match="takes clip from 'emoji', which is not a bundled model.*: second$"
         ):
             ask(folder)
     model = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**model, "borrowed": ["clip"]}))
-    with pytest.raises(ValueError, match="borrowed is .*; expected names of components and models"):
+    with pytest.raises(ValueError, match="borrowed is .*; expected a mapping"):
         unclip.load(folder)
 
 
 def test_an_unknown_name_lists_the_models_there_are(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
-    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(folders, "_PACKAGE", tmp_path)
     with pytest.raises(ValueError, match="unknown model 'emojis'; bundled models: emoji; or give"):
         unclip.load("emojis")
 
@@ -296,6 +296,6 @@ def test_without_a_network_a_hub_id_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        ValueError, match="'someone/unclip-test' is no local folder.*cannot be reached"
+        ValueError, match="'someone/unclip-test' is not a local folder.*cannot be reached"
     ):
         unclip.load("someone/unclip-test")

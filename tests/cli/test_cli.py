@@ -143,9 +143,9 @@ def test_a_model_tells_what_it_holds(run, tiny_folder):
 
 
 def test_bundled_models_are_listed(run, tiny_folder, monkeypatch):
-    from unclip.checkpoints import registry as catalogue
+    from unclip.checkpoints import folders
 
-    monkeypatch.setattr(catalogue, "bundled_models", lambda: {"emoji": tiny_folder})
+    monkeypatch.setattr(folders, "bundled_models", lambda: {"emoji": tiny_folder})
     assert run("models", model=None) == (0, "emoji  2 MB  MIT\n", "")
 
 

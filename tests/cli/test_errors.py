@@ -16,7 +16,7 @@ from conftest import TINY_OPTIONS, tiny_decoder, tiny_upsampler
 from PIL import Image
 
 import unclip
-from unclip.checkpoints import registry as catalogue
+from unclip.checkpoints import folders
 from unclip.cli.main import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.image_io import open_image, read_metadata
@@ -210,7 +210,7 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
     """A working folder in which a broken model and some broken files lie."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
-    monkeypatch.setattr(catalogue, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(folders, "_PACKAGE", tmp_path)
     shutil.copytree(tiny_folder, tmp_path / "broken")
     weights = tmp_path / "broken" / "prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -258,7 +258,7 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
         ("variations plain.png --candidates 2", "unrecognized arguments: --candidates 2"),
         ("info nothing", "unknown model 'nothing'; bundled models: emoji"),
         ("info plain.png", "plain.png holds no metadata"),
-        ("info assets", "assets holds no model, codec or prior of a known format"),
+        ("info assets", "assets is not a model, codec or prior of a known format"),
     ],
 )
 def test_the_command_line_tells_what_is_wrong(here, capsys, command, message):
@@ -289,5 +289,5 @@ def test_faults_of_a_model_folder_are_told(here):
     with pytest.raises(ValueError, match=r"options\.json is not valid JSON"):
         unclip.load("emoji")
     (folder / "model.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"model\.json is of format None version None"):
+    with pytest.raises(ValueError, match=r"model\.json has format None version None"):
         unclip.load("emoji")

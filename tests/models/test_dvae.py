@@ -13,9 +13,9 @@ from recorded import numbers, recording, sampled, weights
 from torch import Tensor, nn
 from torch.distributions import Categorical, Laplace, SigmoidTransform, TransformedDistribution
 
-from unclip.checkpoints.codecs import load_codec
 from unclip.checkpoints.openai import dvae as openai_dvae
-from unclip.checkpoints.renaming import to_there
+from unclip.checkpoints.registry import load_codec
+from unclip.checkpoints.renaming import export_state
 from unclip.models.codecs.dvae import (
     DVAE,
     EPS,
@@ -83,7 +83,7 @@ def test_sizes_are_read_from_the_files_and_their_names_can_be_given_back(folder)
     dvae = openai_dvae.load(folder)
     assert dvae.config == DVAEConfig(vocab_size=512, width=64, code_width=16)
     state = dvae.state_dict()
-    there = to_there(
+    there = export_state(
         state, openai_dvae.rules({name: tensor.shape for name, tensor in state.items()})
     )
     shapes = {
@@ -111,10 +111,10 @@ def test_something_else_is_no_dvae(tmp_path):
     for part in ("encoder", "decoder"):
         torch.save(nn.Linear(2, 2), tmp_path / f"{part}.pkl")
     with pytest.raises(
-        ValueError, match="is no dVAE of OpenAI's: encoder.blocks.output.conv.w is missing"
+        ValueError, match="is not a dVAE of OpenAI: the tensor encoder.blocks.output.conv.w is missing"
     ):
         load_codec(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no codec at"):
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         load_codec(tmp_path / "nothing")
 
 

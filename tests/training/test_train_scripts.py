@@ -14,8 +14,8 @@ from PIL import Image
 from scripts import ROOT, draw_pictures, run_in_two_processes, run_script
 
 import unclip
-from unclip.checkpoints import registry as catalogue
-from unclip.checkpoints.codecs import load_codec
+from unclip.checkpoints import folders
+from unclip.checkpoints.registry import load_codec
 from unclip.data.embeddings import EmbeddingWriter
 from unclip.data.precompute import PartWriter
 from unclip.weights import read_tensors
@@ -98,14 +98,14 @@ def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(
     workplace, clip, monkeypatch
 ):
     lender = {"lender": workplace / "runs/tiny/model"}
-    monkeypatch.setattr(catalogue, "bundled_models", lambda: lender)
+    monkeypatch.setattr(folders, "bundled_models", lambda: lender)
     setting = [] if clip is None else [f"--set=clip={clip}"]
     run_script(
         ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model_dalle.yaml"), *setting
     )
     folder = workplace / "runs/tiny/model_dalle"
     assert (folder / "clip").is_dir() == (clip == "runs/tiny/clip/model")
-    assert catalogue.lenders(folder) == ({"clip": "lender"} if clip == "lender" else {})
+    assert folders.shared_from(folder) == ({"clip": "lender"} if clip == "lender" else {})
     pipe = unclip.load(folder)
     result = pipe(
         "a red circle", num_candidates=None if clip is None else 2, seed=3, progress=False

@@ -1,4 +1,4 @@
-"""The names that networks have in OpenAI's ADM (2105.05233) and its descendants: GLIDE, Karlo, Kandinsky's prior."""
+"""Parameter names of OpenAI's ADM (2105.05233), shared by GLIDE, Karlo and Kandinsky's prior."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unclip.checkpoints.renaming import Rule, by_head, move, under
+from unclip.checkpoints.renaming import Rule, by_head, count, expecting, move, prefixed, repeated
 from unclip.models.unet import LevelSpec, UNetConfig
 
-HEAD_DIM = 64  # of every published network; the tensors don't tell
+HEAD_DIM = 64  # in every published network; the tensors do not show it
 
 UNET = (
     move("time_embed.0", "time.fc1"),
@@ -40,18 +40,13 @@ TRANSFORMER_BLOCK = (
 def unet_config(
     tensors: Mapping[str, Tensor], source: str | Path, head_dim: int = HEAD_DIM
 ) -> UNetConfig:
-    """The sizes of a U-Net as its tensors tell them; ValueError if they are none of such a network."""
+    """Infer the sizes of a U-Net from its tensors; ValueError if it is not an ADM U-Net."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # Each level but the last ends in an output block that doubles the size by a second residual block.
-    levels = 1 + sum(
-        bool(re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.2\.weight", name))
-        for name in shapes
-    )
-    inputs = len({name.split(".")[1] for name in shapes if name.startswith("input_blocks.")})
-    per_level = (
-        inputs // levels
-    )  # the first of a level is the stem or the block that halved the size
-    try:
+    # Every level but the last ends in an output block with a second residual block, for upsampling.
+    levels = 1 + count(shapes, r"(output_blocks\.\d+\.[12])\.in_layers\.2\.weight$")
+    # The first input block of a level is the stem or the block that downsamples.
+    per_level = count(shapes, r"input_blocks\.(\d+)\.") // levels
+    with expecting("an ADM U-Net", source):
         channels = [
             shapes[f"input_blocks.{i * per_level + 1}.0.in_layers.2.weight"][0]
             for i in range(levels)
@@ -62,9 +57,7 @@ def unet_config(
             out_channels=shapes["out.2.weight"][0],
             levels=tuple(
                 LevelSpec(
-                    c,
-                    per_level - 1,
-                    attention=f"input_blocks.{i * per_level + 1}.1.qkv.weight" in shapes,
+                    c, per_level - 1, f"input_blocks.{i * per_level + 1}.1.qkv.weight" in shapes
                 )
                 for i, c in enumerate(channels)
             ),
@@ -74,22 +67,17 @@ def unet_config(
             context_dim=shapes.get("middle_block.1.encoder_kv.weight", (None, None))[1],
             mid_attention="middle_block.1.qkv.weight" in shapes,
         )
-    except KeyError as error:
-        raise ValueError(
-            f"{source} holds no U-Net as ADM names it: {error.args[0]} is missing"
-        ) from None
 
 
 def unet_rules(config: UNetConfig) -> list[Rule]:
     """UNetModel with residual resampling -> UNet."""
     rules, last = list(UNET), len(config.levels) - 1
 
-    def block(there: str, here: str, channels: int, attention: bool) -> None:
-        rules.extend(under(f"{there}.0.", f"{here}.res.", RESBLOCK))
+    def block(foreign: str, ours: str, channels: int, attention: bool) -> None:
+        rules.extend(prefixed(f"{foreign}.0.", f"{ours}.res.", RESBLOCK))
         if attention:
-            rules.extend(
-                under(f"{there}.1.", f"{here}.attention.", _attention(channels // config.head_dim))
-            )
+            heads = channels // config.head_dim
+            rules.extend(prefixed(f"{foreign}.1.", f"{ours}.attention.", _attention(heads)))
 
     down = up = 0
     for i, level in enumerate(config.levels):
@@ -100,34 +88,33 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
             block(f"input_blocks.{down + 1}", f"down.{down}", level.channels, False)
             down += 1
     block("middle_block", "mid.0", config.levels[-1].channels, config.mid_attention)
-    rules += under(f"middle_block.{1 + config.mid_attention}.", "mid.1.res.", RESBLOCK)
+    rules += prefixed(f"middle_block.{1 + config.mid_attention}.", "mid.1.res.", RESBLOCK)
     for i, level in reversed(list(enumerate(config.levels))):
         for _ in range(level.blocks + 1):
             block(f"output_blocks.{up}", f"up.{up}", level.channels, level.attention)
             up += 1
         if i > 0:
-            rules += under(
-                f"output_blocks.{up - 1}.{1 + level.attention}.", f"up.{up - 1}.resize.", RESBLOCK
-            )
+            resize = f"output_blocks.{up - 1}.{1 + level.attention}."
+            rules += prefixed(resize, f"up.{up - 1}.resize.", RESBLOCK)
     return rules
 
 
 def _attention(heads: int) -> list[Rule]:
+    """The projections are convolutions of width 1 there: trail=1."""
     return [
         move("norm", "norm"),
-        by_head("qkv", "qkv", heads, trail=1),  # a convolution of width 1 there
+        by_head("qkv", "qkv", heads, trail=1),
         by_head("encoder_kv", "context_kv", heads, parts=2, trail=1),
         move("proj_out", "out", trail=1),
     ]
 
 
 def transformer_rules(depth: int, heads: int) -> list[Rule]:
-    """Transformer -> the `blocks` of one of ours."""
+    """Transformer -> `blocks`."""
     block = [by_head("attn.c_qkv", "qkv", heads), *TRANSFORMER_BLOCK]
-    return [rule for i in range(depth) for rule in under(f"resblocks.{i}.", f"blocks.{i}.", block)]
+    return repeated("resblocks.{}.", "blocks.{}.", depth, block)
 
 
 def transformer_depth(tensors: Mapping[str, Tensor], prefix: str = "transformer.") -> int:
-    """How many blocks a transformer has."""
-    name = re.compile(re.escape(prefix) + r"resblocks\.(\d+)\.")
-    return len({found[1] for tensor in tensors if (found := name.match(tensor))})
+    """Count the blocks of a transformer."""
+    return count(tensors, re.escape(prefix) + r"resblocks\.(\d+)\.")

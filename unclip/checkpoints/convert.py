@@ -1,4 +1,4 @@
-"""From any format that can be read to either that can be written."""
+"""Conversion of any supported checkpoint to our own or diffusers' layout."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from pathlib import Path
 import torch
 
 from unclip.checkpoints import store
-from unclip.checkpoints.diffusers import layout as diffusers_layout
+from unclip.checkpoints.diffusers import layout as diffusers
 from unclip.checkpoints.diffusers.export import save_for_diffusers
-from unclip.checkpoints.formats import load_any
-from unclip.checkpoints.registry import describe, locate
-from unclip.checkpoints.store import Bundle, save_bundle
+from unclip.checkpoints.folders import locate
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.registry import load_any
+from unclip.checkpoints.summary import describe
 
 WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
-    "unclip": save_bundle,
+    "unclip": store.save_bundle,
     "diffusers": save_for_diffusers,
 }
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # the widest first
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 
 
 def convert(
     source: str | Path, folder: str | Path, to: str, dtype: torch.dtype | None = None
 ) -> None:
-    """Writes the model at `source` (what `unclip.load` reads) into a folder in the layout `to`: unclip or diffusers.
+    """Write the model at `source` (anything that `unclip.load` accepts) in the layout `to`.
 
-    Weights are written in `dtype`, by default in the widest that they are stored in. ValueError if the layout cannot
-    express the model, with the reason for each part of it.
+    dtype: of the stored weights, by default the widest that they have. ValueError with the reasons
+    if diffusers' layout cannot express the model.
     """
     if to not in WRITERS:
         raise ValueError(f"to is {to!r}; expected {' or '.join(WRITERS)}")
@@ -37,8 +38,8 @@ def convert(
 
 
 def stored_dtype(path: Path) -> torch.dtype:
-    """The widest dtype of a folder's weights; float32 where the files don't tell it without being read."""
-    if not (store.recognise(path) or diffusers_layout.recognise(path)):
+    """Return the widest dtype in the headers of a folder's weights; float32 for other formats."""
+    if not (store.recognise(path) or diffusers.recognise(path)):
         return torch.float32
     found = {name for component in describe(path) for name in component.dtypes}
     return next((dtype for name, dtype in DTYPES.items() if name in found), torch.float32)

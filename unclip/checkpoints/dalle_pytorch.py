@@ -1,28 +1,25 @@
-"""DALLE-pytorch's `dalle.pt`: transformer and codec in one file, its names bent by the options of its training."""
+"""DALLE-pytorch's `dalle.pt`: transformer and codec in one file; names depend on options."""
 
-# V text tokens, L of them at most, h w grid of codes
+# V text tokens, L of them at most, (h, w) grid of codes
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unclip.checkpoints import taming
+from unclip.checkpoints.formats import Bundle, Format, States
 from unclip.checkpoints.openai import dvae as openai_dvae
 from unclip.checkpoints.pickles import read_checkpoint
-from unclip.checkpoints.renaming import Rule, build, move, under
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.renaming import Part, Rule, build, move, repeated, without_prefix
 from unclip.checkpoints.transformers.tokenizer import clip_tokenizer, open_clip_vocabulary
 from unclip.models.codecs.codec import ImageCodec
-from unclip.models.codecs.dvae import DVAE
-from unclip.models.codecs.vqgan import VQGAN
 from unclip.models.dalle.attention import Kind
 from unclip.models.dalle.layers import LayerSpec
 from unclip.models.dalle.rotary import rotary_angles
@@ -37,30 +34,43 @@ KINDS: dict[str, Kind] = {
     "axial_col": "column",
     "conv_like": "corner",
 }
-KERNEL = 5  # of conv_like, fixed there
-# A branch stands in wrappers (reversible, shift, cache) which hold nothing: they are called fn, a reversible one net.
+KERNEL = 5  # of conv_like; not configurable there
+# A branch is inside wrappers without tensors (shift, cache), named fn, or net if it is reversible.
 BRANCH = re.compile(
     r"transformer\.layers\.(layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.((?:fn\.)*)(.+)"
 )
 ANGLES = "transformer.pos_emb"
 TOKENIZER_FILE, CLIP_VOCAB = "tokenizer.json", 49408
 IGNORED = (ANGLES, "text_emb.linear.*", "image_emb.linear.*", "logits_mask")
+ATTENTION = (
+    move("norm", "norm1"),
+    move("norm_out", "norm1_out"),
+    move("scale", "gain1", lead=2),
+    move("to_qkv", "qkv"),
+    move("to_out.0", "out"),
+)
+MLP = (
+    move("norm", "norm2"),
+    move("norm_out", "norm2_out"),
+    move("scale", "gain2", lead=2),
+    move("net.0", "fc1"),
+    move("net.3", "fc2"),
+)
 
 
-@dataclass(frozen=True)
-class DALLEFile:
-    """What a `dalle.pt` holds. Its tokenizer is not in it (`read_tokenizer`)."""
+class DALLEFile(NamedTuple):
+    """The content of a `dalle.pt`; the tokenizer is separate (`read_tokenizer`)."""
 
     dalle: DALLE
     codec: ImageCodec
 
 
 def recognise(path: Path) -> bool:
-    """A file, or a folder with dalle.pt."""
-    path = _file(path)
-    if path.suffix != ".pt" or not path.is_file():
+    """Recognise a .pt file, or a folder with dalle.pt."""
+    file = _file(path)
+    if file.suffix != ".pt" or not file.is_file():
         return False
-    content = read_checkpoint(path)
+    content = read_checkpoint(file)
     return isinstance(content, dict) and {"hparams", "vae_params", "weights"} <= content.keys()
 
 
@@ -69,40 +79,45 @@ def _file(path: Path) -> Path:
 
 
 def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """The file with its tokenizer, drawing as DALLE-pytorch does: at temperature 1, from all codes."""
+    """Load the file and its tokenizer; as there, the default is temperature 1 without top-k."""
     file = _file(path)
-    content = load(file, dtype)
-    tokenizer = read_tokenizer(file, content.dalle.config)
-    parts = {"tokenizer": tokenizer, "codec": content.codec, "dalle": content.dalle}
+    dalle, codec = load(file, dtype)
+    tokenizer = read_tokenizer(file, dalle.config)
+    parts = {"tokenizer": tokenizer, "codec": codec, "dalle": dalle}
     return Bundle("dalle", parts, {}, CodeOptions(), file.stem, "")
 
 
+def probe(path: Path) -> States:
+    state = read_checkpoint(_file(path))["weights"]
+    codec = {name: x for name, x in state.items() if name.startswith("vae.")}
+    return {"codec": codec, "dalle": {name: x for name, x in state.items() if name not in codec}}
+
+
 def read_tokenizer(file: Path, config: DALLEConfig) -> BPETokenizer:
-    """The tokenizer.json beside the file, or else CLIP's, which DALLE-pytorch takes if it is not told otherwise."""
-    if (beside := file.with_name(TOKENIZER_FILE)).is_file():
-        return BPETokenizer.load(beside, config.context_length, marked=False)
+    """Load the tokenizer.json next to the file, or CLIP's, which is DALLE-pytorch's default."""
+    own = file.with_name(TOKENIZER_FILE)
+    if own.is_file():
+        return BPETokenizer.load(own, config.context_length, marked=False)
     if config.text_vocab != CLIP_VOCAB:
         raise ValueError(
-            f"{file} was trained on texts of {config.text_vocab} tokens and does not hold its tokenizer; put it beside "
-            f"as {TOKENIZER_FILE}"
+            f"{file} was trained with {config.text_vocab} text tokens, not CLIP's {CLIP_VOCAB}; "
+            f"put its tokenizer next to it as {TOKENIZER_FILE}"
         )
-    from open_clip import SimpleTokenizer  # late: it is slow to import
+    from open_clip import SimpleTokenizer  # late: slow to import
 
     tokenizer = clip_tokenizer(*open_clip_vocabulary(SimpleTokenizer()), special=[])
     return BPETokenizer(tokenizer, config.context_length, marked=False)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
-    """Transformer and codec of a file, in eval mode; ValueError for options that are unknown here."""
+    """Load transformer and codec, in eval mode; ValueError for unsupported options."""
     content = read_checkpoint(path)
-    hparams, weights = content["hparams"], content["weights"]
-    of_codec = {
-        name.removeprefix("vae."): x for name, x in weights.items() if name.startswith("vae.")
-    }
-    of_dalle = {name: x for name, x in weights.items() if not name.startswith("vae.")}
-    config = read_config(of_dalle, hparams, path)
-    dalle = build(DALLE, config, plain_names(of_dalle, config), rules(config), path, dtype, IGNORED)
-    codec = build_codec(of_codec, content["vae_params"], path, dtype)
+    weights = content["weights"]
+    state = {name: x for name, x in weights.items() if not name.startswith("vae.")}
+    config = read_config(state, content["hparams"], path)
+    part = Part(plain_names(state, config), rules(config), path)
+    dalle = build(DALLE, config, [part], dtype, IGNORED)
+    codec = build_codec(without_prefix(weights, "vae."), content["vae_params"], path, dtype)
     config.check_codec(codec.vocab_size, codec.grid)
     return DALLEFile(dalle, codec)
 
@@ -110,13 +125,13 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
 def read_config(
     state: Mapping[str, Tensor], hparams: Mapping[str, Any], source: str | Path
 ) -> DALLEConfig:
-    """From the names and shapes of the transformer's tensors, and from hparams what they don't tell."""
+    """Infer the configuration from tensors, and from hparams what tensors do not show."""
     branches = [found.groups() for name in state if (found := BRANCH.fullmatch(name))]
     kinds = hparams.get("attn_types") or ("full",)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(
-            f"{source} has attention of kind {unknown[0]!r}; those known are {', '.join(KINDS)}"
+            f"{source} has attention of type {unknown[0]!r}; supported are {', '.join(KINDS)}"
         )
     V, L = hparams["num_text_tokens"], hparams["text_seq_len"]
     learned = "text_pos_emb.weight" in state
@@ -125,6 +140,10 @@ def read_config(
     else:
         side = math.isqrt(state[ANGLES].shape[1] - L - 1)
         grid = side, side
+    # LayerScale and PreNorm wrap every MLP; a third wrapper shifts tokens.
+    shift = any(
+        rest.startswith("net.0.") and wrappers.count("fn.") > 2 for *_, wrappers, rest in branches
+    )
     config = DALLEConfig(
         text_vocab=V,
         context_length=L,
@@ -142,25 +161,20 @@ def read_config(
             qkv_bias=False,
             gain=1.0,
             sandwich=any(rest.startswith("norm_out.") for *_, rest in branches),
-            shift=any(
-                rest.startswith("net.0.") and len(wraps) > 2 * len("fn.")
-                for *_, wraps, rest in branches
-            ),
+            shift=shift,
         ),
         positions="learned" if learned else "rotary",
         reversible=any(kind == "blocks" for kind, *_ in branches),
     )
-    if not learned and not torch.allclose(
-        state[ANGLES][0].float(), rotary_angles(L + 1, grid, config.head_dim)
-    ):
-        raise ValueError(
-            f"{source} turns its rotary positions by other angles than DALLE-pytorch 1.6"
-        )
+    if not learned:
+        angles = rotary_angles(L + 1, grid, config.head_dim)
+        if not torch.allclose(state[ANGLES][0].float(), angles):
+            raise ValueError(f"{source} has other rotary angles than DALLE-pytorch 1.6 computes")
     return config
 
 
 def plain_names(state: Mapping[str, Tensor], config: DALLEConfig) -> dict[str, Tensor]:
-    """Without wrappers: layers.0.attention.to_qkv.weight. Embeddings that were rows of the head stand alone."""
+    """Remove wrappers from names (layers.0.attention.to_qkv.weight); untie embeddings and head."""
     plain = {}
     for name, tensor in state.items():
         if found := BRANCH.fullmatch(name):
@@ -169,45 +183,33 @@ def plain_names(state: Mapping[str, Tensor], config: DALLEConfig) -> dict[str, T
         plain[name] = tensor
     if "text_emb.weight" not in plain:
         sizes = [config.text_vocab + config.context_length, config.image_vocab]
-        plain["text_emb.weight"], plain["image_emb.weight"] = plain["to_logits.1.weight"].split(
-            sizes
-        )
+        text, image = plain["to_logits.1.weight"].split(sizes)
+        plain |= {"text_emb.weight": text, "image_emb.weight": image}
     return plain
 
 
 def rules(config: DALLEConfig) -> list[Rule]:
-    """For plain names."""
-    attention = [
-        *(move("norm", "norm1"), move("norm_out", "norm1_out"), move("scale", "gain1", lead=2)),
-        *(move("to_qkv", "qkv"), move("to_out.0", "out")),
-    ]
-    mlp = [
-        *(move("norm", "norm2"), move("norm_out", "norm2_out"), move("scale", "gain2", lead=2)),
-        *(move("net.0", "fc1"), move("net.3", "fc2")),
-    ]
+    """DALLE-pytorch's DALLE -> DALLE, for plain names."""
     text = config.text_vocab + config.context_length
+
+    def with_start(x: Iterable[Tensor]) -> list[Tensor]:
+        emb, start = x
+        return [torch.cat([start[None], emb[1:]])]
+
     return [
-        # There a text's id 0 is padding, so its row is that of the start.
+        # Text id 0 is padding there, and its row is the start token's.
         Rule(
             ("text_emb.weight",),
             ("text_emb.weight", "start"),
             lambda x: [x[0], x[0][0]],
-            _with_start,
+            with_start,
         ),
         move("image_emb", "code_emb"),
         move("text_pos_emb", "text_positions"),
         _axis("image_pos_emb.weights.0", "rows.weight", (1, -1, 1, config.width)),
         _axis("image_pos_emb.weights.1", "columns.weight", (1, 1, -1, config.width)),
-        *(
-            rule
-            for i in range(config.depth)
-            for rule in under(f"layers.{i}.attention.", f"layers.{i}.", attention)
-        ),
-        *(
-            rule
-            for i in range(config.depth)
-            for rule in under(f"layers.{i}.mlp.", f"layers.{i}.", mlp)
-        ),
+        *repeated("layers.{}.attention.", "layers.{}.", config.depth, ATTENTION),
+        *repeated("layers.{}.mlp.", "layers.{}.", config.depth, MLP),
         move("to_logits.0", "norm"),
         Rule(
             ("to_logits.1",),
@@ -218,18 +220,10 @@ def rules(config: DALLEConfig) -> list[Rule]:
     ]
 
 
-def _with_start(x: Iterable[Tensor]) -> list[Tensor]:
-    emb, start = x
-    return [torch.cat([start[None], emb[1:]])]
-
-
-def _axis(there: str, here: str, shape: tuple[int, ...]) -> Rule:
-    """Positions (size, C) that have an axis of length 1 for each axis of the stream but their own there."""
+def _axis(foreign: str, ours: str, shape: tuple[int, ...]) -> Rule:
+    """Positions along one axis of the grid: `shape` there, (size, C) here."""
     return Rule(
-        (there,),
-        (here,),
-        lambda x: [x[0].reshape(-1, x[0].shape[-1])],
-        lambda x: [x[0].reshape(shape)],
+        (foreign,), (ours,), lambda x: [x[0].flatten(0, -2)], lambda x: [x[0].reshape(shape)]
     )
 
 
@@ -239,27 +233,23 @@ def build_codec(
     source: str | Path,
     dtype: torch.dtype,
 ) -> ImageCodec:
-    """The codec in the file: DALLE-pytorch's own, OpenAI's dVAE, or a VQ-GAN of taming-transformers."""
+    """Build the codec in the file: DALLE-pytorch's own, OpenAI's dVAE, or a VQGAN of taming's."""
     if params is not None:
         config = read_plain_dvae(params)
-        return build(PlainDVAE, config, state, plain_dvae_rules(config), source, dtype)
+        return build(PlainDVAE, config, [Part(state, plain_dvae_rules(config), source)], dtype)
     if any(name.startswith("enc.blocks.") for name in state):
         state = {f"{name[:3]}oder.{name[4:]}": tensor for name, tensor in state.items()}
-        config = openai_dvae.sizes(state, source)
-        with torch.device("meta"):
-            names = DVAE(config).state_dict()
-        return build(DVAE, config, state, openai_dvae.rules(names), source, dtype)
+        return openai_dvae.build_dvae(state, source, dtype)
     if any(name.startswith("model.quantize.") for name in state):
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        config = taming.sizes(state, source)
-        return build(VQGAN, config, state, taming.rules(config), source, dtype, taming.IGNORED)
+        state = without_prefix(state, "model.")
+        return taming.build_vqgan(state, taming.infer_config(state, source), source, dtype)
     raise ValueError(
-        f"{source} holds no codec: its vae_params are empty, and it has no weights of a known one"
+        f"{source} has no codec: vae_params is empty and none of its tensors are of a known codec"
     )
 
 
 def read_plain_dvae(params: Mapping[str, Any]) -> PlainDVAEConfig:
-    """A config of the arguments that DALLE-pytorch made its DiscreteVAE from."""
+    """Convert the arguments of DALLE-pytorch's DiscreteVAE to a config."""
     means, deviations = params.get("normalization", ((0.5,) * 3,) * 2) or ((0.0,) * 3, (1.0,) * 3)
     return PlainDVAEConfig(
         image_size=params.get("image_size", 256),
@@ -268,13 +258,17 @@ def read_plain_dvae(params: Mapping[str, Any]) -> PlainDVAEConfig:
         halvings=params.get("num_layers", 3),
         blocks=params.get("num_resnet_blocks", 0),
         width=params.get("hidden_dim", 64),
-        mean=tuple(means[:3]),
-        deviation=tuple(deviations[:3]),
+        mean=(means[0], means[1], means[2]),
+        deviation=(deviations[0], deviations[1], deviations[2]),
         smooth_l1=params.get("smooth_l1_loss", False),
     )
 
 
 def plain_dvae_rules(config: PlainDVAEConfig) -> list[Rule]:
+    """DiscreteVAE -> PlainDVAE: all names are the same."""
     with torch.device("meta"):
         names = PlainDVAE(config).state_dict()
     return [move(name, name) for name in names]
+
+
+FORMAT = Format("DALLE-pytorch", "dalle", recognise, load_bundle, probe)

@@ -1,70 +1,168 @@
-"""Weights in the folders of a foreign layout, for networks that stand on the meta device."""
+"""Model folders on disk: where a model is, what model.json says, which files hold the weights.
+
+Nothing here imports torch: `unclip list`, `unclip info` and a misspelt model name are answered at
+once.
+"""
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+import yaml
 
-from unclip.checkpoints.diffusers.layout import weight_files, weights_of
-from unclip.checkpoints.pickles import read_state
-from unclip.checkpoints.renaming import LEAVES, Rule, to_here
-from unclip.weights import TensorFile, write_safetensors
+from unclip.checkpoints import hub
+from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES
+from unclip.files import read_json
 
-M = TypeVar("M", bound=nn.Module)
-Parts = Mapping[
-    Path, Sequence[Rule]
-]  # the folder of each part of a network, and the rules that its names follow
+OPTIONS_FILE, SCHEDULE_FILE = "options.json", "schedule.json"
+WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
+FORMAT, VERSION = "unclip", 1
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PACKAGE = Path(__file__).parent.parent
 
 
-def fill(module: M, parts: Parts, dtype: torch.dtype) -> M:
-    """Gives a module the weights of all its parts, parameters in `dtype` and buffers (statistics) in float32.
+def bundled_models() -> dict[str, Path]:
+    """Return name -> folder of the models that ship with the package, in a wheel or a checkout."""
+    for assets in (_PACKAGE / "assets", _PACKAGE.parent / "assets"):
+        if files := sorted(assets.glob(f"*/{MODEL_FILE}")):
+            return {file.parent.name: file.parent for file in files}
+    return {}
 
-    Tensors are read and cast one by one, so that no more than the wanted weights are in memory.
+
+def locate(name_or_path: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
+    """Resolve a bundled model's name, a local path or a Hub id "org/name" to a path.
+
+    A Hub repository is downloaded once and cached; `files` are patterns of the files to download.
+    ValueError if there is no such model.
     """
-    parameters = {name for name, _ in module.named_parameters()}
-    own = module.state_dict()
-    dtypes = {name: dtype if name in parameters else torch.float32 for name in own}
-    module.load_state_dict(read_parts(own, parts, dtypes), assign=True)
-    return module.eval()
-
-
-def read_parts(
-    own: Mapping[str, Tensor],
-    parts: Parts,
-    dtypes: Mapping[str, torch.dtype],
-    ignored: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """The tensors of all parts under our names; own: a state dict of ours, for the shapes that are wanted."""
-    tensors = {}
-    for folder, rules in parts.items():
-        places = {name + leaf for rule in rules for name in rule.here for leaf in LEAVES}
-        shapes = {name: tensor.shape for name, tensor in own.items() if name in places}
-        tensors |= to_here(read_weights(folder), rules, shapes, weights_of(folder), ignored, dtypes)
-    return tensors
-
-
-def read_weights(folder: Path) -> Mapping[str, Tensor]:
-    """The tensors of a component, whole or in shards, safetensors or .bin; each is read when it is asked for."""
-    return ChainMap(
-        *(
-            TensorFile(file) if file.suffix == ".safetensors" else read_state(file)
-            for file in weight_files(folder)
-        )
+    bundled = bundled_models()
+    if str(name_or_path) in bundled:
+        return bundled[str(name_or_path)]
+    if (path := Path(name_or_path)).exists():
+        return path
+    known = f"bundled models: {', '.join(bundled) or 'none'}"
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
+        return _fetch(name_or_path, files, known)
+    raise ValueError(
+        f"unknown model {str(name_or_path)!r}; {known}; or give a model folder or a Hub id "
+        f"'org/name'"
     )
 
 
-def write_weights(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None) -> None:
-    """Writes tensors as diffusers and transformers do; floating-point ones in `dtype` if it is given."""
-    wanted = {
-        name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()
-    }
-    # safetensors wants no two tensors in one storage, and the parts of a Linear that was split are in one.
-    wanted = {
-        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in wanted.items()
-    }
-    write_safetensors(wanted, file, metadata={"format": "pt"})
+def _fetch(hub_id: str, files: Sequence[str], known: str) -> Path:
+    try:
+        return hub.fetch(hub_id, files)
+    except ValueError as error:
+        reason = f"is not a local folder and could not be downloaded: {error}"
+        raise ValueError(f"model {hub_id!r} {reason}; {known}") from None
+
+
+def read_model_json(folder: Path) -> dict[str, Any]:
+    """Return the validated content of `model.json`: kind, name, licence, components."""
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {MODEL_FILE}")
+    model = read_json(file)
+    if (model.get("format"), model.get("version")) != (FORMAT, VERSION):
+        raise ValueError(
+            f"{file} has format {model.get('format')!r} version {model.get('version')!r}; "
+            f"expected {FORMAT!r} version {VERSION}"
+        )
+    for key, kind in {"kind": str, "name": str, "licence": str, "components": list}.items():
+        if not isinstance(model.get(key), kind):
+            raise ValueError(f"{file}: {key} is {model.get(key)!r}; expected a {kind.__name__}")
+    return model
+
+
+def shared_from(folder: Path) -> dict[str, str]:
+    """Return component -> bundled model for the components that a folder shares with one."""
+    shared = read_model_json(folder).get("borrowed", {})
+    if not isinstance(shared, dict) or not all(isinstance(name, str) for name in shared.values()):
+        raise ValueError(
+            f"{folder / MODEL_FILE}: borrowed is {shared!r}; expected a mapping of component names "
+            f"to names of bundled models"
+        )
+    return shared
+
+
+def component_folders(folder: Path) -> dict[str, Path]:
+    """Return the folder of each component; ValueError if a shared component is not found."""
+    folders, bundled = {}, bundled_models()
+    for name, owner in shared_from(folder).items():
+        if owner not in bundled or name not in read_model_json(bundled[owner])["components"]:
+            raise ValueError(
+                f"{folder / MODEL_FILE} takes {name} from {owner!r}, which is not a bundled model "
+                f"with that component; bundled models: {', '.join(bundled) or 'none'}"
+            )
+        folders[name] = bundled[owner] / name
+    return folders | {name: folder / name for name in read_model_json(folder)["components"]}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a component, or {} if there is none."""
+    file = folder / CONFIG_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def only_file(folder: Path, pattern: str) -> Path:
+    """Return the single file in a folder that matches a pattern; ValueError if it is not single."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"{folder}: expected one file {pattern}, found {names}")
+    return found[0]
+
+
+def weights_index(folder: Path) -> Path:
+    """Return the file that holds a component's weights, or the index of its shards.
+
+    Full precision comes before a variant such as `model.fp16.safetensors`, safetensors before .bin.
+    """
+    found = [
+        # The name of a variant has one part more.
+        (file.name.count(".") - 2 * (file.suffix == ".json"), rank, file.name)
+        for rank, ending in enumerate((".safetensors", ".bin"))
+        for file in (*folder.glob(f"*{ending}"), *folder.glob(f"*{ending}.index*.json"))
+        if not re.search(r"-\d+-of-\d+\.", file.name)
+    ]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no weights; expected a .safetensors or .bin file")
+    return folder / min(found)[-1]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that together hold a component's weights."""
+    file = weights_index(folder)
+    if file.suffix != ".json":
+        return [file]
+    names = read_json(file).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{file} has no weight_map; expected the file name of each tensor")
+    shards = [folder / name for name in sorted(set(names.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing; {file.name} names it")
+    return shards
+
+
+def folder_name(folder: Path) -> str:
+    """Return a folder's name, or the repository's if it is a snapshot from the Hub."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.split("--")[-1]
+    return folder.name
+
+
+def card_licence(folder: Path) -> str:
+    """Return the licence in the header of the model card, or ""."""
+    card = folder / CARD_FILE
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    try:
+        found = re.match(r"---\n(.*?)\n---", text, re.S)
+        header = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        header = None
+    return str(header.get("license") or "") if isinstance(header, dict) else ""

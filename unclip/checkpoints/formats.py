@@ -1,48 +1,64 @@
-"""The formats that a model can be loaded from; a foreign one adds a file, a line to FORMATS and one to CONTENTS."""
+"""The interface of a checkpoint format, and what loading a checkpoint returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor, nn
 
-from unclip.checkpoints import dalle_pytorch, glide, karlo, min_dalle, store
-from unclip.checkpoints.dalle2_pytorch import load as dalle2_pytorch
-from unclip.checkpoints.diffusers import layout as diffusers_layout
-from unclip.checkpoints.diffusers import load as diffusers
-from unclip.checkpoints.priors import PRIORS
+from unclip.diffusion.schedules import ScheduleConfig
+
+T = TypeVar("T")
+States = dict[str, Mapping[str, Tensor]]  # component -> its tensors, named as in the file
 
 
 @dataclass(frozen=True)
-class Format:
-    """How a folder or file is told and read."""
+class Format(Generic[T]):
+    """One checkpoint format. T: `Bundle` for a model, `LoadedPrior` for a prior, else a network."""
 
     name: str
+    kind: str  # "unclip", "glide" or "dalle" for a model; "prior", "codec" or "component"
     recognise: Callable[[Path], bool]
-    load: Callable[[Path, torch.dtype], store.Bundle]
+    load: Callable[[Path, torch.dtype], T]
+    probe: Callable[[Path], States] | None = None  # None: the headers of the weights are enough
 
 
-FORMATS = (
-    Format("unclip", store.recognise, store.load_bundle),
-    Format("diffusers", diffusers_layout.recognise, diffusers.load_bundle),
-    Format("Karlo's own", karlo.recognise, karlo.load_bundle),
-    Format("GLIDE", glide.recognise, glide.load_bundle),
-    Format("DALLE2-pytorch", dalle2_pytorch.recognise, dalle2_pytorch.load_bundle),
-    Format("min-dalle", min_dalle.recognise, min_dalle.load_bundle),
-    Format("DALLE-pytorch", dalle_pytorch.recognise, dalle_pytorch.load_bundle),
-)
+@dataclass(frozen=True)
+class Bundle:
+    """Everything in a model's checkpoint; a pipeline is built from it."""
+
+    kind: str
+    components: Mapping[str, Any]  # clip (or tokenizer), prior, decoder, upsampler_0, ...
+    schedules: dict[str, ScheduleConfig]  # one for each component that is sampled by diffusion
+    options: Any
+    name: str
+    licence: str
 
 
-def load_any(path: Path, dtype: torch.dtype = torch.float32) -> store.Bundle:
-    """Reads a model of whatever format; ValueError if none recognises it."""
-    for known in FORMATS:
-        if known.recognise(path):
-            return known.load(path, dtype)
-    if any(known.recognise(path) for known in PRIORS):
-        raise ValueError(f"{path} holds a prior, not a whole model; unclip.load_prior reads it")
-    names = ", ".join(known.name for known in FORMATS)
-    raise ValueError(
-        f"{path} holds no model of a known format ({names}); a model folder has a model.json"
-    )
+class LoadedPrior(NamedTuple):
+    """A prior on its own."""
+
+    network: nn.Module
+    schedule: ScheduleConfig | None  # None for a prior that is not sampled by diffusion
+
+
+class Components(Mapping[str, Any]):
+    """Components that are loaded one by one, each on first access."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
+        self._readers, self._loaded = dict(readers), {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._readers[name]()
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)

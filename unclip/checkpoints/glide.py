@@ -1,7 +1,8 @@
-"""GLIDE (openai/glide-text2im) as it was published: base.pt and upsample.pt, or the pair that inpaints.
+"""GLIDE (openai/glide-text2im) as published: base.pt and upsample.pt, or the pair for inpainting.
 
-All sizes are read from the tensors but those of the pictures. GLIDE reads GPT-2's tokens: its vocabulary lies in the
-folder (`encoder.json.gz` and `vocab.bpe.gz` of GLIDE's repository, or GPT-2's `tokenizer.json`), or is fetched.
+Sizes are inferred from the tensors, except image sizes. GLIDE reads GPT-2's tokens: the vocabulary
+is in the folder (`encoder.json.gz` and `vocab.bpe.gz` from GLIDE's repository, or GPT-2's
+`tokenizer.json`) or downloaded.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints import adm
+from unclip.checkpoints.formats import Bundle, Format, States
 from unclip.checkpoints.pickles import read_state
-from unclip.checkpoints.renaming import Rule, build, move, under
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.renaming import Part, Rule, build, expecting, move, prefixed
+from unclip.checkpoints.transformers.tokenizer import parse_merges
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.glide import GLIDE, GLIDEConfig
 from unclip.models.unclip.decoder import TextTransformer
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GLIDEOptions
 
-PAIRS = {"base.pt": "upsample.pt", "base_inpaint.pt": "upsample_inpaint.pt"}
+UPSAMPLERS = {"base.pt": "upsample.pt", "base_inpaint.pt": "upsample_inpaint.pt"}
 VOCAB_FILE, MERGES_FILE, TOKENIZER_FILE = "encoder.json.gz", "vocab.bpe.gz", "tokenizer.json"
 GPT2 = "openai-community/gpt2"
 LOW_SIZE, HIGH_SIZE = 64, 256
-KINDS = {
-    3: (None, False),
-    6: (LOW_SIZE, False),
-    7: (None, True),
-    10: (LOW_SIZE, True),
-}  # by channels: low_size, inpaints
-TEXT = (
+# input channels -> low_size, inpaints
+KINDS = {3: (None, False), 6: (LOW_SIZE, False), 7: (None, True), 10: (LOW_SIZE, True)}
+TEXT_RULES = (
     move("token_embedding", "text.tokens"),
     move("positional_embedding", "text.positions"),
     move("padding_embedding", "text.padding"),
@@ -44,97 +42,98 @@ TEXT = (
 
 
 def recognise(path: Path) -> bool:
-    return path.name in PAIRS if path.is_file() else any((path / name).is_file() for name in PAIRS)
+    """Recognise a base network's file, or a folder with one."""
+    if path.is_file():
+        return path.name in UPSAMPLERS
+    return any((path / name).is_file() for name in UPSAMPLERS)
 
 
 def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """A folder, or the file of a base network with the others beside it; without an upsampler pictures stay small."""
-    base = (
-        path if path.is_file() else next(path / name for name in PAIRS if (path / name).is_file())
-    )
-    upsampler = base.with_name(PAIRS[base.name])
-    decoder = read_network(base, dtype)
-    networks, schedules = {"decoder": decoder}, {"decoder": ScheduleConfig()}
-    if upsampler.is_file():
-        networks["upsampler_0"] = read_network(upsampler, dtype)
-        schedules["upsampler_0"] = ScheduleConfig("linear")
+    """Load a base network and the files next to it; without an upsampler, images stay 64 x 64."""
+    files = _files(path)
+    networks = {name: read_network(file, dtype) for name, file in files.items()}
+    schedules = {"decoder": ScheduleConfig(), "upsampler_0": ScheduleConfig("linear")}
+    text = networks["decoder"].config.text
+    tokenizer = read_tokenizer(files["decoder"].parent, text.context_length)
     return Bundle(
         kind="glide",
-        components={
-            "tokenizer": read_tokenizer(base.parent, decoder.config.text.context_length),
-            **networks,
-        },
-        schedules=schedules,
-        options=GLIDEOptions() if upsampler.is_file() else GLIDEOptions(upsamplers=()),
-        name="glide-inpaint" if decoder.config.inpaints else "glide",
+        components={"tokenizer": tokenizer, **networks},
+        schedules={name: schedules[name] for name in networks},
+        options=GLIDEOptions() if "upsampler_0" in networks else GLIDEOptions(upsamplers=()),
+        name="glide-inpaint" if networks["decoder"].config.inpaints else "glide",
         licence="MIT",
     )
 
 
+def probe(path: Path) -> States:
+    return {name: read_state(file) for name, file in _files(path).items()}
+
+
+def _files(path: Path) -> dict[str, Path]:
+    base = path
+    if path.is_dir():
+        base = next(path / name for name in UPSAMPLERS if (path / name).is_file())
+    upsampler = base.with_name(UPSAMPLERS[base.name])
+    return {"decoder": base} | ({"upsampler_0": upsampler} if upsampler.is_file() else {})
+
+
 def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
-    """From GLIDE's own vocabulary files or GPT-2's tokenizer.json in the folder, or else fetched from the Hub."""
+    """Load GPT-2's tokenizer from the folder, or download it."""
     if (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file():
         try:
             vocab = json.loads(gzip.decompress((folder / VOCAB_FILE).read_bytes()))
-            lines = (
-                gzip.decompress((folder / MERGES_FILE).read_bytes())
-                .decode("utf-8")
-                .split("\n")[1:-1]
-            )
-            return GPT2Tokenizer(vocab, [tuple(line.split()) for line in lines], context_length)
-        except Exception as error:  # gzip, json and tokenizers each have their own
+            text = gzip.decompress((folder / MERGES_FILE).read_bytes()).decode("utf-8")
+            return GPT2Tokenizer(vocab, parse_merges(text, folder / MERGES_FILE), context_length)
+        except Exception as error:  # gzip, json and tokenizers each raise their own
             raise ValueError(
-                f"{folder / VOCAB_FILE} and {MERGES_FILE} hold no vocabulary: {error}"
+                f"{folder / VOCAB_FILE} and {MERGES_FILE} are not a vocabulary: {error}"
             ) from None
     if not (file := folder / TOKENIZER_FILE).is_file():
         from huggingface_hub import hf_hub_download
 
         try:
             file = Path(hf_hub_download(GPT2, TOKENIZER_FILE))
-        except Exception as error:  # offline, or one of the Hub's own kinds
+        except Exception as error:  # offline, or an error class of the Hub's
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{folder} has no {VOCAB_FILE} with {MERGES_FILE} (of GLIDE's repository) and no {TOKENIZER_FILE} "
-                f"(of {GPT2}), which could not be fetched either: {reason}"
+                f"{folder} has no {VOCAB_FILE} with {MERGES_FILE} (from GLIDE's repository) and no "
+                f"{TOKENIZER_FILE} (from {GPT2}), and downloading it failed: {reason}"
             ) from None
     return GPT2Tokenizer.load(file, context_length)
 
 
 def read_network(file: Path, dtype: torch.dtype = torch.float32) -> GLIDE:
-    """Base, upsample or either's inpaint variant, told by the channels that its U-Net takes."""
+    """Load a base network or an upsampler, for inpainting or not, told apart by input channels."""
     state = read_state(file)
     config = glide_config(state, file)
-    return build(GLIDE, config, state, glide_rules(config), file, dtype)
+    return build(GLIDE, config, [Part(state, glide_rules(config), file)], dtype)
 
 
 def glide_config(state: Mapping[str, Tensor], source: Path) -> GLIDEConfig:
-    """The sizes of a network as its tensors tell them."""
+    """Infer the sizes of a network from its tensors."""
     unet = adm.unet_config(state, source)
     if unet.in_channels not in KINDS:
         raise ValueError(
-            f"{source} holds a U-Net of {unet.in_channels} channels; GLIDE's have 3, 6, 7 or 10"
+            f"{source} has a U-Net with {unet.in_channels} input channels; GLIDE's have "
+            f"3, 6, 7 or 10"
         )
     low_size, inpaints = KINDS[unet.in_channels]
-    try:
-        (vocab_size, width), slots = (
-            state["token_embedding.weight"].shape,
-            len(state["positional_embedding"]),
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{source} holds no network of GLIDE's: {error.args[0]} is missing"
-        ) from None
-    text = TextTransformer(
-        vocab_size, slots, width, adm.transformer_depth(state), width // adm.HEAD_DIM
-    )
+    with expecting("a network of GLIDE", source):
+        vocab_size, width = state["token_embedding.weight"].shape
+        slots = len(state["positional_embedding"])
+    depth = adm.transformer_depth(state)
+    text = TextTransformer(vocab_size, slots, width, depth, width // adm.HEAD_DIM)
     return GLIDEConfig(unet, HIGH_SIZE if low_size else LOW_SIZE, text, low_size, inpaints)
 
 
 def glide_rules(config: GLIDEConfig) -> list[Rule]:
-    """Text2ImUNet and its kin -> GLIDE."""
+    """Text2ImUNet and its variants -> GLIDE."""
     transformer = adm.transformer_rules(config.text.depth, config.text.heads)
     return [
-        *under("", "unet.", adm.unet_rules(config.unet)),
-        *under("transformer.", "text.", transformer),
-        *TEXT,
+        *prefixed("", "unet.", adm.unet_rules(config.unet)),
+        *prefixed("transformer.", "text.", transformer),
+        *TEXT_RULES,
     ]
+
+
+FORMAT = Format("GLIDE", "glide", recognise, load_bundle, probe)

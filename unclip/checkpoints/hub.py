@@ -1,4 +1,4 @@
-"""What of a repository on the Hub is a model, and how that gets here; never imports torch."""
+"""Model downloads from the Hub: which files of a repository are needed. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ from pathlib import Path, PurePosixPath
 
 MODEL_FILE, INDEX_FILE, CONFIG_FILE = "model.json", "model_index.json", "config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "README.md")
-VARIANTS = ("*.fp16.*", "*.fp16-*")  # of weights that are there in full precision too
-# Of models that are neither ours nor diffusers'. DALLE2-pytorch's lie in folders, beside whatever else was tried.
+VARIANTS = ("*.fp16.*", "*.fp16-*")  # of weights that are also there in full precision
+# Of models in neither our own nor diffusers' layout. DALLE2-pytorch's repositories hold other
+# experiments too, outside of these folders.
 FOREIGN_FILES = (
-    "*.pt",
-    "*.ckpt",
-    "*.th",
-    "*.json.gz",
-    "*.bpe.gz",
-    "prior/*.pth",
-    "decoder/*.pth",
-    "upsampler/*.pth",
+    *("*.pt", "*.ckpt", "*.th", "*.json.gz", "*.bpe.gz"),
+    *("prior/*.pth", "decoder/*.pth", "upsampler/*.pth"),
 )
-ALWAYS = (MODEL_FILE, INDEX_FILE, CONFIG_FILE)  # fetched in any case, if they are there
-# A prior's repository may hold far larger encoders, which are not wanted.
+ALWAYS = (MODEL_FILE, INDEX_FILE, CONFIG_FILE)
+# A prior's repository may also hold far larger encoders, which are not needed.
 PRIOR_FILES = (*ALWAYS, "prior*", "*_stats.th", "scheduler/*", "model.*", "schedule.json")
 
 
-def wanted(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str]:
-    """Of the files in a repository, those that make a model; `files` are patterns of what is asked for.
+def select(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str]:
+    """Return the files of a repository that make a model; `files` are patterns of what is needed.
 
-    Variants of weights and .bin files only where there is nothing else. ValueError if it holds several models.
+    Variants of weights and .bin files are selected only if there is nothing else. ValueError if the
+    repository holds several models.
     """
     chosen = _matching(names, files)
     if files != MODEL_FILES:
-        return _newest(chosen)
+        return _one_checkpoint(chosen)
     chosen = [name for name in chosen if not _matching([name], VARIANTS)]
     if not {MODEL_FILE, INDEX_FILE} & set(names):
-        return _newest(chosen + _without_mini(_matching(names, FOREIGN_FILES)))
+        foreign = _matching(names, FOREIGN_FILES)
+        # min-dalle's repository holds two models; the larger one is selected.
+        mega = [
+            name
+            for name in foreign
+            if "_mini." not in name or name.replace("_mini.", ".") not in foreign
+        ]
+        return _one_checkpoint(chosen + mega)
     components = [
         name.split("/")[0] for name in names if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", name)
     ]
@@ -50,39 +53,30 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _without_mini(names: list[str]) -> list[str]:
-    """Without a file whose larger twin is there: min-dalle's repository holds two models."""
-    return [
-        name for name in names if "_mini." not in name or name.replace("_mini.", ".") not in names
-    ]
-
-
-def _newest(names: list[str]) -> list[str]:
-    """Of the .pth files in a folder, the one that `dalle2_pytorch_files.only` takes: the best, the latest, the only."""
+def _one_checkpoint(names: list[str]) -> list[str]:
+    """Keep one .pth file per folder: the one that `only_checkpoint` in dalle2_pytorch selects."""
     kept = [name for name in names if not name.endswith(".pth")]
     checkpoints = [PurePosixPath(name) for name in names if name.endswith(".pth")]
     for part in dict.fromkeys(path.parts[0] for path in checkpoints):
         found = [path for path in checkpoints if path.parts[0] == part]
-        found = [
-            path for path in found if len(path.parts) <= 2
-        ] or found  # at the top of the folder, else below
-        named = (
-            [path for path in found if path.name == name] for name in ("best.pth", "latest.pth")
-        )
-        found = next((paths for paths in named if len(paths) == 1), found)
+        found = [path for path in found if len(path.parts) <= 2] or found  # top of the folder first
+        for name in ("best.pth", "latest.pth"):
+            if len(named := [path for path in found if path.name == name]) == 1:
+                found = named
+                break
         if len(found) > 1:
-            told = ", ".join(map(str, found))
             raise ValueError(
-                f"it holds several models ({told}); fetch one into a folder, and give that instead"
+                f"it holds several models ({', '.join(map(str, found))}); download one into a "
+                f"folder and give that instead"
             )
         kept.append(str(found[0]))
     return kept
 
 
 def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:
-    """The folder of what is `wanted` of a repository, fetched once and then cached; ValueError tells why there is none.
+    """Download the files of a repository that `select` returns; return the cached folder.
 
-    Without a network, what was fetched before.
+    Without a network, what was downloaded before is used. ValueError with the reason on failure.
     """
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import (
@@ -91,22 +85,23 @@ def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:
         RepositoryNotFoundError,
     )
 
-    reason = "the Hub cannot be reached"
+    names, reason = None, "the Hub cannot be reached"
     try:
         names = list_repo_files(hub_id)
     except RepositoryNotFoundError:
         raise ValueError("the Hub has no such model, or it is private") from None
-    except Exception as error:  # the network's own kinds, which change with the Hub's library
-        names = None
-        reason = _first_line(error) if isinstance(error, HfHubHTTPError) else reason
+    except HfHubHTTPError as error:
+        reason = _first_line(error)
+    except Exception:  # network errors, whose classes change with the versions of the Hub's library
+        pass
     try:
         if names is None:
             return Path(
                 snapshot_download(hub_id, allow_patterns=list(ALWAYS), local_files_only=True)
             )
-        return Path(snapshot_download(hub_id, allow_patterns=wanted(names, files)))
+        return Path(snapshot_download(hub_id, allow_patterns=select(names, files)))
     except LocalEntryNotFoundError:
-        raise ValueError(f"{reason} and nothing of it is cached") from None
+        raise ValueError(f"{reason}, and nothing of the model is cached") from None
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(_first_line(error)) from None
 

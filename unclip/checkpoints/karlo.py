@@ -1,6 +1,7 @@
-"""Karlo (kakaobrain/karlo 1.0 alpha) as it was first published: Lightning checkpoints, OpenAI's CLIP, its statistics.
+"""Karlo (kakaobrain/karlo 1.0 alpha) as first published: Lightning checkpoints and OpenAI's CLIP.
 
-The configurations don't ship with them: the tensors tell the sizes, Karlo's repository the rest.
+The checkpoints come without configurations: sizes are inferred from the tensors, the rest is known
+from Karlo's repository. Kandinsky 2.1's prior was trained with the same code.
 """
 
 from __future__ import annotations
@@ -14,26 +15,31 @@ from torch import Tensor, nn
 
 from unclip.checkpoints import adm
 from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
+from unclip.checkpoints.folders import only_file
+from unclip.checkpoints.formats import Bundle, Format, LoadedPrior, States
 from unclip.checkpoints.openai.clip import read_clip
 from unclip.checkpoints.pickles import read_checkpoint, read_state
-from unclip.checkpoints.renaming import Rule, build, move, under
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.renaming import (
+    Part,
+    Rule,
+    build,
+    expecting,
+    move,
+    prefixed,
+    without_prefix,
+)
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 
-PRIOR_FILE, DECODER_FILE, UPSAMPLER_FILE = (
-    "prior-ckpt*.ckpt",
-    "decoder-ckpt*.ckpt",
-    "improved-sr-ckpt*.ckpt",
-)
 CLIP_FILE, STATS_FILE = "ViT-L-14.pt", "ViT-L-14_stats.th"
+PRIOR_FILE, ANY_PRIOR_FILE = "prior-ckpt*.ckpt", "prior*.ckpt"  # the latter fits Kandinsky's too
+DECODER_FILE, UPSAMPLER_FILE = "decoder-ckpt*.ckpt", "improved-sr-ckpt*.ckpt"
 LOW_SIZE, HIGH_SIZE = 64, 256
-SCHEDULE = ScheduleConfig(
-    precision="float32"
-)  # diffusers'; Karlo's own is finer, but both routes shall draw the same
-PRIOR = (
+# Of diffusers' port. Karlo's own is more precise, but both layouts have to give the same images.
+SCHEDULE = ScheduleConfig(precision="float32")
+PRIOR_RULES = (
     move("time_embed.0", "time.fc1"),
     move("time_embed.2", "time.fc2"),
     move("text_enc_proj", "state_proj"),
@@ -44,10 +50,8 @@ PRIOR = (
     move("final_ln", "norm"),
     move("out_proj", "head"),
 )
-STATS = (move("clip_mean", "emb_mean", lead=1), move("clip_std", "emb_std", lead=1))
-# Other versions of the same code save what they compute themselves: masks, and the tokens of the empty prompt.
-DERIVED = ("causal_mask", "cf_token", "cf_mask")
-TEXT = (
+STATS_RULES = (move("clip_mean", "emb_mean", lead=1), move("clip_std", "emb_std", lead=1))
+TEXT_RULES = (
     move("text_seq_proj.0", "text.proj"),
     move("text_seq_proj.1", "text.norm"),
     move("text_feat_proj", "text_to_time"),
@@ -55,6 +59,8 @@ TEXT = (
     move("clip_tok_proj", "image_to_context"),
     move("cf_param", "null_image"),
 )
+# Some versions of the code also save derived tensors: masks, and the tokens of the empty prompt.
+DERIVED = ("causal_mask", "cf_token", "cf_mask")
 UPSAMPLER_UNETS = {"model_first_steps": "unet", "model_last_step": "last_unet"}
 
 
@@ -63,36 +69,54 @@ def recognise(folder: Path) -> bool:
 
 
 def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """The folder that Karlo's own code reads; without a prior in it, the model draws variations only."""
+    """Load the folder that Karlo's own code reads; without a prior it makes variations only."""
     networks: dict[str, nn.Module] = {}
     if any(folder.glob(PRIOR_FILE)):
-        networks["prior"] = read_prior(only(folder, PRIOR_FILE), folder / STATS_FILE, dtype)
-    networks["decoder"] = read_decoder(only(folder, DECODER_FILE), dtype)
+        stats = folder / STATS_FILE
+        networks["prior"] = read_prior(only_file(folder, PRIOR_FILE), stats, dtype)
+    networks["decoder"] = read_decoder(only_file(folder, DECODER_FILE), dtype)
+    options = replace(KARLO_OPTIONS, upsamplers=())
     if any(folder.glob(UPSAMPLER_FILE)):
-        networks["upsampler_0"] = read_upsampler(only(folder, UPSAMPLER_FILE), dtype)
+        networks["upsampler_0"] = read_upsampler(only_file(folder, UPSAMPLER_FILE), dtype)
+        options = KARLO_OPTIONS
     return Bundle(
         kind="unclip",
         components={"clip": read_clip(folder / CLIP_FILE), **networks},
         schedules=dict.fromkeys(networks, SCHEDULE),
-        options=KARLO_OPTIONS
-        if "upsampler_0" in networks
-        else replace(KARLO_OPTIONS, upsamplers=()),
+        options=options,
         name="karlo-v1-alpha",
         licence="CreativeML Open RAIL-M",
     )
 
 
-def only(folder: Path, pattern: str) -> Path:
-    """The one file in a folder that has such a name."""
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        told = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{folder} should hold one file {pattern}, but holds {told}")
-    return found[0]
+def probe(folder: Path) -> States:
+    files = {
+        "clip": CLIP_FILE,
+        "prior": PRIOR_FILE,
+        "decoder": DECODER_FILE,
+        "upsampler_0": UPSAMPLER_FILE,
+    }
+    there = {name: pattern for name, pattern in files.items() if any(folder.glob(pattern))}
+    return {name: read_state(only_file(folder, pattern)) for name, pattern in there.items()}
+
+
+def recognise_prior(path: Path) -> bool:
+    """Recognise a .ckpt file or a folder with prior*.ckpt."""
+    return path.suffix == ".ckpt" or any(path.glob(ANY_PRIOR_FILE))
+
+
+def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrior:
+    """Load a prior of Karlo or Kandinsky 2.1; CLIP's statistics are a file next to it."""
+    file = _prior_file(path)
+    return LoadedPrior(read_prior(file, file.parent / STATS_FILE, dtype), SCHEDULE)
+
+
+def _prior_file(path: Path) -> Path:
+    return path if path.is_file() else only_file(path, ANY_PRIOR_FILE)
 
 
 def read_prior(file: Path, stats: Path, dtype: torch.dtype = torch.float32) -> DiffusionPrior:
-    """A prior, and from a file of its own the mean and standard deviation of CLIP's image embeddings."""
+    """Load a prior; stats: the mean and standard deviation of CLIP's image embeddings."""
     state = read_state(file)
     config = prior_config(state, file)
     match read_checkpoint(stats):
@@ -100,14 +124,14 @@ def read_prior(file: Path, stats: Path, dtype: torch.dtype = torch.float32) -> D
             state |= {"clip_mean": mean.reshape(1, -1), "clip_std": std.reshape(1, -1)}
         case other:
             raise ValueError(
-                f"{stats} holds a {type(other).__name__}; expected mean and standard deviation"
+                f"{stats} is a {type(other).__name__}; expected the tensors mean and deviation"
             )
-    return build(DiffusionPrior, config, state, prior_rules(config), file, dtype, ignored=DERIVED)
+    return build(DiffusionPrior, config, [Part(state, prior_rules(config), file)], dtype, DERIVED)
 
 
 def prior_config(state: Mapping[str, Tensor], source: Path) -> PriorConfig:
-    """The sizes of a prior as its tensors tell them."""
-    try:
+    """Infer the sizes of a prior from its tensors."""
+    with expecting("a prior of Karlo or Kandinsky 2.1", source):
         width, text_width = state["model.text_enc_proj.weight"].shape
         return PriorConfig(
             emb_dim=state["model.clip_img_proj.weight"].shape[1],
@@ -118,74 +142,69 @@ def prior_config(state: Mapping[str, Tensor], source: Path) -> PriorConfig:
             heads=width // adm.HEAD_DIM,
             null_text="empty_prompt",
         )
-    except KeyError as error:
-        raise ValueError(
-            f"{source} holds no prior of Karlo's: {error.args[0]} is missing"
-        ) from None
 
 
 def prior_rules(config: PriorConfig) -> list[Rule]:
     """PriorDiffusionModel -> DiffusionPrior."""
     transformer = adm.transformer_rules(config.depth, config.heads)
-    return [*under("model.", "", PRIOR), *under("model.transformer.", "", transformer), *STATS]
+    return [
+        *prefixed("model.", "", PRIOR_RULES),
+        *prefixed("model.transformer.", "", transformer),
+        *STATS_RULES,
+    ]
 
 
 def read_decoder(file: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Text2ImProgressiveModel: 64 x 64 pictures."""
+    """Load a Text2ImProgressiveModel, which generates 64 x 64 images."""
     state = read_state(file)
-    unet = adm.unet_config(under_prefix(state, "model."), file)
-    try:
-        emb_dim, text_width = (
-            len(state["model.cf_param"]),
-            state["model.text_seq_proj.0.weight"].shape[1],
+    unet = adm.unet_config(without_prefix(state, "model."), file)
+    with expecting("a decoder of Karlo", file):
+        text_width = state["model.text_seq_proj.0.weight"].shape[1]
+        config = DecoderConfig(
+            unet,
+            LOW_SIZE,
+            emb_dim=len(state["model.cf_param"]),
+            text_width=text_width,
+            context_tokens=len(state["model.clip_tok_proj.bias"])
+            // len(state["model.text_seq_proj.0.bias"]),
+            null_text="empty_prompt",
+            learned_variance=True,
         )
-        context_tokens = len(state["model.clip_tok_proj.bias"]) // len(
-            state["model.text_seq_proj.0.bias"]
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{file} holds no decoder of Karlo's: {error.args[0]} is missing"
-        ) from None
-    config = DecoderConfig(
-        unet,
-        LOW_SIZE,
-        emb_dim,
-        text_width,
-        context_tokens,
-        null_text="empty_prompt",
-        learned_variance=True,
-    )
-    return build(Decoder, config, state, decoder_rules(config), file, dtype, ignored=DERIVED)
+    return build(Decoder, config, [Part(state, decoder_rules(config), file)], dtype, DERIVED)
 
 
 def decoder_rules(config: DecoderConfig) -> list[Rule]:
     """Text2ImProgressiveModel -> Decoder."""
-    return [*under("model.", "unet.", adm.unet_rules(config.unet)), *under("model.", "", TEXT)]
+    unet = adm.unet_rules(config.unet)
+    return [*prefixed("model.", "unet.", unet), *prefixed("model.", "", TEXT_RULES)]
 
 
 def read_upsampler(file: Path, dtype: torch.dtype = torch.float32) -> Upsampler:
-    """ImprovedSupRes64to256ProgressiveModel: one U-Net for the last step, another for those before."""
+    """Load an ImprovedSupRes64to256ProgressiveModel: it has another U-Net for the last step."""
     state = read_state(file)
     first, last = (
-        adm.unet_config(under_prefix(state, f"{name}."), file) for name in UPSAMPLER_UNETS
+        adm.unet_config(without_prefix(state, f"{name}."), file) for name in UPSAMPLER_UNETS
     )
     config = UpsamplerConfig(first, LOW_SIZE, HIGH_SIZE, last_unet=last)
-    return build(Upsampler, config, state, upsampler_rules(config), file, dtype)
+    return build(Upsampler, config, [Part(state, upsampler_rules(config), file)], dtype)
 
 
 def upsampler_rules(config: UpsamplerConfig) -> list[Rule]:
     """ImprovedSupRes64to256ProgressiveModel -> Upsampler."""
+    assert config.last_unet is not None
     unets = zip(UPSAMPLER_UNETS.items(), (config.unet, config.last_unet), strict=True)
     return [
         rule
-        for (there, here), unet in unets
-        for rule in under(f"{there}.", f"{here}.", adm.unet_rules(unet))
+        for (foreign, ours), unet in unets
+        for rule in prefixed(f"{foreign}.", f"{ours}.", adm.unet_rules(unet))
     ]
 
 
-def under_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
+FORMAT = Format("Karlo's own", "unclip", recognise, load_bundle, probe)
+PRIOR = Format(
+    "Karlo's and Kandinsky's own",
+    "prior",
+    recognise_prior,
+    load_prior,
+    lambda path: {"prior": read_state(_prior_file(path))},
+)

@@ -1,7 +1,8 @@
-"""What a file of torch.save holds, without running any of it.
+"""Reader for files of torch.save that executes nothing in them.
 
-A pickle is a program: it names callables and says with what to call them. Here no name is ever imported. A short list
-stands for what tensors are made of (`_ADMITTED`); every other name becomes a class that only records what it is given.
+A pickle is a program that names callables and their arguments. This reader never imports a name:
+the names that tensors are made of map to functions defined here (`_ALLOWED`), every other name
+becomes a class that only records its arguments.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # starts what torch.save wrote before PyTorch 1.6: pickles, then raw storages
-LOCAL_HEADER = struct.Struct(
-    "<26xHH"
-)  # of a zip entry: the lengths of name and extra field, which the data follows
+# First object in a file of PyTorch before 1.6, which is a sequence of pickles and raw storages.
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_VERSION = 1001
+# Of a zip entry: the lengths of name and extra field, which precede the data.
+LOCAL_HEADER = struct.Struct("<26xHH")
 
 
 def read_checkpoint(file: str | Path) -> Any:
-    """The object in a file of torch.save (zip or older), a TorchScript archive or a pickle: tensors and containers.
+    """Return the object in a file of torch.save (zip or older), a TorchScript archive or a pickle.
 
-    An object of any other class is a `Stub`. Tensors are mapped from the file where it allows (copy on write), so the
-    file must stay as it is while they are in use. ValueError, in one line, for a file that is truncated or foreign.
+    Tensors and containers are returned as such, an object of any other class as a `Stub`. Tensors
+    are mapped from the file if possible (copy on write): the file must not change while they are in
+    use. ValueError for a file that is truncated or of another format.
     """
     file = Path(file)
     if not file.is_file():
@@ -36,43 +39,37 @@ def read_checkpoint(file: str | Path) -> Any:
     try:
         with file.open("rb") as stream:
             return _read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
-    except (
-        Exception
-    ) as error:  # whatever a file from elsewhere makes of the unpickler, it is the file's fault
+    except Exception as error:  # a damaged file can raise anything in the unpickler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fault = f"{file} is truncated or is no checkpoint of PyTorch's ({reason}); fetch it again"
-        raise ValueError(fault) from None
+        raise ValueError(
+            f"{file} is truncated or not a PyTorch checkpoint ({reason}); download it again"
+        ) from None
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: the whole of it, its entry "state_dict" (Lightning), or that of a module."""
+    """Return the state dict of a checkpoint: itself, its "state_dict" or that of a module."""
     content = read_checkpoint(file)
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     state = module_state(content) if isinstance(content, Stub) else content
-    if (
-        not isinstance(state, dict)
-        or not all(isinstance(x, Tensor) for x in state.values())
-        or not state
-    ):
-        raise ValueError(
-            f"{file} holds {_told(content)}; expected a state dict, that is tensors by their names"
-        )
-    return state
+    if isinstance(state, dict) and state and all(isinstance(x, Tensor) for x in state.values()):
+        return state
+    raise ValueError(f"{file} holds {_describe(content)}; expected a state dict (name -> tensor)")
 
 
 class Stub:
-    """An object of a class that was not imported: what the file calls it, what it was made of, its state."""
+    """An object of a class that was not imported: its class name, arguments and state."""
 
     type_name = ""  # "module.Class"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: Any  # its attributes, usually a dict
+    items: list[Any]  # of a list or set: elements; of a mapping: (key, value) pairs
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
         self = super().__new__(cls)
         self.args, self.kwargs = args, kwargs
-        self.state: Any = {}  # what its attributes were, as a rule a dict
-        self.items: list[
-            Any
-        ] = []  # of a list or set: its elements; of a mapping: (key, value) pairs
+        self.state, self.items = {}, []
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -97,9 +94,9 @@ class Stub:
 
 
 def module_state(module: Stub) -> dict[str, Tensor]:
-    """The state dict of a whole pickled nn.Module, or of the module in a TorchScript archive.
+    """Return the state dict of a pickled nn.Module, or of the module in a TorchScript archive.
 
-    A TorchScript module doesn't tell what a plain attribute is and what a buffer, so all its tensors are there.
+    TorchScript does not distinguish buffers from plain attributes: all its tensors are included.
     """
     return dict(_named_tensors(module, "", ()))
 
@@ -109,7 +106,7 @@ def _named_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(module, Stub) or not isinstance(module.state, dict):
         raise ValueError(
-            f"{prefix.rstrip('.') or 'the checkpoint'} is {_told(module)}; expected a module"
+            f"{prefix.rstrip('.') or 'the checkpoint'} is {_describe(module)}; expected a module"
         )
     if module in inside:
         raise ValueError(f"{prefix.rstrip('.')} contains itself; expected a module")
@@ -127,7 +124,7 @@ def _named_tensors(
             yield from _named_tensors(value, f"{prefix}{name}.", (*inside, module))
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Stub):
         return f"a {value.type_name}"
     keys = f" of {', '.join(map(str, list(value)[:4]))}" if isinstance(value, dict) else ""
@@ -135,7 +132,7 @@ def _told(value: Any) -> str:
 
 
 class _Dict(dict):
-    """An OrderedDict; its attributes (`_metadata` of a state dict) are dropped."""
+    """OrderedDict without its attributes (`_metadata` of a state dict)."""
 
     __slots__ = ()
 
@@ -144,7 +141,7 @@ class _Dict(dict):
 
 
 class _Call:
-    """One of our functions where the file names one of PyTorch's: it can be called, and nothing else."""
+    """One of our functions in place of one of PyTorch's: a file can call it, and nothing else."""
 
     __slots__ = ("function",)
 
@@ -155,40 +152,40 @@ class _Call:
         return self.function(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it changes a function")
+        raise pickle.UnpicklingError("it modifies a function")
 
 
 def _tensor(
     flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; PyTorch refuses what lies outside of the storage."""
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; as_strided checks the bounds."""
     return flat.as_strided(size, stride, offset)
 
 
 def _tensor_of_dtype(
     flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
 ) -> Tensor:
-    """torch._utils._rebuild_tensor_v3: the storage is bytes."""
+    """torch._utils._rebuild_tensor_v3: an untyped storage with a dtype."""
     _grad, _hooks, dtype, *_ = more
     return flat.view(dtype).as_strided(size, stride, offset)
 
 
 def _of_type(call: _Call, type_: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """torch._tensor._rebuild_from_type_v2: of a subclass of Tensor, the tensor."""
+    """torch._tensor._rebuild_from_type_v2: the plain tensor of a Tensor subclass."""
     if not isinstance(call, _Call):
-        raise pickle.UnpicklingError(f"it makes a tensor by {call}")
+        raise pickle.UnpicklingError(f"it builds a tensor with {call}")
     return call(*args)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode: how protocol 2 writes bytes."""
+    """_codecs.encode: bytes in protocol 2."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
     return text.encode("latin1")
 
 
 def _load_from_bytes(data: bytes) -> Any:
-    """torch.storage._load_from_bytes: in a plain pickle, a storage is a file within the file."""
+    """torch.storage._load_from_bytes: in a plain pickle, a storage is an embedded file."""
     return _read(io.BytesIO(data), bytearray(data))
 
 
@@ -217,7 +214,7 @@ _STORAGES = {
     "Untyped": "uint8",
 }
 _BUILTINS = {"set": set, "frozenset": frozenset, "complex": complex}
-_ADMITTED: dict[str, Any] = {
+_ALLOWED: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{
         f"{home}{kind}Storage": _DTYPES[n]
@@ -249,7 +246,7 @@ _ADMITTED: dict[str, Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Names become what `_ADMITTED` has for them, or stubs; references to storages become flat tensors."""
+    """Resolves names to `_ALLOWED` or stubs, and references to storages to flat tensors."""
 
     def __init__(
         self, stream: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]
@@ -261,14 +258,14 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full in _ADMITTED:
-            return _ADMITTED[full]
+        if full in _ALLOWED:
+            return _ALLOWED[full]
         if full not in self.stubs:
             self.stubs[full] = type(name, (Stub,), {"type_name": full})
         return self.stubs[full]
 
     def persistent_load(self, reference: Any) -> Any:
-        """A storage (or a view of one), or in older files a class along with its source."""
+        """Return a storage, a view of one, or in older files a class with its source."""
         match reference:
             case ("module", type_, *_):
                 return type_
@@ -282,11 +279,11 @@ class _Unpickler(pickle.Unpickler):
                     return whole
                 _key, offset, size = view[0]
                 return whole.as_strided((size,), (1,), offset)
-        raise pickle.UnpicklingError("it refers to something that is no storage")
+        raise pickle.UnpicklingError("it refers to something other than a storage")
 
 
 def _read(stream: BinaryIO, data: mmap.mmap | bytearray) -> Any:
-    """The object in a file, whichever of PyTorch's formats it has; `data` are the bytes of `stream`."""
+    """Return the object in a file of any of PyTorch's formats; `data` are the bytes of `stream`."""
     if data[:4] == b"PK\x03\x04":
         return _read_zip(stream, data)
     start = _Unpickler(stream, _no_storage).load()
@@ -295,33 +292,32 @@ def _read(stream: BinaryIO, data: mmap.mmap | bytearray) -> Any:
 
 def _read_legacy(stream: BinaryIO, length: int) -> Any:
     version, _system = (_Unpickler(stream, _no_storage).load() for _ in range(2))
-    if version != 1001:
-        raise ValueError(f"version {version} of PyTorch's older format, expected 1001")
+    if version != LEGACY_VERSION:
+        raise ValueError(f"version {version} of PyTorch's legacy format, expected {LEGACY_VERSION}")
 
-    def storage(
-        key: str, dtype: torch.dtype, count: int
-    ) -> Tensor:  # its numbers come later in the file
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        """Return an empty storage; its values come later in the file."""
         if count * dtype.itemsize > length:
-            raise EOFError(f"storage {key} is cut short")
+            raise EOFError(f"storage {key} is truncated")
         return torch.empty(count, dtype=dtype)
 
     unpickler = _Unpickler(stream, storage)
     content, storages = unpickler.load(), unpickler.storages
     keys = _Unpickler(stream, _no_storage).load()
     if set(keys) != storages.keys():
-        raise ValueError("the storages in it are not those that its tensors refer to")
+        raise ValueError("its storages are not the ones that its tensors refer to")
     for key in keys:
         flat, (count,) = storages[key], struct.unpack("<q", stream.read(8))
         raw = bytearray(stream.read(count * flat.element_size()))
         if count != flat.numel() or len(raw) != count * flat.element_size():
-            raise EOFError(f"storage {key} is cut short")
+            raise EOFError(f"storage {key} is truncated")
         if count:
             flat.copy_(torch.frombuffer(raw, dtype=flat.dtype))
     return content
 
 
 def _no_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-    raise pickle.UnpicklingError("a plain pickle refers to a storage outside of it")
+    raise pickle.UnpicklingError("a plain pickle refers to an external storage")
 
 
 def _read_zip(stream: BinaryIO, data: mmap.mmap | bytearray) -> Any:

@@ -1,23 +1,29 @@
-"""A foreign checkpoint as a table of rules: strict and complete on the way in, the exact inverse on the way out.
+"""Foreign checkpoints as tables of rules: strict on import, the exact inverse on export.
 
-A rule maps names there to names here. A name is a tensor's, or a module's: its `weight` and `bias` then go along.
+A rule maps foreign names to our names. A name is a tensor's, or a module's with `weight` and
+`bias`.
 """
+
+# H heads, P parts (query, key, value), D head width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.weights import fit_error
-
-# H heads, P parts (query, key, value), D rows of one head
+from unclip.checkpoints.folders import weight_files
+from unclip.checkpoints.pickles import read_state
+from unclip.weights import TensorFile, fit_error
 
 M = TypeVar("M", bound=nn.Module)
 Tensors = Sequence[Tensor]
@@ -26,68 +32,98 @@ LEAVES = ("", ".weight", ".bias")
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors there -> tensors here, and back; `forth` and `back` are each other's inverse."""
+    """Foreign tensors <-> our tensors; `convert` and `invert` are inverse to each other."""
 
-    there: tuple[str, ...]
-    here: tuple[str, ...]
-    forth: Callable[[Tensors], Tensors] = tuple
-    back: Callable[[Tensors], Tensors] = tuple
+    foreign: tuple[str, ...]
+    ours: tuple[str, ...]
+    convert: Callable[[Tensors], Tensors] = tuple
+    invert: Callable[[Tensors], Tensors] = tuple
 
 
-def move(there: str, here: str, lead: int = 0, trail: int = 0) -> Rule:
-    """The same values; there, tensors have `lead` axes of length 1 in front and (but for vectors) `trail` behind."""
+def move(foreign: str, ours: str, lead: int = 0, trail: int = 0) -> Rule:
+    """Keep the values.
+
+    Foreign tensors have `lead` axes of length 1 in front and, unless they are vectors, `trail`
+    behind.
+    """
     return Rule(
-        (there,), (here,), lambda x: [_drop(x[0], lead, trail)], lambda x: [_add(x[0], lead, trail)]
+        (foreign,),
+        (ours,),
+        lambda x: [_drop_axes(x[0], lead, trail)],
+        lambda x: [_add_axes(x[0], lead, trail)],
     )
 
 
-def transpose(there: str, here: str) -> Rule:
-    """A matrix that multiplies from the left there and from the right here."""
-    return Rule(
-        (there,), (here,), lambda x: [x[0].mT.contiguous()], lambda x: [x[0].mT.contiguous()]
-    )
+def transpose(foreign: str, ours: str) -> Rule:
+    """Transpose a matrix."""
+
+    def transposed(x: Tensors) -> Tensors:
+        return [x[0].mT.contiguous()]
+
+    return Rule((foreign,), (ours,), transposed, transposed)
 
 
-def fuse(there: Sequence[str], here: str) -> Rule:
-    """Equal Linears there are one here, its rows theirs in order."""
-    return Rule(
-        tuple(there), (here,), lambda x: [torch.cat(list(x))], lambda x: x[0].chunk(len(there))
-    )
+def fuse(foreign: Sequence[str], ours: str) -> Rule:
+    """Stack the rows of several equal Linears into one."""
+    n = len(foreign)
+    return Rule(tuple(foreign), (ours,), lambda x: [torch.cat(list(x))], lambda x: x[0].chunk(n))
 
 
-def split(there: str, here: Sequence[str]) -> Rule:
-    """One Linear there is several equal ones here, its rows theirs in order."""
-    return Rule(
-        (there,), tuple(here), lambda x: x[0].chunk(len(here)), lambda x: [torch.cat(list(x))]
-    )
+def by_head(foreign: str, ours: str, heads: int, parts: int = 3, trail: int = 0) -> Rule:
+    """Reorder rows grouped by head, each with its q, k, v (ADM, Karlo), to all q, all k, all v."""
+
+    def convert(x: Tensors) -> Tensors:
+        rows = _drop_axes(x[0], 0, trail)
+        return [rearrange(rows, "(h p d) ... -> (p h d) ...", h=heads, p=parts)]
+
+    def invert(x: Tensors) -> Tensors:
+        rows = rearrange(x[0], "(p h d) ... -> (h p d) ...", h=heads, p=parts)
+        return [_add_axes(rows, 0, trail)]
+
+    return Rule((foreign,), (ours,), convert, invert)
 
 
-def by_head(there: str, here: str, heads: int, parts: int = 3, trail: int = 0) -> Rule:
-    """There the rows are grouped by head and each head has its q, k, v (ADM, Karlo); here all q, then all k, all v."""
-
-    def forth(x: Tensors) -> Tensors:
-        return [rearrange(_drop(x[0], 0, trail), "(h p d) ... -> (p h d) ...", h=heads, p=parts)]
-
-    def back(x: Tensors) -> Tensors:
-        return [_add(rearrange(x[0], "(p h d) ... -> (h p d) ...", h=heads, p=parts), 0, trail)]
-
-    return Rule((there,), (here,), forth, back)
-
-
-def under(there: str, here: str, rules: Iterable[Rule]) -> list[Rule]:
-    """The rules of a part, for the whole: every name gets its side's prefix (with its dot; "" for none)."""
+def prefixed(foreign: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
+    """Put a prefix (with its dot) in front of the names of each side."""
     return [
         Rule(
-            tuple(there + n for n in rule.there),
-            tuple(here + n for n in rule.here),
-            rule.forth,
-            rule.back,
+            tuple(foreign + name for name in rule.foreign),
+            tuple(ours + name for name in rule.ours),
+            rule.convert,
+            rule.invert,
         )
         for rule in rules
     ]
 
 
-def to_here(
+def repeated(foreign: str, ours: str, depth: int, rules: Sequence[Rule]) -> list[Rule]:
+    """Apply `rules` to each of `depth` blocks; prefixes are formats such as "layers.{}."."""
+    return [
+        rule for i in range(depth) for rule in prefixed(foreign.format(i), ours.format(i), rules)
+    ]
+
+
+def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names start with a prefix, without it."""
+    return {name[len(prefix) :]: x for name, x in state.items() if name.startswith(prefix)}
+
+
+def count(names: Iterable[str], pattern: str) -> int:
+    """Count the distinct values of a pattern's first group: blocks in r"layers\\.(\\d+)"."""
+    return len({found[1] for name in names if (found := re.match(pattern, name))})
+
+
+@contextmanager
+def expecting(what: str, source: str | Path) -> Iterator[None]:
+    """Raise a ValueError that names the tensor if the body finds one missing (KeyError)."""
+    try:
+        yield
+    except KeyError as error:
+        fault = f"{source} is not {what}: the tensor {error.args[0]} is missing"
+        raise ValueError(fault) from None
+
+
+def import_state(
     state: Mapping[str, Tensor],
     rules: Iterable[Rule],
     shapes: Mapping[str, torch.Size],
@@ -95,48 +131,41 @@ def to_here(
     ignored: Sequence[str] = (),
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Tensor]:
-    """A foreign state under our names. ValueError unless every tensor finds a place and every place a tensor.
+    """Return a foreign state under our names.
 
-    shapes: of all tensors that are wanted here. ignored: patterns of names there that hold nothing learned
-    ("*.position_ids"). dtypes: what to cast to, by names here. Tensors are taken, and cast, rule by rule, so that a
-    state that reads them from a file (`weights.TensorFile`) is never in memory twice. The error names what is missing,
-    unexpected or of another shape, as it is called there.
+    shapes: of all tensors that are expected. ignored: patterns of foreign names without learned
+    values ("*.position_ids"). dtypes: to cast to, by our names. Tensors are read and cast rule by
+    rule, so that a lazy `state` (`weights.TensorFile`) is never in memory twice. ValueError lists
+    the missing, unexpected and misshaped tensors by their foreign names.
     """
     left, out = set(state), {}
     missing, misshaped = [], []
     for rule in rules:
         for leaf in LEAVES:
-            places = [name + leaf for name in rule.here]
-            if places[0] not in shapes:
+            ours = [name + leaf for name in rule.ours]
+            if ours[0] not in shapes:
                 continue
-            names = [name + leaf for name in rule.there]
-            if absent := [name for name in names if name not in left]:
+            foreign = [name + leaf for name in rule.foreign]
+            if absent := [name for name in foreign if name not in left]:
                 missing += absent
-                out |= dict.fromkeys(places)
+                out |= dict.fromkeys(ours)
                 continue
-            left.difference_update(names)
-            given = [state[name] for name in names]
+            left.difference_update(foreign)
+            given = [state[name] for name in foreign]
             try:
-                made = rule.forth(given)
-            except (RuntimeError, ValueError):  # rows that don't divide
+                made = rule.convert(given)
+            except (RuntimeError, ValueError):  # rows that cannot be divided
                 made = given
-            fits = [tuple(tensor.shape) for tensor in made] == [
-                tuple(shapes[place]) for place in places
-            ]
-            if not fits:
-                wanted = rule.back([torch.empty(shapes[place], device="meta") for place in places])
-                pairs = zip(names, given, wanted, strict=True)
-                wrong = [
-                    (n, tuple(x.shape), tuple(w.shape)) for n, x, w in pairs if x.shape != w.shape
-                ]
+            if [x.shape for x in made] != [torch.Size(shapes[name]) for name in ours]:
+                expected = rule.invert([torch.empty(shapes[name], device="meta") for name in ours])
                 misshaped += [
-                    f"{name} is {shape}, expected {expected}" for name, shape, expected in wrong
+                    f"{name} is {tuple(x.shape)}, expected {tuple(y.shape)}"
+                    for name, x, y in zip(foreign, given, expected, strict=True)
+                    if x.shape != y.shape
                 ]
             if dtypes is not None:
-                made = [
-                    tensor.to(dtypes[place]) for place, tensor in zip(places, made, strict=False)
-                ]
-            out |= zip(places, made, strict=False)
+                made = [x.to(dtypes[name]) for name, x in zip(ours, made, strict=False)]
+            out |= zip(ours, made, strict=False)
     unexpected = [
         name
         for name in state
@@ -144,49 +173,85 @@ def to_here(
     ]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
-    assert not (nowhere := [name for name in shapes if name not in out]), f"no rule gives {nowhere}"
+    assert out.keys() >= shapes.keys(), f"no rule makes {sorted(shapes.keys() - out.keys())}"
     return out
+
+
+def export_state(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """Return our state under the foreign names: the inverse of `import_state`."""
+    left, out = dict(state), {}
+    for rule in rules:
+        for leaf in LEAVES:
+            if rule.ours[0] + leaf in left:
+                given = [left.pop(name + leaf) for name in rule.ours]
+                foreign = [name + leaf for name in rule.foreign]
+                out |= zip(foreign, rule.invert(given), strict=True)
+    assert not left, f"no rule takes {sorted(left)}"
+    return out
+
+
+def select(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+    """Return the tensors of our state that the rules name."""
+    names = {name + leaf for rule in rules for name in rule.ours for leaf in LEAVES}
+    return {name: x for name, x in state.items() if name in names}
+
+
+class Part(NamedTuple):
+    """The foreign tensors of one part of a network, and the rules that rename them."""
+
+    state: Mapping[str, Tensor]
+    rules: Sequence[Rule]
+    source: str | Path  # for error messages
+
+
+def import_parts(
+    own: Mapping[str, Tensor],
+    parts: Iterable[Part],
+    dtypes: Mapping[str, torch.dtype],
+    ignored: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Return the tensors of all parts under our names; own: our state dict, for the shapes."""
+    tensors = {}
+    for state, rules, source in parts:
+        shapes = {name: x.shape for name, x in select(own, rules).items()}
+        tensors |= import_state(state, rules, shapes, source, ignored, dtypes)
+    return tensors
 
 
 def build(
     network: Callable[[Any], M],
     config: Any,
-    state: Mapping[str, Tensor],
-    rules: Iterable[Rule],
-    source: str | Path,
+    parts: Sequence[Part],
     dtype: torch.dtype = torch.float32,
     ignored: Sequence[str] = (),
 ) -> M:
-    """The network with a foreign state, in eval mode: parameters in `dtype`, buffers (statistics) in float32."""
+    """Build a network from foreign tensors in eval mode: parameters in `dtype`, buffers in fp32.
+
+    The network is built on the meta device, so that only the loaded weights take memory.
+    """
     with torch.device("meta"):
         module = network(config)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
     own = module.state_dict()
-    shapes, dtypes = (
-        {name: getattr(tensor, kind) for name, tensor in own.items()} for kind in ("shape", "dtype")
-    )
-    module.load_state_dict(to_here(state, rules, shapes, source, ignored, dtypes), assign=True)
+    dtypes = {name: x.dtype for name, x in own.items()}
+    dtypes |= {name: dtype for name, _ in module.named_parameters()}
+    module.load_state_dict(import_parts(own, parts, dtypes, ignored), assign=True)
     return module.eval()
 
 
-def to_there(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
-    """Our state under the foreign names: the inverse of `to_here`."""
-    left, out = dict(state), {}
-    for rule in rules:
-        for leaf in LEAVES:
-            if rule.here[0] + leaf in left:
-                given = [left.pop(name + leaf) for name in rule.here]
-                out |= zip([name + leaf for name in rule.there], rule.back(given), strict=True)
-    assert not left, f"no rule takes {sorted(left)}"
-    return out
+def read_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Open the weights of a component (safetensors or .bin, one file or shards), read lazily."""
+    shards: list[Any] = [
+        TensorFile(file) if file.suffix == ".safetensors" else read_state(file)
+        for file in weight_files(folder)
+    ]
+    return ChainMap(*shards)
 
 
-def _drop(x: Tensor, lead: int, trail: int) -> Tensor:
+def _drop_axes(x: Tensor, lead: int, trail: int) -> Tensor:
     trail = min(trail, max(x.ndim - 1, 0))
     shape = x.shape[lead : x.ndim - trail]
     return x.reshape(shape) if shape.numel() == x.numel() else x
 
 
-def _add(x: Tensor, lead: int, trail: int) -> Tensor:
+def _add_axes(x: Tensor, lead: int, trail: int) -> Tensor:
     return x.reshape((1,) * lead + tuple(x.shape) + (1,) * (trail if x.ndim > 1 else 0))

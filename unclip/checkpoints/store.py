@@ -1,41 +1,43 @@
-"""Our own format: a folder of JSON and safetensors, strict on the way in and atomic on the way out.
+"""Our own format: a folder of JSON and safetensors, loaded strictly and written atomically.
 
 emoji/
-  model.json               format, version, kind, name, licence, components; borrowed: those of a bundled model
-  options.json             how to sample, unless the caller says otherwise
-  clip/                    open_clip's layout (see clip.py)
-  prior/                   config.json (type and fields), schedule.json, model.safetensors
-                           (no schedule where the prior draws without diffusion)
-  decoder/  upsampler_0/   likewise; of DALL-E instead: codec/, dalle/, without a schedule
-  tokenizer/               where the tokenizer is not CLIP's: config.json (type and fields), tokenizer.json
+  model.json               format, version, kind, name, licence, components; borrowed: components
+                           that are read from a bundled model
+  options.json             default sampling options
+  clip/                    in open_clip's layout (see clip.py)
+  prior/                   config.json (type and fields), model.safetensors, schedule.json
+                           (no schedule for a prior that is not sampled by diffusion)
+  decoder/  upsampler_0/   likewise; a DALL-E 1 model has codec/ and dalle/ without a schedule
+  tokenizer/               config.json (type and fields) and tokenizer.json, if it is not CLIP's
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from unclip.checkpoints.registry import (
+from unclip.checkpoints.folders import (
     CONFIG_FILE,
-    FORMAT,
     MODEL_FILE,
     OPTIONS_FILE,
     SCHEDULE_FILE,
     VERSION,
     WEIGHTS_FILE,
     component_folders,
-    read_json,
+    read_config,
     read_model_json,
 )
+from unclip.checkpoints.folders import FORMAT as FORMAT_NAME
+from unclip.checkpoints.formats import Bundle, Components, Format, LoadedPrior
+from unclip.checkpoints.renaming import read_weights
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.files import atomic_folder, keep_others
+from unclip.files import atomic_folder, keep_others, read_json
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
@@ -55,18 +57,18 @@ from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.layout import Layout, LayoutConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
-from unclip.models.unclip.prior import DirectPrior
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
+M = TypeVar("M", bound=nn.Module)
 NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
     "DiffusionPrior": (DiffusionPrior, PriorConfig),
     "ARPrior": (ARPrior, ARPriorConfig),
     "OneShotPrior": (OneShotPrior, OneShotPriorConfig),
-    "Layout": (Layout, LayoutConfig),  # on its way into a decoder
+    "Layout": (Layout, LayoutConfig),  # trained on its own, then part of a decoder
     "Decoder": (Decoder, DecoderConfig),
     "Upsampler": (Upsampler, UpsamplerConfig),
     "GLIDE": (GLIDE, GLIDEConfig),
@@ -84,45 +86,13 @@ NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
 OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
 
 
-class Components(Mapping[str, Any]):
-    """Components that are read from their files when they are first asked for, one without the others."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
-        self._readers, self._read = dict(readers), {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._read:
-            self._read[name] = self._readers[name]()
-        return self._read[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """All that a checkpoint holds; a pipeline is made from it."""
-
-    kind: str
-    components: Mapping[
-        str, Any
-    ]  # networks: clip, prior, decoder, upsampler_0, ...; a tokenizer if there is no CLIP
-    schedules: dict[str, ScheduleConfig]  # of each component that is sampled by diffusion
-    options: Any
-    name: str
-    licence: str
-
-
 def save_component(
     module: nn.Module,
     folder: str | Path,
     dtype: torch.dtype | None = None,
     schedule: ScheduleConfig | None = None,
 ) -> None:
-    """Writes one network: its config, its weights (in `dtype` if given) and the noise schedule it was trained on."""
+    """Save one network: its config, its weights (in `dtype` if given) and its noise schedule."""
     assert type(module).__name__ in NETWORKS, f"{type(module).__name__} is not in NETWORKS"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,55 +109,52 @@ def load_component(
     *,
     mapped: bool = False,
 ) -> nn.Module:
-    """The network in a folder, in eval mode; parameters in `dtype`, buffers (statistics) in float32 whatever it is.
+    """Load the network in a folder, in eval mode: parameters in `dtype`, buffers in float32.
 
-    Built on the meta device and then given its tensors one by one, each in its dtype at once: nothing is initialised
-    in vain, and at most one tensor is in memory twice. ValueError names an unknown type, a wrong config key, tensors
-    that are missing, unexpected or mis-shaped, and a truncated file. mapped: parameters are views of the file, in its
-    dtype (see `TensorFile`).
+    It is built on the meta device and filled tensor by tensor: nothing is initialised for nothing,
+    and at most one tensor is in memory twice. mapped: parameters are views of the file, in its
+    dtype (see `TensorFile`). ValueError for an unknown type, a wrong config key, missing,
+    unexpected or misshaped tensors, and a truncated file.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG_FILE)
     kind = config.pop("type", None)
     if kind not in NETWORKS:
-        raise ValueError(
-            f"{folder / CONFIG_FILE}: type is {kind!r}; expected one of {', '.join(NETWORKS)}"
-        )
+        names = ", ".join(NETWORKS)
+        raise ValueError(f"{folder / CONFIG_FILE}: type is {kind!r}; expected one of {names}")
     network, config_type = NETWORKS[kind]
     with torch.device("meta"):
         module = network(parse(config_type, config, str(folder / CONFIG_FILE)))
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    load_strictly(
-        module, TensorFile(folder / WEIGHTS_FILE, mapped), folder / WEIGHTS_FILE, as_stored=mapped
-    )
-    assert not any(buffer.is_meta for buffer in module.buffers()), (
-        f"{kind} has a buffer that is not saved"
-    )
+    file = folder / WEIGHTS_FILE
+    load_strictly(module, TensorFile(file, mapped), file, as_stored=mapped)
+    unsaved = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    assert not unsaved, f"{kind} has buffers that are not saved: {unsaved}"
     return module.to(device).eval()
 
 
-def load_kind(
-    folder: str | Path,
-    kinds: type[nn.Module] | tuple[type[nn.Module], ...],
-    expected: str,
-    **options: Any,
-) -> nn.Module:
-    """As `load_component`, with its options; ValueError unless the network is of one of `kinds`, told as `expected`."""
+def load_as(
+    folder: str | Path, kinds: type[M] | tuple[type[M], ...], expected: str, **options: Any
+) -> M:
+    """Load a component that must be one of `kinds`; `expected` names them in the error.
+
+    options: arguments of `load_component`.
+    """
     module = load_component(folder, **options)
     if not isinstance(module, kinds):
-        raise ValueError(f"{folder} holds a {type(module).__name__}; expected {expected}")
+        raise ValueError(f"{folder} is a {type(module).__name__}; expected {expected}")
     return module
 
 
 def is_diffused(folder: str | Path) -> bool:
-    """Whether the network in a folder is sampled by diffusion, and so has a schedule."""
-    network, _ = NETWORKS.get(read_json(Path(folder) / CONFIG_FILE).get("type"), (None, None))
-    return network is None or not issubclass(network, DirectPrior)
+    """Return whether the network in a folder is sampled by diffusion and so has a schedule."""
+    kind = read_json(Path(folder) / CONFIG_FILE).get("type")
+    return kind not in NETWORKS or not issubclass(NETWORKS[kind][0], DirectPrior)
 
 
 def load_schedule(folder: str | Path) -> ScheduleConfig:
-    """The noise schedule that the network in a folder was trained on."""
+    """Load the noise schedule that the network in a folder was trained on."""
     file = Path(folder) / SCHEDULE_FILE
     return parse(ScheduleConfig, read_json(file), str(file))
 
@@ -196,35 +163,33 @@ def save_bundle(
     bundle: Bundle,
     folder: str | Path,
     dtype: torch.dtype | None = None,
-    borrowed: Mapping[str, str] | None = None,
+    shared_from: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a model folder whole or not at all; what lies there beside the old model's components stays.
+    """Write a model folder atomically; files that do not belong to the model it replaces are kept.
 
-    borrowed: components that are read from a bundled model instead, such as {"clip": "emoji"}.
-
-    ValueError rather than replacing a folder of anything else.
+    shared_from: components that are not stored but read from a bundled model, as {"clip": "emoji"}.
+    ValueError if the folder holds something other than a model.
     """
     folder = Path(folder)
     old = read_model_json(folder)["components"] if recognise(folder) else []
-    if folder.is_file() or (
-        not recognise(folder) and folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))
-    ):
-        raise ValueError(f"{folder} exists and is no model folder; give a new folder")
+    occupied = folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))
+    if not recognise(folder) and (folder.is_file() or occupied):
+        raise ValueError(f"{folder} exists and is not a model folder; choose a new folder")
     with atomic_folder(folder) as part:
         for name, module in bundle.components.items():
             if type(module).__name__ in NETWORKS:
                 save_component(module, part / name, dtype, bundle.schedules.get(name))
-            else:
+            else:  # CLIP or a tokenizer
                 module.save_pretrained(part / name, dtype)
         save_json(bundle.options, part / OPTIONS_FILE)
         model = {
-            "format": FORMAT,
+            "format": FORMAT_NAME,
             "version": VERSION,
             "kind": bundle.kind,
             "name": bundle.name,
             "licence": bundle.licence,
             "components": list(bundle.components),
-            **({"borrowed": dict(borrowed)} if borrowed else {}),
+            **({"borrowed": dict(shared_from)} if shared_from else {}),
         }
         save_json(model, part / MODEL_FILE)
         keep_others(folder, part, {*old, MODEL_FILE, OPTIONS_FILE})
@@ -237,32 +202,60 @@ def recognise(folder: Path) -> bool:
 def load_bundle(
     folder: str | Path, dtype: torch.dtype = torch.float32, *, mapped: bool = False
 ) -> Bundle:
-    """Reads a model folder onto the CPU, networks in `dtype` (CLIP in float32). mapped: see `load_component`."""
-    from unclip.clip import (
-        CLIP,
-    )  # late: open_clip is slow to import, and a component alone does without it
+    """Load a model folder onto the CPU, networks in `dtype`, CLIP in float32.
+
+    mapped: see `load_component`.
+    """
+    from unclip.clip import CLIP  # late: open_clip is slow to import, and a component needs none
 
     folder = Path(folder)
     model = read_model_json(folder)
     if model["kind"] not in OPTIONS:
+        kinds = ", ".join(OPTIONS)
         raise ValueError(
-            f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {', '.join(OPTIONS)}"
+            f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {kinds}"
         )
+    folders = component_folders(folder)
     readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
-    places = component_folders(folder)
-    networks = [name for name in places if name not in readers]
-    diffused = (
-        [] if model["kind"] == "dalle" else [name for name in networks if is_diffused(places[name])]
-    )
+    networks = [name for name in folders if name not in readers]
     readers |= dict.fromkeys(networks, partial(load_component, dtype=dtype, mapped=mapped))
-    components = Components({name: partial(readers[name], place) for name, place in places.items()})
+    diffused = [
+        name for name in networks if model["kind"] != "dalle" and is_diffused(folders[name])
+    ]
+    options = folder / OPTIONS_FILE
     return Bundle(
         kind=model["kind"],
-        components=components,
-        schedules={name: load_schedule(places[name]) for name in diffused},
-        options=parse(
-            OPTIONS[model["kind"]], read_json(folder / OPTIONS_FILE), str(folder / OPTIONS_FILE)
-        ),
+        components=Components({name: partial(readers[name], folders[name]) for name in folders}),
+        schedules={name: load_schedule(folders[name]) for name in diffused},
+        options=parse(OPTIONS[model["kind"]], read_json(options), str(options)),
         name=model["name"],
         licence=model["licence"],
     )
+
+
+def recognise_component(path: Path) -> bool:
+    return "type" in read_config(path)
+
+
+def recognise_prior(path: Path) -> bool:
+    return recognise(path) or recognise_component(path)
+
+
+def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrior:
+    """Load the prior in a component folder or in a model folder."""
+    folder = path / "prior" if recognise(path) else path
+    if not folder.is_dir():
+        raise ValueError(f"{path} is a model without a prior")
+    prior = load_as(folder, (DiffusionPrior, RelativePrior, DirectPrior), "a prior", dtype=dtype)
+    return LoadedPrior(prior, load_schedule(folder) if is_diffused(folder) else None)
+
+
+FORMAT = Format(FORMAT_NAME, "model", recognise, load_bundle)
+COMPONENT = Format(
+    FORMAT_NAME,
+    "component",
+    recognise_component,
+    load_component,
+    lambda path: {path.name: read_weights(path)},
+)
+PRIOR = Format(FORMAT_NAME, "prior", recognise_prior, load_prior)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.registry import locate
+from unclip.checkpoints.folders import locate
 from unclip.cli.arguments import PRIOR, SAMPLING, add_arguments, sampling_options
 from unclip.cli.common import (
     add_command,

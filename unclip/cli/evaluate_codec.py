@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.checkpoints.registry import locate
+from unclip.checkpoints.folders import locate
 from unclip.cli.common import add_command, check_writable, whole_number, write_figures
 
 SHOWN = 12  # pictures with their reconstructions
@@ -55,7 +55,7 @@ def evaluate_codec(args: Namespace) -> None:
     check_writable(args.json)
     path = locate(args.codec)  # a misspelt name is told before torch is imported
 
-    from unclip.checkpoints.codecs import load_codec
+    from unclip.checkpoints.registry import load_codec
     from unclip.evaluation import codec as evaluation
     from unclip.evaluation.pairs import load_pairs
     from unclip.image_io import save_png

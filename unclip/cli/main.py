@@ -322,7 +322,8 @@ def _picture_info(path: Path) -> None:
 
 
 def _model_info(name: str) -> None:
-    from unclip.checkpoints.registry import FORMAT, locate, summary
+    from unclip.checkpoints.folders import FORMAT, locate
+    from unclip.checkpoints.summary import summary
 
     folder = locate(name)
     model = summary(folder)
@@ -331,7 +332,7 @@ def _model_info(name: str) -> None:
     )
     print(f"licence: {model.licence or 'not told'}\n")
     for part in model.components:
-        lent = f", from {part.lender}" if part.lender else ""
+        lent = f", from {part.shared_from}" if part.shared_from else ""
         print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes) + lent)
     parameters, size = (
         sum(getattr(part, of) for part in model.components) for of in ("parameters", "size")
@@ -360,10 +361,11 @@ def _add_models(commands: Any) -> None:
 
 
 def models(args: Namespace) -> None:
-    from unclip.checkpoints.registry import bundled_models, describe, read_model_json
+    from unclip.checkpoints.folders import bundled_models, read_model_json
+    from unclip.checkpoints.summary import describe
 
     for name, folder in bundled_models().items():
-        size = sum(part.size for part in describe(folder) if part.lender is None)
+        size = sum(part.size for part in describe(folder) if part.shared_from is None)
         print(f"{name}  {size / 1e6:.0f} MB  {read_model_json(folder)['licence']}")
 
 
@@ -381,7 +383,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def convert(args: Namespace) -> None:
-    from unclip.checkpoints.registry import locate
+    from unclip.checkpoints.folders import locate
 
     source = locate(args.source)  # a misspelt name is told before torch is imported
 

@@ -25,7 +25,7 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 import unclip
-from unclip.checkpoints.registry import CONFIG_FILE, locate, read_model_json
+from unclip.checkpoints.folders import CONFIG_FILE, locate, read_model_json
 from unclip.cli.common import DEFAULT_MODEL
 from unclip.evaluation import manipulation
 from unclip.evaluation.figures import FIGURES, Figure

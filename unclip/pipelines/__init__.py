@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unclip.checkpoints.folders import locate
 from unclip.checkpoints.hub import PRIOR_FILES
-from unclip.checkpoints.registry import locate
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def load(
     path = locate(name_or_path)  # before torch is imported: a misspelt name is told at once
 
     from unclip.checkpoints import store
-    from unclip.checkpoints.formats import load_any
+    from unclip.checkpoints.registry import load_any
     from unclip.pipelines.base import default_dtype, find_device
     from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.glide import GLIDEPipeline
@@ -65,8 +65,8 @@ def load_prior(
 
     import torch
 
-    from unclip.checkpoints.priors import load_any_prior
+    from unclip.checkpoints.registry import load_any_prior
 
-    prior = load_any_prior(path, dtype or torch.float32)
+    prior, prior.schedule = load_any_prior(path, dtype or torch.float32)
     prior.source = str(name_or_path)  # for the metadata of its pictures
     return prior

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.store import Bundle, save_bundle
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.store import save_bundle
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE

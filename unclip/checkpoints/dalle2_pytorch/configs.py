@@ -1,7 +1,8 @@
-"""DALLE2-pytorch's configurations, and what its releases made of them, as configurations of the networks here.
+"""DALLE2-pytorch's configurations -> configurations of our networks, for each of its releases.
 
-Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Some releases compute otherwise under
-the same names of tensors; what was trained so has to be sampled so.
+Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Releases differ in
+their computation under the same tensor names; a checkpoint is sampled as the release that trained
+it does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from unclip.checkpoints.dalle2_pytorch.files import Release
 from unclip.config import parse
+from unclip.diffusion.schedules import Prediction
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoderConfig,
     CrossAttentionUpsamplerConfig,
@@ -23,7 +25,7 @@ from unclip.models.published.relative_prior import RelativePriorConfig
 
 T = TypeVar("T")
 
-CLIP_TOKENS = 77  # to which the CLIPs that it takes pad every caption
+CLIP_TOKENS = 77  # every caption is padded to this length
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class PriorSource:
 
 @dataclass(frozen=True)
 class UnetSource:
-    """One of `unets`; keys that are not here it never heeded itself."""
+    """One of `unets`; DALLE2-pytorch ignores keys that are not listed here."""
 
     dim: int
     dim_mults: tuple[int, ...] = (1, 2, 4, 8)
@@ -158,9 +160,7 @@ class DecoderSource:
     p2_loss_weight_gamma: Any = 0.0
     p2_loss_weight_k: Any = 1
     ddim_sampling_eta: float = 0.0
-    condition_on_text_encodings: Any = (
-        None  # of early releases, which the U-Nets' own setting replaced
-    )
+    condition_on_text_encodings: Any = None  # of early releases; each U-Net has its own since
 
     def __post_init__(self) -> None:
         for name in ("beta_schedule", "predict_v", "predict_x_start", "sample_timesteps"):
@@ -170,102 +170,99 @@ class DecoderSource:
                 )
         if not self.unets or len(self.sizes) != len(self.unets):
             raise ValueError(
-                f"there are {len(self.unets)} U-Nets for {len(self.sizes)} image_sizes"
+                f"there are {len(self.unets)} U-Nets for {len(self.sizes)} image_sizes; expected "
+                f"one size for each"
             )
 
     def each(self, name: str) -> tuple[Any, ...]:
-        """A setting for each U-Net; one alone is for all."""
+        """Return a setting for each U-Net; a single value applies to all."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.unets)
 
     @property
     def learned_variances(self) -> tuple[bool, ...]:
-        """For each U-Net; those that are left out have none."""
-        given = (
-            self.learned_variance
-            if isinstance(self.learned_variance, tuple)
-            else (self.learned_variance,)
-        )
+        """One value per U-Net; False where the configuration has fewer."""
+        given = self.learned_variance
+        given = given if isinstance(given, tuple) else (given,)
         return (*given, *(False,) * len(self.unets))[: len(self.unets)]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the picture, from the smallest."""
+        """Image sizes, ascending."""
         return tuple(sorted(self.image_sizes or ([self.image_size] if self.image_size else ())))
 
     @property
     def schedules(self) -> tuple[str, ...]:
         if self.beta_schedule is not None:
             return self.each("beta_schedule")
-        return ("cosine",) * (len(self.unets) - 1) + (
-            "linear" if len(self.unets) > 1 else "cosine",
-        )
+        last = "linear" if len(self.unets) > 1 else "cosine"
+        return ("cosine",) * (len(self.unets) - 1) + (last,)
 
-    def prediction(self, i: int) -> str:
-        return (
-            "v" if self.each("predict_v")[i] else "x0" if self.each("predict_x_start")[i] else "eps"
-        )
+    def prediction(self, i: int) -> Prediction:
+        if self.each("predict_v")[i]:
+            return "v"
+        return "x0" if self.each("predict_x_start")[i] else "eps"
 
 
-# What a setting has to be, where nothing here computes what another value asks for, and why.
+# The only supported value of a setting, and why.
 REQUIRED: dict[type, dict[str, tuple[Any, str]]] = {
     PriorNetSource: {
         "num_image_embeds": (1, "the prior has one token for x_t"),
         "num_text_embeds": (1, "the prior has one token for the text embedding"),
         "num_time_embeds": (1, "the prior has one token for t"),
-        "self_cond": (False, "the prior is not told its estimate of the step before"),
+        "self_cond": (False, "the prior is not conditioned on its previous estimate"),
     },
     PriorSource: {
-        "condition_on_text_encodings": (True, "the prior reads the caption's tokens"),
+        "condition_on_text_encodings": (True, "the prior is conditioned on the caption's tokens"),
         "image_embed_scale": (None, "unit vectors are scaled by the root of their width"),
         "init_image_embed_l2norm": (False, "sampling starts from plain noise"),
-        "predict_v": (False, "the prior answers x_0"),
-        "predict_x_start": (True, "the prior answers x_0"),
-        "sampling_clamp_l2norm": (False, "estimates of x_0 are not put on a sphere at every step"),
-        "training_clamp_l2norm": (False, "estimates of x_0 are not put on a sphere at every step"),
+        "predict_v": (False, "the prior predicts x_0"),
+        "predict_x_start": (True, "the prior predicts x_0"),
+        "sampling_clamp_l2norm": (False, "estimates of x_0 are not normalised at every step"),
+        "training_clamp_l2norm": (False, "estimates of x_0 are not normalised at every step"),
     },
     UnetSource: {
-        "add_image_embeds_to_time": (True, "the image embedding is told to the time embedding"),
-        "channels": (3, "pictures have three channels"),
+        "add_image_embeds_to_time": (True, "the image embedding is added to the time embedding"),
+        "channels": (3, "images have three channels"),
         "combine_upsample_fmaps": (False, "the levels' outputs are not combined"),
-        "cross_embed_downsample": (False, "a level is halved by one convolution"),
+        "cross_embed_downsample": (False, "a level is downsampled by one convolution"),
         "init_dim": (None, "the stem is as wide as the last block"),
-        "lowres_noise_cond": (False, "an upsampler is not told a noise level"),
+        "lowres_noise_cond": (False, "an upsampler is not conditioned on a noise level"),
         "resnet_weight_standardization": (False, "convolutions use their weights as they are"),
-        "self_cond": (False, "a U-Net is not told its estimate of the step before"),
+        "self_cond": (False, "a U-Net is not conditioned on its previous estimate"),
     },
     DecoderSource: {
-        "auto_normalize_img": (True, "pictures are scaled to [-1, 1]"),
-        "channels": (3, "pictures have three channels"),
+        "auto_normalize_img": (True, "images are scaled to [-1, 1]"),
+        "channels": (3, "images have three channels"),
         "learned_variance_constrain_frac": (
             False,
             "a learned variance is interpolated without a sigmoid",
         ),
-        "predict_x_start_for_latent_diffusion": (False, "pictures are drawn in pixels"),
-        "unconditional": (False, "pictures are drawn from an image embedding"),
-        "use_noise_for_lowres_cond": (False, "an upsampler sees its small picture without noise"),
-        "vae": ((), "pictures are drawn in pixels"),
+        "predict_x_start_for_latent_diffusion": (False, "images are generated in pixel space"),
+        "unconditional": (False, "images are generated from an image embedding"),
+        "use_noise_for_lowres_cond": (
+            False,
+            "an upsampler gets its low-resolution image without noise",
+        ),
+        "vae": ((), "images are generated in pixel space"),
     },
 }
 
 
 def read(kind: type[T], data: Any, where: str) -> T:
-    """A part of a configuration; ValueError for an unknown key, or a value that nothing here computes."""
+    """Read a section of a configuration; ValueError for an unknown key or an unsupported value."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is a {type(data).__name__}; expected a mapping")
     if kind is UnetSource:
-        data = {
-            key: value
-            for key, value in data.items()
-            if key in {field.name for field in fields(UnetSource)}
-        }
+        known = {field.name for field in fields(UnetSource)}
+        data = {key: value for key, value in data.items() if key in known}
     source = parse(kind, dict(data), where)
-    for part in (source, *(getattr(source, field.name) for field in fields(source))):
+    for part in (source, *vars(source).values()):
         for name, (wanted, reason) in REQUIRED.get(type(part), {}).items():
             value = getattr(part, name)
             if value != wanted and set(value if isinstance(value, tuple) else (value,)) != {wanted}:
                 raise ValueError(
-                    f"{where}: {name} is {value!r}, but only {wanted!r} is supported: {reason} here"
+                    f"{where}: {name} is {value!r}, but only {wanted!r} is supported: {reason}"
                 )
     return source
 
@@ -273,38 +270,38 @@ def read(kind: type[T], data: Any, where: str) -> T:
 def prior_config(
     source: PriorSource, state: Mapping[str, Tensor], release: Release, where: str
 ) -> tuple[RelativePriorConfig, int]:
-    """The prior, and what its position bias is multiplied with."""
+    """Return the prior's configuration and the factor of its position bias."""
     if (0, 16) <= release < (0, 16, 2) or (0, 22, 2) <= release < (0, 23, 3):
         raise ValueError(
-            f"{where} is of release {dotted(release)}, which computed like no other for some hours in 2022"
+            f"{where} is of release {dotted(release)}, which is not supported: it was current for "
+            f"some hours in 2022 and computes differently from all others"
         )
     net, learned = source.net, release >= (0, 23, 3)
     if net.dim != source.image_embed_dim:
         raise ValueError(
-            f"{where}: net.dim is {net.dim}, but image_embed_dim {source.image_embed_dim}; expected the same width"
+            f"{where}: net.dim is {net.dim}, but image_embed_dim is {source.image_embed_dim}; "
+            f"expected the same width"
         )
     if net.num_timesteps is not None and net.num_timesteps < source.timesteps:
         raise ValueError(
-            f"{where}: net.num_timesteps is {net.num_timesteps}; expected at least {source.timesteps}"
+            f"{where}: net.num_timesteps is {net.num_timesteps}; expected at least "
+            f"{source.timesteps}"
         )
-    dropped = (
-        source.cond_drop_prob if source.text_cond_drop_prob is None else source.text_cond_drop_prob
-    )
+    drop = source.text_cond_drop_prob
+    drop = source.cond_drop_prob if drop is None else drop
     slots = state.get("net.null_text_encodings", state.get("net.null_text_embed"))  # (1, N, C)
-    most = net.max_text_len or (CLIP_TOKENS if slots is None else slots.shape[1])
-    # The score of a pair was divided by this for half precision, then, with the bias, multiplied (CogView).
-    relaxed = (
-        1024
-        if (0, 16, 2) <= release < (0, 23, 3)
-        else 128
-        if learned and release < (1, 4, 3)
-        else 1
-    )
-    # Until 1.9 the null of the text did not reach the transformer, until 1.10.4 it spared the text embedding.
+    length = net.max_text_len or (CLIP_TOKENS if slots is None else slots.shape[1])
+    # Scores were divided by this for half precision, and multiplied again with the bias (CogView).
+    bias_scale = 1
+    if (0, 16, 2) <= release < (0, 23, 3):
+        bias_scale = 1024
+    elif learned and release < (1, 4, 3):
+        bias_scale = 128
+    # Until 1.9 the null text did not reach the transformer, until 1.10.4 it kept the embedding.
     null = ("learned" if release >= (1, 10, 4) else None) if learned else "masked"
     config = RelativePriorConfig(
         width=net.dim,
-        context_length=most if learned else CLIP_TOKENS,
+        context_length=length if learned else CLIP_TOKENS,
         depth=net.depth,
         heads=net.heads,
         head_dim=net.dim_head,
@@ -312,7 +309,7 @@ def prior_config(
         mlp_norm=net.normformer,
         num_timesteps=net.num_timesteps,
         padding="learned" if learned else "masked",
-        text_null=null if dropped > 0 else None,
+        text_null=null if drop > 0 else None,
         similarity="cosine" if release >= (1, 4, 3) else "dot",
         rotary=net.rotary_emb,
         norm_in=net.norm_in,
@@ -320,22 +317,22 @@ def prior_config(
         peak_norms="last" if learned else "all" if release >= (0, 16, 2) else "none",
         head=net.final_proj,
     )
-    return config, relaxed
+    return config, bias_scale
 
 
 def decoder_config(
     source: DecoderSource, state: Mapping[str, Tensor], release: Release, where: str
 ) -> CrossAttentionDecoderConfig:
-    """The first U-Net, which draws from an image embedding."""
+    """Configure the first U-Net, which generates an image from an image embedding."""
     unet = read(UnetSource, source.unets[0], f"{where}.unets.0")
     if unet.image_embed_dim is None or unet.image_embed_dim == (unet.cond_dim or unet.dim):
         raise ValueError(
-            f"{where}.unets.0: image_embed_dim is {unet.image_embed_dim}; expected the width of CLIP's "
-            f"embeddings, and another one than cond_dim, for which the original makes no image tokens"
+            f"{where}.unets.0: image_embed_dim is {unet.image_embed_dim}; expected the width of "
+            f"CLIP's embeddings, different from cond_dim, as there are no image tokens otherwise"
         )
     if unet.cond_on_text_encodings and unet.text_embed_dim is None:
         raise ValueError(
-            f"{where}.unets.0: text_embed_dim is missing, but the decoder reads captions"
+            f"{where}.unets.0: text_embed_dim is missing, but the decoder is conditioned on text"
         )
     return CrossAttentionDecoderConfig(
         unet=unet_config(unet, source, 0, state, release, where),
@@ -354,11 +351,12 @@ def decoder_config(
 def upsampler_config(
     source: DecoderSource, i: int, state: Mapping[str, Tensor], release: Release, where: str
 ) -> CrossAttentionUpsamplerConfig:
-    """U-Net i > 0, which draws from a smaller picture."""
+    """Configure U-Net i > 0, which upsamples the image of the one before."""
     unet = read(UnetSource, source.unets[i], f"{where}.unets.{i}")
     if unet.cond_on_text_encodings:
         raise ValueError(
-            f"{where}.unets.{i} reads captions; expected an upsampler that sees the picture only"
+            f"{where}.unets.{i} is conditioned on text; expected an upsampler conditioned on the "
+            f"low-resolution image only"
         )
     return CrossAttentionUpsamplerConfig(
         unet=unet_config(unet, source, i, state, release, where),
@@ -379,19 +377,21 @@ def unet_config(
 ) -> CrossAttentionUNetConfig:
     prefix, count, upsampler = f"unets.{i}.", len(unet.dim_mults), i > 0
     if unet.sparse_attn and (1, 2, 0) <= release < (1, 4, 0):
-        raise ValueError(
-            f"{where}: sparse_attn of releases 1.2 and 1.3, current for two days in 2022, is not supported"
-        )
+        raise ValueError(f"{where}: sparse_attn of releases 1.2 and 1.3 is not supported")
 
     def each(value: Any) -> tuple[Any, ...]:
         value = value if isinstance(value, tuple) else (value,) * count
         if len(value) != count:
-            raise ValueError(f"{where}.unets.{i} has {len(value)} settings for {count} levels")
+            raise ValueError(f"{where}.unets.{i} has {len(value)} values for {count} levels")
         return value
 
     def has(name: str) -> bool:
         return f"{prefix}{name}" in state
 
+    # Resampling changed between releases; the tensor names show it.
+    down = "unshuffle" if has("downs.0.0.1.weight") or has("downs.0.4.1.weight") else "conv"
+    up = "nearest" if has("ups.0.3.1.weight") else "transposed"
+    up = "shuffle" if has("ups.0.3.net.0.weight") else up
     settings = (
         each(value) for value in (unet.num_resnet_blocks, unet.self_attn, unet.resnet_groups)
     )
@@ -411,19 +411,13 @@ def unet_config(
         if unet.init_cross_embed
         else (unet.init_conv_kernel_size,),
         shrink_first=unet.memory_efficient,
-        # How pictures are resized changed with the releases; here the names of the tensors tell.
-        down="unshuffle" if has("downs.0.0.1.weight") or has("downs.0.4.1.weight") else "conv",
-        up="shuffle"
-        if has("ups.0.3.net.0.weight")
-        else "nearest"
-        if has("ups.0.3.1.weight")
-        else "transposed",
+        down=down,
+        up=up,
         heads=unet.attn_heads,
         head_dim=unet.attn_dim_head,
         pixel_similarity="cosine" if unet.cosine_sim_self_attn else "dot",
-        pixel_scale=1 / unet.attn_dim_head
-        if release >= (1, 4, 3)
-        else None,  # since then queries are scaled twice
+        # Since 1.4.3 queries are scaled twice.
+        pixel_scale=1 / unet.attn_dim_head if release >= (1, 4, 3) else None,
         token_similarity="cosine" if unet.cosine_sim_cross_attn else "dot",
         unit_values=release >= (1, 4, 0),
         peak_norms=(0, 16, 2) <= release < (0, 23, 3),

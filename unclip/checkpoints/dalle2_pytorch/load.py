@@ -1,11 +1,11 @@
-"""Priors, decoders and upsamplers of DALLE2-pytorch, as laion published them and as its trainer writes them.
+"""DALLE2-pytorch's priors, decoders and upsamplers, as LAION published and its trainer saves them.
 
-A folder of them:
+A folder:
 
-  prior/       best.pth or latest.pth, prior_config.json; without a prior the model draws variations only
-  decoder/     likewise, decoder_config.json; a file since release 1.0 holds its configuration itself
-  upsampler/   likewise, if the upsampler comes from another file than the decoder
-  clip/        the CLIP in open_clip's layout; without it, the one that a configuration names is fetched
+  prior/       best.pth or latest.pth, prior_config.json; without a prior, only variations
+  decoder/     likewise with decoder_config.json; since release 1.0 the .pth holds its configuration
+  upsampler/   likewise, if the upsampler is in another file than the decoder
+  clip/        the CLIP in open_clip's layout; without it, the configured one is downloaded
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unclip.checkpoints.dalle2_pytorch.configs import (
     ClipSource,
@@ -27,11 +27,17 @@ from unclip.checkpoints.dalle2_pytorch.configs import (
     read,
     upsampler_config,
 )
-from unclip.checkpoints.dalle2_pytorch.files import Checkpoint, only, read_file, weights
+from unclip.checkpoints.dalle2_pytorch.files import (
+    PREFIXES,
+    Checkpoint,
+    only_checkpoint,
+    read_file,
+    weights,
+)
 from unclip.checkpoints.dalle2_pytorch.names import IGNORED, decoder_rules, prior_rules, unet_rules
+from unclip.checkpoints.formats import Bundle, Format, LoadedPrior, States
 from unclip.checkpoints.pickles import read_checkpoint
-from unclip.checkpoints.renaming import build, under
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.renaming import Part, build, prefixed, read_weights
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
@@ -43,149 +49,166 @@ from unclip.types import StageOptions, UnCLIPOptions
 if TYPE_CHECKING:
     from unclip.clip import CLIP
 
-STEPS = 64  # where a configuration names no number; the prior's trainer samples with so many
-DECODER_GUIDANCE = 1.7  # of laion's own inference configuration; the files hold none
+STEPS = 64  # if the configuration has no number; the default of the prior's trainer
+DECODER_GUIDANCE = 1.7  # from LAION's inference configuration; the checkpoints hold none
 
-Loaded = tuple[nn.Module, ScheduleConfig, StageOptions]
+
+class Stage(NamedTuple):
+    """A network with its noise schedule and default sampling options."""
+
+    network: nn.Module
+    schedule: ScheduleConfig
+    options: StageOptions
 
 
 def recognise(folder: Path) -> bool:
     return folder.is_dir() and any((folder / "decoder").rglob("*.pth"))
 
 
-def recognise_prior(path: Path) -> bool:
-    """A .pth file with a prior, its folder, or that of the whole model."""
-    if path.is_dir():
-        return any(map(recognise_prior, [*path.glob("*.pth"), *path.glob("prior/*.pth")]))
-    return path.suffix == ".pth" and any(
-        name.startswith("net.") for name in weights(read_checkpoint(path))
-    )
-
-
 def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """The folder described above. ValueError or FileNotFoundError names what is missing or not supported."""
-    loaded: dict[str, Loaded] = {}
-    clips: list[ClipSource | None] = []  # as the configurations name it
+    """Load the folder; ValueError or FileNotFoundError for what is missing or not supported."""
+    stages: dict[str, Stage] = {}
+    clips: list[ClipSource | None] = []
     if (folder / "prior").is_dir():
-        checkpoint = read_file(only(folder / "prior"), "prior")
-        loaded["prior"] = _prior(checkpoint, dtype)
-        clips.append(_source(checkpoint).clip)
-    checkpoint = read_file(only(folder / "decoder"), "decoder")
-    loaded["decoder"] = _decoder(checkpoint, dtype)
-    loaded |= _upsamplers(checkpoint, dtype)
-    clips.append(_source(checkpoint).clip)
+        checkpoint = read_file(only_checkpoint(folder / "prior"), "prior")
+        stages["prior"] = _prior(checkpoint, dtype)
+        clips.append(_prior_source(checkpoint).clip)
+    checkpoint = read_file(only_checkpoint(folder / "decoder"), "decoder")
+    stages["decoder"] = _decoder(checkpoint, dtype)
+    stages |= _upsamplers(checkpoint, dtype)
+    clips.append(_decoder_source(checkpoint).clip)
     if (folder / "upsampler").is_dir():
-        checkpoint = read_file(only(folder / "upsampler"), "decoder")
+        checkpoint = read_file(only_checkpoint(folder / "upsampler"), "decoder")
         if not (found := dict(_upsamplers(checkpoint, dtype))):
             raise ValueError(
-                f"{checkpoint.file} holds no upsampler, that is no U-Net but the first"
+                f"{checkpoint.file} has no upsampler; expected a U-Net after the first one"
             )
-        loaded |= found
+        stages |= found
 
-    options = {name: stage for name, (_, _, stage) in loaded.items()}
-    ups = tuple(options.pop(name) for name in list(options) if name.startswith("upsampler_"))
+    options: dict[str, Any] = {name: stage.options for name, stage in stages.items()}
+    upsamplers = tuple(options.pop(name) for name in list(options) if name.startswith("upsampler_"))
+    networks = {name: stage.network for name, stage in stages.items()}
     return Bundle(
         kind="unclip",
-        components={
-            "clip": _clip(folder, clips),
-            **{name: module for name, (module, _, _) in loaded.items()},
-        },
-        schedules={name: schedule for name, (_, schedule, _) in loaded.items()},
-        options=UnCLIPOptions(**options, upsamplers=ups),
+        components={"clip": _clip(folder, clips), **networks},
+        schedules={name: stage.schedule for name, stage in stages.items()},
+        options=UnCLIPOptions(**options, upsamplers=upsamplers),
         name=folder.name,
         licence="",
     )
 
 
-def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, ScheduleConfig]:
-    """What `recognise_prior` knows, and the noise schedule that it was trained on."""
+def probe(folder: Path) -> States:
+    """CLIP only if it is in the folder; the U-Nets of a file are the decoder and its upsamplers."""
+    states: States = {}
+    if (folder / "clip").is_dir():
+        states["clip"] = read_weights(folder / "clip")
+    if (folder / "prior").is_dir():
+        states |= probe_prior(folder)
+    own_upsampler = (folder / "upsampler").is_dir()
+    for part in ("decoder", "upsampler") if own_upsampler else ("decoder",):
+        state = read_file(only_checkpoint(folder / part), "decoder").state
+        unets = {int(name.split(".")[1]) for name in state if name.startswith("unets.")}
+        for i in sorted(unets):
+            if not own_upsampler or (i == 0) == (part == "decoder"):
+                unet = {name: x for name, x in state.items() if name.startswith(f"unets.{i}.")}
+                states[f"upsampler_{i - 1}" if i else "decoder"] = unet
+    return states
+
+
+def recognise_prior(path: Path) -> bool:
+    """Recognise a .pth file with a prior, its folder, or the folder of the whole model."""
+    if path.is_dir():
+        return any(map(recognise_prior, [*path.glob("*.pth"), *path.glob("prior/*.pth")]))
+    if path.suffix != ".pth":
+        return False
+    return any(name.startswith(PREFIXES["prior"]) for name in weights(read_checkpoint(path)))
+
+
+def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrior:
+    """Load what `recognise_prior` accepts."""
+    stage = _prior(read_file(_prior_file(path), "prior"), dtype)
+    return LoadedPrior(stage.network, stage.schedule)
+
+
+def probe_prior(path: Path) -> States:
+    state = read_file(_prior_file(path), "prior").state
+    return {"prior": {name: x for name, x in state.items() if name.startswith(PREFIXES["prior"])}}
+
+
+def _prior_file(path: Path) -> Path:
     path = path / "prior" if (path / "prior").is_dir() else path
-    prior, schedule, _ = _prior(read_file(only(path) if path.is_dir() else path, "prior"), dtype)
-    return prior, schedule
+    return only_checkpoint(path) if path.is_dir() else path
 
 
-def _source(checkpoint: Checkpoint) -> Any:
-    return read(
-        PriorSource if checkpoint.part == "prior" else DecoderSource,
-        checkpoint.config,
-        checkpoint.where,
-    )
+def _prior_source(checkpoint: Checkpoint) -> PriorSource:
+    return read(PriorSource, checkpoint.config, checkpoint.where)
 
 
-def _prior(checkpoint: Checkpoint, dtype: torch.dtype) -> Loaded:
-    source, state, release = _source(checkpoint), checkpoint.state, checkpoint.release
-    config, bias_scale = prior_config(source, state, release, checkpoint.where)
-    schedule = _schedule(checkpoint, "noise_scheduler", source.beta_schedule, source.timesteps)
-    # What training put for x_t is never wanted: guidance that drops x_t with the text would forget what it is at.
+def _decoder_source(checkpoint: Checkpoint) -> DecoderSource:
+    return read(DecoderSource, checkpoint.config, checkpoint.where)
+
+
+def _prior(checkpoint: Checkpoint, dtype: torch.dtype) -> Stage:
+    source, state = _prior_source(checkpoint), checkpoint.state
+    config, bias_scale = prior_config(source, state, checkpoint.release, checkpoint.where)
+    # Training also drops x_t. Guidance does not use that: it would lose the current sample.
     unused = ["net.null_image_embed"] + ["net.null_text_embeds"] * (config.text_null != "learned")
-    prior = build(
-        RelativePrior,
-        config,
-        {**state, "emb_norm": torch.ones(())},
-        prior_rules(config, state, bias_scale),
-        checkpoint.file,
-        dtype,
-        (*IGNORED, *unused),
-    )
-    return prior, schedule, StageOptions(source.sample_timesteps or STEPS, eta=1.0)
+    rules = prior_rules(config, state, bias_scale)
+    part = Part({**state, "emb_norm": torch.ones(())}, rules, checkpoint.file)
+    prior = build(RelativePrior, config, [part], dtype, (*IGNORED, *unused))
+    schedule = _schedule(checkpoint, "noise_scheduler", source.beta_schedule, source.timesteps)
+    return Stage(prior, schedule, StageOptions(source.sample_timesteps or STEPS, eta=1.0))
 
 
-def _decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Loaded:
-    source, state = _source(checkpoint), _only_unet(checkpoint, 0)
+def _decoder(checkpoint: Checkpoint, dtype: torch.dtype) -> Stage:
+    source, state = _decoder_source(checkpoint), _only_unet(checkpoint, 0)
     config = decoder_config(source, state, checkpoint.release, checkpoint.where)
+    part = Part(state, decoder_rules(config, state, "unets.0."), checkpoint.file)
     unused = ["unets.0.null_text_embed"] * (config.text_width is None)
-    rules = decoder_rules(config, state, "unets.0.")
-    decoder = build(
-        CrossAttentionDecoder, config, state, rules, checkpoint.file, dtype, (*IGNORED, *unused)
-    )
+    decoder = build(CrossAttentionDecoder, config, [part], dtype, (*IGNORED, *unused))
     guidance = DECODER_GUIDANCE if source.image_cond_drop_prob > 0 else 1.0
-    return decoder, _unet_schedule(checkpoint, 0), _stage(source, 0, guidance)
+    schedule = _unet_schedule(checkpoint, source, 0)
+    return Stage(decoder, schedule, _unet_options(source, 0, guidance))
 
 
-def _upsamplers(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Loaded]]:
-    """Of a file, which need not have the decoder's U-Net."""
-    source = _source(checkpoint)
+def _upsamplers(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Stage]]:
+    """Yield the upsamplers in a file, which need not have the decoder's U-Net."""
+    source = _decoder_source(checkpoint)
     for i in range(1, len(source.unets)):
         state = _only_unet(checkpoint, i)
         if not any(name.startswith("unets.") for name in state):
-            continue  # the trainer deletes the U-Nets that it doesn't train
+            continue  # the trainer deletes the U-Nets that it does not train
         config = upsampler_config(source, i, state, checkpoint.release, checkpoint.where)
-        rules = under("", "unet.", unet_rules(config.unet, state, f"unets.{i}."))
-        unused = f"unets.{i}.null_*"  # made for every U-Net, but this one is not told what could be missing
-        upsampler = build(
-            CrossAttentionUpsampler,
-            config,
-            state,
-            rules,
-            checkpoint.file,
-            dtype,
-            (*IGNORED, unused),
-        )
-        yield f"upsampler_{i - 1}", (upsampler, _unet_schedule(checkpoint, i), _stage(source, i))
+        rules = prefixed("", "unet.", unet_rules(config.unet, state, f"unets.{i}."))
+        unused = f"unets.{i}.null_*"  # saved for every U-Net, but an upsampler is unconditional
+        part = Part(state, rules, checkpoint.file)
+        upsampler = build(CrossAttentionUpsampler, config, [part], dtype, (*IGNORED, unused))
+        schedule = _unet_schedule(checkpoint, source, i)
+        yield f"upsampler_{i - 1}", Stage(upsampler, schedule, _unet_options(source, i))
 
 
-def _only_unet(checkpoint: Checkpoint, i: int) -> dict[str, torch.Tensor]:
-    """The state without the other U-Nets."""
+def _only_unet(checkpoint: Checkpoint, i: int) -> dict[str, Tensor]:
+    """Return the state without the other U-Nets."""
     other = re.compile(rf"unets\.(?!{i}\.)")
     return {name: x for name, x in checkpoint.state.items() if not other.match(name)}
 
 
-def _stage(source: DecoderSource, i: int, guidance: float = 1.0) -> StageOptions:
+def _unet_options(source: DecoderSource, i: int, guidance: float = 1.0) -> StageOptions:
     threshold = source.dynamic_thres_percentile if source.use_dynamic_thres else None
-    steps, eta = source.each("sample_timesteps")[i] or STEPS, source.ddim_sampling_eta
-    return StageOptions(steps, guidance, eta=eta, dynamic_threshold=threshold)
+    steps = source.each("sample_timesteps")[i] or STEPS
+    return StageOptions(steps, guidance, eta=source.ddim_sampling_eta, dynamic_threshold=threshold)
 
 
-def _unet_schedule(checkpoint: Checkpoint, i: int) -> ScheduleConfig:
-    source = _source(checkpoint)
+def _unet_schedule(checkpoint: Checkpoint, source: DecoderSource, i: int) -> ScheduleConfig:
     return _schedule(checkpoint, f"noise_schedulers.{i}", source.schedules[i], source.timesteps)
 
 
 def _schedule(checkpoint: Checkpoint, name: str, kind: str, num_timesteps: int) -> ScheduleConfig:
-    """The schedule that the configuration names; ValueError if the file's own tables are of another."""
+    """Return the configured schedule; ValueError if the file's own table differs from it."""
     if kind not in ("cosine", "linear"):
         raise ValueError(
-            f"{checkpoint.where}: beta_schedule is {kind!r}; only cosine and linear are supported"
+            f"{checkpoint.where}: beta_schedule is {kind!r}; expected 'cosine' or 'linear'"
         )
     config = ScheduleConfig(kind, num_timesteps)
     table, ours = checkpoint.state.get(f"{name}.alphas_cumprod"), Schedule(config).alpha_bar
@@ -193,29 +216,30 @@ def _schedule(checkpoint: Checkpoint, name: str, kind: str, num_timesteps: int) 
         table.shape != ours.shape or not torch.allclose(table.double(), ours, rtol=0, atol=1e-3)
     ):
         raise ValueError(
-            f"{checkpoint.file}: its tables {name} are not the {kind} schedule with {num_timesteps} timesteps that its "
-            f"configuration names"
+            f"{checkpoint.file}: the table {name}.alphas_cumprod is not the {kind} schedule with "
+            f"{num_timesteps} timesteps that its configuration asks for"
         )
     return config
 
 
-def _clip(folder: Path, named: Sequence[ClipSource | None]) -> CLIP:
-    from unclip.clip import (
-        CLIP,
-    )  # late: open_clip is slow to import, and a prior alone does without it
+def _clip(folder: Path, sources: Sequence[ClipSource | None]) -> CLIP:
+    from unclip.clip import CLIP  # late: open_clip is slow to import, and a prior alone needs none
 
-    here, named = folder / "clip", [source for source in named if source is not None]
-    if here.is_dir():
-        return CLIP.from_pretrained(here)
-    if (
-        len(told := {f"{source.make} {source.model}" for source in named}) != 1
-        or named[0].make != "openai"
-    ):
-        names = " and ".join(sorted(told)) or "none"
+    own = folder / "clip"
+    if own.is_dir():
+        return CLIP.from_pretrained(own)
+    found = {(source.make, source.model) for source in sources if source is not None}
+    if [make for make, _ in found] != ["openai"]:
+        names = " and ".join(sorted(map(" ".join, found))) or "none"
         raise FileNotFoundError(
-            f"{here} is missing, and cannot be fetched as the configurations name {names}; put the CLIP there, in "
-            f"open_clip's layout"
+            f"{own} is missing and cannot be downloaded, as the configurations name {names}; "
+            f"put the CLIP there in open_clip's layout"
         )
+    [(_, model)] = found
     return CLIP.from_open_clip(
-        named[0].model.replace("/", "-").replace("@", "-").removesuffix("px"), "openai"
+        model.replace("/", "-").replace("@", "-").removesuffix("px"), "openai"
     )
+
+
+FORMAT = Format("DALLE2-pytorch", "unclip", recognise, load_bundle, probe)
+PRIOR = Format("DALLE2-pytorch", "prior", recognise_prior, load_prior, probe_prior)

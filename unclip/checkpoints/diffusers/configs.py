@@ -1,6 +1,6 @@
-"""diffusers' config.json of each class as our configuration, and back.
+"""config.json of diffusers' classes <-> our configurations.
 
-A setting that our networks have no equal for is refused by name, on the way in as on the way out.
+A setting that our networks have no equivalent for is an error, on import as on export.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from unclip.models.unclip.decoder import DecoderConfig
 from unclip.models.unclip.prior import PriorConfig
 from unclip.models.unet import UNetConfig
 
-FREE = object()
+ANY = object()
 
 
 class Setting(NamedTuple):
-    """One argument of a class there: its default, and the only value that we have an equal for (or FREE)."""
+    """One argument of a class in diffusers: its default, and the only supported value (or ANY)."""
 
     default: Any
-    only: Any = FREE
+    supported: Any = ANY
 
 
-def only(value: Any) -> Setting:
+def fixed(value: Any) -> Setting:
+    """A setting that is supported with its default alone."""
     return Setting(value, value)
 
 
@@ -36,13 +37,13 @@ PRIOR = {
     "num_layers": Setting(20),
     "embedding_dim": Setting(768),
     "num_embeddings": Setting(77),
-    "additional_embeddings": only(4),
+    "additional_embeddings": fixed(4),
     "dropout": Setting(0.0),
-    "time_embed_act_fn": only("silu"),
-    "norm_in_type": only(None),
-    "embedding_proj_norm_type": only(None),
-    "encoder_hid_proj_type": only("linear"),
-    "added_emb_type": only("prd"),
+    "time_embed_act_fn": fixed("silu"),
+    "norm_in_type": fixed(None),
+    "embedding_proj_norm_type": fixed(None),
+    "encoder_hid_proj_type": fixed("linear"),
+    "added_emb_type": fixed("prd"),
     "time_embed_dim": Setting(None),
     "embedding_proj_dim": Setting(None),
     "clip_embed_dim": Setting(None),
@@ -66,38 +67,36 @@ UNET = {
     "time_embedding_dim": Setting(None),
     "dropout": Setting(0.0),
     "resnet_time_scale_shift": Setting("default"),
-    "downsample_padding": Setting(
-        1
-    ),  # of plain convolutions, which a residual resampling has none of
-    "center_input_sample": only(False),
-    "flip_sin_to_cos": only(True),
-    "freq_shift": only(0),
-    "time_embedding_type": only("positional"),
-    "mid_block_scale_factor": only(1),
-    "act_fn": only("silu"),
-    "norm_eps": only(1e-5),
-    "num_class_embeds": only(None),
+    "downsample_padding": Setting(1),  # of plain convolutions; residual resampling has none
+    "center_input_sample": fixed(False),
+    "flip_sin_to_cos": fixed(True),
+    "freq_shift": fixed(0),
+    "time_embedding_type": fixed("positional"),
+    "mid_block_scale_factor": fixed(1),
+    "act_fn": fixed("silu"),
+    "norm_eps": fixed(1e-5),
+    "num_class_embeds": fixed(None),
 }
 CONDITIONAL_UNET = {
     **UNET,
     "cross_attention_dim": Setting(1280),
-    "mid_block_type": Setting("UNetMidBlock2DCrossAttn", only="UNetMidBlock2DSimpleCrossAttn"),
-    "class_embed_type": Setting(None, only="identity"),
-    "conv_in_kernel": only(3),
-    "conv_out_kernel": only(3),
-    "resnet_out_scale_factor": only(1),
-    "attention_type": Setting("default"),  # of transformer blocks, which these levels have none of
+    "mid_block_type": Setting("UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
+    "class_embed_type": Setting(None, "identity"),
+    "conv_in_kernel": fixed(3),
+    "conv_out_kernel": fixed(3),
+    "resnet_out_scale_factor": fixed(1),
+    "attention_type": Setting("default"),  # of transformer blocks, which these levels do not have
     "transformer_layers_per_block": Setting(1),
     "addition_embed_type_num_heads": Setting(64),
 }
 PLAIN_UNET = {
     **UNET,
-    "mid_block_type": only("UNetMidBlock2D"),
-    "add_attention": Setting(True, only=False),
-    "class_embed_type": only(None),
+    "mid_block_type": fixed("UNetMidBlock2D"),
+    "add_attention": Setting(True, False),
+    "class_embed_type": fixed(None),
     "downsample_type": Setting("conv"),
     "upsample_type": Setting("conv"),
-    "attn_norm_num_groups": only(None),
+    "attn_norm_num_groups": fixed(None),
     "num_train_timesteps": Setting(None),  # of learned time embeddings
 }
 _UNETS = {True: ("UNet2DConditionModel", CONDITIONAL_UNET), False: ("UNet2DModel", PLAIN_UNET)}
@@ -107,18 +106,20 @@ SCHEDULER = {
     "clip_sample": Setting(True),
     "clip_sample_range": Setting(1.0),
     "prediction_type": Setting("epsilon"),
-    "beta_schedule": only("squaredcos_cap_v2"),
+    "beta_schedule": fixed("squaredcos_cap_v2"),
 }
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0"}
+LEARNED_VARIANCE = {"fixed_small_log": False, "learned_range": True}
 TIME_SHIFTS = {"scale_shift": "scale_shift", "default": "additive"}
-DOWN, UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
-ATTENDING_DOWN, ATTENDING_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"
+# block types without and with attention
+DOWN = {False: "ResnetDownsampleBlock2D", True: "SimpleCrossAttnDownBlock2D"}
+UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
 
 
 def read(file: Path, kind: str, settings: dict[str, Setting]) -> dict[str, Any]:
-    """The settings in a config.json, defaults filled in; ValueError for what has no equal here.
+    """Read the settings in a config.json, with defaults; ValueError for an unsupported value.
 
-    A setting that is not known (of a later version) may stand there as long as it is off.
+    An unknown setting (of a later version) is accepted while it is off.
     """
     given = {
         name: value
@@ -129,40 +130,47 @@ def read(file: Path, kind: str, settings: dict[str, Setting]) -> dict[str, Any]:
         raise ValueError(f"{file}: _class_name is {found!r}; expected {kind!r}")
     for name, value in given.items():
         if name not in settings and value not in (None, False):
-            raise ValueError(f"{file}: {name} is {value!r}, a setting that is not supported")
+            raise ValueError(f"{file}: {name} is {value!r}; this setting is not supported")
     values = {name: given.get(name, setting.default) for name, setting in settings.items()}
-    for name, (default, wanted) in settings.items():
-        if type(default) in (int, float) and not isinstance(
-            values[name], (int, float, list, type(None))
-        ):
-            raise ValueError(f"{file}: {name} is {values[name]!r}; expected a number")
-        off = not (values[name] or wanted)  # None, False and 0 alike
-        if wanted is not FREE and values[name] != wanted and not off:
-            raise ValueError(f"{file}: {name} is {values[name]!r}; only {wanted!r} is supported")
+    for name, (default, supported) in settings.items():
+        value = values[name]
+        if type(default) in (int, float) and not isinstance(value, (int, float, list, type(None))):
+            raise ValueError(f"{file}: {name} is {value!r}; expected a number")
+        off = not (value or supported)  # None, False and 0 alike
+        if supported is not ANY and value != supported and not off:
+            raise ValueError(f"{file}: {name} is {value!r}; only {supported!r} is supported")
     return values
 
 
 def write(kind: str, settings: dict[str, Setting], **values: Any) -> dict[str, Any]:
-    """The config.json of a class."""
+    """Return the config.json of a class."""
     assert not (unknown := values.keys() - settings.keys()), f"{kind} has no {unknown}"
-    fixed = {
-        name: setting.default if setting.only is FREE else setting.only
+    rest = {
+        name: setting.default if setting.supported is ANY else setting.supported
         for name, setting in settings.items()
     }
-    return {"_class_name": kind, "_diffusers_version": version("diffusers"), **fixed, **values}
+    return {"_class_name": kind, "_diffusers_version": version("diffusers"), **rest, **values}
+
+
+def _choose(file: Path, values: dict[str, Any], name: str, choices: dict[str, Any]) -> Any:
+    """Translate a setting; ValueError if it is not one of the choices."""
+    if values[name] not in choices:
+        raise ValueError(f"{file}: {name} is {values[name]!r}; expected {' or '.join(choices)}")
+    return choices[values[name]]
+
+
+def _key(choices: dict[str, Any], value: Any) -> str:
+    return next(key for key, choice in choices.items() if choice == value)
 
 
 def read_prior(file: Path, x0_limit: float | None) -> PriorConfig:
-    """A PriorTransformer's. Its null text is the empty prompt."""
+    """PriorTransformer -> PriorConfig; its null text is the empty prompt."""
     values = read(file, "PriorTransformer", PRIOR)
     width, D = values["num_attention_heads"] * values["attention_head_dim"], values["embedding_dim"]
-    for name, wanted in {
-        "time_embed_dim": width,
-        "embedding_proj_dim": D,
-        "clip_embed_dim": D,
-    }.items():
-        if values[name] not in (None, wanted):
-            raise ValueError(f"{file}: {name} is {values[name]}; only {wanted} is supported")
+    sizes = {"time_embed_dim": width, "embedding_proj_dim": D, "clip_embed_dim": D}
+    for name, size in sizes.items():
+        if values[name] not in (None, size):
+            raise ValueError(f"{file}: {name} is {values[name]}; only {size} is supported")
     config = {
         "emb_dim": D,
         "text_width": D,
@@ -193,16 +201,14 @@ def write_prior(config: PriorConfig) -> dict[str, Any]:
 def read_decoder(
     unet_file: Path, text_proj_file: Path, prediction: Prediction, learned: bool
 ) -> DecoderConfig:
-    """A UNet2DConditionModel's and a UnCLIPTextProjModel's, which must fit together."""
+    """UNet2DConditionModel and a UnCLIPTextProjModel that fits it -> DecoderConfig."""
     unet, image_size = read_unet(unet_file, conditional=True)
     proj = read(text_proj_file, "UnCLIPTextProjModel", TEXT_PROJ)
-    for name, wanted in {
-        "time_embed_dim": unet.time_width,
-        "cross_attention_dim": unet.context_dim,
-    }.items():
-        if proj[name] != wanted:
+    sizes = {"time_embed_dim": unet.time_width, "cross_attention_dim": unet.context_dim}
+    for name, size in sizes.items():
+        if proj[name] != size:
             raise ValueError(
-                f"{text_proj_file}: {name} is {proj[name]}, but the decoder has {wanted}"
+                f"{text_proj_file}: {name} is {proj[name]}, but the decoder has {size}"
             )
     config = {
         "unet": to_dict(unet),
@@ -218,7 +224,7 @@ def read_decoder(
 
 
 def write_decoder(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(UNet2DConditionModel's, UnCLIPTextProjModel's)."""
+    """DecoderConfig -> UNet2DConditionModel, UnCLIPTextProjModel."""
     proj = write(
         "UnCLIPTextProjModel",
         TEXT_PROJ,
@@ -231,55 +237,44 @@ def write_decoder(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def read_unet(file: Path, conditional: bool = False) -> tuple[UNetConfig, int]:
-    """A UNet2DModel's or UNet2DConditionModel's, and the size of its pictures."""
-    kind, settings = _UNETS[conditional]
-    values = read(file, kind, settings)
+    """UNet2DModel, or UNet2DConditionModel if conditional -> UNetConfig and image size."""
+    values = read(file, *_UNETS[conditional])
     for name in ("sample_size", "block_out_channels", "down_block_types", "up_block_types"):
         if values[name] is None:
             raise ValueError(f"{file}: {name} is missing")
-    types = {DOWN: False, ATTENDING_DOWN: True} if conditional else {DOWN: False}
+    types = {name: attends for attends, name in DOWN.items() if conditional or not attends}
     if unknown := [name for name in values["down_block_types"] if name not in types]:
         raise ValueError(
-            f"{file}: down_block_types holds {unknown[0]!r}; only {' and '.join(types)} are supported"
+            f"{file}: down_block_types has {unknown[0]!r}; only {' and '.join(types)} are supported"
         )
     attention = [types[name] for name in values["down_block_types"]]
-    mirrored = [ATTENDING_UP if attends else UP for attends in reversed(attention)]
+    mirrored = [UP[attends] for attends in reversed(attention)]
     if list(values["up_block_types"]) != mirrored:
         raise ValueError(
             f"{file}: up_block_types is {values['up_block_types']}; expected {mirrored}"
         )
-    blocks = values["layers_per_block"]
+    channels, blocks = values["block_out_channels"], values["layers_per_block"]
     blocks = blocks if isinstance(blocks, list) else [blocks] * len(attention)
-    head_dim = values["attention_head_dim"]
-    if isinstance(head_dim, list):
-        if len(set(head_dim)) > 1:
-            raise ValueError(
-                f"{file}: attention_head_dim is {head_dim}; only one for all levels is supported"
-            )
-        head_dim = head_dim[0]
-    if values["resnet_time_scale_shift"] not in TIME_SHIFTS:
-        shift = values["resnet_time_scale_shift"]
+    if not len(channels) == len(blocks) == len(attention):
         raise ValueError(
-            f"{file}: resnet_time_scale_shift is {shift!r}; expected {' or '.join(TIME_SHIFTS)}"
+            f"{file}: block_out_channels, layers_per_block and down_block_types differ in length"
         )
-    if not len(values["block_out_channels"]) == len(blocks) == len(attention):
+    head_dims = values["attention_head_dim"]
+    head_dims = head_dims if isinstance(head_dims, list) else [head_dims]
+    if len(set(head_dims)) > 1:
         raise ValueError(
-            f"{file}: block_out_channels, layers_per_block and down_block_types are of different lengths"
+            f"{file}: attention_head_dim is {head_dims}; expected the same for all levels"
         )
+    levels = zip(channels, blocks, attention, strict=True)
     config = {
         "in_channels": values["in_channels"],
         "out_channels": values["out_channels"],
-        "levels": [
-            {"channels": channels, "blocks": n, "attention": attends}
-            for channels, n, attends in zip(
-                values["block_out_channels"], blocks, attention, strict=True
-            )
-        ],
-        "head_dim": head_dim or 8,
+        "levels": [{"channels": c, "blocks": n, "attention": attends} for c, n, attends in levels],
+        "head_dim": head_dims[0] or 8,
         "time_dim": values["time_embedding_dim"],
         "groups": values["norm_num_groups"],
         "dropout": values["dropout"],
-        "time_shift": TIME_SHIFTS[values["resnet_time_scale_shift"]],
+        "time_shift": _choose(file, values, "resnet_time_scale_shift", TIME_SHIFTS),
         "context_dim": values.get("cross_attention_dim"),
         "mid_attention": conditional,
     }
@@ -287,64 +282,48 @@ def read_unet(file: Path, conditional: bool = False) -> tuple[UNetConfig, int]:
 
 
 def write_unet(config: UNetConfig, size: int) -> dict[str, Any]:
+    """UNetConfig -> UNet2DConditionModel if it has a context, else UNet2DModel."""
     conditional = config.context_dim is not None
-    kind, settings = _UNETS[conditional]
-    attention, blocks = (
-        [level.attention for level in config.levels],
-        [level.blocks for level in config.levels],
-    )
+    blocks = [level.blocks for level in config.levels]
     return write(
-        kind,
-        settings,
+        *_UNETS[conditional],
         sample_size=size,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         layers_per_block=blocks[0] if len(set(blocks)) == 1 else blocks,
         block_out_channels=[level.channels for level in config.levels],
-        down_block_types=[ATTENDING_DOWN if attends else DOWN for attends in attention],
-        up_block_types=[ATTENDING_UP if attends else UP for attends in reversed(attention)],
+        down_block_types=[DOWN[level.attention] for level in config.levels],
+        up_block_types=[UP[level.attention] for level in reversed(config.levels)],
         attention_head_dim=config.head_dim,
         norm_num_groups=config.groups,
         time_embedding_dim=config.time_dim,
         dropout=config.dropout,
-        resnet_time_scale_shift={here: there for there, here in TIME_SHIFTS.items()}[
-            config.time_shift
-        ],
+        resnet_time_scale_shift=_key(TIME_SHIFTS, config.time_shift),
         **({"cross_attention_dim": config.context_dim} if conditional else {}),
     )
 
 
 class Scheduler(NamedTuple):
-    """What an UnCLIPScheduler knows of a stage."""
+    """The content of an UnCLIPScheduler's config."""
 
     schedule: ScheduleConfig
     prediction: Prediction
     learned_variance: bool
-    limit: float | None  # what estimates of x_0 are clipped to
+    limit: float | None  # to which estimates of x_0 are clipped
 
 
 def read_scheduler(file: Path) -> Scheduler:
     values = read(file, "UnCLIPScheduler", SCHEDULER)
-    if values["prediction_type"] not in PREDICTIONS:
-        kind = values["prediction_type"]
-        raise ValueError(
-            f"{file}: prediction_type is {kind!r}; expected {' or '.join(PREDICTIONS)}"
-        )
-    if values["variance_type"] not in ("fixed_small_log", "learned_range"):
-        kind = values["variance_type"]
-        raise ValueError(
-            f"{file}: variance_type is {kind!r}; expected fixed_small_log or learned_range"
-        )
     config = {
         "kind": "cosine",
         "num_timesteps": values["num_train_timesteps"],
         "precision": "float32",
     }
     return Scheduler(
-        parse(ScheduleConfig, config, str(file)),
-        PREDICTIONS[values["prediction_type"]],
-        values["variance_type"] == "learned_range",
-        values["clip_sample_range"] if values["clip_sample"] else None,
+        prediction=_choose(file, values, "prediction_type", PREDICTIONS),
+        learned_variance=_choose(file, values, "variance_type", LEARNED_VARIANCE),
+        schedule=parse(ScheduleConfig, config, str(file)),
+        limit=values["clip_sample_range"] if values["clip_sample"] else None,
     )
 
 
@@ -353,8 +332,8 @@ def write_scheduler(scheduler: Scheduler) -> dict[str, Any]:
         "UnCLIPScheduler",
         SCHEDULER,
         num_train_timesteps=scheduler.schedule.num_timesteps,
-        variance_type="learned_range" if scheduler.learned_variance else "fixed_small_log",
+        variance_type=_key(LEARNED_VARIANCE, scheduler.learned_variance),
         clip_sample=scheduler.limit is not None,
         clip_sample_range=scheduler.limit or 1.0,
-        prediction_type={here: there for there, here in PREDICTIONS.items()}[scheduler.prediction],
+        prediction_type=_key(PREDICTIONS, scheduler.prediction),
     )

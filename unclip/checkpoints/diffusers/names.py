@@ -1,8 +1,8 @@
-"""What diffusers calls the parameters of our networks: a rename table for each of its classes."""
+"""Rename tables for the parameters of diffusers' classes."""
 
 from __future__ import annotations
 
-from unclip.checkpoints.renaming import Rule, fuse, move, under
+from unclip.checkpoints.renaming import Rule, fuse, move, prefixed, repeated
 from unclip.models.unclip.prior import PriorConfig
 from unclip.models.unet import UNetConfig
 
@@ -60,24 +60,22 @@ ATTENTION = (
 
 def prior_rules(config: PriorConfig) -> list[Rule]:
     """PriorTransformer -> DiffusionPrior."""
-    blocks = (
-        under(f"transformer_blocks.{i}.", f"blocks.{i}.", PRIOR_BLOCK) for i in range(config.depth)
-    )
-    return [*PRIOR, *(rule for block in blocks for rule in block)]
+    blocks = repeated("transformer_blocks.{}.", "blocks.{}.", config.depth, PRIOR_BLOCK)
+    return [*PRIOR, *blocks]
 
 
 def text_proj_rules() -> list[Rule]:
-    """UnCLIPTextProjModel -> all of a Decoder but its U-Net."""
+    """UnCLIPTextProjModel -> Decoder without its U-Net."""
     return list(TEXT_PROJ)
 
 
 def unet_rules(config: UNetConfig) -> list[Rule]:
-    """UNet2DConditionModel or UNet2DModel with residual resampling, as Karlo has them -> UNet."""
+    """UNet2DConditionModel or UNet2DModel with residual resampling, as in Karlo -> UNet."""
     rules, last = list(UNET), len(config.levels) - 1
 
-    def block(there: str, j: int, here: str) -> None:
-        rules.extend(under(f"{there}.resnets.{j}.", f"{here}.res.", RESBLOCK))
-        rules.extend(under(f"{there}.attentions.{j}.", f"{here}.attention.", ATTENTION))
+    def block(foreign: str, j: int, ours: str) -> None:
+        rules.extend(prefixed(f"{foreign}.resnets.{j}.", f"{ours}.res.", RESBLOCK))
+        rules.extend(prefixed(f"{foreign}.attentions.{j}.", f"{ours}.attention.", ATTENTION))
 
     down = up = 0
     for i, level in enumerate(config.levels):
@@ -85,7 +83,7 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
             block(f"down_blocks.{i}", j, f"down.{down + j}")
         down += level.blocks
         if i < last:
-            rules += under(f"down_blocks.{i}.downsamplers.0.", f"down.{down}.res.", RESBLOCK)
+            rules += prefixed(f"down_blocks.{i}.downsamplers.0.", f"down.{down}.res.", RESBLOCK)
             down += 1
     for j in range(2):
         block("mid_block", j, f"mid.{j}")
@@ -94,5 +92,5 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
             block(f"up_blocks.{i}", j, f"up.{up + j}")
         up += level.blocks + 1
         if i < last:
-            rules += under(f"up_blocks.{i}.upsamplers.0.", f"up.{up - 1}.resize.", RESBLOCK)
+            rules += prefixed(f"up_blocks.{i}.upsamplers.0.", f"up.{up - 1}.resize.", RESBLOCK)
     return rules

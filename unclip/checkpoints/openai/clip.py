@@ -1,4 +1,4 @@
-"""OpenAI's CLIP as it was published: a TorchScript archive such as ViT-L-14.pt, or a state dict of the same names."""
+"""OpenAI's CLIP as published: a TorchScript archive such as ViT-L-14.pt, or its state dict."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 
 from unclip.checkpoints.adm import transformer_depth
 from unclip.checkpoints.pickles import read_state
+from unclip.checkpoints.renaming import expecting
 
 if TYPE_CHECKING:
     from unclip.clip import CLIP, CLIPConfig
 
 HEAD_DIM = 64  # of both towers, in every model that OpenAI published
-SIZES = ("input_resolution", "context_length", "vocab_size")  # stored as tensors among the weights
+SIZES = ("input_resolution", "context_length", "vocab_size")  # stored as tensors with the weights
 
 
 def read_clip(file: Path) -> CLIP:
-    """Both towers, in float32; the names are open_clip's. ValueError for a tower that is no vision transformer."""
+    """Load both towers in float32; ValueError if the image tower is not a ViT."""
     from unclip.clip import CLIP  # late: open_clip is slow to import
 
     state = {name: tensor for name, tensor in read_state(file).items() if name not in SIZES}
@@ -27,10 +28,10 @@ def read_clip(file: Path) -> CLIP:
 
 
 def clip_config(state: Mapping[str, Tensor], source: Path) -> CLIPConfig:
-    """The sizes of a CLIP as its tensors tell them; all of OpenAI's compute QuickGELU."""
+    """Infer the sizes of a CLIP from its tensors; all of OpenAI's use QuickGELU."""
     from unclip.clip import CLIPConfig
 
-    try:
+    with expecting("a CLIP of OpenAI with a ViT", source):
         context_length, text_width = state["positional_embedding"].shape
         vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
         grid = round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
@@ -49,10 +50,6 @@ def clip_config(state: Mapping[str, Tensor], source: Path) -> CLIPConfig:
             "patch_size": patch_size,
         }
         embed_dim = state["text_projection"].shape[1]
-    except KeyError as error:
-        raise ValueError(
-            f"{source} holds no CLIP of OpenAI's with a ViT: {error.args[0]} is missing"
-        ) from None
     return CLIPConfig(
         {"embed_dim": embed_dim, "vision_cfg": vision_cfg, "text_cfg": text_cfg, "quick_gelu": True}
     )

@@ -1,18 +1,17 @@
-"""OpenAI's published dVAE: a folder with encoder.pkl and decoder.pkl, each a pickled module of which no code is run."""
+"""OpenAI's dVAE: a folder with encoder.pkl and decoder.pkl, pickled modules that are not run."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from unclip.checkpoints.formats import Format
 from unclip.checkpoints.pickles import Stub, module_state, read_checkpoint
-from unclip.checkpoints.renaming import Rule, move, to_here
+from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, move
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
-from unclip.weights import load_strictly
 
 PARTS = ("encoder", "decoder")
 
@@ -22,17 +21,20 @@ def recognise(path: Path) -> bool:
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DVAE:
-    """The dVAE in a folder, in eval mode; its sizes are read from the tensors. ValueError for any other content."""
-    state = read(path)
+    """Load the dVAE in a folder, in eval mode; sizes are inferred from the tensors."""
+    return build_dvae(read(path), path, dtype)
+
+
+def build_dvae(state: Mapping[str, Tensor], source: str | Path, dtype: torch.dtype) -> DVAE:
+    """Build a dVAE from OpenAI's tensors."""
+    config = infer_config(state, source)
     with torch.device("meta"):
-        dvae = DVAE(sizes(state, path)).to(dtype)
-    shapes = {name: tensor.shape for name, tensor in dvae.state_dict().items()}
-    load_strictly(dvae, to_here(state, rules(shapes), shapes, path), path)
-    return dvae.eval()
+        names = DVAE(config).state_dict()
+    return build(DVAE, config, [Part(state, rules(names), source)], dtype)
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of both files."""
+    """Read the tensors of both files."""
     state = {}
     for part in PARTS:
         content = read_checkpoint(path / f"{part}.pkl")
@@ -41,25 +43,21 @@ def read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def rules(names: Mapping[str, torch.Size]) -> list[Rule]:
-    """For the tensors that a dVAE has here; there, `blocks.` stands before all of them."""
+def rules(names: Iterable[str]) -> list[Rule]:
+    """OpenAI's names have a `blocks.` after encoder or decoder; names: ours."""
     return [move(name.replace(".", ".blocks.", 1), name) for name in names]
 
 
-def sizes(state: Mapping[str, Tensor], source: str | Path) -> DVAEConfig:
-    """What the shapes and names of OpenAI's tensors tell; ValueError if they are of something else."""
-    blocks = [
-        found.groups()
-        for name in state
-        if (found := re.match(r"encoder\.blocks\.(group_\d+)\.(block_\d+)\.", name))
-    ]
-    try:
+def infer_config(state: Mapping[str, Tensor], source: str | Path) -> DVAEConfig:
+    """Infer the sizes from OpenAI's tensors; ValueError if they are of something else."""
+    with expecting("a dVAE of OpenAI", source):
         return DVAEConfig(
             vocab_size=len(state["encoder.blocks.output.conv.w"]),
             width=len(state["encoder.blocks.input.w"]),
-            groups=len({group for group, _ in blocks}),
-            blocks=len({block for _, block in blocks}),
+            groups=count(state, r"encoder\.blocks\.(group_\d+)\."),
+            blocks=count(state, r"encoder\.blocks\.group_\d+\.(block_\d+)\."),
             code_width=len(state["decoder.blocks.input.w"]),
         )
-    except KeyError as error:
-        raise ValueError(f"{source} is no dVAE of OpenAI's: {error.args[0]} is missing") from None
+
+
+FORMAT = Format("OpenAI's dVAE", "codec", recognise, load, lambda path: {"codec": read(path)})

@@ -1,4 +1,4 @@
-"""CLIP's towers in transformers' folder layout: names, configuration and preprocessing, both ways."""
+"""CLIP in transformers' folder layout, import and export: names, configuration, preprocessing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.folders import read_parts
-from unclip.checkpoints.renaming import Rule, fuse, move, transpose, under
+from unclip.checkpoints.folders import weights_index
+from unclip.checkpoints.renaming import (
+    Part,
+    Rule,
+    fuse,
+    import_parts,
+    move,
+    prefixed,
+    read_weights,
+    repeated,
+    transpose,
+)
 from unclip.checkpoints.transformers.tokenizer import end_last, read_tokenizer
 from unclip.clip import CLIP, CLIPConfig, OpenCLIPTokenizer
 from unclip.files import read_json
@@ -42,67 +52,70 @@ BLOCK = (
     move("mlp.fc2", "mlp.c_proj"),
 )
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
-_DEFAULTS = {
-    "intermediate_size": 2048,
-    "projection_dim": 512,
-    "num_hidden_layers": 12,
-}  # of transformers' classes
-TEXT_DEFAULTS = _DEFAULTS | {
+# defaults of transformers' classes
+_DEFAULTS = {"intermediate_size": 2048, "projection_dim": 512, "num_hidden_layers": 12}
+TEXT_DEFAULTS = {
+    **_DEFAULTS,
     "hidden_size": 512,
     "num_attention_heads": 8,
     "max_position_embeddings": 77,
     "vocab_size": 49408,
 }
-VISION_DEFAULTS = _DEFAULTS | {
+VISION_DEFAULTS = {
+    **_DEFAULTS,
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_attention_heads": 12,
     "image_size": 224,
     "patch_size": 32,
 }
-IGNORED = ("*.position_ids",)  # 0, 1, 2, ... which transformers saved up to version 4.30
+# settings of open_clip that transformers has an equivalent for -> the values (None: any)
+_SHARED: dict[str, tuple[str, ...] | None]
+_SHARED = dict.fromkeys(("width", "layers", "mlp_ratio", "norm_kwargs"))
+_TEXT_ONLY = dict.fromkeys(("context_length", "vocab_size", "heads", "eos_id", "pad_id"))
+TEXT_SUPPORTED = {**_SHARED, **_TEXT_ONLY, "pool_type": ("argmax", "eos")}
+_VISION_ONLY = dict.fromkeys(("image_size", "patch_size", "head_width"))
+VISION_SUPPORTED = {**_SHARED, **_VISION_ONLY, "pool_type": ("tok",)}
+IGNORED = ("*.position_ids",)  # 0, 1, 2, ..., saved by transformers up to version 4.30
 ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # as PIL numbers them
 EPS = 1e-5
-LOGIT_SCALE = 2.6592  # where CLIP's training starts; the towers alone leave it out, and drawing has no use for it
-FIRST_EOS = 2  # transformers' sign for pooling at the highest id, as CLIP itself does
+LOGIT_SCALE = 2.6592  # CLIP's initial value: the towers do not hold it, and sampling needs none
+FIRST_EOS = 2  # with this eos_token_id, transformers pools at the highest id, as CLIP does
 
 
 def rules_of_text(depth: int, prefix: str = "") -> list[Rule]:
-    """CLIPTextModelWithProjection -> open_clip's text tower, whose names begin with `prefix`."""
-    return under("", prefix, [*TEXT, *_blocks("text_model", depth)])
+    """CLIPTextModelWithProjection -> open_clip's text tower; prefix: of its names."""
+    return prefixed("", prefix, [*TEXT, *_blocks("text_model", depth)])
 
 
 def rules_of_vision(depth: int) -> list[Rule]:
     """CLIPVisionModelWithProjection -> open_clip's VisionTransformer."""
-    return under("", "visual.", [*VISION, *_blocks("vision_model", depth)])
+    return prefixed("", "visual.", [*VISION, *_blocks("vision_model", depth)])
 
 
-def _blocks(there: str, depth: int) -> list[Rule]:
-    blocks = (
-        under(f"{there}.encoder.layers.{i}.", f"transformer.resblocks.{i}.", BLOCK)
-        for i in range(depth)
-    )
-    return [rule for block in blocks for rule in block]
+def _blocks(tower: str, depth: int) -> list[Rule]:
+    return repeated(tower + ".encoder.layers.{}.", "transformer.resblocks.{}.", depth, BLOCK)
 
 
 def read_clip(folder: Path, with_images: bool) -> CLIP:
-    """The text encoder and tokenizer in a folder, and its image encoder with its preprocessing, as one CLIP."""
+    """Load a folder's text encoder, tokenizer and, if asked, image encoder as one CLIP."""
     text, vision = folder / "text_encoder", folder / "image_encoder"
-    files = (
-        (vision / CONFIG_FILE, folder / "feature_extractor" / PROCESSOR_FILE) if with_images else ()
-    )
-    config = read_config(text / CONFIG_FILE, *files)
+    processor = folder / "feature_extractor" / PROCESSOR_FILE
+    image_files = (vision / CONFIG_FILE, processor) if with_images else ()
+    config = read_config(text / CONFIG_FILE, *image_files)
     tokenizer = read_tokenizer(folder / "tokenizer", config.context_length)
     if tokenizer.vocab_size > (slots := config.model_cfg["text_cfg"]["vocab_size"]):
         raise ValueError(
-            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, but the text encoder knows {slots}"
+            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, but the text encoder has "
+            f"embeddings for {slots}"
         )
     with torch.device("meta"):
         own = CLIP(config, tokenizer).model.state_dict()
     text_rules, vision_rules = rules(config)
-    parts = {text: text_rules, vision: vision_rules} if with_images else {text: text_rules}
-    tensors = read_parts(own, parts, dict.fromkeys(own, torch.float32), IGNORED)
+    towers = {text: text_rules} | ({vision: vision_rules} if with_images else {})
+    parts = [Part(read_weights(part), rules, weights_index(part)) for part, rules in towers.items()]
+    tensors = import_parts(own, parts, dict.fromkeys(own, torch.float32), IGNORED)
     return CLIP.from_tensors(
         config, {**tensors, "logit_scale": torch.tensor(LOGIT_SCALE)}, folder, tokenizer
     )
@@ -111,7 +124,10 @@ def read_clip(folder: Path, with_images: bool) -> CLIP:
 def read_config(
     text_file: Path, vision_file: Path | None = None, processor_file: Path | None = None
 ) -> CLIPConfig:
-    """The configurations of the towers and of the preprocessing as open_clip's; ValueError for what it has not."""
+    """Convert the configurations of towers and preprocessing to open_clip's.
+
+    ValueError for a setting that open_clip has no equivalent for.
+    """
     text, common = _read_tower(text_file, TEXT_DEFAULTS)
     text_cfg = {
         "context_length": text["max_position_embeddings"],
@@ -125,10 +141,10 @@ def read_config(
         return CLIPConfig({**common, "vision_cfg": None, "text_cfg": text_cfg})
     vision, vision_common = _read_tower(vision_file, VISION_DEFAULTS)
     if vision_common != common:
-        told = ", ".join(
+        pairs = ", ".join(
             f"{name} {value} and {common[name]}" for name, value in vision_common.items()
         )
-        raise ValueError(f"{vision_file} and {text_file} don't fit together: {told}")
+        raise ValueError(f"{vision_file} and {text_file} do not fit together: {pairs}")
     if vision.get("num_channels", 3) != 3:
         raise ValueError(
             f"{vision_file}: num_channels is {vision['num_channels']}; only 3 is supported"
@@ -139,18 +155,16 @@ def read_config(
         **_size(vision),
         "head_width": vision["hidden_size"] // vision["num_attention_heads"],
     }
-    preprocess = (
-        {} if processor_file is None else read_processor(processor_file, vision["image_size"])
-    )
+    preprocess = read_processor(processor_file, vision["image_size"]) if processor_file else {}
     return CLIPConfig({**common, "vision_cfg": vision_cfg, "text_cfg": text_cfg}, preprocess)
 
 
 def _read_tower(file: Path, defaults: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A tower's settings, and those that both towers must have in common."""
+    """Return a tower's settings, and those that both towers must share."""
     config = {**defaults, **read_json(file)}
     for name in defaults:
         if not isinstance(config[name], int):
-            raise ValueError(f"{file}: {name} is {config[name]!r}; expected a whole number")
+            raise ValueError(f"{file}: {name} is {config[name]!r}; expected an integer")
     if (activation := config.get("hidden_act", "quick_gelu")) not in ACTIVATIONS:
         raise ValueError(
             f"{file}: hidden_act is {activation!r}; expected {' or '.join(ACTIVATIONS)}"
@@ -169,7 +183,7 @@ def _size(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_processor(file: Path, image_size: int) -> dict[str, Any]:
-    """A CLIPImageProcessor's as open_clip's preprocess_cfg: the shortest edge and a crop, or a squash."""
+    """CLIPImageProcessor -> open_clip's preprocess_cfg: shortest edge and crop, or squash."""
     config = read_json(file)
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if not config.get(name, True):
@@ -188,80 +202,56 @@ def read_processor(file: Path, image_size: int) -> dict[str, Any]:
         )
     if (resample := config.get("resample", 3)) not in RESAMPLINGS:
         raise ValueError(f"{file}: resample is {resample}; expected 3 (bicubic) or 2 (bilinear)")
-    normal = {
-        name: config[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in config
-    }
-    return {
-        "size": image_size,
-        **normal,
-        "interpolation": RESAMPLINGS[resample],
-        "resize_mode": mode,
-    }
+    stats = {name: config[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in config}
+    interpolation = RESAMPLINGS[resample]
+    return {"size": image_size, **stats, "interpolation": interpolation, "resize_mode": mode}
 
 
 def rules(config: CLIPConfig) -> tuple[list[Rule], list[Rule]]:
-    """The rules of the text tower, and of the image tower if there is one."""
+    """Return the rules of the text tower and of the image tower, [] if there is none."""
     text, vision = config.model_cfg["text_cfg"], config.model_cfg.get("vision_cfg")
     prefix = "text." if config.model_cfg.get("custom_text") else ""
-    return rules_of_text(text.get("layers", 12), prefix), rules_of_vision(
-        vision.get("layers", 12)
-    ) if vision else []
+    text_rules = rules_of_text(text.get("layers", 12), prefix)
+    return text_rules, rules_of_vision(vision.get("layers", 12)) if vision else []
 
 
 def reasons_against_text(clip: CLIP) -> list[str]:
-    """What transformers' CLIPTextModel has no equal for."""
+    """Return what transformers' CLIPTextModel has no equivalent for."""
     text = clip.config.model_cfg["text_cfg"]
-    fine = (
-        "context_length",
-        "vocab_size",
-        "width",
-        "heads",
-        "layers",
-        "mlp_ratio",
-        "norm_kwargs",
-        "eos_id",
-        "pad_id",
-    )
-    reasons = _unknown(
-        "text_cfg", text, {name: None for name in fine} | {"pool_type": ("argmax", "eos")}
-    )
+    reasons = _unknown("text_cfg", text, TEXT_SUPPORTED)
     if not isinstance(clip.tokenizer, (BPETokenizer, OpenCLIPTokenizer)):
         reasons.append(f"its tokenizer is a {type(clip.tokenizer).__name__}")
     elif text.get("pool_type") == "eos" and text.get("eos_id", FIRST_EOS) != end_id(clip.tokenizer):
         reasons.append(
-            f"its texts end with id {end_id(clip.tokenizer)}, but text_cfg.eos_id is {text.get('eos_id')}"
+            f"its texts end with id {end_id(clip.tokenizer)}, but text_cfg.eos_id is "
+            f"{text.get('eos_id')}"
         )
     return reasons
 
 
 def end_id(tokenizer: BPETokenizer | OpenCLIPTokenizer) -> int:
-    return (
-        tokenizer.end_id
-        if isinstance(tokenizer, BPETokenizer)
-        else tokenizer.tokenizer.eot_token_id
-    )
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.end_id
+    return tokenizer.tokenizer.eot_token_id
 
 
 def reasons_against_vision(clip: CLIP) -> list[str]:
-    """What transformers' CLIPVisionModel and CLIPImageProcessor have no equal for."""
+    """Return what transformers' CLIPVisionModel and CLIPImageProcessor have no equivalent for."""
     vision = clip.config.model_cfg.get("vision_cfg")
     if vision is None:
         return ["there is no image tower"]
-    fine = ("image_size", "patch_size", "width", "head_width", "layers", "mlp_ratio", "norm_kwargs")
-    reasons = _unknown(
-        "vision_cfg", vision, {name: None for name in fine} | {"pool_type": ("tok",)}
-    )
+    reasons = _unknown("vision_cfg", vision, VISION_SUPPORTED)
     if not isinstance(vision.get("layers", 12), int):
         reasons.append("vision_cfg.layers makes it a ResNet")
     if clip.preprocess.resize_mode == "longest":
-        reasons.append("pictures are padded (resize_mode 'longest')")
+        reasons.append("images are padded (resize_mode 'longest')")
     return reasons
 
 
 def _unknown(
     where: str, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...] | None]
 ) -> list[str]:
-    """Settings that are on, and not known or not of a known value (None = any)."""
+    """List the settings that are on and unknown, or of an unknown value (None: any value)."""
     on = {name: value for name, value in config.items() if value not in (None, False)}
     return [
         f"{where}.{name} is {value!r}"
@@ -271,29 +261,27 @@ def _unknown(
 
 
 def for_transformers(clip: CLIP) -> tuple[BPETokenizer | OpenCLIPTokenizer, dict[str, Tensor]]:
-    """The tokenizer and the weights to write: transformers cannot pool at a token of id 2, which then gets another."""
+    """Return the tokenizer and weights to write.
+
+    transformers cannot pool at a token with id 2: such an end token trades places with the last
+    one.
+    """
     tokenizer, state = clip.tokenizer, clip.model.state_dict()
-    if (
-        clip.config.model_cfg["text_cfg"].get("pool_type") == "eos"
-        and end_id(tokenizer) == FIRST_EOS
-    ):
+    assert isinstance(tokenizer, (BPETokenizer, OpenCLIPTokenizer))  # see reasons_against_text
+    pools_at_end = clip.config.model_cfg["text_cfg"].get("pool_type") == "eos"
+    if pools_at_end and end_id(tokenizer) == FIRST_EOS:
+        assert isinstance(tokenizer, BPETokenizer)  # open_clip's own has another end token
         tokenizer, order = end_last(tokenizer)
         name = next(name for name in state if name.endswith("token_embedding.weight"))
-        rows = torch.tensor(
-            [*order, *range(len(order), len(state[name]))], device=state[name].device
-        )
-        state[name] = state[name][rows]
+        rows = [*order, *range(len(order), len(state[name]))]
+        state[name] = state[name][torch.tensor(rows, device=state[name].device)]
     return tokenizer, state
 
 
 def write_config(clip: CLIP, tokenizer: BPETokenizer | OpenCLIPTokenizer) -> dict[str, Any]:
-    """The config.json of a CLIPTextModelWithProjection."""
-    text = {
-        "width": 512,
-        "heads": 8,
-        "layers": 12,
-        **clip.config.model_cfg["text_cfg"],
-    }  # open_clip's defaults
+    """Return the config.json of a CLIPTextModelWithProjection."""
+    # open_clip's defaults
+    text = {"width": 512, "heads": 8, "layers": 12, **clip.config.model_cfg["text_cfg"]}
     own = isinstance(tokenizer, BPETokenizer)
     return {
         **_tower(clip, "CLIPTextModelWithProjection", "clip_text_model", text, text["heads"]),
@@ -305,7 +293,7 @@ def write_config(clip: CLIP, tokenizer: BPETokenizer | OpenCLIPTokenizer) -> dic
 
 
 def write_vision_config(clip: CLIP) -> dict[str, Any]:
-    """The config.json of a CLIPVisionModelWithProjection."""
+    """Return the config.json of a CLIPVisionModelWithProjection."""
     vision = {"width": 768, "head_width": 64, "layers": 12, **clip.config.model_cfg["vision_cfg"]}
     heads = vision["width"] // vision["head_width"]
     return {
@@ -333,7 +321,7 @@ def _tower(
 
 
 def write_processor(clip: CLIP) -> dict[str, Any]:
-    """The preprocessor_config.json of a CLIPImageProcessor."""
+    """Return the preprocessor_config.json of a CLIPImageProcessor."""
     cfg, side = asdict(clip.preprocess), clip.image_size
     whole = {"height": side, "width": side}
     squash = cfg["resize_mode"] == "squash"

@@ -1,10 +1,10 @@
-"""CLIP's tokenizer in transformers' folder layout, read and written without transformers."""
+"""CLIP's tokenizer in transformers' folder layout, loaded and saved without transformers."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from unclip.tokenizer import CLIP_END, CLIP_PAD, CLIP_START, END, PAD, START, BP
 
 VOCAB_FILE, MERGES_FILE, WHOLE_FILE = "vocab.json", "merges.txt", "tokenizer.json"
 SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
-# CLIP (2103.00020): special tokens, contractions, words, digits one by one, and runs of anything else
+# CLIP (2103.00020): special tokens, contractions, words, single digits, runs of anything else
 WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -25,14 +25,15 @@ END_OF_WORD = "</w>"
 
 
 def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
-    """A CLIPTokenizer's folder, whatever its vocabulary; same ids as transformers'.
+    """Load a CLIPTokenizer's folder, with any vocabulary; ids are the same as transformers'.
 
-    context_length: of the text encoder; ValueError if the tokenizer is made for another.
+    context_length: of the text encoder; ValueError if the tokenizer has another.
     """
     settings = read_json(folder / SETTINGS_FILE)
     if (length := settings.get("model_max_length", context_length)) != context_length:
         raise ValueError(
-            f"{folder / SETTINGS_FILE}: model_max_length is {length}, but the text encoder has {context_length}"
+            f"{folder / SETTINGS_FILE}: model_max_length is {length}, but the text encoder has "
+            f"{context_length} positions"
         )
     if not (folder / VOCAB_FILE).is_file():  # transformers 5 writes a single file
         return BPETokenizer.load(folder / WHOLE_FILE, context_length)
@@ -40,20 +41,21 @@ def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
         settings = {**read_json(folder / SPECIAL_FILE), **settings}
     special = [settings.get(f"{name}_token") for name in ("bos", "eos", "unk", "pad")]
     special = [token["content"] if isinstance(token, dict) else token for token in special if token]
-    vocab, merges = read_json(folder / VOCAB_FILE), _read_merges(folder / MERGES_FILE)
+    vocab, merges = read_json(folder / VOCAB_FILE), read_merges(folder / MERGES_FILE)
     try:
         return BPETokenizer(clip_tokenizer(vocab, merges, special), context_length)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{folder} holds no tokenizer of CLIP's kind: {error}") from None
+        raise ValueError(f"{folder} is not a CLIP tokenizer: {error}") from None
 
 
 def clip_tokenizer(
     vocab: dict[str, int], merges: Sequence[tuple[str, str]], special: Sequence[str]
 ) -> Tokenizer:
-    """Vocabulary and merges as a tokenizer.
+    """Build a tokenizer from a vocabulary and merges.
 
-    special: tokens that are found in a text before all others. With "!" among them, as Karlo's folder has it for its
-    padding, an exclamation mark in a prompt is that very token and not the one of "!" at the end of a word.
+    special: tokens that are matched in a text before all others. Karlo's folder has "!" among them,
+    for padding: an exclamation mark in a prompt is that token then, not the one for "!" at a word's
+    end.
     """
     model = models.BPE(
         vocab=vocab, merges=list(merges), unk_token=CLIP_END, end_of_word_suffix=END_OF_WORD
@@ -73,30 +75,41 @@ def clip_tokenizer(
     return tokenizer
 
 
-def _read_merges(file: Path) -> list[tuple[str, str]]:
+def read_merges(file: Path) -> list[tuple[str, str]]:
+    """Read a merges file; FileNotFoundError if it is missing."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
-    pairs = [tuple(line.split()) for line in file.read_text(encoding="utf-8").splitlines()]
-    pairs = [pair for pair in pairs if pair and pair[0] != "#version:"]
-    if wrong := [pair for pair in pairs if len(pair) != 2]:
-        raise ValueError(f"{file}: {' '.join(wrong[0])!r} is no merge of two tokens")
-    return pairs
+    return parse_merges(file.read_text(encoding="utf-8"), file)
+
+
+def parse_merges(text: str, source: Path) -> list[tuple[str, str]]:
+    """Parse a merges file: two tokens per line, after a header "#version: ..."."""
+    merges = []
+    for line in text.split("\n"):
+        match line.split():
+            case [] | ["#version:", *_]:
+                continue
+            case [first, second]:
+                merges.append((first, second))
+            case _:
+                raise ValueError(f"{source}: {line!r} is not a merge of two tokens")
+    return merges
 
 
 def end_last(own: BPETokenizer) -> tuple[BPETokenizer, list[int]]:
-    """The tokenizer with its end token and its last one in each other's place, and the old id of each new one."""
+    """Swap the end token with the last one; return the tokenizer and the old id of each new one."""
     last, data = own.vocab_size - 1, json.loads(own.tokenizer.to_str())
     order = list(range(last + 1))
     order[own.end_id], order[last] = last, own.end_id
     data["model"]["vocab"] = {word: order[i] for word, i in data["model"]["vocab"].items()}
     for token in data["added_tokens"]:
         token["id"] = order[token["id"]]
-    data["post_processor"] = None  # it would know the old ids, and nothing here needs it
+    data["post_processor"] = None  # it has the old ids and is not needed
     return BPETokenizer(Tokenizer.from_str(json.dumps(data)), own.context_length), order
 
 
 def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
-    """Writes the folder; returns the class of transformers that reads it."""
+    """Write the folder; return the transformers class that loads it."""
     folder.mkdir(parents=True)
     if isinstance(tokenizer, BPETokenizer) and tokenizer.tokenizer.token_to_id(CLIP_START) is None:
         return _write_own(tokenizer, folder)
@@ -111,7 +124,7 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
     else:
         assert isinstance(tokenizer, OpenCLIPTokenizer)
         vocab, merges = open_clip_vocabulary(tokenizer.tokenizer)
-        pad = CLIP_END  # "!" would get another id if it were the pad
+        pad = CLIP_END  # as the padding token, "!" would get another id
     special = {"bos": CLIP_START, "eos": CLIP_END, "unk": CLIP_END, "pad": pad}
     (folder / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / MERGES_FILE).write_text(
@@ -122,13 +135,14 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
 
 
 def open_clip_vocabulary(theirs: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of open_clip's SimpleTokenizer, start and end under CLIP's own names."""
+    """Return vocabulary and merges of a SimpleTokenizer, start and end named as in CLIP."""
     names = {theirs.sot_token_id: CLIP_START, theirs.eot_token_id: CLIP_END}
-    return {names.get(i, word): i for word, i in theirs.encoder.items()}, list(theirs.bpe_ranks)
+    vocab: dict[str, int] = {names.get(i) or word: i for word, i in theirs.encoder.items()}
+    return vocab, list(theirs.bpe_ranks)
 
 
 def _write_own(own: BPETokenizer, folder: Path) -> str:
-    """A tokenizer that was trained here; start, end and white space, which are our class's doing, go into the file."""
+    """Write one of our tokenizers, with what our class adds: start, end, white space."""
     tokenizer = copy.deepcopy(own.tokenizer)
     spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     tokenizer.normalizer = normalizers.Sequence([*spaces, tokenizer.normalizer])
@@ -142,7 +156,7 @@ def _write_own(own: BPETokenizer, folder: Path) -> str:
 
 
 def _write_settings(
-    folder: Path, kind: str, context_length: int, special: dict[str, str | None]
+    folder: Path, kind: str, context_length: int, special: Mapping[str, str | None]
 ) -> None:
     tokens: dict[str, Any] = {
         f"{name}_token": token for name, token in special.items() if token is not None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.checkpoints.dalle_pytorch import plain_names, rules
-from unclip.checkpoints.renaming import to_there
+from unclip.checkpoints.renaming import export_state
 from unclip.models.dalle.sampling import draw_code, guide
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.published.bart_dalle import BartDALLE, CrossAttention, GatedMLP, SelfAttention
@@ -65,7 +65,7 @@ class DallePytorch:
         state = {
             name: x for name, x in self.network.state_dict().items() if not name.startswith("vae.")
         }
-        there = to_there(ours.state_dict(), rules(config))
+        there = export_state(ours.state_dict(), rules(config))
         given = {
             name: there[plain]
             for name, plain in _by_plain_name(state, config).items()

@@ -13,7 +13,7 @@ import numpy as np
 import unclip
 from unclip.checkpoints.diffusers.export import reasons_against
 from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
-from unclip.checkpoints.store import Bundle
+from unclip.checkpoints.formats import Bundle
 from unclip.evaluation import STAGES
 from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig, reference
 from unclip.evaluation.bench.calls import Inputs, stage_calls, stage_steps

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unclip.checkpoints.diffusers.configs import write_decoder, write_prior, write_unet
 from unclip.checkpoints.diffusers.names import prior_rules, text_proj_rules, unet_rules
-from unclip.checkpoints.renaming import Rule, to_there
+from unclip.checkpoints.renaming import Rule, export_state
 from unclip.diffusion.samplers import randn
 from unclip.evaluation.bench.calls import Inputs
 from unclip.evaluation.bench.clock import Stage
@@ -95,7 +95,7 @@ def _given(
     with torch.device("meta"):
         network = kind.from_config(config)
     theirs = {
-        name: tensor.to(dtype).contiguous() for name, tensor in to_there(state, rules).items()
+        name: tensor.to(dtype).contiguous() for name, tensor in export_state(state, rules).items()
     }
     network.load_state_dict(theirs, assign=True)
     return network.eval().requires_grad_(False)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.sampling import AnyDALLE, OnCode, Step, draw_code, guide, sample_codes

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.store import Bundle, load_bundle, save_bundle
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.unclip.decoder import Decoder

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.loader import open_dataset
+from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset
 from unclip.embeddings import PCA, normalise

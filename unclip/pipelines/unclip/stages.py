@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample, sampling_timesteps
 from unclip.embeddings import normalise
 from unclip.image_io import open_image
-from unclip.models.unclip.decoder import Decoder, DecoderContext
 from unclip.models.layers import DenoiserCache, KeyValues
+from unclip.models.unclip.decoder import Decoder, DecoderContext
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.base import (
