@@ -120,19 +120,19 @@ def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(
     [
         (
             "prior=runs/tiny/decoder/model",
-            "runs/tiny/decoder/model holds a Decoder; expected a prior",
+            "runs/tiny/decoder/model is a Decoder; expected a prior",
         ),
         (
             "decoder=runs/tiny/prior/model",
-            "runs/tiny/prior/model holds a DiffusionPrior; expected a decoder",
+            "runs/tiny/prior/model is a DiffusionPrior; expected a decoder",
         ),
         (
             "inpainter=runs/tiny/layout/model",
-            "runs/tiny/layout/model holds a Layout; expected a decoder",
+            "runs/tiny/layout/model is a Layout; expected a decoder",
         ),
         (
             "upsamplers=[runs/tiny/decoder/model]",
-            "runs/tiny/decoder/model holds a Decoder; expected an upsampler",
+            "runs/tiny/decoder/model is a Decoder; expected an upsampler",
         ),
     ],
 )
@@ -478,7 +478,7 @@ def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
         == len(levels) * 2 + blocks + 1
     )
     with pytest.raises(
-        SystemExit, match="runs/tiny/prior/model holds a DiffusionPrior; expected a decoder"
+        SystemExit, match="runs/tiny/prior/model is a DiffusionPrior; expected a decoder"
     ):
         run_script(
             ROOT / "train/progressive_grow.py",

@@ -139,10 +139,10 @@ def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
     tokenizer = BPETokenizer.load("runs/tiny/dalle/model/tokenizer.json", 16, marked=False)
     assert torch.equal(pipe.tokenizer(CAPTIONS)[0], tokenizer(CAPTIONS)[0])
     assert [image.size for image in pipe(CAPTIONS, seed=0, progress=False).images] == [(16, 16)] * 4
-    with pytest.raises(SystemExit, match="runs/tiny/codec/model holds a DVAE; expected a DALLE"):
+    with pytest.raises(SystemExit, match="runs/tiny/codec/model is a DVAE; expected a DALLE"):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "dalle=runs/tiny/codec/model")
     with pytest.raises(
-        SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected an image codec"
+        SystemExit, match="runs/tiny/dalle/model is a DALLE; expected an image codec"
     ):
         run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=runs/tiny/dalle/model")
     save_component(GaussianVAE(GaussianVAEConfig(image_size=16, net=ConvNetConfig(width=8))), "vae")
@@ -241,7 +241,7 @@ def test_pictures_are_encoded_once(workplace, capsys):
     with pytest.raises(SystemExit, match="contains image codes, which cannot be augmented"):
         train("--set=data.path=codes", "--set=fit.output=runs/tiny/other")
     with pytest.raises(
-        SystemExit, match="error: runs/tiny/dalle/model holds a DALLE; expected a codec"
+        SystemExit, match="error: runs/tiny/dalle/model is a DALLE; expected a codec"
     ):
         run_script(
             ROOT / "train/encode.py", "data/tiny", "again", "--codec", "runs/tiny/dalle/model"
@@ -262,7 +262,7 @@ def test_parts_that_do_not_fit_are_named(workplace):
         SystemExit, match="data/tiny is read at 8 pixels; expected 16, as the codec"
     ):
         train("--set=data.image_size=8")
-    with pytest.raises(SystemExit, match="runs/tiny/dalle/model holds a DALLE; expected a codec"):
+    with pytest.raises(SystemExit, match="runs/tiny/dalle/model is a DALLE; expected a codec"):
         train("--set=codec=runs/tiny/dalle/model")
     with pytest.raises(SystemExit, match=r"tokenizer\.json has \d+ tokens; expected at most 100"):
         train("--set=tokenizer=runs/tiny/dalle/model/tokenizer.json", "--set=model.text_vocab=100")
