@@ -19,7 +19,7 @@ import karlo
 import pytest
 import yaml
 from PIL import Image
-from scripts import ROOT, draw_pictures, run_script
+from scripts import ROOT, run_script, write_shape_images
 
 import unclip
 import unclip.pipelines
@@ -29,10 +29,10 @@ from unclip.data import embeddings, emoji
 from unclip.types import GLIDEOptions
 
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {".git", "runs"} & set(path.parts)]
-RUNNABLE = [
+RUNNABLE = [  # train/README.md runs in tests/training/test_train_readme.py
     path
     for path in PAGES
-    if path.parent in (ROOT, ROOT / "train", ROOT / "tests") or ROOT / "unclip" in path.parents
+    if path.parent in (ROOT, ROOT / "tests") or ROOT / "unclip" in path.parents
 ]
 ONE_STEP = {"data.workers": 0, "data.batch_size": 2, "fit.val_every": 0, "fit.preview_every": 0}
 
@@ -145,7 +145,7 @@ def reader(tmp_path, monkeypatch, tiny_folder, tiny_dalle_folder):
     """A folder with images, prompts and a small svgmoji checkout; a toy Karlo on the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    draw_pictures(tmp_path / "my_images")
+    write_shape_images(tmp_path / "my_images")
     for name in ("other.png", "cat.png"):
         Image.new("RGB", (64, 64), "gold").save(name)
     mask = Image.new("L", (64, 64))

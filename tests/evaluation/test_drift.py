@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from scripts import draw_pictures
+from scripts import write_shape_images
 
 import unclip
 from unclip.cli.main import main
@@ -105,7 +105,7 @@ def test_the_table():
 
 
 def test_the_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch, capsys):
-    draw_pictures(tmp_path / "pictures")
+    write_shape_images(tmp_path / "pictures")
     monkeypatch.setattr(drift, "TURNS", 1)
     file = tmp_path / "drift.json"
     words = [
@@ -147,7 +147,7 @@ def test_the_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch
     ],
 )
 def test_bad_arguments_are_told_in_one_line(arguments, message, tiny_folder, tmp_path, capsys):
-    draw_pictures(tmp_path / "pictures")
+    write_shape_images(tmp_path / "pictures")
     arguments = arguments.format(data=tmp_path / "pictures").split()
     assert main(["drift", "--model", str(tiny_folder), "--quiet", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts import draw_pictures
+from scripts import write_shape_images
 
 from unclip.checkpoints.store import save_component
 from unclip.cli.main import main
@@ -118,7 +118,7 @@ def test_pictures_stand_above_their_reconstructions():
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw_pictures(tmp_path / "data")
+    write_shape_images(tmp_path / "data")
     save_component(dvae(), tmp_path / "model" / "codec")
     arguments = [
         "--data",
@@ -150,7 +150,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 )
 def test_faults_are_told_in_one_line(arguments, fault, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw_pictures(tmp_path / "data")
+    write_shape_images(tmp_path / "data")
     save_component(dvae(), tmp_path / "model" / "codec")
     assert main(["evaluate-codec", *arguments, "--quiet"]) == 2
     err = capsys.readouterr().err

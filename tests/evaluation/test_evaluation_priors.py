@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH
-from scripts import draw_pictures
+from scripts import write_shape_images
 
 from unclip.checkpoints.store import save_component
 from unclip.cli.main import main
@@ -25,7 +25,7 @@ NAMES = ["diffusion", "ar", "one-shot", *WITHOUT, TRUTH]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs") / "shapes"
-    draw_pictures(folder, size=16)
+    write_shape_images(folder, size=16)
     return folder
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, draw_pictures, run_in_two_processes, run_script
+from scripts import ROOT, write_shape_images, run_in_two_processes, run_script
 
 import unclip
 from unclip.checkpoints import folders
@@ -46,7 +46,7 @@ def train(network: str, *arguments: str) -> None:
 def workplace(tmp_path_factory):
     """A folder in which all networks of configs/tiny were trained and put together."""
     folder, before = tmp_path_factory.mktemp("tiny"), Path.cwd()
-    draw_pictures(folder / "data/tiny")
+    write_shape_images(folder / "data/tiny")
     os.chdir(folder)
     try:
         for network in NETWORKS:

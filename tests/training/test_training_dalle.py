@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ROOT, draw_pictures, load_script, run_script
+from scripts import ROOT, write_shape_images, load_script, run_script
 
 import unclip
 from unclip.checkpoints.store import load_component, save_component
@@ -101,7 +101,7 @@ def train(*arguments: str) -> None:
 def workplace(tmp_path_factory):
     """A folder with pictures, a codec, and the transformer of configs/tiny trained on them."""
     folder, before = tmp_path_factory.mktemp("dalle"), Path.cwd()
-    draw_pictures(folder / "data/tiny")
+    write_shape_images(folder / "data/tiny")
     os.chdir(folder)
     try:
         torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, tiny_clip
-from scripts import draw_pictures
+from scripts import write_shape_images
 
 from unclip.data.loader import Augment, DataConfig, Loader
 from unclip.embeddings import normalise
@@ -36,7 +36,7 @@ def clip():
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    draw_pictures(folder, size=16)
+    write_shape_images(folder, size=16)
     return folder
 
 

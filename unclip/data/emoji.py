@@ -298,7 +298,7 @@ def _licences(styles: Sequence[str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m unclip.data.emoji", description=__doc__.split("\n")[0]
+        prog="python -m unclip.data.emoji", description="Render the emoji of svgmoji."
     )
     parser.add_argument("svgmoji", metavar="SVGMOJI", help="checkout of github.com/svgmoji/svgmoji")
     parser.add_argument("out", metavar="OUT", help="new folder for train-*.tar and heldout-*.tar")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config
 from unclip.data.folder import FolderDataset
@@ -275,8 +276,8 @@ def _own_process_group(worker: int) -> None:
         os.setpgrp()
 
 
-class _Epoch:
-    """The batches of an epoch by number, as a dataset for DataLoader."""
+class _Epoch(TorchDataset):
+    """The batches of an epoch by number."""
 
     def __init__(self, loader: Loader, epoch: int) -> None:
         self.loader, self.epoch = loader, epoch

@@ -21,8 +21,9 @@ from unclip.data.samples import Dataset, Sample
 
 MAX_BROKEN = 0.01
 
-# Samples of a batch and their images -> columns of N values and arrays of N rows, by name.
-Columns, Arrays = dict[str, list[Any]], dict[str, np.ndarray]
+Columns = dict[str, list[Any]]  # name -> N values
+Arrays = dict[str, np.ndarray]  # name -> N rows
+# of a batch of samples and their images
 Compute = Callable[[list[Sample], list[Image.Image]], tuple[Columns, Arrays]]
 
 

@@ -28,7 +28,10 @@ class EMA:
     def update(self) -> None:
         """Apply average += (1 - decay) * (weights - average)."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self._averages, [p.detach().float() for p in self._params], 1 - decay)
+        weights = [p.detach().float() for p in self._params]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            self._averages, weights, 1 - decay
+        )
         self.updates += 1
 
     @contextlib.contextmanager

@@ -150,12 +150,13 @@ class _Trainer:
         if run.dry_run:
             self._dry_run()
         self.model = accelerator.prepare_model(model)  # wrapped for several processes
-        self.optimizer = accelerator.prepare_optimizer(build_optimizer(model, optim))
+        optimizer = build_optimizer(model, optim)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
         self.state = RunState(
             model,
-            self.optimizer.optimizer,
+            optimizer,
             self.ema,
             loader,
             accelerator.scaler,
@@ -223,7 +224,8 @@ class _Trainer:
         if self.accelerator.num_processes == 1:
             return flag
         value = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(value) > 0)
+        total: Any = self.accelerator.reduce(value)
+        return bool(total > 0)
 
     # -- one step
 
@@ -246,6 +248,7 @@ class _Trainer:
             losses.append(terms["loss"].detach().float())
             self.log.count(terms, samples=len(next(iter(batch.values()))))
         norm = accelerator.clip_grad_norm_(self.params, self.optim.clip_norm or math.inf)
+        assert norm is not None  # only DeepSpeed returns None
         self._check_finite(torch.stack(losses), norm, used)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -391,7 +394,7 @@ class _Trainer:
 
 def _configure(model: nn.Module, config: FitConfig) -> None:
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     if config.compile:

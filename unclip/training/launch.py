@@ -38,7 +38,9 @@ class Run(Generic[C]):
     @property
     def device(self) -> torch.device:
         """The training device of this process, for the frozen networks of a loss."""
-        return this_process().device
+        device = this_process().device
+        assert device is not None
+        return device
 
 
 def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = None) -> Run[C]:
@@ -61,7 +63,7 @@ def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = No
     add("--dry-run", action="store_true", help="print parameters, memory and FLOPs, then exit")
     add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
-    config = load_config(args.config, cls, args.set)
+    config: Any = load_config(args.config, cls, args.set)
     torch.manual_seed(config.fit.seed)  # initial weights; `fit` seeds each process again
     return Run(config, args.resume, args.init, args.dry_run, args.traceback)
 
@@ -117,9 +119,10 @@ def make_accelerator(precision: str, trackers: tuple[str, ...], output: str) -> 
             f"WORLD_SIZE is {world_size}, but accelerate trains with {joined} process(es), each "
             "on its own; start one process, or set ACCELERATE_USE_CPU=1"
         )
+    log_with: list[Any] = [*available_trackers(trackers)]
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
-        log_with=available_trackers(trackers) or None,
+        log_with=log_with or None,
         project_config=ProjectConfiguration(output, logging_dir=f"{output}/logs"),
     )
     if accelerator.distributed_type in SHARDED:

@@ -145,8 +145,8 @@ class Log:
         """Average over processes."""
         device = self._accelerator.device
         stacked = torch.stack([torch.as_tensor(v, device=device).float() for v in values.values()])
-        means = self._accelerator.reduce(stacked, "mean").tolist()
-        return dict(zip(values, means, strict=True))
+        means: Any = self._accelerator.reduce(stacked, "mean")
+        return dict(zip(values, means.tolist(), strict=True))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._is_main:
