@@ -15,7 +15,7 @@ from unclip.config import config
 from unclip.data.loader import DataConfig, Loader, open_data
 from unclip.data.precomputed import CodeDataset
 from unclip.models.codecs.codec import ImageCodec
-from unclip.models.dalle.streams import Kernel
+from unclip.models.dalle.spans import Kernel
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.tokenizer import TOKENIZER_FILE
 from unclip.training.dalle import DALLELoss, DALLELossConfig

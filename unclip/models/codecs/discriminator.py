@@ -1,29 +1,25 @@
-"""The judge of VQ-GAN (2012.09841): a convolutional net that tells patches of pictures from reconstructed ones."""
+"""Discriminator of VQ-GAN (2012.09841): classifies image patches as real or reconstructed."""
 
-# B batch, H W picture, p q patches
+# B batch, H W image, p q patches
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from unclip.models.codecs.codec import check_positive
+from unclip.config import PositiveInt, config
 
 
-@dataclass(frozen=True)
+@config
 class DiscriminatorConfig:
-    """pix2pix's (1611.07004) with a field of view of 70 pixels, unless told otherwise."""
+    """The defaults are pix2pix's (1611.07004), with a receptive field of 70 pixels."""
 
-    width: int = 64
-    layers: int = 3  # convolutions of stride 2; each but the first doubles the width, up to 8 times
-
-    def __post_init__(self) -> None:
-        check_positive(self, "width", "layers")
+    width: PositiveInt = 64
+    # convolutions of stride 2; each except the first doubles the width, up to a factor of 8
+    layers: PositiveInt = 3
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Pictures (B, 3, H, W) -> a score of each patch (B, 1, p, q), higher = more real."""
+    """Images (B, 3, H, W) -> a score of each patch (B, 1, p, q), higher = more real."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         widths = [config.width * min(2**i, 8) for i in range(config.layers + 1)]
@@ -36,8 +32,8 @@ class PatchDiscriminator(nn.Sequential):
             layers += [
                 nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False),
                 nn.BatchNorm2d(c_out),
+                nn.LeakyReLU(0.2),
             ]
-            layers += [nn.LeakyReLU(0.2)]
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for module in self:
             if isinstance(module, nn.Conv2d):
@@ -47,5 +43,5 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """What the discriminator minimises: real scores above 1, fake ones below -1."""
+    """Discriminator loss: pushes real scores above 1 and fake ones below -1."""
     return 0.5 * (nn.functional.relu(1 - real).mean() + nn.functional.relu(1 + fake).mean())

@@ -1,28 +1,29 @@
 """OpenAI's discrete VAE (2102.12092, 2.1 and A): Gumbel-softmax codes, logit-Laplace pixels.
 
-Its tensors have OpenAI's names, but for `blocks.`: encoder.group_1.block_1.res_path.conv_1.w.
+Tensors have OpenAI's names without `blocks.`: encoder.group_1.block_1.res_path.conv_1.w.
 """
 
-# B batch, H W picture, h w grid of codes, K vocabulary, C width of a code
+# B batch, H W image, h w grid of codes, K vocabulary, C width of a code
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import MultipleOf
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.config import NonNegative, PositiveInt, config
 from unclip.models.codecs.codec import (
     ConvKind,
     ImageCodec,
     LossTerms,
-    check_positive,
+    check_image_size,
     code_statistics,
     convolution,
 )
@@ -31,34 +32,24 @@ from unclip.models.codecs.quantizers import full_precision, kl_to_uniform
 EPS = 0.1  # pixels are mapped to [EPS, 1 - EPS], where their logit is finite
 
 
-@dataclass(frozen=True)
+@config
 class DVAEConfig:
-    """OpenAI's, unless told otherwise."""
+    """The defaults are OpenAI's."""
 
     kind: Literal["dvae"] = "dvae"
-    image_size: int = 256
-    vocab_size: int = 8192
-    width: int = 256  # of the first group; each group is twice as wide as the one before
-    groups: int = 4  # a picture is halved between two groups
-    blocks: int = 2  # in a group
-    code_width: int = 128  # that the decoder begins with
-    conv: ConvKind = "plain"  # in the residual branches; OpenAI's has no gates
-    min_scale: float = (
-        0.0  # added to the Laplace's scale, which pictures of flat colours would take to 0
-    )
+    image_size: PositiveInt = 256
+    vocab_size: PositiveInt = 8192
+    # of the first group; each group doubles it, and blocks have a quarter of it inside
+    width: Annotated[PositiveInt, MultipleOf(4)] = 256
+    groups: PositiveInt = 4  # the resolution is halved between groups
+    blocks: PositiveInt = 2  # in a group
+    code_width: PositiveInt = 128  # of the decoder's input
+    conv: ConvKind = "plain"  # in the residual branches; OpenAI's are plain
+    # added to the Laplace scale, which would approach 0 for images of flat colours
+    min_scale: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "vocab_size", "width", "groups", "blocks", "code_width")
-        if self.width % 4:
-            raise ValueError(
-                f"width is {self.width}; expected a multiple of 4, as a block is a quarter as wide inside"
-            )
-        if self.image_size % self.factor:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a multiple of {self.factor}"
-            )
-        if self.min_scale < 0:
-            raise ValueError(f"min_scale is {self.min_scale}; expected 0 or more")
+        check_image_size(self.image_size, self.factor)
 
     @property
     def factor(self) -> int:
@@ -66,13 +57,12 @@ class DVAEConfig:
 
 
 class Conv2d(nn.Module):
-    """A convolution that keeps the size, started from N(0, 1 / fan-in)."""
+    """Convolution that keeps the size, initialised with N(0, 1 / fan-in)."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int) -> None:
         super().__init__()
-        self.w = nn.Parameter(
-            torch.empty(c_out, c_in, kernel, kernel).normal_(std=(c_in * kernel**2) ** -0.5)
-        )
+        weight = torch.empty(c_out, c_in, kernel, kernel)
+        self.w = nn.Parameter(weight.normal_(std=(c_in * kernel**2) ** -0.5))
         self.b = nn.Parameter(torch.zeros(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +70,7 @@ class Conv2d(nn.Module):
 
 
 class Block(nn.Module):
-    """id_path(x) + gain * res_path(x), the branch a quarter as wide inside; gain = 1 / (blocks in all)**2."""
+    """id_path(x) + gain * res_path(x), with gain = 1 / (number of blocks)**2."""
 
     def __init__(self, c_in: int, c_out: int, kernels: Sequence[int], config: DVAEConfig) -> None:
         super().__init__()
@@ -99,32 +89,33 @@ class Block(nn.Module):
 
 
 def make_encoder(config: DVAEConfig) -> nn.Sequential:
-    """Pictures (B, 3, H, W) -> logits of codes (B, K, h, w)."""
+    """Images (B, 3, H, W) -> logits of codes (B, K, h, w)."""
     widths = [config.width * 2**i for i in range(config.groups)]
-    layers = [("input", Conv2d(3, config.width, 7))]
-    layers += _groups([config.width, *widths], (3, 3, 3, 1), ("pool", nn.MaxPool2d(2)), config)
-    output = [("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], config.vocab_size, 1))]
-    return nn.Sequential(OrderedDict([*layers, ("output", nn.Sequential(OrderedDict(output)))]))
+    pool = ("pool", nn.MaxPool2d(2))
+    layers = [
+        ("input", Conv2d(3, config.width, 7)),
+        *_groups([config.width, *widths], (3, 3, 3, 1), pool, config),
+        ("output", _output(widths[-1], config.vocab_size)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 def make_decoder(config: DVAEConfig) -> nn.Sequential:
-    """(Soft) one-hot codes (B, K, h, w) -> mean and ln scale of the pixels' logits (B, 6, H, W)."""
+    """(Soft) one-hot codes (B, K, h, w) -> mean and ln scale of pixel logits (B, 6, H, W)."""
     widths = [config.width * 2**i for i in reversed(range(config.groups))]
-    layers = [("input", Conv2d(config.vocab_size, config.code_width, 1))]
-    layers += _groups(
-        [config.code_width, *widths],
-        (1, 3, 3, 3),
-        ("upsample", nn.Upsample(scale_factor=2)),
-        config,
-    )
-    output = [("relu", nn.ReLU()), ("conv", Conv2d(widths[-1], 6, 1))]
-    return nn.Sequential(OrderedDict([*layers, ("output", nn.Sequential(OrderedDict(output)))]))
+    upsample = ("upsample", nn.Upsample(scale_factor=2))
+    layers = [
+        ("input", Conv2d(config.vocab_size, config.code_width, 1)),
+        *_groups([config.code_width, *widths], (1, 3, 3, 3), upsample, config),
+        ("output", _output(widths[-1], 6)),
+    ]
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _groups(
     widths: Sequence[int], kernels: Sequence[int], resize: tuple[str, nn.Module], config: DVAEConfig
 ) -> list[tuple[str, nn.Module]]:
-    """The groups from widths[0] to widths[1] and so on, with `resize` at the end of each but the last."""
+    """Groups from widths[0] to widths[1] and so on, with `resize` at the end of all but the last."""
     groups = []
     for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
         inputs = [c_in, *[c_out] * (config.blocks - 1)]
@@ -136,19 +127,20 @@ def _groups(
     return groups
 
 
+def _output(c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", Conv2d(c_in, c_out, 1))]))
+
+
 class DVAE(ImageCodec):
-    """Learned by an ELBO in which the codes are relaxed: weights over the codebook, sharper as training goes on."""
+    """Discrete VAE trained on an ELBO with relaxed codes: weights over the codebook, annealed."""
 
     annealed = ("temperature", "kl_weight")
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_size, self.factor, self.vocab_size = (
-            config.image_size,
-            config.factor,
-            config.vocab_size,
-        )
+        self.image_size, self.factor = config.image_size, config.factor
+        self.vocab_size = config.vocab_size
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
 
@@ -159,7 +151,7 @@ class DVAE(ImageCodec):
     def logits(self, images: Tensor) -> Tensor:
         x = to_logit_range(self.checked(images)).to(self.encoder.input.w.dtype)
         h = self.encoder[:-1](x)  # B C h w
-        with full_precision(h):  # which code is the likeliest must not hang on a rounding
+        with full_precision(h):  # a rounding error must not decide which code is the most likely
             logits = self.encoder.output(h.to(self.encoder.output.conv.w.dtype))  # B K h w
         return rearrange(logits.float(), "b k h w -> b h w k")
 
@@ -167,12 +159,12 @@ class DVAE(ImageCodec):
         return self.logits(images).argmax(dim=-1)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return pixels_of(self._draw(self._embed(codes))[0])
+        return logits_to_pixels(self._pixel_distribution(self._embed(codes))[0])
 
     def _embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w), or weights over the codebook (B, h, w, K) -> (B, C, h, w).
+        """Embed codes (B, h, w), or weights over the codebook (B, h, w, K) -> (B, C, h, w).
 
-        A one-hot 1 x 1 convolution is a look-up of columns, so codes are looked up.
+        Equal to the decoder's first 1x1 convolution of one-hot codes.
         """
         table, bias = self.decoder.input.w[:, :, 0, 0].T, self.decoder.input.b  # K C, C
         if codes.ndim == 3:
@@ -180,23 +172,23 @@ class DVAE(ImageCodec):
         with full_precision(codes):
             return rearrange(codes @ table + bias, "b h w c -> b c h w")
 
-    def _draw(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) -> mean and scale of the pixels' logits, (B, 3, H, W) each, float32."""
+    def _pixel_distribution(self, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) -> mean and scale of pixel logits, (B, 3, H, W) each, float32."""
         mean, ln_scale = self.decoder[1:](embedded).float().chunk(2, dim=1)
         return mean, ln_scale.exp() + self.config.min_scale
 
     def loss(self, images: Tensor, temperature: float = 1.0, kl_weight: float = 1.0) -> LossTerms:
-        """Mean NLL of a pixel's colour + kl_weight / (3 factor**2) * mean KL of a position, in nats (A.2: beta / 192).
+        """Mean NLL of a colour value + kl_weight / (3 factor**2) * mean KL of a position, in nats.
 
-        In eval mode the codes are hard, as stage two will see them.
+        A.2: beta / 192. In eval mode the codes are hard, as the second stage uses them.
         """
         logits = self.logits(images)  # B h w K
         codes = logits.argmax(dim=-1)  # B h w
         soft = F.gumbel_softmax(logits, tau=temperature, dim=-1) if self.training else codes
-        mean, scale = self._draw(self._embed(soft))  # B 3 H W
+        mean, scale = self._pixel_distribution(self._embed(soft))  # B 3 H W
         nll = logit_laplace_nll(images, mean, scale).mean()
         kl = kl_to_uniform(logits).mean()
-        reconstruction = pixels_of(mean)
+        reconstruction = logits_to_pixels(mean)
         return LossTerms(
             loss=nll + kl_weight * kl / (3 * self.factor**2),
             reconstruction=reconstruction,
@@ -209,22 +201,25 @@ class DVAE(ImageCodec):
         )
 
     def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
-        mean, scale = self._draw(self._embed(codes))
+        mean, scale = self._pixel_distribution(self._embed(codes))
         per_value = math.log(1 - 2 * EPS) - logit_laplace_nll(images, mean, scale)  # B 3 H W
         return per_value.sum(dim=(1, 2, 3))
 
 
 def to_logit_range(images: Tensor) -> Tensor:
-    """[-1, 1] -> [EPS, 1 - EPS]."""
+    """Map [-1, 1] to [EPS, 1 - EPS]."""
     return (1 - 2 * EPS) * (images + 1) / 2 + EPS
 
 
-def pixels_of(mean: Tensor) -> Tensor:
-    """The picture whose logits a decoder's means are: any shape -> about [-1, 1]."""
+def logits_to_pixels(mean: Tensor) -> Tensor:
+    """Convert a decoder's pixel logits to pixels in about [-1, 1]."""
     return 2 * (torch.sigmoid(mean) - EPS) / (1 - 2 * EPS) - 1
 
 
 def logit_laplace_nll(images: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """-ln p of each colour of images (B, 3, H, W) in [-1, 1], as a density on [EPS, 1 - EPS] (2102.12092, A.3)."""
+    """-ln p of every value of images (B, 3, H, W) in [-1, 1] (2102.12092, A.3).
+
+    A density over [EPS, 1 - EPS], the range to which pixels are mapped.
+    """
     x = to_logit_range(images.float())
     return torch.log(2 * scale * x * (1 - x)) + (torch.logit(x) - mean).abs() / scale

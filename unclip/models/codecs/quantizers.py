@@ -1,11 +1,10 @@
-"""The middle of a codec: features become codes, and codes features. By the nearest code, or by Gumbel-softmax."""
+"""Bottleneck of a codec, features <-> codes: the nearest code, or a Gumbel-softmax."""
 
 # B batch, C width of a code, h w grid, K vocabulary, N = B * h * w
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,39 +13,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-ROWS = 4096  # features compared with the codebook at once: their distances are rows of K numbers
-USES_DECAY = (
-    0.99  # of the count of a code's uses, where the codebook has no running mean of its own
-)
+from unclip.config import DropRate, NonNegative, Positive, config
+
+CHUNK = 4096  # features compared with the codebook at once, to limit the memory of their distances
+USES_DECAY = 0.99  # of the running mean of code uses, if `ema` gives none
 
 
-@dataclass(frozen=True)
+@config
 class NearestConfig:
-    """Vector quantisation (1711.00937): the nearest code; its gradient goes to the encoder as it is."""
+    """Vector quantisation (1711.00937): nearest code, straight-through gradient."""
 
     kind: Literal["nearest"] = "nearest"
-    commitment: float = 0.25  # weight of the pull of features towards their codes
-    ema: float | None = (
-        None  # decay of a codebook of running means (1711.00937, A.1); None = learned by gradient
-    )
-    revive: float | None = (
-        None  # a code that is chosen less often than this in a batch is drawn anew
-    )
-
-    def __post_init__(self) -> None:
-        if self.commitment < 0:
-            raise ValueError(f"commitment is {self.commitment}; expected 0 or more")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(
-                f"ema is {self.ema}; expected a decay in [0, 1), such as 0.99, or null"
-            )
-        if self.revive is not None and self.revive <= 0:
-            raise ValueError(
-                f"revive is {self.revive}; expected a positive number of uses a batch, or null for never"
-            )
+    commitment: NonNegative = 0.25  # weight of the loss that pulls features towards their codes
+    # decay of a codebook of running means (1711.00937, A.1); None = learned by gradient
+    ema: DropRate | None = None
+    # codes with fewer uses per batch than this are reset to features; None = never
+    revive: Positive | None = None
 
 
-@dataclass(frozen=True)
+@config
 class GumbelConfig:
     """A distribution over the codes, relaxed in training as in DALL-E's dVAE."""
 
@@ -55,14 +40,14 @@ class GumbelConfig:
 
 @dataclass(frozen=True)
 class Quantized:
-    z: Tensor  # (B, C, h, w), what the decoder gets
+    z: Tensor  # (B, C, h, w), input of the decoder
     codes: Tensor  # (B, h, w)
     loss: Tensor  # scalar
     logged: dict[str, Tensor]
 
 
 class VectorQuantizer(nn.Module):
-    """Features (B, C, h, w) -> the nearest of K codes, its values with the gradient of the features."""
+    """Replace features (B, C, h, w) by the nearest of K codes, with a straight-through gradient."""
 
     annealed: tuple[str, ...] = ()
 
@@ -74,14 +59,12 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-            self.register_buffer(
-                "sums", codebook.clone()
-            )  # of the features that chose each code, a running mean
+            # running mean of the sum of the features that chose each code
+            self.register_buffer("sums", codebook.clone())
         if config.ema is not None or config.revive is not None:
-            # How many chose each code, a running mean. From 0, the first batch revives (fills) the whole codebook.
-            self.register_buffer(
-                "uses", torch.full((vocab_size,), 1.0 if config.revive is None else 0.0)
-            )
+            # running mean of each code's uses; starting at 0, the first batch revives all codes
+            uses = torch.full((vocab_size,), 1.0 if config.revive is None else 0.0)
+            self.register_buffer("uses", uses)
 
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> codes (B, h, w)."""
@@ -106,58 +89,53 @@ class VectorQuantizer(nn.Module):
         if self.config.ema is None:
             loss = loss + F.mse_loss(z_q, z.detach())
         if self.training:
-            self._count(_rows(z.detach()), codes.flatten())
-        return Quantized(
-            z + (z_q - z).detach(), codes, loss, {"codebook_loss": loss.detach()}
-        )  # dz_q = dz
+            self._update_means(_rows(z.detach()), codes.flatten())
+        z_q = z + (z_q - z).detach()  # straight-through
+        return Quantized(z_q, codes, loss, {"codebook_loss": loss.detach()})
 
     @torch.no_grad()
     def _nearest(self, rows: Tensor) -> Tensor:
         codebook = self.codebook.float()
         squares = codebook.square().sum(dim=1)  # K
+
+        def nearest(x: Tensor) -> Tensor:  # |z - e|^2 without |z|^2, which is equal for all codes
+            return torch.addmm(squares, x, codebook.T, alpha=-2).argmin(dim=1)
+
         with full_precision(rows):
-            # |z - e|^2 without |z|^2, which is the same for all codes
-            return torch.cat(
-                [
-                    torch.addmm(squares, x, codebook.T, alpha=-2).argmin(dim=1)
-                    for x in rows.split(ROWS)
-                ]
-            )
+            return torch.cat([nearest(x) for x in rows.split(CHUNK)])
 
     @torch.no_grad()
-    def _count(self, rows: Tensor, codes: Tensor) -> None:
-        """Running means of who chose which code and, with `ema`, of the codebook, over the batches of all processes."""
+    def _update_means(self, rows: Tensor, codes: Tensor) -> None:
+        """Update the running means of uses and, with `ema`, of codes, over all processes."""
         config = self.config
         if config.ema is None and config.revive is None:
             return
         decay = USES_DECAY if config.ema is None else config.ema
-        uses = torch.zeros_like(self.uses).index_add_(
-            0, codes, torch.ones_like(codes, dtype=self.uses.dtype)
-        )  # K
-        self.uses.lerp_(_over_processes(uses), 1 - decay)
+        ones = torch.ones_like(codes, dtype=self.uses.dtype)
+        uses = torch.zeros_like(self.uses).index_add_(0, codes, ones)  # K
+        self.uses.lerp_(_sum_over_processes(uses), 1 - decay)
         if config.ema is not None:
             sums = torch.zeros_like(self.sums).index_add_(0, codes, rows)  # K C
-            self.sums.lerp_(_over_processes(sums), 1 - decay)
-            chosen = self.uses[:, None] > 1e-5  # a code that nobody chooses stays where it is
-            self.codebook.copy_(torch.where(chosen, self.sums / self.uses[:, None], self.codebook))
+            self.sums.lerp_(_sum_over_processes(sums), 1 - decay)
+            used = self.uses[:, None] > 1e-5  # an unused code keeps its place
+            self.codebook.copy_(torch.where(used, self.sums / self.uses[:, None], self.codebook))
 
     @torch.no_grad()
     def _revive(self, rows: Tensor) -> None:
-        """Codes that hardly anyone chooses become features of this batch (2005.00341, random restarts)."""
-        dead = self.uses[:, None] < self.config.revive  # K 1
-        drawn = rows[torch.randint(len(rows), (self.vocab_size,), device=rows.device)]  # K C
-        if _several_processes():  # one draw for all
-            torch.distributed.broadcast(drawn, src=0)
-        self.codebook.copy_(torch.where(dead, drawn, self.codebook))
-        self.uses.clamp_(
-            min=self.config.revive
-        )  # one step to be chosen in, or they are drawn again
+        """Reset rarely used codes to random features of this batch (random restarts, 2005.00341)."""
+        minimum = self.config.revive
+        dead = self.uses[:, None] < minimum  # K 1
+        features = rows[torch.randint(len(rows), (self.vocab_size,), device=rows.device)]  # K C
+        if _is_distributed():  # the same in all processes
+            torch.distributed.broadcast(features, src=0)
+        self.codebook.copy_(torch.where(dead, features, self.codebook))
+        self.uses.clamp_(min=minimum)  # revived codes have at least one step to be used in
         if self.config.ema is not None:
-            self.sums.copy_(torch.where(dead, drawn * self.config.revive, self.sums))
+            self.sums.copy_(torch.where(dead, features * minimum, self.sums))
 
 
 class GumbelQuantizer(nn.Module):
-    """Features -> logits over K codes -> in training soft weights of the codebook, else the likeliest code."""
+    """Features -> logits over K codes -> soft codes in training, the most likely codes otherwise."""
 
     annealed = ("temperature", "kl_weight")
 
@@ -173,7 +151,7 @@ class GumbelQuantizer(nn.Module):
 
     def logits(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, h, w, K) float32."""
-        with full_precision(z):  # which code is the likeliest must not hang on a rounding
+        with full_precision(z):  # a rounding error must not decide which code is the most likely
             return rearrange(self.head(z.to(self.head.weight.dtype)).float(), "b k h w -> b h w k")
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -198,22 +176,21 @@ QuantizerConfig = NearestConfig | GumbelConfig
 
 
 def make_quantizer(config: QuantizerConfig, vocab_size: int, width: int) -> Quantizer:
-    """The quantizer that the type of `config` stands for."""
-    kinds: dict[type, Callable] = {NearestConfig: VectorQuantizer, GumbelConfig: GumbelQuantizer}
-    return kinds[type(config)](config, vocab_size, width)
+    """Create the quantizer of a config."""
+    if isinstance(config, NearestConfig):
+        return VectorQuantizer(config, vocab_size, width)
+    return GumbelQuantizer(config, vocab_size, width)
 
 
 def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL of softmax(logits) (..., K) from the uniform distribution: ln K - entropy, (...) in nats, never below 0."""
+    """KL of softmax(logits) from the uniform distribution: (..., K) -> (...) in nats."""
     log_q = logits.log_softmax(dim=-1)
     entropy = -(log_q.exp() * log_q).sum(dim=-1)
-    return (math.log(logits.shape[-1]) - entropy).clamp(
-        min=0
-    )  # rounding may take a uniform one below
+    return (math.log(logits.shape[-1]) - entropy).clamp(min=0)  # rounding may give less than 0
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """Where `x` is computed with, autocast is off."""
+    """Context that disables autocast on the device of `x`."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -222,12 +199,11 @@ def _rows(z: Tensor) -> Tensor:
     return rearrange(z.float(), "b c h w -> (b h w) c")
 
 
-def _over_processes(x: Tensor) -> Tensor:
-    """The sum of what each process has."""
-    if _several_processes():
+def _sum_over_processes(x: Tensor) -> Tensor:
+    if _is_distributed():
         torch.distributed.all_reduce(x)
     return x
 
 
-def _several_processes() -> bool:
+def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

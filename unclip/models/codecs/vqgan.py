@@ -1,20 +1,22 @@
-"""VQ-GAN (2012.09841): the autoencoder of taming-transformers around a quantiser; its judge is in discriminator.py."""
+"""VQ-GAN (2012.09841): the autoencoder of taming-transformers. See also discriminator.py."""
 
-# B batch, H W picture, C channels, h w grid, K vocabulary, S = h * w
+# B batch, H W image, C channels, h w grid, K vocabulary, S = h * w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from annotated_types import MinLen
 from torch import Tensor, nn
 
-from unclip.models.codecs.codec import check_positive
+from unclip.config import DropRate, PositiveInt, config
+from unclip.models.codecs.codec import check_image_size
 from unclip.models.codecs.quantizers import NearestConfig, QuantizerConfig, make_quantizer
 from unclip.models.codecs.vqvae import QuantizedCodec
-from unclip.models.layers import GroupNorm, attend
-from unclip.models.unet import LevelSpec, double
+from unclip.models.layers import DotProductAttention, GroupNorm
+from unclip.models.unet import LevelSpec, UpConv2d
 
 F16 = (
     LevelSpec(128),
@@ -25,39 +27,31 @@ F16 = (
 )
 
 
-@dataclass(frozen=True)
+@config
 class VQGANConfig:
-    """The published f16 with 1,024 codes, unless told otherwise."""
+    """The defaults are those of the published f16 model with 1,024 codes."""
 
     kind: Literal["vqgan"] = "vqgan"
-    image_size: int = 256
-    vocab_size: int = 1024
-    code_width: int = 256
-    levels: tuple[LevelSpec, ...] = F16  # from the highest resolution; each halves the one before
-    feature_width: int = 256  # between the convolutions and the codes
-    groups: int = 32  # of the norms
-    dropout: float = 0.0
+    image_size: PositiveInt = 256
+    vocab_size: PositiveInt = 1024
+    code_width: PositiveInt = 256
+    # from the highest resolution; each level has half the resolution of the previous one
+    levels: Annotated[tuple[LevelSpec, ...], MinLen(1)] = F16
+    feature_width: PositiveInt = 256  # between the convolutions and the codes
+    groups: PositiveInt = 32  # of the group norms
+    dropout: DropRate = 0.0
     quantizer: QuantizerConfig = field(default_factory=NearestConfig)
     pixel_loss: Literal["l1", "l2"] = "l1"
-    parts: Literal["both", "decoder"] = (
-        "both"  # "decoder": codes become pictures, but not the other way
-    )
+    parts: Literal["both", "decoder"] = "both"  # "decoder": cannot encode
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "vocab_size", "code_width", "feature_width", "groups")
-        if not self.levels:
-            raise ValueError("levels is empty; a VQ-GAN needs at least one LevelSpec")
         for i, level in enumerate(self.levels):
-            if level.blocks < 1 or level.channels < 1 or level.channels % self.groups:
+            if level.channels % self.groups:
                 raise ValueError(
-                    f"levels[{i}] is {level}; expected blocks, and channels in {self.groups} equal groups"
+                    f"levels[{i}].channels is {level.channels}; expected a multiple of "
+                    f"groups = {self.groups}"
                 )
-        if self.image_size % self.factor:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a multiple of {self.factor}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
+        check_image_size(self.image_size, self.factor)
 
     @property
     def factor(self) -> int:
@@ -65,7 +59,7 @@ class VQGANConfig:
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, twice, plus the input."""
+    """Norm, SiLU, conv, twice, plus the input."""
 
     def __init__(self, c_in: int, c_out: int, config: VQGANConfig) -> None:
         super().__init__()
@@ -82,38 +76,29 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Each pixel attends to all, with one head, plus the input."""
+    """Self-attention of the pixels with one head, plus the input."""
 
     def __init__(self, channels: int, config: VQGANConfig) -> None:
         super().__init__()
         self.norm = _norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.attend = DotProductAttention()
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, dim=-1)  # B 1 S C
-        h = attend(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])  # B C h w
+        h = self.attend(q, k, v)[:, 0].mT.unflatten(2, x.shape[2:])  # B C h w
         return x + self.out(h)
 
 
 class Downsample(nn.Conv2d):
-    """Half the size by a strided convolution, padded on the right and below only."""
+    """Strided convolution that halves the size, padded on the right and below only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Conv2d):
-    """Double the size by nearest neighbour and a convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(double(x))
 
 
 def make_encoder(config: VQGANConfig) -> nn.Sequential:
@@ -144,7 +129,7 @@ def make_decoder(config: VQGANConfig) -> nn.Sequential:
             layers += [ResBlock(c, level.channels, config)]
             c = level.channels
             layers += [Attention(c, config)] if level.attention else []
-        layers += [Upsample(c)] if i > 0 else []
+        layers += [UpConv2d(c, c)] if i > 0 else []
     return nn.Sequential(*layers, _norm(c, config), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
 
 
@@ -157,16 +142,13 @@ def _norm(channels: int, config: VQGANConfig) -> GroupNorm:
 
 
 class VQGAN(QuantizedCodec):
-    """Its discriminator and its feature network are part of the training, not of the codec."""
+    """Autoencoder of VQ-GAN. Discriminator and perceptual network are part of the training."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_size, self.factor, self.vocab_size = (
-            config.image_size,
-            config.factor,
-            config.vocab_size,
-        )
+        self.image_size, self.factor = config.image_size, config.factor
+        self.vocab_size = config.vocab_size
         if config.parts == "both":
             self.encoder = make_encoder(config)
             self.quant_conv = nn.Conv2d(config.feature_width, config.code_width, 1)
@@ -176,10 +158,8 @@ class VQGAN(QuantizedCodec):
 
     def _features(self, images: Tensor) -> Tensor:
         if self.config.parts == "decoder":
-            raise ValueError(
-                "this codec has a decoder only (parts: decoder); it cannot encode pictures"
-            )
+            raise ValueError("this codec cannot encode images: it has only a decoder (parts)")
         return self.quant_conv(self.encoder(images.to(self.last_layer.dtype)))
 
-    def _draw(self, z: Tensor) -> Tensor:
+    def _generate(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z.to(self.last_layer.dtype))).float()

@@ -1,21 +1,23 @@
-"""The VQ-VAE (1711.00937): strided convolutions, a few residual blocks, and the nearest of K codes in the middle."""
+"""VQ-VAE (1711.00937): strided convolutions, residual blocks, and vector quantisation."""
 
-# B batch, H W picture, h w grid of codes, K vocabulary, C width of a code
+# B batch, H W image, h w grid of codes, K vocabulary, C width of a code
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from annotated_types import MultipleOf
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, config
 from unclip.models.codecs.codec import (
     ConvKind,
     ImageCodec,
     LossTerms,
-    check_positive,
+    check_image_size,
     code_statistics,
     convolution,
     laplace_mixture,
@@ -23,20 +25,17 @@ from unclip.models.codecs.codec import (
 from unclip.models.codecs.quantizers import NearestConfig, Quantizer, VectorQuantizer
 
 
-@dataclass(frozen=True)
+@config
 class ConvNetConfig:
-    """The encoder's and the decoder's convolutions: nearly all of the work is done on the small grid."""
+    """Convolutions of encoder and decoder. Most of the computation is at the grid's resolution."""
 
-    width: int = 128
-    factor: int = 8  # pixels to a position; a power of 2
-    blocks: int = 2  # residual blocks on the grid
-    block_width: int = 32  # inside a residual block
+    width: Annotated[PositiveInt, MultipleOf(2)] = 128
+    factor: int = 8  # pixels per position; a power of 2
+    blocks: PositiveInt = 2  # residual blocks at the grid's resolution
+    block_width: PositiveInt = 32  # inside a residual block
     conv: ConvKind = "plain"  # in the residual blocks
 
     def __post_init__(self) -> None:
-        check_positive(self, "width", "blocks", "block_width")
-        if self.width % 2:
-            raise ValueError(f"width is {self.width}; expected an even number")
         if self.factor < 2 or self.factor & (self.factor - 1):
             raise ValueError(f"factor is {self.factor}; expected a power of 2, at least 2")
 
@@ -46,7 +45,7 @@ class ConvNetConfig:
 
 
 class Residual(nn.Module):
-    """x + a 1 x 1 of a 3 x 3 convolution."""
+    """A 3x3 and a 1x1 convolution, plus the input."""
 
     def __init__(self, config: ConvNetConfig) -> None:
         super().__init__()
@@ -62,14 +61,14 @@ def make_encoder(config: ConvNetConfig, c_out: int) -> nn.Sequential:
     """(B, 3, H, W) -> (B, c_out, H / factor, W / factor)."""
     width = config.width
     widths = [3, width // 2, *[width] * (config.halvings - 1)]
-    halve = [
+    downsample = [
         layer
         for c_in, c in zip(widths, widths[1:], strict=False)
         for layer in (nn.Conv2d(c_in, c, 4, stride=2, padding=1), nn.ReLU())
     ]
     blocks = [Residual(config) for _ in range(config.blocks)]
     return nn.Sequential(
-        *halve,
+        *downsample,
         nn.Conv2d(widths[-1], width, 3, padding=1),
         *blocks,
         nn.ReLU(),
@@ -82,7 +81,7 @@ def make_decoder(config: ConvNetConfig, c_in: int) -> nn.Sequential:
     width = config.width
     widths = [*[width] * config.halvings, width // 2]
     blocks = [Residual(config) for _ in range(config.blocks)]
-    double = [
+    upsample = [
         layer
         for c, c_out in zip(widths, widths[1:], strict=False)
         for layer in (nn.ReLU(), nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1))
@@ -90,32 +89,28 @@ def make_decoder(config: ConvNetConfig, c_in: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(c_in, width, 3, padding=1),
         *blocks,
-        *double,
+        *upsample,
         nn.ReLU(),
         nn.Conv2d(width // 2, 3, 3, padding=1),
     )
 
 
-@dataclass(frozen=True)
+@config
 class VQVAEConfig:
     kind: Literal["vqvae"] = "vqvae"
-    image_size: int = 256
-    vocab_size: int = 512
-    code_width: int = 64
+    image_size: PositiveInt = 256
+    vocab_size: PositiveInt = 512
+    code_width: PositiveInt = 64
     net: ConvNetConfig = field(default_factory=ConvNetConfig)
     quantizer: NearestConfig = field(default_factory=NearestConfig)
     pixel_loss: Literal["l1", "l2"] = "l2"
 
     def __post_init__(self) -> None:
-        check_positive(self, "image_size", "vocab_size", "code_width")
-        if self.image_size % self.net.factor:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a multiple of factor = {self.net.factor}"
-            )
+        check_image_size(self.image_size, self.net.factor)
 
 
 class QuantizedCodec(ImageCodec):
-    """Features of the picture are quantised, and the picture is drawn from what they become."""
+    """Codec that quantises the features of an encoder."""
 
     quantizer: Quantizer
     decoder: nn.Sequential
@@ -133,14 +128,14 @@ class QuantizedCodec(ImageCodec):
         """(B, 3, H, W) -> (B, C, h, w)."""
 
     @abstractmethod
-    def _draw(self, z: Tensor) -> Tensor:
+    def _generate(self, z: Tensor) -> Tensor:
         """Quantised features (B, C, h, w) -> (B, 3, H, W) float32."""
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.quantizer.encode(self._features(images))
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self._draw(self.quantizer.embed(codes))
+        return self._generate(self.quantizer.embed(codes))
 
     def logits(self, images: Tensor) -> Tensor:
         return self.quantizer.logits(self._features(self.checked(images)))
@@ -149,9 +144,9 @@ class QuantizedCodec(ImageCodec):
         return laplace_mixture(images, self._decode(codes))
 
     def loss(self, images: Tensor, **annealed: float) -> LossTerms:
-        """Pixel error + the quantiser's loss."""
+        """Pixel error + loss of the quantizer."""
         quantized = self.quantizer(self._features(images), **annealed)
-        reconstruction = self._draw(quantized.z)  # B 3 H W
+        reconstruction = self._generate(quantized.z)  # B 3 H W
         pixel = {"l1": F.l1_loss, "l2": F.mse_loss}[self.config.pixel_loss](reconstruction, images)
         logged = {
             "pixel": pixel.detach(),
@@ -166,11 +161,8 @@ class VQVAE(QuantizedCodec):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.image_size, self.factor, self.vocab_size = (
-            config.image_size,
-            config.net.factor,
-            config.vocab_size,
-        )
+        self.image_size, self.factor = config.image_size, config.net.factor
+        self.vocab_size = config.vocab_size
         self.encoder = make_encoder(config.net, config.code_width)
         self.quantizer = VectorQuantizer(config.quantizer, config.vocab_size, config.code_width)
         self.decoder = make_decoder(config.net, config.code_width)
@@ -178,5 +170,5 @@ class VQVAE(QuantizedCodec):
     def _features(self, images: Tensor) -> Tensor:
         return self.encoder(images.to(self.last_layer.dtype))
 
-    def _draw(self, z: Tensor) -> Tensor:
+    def _generate(self, z: Tensor) -> Tensor:
         return self.decoder(z.to(self.last_layer.dtype)).float()

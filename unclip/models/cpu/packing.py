@@ -1,6 +1,6 @@
-"""Weights laid out once as the CPU's kernels want them (oneDNN), which else happens at every call."""
+"""Weights packed once into the layout of oneDNN's kernels, which otherwise happens at every call."""
 
-# B batch, C channels, h w height and width, O outputs, I inputs
+# B batch, C channels, h w height and width, O output channels, I input channels
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from unclip.models.layers import Linear
+from unclip.models.cpu.kernels import FewRowsLinear
 from unclip.models.unet import UpConv2d
 
 OPERATORS = (
@@ -23,15 +23,12 @@ OPERATORS = (
     "_reorder_convolution_transpose_weight",
     "_convolution_transpose_pointwise",
 )
-ANY_ROWS, ANY_SIZE = (
-    1,
-    64,
-)  # the kernels ask what they will be given; here the answer makes no difference
-PLAIN = ("none", [], "")  # nothing is fused behind the layer
+ROWS_HINT, SIZE_HINT = 1, 64  # expected input; makes no difference to the layouts here
+NOTHING_FUSED = ("none", [], "")
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has oneDNN, with operators that it does not promise to keep, and this CPU the arithmetic."""
+    """Whether PyTorch has oneDNN with the operators used here, and the CPU supports `dtype`."""
     ops = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in OPERATORS)):
         return False
@@ -39,29 +36,30 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack(network: nn.Module) -> None:
-    """Replaces layers in place, by such as give the same answers (see `PackedUpConv2d`) and save the same tensors.
+    """Replace the layers of a network in place; outputs and state dict stay the same.
 
-    For good; the network can then neither be trained nor moved, and is not to be compiled.
+    Only `PackedUpConv2d` rounds differently. This is permanent: the network can then not be
+    trained, moved, cast or compiled.
     """
     for name, layer in list(network.named_modules()):
-        if (kind := _kind(layer)) is not None:
-            network.set_submodule(name, kind(layer))
+        if (packed := _packed_type(layer)) is not None:
+            network.set_submodule(name, packed(layer))
 
 
-def _kind(layer: nn.Module) -> type[Packed] | None:
-    if type(layer) in (nn.Linear, Linear):
-        # In float32 the usual library (MKL) is as quick, and its sums have another order.
+def _packed_type(layer: nn.Module) -> type[PackedLayer] | None:
+    if type(layer) in (nn.Linear, FewRowsLinear):
+        # In float32 MKL, which PyTorch uses by default, is as fast and sums in another order.
         return PackedLinear if layer.weight.dtype == torch.bfloat16 else None
     if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
         return None if isinstance(layer.padding, str) else PackedConv2d
     return PackedUpConv2d if type(layer) is UpConv2d else None
 
 
-class Packed(nn.Module):
-    """Stands in for a layer whose weight it keeps in oneDNN's own layout; in its state the weight is as it was."""
+class PackedLayer(nn.Module):
+    """Layer with a weight in oneDNN's layout. Its state dict has the original weight."""
 
-    packed: torch.Tensor
-    _pack: Callable[[torch.Tensor], torch.Tensor]
+    packed: Tensor
+    _pack: Callable[[Tensor], Tensor]
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class Packed(nn.Module):
         self.packed = self._pack(layer.weight.detach())
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         return self.packed.to_dense()
 
     def _save_to_state_dict(
@@ -84,57 +82,52 @@ class Packed(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": self.weight}  # what is packed can't be copied
+        return {**self.__dict__, "packed": self.weight}  # packed tensors cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.packed = self._pack(state["packed"])
 
-    def _apply(
-        self, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = torch.empty(1, 1, 1, 1, dtype=self.packed.dtype)
-        after = change(before)
+        after = fn(before)
         if (after.device, after.dtype) != (before.device, before.dtype):
             raise ValueError(
-                "the network is compiled for the CPU and can't be moved or cast; load the model again"
+                "the network is compiled for the CPU and cannot be moved or cast; load it again"
             )
         return self
 
 
-class PackedLinear(Packed):
-    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, ANY_ROWS)
+class PackedLinear(PackedLayer):
+    def _pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *PLAIN)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *NOTHING_FUSED)
 
 
-class PackedConv2d(Packed):
+class PackedConv2d(PackedLayer):
     def __init__(self, layer: nn.Conv2d) -> None:
-        self.__dict__["shape"] = [
-            list(layer.padding),
-            list(layer.stride),
-            list(layer.dilation),
-            layer.groups,
-        ]
+        shape = [list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups]
+        self.__dict__["shape"] = shape  # `_pack` needs it before nn.Module.__init__
         super().__init__(layer)
 
-    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
-        size = [1, weight.shape[1], ANY_SIZE, ANY_SIZE]
+    def _pack(self, weight: Tensor) -> Tensor:
+        size = [1, weight.shape[1], SIZE_HINT, SIZE_HINT]
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *self.shape, size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(
-            x, self.packed, self.bias, *self.shape, *PLAIN
+            x, self.packed, self.bias, *self.shape, *NOTHING_FUSED
         )
 
 
-class PackedUpConv2d(Packed):
-    """Doubling and the 3x3 convolution after it as one transposed convolution, which costs 4/9 of them.
+class PackedUpConv2d(PackedLayer):
+    """Nearest-neighbour upsampling and a 3x3 convolution as one transposed 4x4 convolution.
 
-    Where a kernel of 3x3 meets pixels that are equal in pairs, sums of its weights can meet each pixel once. The sums
-    are rounded to the network's dtype, so that the answer differs by about as much as that dtype can't tell.
+    A 3x3 kernel on upsampled pixels meets each original pixel with up to four weights; here it
+    meets it once with their sum, at 4/9 of the cost. The sums are rounded to the network's dtype,
+    so that the output differs by about the precision of that dtype.
     """
 
     def __init__(self, layer: UpConv2d) -> None:
@@ -142,23 +135,23 @@ class PackedUpConv2d(Packed):
         super().__init__(layer)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         return self.original
 
-    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
+    def _pack(self, weight: Tensor) -> Tensor:
         self.original = weight
         kernel = F.pad(weight.float().flip(2, 3), (1, 1, 1, 1))  # O I 5 5
         kernel = sum(
             kernel[:, :, i : i + 4, j : j + 4] for i in range(2) for j in range(2)
         )  # O I 4 4
         kernel = kernel.transpose(0, 1).to(weight.dtype).contiguous()  # I O 4 4
-        size = [1, len(kernel), ANY_SIZE, ANY_SIZE]
+        size = [1, len(kernel), SIZE_HINT, SIZE_HINT]
         return torch.ops.mkldnn._reorder_convolution_transpose_weight(
             kernel, [1, 1], [0, 0], [2, 2], [1, 1], 1, size
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         shape = ([1, 1], [0, 0], [2, 2], [1, 1], 1)
         return torch.ops.mkldnn._convolution_transpose_pointwise(
-            x, self.packed, self.bias, *shape, *PLAIN
+            x, self.packed, self.bias, *shape, *NOTHING_FUSED
         )

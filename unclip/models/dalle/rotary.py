@@ -1,4 +1,4 @@
-"""DALLE-pytorch's rotary positions: of the text, of a code's row, and of its column, in a third of a head each."""
+"""Rotary positions of DALLE-pytorch: text position, row and column, a third of a head each."""
 
 # T text positions with the start, S stream, d width of a head, r rotated channels
 
@@ -10,31 +10,35 @@ from functools import cache
 import torch
 from torch import Tensor
 
-FAR_FROM_TEXT = 8192.0  # where on the text's axis all codes are
-OUTSIDE = -10.0  # where on the picture's axes, which go from -1 to 1, all text is
+CODES_ON_TEXT_AXIS = 8192.0  # position of all codes on the text axis
+TEXT_ON_IMAGE_AXES = -10.0  # position of all text on the image axes, which run from -1 to 1
 
 
 @cache
 def rotary_angles(
     text: int, grid: tuple[int, int], head_dim: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Angles of all positions of the stream, (S, r): pairs of channels turn together, r <= d."""
+    """Angles of all positions of the stream, (S, r), equal in pairs of channels; r <= d."""
     pairs = head_dim // 3 // 2
-    of_text = 10_000.0 ** (-torch.arange(0, head_dim // 3, 2)[:pairs] / (head_dim // 3))
-    of_picture = torch.linspace(1.0, 5.0, pairs) * math.pi
-    codes = grid[0] * grid[1]
-    place = torch.cat([torch.arange(text), torch.full((codes,), FAR_FROM_TEXT)])  # S
+    text_frequencies = 10_000.0 ** (-torch.arange(0, head_dim // 3, 2)[:pairs] / (head_dim // 3))
+    image_frequencies = torch.linspace(1.0, 5.0, pairs) * math.pi
+    codes_on_text_axis = torch.full((grid[0] * grid[1],), CODES_ON_TEXT_AXIS)
+    text_on_image_axes = torch.full((text,), TEXT_ON_IMAGE_AXES)
     rows, columns = (torch.linspace(-1, 1, size) for size in grid)
-    outside = torch.full((text,), OUTSIDE)
-    row = torch.cat([outside, rows.repeat_interleave(grid[1])])  # S
-    column = torch.cat([outside, columns.repeat(grid[0])])  # S
-    angles = [place[:, None] * of_text, row[:, None] * of_picture, column[:, None] * of_picture]
+    position = torch.cat([torch.arange(text), codes_on_text_axis])  # S
+    row = torch.cat([text_on_image_axes, rows.repeat_interleave(grid[1])])  # S
+    column = torch.cat([text_on_image_axes, columns.repeat(grid[0])])  # S
+    angles = [
+        position[:, None] * text_frequencies,
+        row[:, None] * image_frequencies,
+        column[:, None] * image_frequencies,
+    ]
     return torch.cat(angles, dim=1).repeat_interleave(2, dim=1).to(device)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turns the first r channels of queries, keys or values (..., n, d) by angles (n, r)."""
-    turned, kept = x[..., : angles.shape[-1]].float(), x[..., angles.shape[-1] :]
-    first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotate the first r channels of queries, keys or values (..., n, d) by angles (n, r)."""
+    rotated, kept = x[..., : angles.shape[-1]].float(), x[..., angles.shape[-1] :]
+    first, second = rotated.unflatten(-1, (-1, 2)).unbind(-1)
     across = torch.stack([-second, first], dim=-1).flatten(-2)
-    return torch.cat([(turned * angles.cos() + across * angles.sin()).to(x.dtype), kept], dim=-1)
+    return torch.cat([(rotated * angles.cos() + across * angles.sin()).to(x.dtype), kept], dim=-1)

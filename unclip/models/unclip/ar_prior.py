@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unclip.embeddings import PCA
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.dalle.sampling import draw_code
-from unclip.models.layers import KeyValues, attend, timestep_embedding, zeroed
+from unclip.models.layers import KeyValues, timestep_embedding, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import CodeOptions, TextEncoding
 
@@ -152,8 +152,8 @@ class ARPrior(DirectPrior):
         for block, kv in zip(self.blocks, cache.blocks, strict=True):
             q, k, v = block.project(x)  # B H 1 d
             kv[0, :, :, stop - 1], kv[1, :, :, stop - 1] = k[:, :, 0], v[:, :, 0]
-            k, v = kv[0, :, :, :stop], kv[1, :, :, :stop]
-            x = block.finish(x, attend(q, k, v, cache.mask[..., :stop]))
+            k, v = kv[:, :, :, :stop]
+            x = block(x, q, k, v, cache.mask[..., :stop])
         return self.head(self.norm(x[:, 0]))
 
     def sample(

@@ -22,7 +22,6 @@ from unclip.models.layers import (
     KeyValues,
     TimeMLP,
     TransformerBlock,
-    attend_after,
     per_row,
     zeroed,
 )
@@ -168,9 +167,8 @@ class TextPrior(EmbeddingStats):
 
         Each sees the text and its predecessors. Each row of `text` serves an equal share of B.
         """
-        for block, *text_kv in zip(self.blocks, text.k, text.v, strict=True):
-            q, k, v = block.project(x)  # B H n d
-            x = block.finish(x, attend_after(text_kv, text.mask, q, k, v))
+        for block, (k, v, mask) in zip(self.blocks, text.layers(), strict=True):
+            x = block.extend(x, k, v, mask)
         return x
 
     def _replace_by_null(self, text: TextEncoding, drop: Tensor) -> TextEncoding:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unclip.clip import CLIP
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.bound import JointBound, joint_bound
-from unclip.models.dalle.sampling import AnyDALLE
+from unclip.models.dalle.sampling import CodeTransformer
 from unclip.pipelines.base import ImageInput, check_prompts, inferring, seeds_from
 from unclip.pipelines.inference import prepare_for_inference
 from unclip.pipelines.runtime import Placement
@@ -30,7 +30,7 @@ class DalleStages(Placement):
     name: str
 
     def __init__(
-        self, tokenizer: BPETokenizer, codec: ImageCodec, dalle: AnyDALLE, clip: CLIP | None = None
+        self, tokenizer: BPETokenizer, codec: ImageCodec, dalle: CodeTransformer, clip: CLIP | None = None
     ) -> None:
         self.tokenizer, self.codec, self.dalle, self.clip = tokenizer, codec, dalle, clip
         self._check_fit()
