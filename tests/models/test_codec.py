@@ -167,15 +167,15 @@ def test_a_config_survives_its_file(name):
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 1, 16, 16), (3, 16, 16), (0, 3, 16, 16)])
 def test_pictures_that_do_not_fit_are_refused(name, shape):
-    with pytest.raises(ValueError, match=r"pictures are \(.*expected \(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"images are \(.*expected \(B, 3, H, W\)"):
         make(name).reconstruct(torch.zeros(shape))
 
 
 def test_codes_that_do_not_exist_are_refused():
     codec = make("dvae")
-    with pytest.raises(ValueError, match="codes run from 0 to 24; this codec knows 0 to 23"):
+    with pytest.raises(ValueError, match="codes are 0 to 24; this codec expects 0 to 23"):
         codec.decode(torch.tensor([[[0, 24]]]))
-    with pytest.raises(ValueError, match="codes run from -1"):
+    with pytest.raises(ValueError, match="codes are -1 to 3"):
         codec.decode(torch.tensor([[[-1, 3]]]))
     with pytest.raises(ValueError, match=r"expected \(B, h, w\) of integers"):
         codec.decode(torch.zeros(4, 4, dtype=torch.long))
@@ -228,18 +228,18 @@ def test_usage_and_perplexity_of_known_codes():
     ("config", "fault"),
     [
         (lambda: DVAEConfig(image_size=20), "image_size is 20; expected a multiple of 8"),
-        (lambda: DVAEConfig(width=6), "width is 6; expected a multiple of 4"),
+        (lambda: DVAEConfig(width=6), "width is 6; expected .*a multiple of 4"),
         (lambda: DVAEConfig(blocks=0), "blocks is 0; expected at least 1"),
         (lambda: DVAEConfig(min_scale=-1.0), "min_scale is -1.0"),
         (lambda: ConvNetConfig(factor=6), "factor is 6; expected a power of 2"),
         (lambda: VQVAEConfig(image_size=20), "image_size is 20"),
-        (lambda: NearestConfig(ema=1.0), r"ema is 1.0; expected a decay in \[0, 1\)"),
+        (lambda: NearestConfig(ema=1.0), "ema is 1.0; expected .*less than 1"),
         (lambda: NearestConfig(revive=0.0), "revive is 0.0"),
         (
             lambda: VQGANConfig(groups=24),
-            r"levels\[0\] is .* expected blocks, and channels in 24 equal groups",
+            r"levels\[0\].channels is 128; expected a multiple of groups = 24",
         ),
-        (lambda: VQGANConfig(levels=()), "levels is empty"),
+        (lambda: VQGANConfig(levels=()), r"levels is \(\)"),
         (lambda: VQGANConfig(image_size=100), "image_size is 100; expected a multiple of 16"),
         (lambda: GaussianVAEConfig(latent_width=0), "latent_width is 0"),
     ],

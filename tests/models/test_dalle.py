@@ -12,7 +12,7 @@ from torch import nn
 from unclip.checkpoints.store import load_component, save_component
 from unclip.models.dalle.attention import stream_mask
 from unclip.models.dalle.layers import LayerSpec
-from unclip.models.dalle.transformer import DALLE, DALLEConfig, TextPrefix
+from unclip.models.dalle.transformer import DALLE, DALLEConfig, DALLEPrefix
 
 B, L, V, K, GRID = 3, 5, 20, 11, (4, 5)
 N = GRID[0] * GRID[1]
@@ -155,7 +155,7 @@ def test_a_prefix_serves_many_pictures_and_both_halves_of_guidance(stream):
     dalle, (tokens, codes) = make(), stream
     null = dalle.null_tokens(1)
     with torch.no_grad():
-        rows = TextPrefix.cat(
+        rows = DALLEPrefix.cat(
             [
                 dalle.condition(tokens).repeat_interleave(2),
                 dalle.condition(null).repeat_interleave(2 * B),
@@ -303,9 +303,9 @@ def test_it_is_saved_and_loaded(tmp_path, stream):
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="kernel is 4; expected an odd number"):
         replace(CONFIG, kernel=4)
-    with pytest.raises(ValueError, match="width is 22; shifted layers need a multiple of 4"):
+    with pytest.raises(ValueError, match="width is 22; expected a multiple of 4"):
         replace(CONFIG, width=22, layer=LayerSpec(shift=True))
-    with pytest.raises(ValueError, match="attention is empty"):
+    with pytest.raises(ValueError, match=r"attention is \(\); expected at least 1 entry"):
         replace(CONFIG, attention=())
     with pytest.raises(ValueError, match="depth is 0; expected at least 1"):
         replace(CONFIG, depth=0)
@@ -321,8 +321,8 @@ def test_bad_input_is_named():
     ):
         dalle.tokens(torch.zeros(1, 7).long(), torch.ones(1, 7).bool())
     with pytest.raises(
-        ValueError, match="text ids run from 0 to 20; this transformer knows 0 to 19"
+        ValueError, match="text ids are 0 to 20; this transformer expects 0 to 19"
     ):
         dalle.tokens(torch.tensor([[0, 1, 2, 3, 20]]), torch.ones(1, 5).bool())
-    with pytest.raises(ValueError, match="12 codes a picture; this transformer expects 20"):
+    with pytest.raises(ValueError, match="an image has 12 codes; this transformer expects 20"):
         dalle(dalle.null_tokens(1), torch.zeros(1, 12).long())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from unclip.models.dalle.attention import Pattern, flex_attend, stream_mask
-from unclip.models.dalle.cache import CodeCache, reading
-from unclip.models.layers import attend
+from unclip.models.dalle.cache import CodeCache, cache_layout
+from unclip.models.layers import DotProductAttention
 
 KINDS = ("full", "row", "column", "conv", "own_row", "corner")
 GRID, TEXT = (4, 5), 3
@@ -81,7 +81,7 @@ def test_one_attention_is_that_of_the_three_parts_normalised_together(kind):
     torch.manual_seed(0)
     pattern, n = Pattern(kind, GRID, kernel=3), TEXT + 20
     q, k, v = torch.randn(3, 2, 2, n, 8).double()
-    merged = attend(q, k, v, stream_mask(pattern, TEXT)[None, None])
+    merged = DotProductAttention()(q, k, v, stream_mask(pattern, TEXT)[None, None])
     weights = (q @ k.mT * 8**-0.5).exp()
     parts = []  # numerator and denominator of each kind of attention
     for rows, columns, mask in (
@@ -103,7 +103,7 @@ def test_flex_attention_computes_the_same(kind, n):
     torch.manual_seed(0)
     pattern = Pattern(kind, GRID, kernel=3)
     q, k, v = torch.randn(3, 2, 2, n, 16)
-    expected = attend(q, k, v, stream_mask(pattern, TEXT)[None, None, :n, :n])
+    expected = DotProductAttention()(q, k, v, stream_mask(pattern, TEXT)[None, None, :n, :n])
     torch.testing.assert_close(flex_attend(q, k, v, pattern, TEXT), expected, rtol=0, atol=1e-5)
 
 
@@ -118,18 +118,18 @@ def test_a_cache_gives_exactly_the_keys_that_are_seen(kind, fixed_shapes, given)
     (layer,) = cache.layers
     layer.fill(numbers[TEXT : TEXT + given].expand(1, 2, 1, given)[..., None])
     for n in range(given, 20):
-        place = cache.places(torch.tensor(n) if fixed_shapes else n)[kind]
+        place = cache.slots(torch.tensor(n) if fixed_shapes else n)[kind]
         kv = layer.append(numbers[TEXT + n].expand(1, 2, 1, 1, 1), place)
         read = kv[0, 0, 0, :, 0] if place.mask is None else kv[0, 0, 0, :, 0][place.mask[0, 0, 0]]
         expected = [*range(TEXT), *(TEXT + k for k in sorted(seen(pattern, n)))]
         assert sorted(read.tolist()) == expected
         if fixed_shapes:
-            assert kv.shape[3] == TEXT + reading(pattern).most
+            assert kv.shape[3] == TEXT + cache_layout(pattern).max_seen
 
 
 def test_sparse_layers_keep_and_read_little():
     sizes = {
-        kind: reading(Pattern(kind, (32, 32), kernel=11))
+        kind: cache_layout(Pattern(kind, (32, 32), kernel=11))
         for kind in ("full", "row", "column", "conv")
     }
     assert {kind: how.slots for kind, how in sizes.items()} == {
@@ -138,7 +138,7 @@ def test_sparse_layers_keep_and_read_little():
         "column": 993,
         "conv": 166,
     }
-    assert {kind: how.most for kind, how in sizes.items()} == {
+    assert {kind: how.max_seen for kind, how in sizes.items()} == {
         "full": 1024,
         "row": 33,
         "column": 32,

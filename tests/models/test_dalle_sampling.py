@@ -199,20 +199,20 @@ def test_a_step_of_fixed_shapes_draws_the_same(dalle, tokens):
 
 def test_bad_input_is_named(dalle, tokens):
     prefix = dalle.condition(tokens)
-    with pytest.raises(ValueError, match="1 generators for 3 pictures"):
+    with pytest.raises(ValueError, match="1 generators were given for 3 images"):
         sample_codes(dalle, prefix, generators(1), PLAIN)
     for prime in (torch.zeros(2, 3).long(), torch.zeros(3, N).long(), torch.zeros(3).long()):
         with pytest.raises(ValueError, match="expected 1 or 3 rows of fewer than 20 codes"):
             sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, prime=prime)
     with pytest.raises(
-        ValueError, match="the first codes run from 0 to 11; this transformer knows 0 to 10"
+        ValueError, match="the first codes are 0 to 11; this transformer expects 0 to 10"
     ):
         sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, prime=torch.tensor([[0, K]]))
     for wrong, said in (
-        ({"temperature": -1.0}, "temperature is -1.0; expected 0"),
+        ({"temperature": -1.0}, "temperature is -1.0; expected at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_k": 0}, "top_k is 0; expected a number of codes"),
-        ({"top_p": 0.0}, r"top_p is 0.0; expected a probability in \(0, 1\]"),
+        ({"top_k": 0}, "top_k is 0; expected at least 1"),
+        ({"top_p": 0.0}, r"top_p is 0.0; expected more than 0"),
     ):
         with pytest.raises(ValueError, match=said):
             CodeOptions(**wrong)

@@ -21,7 +21,7 @@ from unclip.models.codecs.dvae import (
     EPS,
     DVAEConfig,
     logit_laplace_nll,
-    pixels_of,
+    logits_to_pixels,
     to_logit_range,
 )
 from unclip.models.codecs.quantizers import kl_to_uniform
@@ -72,7 +72,7 @@ def test_openai_s_files_answer_as_openai_s_code(folder):
     torch.testing.assert_close(sampled(logits), OPENAI["logits"], atol=1e-5, rtol=0)
     assert dvae.encode(images).flatten().tolist() == OPENAI["codes"]
     codes = torch.tensor(OPENAI["decoded_codes"]).view(2, 4, 4)
-    mean, scale = dvae._draw(dvae._embed(codes))
+    mean, scale = dvae._pixel_distribution(dvae._embed(codes))
     torch.testing.assert_close(
         sampled(torch.cat([mean, scale.log()], 1)), OPENAI["statistics"], atol=1e-5, rtol=0
     )
@@ -197,14 +197,14 @@ def test_pixels_survive_the_map_and_its_inverse():
     images = torch.linspace(-1, 1, 101)
     assert to_logit_range(images).aminmax() == (pytest.approx(EPS), pytest.approx(1 - EPS))
     torch.testing.assert_close(
-        pixels_of(torch.logit(to_logit_range(images))), images, atol=1e-6, rtol=0
+        logits_to_pixels(torch.logit(to_logit_range(images))), images, atol=1e-6, rtol=0
     )
 
 
 def test_log_likelihood_is_the_density_of_pixels_between_0_and_1():
     dvae, images = small(), pictures()
     codes = dvae.encode(images)
-    mean, scale = dvae._draw(dvae._embed(codes))
+    mean, scale = dvae._pixel_distribution(dvae._embed(codes))
     density = TransformedDistribution(Laplace(mean, scale), SigmoidTransform())
     wanted = (density.log_prob(to_logit_range(images)) + math.log(0.8)).sum(dim=(1, 2, 3))
     torch.testing.assert_close(dvae.log_likelihood(images, codes), wanted)

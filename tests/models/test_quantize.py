@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from unclip.models.cpu.int8 import (
-    FEW_ROWS,
-    SMALLEST,
+    MAX_INT8_ROWS,
+    MIN_SIZE,
     Int8Conv2d,
+    Int8Layer,
     Int8Linear,
-    Int8Weight,
     is_quantized,
     quantize,
 )
@@ -30,7 +30,7 @@ def layers() -> nn.ModuleDict:
             "plain": nn.Linear(64, 64, bias=False),
             "conv": nn.Conv2d(16, 32, 3, padding=1, stride=2),
             "up": UpConv2d(32, 32),
-            "small": nn.Linear(8, SMALLEST // 8 - 1),
+            "small": nn.Linear(8, MIN_SIZE // 8 - 1),
         }
     )
 
@@ -56,13 +56,13 @@ def test_a_weight_is_off_by_half_a_step_at_most(name, dtype):
         return
     layer, weight = rounded[name], exact[name].weight.float()
     assert (
-        isinstance(layer, Int8Weight)
+        isinstance(layer, Int8Layer)
         and layer.int8.dtype == torch.int8
         and layer.int8.shape == weight.shape
     )
-    assert layer.widened(dtype).dtype == dtype
+    assert layer.dequantize(dtype).dtype == dtype
     step = weight.flatten(1).abs().amax(1) / 127
-    error = (layer.widened(torch.float32) - weight).flatten(1).abs().amax(1)
+    error = (layer.dequantize(torch.float32) - weight).flatten(1).abs().amax(1)
     assert (
         error <= 0.51 * step * (1 + 2**-8) + 127 * step * 2**-8
     ).all()  # the scale itself has 8 bits
@@ -79,8 +79,8 @@ def test_few_rows_are_multiplied_by_the_integers_themselves():
     rounded = Int8Linear(linear)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         network = copy.deepcopy(rounded).to(dtype)
-        x = torch.randn(FEW_ROWS + 1, 96).to(dtype)
-        few = torch.cat([network(x[:FEW_ROWS]), network(x[FEW_ROWS:])])
+        x = torch.randn(MAX_INT8_ROWS + 1, 96).to(dtype)
+        few = torch.cat([network(x[:MAX_INT8_ROWS]), network(x[MAX_INT8_ROWS:])])
         torch.testing.assert_close(few, network(x), rtol=tolerance, atol=tolerance)
 
 

@@ -41,7 +41,7 @@ def test_the_code_is_the_nearest(monkeypatch):
     module, z = quantizer(), features()
     wanted = torch.cdist(rows(z), module.codebook).argmin(dim=1).view(4, 3, 3)
     assert torch.equal(module.encode(z), wanted)
-    monkeypatch.setattr(quantizers, "ROWS", 7)  # in parts
+    monkeypatch.setattr(quantizers, "CHUNK", 7)  # in parts
     assert torch.equal(module.encode(z), wanted)
     assert torch.equal(rows(module.embed(wanted)), module.codebook[wanted.flatten()])
 

@@ -42,6 +42,7 @@ from unclip.cli.evaluate import add_commands
 from unclip.cli.evaluate_codec import add_codec_command
 from unclip.cli.evaluate_priors import add_priors_command
 from unclip.cli.manipulate import add_commands as add_manipulations
+from unclip.pipelines.memory import enable_memory_reuse
 
 # torch and the models are imported by the commands that draw: `unclip --help` must answer at once.
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, err = (
         stream and Outlet(stream) for stream in (sys.stdout, sys.stderr)
     )  # None where a shell closed it
+    enable_memory_reuse()
     with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:

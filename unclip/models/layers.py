@@ -128,7 +128,9 @@ def _split_rows(x: Tensor, tokens: int) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """Group norm with optional modulation: norm(x) * (1 + scale) + shift; scale, shift (B, C)."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         h = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         if scale is None or shift is None:
             return h

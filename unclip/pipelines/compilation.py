@@ -1,4 +1,4 @@
-"""`unclip.compile(pipe)`: the same pictures, sooner, after some seconds of preparation."""
+"""`unclip.compile(pipe)`: the same images in less time, after some seconds of preparation."""
 
 from __future__ import annotations
 
@@ -9,41 +9,45 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from unclip.models.cpu.kernels import remove_kernels
 from unclip.models.cpu.packing import can_pack, pack
 from unclip.models.unclip.prior import DiffusionPrior
 from unclip.models.unet import UNet
+from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.runtime import Placement
 
 P = TypeVar("P")
 
 
 def compile(pipe: P, **options: Any) -> P:
-    """Prepares the networks of a pipeline for their device, in place and for good.
+    """Prepare the networks of a pipeline for their device, in place and permanently.
 
-    On an accelerator every step goes through torch.compile with static shapes: another batch size compiles again, at
-    its first step. On CUDA the default mode is "reduce-overhead", which replays a step as one CUDA graph. `options` are
-    torch.compile's own; given any, it is used on the CPU too, where it needs a C++ compiler.
+    On an accelerator every step runs through torch.compile with static shapes: a new batch size
+    compiles again at its first step. On CUDA the default mode is "reduce-overhead", which replays
+    a step as one CUDA graph. `options` are passed to torch.compile; if any are given, it is used on
+    the CPU too, where it needs a C++ compiler.
 
-    On the CPU weights are laid out as its kernels want them (see `unclip.models.cpu.packing`): the same bits, but for the
-    rounding of the enlarging convolutions. Where PyTorch can't do that on this CPU (bf16 without AVX-512), nothing is
-    changed.
+    On the CPU weights are packed for its kernels (see `unclip.models.cpu.packing`): outputs are
+    equal, except for the rounding of upsampling convolutions. Freed memory is kept during calls of
+    any pipeline of the process (see `unclip.pipelines.memory`). If PyTorch cannot pack for this CPU
+    (bf16 without AVX-512), weights stay as they are.
     """
     if not isinstance(pipe, Placement):
         raise ValueError(
-            f"a {type(pipe).__name__} was given; expected a pipeline, such as unclip.load gives"
+            f"compile got a {type(pipe).__name__}; expected a pipeline, as from unclip.load"
         )
     if pipe.offloaded:
-        raise ValueError(
-            "the networks are offloaded, and compiled ones must stay where they are; use one or the other"
-        )
-    if pipe.device.type == "cpu" and not options:
-        if can_pack(pipe.dtype):
-            _prepare(pipe, pack)
-        return pipe
+        raise ValueError("the networks are offloaded, and cannot be compiled; use one or the other")
+    if pipe.device.type == "cpu":
+        enable_memory_reuse()
+        if not options:
+            if can_pack(pipe.dtype):
+                _prepare(pipe, pack)
+            return pipe
     options.setdefault("dynamic", False)
-    if hasattr(pipe, "dalle"):  # whose steps write into their cache, which no CUDA graph may
+    if hasattr(pipe, "dalle"):  # its steps write to their cache, which a CUDA graph must not do
+        _prepare(pipe, remove_kernels)
         pipe.step = torch.compile(pipe.dalle.step, **options)
-        _prepare(pipe, lambda network: None)
         return pipe
     if pipe.device.type == "cuda":
         options.setdefault("mode", "reduce-overhead")
@@ -55,10 +59,11 @@ def compile(pipe: P, **options: Any) -> P:
 def _prepare(pipe: Placement, prepare: Callable[[nn.Module], None]) -> None:
     for network in pipe.networks().values():
         prepare(network)
-    pipe._prepare = prepare  # for networks that come later
+    pipe._prepare = prepare  # for networks that are added later
 
 
 def _compile_steps(network: nn.Module, options: dict[str, Any]) -> None:
+    remove_kernels(network)  # torch.compile fuses operations itself
     for module in network.modules():
         if isinstance(module, UNet | DiffusionPrior):
             name = "forward" if isinstance(module, UNet) else "predict"

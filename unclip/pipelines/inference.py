@@ -9,21 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from unclip.clip import CLIP
+from unclip.models.cpu.kernels import use_kernels
 
 M = TypeVar("M", bound=nn.Module)
 
 SMALL_CLIP = 200_000_000  # parameters up to which CLIP stays in float32: it runs once a call
 
 
-def prepare_for_inference(module: M, dtype: torch.dtype | None = None) -> M:
-    """In eval mode, frozen, convolutions channels-last, parameters in `dtype`.
+def prepare_for_inference(
+    module: M, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> M:
+    """Set to eval mode, freeze, cast to `dtype`, and use channels-last convolutions.
 
-    A small CLIP keeps its dtype, and so do buffers, which are statistics.
+    A small CLIP keeps its dtype, and so do buffers, which are statistics. CPU kernels are installed
+    or removed for `device`, where the module will compute; default: where its parameters are.
     """
     module.eval().requires_grad_(False)
     settle = settling(module, dtype)
     for parameter in module.parameters():
         parameter.data = settle(parameter.data)
+    use_kernels(module, next(module.parameters()).device if device is None else device)
     return module
 
 

@@ -1,4 +1,9 @@
-"""Memory of the CPU that is used again rather than given back."""
+"""Opt-in reuse of freed CPU memory between the steps of a call (glibc).
+
+By default glibc returns large tensors to the system when they are freed, and page faults on new
+ones take several times as long as adding two images. `enable_memory_reuse` changes malloc for the
+whole process while a pipeline computes; `unclip.compile` and the command line call it.
+"""
 
 from __future__ import annotations
 
@@ -8,43 +13,47 @@ import platform
 import threading
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the command line imports this file before it needs torch
+    import torch
 
-# mallopt(3), of glibc: parameters, what they are set to, and what stands for the defaults (which adapt until then).
+# Parameters of mallopt(3), their values during a call, and values that stand for glibc's defaults
+# (which adapt until a parameter is set).
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-KEEPING = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
-USUAL = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25, MMAP_MAX: 2**16}
+REUSE = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
+DEFAULTS = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25, MMAP_MAX: 2**16}
 
-_lock, _users = threading.Lock(), 0
+_lock, _users, _enabled = threading.Lock(), 0, False
+
+
+def enable_memory_reuse() -> None:
+    """Let pipelines of this process keep freed memory during their calls."""
+    global _enabled
+    _enabled = True
 
 
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Within it, memory that tensors leave is kept for the next ones, where the CPU computes under Linux.
-
-    Otherwise every large tensor is given fresh pages by the system, and to fault them in takes several times as long
-    as it takes to add two pictures. It holds for the whole process; afterwards memory is given back as usual.
-    """
+    """Keep freed memory for new tensors within the context, if enabled and `device` is a CPU."""
     global _users
-    if device.type != "cpu" or _libc() is None:
+    if not _enabled or device.type != "cpu" or _libc() is None:
         yield
         return
     with _lock:
         _users += 1
-        _set(KEEPING)
+        _set(REUSE)
     try:
         yield
     finally:
         with _lock:
             _users -= 1
             if not _users:
-                _set(USUAL)
+                _set(DEFAULTS)
 
 
 def give_back(device: torch.device) -> None:
-    """All free memory of this process to the system, likewise."""
+    """Return all free memory of this process to the system, if `device` is a CPU."""
     if device.type == "cpu" and _libc() is not None:
         _libc().malloc_trim(0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from unclip.models.cpu.kernels import use_kernels
 from unclip.pipelines.inference import prepare_for_inference, settling
 from unclip.pipelines.memory import give_back
 
@@ -33,8 +34,9 @@ class Offloader:
         """From now on the module waits for its `use`, as it may do already."""
         if module in self._waiting:
             return
+        use_kernels(module, self.device)
         if self._folder is None:
-            self._waiting[module] = InMemory(prepare_for_inference(module, self.dtype), self.device)
+            self._waiting[module] = InMemory(prepare_for_inference(module, self.dtype, self.device), self.device)
         else:
             file = Path(self._folder.name) / str(len(self._waiting))
             self._waiting[module] = OnDisk(module, file, settling(module, self.dtype))

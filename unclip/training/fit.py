@@ -31,6 +31,7 @@ from unclip.config import (
     to_dict,
 )
 from unclip.files import atomic_folder
+from unclip.models.cpu.kernels import use_kernels
 from unclip.tokenizer import BPETokenizer
 from unclip.training.checkpoints import Checkpoints, RunState, random_state, set_random_state
 from unclip.training.dry_run import describe
@@ -145,7 +146,7 @@ class _Trainer:
         )
         if run.init:
             load_weights(model, run.init)
-        _configure(model, config)
+        _configure(model, config, accelerator.device)
         self.unwrapped = model.to(accelerator.device).train()
         if run.dry_run:
             self._dry_run()
@@ -392,13 +393,15 @@ class _Trainer:
         self.log.restart_clock()
 
 
-def _configure(model: nn.Module, config: FitConfig) -> None:
+def _configure(model: nn.Module, config: FitConfig, device: torch.device) -> None:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     if config.compile:
         model.compile()
+    else:
+        use_kernels(model, device)
 
 
 def _enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -115,7 +115,7 @@ def make_decoder(config: DVAEConfig) -> nn.Sequential:
 def _groups(
     widths: Sequence[int], kernels: Sequence[int], resize: tuple[str, nn.Module], config: DVAEConfig
 ) -> list[tuple[str, nn.Module]]:
-    """Groups from widths[0] to widths[1] and so on, with `resize` at the end of all but the last."""
+    """Groups from widths[0] to widths[1] and so on, each but the last ending with `resize`."""
     groups = []
     for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
         inputs = [c_in, *[c_out] * (config.blocks - 1)]

@@ -122,7 +122,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _revive(self, rows: Tensor) -> None:
-        """Reset rarely used codes to random features of this batch (random restarts, 2005.00341)."""
+        """Reset rarely used codes to random features of the batch (2005.00341)."""
         minimum = self.config.revive
         dead = self.uses[:, None] < minimum  # K 1
         features = rows[torch.randint(len(rows), (self.vocab_size,), device=rows.device)]  # K C
@@ -135,7 +135,7 @@ class VectorQuantizer(nn.Module):
 
 
 class GumbelQuantizer(nn.Module):
-    """Features -> logits over K codes -> soft codes in training, the most likely codes otherwise."""
+    """Features -> logits over K codes -> soft codes in training, else the most likely codes."""
 
     annealed = ("temperature", "kl_weight")
 

@@ -29,7 +29,7 @@ class GaussianVAEConfig:
 
 
 class GaussianVAE(Autoencoder):
-    """q(z | x) = N(mean, exp(ln_var)), p(z) = N(0, 1), p(x | z) = N(decoder(z), exp(2 ln_scale))."""
+    """q(z|x) = N(mean, exp(ln_var)), p(z) = N(0, 1), p(x|z) = N(decoder(z), exp(2 ln_scale))."""
 
     annealed = ("kl_weight",)
 

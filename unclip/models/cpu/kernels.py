@@ -110,7 +110,9 @@ class BFloat16Attention(DotProductAttention):
 class CPUGroupNorm(GroupNorm):
     """Group norm, modulated in place without gradients, and trained in bfloat16 by plain sums."""
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
         if torch.is_grad_enabled():
             if x.dtype != torch.bfloat16:
                 return super().forward(x, scale, shift)

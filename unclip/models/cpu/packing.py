@@ -1,4 +1,4 @@
-"""Weights packed once into the layout of oneDNN's kernels, which otherwise happens at every call."""
+"""Weights packed once into the layout of oneDNN's kernels, instead of at every call."""
 
 # B batch, C channels, h w height and width, O output channels, I input channels
 

@@ -18,9 +18,9 @@ from unclip.models.dalle.attention import Kind, Pattern, stream_mask
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Slots of a pattern's codes. Code n is in slot n % `slots`, overwritten when it is out of sight.
+    """Slots of a pattern's codes. Code n is in slot n % `slots`, until no later code sees it.
 
-    Code n sees count[n] codes: the first slots or, if `gather` is given, slots gather[n, :count[n]].
+    Code n sees count[n] codes: the first slots or, with `gather`, slots gather[n, :count[n]].
     """
 
     slots: int  # R

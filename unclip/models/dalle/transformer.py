@@ -179,9 +179,7 @@ class DALLE(nn.Module):
         if codes.shape[1] != N:
             raise ValueError(f"an image has {codes.shape[1]} codes; this transformer expects {N}")
         device = codes.device
-        span = FirstTokens(
-            self.patterns, L + 1, L + N, device, self.attend, self.attention_kernel
-        )
+        span = FirstTokens(self.patterns, L + 1, L + N, device, self.attend, self.attention_kernel)
         code_emb = self._embed_codes(codes[:, :-1], torch.arange(N - 1, device=device))
         x = torch.cat([self._embed_text(tokens), code_emb], dim=1)  # B L+N C
         x = self._transform(x, span)
@@ -273,6 +271,4 @@ def check_text(ids: Tensor, mask: Tensor, length: int, vocab: int) -> None:
         return
     low, high = int(ids[mask].min()), int(ids[mask].max())
     if not 0 <= low <= high < vocab:
-        raise ValueError(
-            f"text ids are {low} to {high}; this transformer expects 0 to {vocab - 1}"
-        )
+        raise ValueError(f"text ids are {low} to {high}; this transformer expects 0 to {vocab - 1}")

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from unclip.image_io import resize
 from unclip.models.layers import DenoiserCache, per_row
 from unclip.models.unet import UNet, UNetConfig
-from unclip.image_io import resize
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.models.codecs.codec import ImageCodec
-from unclip.models.dalle.sampling import CodeTransformer, OnCode, Step, draw_code, guide, sample_codes
+from unclip.models.dalle.sampling import (
+    CodeTransformer,
+    OnCode,
+    Step,
+    draw_code,
+    guide,
+    sample_codes,
+)
 from unclip.pipelines.base import (
     Batch,
     ImageInput,

@@ -77,7 +77,7 @@ class UnCLIPNetworks(Placement):
             )
         self._check_fit()
         for module in (clip, *self.networks().values()):
-            prepare_for_inference(module)
+            prepare_for_inference(module, device=residency and residency.device)
 
     @property
     def prior(self) -> DiffusionPrior | DirectPrior | None:
@@ -101,7 +101,7 @@ class UnCLIPNetworks(Placement):
             self._prior.schedule = before.config  # so that it can be put back
         if not isinstance(prior, DirectPrior):
             schedules["prior"] = Schedule(getattr(prior, "schedule", ScheduleConfig()))
-        self._prior, self.schedules = prepare_for_inference(prior, self.dtype), schedules
+        self._prior, self.schedules = prepare_for_inference(prior, self.dtype, self.device), schedules
         self._kept.clear()
         if self._residency is not None:
             self._residency.add(prior)
