@@ -310,5 +310,5 @@ def test_tokens_are_checked(dalle):
         ValueError, match="text ids are 0 to 60; this transformer expects 0 to 59"
     ):
         dalle.tokens(torch.arange(12)[None] * 60 // 11, torch.ones(1, 12, dtype=torch.bool))
-    with pytest.raises(ValueError, match="4 codes a picture; this transformer expects 16"):
+    with pytest.raises(ValueError, match="an image has 4 codes; this transformer expects 16"):
         dalle(TOKENS, CODES[:, :4])
