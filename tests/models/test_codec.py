@@ -1,4 +1,4 @@
-"""What all image codecs promise, and the parts that they share."""
+"""Interface of all image codecs, and their shared parts."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ CODECS = {
 DISCRETE = [name for name in CODECS if name != "gaussian"]
 
 
-def make(name: str) -> Autoencoder:
+def make_codec(name: str) -> Autoencoder:
     torch.manual_seed(0)
     network, config = CODECS[name]
     codec = network(config)
-    if name in ("vqvae", "ema", "vqgan"):  # codes as they would be learned: features of pictures
-        features = codec._features(pictures(4)).detach().permute(0, 2, 3, 1).flatten(0, 2)  # N C
+    if name in ("vqvae", "ema", "vqgan"):  # typical codes: features of images
+        features = codec._features(make_images(4)).detach().permute(0, 2, 3, 1).flatten(0, 2)  # N C
         codec.quantizer.codebook.data.copy_(features[:: len(features) // 24][:24])
     return codec.eval()
 
 
-def pictures(batch: int = 2, height: int = 16, width: int = 16) -> torch.Tensor:
-    """Coloured squares of 4 pixels."""
+def make_images(batch: int = 2, height: int = 16, width: int = 16) -> torch.Tensor:
+    """Random colours in squares of 4 x 4 pixels."""
     colours = torch.rand(
         batch, 3, height // 4, width // 4, generator=torch.Generator().manual_seed(1)
     ).round()
@@ -70,21 +70,25 @@ def pictures(batch: int = 2, height: int = 16, width: int = 16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_pictures_become_codes_and_codes_pictures(name):
-    codec, images = make(name), pictures()
+def test_encode_and_decode(name):
+    codec, images = make_codec(name), make_images()
     codes = codec.encode(images)
     assert codes.dtype == torch.long and codes.shape == (2, *codec.grid)
     assert codes.min() >= 0 and codes.max() < codec.vocab_size and codes.unique().numel() > 1
-    drawn = codec.decode(codes)
-    assert drawn.shape == images.shape and drawn.dtype == torch.float32 and drawn.abs().max() <= 1
-    torch.testing.assert_close(drawn, codec.reconstruct(images))
+    decoded = codec.decode(codes)
+    assert (
+        decoded.shape == images.shape
+        and decoded.dtype == torch.float32
+        and decoded.abs().max() <= 1
+    )
+    torch.testing.assert_close(decoded, codec.reconstruct(images))
     assert torch.equal(codes, codec.encode(images))  # no noise
-    assert not drawn.requires_grad  # no gradient of stage two reaches a codec
+    assert not decoded.requires_grad
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_the_code_is_the_likeliest_and_the_picture_likelier_than_another(name):
-    codec, images = make(name), pictures()
+def test_codes_are_most_likely_and_reconstruction_is_likely(name):
+    codec, images = make_codec(name), make_images()
     logits, codes = codec.logits(images), codec.encode(images)
     assert logits.shape == (2, *codec.grid, codec.vocab_size) and torch.equal(
         logits.argmax(dim=-1), codes
@@ -95,32 +99,30 @@ def test_the_code_is_the_likeliest_and_the_picture_likelier_than_another(name):
     assert own.shape == (2,) and (own > other).all()
 
 
-def test_the_laplace_mixture_is_a_distribution():
+def test_laplace_mixture_matches_torch_distributions():
     scales = 2 ** torch.linspace(-9, 0, 64, dtype=torch.float64)
-    images, drawn = pictures(3), 0.9 * pictures(3).flip(0)
-    error = ((images - drawn) / 2).double()
+    images, reconstructions = make_images(3), 0.9 * make_images(3).flip(0)
+    error = ((images - reconstructions) / 2).double()
     each = torch.stack(
         [torch.distributions.Laplace(0.0, s).log_prob(error).sum(dim=(1, 2, 3)) for s in scales]
     )
-    wanted = (each.logsumexp(dim=0) - torch.tensor(64.0).log()).float()
-    torch.testing.assert_close(laplace_mixture(images, drawn), wanted)
-    exact = (
-        laplace_mixture(images, images) / images[0].numel()
-    )  # 8 bits a value would be as good as it gets
+    expected = (each.logsumexp(dim=0) - torch.tensor(64.0).log()).float()
+    torch.testing.assert_close(laplace_mixture(images, reconstructions), expected)
+    exact = laplace_mixture(images, images) / images[0].numel()  # at most 8 bits per value
     assert (exact / torch.tensor(2.0).log()).max() < 8
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_pictures_of_other_sizes_have_other_grids(name):
-    codec, images = make(name), pictures(1, 24, 8)
+def test_other_image_sizes(name):
+    codec, images = make_codec(name), make_images(1, 24, 8)
     codes = codec.encode(images)
     assert codes.shape[1:] == (24 // codec.factor, 8 // codec.factor)
     assert codec.decode(codes).shape == images.shape
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_training_brings_the_picture_nearer_and_every_parameter_takes_part(name):
-    codec, images = make(name).train(), pictures(4)
+def test_training_reduces_the_error_with_all_parameters(name):
+    codec, images = make_codec(name).train(), make_images(4)
     optimizer = torch.optim.Adam(codec.parameters(), lr=5e-3)
     annealed = {"temperature": 0.5, "kl_weight": 0.01}
     errors = []
@@ -139,8 +141,8 @@ def test_training_brings_the_picture_nearer_and_every_parameter_takes_part(name)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_codec_is_saved_and_loaded(name, tmp_path):
-    codec, images = make(name), pictures()
+def test_save_and_load(name, tmp_path):
+    codec, images = make_codec(name), make_images()
     save_component(codec, tmp_path)
     loaded = load_component(tmp_path)
     assert loaded.config == codec.config and torch.equal(
@@ -149,30 +151,30 @@ def test_a_codec_is_saved_and_loaded(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DISCRETE)
-def test_half_precision_draws_the_same_within_its_rounding(name, tmp_path):
-    codec = make(name)
+def test_bfloat16_is_close_to_float32(name, tmp_path):
+    codec = make_codec(name)
     save_component(codec, tmp_path)
     half = load_component(tmp_path, torch.bfloat16)
-    codes = codec.encode(pictures())
-    assert half.encode(pictures()).shape == codes.shape
+    codes = codec.encode(make_images())
+    assert half.encode(make_images()).shape == codes.shape
     torch.testing.assert_close(half.decode(codes), codec.decode(codes), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_a_config_survives_its_file(name):
+def test_config_round_trip(name):
     config = CODECS[name][1]
     assert parse(type(config), to_dict(config)) == config
 
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("shape", [(2, 3, 15, 16), (2, 1, 16, 16), (3, 16, 16), (0, 3, 16, 16)])
-def test_pictures_that_do_not_fit_are_refused(name, shape):
+def test_images_of_invalid_shape_raise(name, shape):
     with pytest.raises(ValueError, match=r"images are \(.*expected \(B, 3, H, W\)"):
-        make(name).reconstruct(torch.zeros(shape))
+        make_codec(name).reconstruct(torch.zeros(shape))
 
 
-def test_codes_that_do_not_exist_are_refused():
-    codec = make("dvae")
+def test_invalid_codes_raise():
+    codec = make_codec("dvae")
     with pytest.raises(ValueError, match="codes are 0 to 24; this codec expects 0 to 23"):
         codec.decode(torch.tensor([[[0, 24]]]))
     with pytest.raises(ValueError, match="codes are -1 to 3"):
@@ -183,7 +185,7 @@ def test_codes_that_do_not_exist_are_refused():
         codec.decode(torch.zeros(1, 4, 4))
 
 
-def test_an_open_gate_lets_a_convolution_through():
+def test_gated_convolution():
     torch.manual_seed(0)
     gated, x = GatedConv(lambda: nn.Conv2d(3, 5, 3, padding=1)), torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(gated(x), gated.conv(x) * torch.sigmoid(gated.gate(x)))
@@ -194,24 +196,24 @@ def test_an_open_gate_lets_a_convolution_through():
     assert not gated(x).any()
 
 
-def test_a_gated_codec_with_open_gates_is_the_plain_one():
+def test_open_gates_equal_plain_convolutions():
     _, config = CODECS["gated"]
-    gated, plain = make("gated"), DVAE(DVAEConfig(**{**vars(config), "conv": "plain"}))
+    gated, plain = make_codec("gated"), DVAE(DVAEConfig(**{**vars(config), "conv": "plain"}))
     state = gated.state_dict()
     for name in state:
         if ".gate." in name:
             nn.init.constant_(state[name], 100.0 if name.endswith(".b") else 0.0)
-    kept = {
+    plain_state = {
         re.sub(r"(conv_\d)\.conv\.", r"\1.", name): x
         for name, x in state.items()
         if ".gate." not in name
     }
-    plain.load_state_dict(kept)
-    assert torch.equal(gated.logits(pictures()), plain.logits(pictures()))
-    assert torch.equal(gated.reconstruct(pictures()), plain.reconstruct(pictures()))
+    plain.load_state_dict(plain_state)
+    assert torch.equal(gated.logits(make_images()), plain.logits(make_images()))
+    assert torch.equal(gated.reconstruct(make_images()), plain.reconstruct(make_images()))
 
 
-def test_usage_and_perplexity_of_known_codes():
+def test_usage_and_perplexity():
     even = code_statistics(torch.arange(8).view(2, 2, 2), 16)
     assert even["usage"] == 0.5
     torch.testing.assert_close(even["perplexity"], torch.tensor(8.0))
@@ -225,7 +227,7 @@ def test_usage_and_perplexity_of_known_codes():
 
 
 @pytest.mark.parametrize(
-    ("config", "fault"),
+    ("config", "message"),
     [
         (lambda: DVAEConfig(image_size=20), "image_size is 20; expected a multiple of 8"),
         (lambda: DVAEConfig(width=6), "width is 6; expected .*a multiple of 4"),
@@ -244,11 +246,15 @@ def test_usage_and_perplexity_of_known_codes():
         (lambda: GaussianVAEConfig(latent_width=0), "latent_width is 0"),
     ],
 )
-def test_impossible_sizes_are_refused(config, fault):
-    with pytest.raises(ValueError, match=fault):
+def test_invalid_configs_raise(config, message):
+    with pytest.raises(ValueError, match=message):
         config()
 
 
-def test_the_contract_is_that_of_the_base_class():
-    assert all(isinstance(make(name), ImageCodec) == (name != "gaussian") for name in CODECS)
-    assert (make("dvae").grid, make("gated").grid, make("vqgan").grid) == ((4, 4), (8, 8), (8, 8))
+def test_base_classes_and_grids():
+    assert all(isinstance(make_codec(name), ImageCodec) == (name != "gaussian") for name in CODECS)
+    assert (make_codec("dvae").grid, make_codec("gated").grid, make_codec("vqgan").grid) == (
+        (4, 4),
+        (8, 8),
+        (8, 8),
+    )

@@ -1,4 +1,4 @@
-"""The U-Net with cross-attention and its parts, against formulas; see test_dalle2_pytorch for the original."""
+"""U-Net with cross-attention, compared with formulas. See also test_dalle2_pytorch."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ VARIANTS = [
 ]
 
 
-def made(module: torch.nn.Module) -> torch.nn.Module:
+def init(module: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(0)
     for parameter in module.parameters():
         parameter.data.normal_(0.5 if parameter.ndim == 1 else 0, 0.3)
     return module.eval().requires_grad_(False)
 
 
-def given(
+def make_inputs(
     batch: int = 2, length: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextEncoding]:
     torch.manual_seed(1)
@@ -75,7 +75,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, peak: bool = False) -> torch.Ten
 
 @pytest.mark.parametrize("cosine", [False, True])
 @pytest.mark.parametrize("peak", [False, True])
-def test_attention_pixel_by_pixel(cosine, peak):
+def test_attention_matches_reference_formula(cosine, peak):
     similarity = "cosine" if cosine else "dot"
     config = replace(
         CONFIG,
@@ -85,32 +85,39 @@ def test_attention_pixel_by_pixel(cosine, peak):
         peak_norms=peak,
     )
     x, tokens = torch.randn(1, 6, 8), torch.randn(1, 4, 12)
-    by_pixels, by_tokens = made(PixelAttention(8, config)), made(TokenAttention(8, config))
+    pixel_attention, token_attention = (
+        init(PixelAttention(8, config)),
+        init(TokenAttention(8, config)),
+    )
 
-    def one(module, pixel, keys, values, heads, scale):
+    def attend_pixel(module, pixel, keys, values, heads, scale):
         q = module.q(norm(pixel, module.norm1.weight, peak)).view(heads, -1)
-        answers = []
+        outputs = []
         for h in range(heads):
             pairs = zip(module.null_kv, (keys[h % len(keys)], values[h % len(values)]), strict=True)
             k, v = (torch.cat([null[None], y]) for null, y in pairs)
             scores = F.cosine_similarity(q[h][None], k, dim=-1) * 16 if cosine else k @ q[h] * scale
-            answers.append(scores.softmax(dim=0) @ v)
-        return pixel + norm(module.out(torch.cat(answers)), module.norm2.weight, peak)
+            outputs.append(scores.softmax(dim=0) @ v)
+        return pixel + norm(module.out(torch.cat(outputs)), module.norm2.weight, peak)
 
-    normed = torch.stack([norm(pixel, by_pixels.norm1.weight, peak) for pixel in x[0]])
-    kv = by_pixels.kv(normed).chunk(2, dim=-1)
-    rows = [one(by_pixels, pixel, kv[0][None], kv[1][None], 3, 0.2) for pixel in x[0]]
-    torch.testing.assert_close(by_pixels(x)[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
+    normed = torch.stack([norm(pixel, pixel_attention.norm1.weight, peak) for pixel in x[0]])
+    kv = pixel_attention.kv(normed).chunk(2, dim=-1)
+    rows = [
+        attend_pixel(pixel_attention, pixel, kv[0][None], kv[1][None], 3, 0.2) for pixel in x[0]
+    ]
+    torch.testing.assert_close(pixel_attention(x)[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
 
-    k, v = by_tokens.kv(tokens)[0].view(4, 2, 8, 64).permute(1, 2, 0, 3)
-    rows = [one(by_tokens, pixel, k, v, 8, 64**-0.5) for pixel in x[0]]
-    torch.testing.assert_close(by_tokens(x, tokens)[0], torch.stack(rows), atol=1e-5, rtol=1e-5)
+    k, v = token_attention.kv(tokens)[0].view(4, 2, 8, 64).permute(1, 2, 0, 3)
+    rows = [attend_pixel(token_attention, pixel, k, v, 8, 64**-0.5) for pixel in x[0]]
+    torch.testing.assert_close(
+        token_attention(x, tokens)[0], torch.stack(rows), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("unit_values", [True, False])
-def test_linear_attention_weighs_all_pixels(unit_values):
+def test_linear_attention_matches_reference_formula(unit_values):
     module, x = (
-        made(LinearAttention(8, replace(CONFIG, unit_values=unit_values))),
+        init(LinearAttention(8, replace(CONFIG, unit_values=unit_values))),
         torch.randn(1, 6, 8),
     )
     normed = torch.stack([norm(pixel, module.norm1.weight) for pixel in x[0]])
@@ -126,9 +133,9 @@ def test_linear_attention_weighs_all_pixels(unit_values):
 
 
 @pytest.mark.parametrize("config", VARIANTS)
-def test_every_parameter_and_condition_makes_a_difference(config):
-    decoder = made(CrossAttentionDecoder(replace(DECODER, unet=config))).requires_grad_(True)
-    x_t, t, emb, text = given()
+def test_all_parameters_have_gradients(config):
+    decoder = init(CrossAttentionDecoder(replace(DECODER, unet=config))).requires_grad_(True)
+    x_t, t, emb, text = make_inputs()
     drop = torch.tensor([True, False])
     out = decoder(x_t, t, emb, text, drop_image=drop, drop_text=~drop)
     assert out.shape == (2, 6, 8, 8)
@@ -138,59 +145,61 @@ def test_every_parameter_and_condition_makes_a_difference(config):
     ] == []
 
 
-def test_what_the_decoder_is_told():
-    decoder = made(CrossAttentionDecoder(DECODER))
-    x_t, t, emb, text = given()
-    plain, everything = decoder(x_t, t, emb, text), torch.ones(2, dtype=torch.bool)
-    torch.testing.assert_close(decoder(x_t, t, emb * 7, text), plain)  # the length of embeddings
-    silent = TextEncoding(text.emb, torch.where(text.mask[..., None], text.states, 9.0), text.mask)
-    torch.testing.assert_close(decoder(x_t, t, emb, silent), plain)  # what padding says
-    nothing = decoder(x_t, t, emb, text, everything, everything)
+def test_decoder_conditioning():
+    decoder = init(CrossAttentionDecoder(DECODER))
+    x_t, t, emb, text = make_inputs()
+    plain, drop = decoder(x_t, t, emb, text), torch.ones(2, dtype=torch.bool)
+    torch.testing.assert_close(decoder(x_t, t, emb * 7, text), plain)  # embeddings are normalised
+    repadded = TextEncoding(
+        text.emb, torch.where(text.mask[..., None], text.states, 9.0), text.mask
+    )
+    torch.testing.assert_close(decoder(x_t, t, emb, repadded), plain)  # padding has no effect
+    unconditional = decoder(x_t, t, emb, text, drop, drop)
     other = decoder(
         x_t,
         t,
         emb.flip(0) * 2,
         TextEncoding(text.emb, text.states + 1, text.mask),
-        everything,
-        everything,
+        drop,
+        drop,
     )
-    torch.testing.assert_close(nothing, other)
-    assert (nothing - plain).abs().max() > 0.01
+    torch.testing.assert_close(unconditional, other)
+    assert (unconditional - plain).abs().max() > 0.01
     with pytest.raises(ValueError, match="the text has 10 tokens; this decoder takes at most 9"):
         decoder.condition(
             emb, TextEncoding(text.emb, torch.randn(2, 10, 14), torch.ones(2, 10, dtype=torch.bool))
         )
 
 
-def test_contexts_are_rows():
-    decoder = made(CrossAttentionDecoder(DECODER))
-    x_t, t, emb, text = given()
+def test_contexts_support_row_operations():
+    decoder = init(CrossAttentionDecoder(DECODER))
+    x_t, t, emb, text = make_inputs()
     both = decoder.condition(emb, text)
-    apart = [decoder.condition(emb[[i]], text[i : i + 1]) for i in range(2)]
+    single = [decoder.condition(emb[[i]], text[i : i + 1]) for i in range(2)]
     torch.testing.assert_close(
-        decoder.denoise(x_t, t, TokenContext.cat(apart)), decoder.denoise(x_t, t, both)
+        decoder.denoise(x_t, t, TokenContext.cat(single)), decoder.denoise(x_t, t, both)
     )
     assert len(both) == 2 and len(both[:1]) == 1 and len(both.repeat_interleave(3)) == 6
-    thrice = decoder.denoise(
+    repeated = decoder.denoise(
         x_t.repeat_interleave(3, 0), t.repeat_interleave(3), both.repeat_interleave(3)
     )
-    torch.testing.assert_close(thrice[::3], decoder.denoise(x_t, t, both))
+    torch.testing.assert_close(repeated[::3], decoder.denoise(x_t, t, both))
 
 
-def test_a_decoder_that_reads_no_captions():
-    decoder = made(CrossAttentionDecoder(replace(DECODER, text_width=None)))
-    x_t, t, emb, text = given()
+def test_decoder_without_text():
+    decoder = init(CrossAttentionDecoder(replace(DECODER, text_width=None)))
+    x_t, t, emb, text = make_inputs()
     blank = TextEncoding(text.emb * 0, text.states * 0, text.mask)
     assert torch.equal(decoder(x_t, t, emb, text), decoder(x_t, t, emb, blank))
     context = decoder.condition(emb, text)
     assert context.text_tokens is None and TokenContext.cat([context, context]).text_tokens is None
 
 
-def test_the_upsampler_sees_each_small_pixel_four_times():
-    upsampler = made(
+def test_upsampler_enlarges_by_nearest_neighbour():
+    upsampler = init(
         CrossAttentionUpsampler(CrossAttentionUpsamplerConfig(UPSAMPLING, low_size=4, high_size=8))
     )
-    x_t, t, *_ = given()
+    x_t, t, *_ = make_inputs()
     low = torch.randn(2, 3, 4, 4)
     large = upsampler.condition(low)
     assert torch.equal(large[:, :, ::2, ::2], low) and torch.equal(large[:, :, 1::2, 1::2], low)
@@ -201,11 +210,11 @@ def test_the_upsampler_sees_each_small_pixel_four_times():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: replace(CONFIG, levels=()), "levels is empty"),
-        (lambda: replace(CONFIG, stem=(3, 4)), r"stem is \(3, 4\); expected odd sizes"),
+        (lambda: replace(CONFIG, levels=()), r"levels is \(\)"),
+        (lambda: replace(CONFIG, stem=(3, 4)), r"stem is \(3, 4\); expected odd kernel sizes"),
         (
-            lambda: replace(CONFIG, levels=(CrossLevel(12),)),
-            r"levels\[0\].channels is 12; groups = 8 must divide it",
+            lambda: CrossLevel(12),
+            "channels is 12; expected a multiple of groups = 8",
         ),
         (
             lambda: replace(DECODER, image_size=9),
@@ -218,10 +227,10 @@ def test_the_upsampler_sees_each_small_pixel_four_times():
         ),
         (
             lambda: CrossAttentionUNet(CONFIG)(torch.zeros(1, 3, 7, 8), torch.zeros(1)),
-            "the picture is 7 x 8",
+            "the image is 7 x 8",
         ),
     ],
 )
-def test_errors(make, message):
+def test_invalid_input_raises(make, message):
     with pytest.raises(ValueError, match=message):
         make()

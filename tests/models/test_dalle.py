@@ -1,4 +1,4 @@
-"""DALL-E's transformer: blind to the future, the same with its cache as without, and guided by an explicit null."""
+"""DALL-E's transformer: causality, caching and the null text."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ B, L, V, K, GRID = 3, 5, 20, 11, (4, 5)
 N = GRID[0] * GRID[1]
 CONFIG = DALLEConfig(V, L, K, GRID, width=24, depth=5, heads=2, head_dim=8, kernel=3)
 KINDS = ("full", "row", "column", "conv", "own_row", "corner")
-DALLE_PYTORCHS = LayerSpec(mlp="geglu", qkv_bias=False, gain=0.5, sandwich=True, shift=True)
+DALLE_PYTORCH_LAYER = LayerSpec(mlp="geglu", qkv_bias=False, gain=0.5, sandwich=True, shift=True)
 VARIANTS = {
-    "layer": {"layer": DALLE_PYTORCHS},
-    "rotary": {"positions": "rotary", "head_dim": 13},  # heads need not fill the width
+    "layer": {"layer": DALLE_PYTORCH_LAYER},
+    "rotary": {"positions": "rotary", "head_dim": 13},  # heads narrower than the width
     "reversible": {"reversible": True},
-    "all": {"layer": DALLE_PYTORCHS, "positions": "rotary", "reversible": True},
+    "all": {"layer": DALLE_PYTORCH_LAYER, "positions": "rotary", "reversible": True},
 }
 
 
 def make(config: DALLEConfig = CONFIG) -> DALLE:
-    """Random weights, large enough that every input shows in the output."""
+    """Random weights, large enough for every input to affect the output."""
     torch.manual_seed(0)
     dalle = DALLE(config).eval()
     for p in dalle.parameters():
@@ -36,7 +36,7 @@ def make(config: DALLEConfig = CONFIG) -> DALLE:
     return dalle
 
 
-def only(kind: str, **changes: object) -> DALLEConfig:
+def uniform_config(kind: str, **changes: object) -> DALLEConfig:
     return replace(CONFIG, attention=(kind,), last_attention=None, **changes)
 
 
@@ -47,19 +47,19 @@ def stream() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, V + L, (B, L)), torch.randint(0, K, (B, N))
 
 
-def test_the_paper_s_pattern_by_layer():
+def test_attention_patterns_of_the_paper():
     kinds = [pattern.kind for pattern in replace(CONFIG, depth=10).patterns]
     assert kinds == ["row", "column", "row", "row", "row", "column", "row", "row", "row", "conv"]
 
 
-def written_out(dalle: DALLE, tokens: list[int], codes: list[int]) -> torch.Tensor:
-    """What predicts each code, (N, K): position by position and head by head, as B.1 tells it."""
+def reference_logits(dalle: DALLE, tokens: list[int], codes: list[int]) -> torch.Tensor:
+    """Logits of each code, (N, K), computed position by position and head by head (B.1)."""
     state, (_, w), T = dalle.state_dict(), GRID, L + 1
     stream = [state["start"], *state["text_emb.weight"][tokens]]
     stream = [x + state["text_positions.weight"][p] for p, x in enumerate(stream)]
     for n, code in enumerate(codes[:-1]):
-        places = state["rows.weight"][n // w] + state["columns.weight"][n % w]
-        stream.append(state["code_emb.weight"][code] + places)
+        position = state["rows.weight"][n // w] + state["columns.weight"][n % w]
+        stream.append(state["code_emb.weight"][code] + position)
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
@@ -68,16 +68,15 @@ def written_out(dalle: DALLE, tokens: list[int], codes: list[int]) -> torch.Tens
         z = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
         return z * state[f"{name}.weight"] + state[f"{name}.bias"]
 
-    def seen(kind: str, q: int) -> list[int]:
+    def visible(kind: str, q: int) -> list[int]:
         if q < T:
             return list(range(q + 1))
         n = q - T
         offsets = {
             "row": range(w + 1),
             "column": range(0, n + 1, w),
-            "conv": sorted(
-                {r * w + c for r in range(2) for c in (-1, 0, 1)} - {-1}
-            ),  # a kernel of 3
+            # kernel size 3
+            "conv": sorted({r * w + c for r in range(2) for c in (-1, 0, 1)} - {-1}),
         }
         return [*range(T), *(T + n - offset for offset in offsets[kind] if offset <= n)]
 
@@ -89,7 +88,7 @@ def written_out(dalle: DALLE, tokens: list[int], codes: list[int]) -> torch.Tens
             heads = []
             for head in range(2):
                 keys, values = (
-                    torch.stack([qkv[k][part, head] for k in seen(kind, p)]) for part in (1, 2)
+                    torch.stack([qkv[k][part, head] for k in visible(kind, p)]) for part in (1, 2)
                 )
                 heads.append((keys @ qkv[p][0, head] / 8**0.5).softmax(0) @ values)
             stream[p] = stream[p] + linear(torch.cat(heads), f"layers.{i}.out")
@@ -100,18 +99,18 @@ def written_out(dalle: DALLE, tokens: list[int], codes: list[int]) -> torch.Tens
     return torch.stack([linear(norm(x, "norm"), "code_head") for x in stream[L:]])
 
 
-def test_it_is_the_paper_s_transformer_written_out(stream):
+def test_matches_reference_implementation(stream):
     dalle, (tokens, codes) = make().double(), stream
     with torch.no_grad():
-        expected = written_out(dalle, tokens[0].tolist(), codes[0].tolist())
+        expected = reference_logits(dalle, tokens[0].tolist(), codes[0].tolist())
         torch.testing.assert_close(
             dalle(tokens[:1], codes[:1]).codes[0], expected, rtol=0, atol=1e-12
         )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_position_sees_its_future(kind):
-    """One layer's gradient footprint is its mask; that of several layers never reaches a later position."""
+def test_attention_is_causal(kind):
+    """The gradient footprint of one layer is its mask; that of several is causal."""
     inputs: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple) -> tuple:
@@ -119,11 +118,11 @@ def test_no_position_sees_its_future(kind):
         return (*inputs, *args[1:])
 
     for depth in (1, 3):
-        dalle = make(only(kind, depth=depth)).double()
+        dalle = make(uniform_config(kind, depth=depth)).double()
         dalle.layers[0].register_forward_pre_hook(keep)
         logits = dalle(torch.randint(0, V, (1, L)), torch.randint(0, K, (1, N)))
         outputs = [*logits.text[0], *logits.codes[0]]
-        for position, output in enumerate(outputs):  # what it is predicted from
+        for position, output in enumerate(outputs):
             (grad,) = torch.autograd.grad(output.square().sum(), inputs[0], retain_graph=True)
             footprint = grad[0].abs().sum(-1) > 0  # L + N
             assert not footprint[position + 1 :].any()
@@ -133,11 +132,11 @@ def test_no_position_sees_its_future(kind):
                 )
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "the paper's"])
+@pytest.mark.parametrize("kind", [*KINDS, "paper"])
 @pytest.mark.parametrize("given", [0, 1, 8, N - 1])
-@pytest.mark.parametrize("fixed_shapes", [False, True])
-def test_cached_equals_uncached(kind, given, fixed_shapes, stream):
-    dalle, (tokens, codes) = make(CONFIG if kind == "the paper's" else only(kind)), stream
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_cached_logits_equal_uncached(kind, given, static_shapes, stream):
+    dalle, (tokens, codes) = make(CONFIG if kind == "paper" else uniform_config(kind)), stream
     with torch.no_grad():
         expected = dalle(tokens, codes).codes
         prefix = dalle.condition(tokens)
@@ -147,11 +146,11 @@ def test_cached_equals_uncached(kind, given, fixed_shapes, stream):
             logits = dalle.extend(codes[:, :given], cache)
             torch.testing.assert_close(logits, expected[:, given], rtol=0, atol=1e-5)
         for n in range(given, N - 1):
-            logits = dalle.step(codes[:, n], torch.tensor(n) if fixed_shapes else n, cache)
+            logits = dalle.step(codes[:, n], torch.tensor(n) if static_shapes else n, cache)
             torch.testing.assert_close(logits, expected[:, n + 1], rtol=0, atol=1e-5)
 
 
-def test_a_prefix_serves_many_pictures_and_both_halves_of_guidance(stream):
+def test_prefix_is_shared_by_images_and_guidance_branches(stream):
     dalle, (tokens, codes) = make(), stream
     null = dalle.null_tokens(1)
     with torch.no_grad():
@@ -161,20 +160,20 @@ def test_a_prefix_serves_many_pictures_and_both_halves_of_guidance(stream):
                 dalle.condition(null).repeat_interleave(2 * B),
             ]
         )
-        picture = codes.repeat_interleave(2, dim=0).repeat(2, 1)
+        images = codes.repeat_interleave(2, dim=0).repeat(2, 1)
         expected = dalle(
-            torch.cat([tokens.repeat_interleave(2, dim=0), null.expand(2 * B, -1)]), picture
+            torch.cat([tokens.repeat_interleave(2, dim=0), null.expand(2 * B, -1)]), images
         ).codes
         cache = dalle.start_cache(rows)
         for n in range(N - 1):
-            logits = dalle.step(picture[:, n], n, cache)
+            logits = dalle.step(images[:, n], n, cache)
             torch.testing.assert_close(logits, expected[:, n + 1], rtol=0, atol=1e-5)
     assert len(rows[:4]) == 4 and torch.equal(
         rows[torch.tensor([0, 2])].logits, rows.logits[[0, 2]]
     )
 
 
-def test_pads_are_tokens_of_their_place(stream):
+def test_padding_tokens_depend_on_position(stream):
     dalle = make()
     ids, mask = (
         torch.tensor([[3, 4, 0, 0, 0], [5, 0, 7, 8, 9]]),
@@ -185,12 +184,10 @@ def test_pads_are_tokens_of_their_place(stream):
     assert torch.equal(dropped[1:], dalle.null_tokens(1)) and torch.equal(
         dropped[:1], dalle.tokens(ids, mask)[:1]
     )
-    assert torch.equal(
-        dalle.tokens(ids, torch.zeros_like(mask)), dalle.null_tokens(2)
-    )  # the empty caption is the null
+    assert torch.equal(dalle.tokens(ids, torch.zeros_like(mask)), dalle.null_tokens(2))
 
 
-def test_the_null_changes_only_the_null_branch(stream):
+def test_padding_embeddings_affect_only_the_null_text(stream):
     dalle, (_, codes) = make(), stream
     tokens = torch.randint(0, V, (B, L))
     tokens[1] = dalle.null_tokens(1)
@@ -205,8 +202,8 @@ def test_the_null_changes_only_the_null_branch(stream):
     assert (after.codes[1] - before.codes[1]).abs().amax(-1).min() > 1e-4
 
 
-def test_heads_are_those_of_one_softmax_over_both_vocabularies(stream):
-    """Of logits over text and codes together, the other kind masked out: the same likelihoods."""
+def test_heads_equal_one_masked_softmax(stream):
+    """Logits over text and codes, with the other kind masked, give the same likelihoods."""
     dalle, (tokens, codes) = make().double(), stream
     logits = dalle(tokens, codes)
     joint = torch.full((B, L + N, V + L + K), -torch.inf).double()
@@ -221,7 +218,7 @@ def test_heads_are_those_of_one_softmax_over_both_vocabularies(stream):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("given", [0, 3, 12])
-def test_variants_are_cached_as_well(variant, given, stream):
+def test_cached_logits_of_variants_equal_uncached(variant, given, stream):
     dalle, (tokens, codes) = make(replace(CONFIG, **VARIANTS[variant])), stream
     with torch.no_grad():
         expected = dalle(tokens, codes).codes
@@ -234,7 +231,7 @@ def test_variants_are_cached_as_well(variant, given, stream):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_see_no_future(variant, stream):
+def test_variants_are_causal(variant, stream):
     dalle, (tokens, codes) = make(replace(CONFIG, **VARIANTS[variant])), stream
     before, changed = dalle(tokens, codes), codes.clone()
     changed[:, 11] = (changed[:, 11] + 1) % K
@@ -246,23 +243,23 @@ def test_variants_see_no_future(variant, stream):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(dtype, stream):
+def test_logits_in_other_dtypes(dtype, stream):
     dalle, (tokens, codes) = make(), stream
     with torch.no_grad():
         expected = dalle(tokens, codes).codes
         dalle.to(dtype)
-        whole = dalle(tokens, codes).codes
+        uncached = dalle(tokens, codes).codes
         cache = dalle.start_cache(dalle.condition(tokens))
         steps = [dalle.step(codes[:, n], n, cache) for n in range(N - 1)]
-    assert whole.dtype == steps[0].dtype == cache.layers[0].window.dtype == dtype
+    assert uncached.dtype == steps[0].dtype == cache.layers[0].window.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float64 else 0.1 * expected.abs().max().item()
-    torch.testing.assert_close(whole.float(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(uncached.float(), expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(
         torch.stack(steps, dim=1).float(), expected[:, 1:], rtol=0, atol=tolerance
     )
 
 
-def test_checkpointed_gradients_are_the_same(stream):
+def test_gradient_checkpointing_keeps_gradients(stream):
     tokens, codes = stream
 
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
@@ -276,7 +273,7 @@ def test_checkpointed_gradients_are_the_same(stream):
         torch.testing.assert_close(checkpointed, plain)
 
 
-def test_a_new_transformer_is_near_uniform_and_learns(stream):
+def test_training_from_near_uniform_predictions(stream):
     torch.manual_seed(0)
     dalle, (tokens, codes) = DALLE(CONFIG), stream
     text, image = dalle.log_likelihood(tokens, codes)
@@ -292,7 +289,7 @@ def test_a_new_transformer_is_near_uniform_and_learns(stream):
     assert loss < 0.5 and all(p.grad is not None for p in dalle.parameters())
 
 
-def test_it_is_saved_and_loaded(tmp_path, stream):
+def test_save_and_load(tmp_path, stream):
     dalle, (tokens, codes) = make(replace(CONFIG, **VARIANTS["all"])), stream
     save_component(dalle, tmp_path)
     again = load_component(tmp_path)
@@ -300,7 +297,7 @@ def test_it_is_saved_and_loaded(tmp_path, stream):
     assert torch.equal(again(tokens, codes).codes, dalle(tokens, codes).codes)
 
 
-def test_bad_input_is_named():
+def test_invalid_input_raises():
     with pytest.raises(ValueError, match="kernel is 4; expected an odd number"):
         replace(CONFIG, kernel=4)
     with pytest.raises(ValueError, match="width is 22; expected a multiple of 4"):
@@ -320,9 +317,7 @@ def test_bad_input_is_named():
         ValueError, match=r"text ids are of shape \(1, 7\); this transformer expects \(B, 5\)"
     ):
         dalle.tokens(torch.zeros(1, 7).long(), torch.ones(1, 7).bool())
-    with pytest.raises(
-        ValueError, match="text ids are 0 to 20; this transformer expects 0 to 19"
-    ):
+    with pytest.raises(ValueError, match="text ids are 0 to 20; this transformer expects 0 to 19"):
         dalle.tokens(torch.tensor([[0, 1, 2, 3, 20]]), torch.ones(1, 5).bool())
     with pytest.raises(ValueError, match="an image has 12 codes; this transformer expects 20"):
         dalle(dalle.null_tokens(1), torch.zeros(1, 12).long())

@@ -1,4 +1,4 @@
-"""The masks of [text | codes]: the paper's figure, DALLE-pytorch's variants, and caches that hold what is seen."""
+"""Attention masks over [text | codes], and key-value caches that hold what they need."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ KINDS = ("full", "row", "column", "conv", "own_row", "corner")
 GRID, TEXT = (4, 5), 3
 
 
-def seen(pattern: Pattern, q: int) -> set[int]:
-    """The codes that code q sees."""
+def visible(pattern: Pattern, q: int) -> set[int]:
+    """The codes that code q attends to."""
     return set(stream_mask(pattern, 0)[q].nonzero()[:, 0].tolist())
 
 
-def test_the_paper_s_figure_11():
+def test_patterns_match_figure_11_of_the_paper():
     row, column, conv = (Pattern(kind, (4, 4), kernel=3) for kind in ("row", "column", "conv"))
-    # "Each image token attends to the previous 5 image tokens in raster order", itself among them: it wraps.
+    # "Each image token attends to the previous 5 image tokens in raster order", with itself
     assert (
-        seen(row, 10) == {6, 7, 8, 9, 10}
-        and seen(row, 4) == {0, 1, 2, 3, 4}
-        and seen(row, 2) == {0, 1, 2}
+        visible(row, 10) == {6, 7, 8, 9, 10}
+        and visible(row, 4) == {0, 1, 2, 3, 4}
+        and visible(row, 2) == {0, 1, 2}
     )
-    assert seen(column, 10) == {2, 6, 10} and seen(column, 3) == {3}
-    # A 3 x 3 kernel: up-left, up, up-right, left, itself; at an edge it wraps around.
+    assert visible(column, 10) == {2, 6, 10} and visible(column, 3) == {3}
+    # 3 x 3 kernel: up-left, up, up-right, left, itself; wraps around at the border
     assert (
-        seen(conv, 10) == {5, 6, 7, 9, 10}
-        and seen(conv, 8) == {3, 4, 5, 7, 8}
-        and seen(conv, 7) == {2, 3, 4, 6, 7}
+        visible(conv, 10) == {5, 6, 7, 9, 10}
+        and visible(conv, 8) == {3, 4, 5, 7, 8}
+        and visible(conv, 7) == {2, 3, 4, 6, 7}
     )
 
 
-def test_the_paper_s_kernel_covers_61_codes():
+def test_kernel_of_the_paper_covers_61_codes():
     conv = Pattern("conv", (32, 32), kernel=11)
     q = 20 * 32 + 16
     window = {(20 + r) * 32 + 16 + c for r in range(-5, 1) for c in range(-5, 6) if r < 0 or c <= 0}
-    assert seen(conv, q) == window and len(window) == 61
+    assert visible(conv, q) == window and len(window) == 61
 
 
-def test_a_kernel_larger_than_the_picture_sees_what_is_before():
+def test_kernel_larger_than_the_image_sees_all_previous_codes():
     conv = Pattern("conv", (4, 5), kernel=11)
-    assert all(seen(conv, q) == set(range(q + 1)) for q in range(20))
+    assert all(visible(conv, q) == set(range(q + 1)) for q in range(20))
 
 
-def test_dalle_pytorch_s_kinds_stay_inside_the_picture():
-    assert seen(Pattern("own_row", GRID), 12) == {10, 11, 12}
-    assert seen(Pattern("corner", GRID, kernel=3), 11) == {
+def test_dalle_pytorch_patterns_do_not_wrap_around():
+    assert visible(Pattern("own_row", GRID), 12) == {10, 11, 12}
+    assert visible(Pattern("corner", GRID, kernel=3), 11) == {
         0,
         1,
         5,
@@ -60,14 +60,14 @@ def test_dalle_pytorch_s_kinds_stay_inside_the_picture():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_mask_is_the_union_of_the_three(kind):
+def test_stream_mask_combines_text_and_image_masks(kind):
     pattern = Pattern(kind, GRID, kernel=3)
     mask, codes = stream_mask(pattern, TEXT), GRID[0] * GRID[1]
     assert torch.equal(
         mask[:TEXT, :TEXT], torch.ones(TEXT, TEXT, dtype=torch.bool).tril()
     )  # text to text: causal
     assert mask[TEXT:, :TEXT].all()  # image to text: full
-    assert torch.equal(mask[TEXT:, TEXT:], stream_mask(pattern, 0))  # image to image: the pattern's
+    assert torch.equal(mask[TEXT:, TEXT:], stream_mask(pattern, 0))  # image to image: the pattern
     assert not mask[:TEXT, TEXT:].any()
     assert (
         not mask.triu(1).any()
@@ -77,7 +77,7 @@ def test_one_mask_is_the_union_of_the_three(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_attention_is_that_of_the_three_parts_normalised_together(kind):
+def test_stream_attention_equals_its_parts_normalised_together(kind):
     torch.manual_seed(0)
     pattern, n = Pattern(kind, GRID, kernel=3), TEXT + 20
     q, k, v = torch.randn(3, 2, 2, n, 8).double()
@@ -99,7 +99,7 @@ def test_one_attention_is_that_of_the_three_parts_normalised_together(kind):
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [TEXT + 20, TEXT + 19])
-def test_flex_attention_computes_the_same(kind, n):
+def test_flex_attention_equals_sdpa(kind, n):
     torch.manual_seed(0)
     pattern = Pattern(kind, GRID, kernel=3)
     q, k, v = torch.randn(3, 2, 2, n, 16)
@@ -108,37 +108,37 @@ def test_flex_attention_computes_the_same(kind, n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("static_shapes", [False, True])
 @pytest.mark.parametrize("given", [0, 1, 7, 19])
-def test_a_cache_gives_exactly_the_keys_that_are_seen(kind, fixed_shapes, given):
-    """Keys hold the number of their position."""
+def test_cache_returns_exactly_the_visible_keys(kind, static_shapes, given):
+    """Each key is the number of its position."""
     pattern = Pattern(kind, GRID, kernel=3)
     numbers = torch.arange(TEXT + 20.0)
     cache = CodeCache(numbers[:TEXT].expand(1, 1, 2, 1, TEXT)[..., None], (pattern,))
     (layer,) = cache.layers
     layer.fill(numbers[TEXT : TEXT + given].expand(1, 2, 1, given)[..., None])
     for n in range(given, 20):
-        place = cache.slots(torch.tensor(n) if fixed_shapes else n)[kind]
-        kv = layer.append(numbers[TEXT + n].expand(1, 2, 1, 1, 1), place)
-        read = kv[0, 0, 0, :, 0] if place.mask is None else kv[0, 0, 0, :, 0][place.mask[0, 0, 0]]
-        expected = [*range(TEXT), *(TEXT + k for k in sorted(seen(pattern, n)))]
+        slot = cache.slots(torch.tensor(n) if static_shapes else n)[kind]
+        kv = layer.append(numbers[TEXT + n].expand(1, 2, 1, 1, 1), slot)
+        read = kv[0, 0, 0, :, 0] if slot.mask is None else kv[0, 0, 0, :, 0][slot.mask[0, 0, 0]]
+        expected = [*range(TEXT), *(TEXT + k for k in sorted(visible(pattern, n)))]
         assert sorted(read.tolist()) == expected
-        if fixed_shapes:
+        if static_shapes:
             assert kv.shape[3] == TEXT + cache_layout(pattern).max_seen
 
 
-def test_sparse_layers_keep_and_read_little():
-    sizes = {
+def test_cache_sizes_of_sparse_patterns():
+    layouts = {
         kind: cache_layout(Pattern(kind, (32, 32), kernel=11))
         for kind in ("full", "row", "column", "conv")
     }
-    assert {kind: how.slots for kind, how in sizes.items()} == {
+    assert {kind: layout.slots for kind, layout in layouts.items()} == {
         "full": 1024,
         "row": 33,
         "column": 993,
         "conv": 166,
     }
-    assert {kind: how.max_seen for kind, how in sizes.items()} == {
+    assert {kind: layout.max_seen for kind, layout in layouts.items()} == {
         "full": 1024,
         "row": 33,
         "column": 32,

@@ -1,4 +1,4 @@
-"""The bound on ln p(x, y), against a codec whose codes can all be written down."""
+"""Bound on ln p(x, y), compared with a codec whose codes can be enumerated."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from unclip.models.dalle.transformer import DALLE, DALLEConfig
 GRID, K = (1, 2), 3
 
 
-class Told(ImageCodec):
-    """Its posterior and its likelihoods are tables."""
+class TableCodec(ImageCodec):
+    """Codec whose posterior and likelihoods are tables."""
 
     image_size, factor, vocab_size, grid = 2, 1, K, GRID
 
@@ -49,9 +49,9 @@ def dalle() -> DALLE:
     ).eval()
 
 
-def test_it_is_the_mean_over_the_posterior_and_below_the_likelihood(dalle):
+def test_bound_is_the_posterior_mean_and_below_the_likelihood(dalle):
     torch.manual_seed(1)
-    codec, draws = Told(), 4000
+    codec, samples = TableCodec(), 4000
     images, tokens = torch.zeros(1, 3, 2, 2), torch.tensor([[3, 1, 9, 10]])
     ln_q = codec.posterior.log_softmax(-1)
     exact, joint = 0.0, []
@@ -64,20 +64,22 @@ def test_it_is_the_mean_over_the_posterior_and_below_the_likelihood(dalle):
         joint.append(ln_p)
     likelihood = torch.stack(joint).logsumexp(0)
 
-    bound = joint_bound(dalle, codec, images.expand(draws, -1, -1, -1), tokens.expand(draws, -1))
-    error = 4 * bound.nats.std() / draws**0.5
+    bound = joint_bound(
+        dalle, codec, images.expand(samples, -1, -1, -1), tokens.expand(samples, -1)
+    )
+    error = 4 * bound.nats.std() / samples**0.5
     assert (bound.nats.mean() - exact).abs() < error
     assert exact < likelihood
     torch.testing.assert_close(bound.bits_per_dim, -bound.nats / (12 * math.log(2)))
     assert (
-        torch.equal(bound.text, bound.text[:1].expand(draws))
+        torch.equal(bound.text, bound.text[:1].expand(samples))
         and bound.entropy.unique().numel() == 1
     )
 
 
-def test_it_is_drawn_from_the_given_generator(dalle):
+def test_bound_depends_on_the_generator(dalle):
     images, tokens = torch.zeros(50, 3, 2, 2), dalle.null_tokens(50)
-    codec = Told()
+    codec = TableCodec()
     first, again, other = (
         joint_bound(dalle, codec, images, tokens, torch.Generator().manual_seed(seed)).codes
         for seed in (0, 0, 1)
@@ -86,13 +88,13 @@ def test_it_is_drawn_from_the_given_generator(dalle):
 
 
 @pytest.mark.parametrize("kind", ["dvae", "vqvae"])
-def test_codecs_have_one(kind):
+def test_bound_of_real_codecs(kind):
     torch.manual_seed(0)
     if kind == "dvae":
         codec = DVAE(
             DVAEConfig(image_size=8, vocab_size=16, width=8, groups=2, blocks=1, code_width=8)
         ).eval()
-    else:  # whose q is certain
+    else:  # a deterministic posterior
         net = ConvNetConfig(width=8, factor=2, blocks=1, block_width=4)
         codec = VQVAE(VQVAEConfig(image_size=8, vocab_size=16, code_width=4, net=net)).eval()
     config = DALLEConfig(7, 4, 16, codec.grid, width=16, depth=2, heads=2, head_dim=8, kernel=3)

@@ -1,4 +1,4 @@
-"""Drawing codes: the distribution asked for, codes that are given stay, and no picture depends on its batch."""
+"""Sampling of codes: distribution, given codes, guidance and independence of the batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_dalle import CONFIG, GRID, KINDS, B, K, L, N, V, make, only
+from test_dalle import CONFIG, GRID, KINDS, B, K, L, N, V, make, uniform_config
 
 from unclip.models.dalle.sampling import draw_code, guide, sample_codes
 from unclip.models.dalle.transformer import DALLE
@@ -29,8 +29,8 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def draws(logits: torch.Tensor, options: CodeOptions, n: int = 20_000) -> torch.Tensor:
-    """Frequencies (K,) of n draws."""
+def sample_frequencies(logits: torch.Tensor, options: CodeOptions, n: int = 20_000) -> torch.Tensor:
+    """Frequencies (K,) of the codes in n samples."""
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
     return (
         draw_code(logits.expand(n, -1), uniform, options).bincount(minlength=logits.shape[-1]) / n
@@ -43,16 +43,16 @@ def chi_squared(frequencies: torch.Tensor, p: torch.Tensor, n: int = 20_000) -> 
 
 
 LOGITS = torch.tensor([0.3, -1.2, 2.0, 0.0, 1.1, -3.0, 0.9, 2.0])
-MOST = 24.3  # of chi squared with 7 degrees of freedom, once in a thousand
+CHI_SQUARED_LIMIT = 24.3  # 99.9th percentile with 7 degrees of freedom
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_are_the_probabilities(temperature):
-    frequencies = draws(LOGITS, CodeOptions(temperature=temperature))
-    assert chi_squared(frequencies, (LOGITS / temperature).softmax(0)) < MOST
+def test_frequencies_equal_probabilities(temperature):
+    frequencies = sample_frequencies(LOGITS, CodeOptions(temperature=temperature))
+    assert chi_squared(frequencies, (LOGITS / temperature).softmax(0)) < CHI_SQUARED_LIMIT
 
 
-def test_a_cold_draw_is_the_likeliest_code():
+def test_temperature_near_zero_selects_the_most_likely_code():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(50)
     for temperature in (0.0, 5e-324, 1e-40, 1e-6):
@@ -61,36 +61,36 @@ def test_a_cold_draw_is_the_likeliest_code():
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 100])
-def test_top_k_draws_among_k_codes(k):
-    frequencies = draws(LOGITS, CodeOptions(top_k=k))
-    assert (frequencies > 0).sum() == min(k, 8)  # also where two codes are as likely as each other
+def test_top_k_samples_from_k_codes(k):
+    frequencies = sample_frequencies(LOGITS, CodeOptions(top_k=k))
+    assert (frequencies > 0).sum() == min(k, 8)  # also if two codes have equal probability
     kept = torch.zeros(8)
     kept[frequencies > 0] = LOGITS.softmax(0)[frequencies > 0]
-    assert chi_squared(frequencies, kept / kept.sum()) < MOST
+    assert chi_squared(frequencies, kept / kept.sum()) < CHI_SQUARED_LIMIT
 
 
-def test_top_p_draws_among_the_fewest_codes_that_hold_p():
+def test_top_p_samples_from_the_smallest_set_with_probability_p():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     for top_p, support in ((0.4, 1), (0.6, 2), (0.79, 2), (0.81, 3), (0.99, 4), (1.0, 4)):
-        frequencies = draws(p.log()[[3, 1, 0, 2]], CodeOptions(top_p=top_p))[[2, 1, 3, 0]]
+        frequencies = sample_frequencies(p.log()[[3, 1, 0, 2]], CodeOptions(top_p=top_p))[
+            [2, 1, 3, 0]
+        ]
         assert (frequencies > 0).tolist() == [i < support for i in range(4)]
         expected = p * (torch.arange(4) < support)
-        assert chi_squared(frequencies, expected / expected.sum()) < MOST
-    both = draws(p.log(), CodeOptions(top_p=0.99, top_k=2))
+        assert chi_squared(frequencies, expected / expected.sum()) < CHI_SQUARED_LIMIT
+    both = sample_frequencies(p.log(), CodeOptions(top_p=0.99, top_k=2))
     assert (both > 0).tolist() == [True, True, False, False]
 
 
-def test_the_ends_of_the_unit_interval_draw_possible_codes():
+def test_ends_of_the_unit_interval_select_possible_codes():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-24])
     assert draw_code(logits, ends, PLAIN).tolist() == [1, 3]
-    assert draw_code(logits, ends, CodeOptions(top_k=4)).tolist() == [
-        3,
-        1,
-    ]  # the likeliest come first
+    # top-k sorts in descending order
+    assert draw_code(logits, ends, CodeOptions(top_k=4)).tolist() == [3, 1]
 
 
-def test_guidance_goes_from_the_null_through_the_conditional():
+def test_guidance_extrapolates_from_the_null_logits():
     cond, null = torch.randn(2, 3, K).double()
     both = torch.cat([cond, null])
     torch.testing.assert_close(guide(both, 3.0), (null + 3 * (cond - null)).float())
@@ -98,10 +98,10 @@ def test_guidance_goes_from_the_null_through_the_conditional():
     torch.testing.assert_close(guide(both, 0.0), null.float())
 
 
-def uncached(
+def sample_uncached(
     dalle: DALLE, tokens: torch.Tensor, seed: int, options: CodeOptions, prime: torch.Tensor
 ) -> torch.Tensor:
-    """One picture by the whole stream for each code, both halves of guidance apart."""
+    """Sample one image with a full pass for each code, and separate guidance branches."""
     uniform = torch.rand(N, generator=torch.Generator().manual_seed(seed))
     codes = torch.zeros(1, N, dtype=torch.long)
     codes[:, : len(prime)] = prime
@@ -116,17 +116,22 @@ def uncached(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_those_of_the_whole_stream_at_every_step(kind, tokens):
-    dalle, options = make(only(kind, depth=2)), CodeOptions(temperature=0.8, top_k=7, guidance=2.5)
+def test_cached_sampling_equals_uncached(kind, tokens):
+    dalle, options = (
+        make(uniform_config(kind, depth=2)),
+        CodeOptions(temperature=0.8, top_k=7, guidance=2.5),
+    )
     prime = torch.tensor([3, 1, 4, 1, 5, 9])
-    drawn = sample_codes(
+    sampled = sample_codes(
         dalle, dalle.condition(tokens), generators(5, 6, 7), options, prime=prime[None]
     )
     for row, seed in enumerate((5, 6, 7)):
-        assert torch.equal(drawn[row], uncached(dalle, tokens[row : row + 1], seed, options, prime))
+        assert torch.equal(
+            sampled[row], sample_uncached(dalle, tokens[row : row + 1], seed, options, prime)
+        )
 
 
-def test_a_picture_does_not_depend_on_its_batch(dalle, tokens):
+def test_images_do_not_depend_on_their_batch(dalle, tokens):
     prefix = dalle.condition(tokens)
     together = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN)
     alone = sample_codes(dalle, prefix[1:2], generators(6), PLAIN)
@@ -137,20 +142,20 @@ def test_a_picture_does_not_depend_on_its_batch(dalle, tokens):
 
 
 @pytest.mark.parametrize("given", [1, 5, 9, N - 1])
-def test_given_codes_stay_and_the_rest_goes_on_from_them(dalle, tokens, given):
+def test_given_codes_are_kept_and_continued(dalle, tokens, given):
     prefix = dalle.condition(tokens)
-    whole = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN)
+    full = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN)
     again = sample_codes(
-        dalle, prefix, generators(5, 6, 7), PLAIN, prime=whole.flatten(1)[:, :given]
+        dalle, prefix, generators(5, 6, 7), PLAIN, prime=full.flatten(1)[:, :given]
     )
-    assert torch.equal(again, whole)  # each place keeps its random number
+    assert torch.equal(again, full)  # each position keeps its random number
     other = sample_codes(
-        dalle, prefix, generators(1, 2, 3), PLAIN, prime=whole.flatten(1)[:, :given]
+        dalle, prefix, generators(1, 2, 3), PLAIN, prime=full.flatten(1)[:, :given]
     )
-    assert torch.equal(other.flatten(1)[:, :given], whole.flatten(1)[:, :given])
+    assert torch.equal(other.flatten(1)[:, :given], full.flatten(1)[:, :given])
 
 
-def test_the_null_may_be_at_hand(dalle, tokens):
+def test_precomputed_null_gives_the_same_codes(dalle, tokens):
     options, prefix = CodeOptions(guidance=3.0), dalle.condition(tokens)
     computed = sample_codes(dalle, prefix, generators(5, 6, 7), options)
     with torch.no_grad():
@@ -161,28 +166,28 @@ def test_the_null_may_be_at_hand(dalle, tokens):
     assert not torch.equal(sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN), computed)
 
 
-def test_without_guidance_the_null_is_never_computed(dalle, tokens, monkeypatch):
+def test_no_null_is_computed_without_guidance(dalle, tokens, monkeypatch):
     prefix = dalle.condition(tokens)
-    monkeypatch.setattr(DALLE, "null_tokens", lambda *_: pytest.fail("the null was asked for"))
+    monkeypatch.setattr(DALLE, "null_tokens", lambda *_: pytest.fail("null_tokens was called"))
     assert sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN).shape == (B, *GRID)
 
 
-def test_progress_shows_the_codes_so_far(dalle, tokens):
-    told: list[tuple[int, torch.Tensor]] = []
+def test_on_code_gets_all_codes_so_far(dalle, tokens):
+    calls: list[tuple[int, torch.Tensor]] = []
     prime = torch.zeros(1, 4, dtype=torch.long)
-    drawn = sample_codes(
+    sampled = sample_codes(
         dalle,
         dalle.condition(tokens),
         generators(5, 6, 7),
         PLAIN,
         prime=prime,
-        on_code=lambda n, codes: told.append((n, codes.clone())),
+        on_code=lambda n, codes: calls.append((n, codes.clone())),
     )
-    assert [n for n, _ in told] == list(range(5, N + 1))
-    assert all(torch.equal(codes, drawn.flatten(1)[:, :n]) for n, codes in told)
+    assert [n for n, _ in calls] == list(range(5, N + 1))
+    assert all(torch.equal(codes, sampled.flatten(1)[:, :n]) for n, codes in calls)
 
 
-def test_a_step_of_fixed_shapes_draws_the_same(dalle, tokens):
+def test_compiled_step_gets_static_shapes(dalle, tokens):
     seen: list[tuple[torch.Size, ...]] = []
 
     def step(codes, position, cache):
@@ -197,7 +202,7 @@ def test_a_step_of_fixed_shapes_draws_the_same(dalle, tokens):
     assert set(seen) == {(torch.Size([B]), torch.Size([]))} and len(seen) == N - 1
 
 
-def test_bad_input_is_named(dalle, tokens):
+def test_invalid_input_raises(dalle, tokens):
     prefix = dalle.condition(tokens)
     with pytest.raises(ValueError, match="1 generators were given for 3 images"):
         sample_codes(dalle, prefix, generators(1), PLAIN)
@@ -208,23 +213,23 @@ def test_bad_input_is_named(dalle, tokens):
         ValueError, match="the first codes are 0 to 11; this transformer expects 0 to 10"
     ):
         sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, prime=torch.tensor([[0, K]]))
-    for wrong, said in (
+    for wrong, message in (
         ({"temperature": -1.0}, "temperature is -1.0; expected at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": 0}, "top_k is 0; expected at least 1"),
         ({"top_p": 0.0}, r"top_p is 0.0; expected more than 0"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             CodeOptions(**wrong)
 
 
 @pytest.mark.slow
-def test_a_compiled_step_draws_the_same(tokens):
+def test_compiled_step_gives_the_same_codes(tokens):
     dalle = make(replace(CONFIG, depth=3))
     prefix = dalle.condition(tokens)
     expected = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN)
     torch.compiler.reset()
     compiled = torch.compile(dalle.step, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        drawn = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN, compiled_step=compiled)
-    assert torch.equal(drawn, expected)
+        sampled = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN, compiled_step=compiled)
+    assert torch.equal(sampled, expected)

@@ -1,4 +1,4 @@
-"""OpenAI's dVAE: its structure, its likelihood, its relaxation, and its published files."""
+"""OpenAI's dVAE: structure, likelihood, relaxation and published files."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from unclip.models.codecs.dvae import (
 from unclip.models.codecs.quantizers import kl_to_uniform
 
 OPENAI = recording("openai_dvae")
-SMALL = DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8)
+SMALL_CONFIG = DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8)
 
 
-def small(**changes: object) -> DVAE:
+def make_dvae(**changes: object) -> DVAE:
     torch.manual_seed(0)
-    return DVAE(DVAEConfig(**{**vars(SMALL), **changes})).eval()
+    return DVAE(DVAEConfig(**{**vars(SMALL_CONFIG), **changes})).eval()
 
 
-def pictures(batch: int = 2, size: int = 16) -> Tensor:
+def make_images(batch: int = 2, size: int = 16) -> Tensor:
     return numbers("pictures", (batch, 3, size, size), 0.4).clamp(-1, 1)
 
 
 class Module(nn.Module):
-    """A module by the names of its tensors, pickled as a whole like OpenAI's."""
+    """Module built from tensor names, pickled as a whole as OpenAI's are."""
 
     def add(self, name: str, tensor: Tensor) -> None:
         first, _, rest = name.partition(".")
@@ -54,7 +54,7 @@ class Module(nn.Module):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files like the published ones, at a quarter of the width; not to be changed by a test."""
+    """Files like the published ones, at a quarter of the width. Tests must not change them."""
     folder = tmp_path_factory.mktemp("openai")
     for part in ("encoder", "decoder"):
         module = Module()
@@ -66,8 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_openai_s_files_answer_as_openai_s_code(folder):
-    dvae, images = load_codec(folder), pictures(2, 32)
+def test_openai_files_give_recorded_outputs(folder):
+    dvae, images = load_codec(folder), make_images(2, 32)
     logits = dvae.logits(images).permute(0, 3, 1, 2)
     torch.testing.assert_close(sampled(logits), OPENAI["logits"], atol=1e-5, rtol=0)
     assert dvae.encode(images).flatten().tolist() == OPENAI["codes"]
@@ -79,7 +79,7 @@ def test_openai_s_files_answer_as_openai_s_code(folder):
     torch.testing.assert_close(sampled(dvae.decode(codes)), OPENAI["pictures"], atol=1e-5, rtol=0)
 
 
-def test_sizes_are_read_from_the_files_and_their_names_can_be_given_back(folder):
+def test_config_is_inferred_and_names_are_restored(folder):
     dvae = openai_dvae.load(folder)
     assert dvae.config == DVAEConfig(vocab_size=512, width=64, code_width=16)
     state = dvae.state_dict()
@@ -94,7 +94,7 @@ def test_sizes_are_read_from_the_files_and_their_names_can_be_given_back(folder)
     assert {name: tuple(tensor.shape) for name, tensor in there.items()} == shapes
 
 
-def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path):
+def test_missing_tensor_raises(folder, tmp_path):
     for part in ("encoder", "decoder"):
         module = Module()
         for name, shape in OPENAI[part].items():
@@ -107,18 +107,19 @@ def test_a_file_that_lacks_a_tensor_is_refused(folder, tmp_path):
         load_codec(tmp_path)
 
 
-def test_something_else_is_no_dvae(tmp_path):
+def test_other_files_raise(tmp_path):
     for part in ("encoder", "decoder"):
         torch.save(nn.Linear(2, 2), tmp_path / f"{part}.pkl")
     with pytest.raises(
-        ValueError, match="is not a dVAE of OpenAI: the tensor encoder.blocks.output.conv.w is missing"
+        ValueError,
+        match="is not a dVAE of OpenAI: the tensor encoder.blocks.output.conv.w is missing",
     ):
         load_codec(tmp_path)
     with pytest.raises(FileNotFoundError, match="nothing does not exist"):
         load_codec(tmp_path / "nothing")
 
 
-def test_the_published_size():
+def test_published_size():
     with torch.device("meta"):
         dvae = DVAE(DVAEConfig())
     sizes = [
@@ -130,8 +131,8 @@ def test_the_published_size():
     assert dvae.encoder.group_4.block_2.gain == 1 / 64
 
 
-def test_the_encoder_is_its_published_formula():
-    dvae, images = small(), pictures()
+def test_encoder_matches_reference_formula():
+    dvae, images = make_dvae(), make_images()
     state = dvae.encoder.state_dict()
 
     def conv(x: Tensor, name: str) -> Tensor:
@@ -150,50 +151,49 @@ def test_the_encoder_is_its_published_formula():
     )
 
 
-def test_weights_begin_with_the_variance_of_the_paper():
+def test_initial_weights_have_the_variance_of_the_paper():
     weight = DVAE(DVAEConfig(width=64)).encoder.group_1.block_1.res_path.conv_2.w
     assert weight.std().item() == pytest.approx((16 * 9) ** -0.5, rel=0.05)
     assert not any(
-        tensor.any() for name, tensor in small().state_dict().items() if name.endswith(".b")
+        tensor.any() for name, tensor in make_dvae().state_dict().items() if name.endswith(".b")
     )
 
 
-def test_a_look_up_is_the_one_hot_convolution_bit_for_bit():
-    dvae = small()
+def test_embedding_equals_one_hot_convolution():
+    dvae = make_dvae()
     codes = torch.randint(24, (2, 4, 4), generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(codes, 24).permute(0, 3, 1, 2).float()
     assert torch.equal(dvae._embed(codes), dvae.decoder.input(one_hot))
 
 
 def test_soft_codes_are_a_weighted_mean_of_the_codebook():
-    dvae, soft = small(), torch.randn(2, 4, 4, 24).softmax(dim=-1)
-    wanted = (
+    dvae, soft = make_dvae(), torch.randn(2, 4, 4, 24).softmax(dim=-1)
+    expected = (
         sum(soft[..., k, None] * dvae.decoder.input.w[:, k, 0, 0] for k in range(24))
         + dvae.decoder.input.b
     )
-    torch.testing.assert_close(dvae._embed(soft).permute(0, 2, 3, 1), wanted)
+    torch.testing.assert_close(dvae._embed(soft).permute(0, 2, 3, 1), expected)
 
 
-def test_the_likelihood_is_a_laplace_of_the_logit():
+def test_likelihood_is_a_logit_laplace():
     mean, scale = torch.randn(2, 3, 4, 4), torch.rand(2, 3, 4, 4) + 0.1
-    images = pictures(2, 4)
+    images = make_images(2, 4)
     density = TransformedDistribution(Laplace(mean, scale), SigmoidTransform())
     torch.testing.assert_close(
         logit_laplace_nll(images, mean, scale), -density.log_prob(to_logit_range(images))
     )
 
 
-def test_the_likelihood_s_density_has_mass_one():
+def test_likelihood_density_integrates_to_one():
     x = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    images = (
-        2 * (x - EPS) / (1 - 2 * EPS) - 1
-    )  # the logit range is (0, 1) for pixels beyond [-1, 1]
+    # pixels beyond [-1, 1], so that the logit range is (0, 1)
+    images = 2 * (x - EPS) / (1 - 2 * EPS) - 1
     for mean, scale in ((0.0, 1.0), (1.5, 0.3), (-2.0, 0.8)):
         nll = logit_laplace_nll(images.double(), torch.tensor(mean), torch.tensor(scale))
         assert torch.exp(-nll.double()).mean().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_pixels_survive_the_map_and_its_inverse():
+def test_logit_range_round_trip():
     images = torch.linspace(-1, 1, 101)
     assert to_logit_range(images).aminmax() == (pytest.approx(EPS), pytest.approx(1 - EPS))
     torch.testing.assert_close(
@@ -201,55 +201,55 @@ def test_pixels_survive_the_map_and_its_inverse():
     )
 
 
-def test_log_likelihood_is_the_density_of_pixels_between_0_and_1():
-    dvae, images = small(), pictures()
+def test_log_likelihood_is_a_density_over_pixels_in_0_to_1():
+    dvae, images = make_dvae(), make_images()
     codes = dvae.encode(images)
     mean, scale = dvae._pixel_distribution(dvae._embed(codes))
     density = TransformedDistribution(Laplace(mean, scale), SigmoidTransform())
-    wanted = (density.log_prob(to_logit_range(images)) + math.log(0.8)).sum(dim=(1, 2, 3))
-    torch.testing.assert_close(dvae.log_likelihood(images, codes), wanted)
+    expected = (density.log_prob(to_logit_range(images)) + math.log(0.8)).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(dvae.log_likelihood(images, codes), expected)
 
 
-def test_the_kl_is_that_of_a_categorical_and_of_a_monte_carlo_run():
+def test_kl_equals_categorical_and_monte_carlo():
     logits = 2 * torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     q, uniform = Categorical(logits=logits), Categorical(probs=torch.ones(5, 16))
     torch.testing.assert_close(kl_to_uniform(logits), torch.distributions.kl_divergence(q, uniform))
     torch.manual_seed(0)
-    drawn = q.sample((40_000,))
-    estimate = (q.log_prob(drawn) + math.log(16)).mean(dim=0)
+    samples = q.sample((40_000,))
+    estimate = (q.log_prob(samples) + math.log(16)).mean(dim=0)
     torch.testing.assert_close(kl_to_uniform(logits), estimate, atol=0.03, rtol=0)
 
 
-def test_the_kl_is_never_negative_and_never_above_all_bits():
+def test_kl_is_between_zero_and_all_bits():
     for k in (2, 1024, 8192):
         flat = kl_to_uniform(torch.full((3, k), 0.1))
         assert (flat >= 0).all() and flat.max() < 1e-5
-        sure = kl_to_uniform(torch.eye(k)[:3] * 1e4)
+        certain = kl_to_uniform(torch.eye(k)[:3] * 1e4)
         torch.testing.assert_close(
-            sure / math.log(2), torch.full((3 if k > 2 else 2,), math.log2(k))
+            certain / math.log(2), torch.full((3 if k > 2 else 2,), math.log2(k))
         )
 
 
-def test_the_kl_in_bits_does_not_grow_with_the_batch():
-    dvae, images = small(), pictures()
+def test_kl_does_not_depend_on_the_batch_size():
+    dvae, images = make_dvae(), make_images()
     one, many = dvae.loss(images), dvae.loss(images.repeat(5, 1, 1, 1))
     torch.testing.assert_close(one.logged["kl_bits"], many.logged["kl_bits"])
     torch.testing.assert_close(one.loss, many.loss)
     assert 0 <= one.logged["kl_bits"] <= math.log2(24)
 
 
-def test_the_loss_weighs_the_kl_by_values_for_each_position():
-    dvae, images = small(), pictures()
+def test_kl_weight_is_per_value():
+    dvae, images = make_dvae(), make_images()
     nll, both = dvae.loss(images, kl_weight=0.0), dvae.loss(images, kl_weight=6.6)
     kl = both.logged["kl_bits"] * math.log(2)
     torch.testing.assert_close(
         both.loss - nll.loss, 6.6 * kl / 48
-    )  # 3 colours of 4 x 4 pixels; 192 in the paper
+    )  # 3 channels x 4 x 4 pixels; 192 in the paper
     torch.testing.assert_close(nll.loss, nll.logged["nll"])
 
 
-def test_in_eval_mode_the_codes_are_hard_and_nothing_is_drawn():
-    dvae, images = small(), pictures()
+def test_eval_mode_is_deterministic_with_hard_codes():
+    dvae, images = make_dvae(), make_images()
     values = images[0].numel()
     terms = dvae.loss(images, temperature=0.7)
     hard = -dvae.log_likelihood(images, dvae.encode(images)).mean() / values + math.log(0.8)
@@ -259,49 +259,48 @@ def test_in_eval_mode_the_codes_are_hard_and_nothing_is_drawn():
     assert dvae.loss(images).logged["nll"] != dvae.loss(images).logged["nll"]
 
 
-def test_a_cold_relaxation_is_one_hot_with_the_frequencies_of_the_distribution():
-    """Gumbel-Max: chi-squared of 20,000 draws, 7 degrees of freedom; 24.3 is exceeded once in a thousand times."""
+def test_gumbel_softmax_at_low_temperature_samples_the_distribution():
+    """Chi-squared test of 20,000 samples, with the 99.9th percentile for 7 degrees of freedom."""
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.5, -2.0, 1.5])
-    drawn = F.gumbel_softmax(logits.expand(20_000, 8), tau=1e-3, dim=-1)
-    assert (drawn.max(dim=-1).values > 1 - 1e-3).float().mean() > 0.99
+    samples = F.gumbel_softmax(logits.expand(20_000, 8), tau=1e-3, dim=-1)
+    assert (samples.max(dim=-1).values > 1 - 1e-3).float().mean() > 0.99
     expected = 20_000 * logits.softmax(dim=-1)
-    assert ((drawn.round().sum(dim=0) - expected).square() / expected).sum() < 24.3
+    assert ((samples.round().sum(dim=0) - expected).square() / expected).sum() < 24.3
 
 
-def test_training_at_low_temperature_decodes_codes_drawn_from_the_posterior(monkeypatch):
-    """What the decoder is given in training: rows that sum to 1, nearly one-hot, each code as often as it is likely."""
-    dvae, given = small().train(), []
+def test_training_at_low_temperature_decodes_posterior_samples(monkeypatch):
+    """The decoder gets weights that sum to 1 and have the posterior as their mean."""
+    dvae, inputs = make_dvae().train(), []
     embed = dvae._embed
-    monkeypatch.setattr(dvae, "_embed", lambda soft: given.append(soft) or embed(soft))
-    images = pictures(1).expand(400, -1, -1, -1)
+    monkeypatch.setattr(dvae, "_embed", lambda soft: inputs.append(soft) or embed(soft))
+    images = make_images(1).expand(400, -1, -1, -1)
     with torch.no_grad():
         dvae.encoder.output.conv.w.mul_(3)
         torch.manual_seed(0)
         dvae.loss(images, temperature=1e-3)
         p = dvae.logits(images[:1]).softmax(dim=-1)[0]  # h w K
-    torch.testing.assert_close(given[0].sum(dim=-1), torch.ones(400, 4, 4))
-    torch.testing.assert_close(given[0].mean(dim=0), p, atol=0.12, rtol=0)
+    torch.testing.assert_close(inputs[0].sum(dim=-1), torch.ones(400, 4, 4))
+    torch.testing.assert_close(inputs[0].mean(dim=0), p, atol=0.12, rtol=0)
 
 
-def test_a_floor_under_the_scale_bounds_the_likelihood():
+def test_min_scale_bounds_the_likelihood():
     flat = torch.ones(1, 3, 16, 16)
-    for floor in (0.0, 0.5):
-        dvae = small(min_scale=floor)
+    for min_scale in (0.0, 0.5):
+        dvae = make_dvae(min_scale=min_scale)
         nn.init.zeros_(dvae.decoder.output.conv.w)
-        dvae.decoder.output.conv.b.data = torch.tensor(
-            [math.log(9.0)] * 3 + [-5.0] * 3
-        )  # exactly white, and sure
+        # mean exactly white, small scale
+        dvae.decoder.output.conv.b.data = torch.tensor([math.log(9.0)] * 3 + [-5.0] * 3)
         nll = dvae.loss(flat).logged["nll"].item()
-        assert nll == pytest.approx(math.log(2 * (math.exp(-5) + floor) * 0.09), abs=1e-3)
+        assert nll == pytest.approx(math.log(2 * (math.exp(-5) + min_scale) * 0.09), abs=1e-3)
 
 
-def test_names_are_openai_s():
+def test_tensor_names_are_those_of_openai():
     with torch.device("meta"):
         names = DVAE(DVAEConfig(width=64, vocab_size=512, code_width=16)).state_dict()
-    wanted = OrderedDict(
+    expected = OrderedDict(
         (f"{part}.{n.removeprefix('blocks.')}", 0)
         for part in ("encoder", "decoder")
         for n in OPENAI[part]
     )
-    assert list(names) == list(wanted)
+    assert list(names) == list(expected)

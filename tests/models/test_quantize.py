@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers: how far they are from the ones that were trained, and what is left alone."""
+"""8-bit weights: quantisation error, and which layers are not quantised."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ INPUTS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", list(INPUTS))
 @torch.no_grad()
-def test_a_weight_is_off_by_half_a_step_at_most(name, dtype):
+def test_weight_error_is_at_most_half_a_step(name, dtype):
     exact = layers().to(dtype)
-    rounded = copy.deepcopy(exact)
-    quantize(rounded)
+    quantized = copy.deepcopy(exact)
+    quantize(quantized)
     if name == "small":
-        assert type(rounded[name]) is nn.Linear
+        assert type(quantized[name]) is nn.Linear
         return
-    layer, weight = rounded[name], exact[name].weight.float()
+    layer, weight = quantized[name], exact[name].weight.float()
     assert (
         isinstance(layer, Int8Layer)
         and layer.int8.dtype == torch.int8
@@ -63,48 +63,47 @@ def test_a_weight_is_off_by_half_a_step_at_most(name, dtype):
     assert layer.dequantize(dtype).dtype == dtype
     step = weight.flatten(1).abs().amax(1) / 127
     error = (layer.dequantize(torch.float32) - weight).flatten(1).abs().amax(1)
-    assert (
-        error <= 0.51 * step * (1 + 2**-8) + 127 * step * 2**-8
-    ).all()  # the scale itself has 8 bits
+    limit = 0.51 * step * (1 + 2**-8) + 127 * step * 2**-8  # the scale itself has 8 bits
+    assert (error <= limit).all()
     assert error.max() > 0
     x = torch.randn(INPUTS[name]).to(dtype)
-    answer, expected = layer(x), exact[name](x)
-    assert answer.dtype == dtype and answer.shape == expected.shape
-    assert F.cosine_similarity(answer.float().flatten(), expected.float().flatten(), dim=0) > 0.999
+    output, expected = layer(x), exact[name](x)
+    assert output.dtype == dtype and output.shape == expected.shape
+    assert F.cosine_similarity(output.float().flatten(), expected.float().flatten(), dim=0) > 0.999
 
 
 @torch.no_grad()
-def test_few_rows_are_multiplied_by_the_integers_themselves():
+def test_few_rows_use_the_integer_kernel():
     linear = layers()["linear"]
-    rounded = Int8Linear(linear)
+    quantized = Int8Linear(linear)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        network = copy.deepcopy(rounded).to(dtype)
+        network = copy.deepcopy(quantized).to(dtype)
         x = torch.randn(MAX_INT8_ROWS + 1, 96).to(dtype)
         few = torch.cat([network(x[:MAX_INT8_ROWS]), network(x[MAX_INT8_ROWS:])])
         torch.testing.assert_close(few, network(x), rtol=tolerance, atol=tolerance)
 
 
-def test_the_pictures_stay_close(tiny_pipe):
+def test_images_stay_close(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
     assert pipe.quantize("int8") is pipe
     assert all(is_quantized(network) for network in pipe.networks().values())
-    told = [one("a", seed=0, progress=False).metadata[0] for one in (pipe, tiny_pipe)]
-    assert told[0]["quantized"] == "int8" and "quantized" not in told[1]
+    metadata = [one("a", seed=0, progress=False).metadata[0] for one in (pipe, tiny_pipe)]
+    assert metadata[0]["quantized"] == "int8" and "quantized" not in metadata[1]
     assert not is_quantized(pipe.clip) and torch.equal(pipe.prior.emb_std, tiny_pipe.prior.emb_std)
 
-    def draw(pipe):
+    def generate(pipe):
         text, generators = pipe.encode_text("a red apple"), generators_from([0])
         emb = pipe.sample_prior(text, generators=generators)
         return emb, pipe.upsample(
             pipe.decode(emb, text, generators=generators), generators=generators
         )
 
-    (emb, picture), (exact_emb, exact_picture) = draw(pipe), draw(tiny_pipe)
+    (emb, image), (exact_emb, exact_image) = generate(pipe), generate(tiny_pipe)
     assert 1 - 1e-2 < F.cosine_similarity(emb, exact_emb).item() < 1
-    assert 0 < (picture - exact_picture).abs().mean() < 0.2
+    assert 0 < (image - exact_image).abs().mean() < 0.2
 
 
-def test_weights_take_a_quarter_of_float32():
+def test_weights_take_a_quarter_of_the_memory_of_float32():
     exact = nn.Sequential(nn.Linear(256, 256, bias=False), nn.Conv2d(64, 64, 3, bias=False))
     before = sum(tensor.nbytes for tensor in exact.state_dict().values())
     quantize(exact)
@@ -112,7 +111,7 @@ def test_weights_take_a_quarter_of_float32():
     assert sum(tensor.nbytes for tensor in exact.state_dict().values()) < 0.27 * before
 
 
-def test_it_is_for_good(tiny_pipe, tmp_path):
+def test_quantized_models_cannot_be_saved(tiny_pipe, tmp_path):
     pipe = copy.deepcopy(tiny_pipe).quantize()
     with pytest.raises(
         ValueError, match=r"rounded to 8 bits, which is not to be saved; save before quantize\(\)"
@@ -121,13 +120,13 @@ def test_it_is_for_good(tiny_pipe, tmp_path):
     assert not (tmp_path / "model").exists()
     with pytest.raises(ValueError, match="unknown kind of weights 'int4'; expected 'int8'"):
         pipe.quantize("int4")
-    drawn = [pipe("a red apple", seed=0, progress=False).images[0].tobytes()]
-    pipe.quantize().offload()  # once more changes nothing
-    drawn.append(pipe("a red apple", seed=0, progress=False).images[0].tobytes())
-    assert drawn[0] == drawn[1]
+    images = [pipe("a red apple", seed=0, progress=False).images[0].tobytes()]
+    pipe.quantize().offload()  # quantising again has no effect
+    images.append(pipe("a red apple", seed=0, progress=False).images[0].tobytes())
+    assert images[0] == images[1]
 
 
-def test_the_codec_of_dalle_is_left_alone(tiny_dalle):
+def test_codec_of_dalle_is_not_quantized(tiny_dalle):
     pipe = copy.deepcopy(tiny_dalle)
     pipe.codec.more, pipe.dalle.more = nn.Linear(64, 64), nn.Linear(64, 64)
     pipe.quantize()

@@ -1,4 +1,4 @@
-"""The U-Net and its layers."""
+"""The U-Net, its layers and their CPU kernels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from unclip.models.unet import LevelSpec, UNet, UNetConfig
 LEVELS = (LevelSpec(16, 1), LevelSpec(32, 2, attention=True))
 
 
-def small(levels: tuple[LevelSpec, ...] = LEVELS, **options: object) -> UNet:
+def make_unet(levels: tuple[LevelSpec, ...] = LEVELS, **options: object) -> UNet:
     torch.manual_seed(0)
     defaults = {"head_dim": 8, "groups": 8, "context_dim": 12}
     return randomize(UNet(UNetConfig(3, 3, levels, **(defaults | options))))
 
 
-def inputs(
+def make_inputs(
     unet: UNet, batch: int = 2, size: int = 8
 ) -> tuple[torch.Tensor, torch.Tensor, KeyValues | None]:
     torch.manual_seed(1)
@@ -46,67 +46,66 @@ def inputs(
         {"patch": 4, "time_dim": 20, "context_dim": None},
     ],
 )
-def test_every_variant_gives_a_picture_and_trains(options: dict[str, object]) -> None:
-    unet = small(**options)
-    unet(*inputs(unet, size=16))[0].square().mean().backward()
-    assert unet(*inputs(unet, size=16))[0].shape == (2, 3, 16, 16)
+def test_all_variants_have_gradients_for_all_parameters(options: dict[str, object]) -> None:
+    unet = make_unet(**options)
+    unet(*make_inputs(unet, size=16))[0].square().mean().backward()
+    assert unet(*make_inputs(unet, size=16))[0].shape == (2, 3, 16, 16)
     assert [n for n, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_a_patch_moves_pixels_into_channels() -> None:
-    unet = small(patch=2, context_dim=None)
+def test_patch_moves_pixels_into_channels() -> None:
+    unet = make_unet(patch=2, context_dim=None)
     assert unet.stem.weight.shape == (16, 3 * 4, 3, 3)
     assert unet.head.weight.shape == (3 * 4, 16, 3, 3)
     sizes = []
     unet.stem.register_forward_hook(lambda _module, _args, out: sizes.append(out.shape))
-    unet(*inputs(unet))[0]
+    unet(*make_inputs(unet))[0]
     assert sizes == [(2, 16, 4, 4)]
-    # A head that copies the stem's channels gives the picture back: the two reorderings undo each other.
+    # pixel unshuffle and shuffle are inverse to each other
     x = torch.randn(1, 3, 8, 6)
     assert torch.equal(F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), x)
 
 
-def test_a_new_unet_predicts_zero() -> None:
+def test_untrained_unet_predicts_zero() -> None:
     unet = UNet(UNetConfig(3, 3, LEVELS, head_dim=8, groups=8))
-    assert not unet(*inputs(unet))[0].any()
+    assert not unet(*make_inputs(unet))[0].any()
 
 
-def test_closed_context_is_not_seen() -> None:
-    unet = small()
-    x, time, kv = inputs(unet)
-    expected = unet(x, time, kv)[0]
+def test_masked_context_has_no_effect() -> None:
+    unet = make_unet()
+    x, modulation, kv = make_inputs(unet)
+    expected = unet(x, modulation, kv)[0]
 
-    def noise_where(closed: torch.Tensor) -> KeyValues:
+    def replace_where(where: torch.Tensor) -> KeyValues:
         side = [
-            tuple(torch.where(closed[:, None, :, None], 100.0, y) for y in ys)
-            for ys in (kv.k, kv.v)
+            tuple(torch.where(where[:, None, :, None], 100.0, y) for y in ys) for ys in (kv.k, kv.v)
         ]
         return KeyValues(*side, kv.mask)
 
-    assert torch.equal(unet(x, time, noise_where(~kv.mask))[0], expected)
-    assert not torch.allclose(unet(x, time, noise_where(kv.mask))[0], expected)
-    assert torch.allclose(unet(x, time, kv.pad(9))[0], expected, atol=1e-5)
+    assert torch.equal(unet(x, modulation, replace_where(~kv.mask))[0], expected)
+    assert not torch.allclose(unet(x, modulation, replace_where(kv.mask))[0], expected)
+    assert torch.allclose(unet(x, modulation, kv.pad(9))[0], expected, atol=1e-5)
 
 
-def test_rows_are_independent() -> None:
-    unet = small()
-    x, time, kv = inputs(unet, batch=3)
-    expected = unet(x, time, kv)[0]
+def test_rows_of_a_batch_are_independent() -> None:
+    unet = make_unet()
+    x, modulation, kv = make_inputs(unet, batch=3)
+    expected = unet(x, modulation, kv)[0]
     for i in range(3):
         torch.testing.assert_close(
-            unet(x[i : i + 1], time[i : i + 1], kv[i : i + 1])[0], expected[i : i + 1]
+            unet(x[i : i + 1], modulation[i : i + 1], kv[i : i + 1])[0], expected[i : i + 1]
         )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_checkpointing_changes_no_gradient(channels_last: bool) -> None:
-    unet = small()
+def test_gradient_checkpointing_keeps_gradients(channels_last: bool) -> None:
+    unet = make_unet()
     if channels_last:
         unet = unet.to(memory_format=torch.channels_last)
     grads = []
     for unet.gradient_checkpointing in (False, True):
         unet.zero_grad()
-        unet(*inputs(unet))[0].square().mean().backward()
+        unet(*make_inputs(unet))[0].square().mean().backward()
         grads.append([p.grad.clone() for p in unet.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(checkpointed, plain)
@@ -114,23 +113,23 @@ def test_checkpointing_changes_no_gradient(channels_last: bool) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_close_to_float32(autocast: bool) -> None:
-    unet = small().to(memory_format=torch.channels_last)
-    expected = unet(*inputs(unet))[0]
+    unet = make_unet().to(memory_format=torch.channels_last)
+    expected = unet(*make_inputs(unet))[0]
     if not autocast:
         unet = unet.bfloat16()
         unet.project_context, project = lambda c, m: project(c.bfloat16(), m), unet.project_context
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = unet(*inputs(unet))[0]
+        out = unet(*make_inputs(unet))[0]
     assert out.dtype == torch.bfloat16
     assert (out - expected).norm() / expected.norm() < 0.03
 
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_group_norm(modulated: bool, channels_last: bool) -> None:
+def test_bfloat16_group_norm_is_close_to_float64(modulated: bool, channels_last: bool) -> None:
     torch.manual_seed(0)
     norm = randomize(CPUGroupNorm(8, 32), std=1.0)
-    # an off-centre input: the variance is the small difference of two sums
+    # with an offset, the variance is a small difference of large sums
     x = (torch.randn(3, 32, 7, 5) + torch.randn(3, 32, 1, 1) * 2).bfloat16()
     dy, scale, shift = (torch.randn(*shape).bfloat16() for shape in (x.shape, (3, 32), (3, 32)))
     if channels_last:
@@ -188,15 +187,15 @@ def test_timestep_embedding() -> None:
         ({"dropout": 1.5}, "dropout is 1.5; expected .*less than 1"),
     ],
 )
-def test_bad_configs_are_named(options: dict[str, object], message: str) -> None:
+def test_invalid_configs_raise(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        small(**options)
+        make_unet(**options)
 
 
-def test_bad_input_is_named() -> None:
-    unet = small(patch=2)
-    _, time, kv = inputs(unet)
+def test_invalid_input_raises() -> None:
+    unet = make_unet(patch=2)
+    _, modulation, kv = make_inputs(unet)
     with pytest.raises(ValueError, match="the image is 8 x 6; this U-Net needs multiples of 4"):
-        unet(torch.randn(2, 3, 8, 6), time, kv)
+        unet(torch.randn(2, 3, 8, 6), modulation, kv)
     with pytest.raises(ValueError, match="the context is missing; context_dim of this U-Net is 12"):
-        unet(torch.randn(2, 3, 8, 8), time)
+        unet(torch.randn(2, 3, 8, 8), modulation)

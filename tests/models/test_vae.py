@@ -1,4 +1,4 @@
-"""The Gaussian VAE's ELBO, against Monte Carlo and torch.distributions."""
+"""ELBO of the Gaussian VAE, compared with Monte Carlo and torch.distributions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig, kl_to_norma
 from unclip.models.codecs.vqvae import ConvNetConfig
 
 
-def vae() -> GaussianVAE:
+def make_vae() -> GaussianVAE:
     torch.manual_seed(0)
     net = ConvNetConfig(width=16, factor=4, blocks=1, block_width=8)
     return GaussianVAE(GaussianVAEConfig(image_size=16, latent_width=2, net=net)).eval()
 
 
-def pictures() -> torch.Tensor:
+def make_images() -> torch.Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_the_kl_in_closed_form_is_that_of_a_monte_carlo_run():
+def test_kl_equals_monte_carlo_estimate():
     torch.manual_seed(0)
     mean, ln_var = torch.randn(3, 2, 2, 2), torch.randn(3, 2, 2, 2)
     q, p = Normal(mean, torch.exp(ln_var / 2)), Normal(0.0, 1.0)
@@ -34,19 +34,19 @@ def test_the_kl_in_closed_form_is_that_of_a_monte_carlo_run():
     torch.testing.assert_close(kl_to_normal(mean, ln_var), estimate, atol=0.1, rtol=0)
 
 
-def test_the_likelihood_is_a_normal_around_the_reconstruction():
-    model, images = vae(), pictures()
+def test_likelihood_is_a_normal_around_the_reconstruction():
+    model, images = make_vae(), make_images()
     model.ln_scale.data.fill_(-1.2)
     likelihood, kl, reconstruction = model.elbo(images)
-    wanted = Normal(reconstruction, math.exp(-1.2)).log_prob(images).sum(dim=(1, 2, 3))
-    torch.testing.assert_close(likelihood, wanted)
+    expected = Normal(reconstruction, math.exp(-1.2)).log_prob(images).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(likelihood, expected)
     mean, ln_var = model.posterior(images)
     torch.testing.assert_close(kl, kl_to_normal(mean, ln_var))
 
 
-def test_the_elbo_is_below_the_evidence_that_importance_weights_estimate():
-    """ln mean_k p(x, z_k) / q(z_k | x) is above the ELBO and rises to ln p(x) with k (1509.00519)."""
-    model, images = vae(), pictures()[:1]
+def test_elbo_is_below_the_importance_weighted_bound():
+    """ln mean_k p(x, z_k) / q(z_k | x) is above the ELBO and approaches ln p(x) (1509.00519)."""
+    model, images = make_vae(), make_images()[:1]
     torch.manual_seed(0)
     with torch.no_grad():
         mean, ln_var = model.posterior(images)
@@ -62,8 +62,8 @@ def test_the_elbo_is_below_the_evidence_that_importance_weights_estimate():
     assert elbo.item() == pytest.approx(ratio.mean().item(), rel=0.01)
 
 
-def test_the_loss_is_the_elbo_for_each_value():
-    model, images = vae(), pictures()
+def test_loss_is_the_elbo_per_value():
+    model, images = make_vae(), make_images()
     torch.manual_seed(3)
     likelihood, kl, _ = model.elbo(images)
     torch.manual_seed(3)

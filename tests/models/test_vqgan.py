@@ -1,4 +1,4 @@
-"""VQ-GAN: taming-transformers' files answer as there; its discriminator."""
+"""VQ-GAN: checkpoints of taming-transformers, and the discriminator."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ def write(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_taming_checkpoint_answers_as_in_taming(kind, tmp_path):
-    told = TAMING[kind]
-    state = weights(told["shapes"])
+def test_taming_checkpoints_give_recorded_outputs(kind, tmp_path):
+    recorded = TAMING[kind]
+    state = weights(recorded["shapes"])
     vqgan = load_codec(write(tmp_path, kind, state))
     images = numbers("pictures", (2, 3, vqgan.image_size, vqgan.image_size), 0.4).clamp(-1, 1)
     torch.testing.assert_close(
-        sampled(vqgan._features(images)), told["features"], atol=1e-5, rtol=0
+        sampled(vqgan._features(images)), recorded["features"], atol=1e-5, rtol=0
     )
-    assert vqgan.encode(images).flatten().tolist() == told["codes"]
-    codes = torch.tensor(told["decoded_codes"]).view(2, *vqgan.grid)
-    torch.testing.assert_close(sampled(vqgan._decode(codes)), told["pictures"], atol=1e-5, rtol=0)
+    assert vqgan.encode(images).flatten().tolist() == recorded["codes"]
+    codes = torch.tensor(recorded["decoded_codes"]).view(2, *vqgan.grid)
+    torch.testing.assert_close(
+        sampled(vqgan._decode(codes)), recorded["pictures"], atol=1e-5, rtol=0
+    )
     back = export_state(vqgan.state_dict(), taming.rules(vqgan.config))
     assert back.keys() == state.keys() and all(
         torch.equal(back[name], state[name]) for name in state
@@ -54,9 +56,9 @@ def test_a_taming_checkpoint_answers_as_in_taming(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sizes_are_read_from_the_tensors(kind, tmp_path):
-    told, ddconfig = TAMING[kind], TAMING[kind]["ddconfig"]
-    config = load_codec(write(tmp_path, kind, weights(told["shapes"]))).config
+def test_config_is_inferred_from_tensors(kind, tmp_path):
+    recorded, ddconfig = TAMING[kind], TAMING[kind]["ddconfig"]
+    config = load_codec(write(tmp_path, kind, weights(recorded["shapes"]))).config
     sides = [ddconfig["resolution"] // 2**i for i in range(len(ddconfig["ch_mult"]))]
     assert [level.channels for level in config.levels] == [
         ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]
@@ -72,7 +74,7 @@ def test_sizes_are_read_from_the_tensors(kind, tmp_path):
     )
 
 
-def test_without_a_yaml_the_size_is_that_of_all_published_ones(tmp_path):
+def test_default_image_size_without_yaml(tmp_path):
     file = write(tmp_path, "nearest", weights(TAMING["nearest"]["shapes"]))
     (tmp_path / "model.yaml").write_text("model: 3")
     with pytest.raises(ValueError, match="has no model.params.ddconfig.resolution"):
@@ -81,7 +83,7 @@ def test_without_a_yaml_the_size_is_that_of_all_published_ones(tmp_path):
     assert taming.load(file).image_size == 256
 
 
-def test_faulty_checkpoints_are_refused_by_name(tmp_path):
+def test_invalid_checkpoints_raise(tmp_path):
     state = weights(TAMING["nearest"]["shapes"])
     state.pop("decoder.norm_out.bias")
     state["decoder.extra.weight"] = torch.zeros(1)
@@ -90,16 +92,14 @@ def test_faulty_checkpoints_are_refused_by_name(tmp_path):
     ):
         load_codec(write(tmp_path, "nearest", state))
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(
-        ValueError, match="other.ckpt is not an image codec of a known format"
-    ):
+    with pytest.raises(ValueError, match="other.ckpt is not an image codec of a known format"):
         load_codec(tmp_path / "other.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="holds a list; expected a state dict"):
         load_codec(tmp_path / "list.ckpt")
 
 
-def test_the_published_sizes():
+def test_published_sizes():
     f8 = (LevelSpec(128), LevelSpec(128), LevelSpec(256), LevelSpec(512, attention=True))
     with torch.device("meta"):
         codecs = {
@@ -116,7 +116,7 @@ def test_the_published_sizes():
     assert sizes["f16/16384"] - sizes["f16"] == (16384 - 1024) * 256
 
 
-def test_a_downsampling_pads_on_the_right_and_below(tmp_path):
+def test_downsampling_pads_right_and_below(tmp_path):
     vqgan = VQGAN(VQGANConfig(image_size=16, levels=(LevelSpec(8, 1), LevelSpec(8, 1)), groups=4))
     (down,) = [layer for layer in vqgan.encoder if type(layer).__name__ == "Downsample"]
     x = torch.randn(1, 8, 6, 6)
@@ -125,7 +125,7 @@ def test_a_downsampling_pads_on_the_right_and_below(tmp_path):
     assert torch.equal(down(x), F.conv2d(padded, down.weight, down.bias, stride=2))
 
 
-def test_a_decoder_alone_draws_but_does_not_encode():
+def test_decoder_only_codec_cannot_encode():
     config = VQGANConfig(
         image_size=16,
         levels=(LevelSpec(8, 1), LevelSpec(8, 1)),
@@ -140,11 +140,11 @@ def test_a_decoder_alone_draws_but_does_not_encode():
         vqgan.encode(torch.zeros(1, 3, 16, 16))
 
 
-def test_a_patch_of_the_discriminator_sees_70_pixels():
+def test_discriminator_has_a_receptive_field_of_70_pixels():
     torch.manual_seed(0)
-    judge = PatchDiscriminator(DiscriminatorConfig(width=4)).eval()
+    discriminator = PatchDiscriminator(DiscriminatorConfig(width=4)).eval()
     image = torch.randn(1, 3, 128, 128, requires_grad=True)
-    scores = judge(image)
+    scores = discriminator(image)
     assert scores.shape == (1, 1, 14, 14)
     scores[0, 0, 7, 7].backward()
     seen = image.grad.abs().sum(dim=(0, 1))
@@ -154,7 +154,7 @@ def test_a_patch_of_the_discriminator_sees_70_pixels():
     )
 
 
-def test_the_hinge_loss():
+def test_hinge_loss():
     real, fake = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 1.0])
     assert hinge_loss(real, fake).item() == pytest.approx(
         0.5 * ((0 + 0.5 + 2) / 3 + (0 + 1 + 2) / 3)

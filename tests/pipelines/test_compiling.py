@@ -1,4 +1,4 @@
-"""`unclip.compile`: the same answers as before, from weights that are laid out anew or through torch.compile."""
+"""`unclip.compile`: the same outputs from packed weights, or through torch.compile."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from unclip.models.cpu.packing import (
 )
 from unclip.models.unet import UpConv2d
 
-packs = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
-packs_bf16 = pytest.mark.skipif(
-    not can_pack(torch.bfloat16), reason="no oneDNN, or a CPU that it has no bf16 for"
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch has no oneDNN")
+needs_bf16_packing = pytest.mark.skipif(
+    not can_pack(torch.bfloat16), reason="no oneDNN, or no bf16 on this CPU"
 )
 
 
-def pixels(pipe, **changes) -> np.ndarray:
-    drawn = pipe(["a red apple", "a blue fish"], num_images=2, seed=3, progress=False, **changes)
-    return np.stack([np.asarray(image, dtype=int) for image in drawn.images])
+def generate(pipe, **changes) -> np.ndarray:
+    result = pipe(["a red apple", "a blue fish"], num_images=2, seed=3, progress=False, **changes)
+    return np.stack([np.asarray(image, dtype=int) for image in result.images])
 
 
 def layers() -> nn.ModuleDict:
@@ -45,36 +45,37 @@ def layers() -> nn.ModuleDict:
     ).to(memory_format=torch.channels_last)
 
 
-def picture(name: str, dtype: torch.dtype) -> torch.Tensor:
+def make_input(name: str, dtype: torch.dtype) -> torch.Tensor:
     if name == "linear":
         return torch.randn(2, 5, 32).to(dtype)
     return torch.randn(2, 16, 8, 8).to(dtype).to(memory_format=torch.channels_last)
 
 
-@packs
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=packs_bf16)])
+@needs_packing
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16_packing)]
+)
 @pytest.mark.parametrize("name", ["linear", "conv", "strided", "up"])
 @torch.no_grad()
-def test_a_layer_answers_as_before(name, dtype):
+def test_packed_layers_give_the_same_outputs(name, dtype):
     exact = layers().to(dtype)
     packed = copy.deepcopy(exact)
     pack(packed)
     assert isinstance(packed[name], PackedLayer) == (name != "linear" or dtype == torch.bfloat16)
-    x = picture(name, dtype)
-    answer, expected = packed[name](x), exact[name](x)
+    x = make_input(name, dtype)
+    output, expected = packed[name](x), exact[name](x)
     if name != "up":
-        assert torch.equal(answer, expected)
+        assert torch.equal(output, expected)
         return
-    wide = copy.deepcopy(exact[name]).float()(x.float())
-    error, usual = ((y.float() - wide).abs().max() for y in (answer, expected))
-    assert error <= (
-        1e-5 if dtype == torch.float32 else 4 * usual
-    )  # sums of weights are rounded, as weights were
+    exact_output = copy.deepcopy(exact[name]).float()(x.float())
+    error, usual = ((y.float() - exact_output).abs().max() for y in (output, expected))
+    # the sums of weights are rounded like the weights
+    assert error <= (1e-5 if dtype == torch.float32 else 4 * usual)
 
 
-@packs_bf16
+@needs_bf16_packing
 @torch.no_grad()
-def test_packed_layers_hold_and_give_back_their_weights():
+def test_packed_layers_have_the_original_state_dict():
     exact = layers().bfloat16()
     packed = copy.deepcopy(exact)
     pack(packed)
@@ -92,21 +93,19 @@ def test_packed_layers_hold_and_give_back_their_weights():
     for again in (packed, copy.deepcopy(packed)):
         again.load_state_dict(other, strict=True)
         exact.load_state_dict(other)
-        x = picture("conv", torch.bfloat16)
+        x = make_input("conv", torch.bfloat16)
         assert torch.equal(again["conv"](x), exact["conv"](x))
-    with pytest.raises(
-        ValueError, match="compiled for the CPU and cannot be moved or cast"
-    ):
+    with pytest.raises(ValueError, match="compiled for the CPU and cannot be moved or cast"):
         packed.to(torch.float32)
 
 
-@packs
-def test_on_the_cpu_pictures_and_files_stay_the_same(tiny_pipe, tmp_path):
+@needs_packing
+def test_compiled_cpu_pipeline_gives_the_same_images_and_files(tiny_pipe, tmp_path):
     pipe = copy.deepcopy(tiny_pipe)
     assert unclip.compile(pipe) is pipe and pipe.compiled
     assert any(isinstance(layer, PackedLayer) for layer in pipe.decoder.modules())
-    assert np.abs(pixels(pipe) - pixels(tiny_pipe)).max() <= 1
-    assert np.abs(pixels(copy.deepcopy(pipe)) - pixels(pipe)).max() == 0
+    assert np.abs(generate(pipe) - generate(tiny_pipe)).max() <= 1
+    assert np.abs(generate(copy.deepcopy(pipe)) - generate(pipe)).max() == 0
     for one, name in ((pipe, "compiled"), (tiny_pipe, "plain")):
         one.save_pretrained(tmp_path / name)
     for network in pipe.networks():
@@ -119,8 +118,8 @@ def test_on_the_cpu_pictures_and_files_stay_the_same(tiny_pipe, tmp_path):
         )
 
 
-@packs_bf16
-def test_another_prior_is_compiled_too(tiny_pipe):
+@needs_bf16_packing
+def test_a_prior_set_later_is_compiled(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe).to(dtype=torch.bfloat16)
     torch.manual_seed(6)
     plain, pipe.prior = copy.deepcopy(pipe), scrambled(tiny_prior())
@@ -133,7 +132,7 @@ def test_another_prior_is_compiled_too(tiny_pipe):
     assert torch.equal(emb[0], emb[1]) and torch.equal(emb[0], emb[2])
 
 
-def test_where_the_cpu_knows_no_bf16_nothing_is_changed(tiny_pipe, monkeypatch):
+def test_nothing_is_packed_without_bf16_support(tiny_pipe, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     pipe = unclip.compile(copy.deepcopy(tiny_pipe).to(dtype=torch.bfloat16))
     assert not pipe.compiled and not any(
@@ -141,26 +140,26 @@ def test_where_the_cpu_knows_no_bf16_nothing_is_changed(tiny_pipe, monkeypatch):
     )
 
 
-@packs_bf16
-def test_dalle_draws_the_same(tiny_dalle):
+@needs_bf16_packing
+def test_compiled_dalle_gives_the_same_images(tiny_dalle):
     plain = copy.deepcopy(tiny_dalle).to(dtype=torch.bfloat16)
     pipe = unclip.compile(copy.deepcopy(plain))
     assert any(isinstance(layer, PackedLayer) for layer in pipe.dalle.modules())
-    assert np.abs(pixels(pipe) - pixels(plain)).max() == 0
+    assert np.abs(generate(pipe) - generate(plain)).max() == 0
 
 
-def test_through_torch_compile_the_pictures_are_the_same(tiny_pipe):
-    """The backend that only traces: each step in one graph, and with texts of one length, as the others are given."""
+def test_torch_compile_gives_the_same_images(tiny_pipe):
+    """With a backend that only traces: each step is one graph, with texts of static length."""
     pipe = unclip.compile(copy.deepcopy(tiny_pipe), backend="eager", fullgraph=True)
     assert pipe.compiled and pipe.static_shapes
     lengths, condition = set(), pipe.prior.condition
     pipe.prior.condition = lambda text: lengths.add(text.mask.shape[1]) or condition(text)
-    pictures = [p("a red apple", seed=0, progress=False).images[0] for p in (pipe, tiny_pipe)]
-    assert np.abs(np.subtract(*(np.asarray(picture, dtype=int) for picture in pictures))).max() <= 2
-    assert 24 in lengths  # the whole context, pads and all
+    images = [p("a red apple", seed=0, progress=False).images[0] for p in (pipe, tiny_pipe)]
+    assert np.abs(np.subtract(*(np.asarray(image, dtype=int) for image in images))).max() <= 2
+    assert 24 in lengths  # padded to the context length
 
 
-def test_what_a_compiled_model_cannot_do_is_told(tiny_pipe):
+def test_compiled_models_cannot_be_changed(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
     pipe._prepare = lambda network: None
     for call, message in {
@@ -170,12 +169,8 @@ def test_what_a_compiled_model_cannot_do_is_told(tiny_pipe):
         lambda: (
             pipe.quantize()
         ): r"the networks are compiled; call quantize\(\) before unclip.compile\(\)",
-        lambda: (
-            pipe.offload()
-        ): "the networks are compiled",
-        lambda: unclip.compile(
-            pipe.decoder
-        ): "compile got a Decoder; expected a pipeline",
+        lambda: pipe.offload(): "the networks are compiled",
+        lambda: unclip.compile(pipe.decoder): "compile got a Decoder; expected a pipeline",
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

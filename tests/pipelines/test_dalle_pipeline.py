@@ -343,7 +343,7 @@ def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
         ):
             tiny_dalle.complete(picture, keep=keep)
     for codes in (torch.full((1, 4, 4), 24), torch.full((1, 4, 4), -1)):
-        with pytest.raises(ValueError, match="codes run from .*; this codec knows 0 to 23"):
+        with pytest.raises(ValueError, match="codes are .*; this codec expects 0 to 23"):
             tiny_dalle.decode(codes)
     for call, message in {
         lambda: tiny_dalle(
@@ -384,7 +384,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_dalle):
             "the tokenizer gives 9 of 270 tokens; the transformer expects 24 of 270",
         ),
         (
-            (tokenizer, GaussianVAE(GaussianVAEConfig(16)), dalle),
+            (tokenizer, GaussianVAE(GaussianVAEConfig(image_size=16)), dalle),
             "codec is a GaussianVAE; expected an image codec",
         ),
     ):

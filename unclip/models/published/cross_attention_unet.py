@@ -1,88 +1,77 @@
-"""The U-Net of DALLE2-pytorch, whose weights laion published: conditions enter as tokens by cross-attention.
+"""U-Net of DALLE2-pytorch, for the weights that LAION published: conditioned by cross-attention.
 
-What it has over `UNet` (ADM): cross-attention inside of its residual blocks (Imagen, 2205.11487, B), a stem of
-convolutions of several sizes (CrossFormer, 2108.00154), attention over one head of keys and values (1911.02150) or
-linear in the pixels (1812.01243), always with a null to attend to, and sandwiched norms.
+Differences from `UNet` (ADM): cross-attention inside the residual blocks (Imagen, 2205.11487, B), a
+first convolution with several kernel sizes (CrossFormer, 2108.00154), attention with one head of
+keys and values (1911.02150) or linear in the number of pixels (1812.01243), always with a null
+token, and norms at both ends of a branch.
 """
 
-# B batch, C channels, h w height and width, S = h * w pixels, N tokens, T width of the time embedding, H heads, d head
+# B batch, C channels, h w height and width, S = h * w pixels, N tokens, T width of the time
+# embedding, H heads, d width of a head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, MinLen, MultipleOf
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 
+from unclip.config import NonNegativeInt, PositiveInt, config
 from unclip.models.layers import GroupNorm
 from unclip.models.published.relative_prior import COSINE_SCALE, PeakLayerNorm, sinusoids
 
-TOKEN_HEADS, TOKEN_HEAD_DIM = 8, 64  # of every cross-attention
+TOKEN_HEADS, TOKEN_HEAD_DIM = 8, 64  # of all cross-attention layers
 
 
-@dataclass(frozen=True)
+@config
 class CrossLevel:
-    """One resolution: a residual block, `blocks` more with cross-attention (but at the highest), then attention."""
+    """One resolution: a residual block, `blocks` more with cross-attention, self-attention.
 
-    channels: int
-    blocks: int = 2
+    The highest resolution has no cross-attention.
+    """
+
+    channels: PositiveInt
+    blocks: NonNegativeInt = 2
     attention: Literal["full", "linear"] | None = None
-    groups: int = 8
+    groups: PositiveInt = 8
+
+    def __post_init__(self) -> None:
+        if self.channels % self.groups:
+            raise ValueError(
+                f"channels is {self.channels}; expected a multiple of groups = {self.groups}"
+            )
 
 
-@dataclass(frozen=True)
+@config
 class CrossAttentionUNetConfig:
-    in_channels: int
-    out_channels: int
-    channels: int  # of the stem and of the last block; time sinusoids have as many
-    levels: tuple[CrossLevel, ...]
-    token_dim: int
-    time_tokens: int = 2
-    stem: tuple[int, ...] = (3, 7, 15)  # sizes of its kernels
-    shrink_first: bool = (
-        False  # a level halves the picture before its blocks, not after them (Imagen, B.1)
-    )
+    in_channels: PositiveInt
+    out_channels: PositiveInt
+    # of the first and last block, and of the time sinusoids
+    channels: Annotated[int, Ge(4), MultipleOf(2)]
+    levels: Annotated[tuple[CrossLevel, ...], MinLen(1)]
+    token_dim: PositiveInt
+    time_tokens: PositiveInt = 2
+    stem: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (3, 7, 15)  # odd kernel sizes
+    shrink_first: bool = False  # downsample before the blocks of a level, not after (Imagen, B.1)
     down: Literal["unshuffle", "conv"] = "unshuffle"
     up: Literal["shuffle", "nearest", "transposed"] = "shuffle"
-    heads: int = 16  # of attention between pixels
-    head_dim: int = 32
+    heads: PositiveInt = 16  # of self-attention
+    head_dim: PositiveInt = 32
     pixel_similarity: Literal["cosine", "dot"] = "dot"  # of queries and keys
-    pixel_scale: float | None = None  # of dot products between pixels; None = head_dim ** -0.5
+    pixel_scale: float | None = None  # of dot products in self-attention; None = head_dim ** -0.5
     token_similarity: Literal["cosine", "dot"] = "dot"
     unit_values: bool = True  # linear attention averages values of unit length
     peak_norms: bool = False  # norms divide by the largest entry (CogView, 2105.13290)
     skip_scale: float = 1.0
-    head_kernel: int = 1
-    head_sees: int = 0  # so many of the last input channels come to the last convolution too
+    head_kernel: PositiveInt = 1
+    head_sees: NonNegativeInt = 0  # the last convolution also gets this many last input channels
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "out_channels",
-            "channels",
-            "token_dim",
-            "time_tokens",
-            "heads",
-            "head_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not self.levels:
-            raise ValueError("levels is empty; a U-Net needs at least one CrossLevel")
-        if not self.stem or any(size < 1 or size % 2 == 0 for size in self.stem):
-            raise ValueError(f"stem is {self.stem}; expected odd sizes of kernels")
-        if self.channels % 2 or self.channels < 4:
-            raise ValueError(
-                f"channels is {self.channels}; the time sinusoids need an even number of at least 4"
-            )
-        for i, level in enumerate(self.levels):
-            if level.channels % level.groups:
-                raise ValueError(
-                    f"levels[{i}].channels is {level.channels}; groups = {level.groups} must divide it"
-                )
+        if any(size % 2 == 0 for size in self.stem):
+            raise ValueError(f"stem is {self.stem}; expected odd kernel sizes")
 
     @property
     def time_width(self) -> int:
@@ -90,12 +79,12 @@ class CrossAttentionUNetConfig:
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of a picture must be multiples of this."""
+        """Height and width of images must be multiples of this."""
         return 2 ** (len(self.levels) - (not self.shrink_first))
 
 
 class Sandwich(nn.Module):
-    """x plus a branch that begins and ends with a norm over channels: (B, S, C) -> (B, S, C)."""
+    """Residual branch with a norm over channels at both ends: (B, S, C) -> (B, S, C)."""
 
     def __init__(self, channels: int, inner: int, config: CrossAttentionUNetConfig) -> None:
         super().__init__()
@@ -106,7 +95,7 @@ class Sandwich(nn.Module):
 
 
 class TokenAttention(Sandwich):
-    """Pixels attend to [null ; tokens]."""
+    """Cross-attention: pixels attend to [null ; tokens]."""
 
     def __init__(self, channels: int, config: CrossAttentionUNetConfig) -> None:
         inner = TOKEN_HEADS * TOKEN_HEAD_DIM
@@ -116,32 +105,27 @@ class TokenAttention(Sandwich):
         self.kv = nn.Linear(config.token_dim, 2 * inner, bias=False)
         self.null_kv = nn.Parameter(torch.randn(2, TOKEN_HEAD_DIM))
 
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         q = rearrange(self.q(self.norm1(x)), "b s (h d) -> b h s d", h=TOKEN_HEADS)
         k, v = rearrange(self.kv(tokens), "b n (p h d) -> p b h n d", p=2, h=TOKEN_HEADS)
-        nulls = self.null_kv[:, None, None, None].expand(
-            -1, len(x), TOKEN_HEADS, -1, -1
-        )  # 2 B H 1 d
+        nulls = self.null_kv[:, None, None, None].expand(-1, len(x), TOKEN_HEADS, -1, -1)
         k, v = torch.cat([nulls[0], k], dim=2), torch.cat([nulls[1], v], dim=2)
         h = attend(q, k, v, self.cosine)
         return x + self.norm2(self.out(rearrange(h, "b h s d -> b s (h d)")))
 
 
 class PixelAttention(Sandwich):
-    """Pixels attend to [null ; pixels], all heads to the same keys and values."""
+    """Self-attention: pixels attend to [null ; pixels]; all heads share keys and values."""
 
     def __init__(self, channels: int, config: CrossAttentionUNetConfig) -> None:
         super().__init__(channels, config.heads * config.head_dim, config)
-        self.heads, self.cosine, self.scale = (
-            config.heads,
-            config.pixel_similarity == "cosine",
-            config.pixel_scale,
-        )
+        self.heads, self.scale = config.heads, config.pixel_scale
+        self.cosine = config.pixel_similarity == "cosine"
         self.q = nn.Linear(channels, config.heads * config.head_dim, bias=False)
         self.kv = nn.Linear(channels, 2 * config.head_dim, bias=False)
         self.null_kv = nn.Parameter(torch.randn(2, config.head_dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
         q = rearrange(self.q(h), "b s (h d) -> b h s d", h=self.heads)
         nulls = self.null_kv.reshape(1, 1, -1).expand(len(x), -1, -1)
@@ -152,7 +136,7 @@ class PixelAttention(Sandwich):
 
 
 class LinearAttention(Sandwich):
-    """Attention at the cost of S, not S²: softmax(q) (softmax(k)^T v) (1812.01243)."""
+    """Self-attention in O(S): softmax(q) (softmax(k)^T v) (1812.01243)."""
 
     def __init__(self, channels: int, config: CrossAttentionUNetConfig) -> None:
         inner = config.heads * config.head_dim
@@ -160,7 +144,7 @@ class LinearAttention(Sandwich):
         self.heads, self.unit_values = config.heads, config.unit_values
         self.qkv = nn.Linear(channels, 3 * inner, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b s (p h d) -> p b h s d", p=3, h=self.heads)
         q, k = q.softmax(dim=-1) * q.shape[-1] ** -0.5, k.softmax(dim=-2)
         if self.unit_values:
@@ -169,17 +153,18 @@ class LinearAttention(Sandwich):
         return x + self.norm2(self.out(F.gelu(rearrange(h, "b h s d -> b s (h d)"))))
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cosine: bool, scale: float | None = None
-) -> torch.Tensor:
-    """softmax(scale q k^T) v, or with 16 times the cosine of q and k: (B, H, S, d) and (B, H, N, d) -> (B, H, S, d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, cosine: bool, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v: q (B, H, S, d), k and v (B, H, N, d) -> (B, H, S, d).
+
+    With `cosine`, the scores are 16 times the cosine of q and k.
+    """
     if cosine:
         q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), COSINE_SCALE
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class CrossResBlock(nn.Module):
-    """Convolution, norm modulated by time, SiLU, attention to tokens, convolution, norm, SiLU, plus the input."""
+    """Conv, modulated norm, SiLU, cross-attention, conv, norm, SiLU, plus the input."""
 
     def __init__(
         self, c_in: int, c_out: int, groups: int, config: CrossAttentionUNetConfig, tokens: bool
@@ -193,22 +178,20 @@ class CrossResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(
-        self, x: torch.Tensor, time: torch.Tensor, tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, time: Tensor, tokens: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm1(self.conv1(x), *self.time(F.silu(time)).chunk(2, dim=1)))
         if self.attention is not None:
             h = over_pixels(self.attention, h, tokens)
         return self.skip(x) + F.silu(self.norm2(self.conv2(h)))
 
 
-def over_pixels(attention: nn.Module, x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-    """A module for sequences, applied to the pixels of (B, C, h, w)."""
+def over_pixels(attention: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
+    """Apply a module for sequences to the pixels of (B, C, h, w)."""
     return attention(x.flatten(2).mT, *args).mT.unflatten(2, x.shape[2:])
 
 
 class CrossStage(nn.Module):
-    """The blocks of one level, down or up, its attention, and what resizes the picture before or after them."""
+    """One level on the way down or up: resampling, blocks, self-attention, resampling."""
 
     def __init__(
         self,
@@ -222,21 +205,24 @@ class CrossStage(nn.Module):
     ) -> None:
         super().__init__()
         self.before, self.after = before or nn.Identity(), after or nn.Identity()
-        reads = [
-            tokens and (skip > 0 or j > 0) for j in range(level.blocks + 1)
-        ]  # on the way down, not the first
+        blocks = range(level.blocks + 1)
+        # on the way down, where there are no skips, the first block has no cross-attention
+        attends = [tokens and (skip > 0 or j > 0) for j in blocks]
         self.blocks = nn.ModuleList(
-            CrossResBlock(c_in + skip, c_in, level.groups, config, told) for told in reads
+            CrossResBlock(c_in + skip, c_in, level.groups, config, attends[j]) for j in blocks
         )
         kinds = {"full": PixelAttention, "linear": LinearAttention}
         self.attention = kinds[level.attention](c_in, config) if level.attention else None
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         return x if self.attention is None else over_pixels(self.attention, x)
 
 
 class CrossAttentionUNet(nn.Module):
-    """(B, in_channels, s, s) -> (B, out_channels, s, s); skips from all blocks but a level's first, and its end."""
+    """Denoising network: (B, in_channels, s, s) -> (B, out_channels, s, s).
+
+    Skip connections leave from all blocks of a level except its first, and from its end.
+    """
 
     def __init__(self, config: CrossAttentionUNetConfig) -> None:
         super().__init__()
@@ -247,13 +233,11 @@ class CrossAttentionUNet(nn.Module):
         self.time_to_tokens = nn.Linear(T, config.time_tokens * config.token_dim)
         self.token_norm = nn.LayerNorm(config.token_dim)
         self.mid_token_norm = nn.LayerNorm(config.token_dim)
-        widths = [
-            C // 2**i for i in range(1, len(config.stem))
-        ]  # the smaller the kernel, the more channels
+        widths = [C // 2**i for i in range(1, len(config.stem))]  # small kernels get more channels
         widths.append(C - sum(widths))
-        sizes = zip(sorted(config.stem), widths, strict=True)
         self.stem = nn.ModuleList(
-            nn.Conv2d(config.in_channels, c, k, padding=k // 2) for k, c in sizes
+            nn.Conv2d(config.in_channels, c, k, padding=k // 2)
+            for k, c in zip(sorted(config.stem), widths, strict=True)
         )
 
         groups, ends = levels[0].groups, [C, *(level.channels for level in levels)]
@@ -265,13 +249,13 @@ class CrossAttentionUNet(nn.Module):
             c_in, c_out, lowest = ends[i], level.channels, i == len(levels) - 1
             within = c_out if config.shrink_first else c_in
             halves = not lowest and not config.shrink_first
-            before = shrink(c_in, c_out, config) if config.shrink_first else None
-            after = shrink(c_in, c_out, config) if halves else nn.Conv2d(within, c_out, 1)
+            before = downsample(c_in, c_out, config) if config.shrink_first else None
+            after = downsample(c_in, c_out, config) if halves else nn.Conv2d(within, c_out, 1)
             self.down.append(
                 CrossStage(within, level, config, skip=0, tokens=i > 0, before=before, after=after)
             )
             doubles = i > 0 or config.shrink_first
-            after = enlarge(c_out, c_in, config) if doubles else None
+            after = upsample(c_out, c_in, config) if doubles else None
             self.up.insert(
                 0, CrossStage(c_out, level, config, skip=within, tokens=i > 0, after=after)
             )
@@ -287,29 +271,32 @@ class CrossAttentionUNet(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        time_shift: torch.Tensor | None = None,
-        tokens: torch.Tensor | None = None,
-        mid_tokens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """x (B, in_channels, s, s), t (B,), time_shift (B, T) to add to the time embedding; tokens (B, N, token_dim)
-        for every level but the highest, mid_tokens (B, N', token_dim) for the middle besides those."""
+        x: Tensor,
+        t: Tensor,
+        time_shift: Tensor | None = None,
+        tokens: Tensor | None = None,
+        mid_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, out_channels, s, s).
+
+        x: (B, in_channels, s, s). t: (B,). time_shift: (B, T), added to the time embedding. tokens:
+        (B, N, token_dim), for all levels except the highest. mid_tokens: (B, N', token_dim),
+        additional ones for the middle blocks.
+        """
         divisor, dtype = self.config.size_divisor, self.head.bias.dtype
         if x.shape[2] % divisor or x.shape[3] % divisor:
             raise ValueError(
-                f"the picture is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
+                f"the image is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
             )
         x = x.to(dtype)
         hidden = F.gelu(self.time_in(sinusoids(t, self.config.channels).to(dtype)))  # B T
         time = self.time_out(hidden) if time_shift is None else self.time_out(hidden) + time_shift
-        told = [
-            rearrange(self.time_to_tokens(hidden), "b (n c) -> b n c", n=self.config.time_tokens)
-        ]
-        told += [] if tokens is None else [tokens]
-        tokens = self.token_norm(torch.cat(told, dim=1))  # B N token_dim
-        told += [] if mid_tokens is None else [mid_tokens]
-        mid_tokens = self.mid_token_norm(torch.cat(told, dim=1))
+        time_tokens = self.time_to_tokens(hidden)
+        parts = [rearrange(time_tokens, "b (n c) -> b n c", n=self.config.time_tokens)]
+        parts += [] if tokens is None else [tokens]
+        tokens = self.token_norm(torch.cat(parts, dim=1))  # B N token_dim
+        parts += [] if mid_tokens is None else [mid_tokens]
+        mid_tokens = self.mid_token_norm(torch.cat(parts, dim=1))
 
         h = stem = torch.cat([conv(x) for conv in self.stem], dim=1)  # B C s s
         if self.first is not None:
@@ -332,19 +319,19 @@ class CrossAttentionUNet(nn.Module):
                 h = block(torch.cat([h, skips.pop() * self.config.skip_scale], dim=1), time, tokens)
             h = stage.after(stage.attend(h))
         h = self.last(torch.cat([h, stem], dim=1), time)
-        seen = x[:, x.shape[1] - self.config.head_sees :]
-        return self.head(torch.cat([h, seen], dim=1))
+        last_inputs = x[:, x.shape[1] - self.config.head_sees :]
+        return self.head(torch.cat([h, last_inputs], dim=1))
 
 
-def shrink(c_in: int, c_out: int, config: CrossAttentionUNetConfig) -> nn.Module:
-    """Half the size, by one strided convolution or by gathering each 2 x 2 pixels (SPD-Conv, 2208.03641)."""
+def downsample(c_in: int, c_out: int, config: CrossAttentionUNetConfig) -> nn.Module:
+    """Halve the size, by a strided convolution or a pixel unshuffle (SPD-Conv, 2208.03641)."""
     if config.down == "conv":
         return nn.Conv2d(c_in, c_out, 4, stride=2, padding=1)
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * c_in, c_out, 1))
 
 
-def enlarge(c_in: int, c_out: int, config: CrossAttentionUNetConfig) -> nn.Module:
-    """Double the size."""
+def upsample(c_in: int, c_out: int, config: CrossAttentionUNetConfig) -> nn.Module:
+    """Double height and width."""
     if config.up == "transposed":
         return nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)
     if config.up == "nearest":
