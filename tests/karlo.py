@@ -1,4 +1,4 @@
-"""Karlo as diffusers has it, at toy width with random weights: the reference pipelines, and their folders.
+"""Karlo's pipelines in diffusers at toy width with random weights, and their folders.
 
 pipe = text_to_image()                    # diffusers' UnCLIPPipeline
 folder = write(pipe, tmp_path / "karlo")  # as published: what `unclip.load` reads
@@ -37,7 +37,7 @@ Pipeline = UnCLIPPipeline | UnCLIPImageVariationPipeline
 
 
 def text_to_image(seed: int = 0, **sizes: Any) -> UnCLIPPipeline:
-    """10 components, Karlo's in structure. sizes: `widths` of the U-Nets and `vocabulary` in merges."""
+    """Build a pipeline like Karlo's; sizes: `widths` of the U-Nets, `vocabulary` in merges."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         prior = PriorTransformer(
@@ -55,7 +55,7 @@ def text_to_image(seed: int = 0, **sizes: Any) -> UnCLIPPipeline:
 
 
 def image_variation(seed: int = 0, **sizes: Any) -> UnCLIPImageVariationPipeline:
-    """The same without a prior, with an image encoder."""
+    """Build the pipeline without a prior and with an image encoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vision = transformers.CLIPVisionConfig(
@@ -81,7 +81,7 @@ def image_variation(seed: int = 0, **sizes: Any) -> UnCLIPImageVariationPipeline
 
 
 def _shared(widths: tuple[int, ...] = (16, 32), vocabulary: int = MERGES) -> dict[str, Any]:
-    """What both pipelines have."""
+    """Return the components of both pipelines."""
     attended = len(widths) - 1
     decoder = UNet2DConditionModel(
         sample_size=16,
@@ -131,19 +131,19 @@ def _shared(widths: tuple[int, ...] = (16, 32), vocabulary: int = MERGES) -> dic
         vocab=vocab, merges=[tuple(m.split()) for m in merges], model_max_length=CONTEXT, **SPECIAL
     )
     return {
-        "decoder": calm(randomize(decoder, 0.03)),
+        "decoder": scale_output(randomize(decoder, 0.03)),
         "text_proj": randomize(text_proj),
         "text_encoder": randomize(transformers.CLIPTextModelWithProjection(text).eval()),
         "tokenizer": tokenizer,
-        "super_res_first": calm(randomize(super_res[0], 0.03)),
-        "super_res_last": calm(randomize(super_res[1], 0.03)),
+        "super_res_first": scale_output(randomize(super_res[0], 0.03)),
+        "super_res_last": scale_output(randomize(super_res[1], 0.03)),
         "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range"),
         "super_res_scheduler": UnCLIPScheduler(),
     }
 
 
-def calm(unet: nn.Module, scale: float = 0.3) -> nn.Module:
-    """Answers made small: random ones are no noise to be taken away, and each step would blow up a rounding."""
+def scale_output(unet: nn.Module, scale: float = 0.3) -> nn.Module:
+    """Scale the output down: random predictions would amplify rounding errors at every step."""
     with torch.no_grad():
         for parameter in unet.conv_out.parameters():
             parameter *= scale
@@ -151,7 +151,7 @@ def calm(unet: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def clip_vocabulary(merges: int = MERGES) -> tuple[dict[str, int], list[str]]:
-    """The first so many merges of CLIP's tokenizer and the vocabulary that they make, as transformers names it."""
+    """Return the first merges of CLIP's tokenizer and their vocabulary for transformers."""
     theirs = SimpleTokenizer()
     words = [*list(theirs.encoder)[: 512 + merges], SPECIAL["bos_token"], SPECIAL["eos_token"]]
     return {word: i for i, word in enumerate(words)}, [
@@ -167,7 +167,7 @@ def write(
     variant: str | None = None,
     shard_size: str = "10GB",
 ) -> Path:
-    """Saves a pipeline as Karlo was published: today's diffusers writes another entry and another tokenizer file."""
+    """Save a pipeline in the layout of the published Karlo; current diffusers has another."""
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             kinds = {
@@ -193,7 +193,7 @@ def write(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """vocab.json and merges.txt, as transformers wrote them up to version 4."""
+    """Write vocab.json and merges.txt, as transformers did up to version 4."""
     folder.mkdir(parents=True, exist_ok=True)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -210,7 +210,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _as(folder: Path, safetensors: bool, variant: str | None) -> None:
-    """A transformers model's safetensors file as a .bin, or under a variant's name."""
+    """Turn a safetensors file of transformers into a .bin, or rename it to a variant."""
     from safetensors.torch import load_file
 
     file = folder / "model.safetensors"

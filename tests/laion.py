@@ -1,4 +1,4 @@
-"""Files as DALLE2-pytorch wrote them, with the weights of its recorded answers."""
+"""Files in the formats of DALLE2-pytorch, with the weights of the recordings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLIP_NAMED = {"make": "openai", "model": "ViT-L/14", "base_model_kwargs": None}
 
 
 def state_of(record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All that lies in a file: what was learned, and constants."""
+    """Return all tensors of a file: weights and constants."""
     state = weights(record["shapes"])
     for name in list(state):
         if name.endswith("relative_attention_bias.weight"):
@@ -62,7 +62,7 @@ def decoder_section(*unets: Mapping[str, Any], **changes: Any) -> dict[str, Any]
 
 
 def write(file: Path, state: Mapping[str, Tensor], release: str | None, **config: Any) -> Path:
-    """A file since release 0.26.2; before, or with release=None, bare weights and a JSON file."""
+    """Write a file as since release 0.26.2, or with release=None bare weights and a JSON file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if release is None:
         torch.save(dict(state), file)
@@ -76,7 +76,7 @@ def write(file: Path, state: Mapping[str, Tensor], release: str | None, **config
 
 
 def write_clip(folder: Path) -> Path:
-    """A CLIP whose embeddings are as wide as its text states, as the prior wants it."""
+    """Save a CLIP whose embeddings are as wide as its text states, as the prior requires."""
     tokenizer = BPETokenizer.train(
         ["a red apple", "a blue fish"], vocab_size=270, context_length=CONTEXT
     )

@@ -1,6 +1,6 @@
-"""Outputs that other implementations gave once, kept in tests/golden: their weights are made anew from their names.
+"""Recorded outputs of other implementations, in tests/golden; weights are regenerated from names.
 
-A recording tells the shapes of a network's tensors as its own code names them, and a sample of what it answered.
+A recording has the shapes of a network's tensors, by original name, and samples of its output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "golden"
-KEPT = 24  # numbers of an output
+KEPT = 24  # numbers kept of an output
 
 
 def recording(name: str) -> dict[str, Any]:
@@ -24,13 +24,13 @@ def recording(name: str) -> dict[str, Any]:
 
 
 def numbers(name: str, shape: Sequence[int], scale: float = 1.0) -> Tensor:
-    """Normal noise that is told by its name; NumPy keeps this stream as it is for good."""
+    """Normal noise, seeded by its name; NumPy guarantees that this stream stays the same."""
     values = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     return torch.from_numpy(values).float() * scale
 
 
 def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """A state dict of those shapes, of such sizes that what goes in makes a difference to what comes out."""
+    """Return a state dict of these shapes, scaled so that outputs depend on inputs."""
     return {name: _weight(name, shape) for name, shape in shapes.items()}
 
 
@@ -39,10 +39,10 @@ def _weight(name: str, shape: Sequence[int]) -> Tensor:
         return numbers(name, shape, float(np.prod(shape[1:])) ** -0.5)
     return numbers(name, shape, 0.2) + (
         1.0 if name.endswith("weight") else 0.0
-    )  # a norm's gain is about 1
+    )  # gains of norms are near 1
 
 
 def sampled(output: Tensor) -> list[float]:
-    """A few of its numbers, from everywhere in it."""
+    """Return evenly spaced numbers of an output."""
     flat = output.detach().double().flatten()
     return flat[torch.linspace(0, len(flat) - 1, KEPT).long()].tolist()

@@ -1,4 +1,4 @@
-"""Between our layout and diffusers': nothing is lost on the way, and what cannot be told is refused."""
+"""Conversion between our layout and diffusers': lossless, and unsupported models are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from parity import randomize
 from safetensors.torch import load_file
-from test_karlo_diffusers import assert_same_picture, draw, picture
+from test_karlo_diffusers import assert_same_image, generate, image
 
 import unclip
 from unclip.checkpoints.convert import convert
@@ -49,7 +49,7 @@ def tensors(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 @pytest.mark.parametrize("make", [karlo.text_to_image, karlo.image_variation])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_there_and_back_is_the_identity(tmp_path: Path, make: Any, dtype: torch.dtype) -> None:
+def test_a_round_trip_gives_the_same_tensors(tmp_path: Path, make: Any, dtype: torch.dtype) -> None:
     source = karlo.write(make().to(dtype), tmp_path / "theirs")
     convert(source, tmp_path / "ours", "unclip")
     convert(tmp_path / "ours", tmp_path / "again", "diffusers")
@@ -71,28 +71,30 @@ def test_there_and_back_is_the_identity(tmp_path: Path, make: Any, dtype: torch.
         assert merges[0] == merges[1]
 
 
-def test_a_converted_model_draws_the_same(tmp_path: Path) -> None:
+def test_a_converted_model_gives_the_same_images(tmp_path: Path) -> None:
     reference = karlo.text_to_image()
     theirs = reference(
         "a fish", generator=torch.Generator().manual_seed(4), output_type="np"
     ).images[0]
     convert(karlo.write(reference, tmp_path / "theirs"), tmp_path / "ours", "unclip")
     pipe = unclip.load(tmp_path / "ours", "cpu")
-    assert_same_picture(theirs, draw(pipe, "a fish", 4))
+    assert_same_image(theirs, generate(pipe, "a fish", 4))
     convert(tmp_path / "ours", tmp_path / "again", "diffusers")
     again = loaded_by_diffusers(tmp_path / "again")
     once_more = again(
         "a fish", generator=torch.Generator().manual_seed(4), output_type="np"
     ).images[0]
-    np.testing.assert_allclose(once_more, theirs, rtol=0, atol=1e-4)  # rounding, over all steps
+    np.testing.assert_allclose(
+        once_more, theirs, rtol=0, atol=1e-4
+    )  # rounding accumulates over the steps
 
 
 def loaded_by_diffusers(folder: Path, kind: Any = karlo.UnCLIPPipeline) -> Any:
     return karlo.quiet(kind.from_pretrained(folder))
 
 
-def trained_here(**clip: Any) -> UnCLIPPipeline:
-    """A model of Karlo's structure, but with a tokenizer, an activation and schedules of our own."""
+def own_model(**clip: Any) -> UnCLIPPipeline:
+    """A model of Karlo's structure with a tokenizer, an activation and schedules of its own."""
     texts = ["a red apple", "a blue fish"]
     tokenizer = BPETokenizer.train(texts, vocab_size=270, context_length=12)
     text = {
@@ -145,7 +147,7 @@ def trained_here(**clip: Any) -> UnCLIPPipeline:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[UnCLIPPipeline, Path]:
-    pipe, folder = trained_here(), tmp_path_factory.mktemp("exported")
+    pipe, folder = own_model(), tmp_path_factory.mktemp("exported")
     pipe.save_pretrained(folder / "ours")
     with pytest.warns(
         UserWarning, match="prior_num_inference_steps=8, prior_guidance_scale=3.0, decoder_num_inf"
@@ -158,29 +160,31 @@ CALL = {"prior_num_inference_steps": 8, "decoder_num_inference_steps": 8}
 CALL |= {"prior_guidance_scale": 3.0, "decoder_guidance_scale": 3.0, "output_type": "np"}
 
 
-def test_a_model_trained_here_draws_in_diffusers(exported: tuple[UnCLIPPipeline, Path]) -> None:
+def test_diffusers_runs_an_exported_model(exported: tuple[UnCLIPPipeline, Path]) -> None:
     pipe, folder = exported
     theirs = loaded_by_diffusers(folder)
     for seed, prompt in enumerate(("a red apple", "A  blue\tfish!", "")):
         images = theirs(prompt, generator=torch.Generator().manual_seed(seed), **CALL).images
-        assert_same_picture(images[0], draw(pipe, prompt, seed))
+        assert_same_image(images[0], generate(pipe, prompt, seed))
 
 
-def test_the_same_folder_serves_variations(exported: tuple[UnCLIPPipeline, Path]) -> None:
+def test_diffusers_makes_variations_from_the_same_folder(
+    exported: tuple[UnCLIPPipeline, Path],
+) -> None:
     pipe, folder = exported
     theirs = loaded_by_diffusers(folder, karlo.UnCLIPImageVariationPipeline)
     call = {"decoder_num_inference_steps": 8, "decoder_guidance_scale": 3.0, "output_type": "np"}
-    images = theirs(picture((16, 16)), generator=torch.Generator().manual_seed(2), **call).images
+    images = theirs(image((16, 16)), generator=torch.Generator().manual_seed(2), **call).images
     generators = unclip.pipelines.base.generators_from([2])
-    small = pipe.decode(pipe.encode_image(picture((16, 16))), generators=generators)
-    assert_same_picture(images[0], pipe.upsample(small, generators=generators))
+    small = pipe.decode(pipe.encode_image(image((16, 16))), generators=generators)
+    assert_same_image(images[0], pipe.upsample(small, generators=generators))
 
 
-def test_it_comes_back(exported: tuple[UnCLIPPipeline, Path]) -> None:
+def test_an_exported_model_loads_again(exported: tuple[UnCLIPPipeline, Path]) -> None:
     pipe, folder = exported
     again = unclip.load(folder, "cpu")
     assert again.licence == pipe.licence and again.options == diffusers_export.KARLO_OPTIONS
-    ours, theirs = draw(pipe, "a red apple", 1), draw(again, "a red apple", 1, OPTIONS)
+    ours, theirs = generate(pipe, "a red apple", 1), generate(again, "a red apple", 1, OPTIONS)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
     for ours, theirs in zip((pipe.prior, pipe.decoder), (again.prior, again.decoder), strict=True):
         assert ours.config == theirs.config
@@ -188,7 +192,7 @@ def test_it_comes_back(exported: tuple[UnCLIPPipeline, Path]) -> None:
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
-def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_diffusers_cannot_express_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         convert("emoji", tmp_path / "emoji", "diffusers")
     text = str(error.value)
@@ -214,7 +218,7 @@ def reconfigure(module: Any, **changes: Any) -> None:
     module.config = replace(module.config, **changes)
 
 
-def drawing_from_a_layout(decoder: Decoder) -> Decoder:
+def with_layout(decoder: Decoder) -> Decoder:
     unet, layout = (
         replace(decoder.config.unet, in_channels=6),
         LayoutConfig(decoder.config.emb_dim, size=4, width=8),
@@ -223,7 +227,7 @@ def drawing_from_a_layout(decoder: Decoder) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reason"),
     [
         (lambda p: reconfigure(p.prior, mlp_ratio=2), "prior (mlp_ratio is 2, not 4)"),
         (
@@ -231,7 +235,7 @@ def drawing_from_a_layout(decoder: Decoder) -> Decoder:
             "decoder (text_width 8 is not emb_dim 16)",
         ),
         (
-            lambda p: setattr(p, "decoder", drawing_from_a_layout(p.decoder)),
+            lambda p: setattr(p, "decoder", with_layout(p.decoder)),
             "decoder (it is conditioned on a layout)",
         ),
         (
@@ -263,13 +267,13 @@ def drawing_from_a_layout(decoder: Decoder) -> Decoder:
         ),
     ],
 )
-def test_each_reason_is_told(change: Any, told: str) -> None:
-    pipe = trained_here()
+def test_every_reason_is_listed(change: Any, reason: str) -> None:
+    pipe = own_model()
     change(pipe)
     networks = {"clip": pipe.clip, **pipe.networks()}
     schedules = {name: schedule.config for name, schedule in pipe.schedules.items()}
     bundle = Bundle("unclip", networks, schedules, OPTIONS, name="x", licence="")
-    assert any(told in reason for reason in diffusers_export.reasons_against(bundle))
+    assert any(reason in reason for reason in diffusers_export.reasons_against(bundle))
     with pytest.raises(ValueError, match="x cannot be written for diffusers: "):
         diffusers_export.save_for_diffusers(bundle, "nowhere")
     assert diffusers_export.reasons_against(replace(bundle, kind="dalle")) == [
@@ -277,7 +281,7 @@ def test_each_reason_is_told(change: Any, told: str) -> None:
     ]
 
 
-def test_an_image_tower_that_transformers_lacks_is_left_out(tmp_path: Path) -> None:
+def test_an_unsupported_image_tower_is_left_out(tmp_path: Path) -> None:
     vision = {
         "image_size": 16,
         "layers": 1,
@@ -286,7 +290,7 @@ def test_an_image_tower_that_transformers_lacks_is_left_out(tmp_path: Path) -> N
         "patch_size": 8,
         "no_ln_pre": True,
     }
-    trained_here(vision_cfg=vision).save_pretrained(tmp_path / "ours")
+    own_model(vision_cfg=vision).save_pretrained(tmp_path / "ours")
     with pytest.warns(
         UserWarning, match="the image encoder is left out: vision_cfg.no_ln_pre is True"
     ):
@@ -295,7 +299,7 @@ def test_an_image_tower_that_transformers_lacks_is_left_out(tmp_path: Path) -> N
     loaded_by_diffusers(tmp_path / "theirs")
 
 
-def test_a_disk_that_fills_up_leaves_the_old_folder_whole(tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_old_folder_unchanged(tmp_path: Path, monkeypatch) -> None:
     source = karlo.write(karlo.text_to_image(), tmp_path / "karlo")
     before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
 
@@ -308,16 +312,16 @@ def test_a_disk_that_fills_up_leaves_the_old_folder_whole(tmp_path: Path, monkey
     assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
     monkeypatch.undo()
     weights = tensors(source)
-    (source / "pictures").mkdir()
-    kept = {source / name: b"mine" for name in ("README.md", "notes.txt", "pictures/apple.png")}
+    (source / "images").mkdir()
+    kept = {source / name: b"mine" for name in ("README.md", "notes.txt", "images/apple.png")}
     for file, content in kept.items():
         file.write_bytes(content)
-    convert(source, source, "diffusers")  # over itself, whose files are still mapped
+    convert(source, source, "diffusers")  # onto its own folder, whose files are mapped
     assert all(torch.equal(tensor, weights[name]) for name, tensor in tensors(source).items())
     assert {file: file.read_bytes() for file in kept} == kept
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = karlo.write(karlo.text_to_image(), tmp_path / "karlo")
     assert (
         main(["convert", str(source), str(tmp_path / "ours"), "--to", "unclip", "--dtype", "bf16"])
@@ -326,7 +330,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"{tmp_path / 'ours'}\n"
     assert {tensor.dtype for tensor in tensors(tmp_path / "ours").values()} == {torch.bfloat16}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Karlo's own options need no words
+        warnings.simplefilter("error")  # no warning for Karlo's own options
         assert (
             main(["convert", str(tmp_path / "ours"), str(tmp_path / "again"), "--to", "diffusers"])
             == 0
@@ -335,13 +339,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shutil.rmtree(tmp_path / "again")
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / "thesis.txt").write_text("dear")
-    for command, told in {
-        f"convert {source} {tmp_path / 'again'} --to diffusers": "exists and is not a diffusers folder",
+    for command, reason in {
+        f"convert {source} {tmp_path / 'again'} --to diffusers": "is not a diffusers folder",
         f"convert {source} {tmp_path / 'x'} --to onnx": "invalid choice: 'onnx'",
         f"convert nothing {tmp_path / 'x'} --to unclip": "unknown model 'nothing'",
     }.items():
         capsys.readouterr()
         assert main(command.split()) == 2
-        assert told in capsys.readouterr().err
+        assert reason in capsys.readouterr().err
     with pytest.raises(ValueError, match="to is 'onnx'; expected unclip or diffusers"):
         convert(source, tmp_path / "x", "onnx")

@@ -1,4 +1,4 @@
-"""DALLE2-pytorch's files load, and answer what its own code answered with the same weights."""
+"""DALLE2-pytorch's files load, and outputs match recordings of its own code."""
 
 from __future__ import annotations
 
@@ -44,16 +44,20 @@ def close(output: Tensor, record: list[float]) -> None:
     )
 
 
-# --- the same answers as the original -----------------------------------------------------------------------------
+# -- outputs of the original
 
 
 @pytest.mark.parametrize("release", list(RECORDED["priors"]))
-@pytest.mark.parametrize("tells", [True, False])
-def test_priors_answer_as_the_original(release, tells, tmp_path):
-    tells = tells or release == "1.8.4"  # its names are those of 1.0.2, but it computes otherwise
+@pytest.mark.parametrize("has_version", [True, False])
+def test_priors_match_the_original(release, has_version, tmp_path):
+    has_version = (
+        has_version or release == "1.8.4"
+    )  # same tensor names as 1.0.2, another computation
     record = RECORDED["priors"][release]
-    told, section = release if tells else None, prior_section(record["net"])
-    prior = unclip.load_prior(write(tmp_path / "prior.pth", state_of(record), told, prior=section))
+    version, section = release if has_version else None, prior_section(record["net"])
+    prior = unclip.load_prior(
+        write(tmp_path / "prior.pth", state_of(record), version, prior=section)
+    )
     assert isinstance(prior, RelativePrior) and prior.schedule == ScheduleConfig("cosine", 100)
     C = record["net"]["dim"]
     text = TextEncoding(numbers("emb", (2, C)), numbers("states", (2, 6, C)), MASK)
@@ -68,13 +72,16 @@ def test_priors_answer_as_the_original(release, tells, tmp_path):
 
 
 @pytest.mark.parametrize("release", list(RECORDED["decoders"]))
-@pytest.mark.parametrize("tells", [True, False])
-def test_decoders_answer_as_the_original(release, tells, tmp_path, clip_folder):
+@pytest.mark.parametrize("has_version", [True, False])
+def test_decoders_match_the_original(release, has_version, tmp_path, clip_folder):
     record = RECORDED["decoders"][release]
     folder = tmp_path / "model"
     section = decoder_section(record["unet"], sample_timesteps=[20], use_dynamic_thres=True)
     write(
-        folder / "decoder/latest.pth", state_of(record), release if tells else None, decoder=section
+        folder / "decoder/latest.pth",
+        state_of(record),
+        release if has_version else None,
+        decoder=section,
     )
     (folder / "clip").symlink_to(clip_folder)
     bundle = dalle2_pytorch.load_bundle(folder)
@@ -93,8 +100,8 @@ def test_decoders_answer_as_the_original(release, tells, tmp_path, clip_folder):
 
 
 @pytest.mark.parametrize("release", list(RECORDED["upsamplers"]))
-@pytest.mark.parametrize("tells", [True, False])
-def test_upsamplers_answer_as_the_original(release, tells, tmp_path, clip_folder):
+@pytest.mark.parametrize("has_version", [True, False])
+def test_upsamplers_match_the_original(release, has_version, tmp_path, clip_folder):
     decoder, record = RECORDED["decoders"]["1.0.2"], RECORDED["upsamplers"][release]
     folder = tmp_path / "model"
     write(
@@ -104,12 +111,12 @@ def test_upsamplers_answer_as_the_original(release, tells, tmp_path, clip_folder
         decoder=decoder_section(decoder["unet"]),
     )
     section = decoder_section({"dim": 8}, record["unet"], learned_variance=[True, False])
-    # Unused, but the original has them: it makes nulls for every U-Net.
+    # Unused: the original creates nulls for every U-Net.
     spare = {"unets.1.null_text_embed": torch.zeros(1, 256, 12)}
     write(
         folder / "upsampler/x.pth",
         {**state_of(record), **spare},
-        release if tells else None,
+        release if has_version else None,
         decoder=section,
     )
     (folder / "clip").symlink_to(clip_folder)
@@ -121,17 +128,17 @@ def test_upsamplers_answer_as_the_original(release, tells, tmp_path, clip_folder
         close(bundle.components["upsampler_0"].denoise(x_t, T, low_res), record["output"])
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# -- files
 
 
 @pytest.fixture
 def prior() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state and the configuration of a prior of release 1.15.6."""
+    """Return the state and the configuration of a prior of release 1.15.6."""
     record = RECORDED["priors"]["1.15.6"]
     return state_of(record), prior_section(record["net"])
 
 
-def test_averaged_weights_are_taken_from_the_trainers_checkpoints(prior, tmp_path):
+def test_ema_weights_of_the_trainer_are_loaded(prior, tmp_path):
     state, section = prior
     worse = {name: x + 1 for name, x in state.items()}
     averages = {
@@ -158,7 +165,7 @@ def test_averaged_weights_are_taken_from_the_trainers_checkpoints(prior, tmp_pat
         assert all(torch.equal(given[name], wanted[name]) for name in wanted)
 
 
-def test_averaged_unets_are_taken_from_the_trainers_checkpoints(tmp_path):
+def test_ema_unets_of_the_trainer_are_loaded(tmp_path):
     record = RECORDED["decoders"]["1.0.2"]
     state = state_of(record)
     averages = {name.replace("unets.0.", "0.ema_model."): x for name, x in state.items()}
@@ -178,7 +185,7 @@ def test_averaged_unets_are_taken_from_the_trainers_checkpoints(tmp_path):
     )
 
 
-def test_releases():
+def test_releases_are_parsed_and_inferred():
     assert release_of("1.15.6") == (1, 15, 6) and release_of("0.16.2rc1") == (0, 16, 2)
     assert release_of(None) is None and release_of("unknown") is None and release_of(7) is None
     found = {
@@ -193,7 +200,7 @@ def test_releases():
     assert found == {"0.15.4": (0, 15, 4), "1.0.2": (0, 26, 1), "1.15.6": (1, 15, 6)}
 
 
-def test_the_best_checkpoint_of_a_folder_is_taken(prior, tmp_path):
+def test_the_best_checkpoint_of_a_folder_is_selected(prior, tmp_path):
     state, section = prior
     write(
         tmp_path / "prior/latest.pth",
@@ -237,7 +244,7 @@ def test_the_best_checkpoint_of_a_folder_is_taken(prior, tmp_path):
         ),
     ],
 )
-def test_weights_fit_or_are_named(prior, tmp_path, change, message):
+def test_tensors_that_do_not_fit_are_named(prior, tmp_path, change, message):
     state, section = prior
     table = {
         "noise_scheduler.alphas_cumprod": Schedule(ScheduleConfig("cosine", 100)).alpha_bar.float()
@@ -255,7 +262,7 @@ def test_weights_fit_or_are_named(prior, tmp_path, change, message):
         unclip.load_prior(file)
 
 
-def test_the_configuration_is_never_guessed(prior, tmp_path):
+def test_a_missing_configuration_is_an_error(prior, tmp_path):
     state, section = prior
     file = write(tmp_path / "prior.pth", state, None, prior=section)
     (tmp_path / "prior_config.json").rename(tmp_path / "x.json")
@@ -288,7 +295,7 @@ def test_the_configuration_is_never_guessed(prior, tmp_path):
         ({"image_embed_dim": "24"}, "image_embed_dim is '24'; expected"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(prior, tmp_path, changes, message):
+def test_unsupported_prior_settings_are_named(prior, tmp_path, changes, message):
     state, section = copy.deepcopy(prior)
     for name, value in changes.items():
         *parents, last = name.split(".")
@@ -298,7 +305,7 @@ def test_what_is_not_supported_is_refused_by_name(prior, tmp_path, changes, mess
 
 
 @pytest.mark.parametrize("release", ["0.16.1", "0.22.3", "0.23.2"])
-def test_releases_that_computed_like_no_other_are_refused(prior, tmp_path, release):
+def test_unsupported_releases_are_refused(prior, tmp_path, release):
     state, section = prior
     with pytest.raises(ValueError, match=f"is of release {release}, which is not supported"):
         unclip.load_prior(write(tmp_path / "prior.pth", state, release, prior=section))
@@ -329,7 +336,7 @@ def test_releases_that_computed_like_no_other_are_refused(prior, tmp_path, relea
         ({"dim": 16}, "1.0.2", "of another shape"),
     ],
 )
-def test_unets_that_are_not_supported_are_refused(changes, release, message, tmp_path, clip_folder):
+def test_unsupported_unet_settings_are_named(changes, release, message, tmp_path, clip_folder):
     record = RECORDED["decoders"]["1.0.2"]
     section = decoder_section({**record["unet"], **changes})
     write(tmp_path / "decoder/latest.pth", state_of(record), release, decoder=section)
@@ -356,7 +363,7 @@ def test_unets_that_are_not_supported_are_refused(changes, release, message, tmp
         ({"clip": {**CLIP_NAMED, "make": "x-clip"}}, "name x-clip ViT-L/14; put the CLIP there"),
     ],
 )
-def test_decoders_that_are_not_supported_are_refused(changes, message, tmp_path):
+def test_unsupported_decoder_settings_are_named(changes, message, tmp_path):
     record = RECORDED["decoders"]["1.0.2"]
     section = decoder_section(record["unet"], **changes)
     write(tmp_path / "decoder/latest.pth", state_of(record), "1.0.2", decoder=section)

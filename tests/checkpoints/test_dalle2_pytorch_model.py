@@ -1,4 +1,4 @@
-"""A folder like laion's, of DALLE2-pytorch's prior, decoder and upsampler, as a whole model."""
+"""A folder like LAION's with DALLE2-pytorch's prior, decoder and upsampler as a whole model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
-    """A folder like laion's: prior, decoder, and an upsampler in the decoder's file."""
+    """A folder like LAION's: prior, decoder, and an upsampler in the decoder's file."""
     folder = tmp_path_factory.mktemp("models") / "laion"
     torch.manual_seed(0)
     config = RelativePriorConfig(D, 40, depth=2, heads=2, head_dim=8, num_timesteps=100)
@@ -68,7 +68,7 @@ def pixels(result: unclip.GenerationResult) -> list[bytes]:
     return [image.tobytes() for image in result.images]
 
 
-def test_a_folder_draws_and_its_copy_in_our_format_draws_the_same(model, tmp_path):
+def test_a_copy_in_our_format_gives_the_same_images(model, tmp_path):
     pipe = unclip.load(model)
     assert pipe.name == "laion" and pipe.options.prior == StageOptions(64, eta=1.0)
     result = pipe(["a red apple", "a blue fish"], seed=3, options=QUICK, progress=False)
@@ -85,17 +85,17 @@ def test_a_folder_draws_and_its_copy_in_our_format_draws_the_same(model, tmp_pat
     assert copied.schedules["upsampler_0"].config == ScheduleConfig("linear", 100)
 
 
-def test_variations_depend_on_the_direction_of_an_embedding(model):
+def test_variations_depend_on_the_direction_of_the_embedding(model):
     pipe = unclip.load(model)
     emb = torch.randn(2, D)
-    drawn = [
+    images = [
         pixels(pipe.variations(image_emb=x, seed=1, options=QUICK, progress=False))
         for x in (emb, emb * 5, -emb)
     ]
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert images[0] == images[1] != images[2]
 
 
-def test_the_prior_serves_another_model(model, tiny_pipe):
+def test_the_prior_works_in_another_model(model, tiny_pipe):
     pipe, prior = unclip.load(model), unclip.load_prior(model)
     pipe.prior = prior
     first = pipe("a red apple", seed=3, options=QUICK, progress=False)
@@ -106,7 +106,7 @@ def test_the_prior_serves_another_model(model, tiny_pipe):
         copy.copy(tiny_pipe).prior = prior
 
 
-def test_half_precision_answers_about_the_same(model):
+def test_half_precision_output_is_close(model):
     prior, half = unclip.load_prior(model), unclip.load_prior(model, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {
         torch.bfloat16
@@ -119,7 +119,7 @@ def test_half_precision_answers_about_the_same(model):
         )
 
 
-def test_a_folder_for_upsamplers_has_one(tmp_path, clip_folder):
+def test_a_folder_without_an_upsampler_is_an_error(tmp_path, clip_folder):
     record = RECORDED["decoders"]["1.0.2"]
     for place in ("decoder", "upsampler"):
         section = decoder_section(record["unet"])
@@ -132,7 +132,7 @@ def test_a_folder_for_upsamplers_has_one(tmp_path, clip_folder):
         read_file(tmp_path / "decoder/latest.pth", "prior")
 
 
-def test_a_prior_without_a_null_draws_without_guidance_only(model):
+def test_a_prior_without_null_text_cannot_be_guided(model):
     pipe = unclip.load(model)
     prior = RelativePrior(replace(pipe.prior.config, text_null=None))
     prior.schedule = pipe.schedules["prior"].config

@@ -1,4 +1,4 @@
-"""DALLE-pytorch's files, against what its own code answered with the same weights."""
+"""DALLE-pytorch's files load, and outputs match recordings of its own code."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def loaded(folder: Path, saved: dict[str, Any]) -> DALLEFile:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_dalle_pytorch(variant, tmp_path):
+def test_logits_match_dalle_pytorch(variant, tmp_path):
     recorded, dalle = VARIANTS[variant], loaded(tmp_path, content(variant)).dalle
-    tokens = dalle.tokens(TEXT, TEXT != 0)  # there, id 0 is padding
+    tokens = dalle.tokens(TEXT, TEXT != 0)  # id 0 is padding in DALLE-pytorch
     with torch.no_grad():
         logits = dalle(tokens, CODES)
         text, codes = dalle.log_likelihood(tokens, CODES)
@@ -74,16 +74,18 @@ def test_logits_are_those_of_dalle_pytorch(variant, tmp_path):
         assert sampled(angles) == pytest.approx(recorded["angles"], rel=1e-5)
 
 
-def test_its_own_codec_is_read_too(tmp_path):
+def test_the_codec_matches_dalle_pytorch(tmp_path):
     recorded, codec = VARIANTS["full"], loaded(tmp_path, content("full")).codec
-    pixels = numbers("picture", (2, 3, 32, 32), 0.3).clamp(-0.5, 0.5) + 0.5  # there, in [0, 1]
+    pixels = (
+        numbers("picture", (2, 3, 32, 32), 0.3).clamp(-0.5, 0.5) + 0.5
+    )  # [0, 1] in DALLE-pytorch
     assert codec.encode(2 * pixels - 1).flatten(1).tolist() == recorded["codes_of_picture"]
     assert sampled(codec.decode(CODES.view(3, 4, 4))) == pytest.approx(
         recorded["picture_of_codes"], abs=1e-5
     )
 
 
-def test_its_codec_has_a_gradient_and_a_likelihood(tmp_path):
+def test_the_codec_can_be_trained(tmp_path):
     codec = loaded(tmp_path, content("full")).codec.train()
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     terms = codec(images, temperature=0.5, kl_weight=0.1)
@@ -96,18 +98,18 @@ def test_its_codec_has_a_gradient_and_a_likelihood(tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_way_back_gives_the_same_tensors(variant, tmp_path):
+def test_export_inverts_import(variant, tmp_path):
     saved = content(variant)
     dalle = loaded(tmp_path, saved).dalle
     of_dalle = {name: x for name, x in saved["weights"].items() if not name.startswith("vae.")}
-    there = plain_names(of_dalle, read_config(of_dalle, saved["hparams"], "here"))
-    there.pop("transformer.pos_emb", None)
+    foreign = plain_names(of_dalle, read_config(of_dalle, saved["hparams"], "here"))
+    foreign.pop("transformer.pos_emb", None)
     back = export_state(dalle.state_dict(), rules(dalle.config))
-    assert back.keys() == there.keys()
-    assert all(torch.equal(back[name], there[name]) for name in back)
+    assert back.keys() == foreign.keys()
+    assert all(torch.equal(back[name], foreign[name]) for name in back)
 
 
-def test_embeddings_may_be_rows_of_the_head(tmp_path):
+def test_embeddings_tied_to_the_head_are_loaded(tmp_path):
     saved = content("full")
     state = saved["weights"]
     text, codes = (state.pop(f"{kind}_emb.weight") for kind in ("text", "image"))
@@ -117,7 +119,7 @@ def test_embeddings_may_be_rows_of_the_head(tmp_path):
     assert torch.equal(dalle.text_head.weight, text) and torch.equal(dalle.start, text[0])
 
 
-def test_openai_s_and_taming_s_codecs_may_lie_in_it(tmp_path):
+def test_files_with_openai_s_or_taming_s_codec_are_loaded(tmp_path):
     saved = content("full")
     of_dalle = {name: x for name, x in saved["weights"].items() if not name.startswith("vae.")}
     torch.manual_seed(0)
@@ -140,7 +142,7 @@ def test_openai_s_and_taming_s_codecs_may_lie_in_it(tmp_path):
     )
 
 
-def test_a_file_draws_with_the_tokenizer_beside_it(tmp_path):
+def test_a_file_uses_the_tokenizer_next_to_it(tmp_path):
     torch.save(content("full"), tmp_path / "dalle.pt")
     with pytest.raises(
         ValueError,
@@ -162,14 +164,14 @@ def test_a_file_draws_with_the_tokenizer_beside_it(tmp_path):
     assert result.codes.tolist() == pipe("a blue fish", seed=1, progress=False).codes.tolist()
 
 
-def test_its_usual_tokenizer_is_clip_s(tmp_path):
+def test_the_default_tokenizer_is_clip_s(tmp_path):
     config = DALLEConfig(49408, 5, 11, (4, 4), width=8, depth=1, heads=1)
     tokenizer = read_tokenizer(tmp_path / "dalle.pt", config)
     assert tokenizer.vocab_size == 49408
     assert tokenizer(["a Red apple"])[0].tolist() == [[320, 736, 3055, 0, 0]]
 
 
-def test_files_of_another_kind_are_told(tmp_path):
+def test_unsupported_files_are_refused(tmp_path):
     saved = content("full")
     with pytest.raises(
         ValueError, match=r"attention of type 'sparse'; supported are full, axial_row"

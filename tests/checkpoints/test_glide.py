@@ -1,4 +1,4 @@
-"""GLIDE: its four networks answer as in its own code, and the pipeline draws the picture that its sampling draws."""
+"""GLIDE: networks and sampling match recordings of its own code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOW_RES = numbers("low_res", (2, 3, 4, 4))
 
 
 def state(name: str) -> dict[str, Tensor]:
-    """The recording tells of the others only where they differ from the first."""
+    """Return a recorded state; only differences from the first one are stored."""
     return weights({**RECORDED["base"]["shapes"], **RECORDED[name]["shapes"]})
 
 
@@ -52,7 +52,7 @@ def known() -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FILES)
-def test_a_network_answers_as_in_glides_code(name: str, tmp_path: Path) -> None:
+def test_networks_match_glides_code(name: str, tmp_path: Path) -> None:
     net = network(name, tmp_path)
     inputs = [{"known": known()}, {}] if "inpaint" in name else [{}]
     for given, expected in zip(inputs, RECORDED[name]["output"], strict=True):
@@ -62,7 +62,7 @@ def test_a_network_answers_as_in_glides_code(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_rules_are_undone_exactly(name: str, tmp_path: Path) -> None:
+def test_export_inverts_the_rules(name: str, tmp_path: Path) -> None:
     net = network(name, tmp_path)
     back = export_state(net.state_dict(), glide.glide_rules(net.config))
     assert all(torch.equal(back[key], tensor) for key, tensor in state(name).items())
@@ -72,7 +72,7 @@ def test_the_rules_are_undone_exactly(name: str, tmp_path: Path) -> None:
     ("name", "size", "low_size", "inpaints"),
     [("base", 64, None, False), ("upsample", 256, 64, False), ("upsample_inpaint", 256, 64, True)],
 )
-def test_what_a_network_is_for_is_told_by_its_channels(
+def test_the_kind_of_network_is_inferred_from_its_channels(
     name: str, size: int, low_size: int | None, inpaints: bool, tmp_path: Path
 ) -> None:
     config = network(name, tmp_path).config
@@ -80,7 +80,7 @@ def test_what_a_network_is_for_is_told_by_its_channels(
 
 
 def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """50 tokens: letters, some merges of them, and the end of text."""
+    """50 tokens: letters, some merges, and the end of text."""
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "Ã", "ł", "!"]
     merges = [
         ("r", "e"),
@@ -98,7 +98,7 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def bpe(text: str) -> list[int]:
-    """GPT-2's encoder by its definition: again and again, all places of the earliest merge in a word are merged."""
+    """GPT-2's encoder by definition: merge the earliest merge of a word until none is left."""
     vocab, merges = vocabulary()
     ids = []
     for word, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text.lower()):
@@ -114,13 +114,13 @@ def bpe(text: str) -> list[int]:
 @pytest.mark.parametrize(
     "text", ["a red fish", " Red  FISH", "", "rered", "it's 2 à", "<|endoftext|>"[2:11]]
 )
-def test_the_tokenizer_is_gpt2s(text: str) -> None:
+def test_the_tokenizer_matches_gpt2s(text: str) -> None:
     ids, mask = GPT2Tokenizer(*vocabulary(), context_length=24)([text])
     assert ids[0][mask[0]].tolist() == bpe(text)
     assert (ids[0][~mask[0]] == 49).all() and not mask[0, len(bpe(text)) :].any()
 
 
-def test_a_caption_that_is_too_long_is_cut_with_a_warning() -> None:
+def test_a_long_caption_is_truncated_with_a_warning() -> None:
     tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
     with pytest.warns(UserWarning, match="truncated by 'edfish'"):
         ids, mask = tokenizer(["abcdefedfish"])
@@ -129,7 +129,7 @@ def test_a_caption_that_is_too_long_is_cut_with_a_warning() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """All of GLIDE at toy width, as it was published, with its vocabulary."""
+    """All of GLIDE at toy width, as published, with its vocabulary."""
     folder = tmp_path / "glide"
     folder.mkdir()
     for name in ("base", "upsample"):
@@ -145,8 +145,8 @@ def write_vocabulary(folder: Path) -> None:
     (folder / glide.MERGES_FILE).write_bytes(gzip.compress("\n".join(lines).encode()))
 
 
-class Told(GPT2Tokenizer):
-    """Gives the ids of the recording for whatever is not empty."""
+class FixedTokenizer(GPT2Tokenizer):
+    """Returns the recorded ids for any text that is not empty."""
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         mask = torch.stack([MASK[0] if text else MASK[1] for text in texts])
@@ -154,7 +154,7 @@ class Told(GPT2Tokenizer):
 
 
 def small_pipe(folder: Path) -> GLIDEPipeline:
-    """Pictures of 8 and 16 pixels, as the recording has them."""
+    """Images of 8 and 16 px, as in the recording."""
     nets = [glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample")]
     nets[0].config = replace(nets[0].config, image_size=8)
     nets[1].config = replace(nets[1].config, image_size=16, low_size=8)
@@ -162,23 +162,23 @@ def small_pipe(folder: Path) -> GLIDEPipeline:
         StageOptions(steps=5, guidance=3.0, sampler="ancestral"),
         (StageOptions(steps=4, sampler="ancestral"),),
     )
-    tokenizer = Told(*vocabulary(), context_length=L)
+    tokenizer = FixedTokenizer(*vocabulary(), context_length=L)
     return GLIDEPipeline(
         tokenizer, nets[0], nets[1:], options, schedules={"upsampler_0": ScheduleConfig("linear")}
     )
 
 
-def test_the_pipeline_draws_what_glides_own_sampling_draws(folder: Path) -> None:
-    pipe, told = small_pipe(folder), RECORDED["picture"]
-    generators = [torch.Generator().manual_seed(told["seed"])]
+def test_the_pipeline_matches_glides_sampling(folder: Path) -> None:
+    pipe, recorded = small_pipe(folder), RECORDED["picture"]
+    generators = [torch.Generator().manual_seed(recorded["seed"])]
     small = pipe.decode(["a red fish"], generators=generators)
-    assert sampled(small) == pytest.approx(told["output"][0], abs=1e-4)
+    assert sampled(small) == pytest.approx(recorded["output"][0], abs=1e-4)
     large = pipe.upsample(small, ["a red fish"], generators=generators)
-    # The linear schedule ends at α = 0.006: an estimate of x_0 there has rounding errors 160 times as large.
-    assert sampled(large) == pytest.approx(told["output"][1], abs=2e-3)
+    # The linear schedule ends at α = 0.006: rounding errors of x_0 are 160 times as large there.
+    assert sampled(large) == pytest.approx(recorded["output"][1], abs=2e-3)
 
 
-def test_a_call_draws_every_prompt_under_its_own_seed(folder: Path) -> None:
+def test_every_prompt_has_its_own_seed(folder: Path) -> None:
     pipe, seen = small_pipe(folder), []
     result = pipe(
         ["a fish", "a dish"],
@@ -204,18 +204,18 @@ def test_a_call_draws_every_prompt_under_its_own_seed(folder: Path) -> None:
     )
 
 
-def test_guidance_changes_the_picture_and_upsamplers_may_be_guided_too(folder: Path) -> None:
+def test_guidance_applies_to_decoder_and_upsampler(folder: Path) -> None:
     pipe = small_pipe(folder)
 
-    def drawn(options: GLIDEOptions) -> bytes:
+    def generated(options: GLIDEOptions) -> bytes:
         return pipe("a fish", seed=1, options=options, progress=False).images[0].tobytes()
 
     free = replace(pipe.options, decoder=replace(pipe.options.decoder, guidance=1.0))
     guided = replace(pipe.options, upsamplers=(replace(pipe.options.upsamplers[0], guidance=2.0),))
-    assert len({drawn(pipe.options), drawn(free), drawn(guided)}) == 3
+    assert len({generated(pipe.options), generated(free), generated(guided)}) == 3
 
 
-def test_the_published_folder_is_a_pipeline(folder: Path) -> None:
+def test_the_published_folder_loads_as_a_pipeline(folder: Path) -> None:
     pipe = unclip.load(folder, device="cpu")
     assert (pipe.options.decoder.steps, pipe.options.decoder.guidance) == (100, 3.0)
     assert (
@@ -227,7 +227,7 @@ def test_the_published_folder_is_a_pipeline(folder: Path) -> None:
     assert unclip.load(folder, device="cpu").options.upsamplers == ()
 
 
-def test_our_own_folder_holds_all_of_it(folder: Path, tmp_path: Path) -> None:
+def test_saving_in_our_format_keeps_everything(folder: Path, tmp_path: Path) -> None:
     pipe = unclip.load(folder, device="cpu")
     pipe.save_pretrained(tmp_path / "ours")
     again = unclip.load(tmp_path / "ours", device="cpu")
@@ -242,7 +242,7 @@ def test_our_own_folder_holds_all_of_it(folder: Path, tmp_path: Path) -> None:
         )
 
 
-def test_the_inpainting_pair_is_found_by_its_file_and_draws_where_nothing_is_known(
+def test_the_inpainting_pair_generates_from_nothing_known(
     folder: Path,
 ) -> None:
     for name in ("base_inpaint", "upsample_inpaint"):
@@ -255,22 +255,22 @@ def test_the_inpainting_pair_is_found_by_its_file_and_draws_where_nothing_is_kno
     assert pipe("a fish", seed=0, options=options, progress=False).images[0].size == (8, 8)
 
 
-def test_half_precision_is_kept_to(folder: Path) -> None:
+def test_networks_are_loaded_in_half_precision(folder: Path) -> None:
     pipe = unclip.load(folder, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for net in pipe.networks().values() for p in net.parameters()} == {
         torch.bfloat16
     }
 
 
-def test_the_command_line_converts_tells_and_draws(
+def test_convert_info_and_generate_commands(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "upsample.pt").unlink()
-    ours, picture = str(tmp_path / "ours"), str(tmp_path / "fish.png")
+    ours, image_file = str(tmp_path / "ours"), str(tmp_path / "fish.png")
     assert main(["convert", str(folder), ours, "--to", "unclip"]) == 0
     assert main(["info", ours]) == 0
-    told = capsys.readouterr().out
-    assert "glide: glide in" in told and "decoder " in told and "tokenizer" not in told
+    recorded = capsys.readouterr().out
+    assert "glide: glide in" in recorded and "decoder " in recorded and "tokenizer" not in recorded
     assert (
         main(
             [
@@ -283,12 +283,12 @@ def test_the_command_line_converts_tells_and_draws(
                 "--device",
                 "cpu",
                 "-o",
-                picture,
+                image_file,
             ]
         )
         == 0
     )
-    assert Image.open(picture).size == (64, 64)
+    assert Image.open(image_file).size == (64, 64)
     assert (
         main(["generate", "a fish", "--model", ours, "--prior-steps", "3", "--device", "cpu"]) == 2
     )
@@ -312,21 +312,21 @@ def test_the_command_line_converts_tells_and_draws(
         ),
     ],
 )
-def test_options_for_something_else_are_refused(
+def test_options_of_another_kind_of_model_are_refused(
     options: object, message: str, folder: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         small_pipe(folder)("a fish", options=options, progress=False)
 
 
-def test_pictures_cannot_be_varied_without_clip(folder: Path) -> None:
+def test_variations_need_a_clip(folder: Path) -> None:
     with pytest.raises(
         ValueError, match="knows no image embeddings and cannot vary a picture; give it a prompt"
     ):
         small_pipe(folder).variations(image_emb=torch.zeros(1, 16))
 
 
-def test_networks_that_do_not_belong_together_are_refused(folder: Path) -> None:
+def test_networks_that_do_not_fit_together_are_refused(folder: Path) -> None:
     base, upsample = (glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample"))
     tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
     with pytest.raises(
@@ -352,15 +352,13 @@ def test_networks_that_do_not_belong_together_are_refused(folder: Path) -> None:
         ({"low_res": LOW_RES, "known": torch.zeros(2, 4, 8, 8)}, "this network does not inpaint"),
     ],
 )
-def test_a_network_is_given_what_it_needs(
+def test_missing_network_inputs_are_refused(
     given: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     net = network("upsample", tmp_path)
     with pytest.raises(ValueError, match=message):
         net(torch.zeros(2, 3, 8, 8), T, IDS, MASK, **given)
-    with pytest.raises(
-        ValueError, match="the text has 5 tokens; this network takes 6"
-    ):
+    with pytest.raises(ValueError, match="the text has 5 tokens; this network takes 6"):
         net.condition(IDS[:, :5], MASK[:, :5])
 
 
@@ -379,7 +377,7 @@ def test_a_network_is_given_what_it_needs(
         ),
     ],
 )
-def test_a_checkpoint_of_something_else_is_told(
+def test_a_checkpoint_of_another_network_is_refused(
     edit: Callable[[dict[str, Tensor]], object], message: str, folder: Path
 ) -> None:
     changed = state("base")
@@ -389,7 +387,7 @@ def test_a_checkpoint_of_something_else_is_told(
         unclip.load(folder)
 
 
-def test_a_vocabulary_that_is_absent_or_damaged_is_told(
+def test_a_missing_or_damaged_vocabulary_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / glide.VOCAB_FILE).write_bytes(b"{")
@@ -418,7 +416,7 @@ def test_a_vocabulary_that_is_absent_or_damaged_is_told(
     [
         (
             {"low_size": 64},
-            "unet has 3 channels in and 6 out; with low_size=64 and inpaints=False it needs 6 and 6",
+            "unet has 3 channels in and 6 out; with low_size=64 and inpaints=False it needs 6 and",
         ),
         ({"image_size": 63}, "image_size is 63; expected a multiple of 2"),
     ],

@@ -1,4 +1,4 @@
-"""Of a repository on the Hub, what makes a model is fetched, and nothing else."""
+"""Only the files that make a model are downloaded from a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEGA = ["config.json", "vocab.json", "merges.txt", "encoder.pt", "decoder.pt", "
 MINI = ["vocab_mini.json", "merges_mini.txt", "encoder_mini.pt", "decoder_mini.pt"]
 
 
-def test_json_and_safetensors_are_enough_where_they_are_there():
+def test_json_and_safetensors_are_preferred():
     useless = [
         "decoder/pytorch_model.bin",
         "sheet.png",
@@ -39,18 +39,18 @@ def test_json_and_safetensors_are_enough_where_they_are_there():
     assert select(KARLO + useless) == KARLO
 
 
-def test_a_component_without_full_safetensors_is_taken_as_it_is():
+def test_other_weights_are_selected_if_there_are_no_full_safetensors():
     bare = [*KARLO, "text_encoder/config.json", "image_encoder/config.json"]
     more = ["text_encoder/pytorch_model.bin", "image_encoder/model.fp16.safetensors"]
     assert sorted(select([*bare, *more, "decoder/w.bin"])) == sorted(bare + more)
 
 
-def test_of_mega_and_mini_mega_is_taken():
+def test_mega_is_preferred_to_mini():
     assert set(select(MEGA + MINI)) == {*MEGA, "vocab_mini.json", "merges_mini.txt"}
     assert set(select([*MINI, "detoker.pt"])) == {*MINI, "detoker.pt"}
 
 
-def test_dalle2_pytorch_s_best_and_latest_are_taken():
+def test_one_checkpoint_per_folder_of_dalle2_pytorch_is_selected():
     prior = ["prior/prior_config.json", "prior/best.pth"]
     decoder = ["decoder/decoder_config.json", "decoder/a/latest.pth"]
     useless = [
@@ -69,7 +69,7 @@ def test_dalle2_pytorch_s_best_and_latest_are_taken():
         select([*prior, *decoder, "decoder/b/latest.pth"])
 
 
-def test_other_original_files_are_taken():
+def test_files_of_other_formats_are_selected():
     karlo = [
         "prior-ckpt-step=01000000.ckpt",
         "decoder-ckpt-step=01000000.ckpt",
@@ -81,7 +81,7 @@ def test_other_original_files_are_taken():
     assert select(["dalle.pt", "tokenizer.json", "train.log"]) == ["tokenizer.json", "dalle.pt"]
 
 
-def test_a_hub_id_is_fetched(tiny_folder, monkeypatch):
+def test_a_hub_id_is_downloaded(tiny_folder, monkeypatch):
     import huggingface_hub
 
     asked = {}
@@ -96,7 +96,7 @@ def test_a_hub_id_is_fetched(tiny_folder, monkeypatch):
     assert asked == {"someone/tiny": OURS}
 
 
-def test_without_a_network_what_was_fetched_is_read(tiny_folder, tmp_path, monkeypatch):
+def test_the_cache_is_used_without_a_network(tiny_folder, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -117,7 +117,7 @@ def test_without_a_network_what_was_fetched_is_read(tiny_folder, tmp_path, monke
 @pytest.mark.parametrize(
     ("status", "reason"), [(404, "the Hub has no such model, or it is private"), (503, "no more")]
 )
-def test_the_hub_s_answer_is_told(status, reason, tmp_path, monkeypatch):
+def test_the_error_has_the_hub_s_reason(status, reason, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import constants, errors
 

@@ -1,4 +1,4 @@
-"""Karlo in diffusers' layout: it loads from every kind of file, and gives the same pictures from the same seeds."""
+"""Karlo in diffusers' layout: every kind of file loads, and seeds give diffusers' images."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def variations(
     return unclip.load(karlo.write(images, tmp_path_factory.mktemp("image") / "karlo"), "cpu")
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
+def image(size: tuple[int, int]) -> Image.Image:
     blobs = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC)
 
 
-def assert_same_picture(theirs: np.ndarray, ours: torch.Tensor) -> None:
+def assert_same_image(theirs: np.ndarray, ours: torch.Tensor) -> None:
     """theirs (S, S, 3) in [0, 1], ours (1, 3, S, S) in [-1, 1]."""
     ours = (ours[0].permute(1, 2, 0) * 0.5 + 0.5).clamp(0, 1)
     difference = (torch.from_numpy(theirs) - ours).abs()
@@ -68,7 +68,7 @@ def assert_same_picture(theirs: np.ndarray, ours: torch.Tensor) -> None:
     assert ours.std() > 0.1
 
 
-def draw(
+def generate(
     pipe: UnCLIPPipeline, prompt: str, seed: int, options: UnCLIPOptions | None = None
 ) -> torch.Tensor:
     options, generators = options or pipe.options, generators_from([seed])
@@ -78,7 +78,7 @@ def draw(
     return pipe.upsample(small, generators=generators, options=options.upsamplers)
 
 
-def test_options_and_schedules_are_karlos(pipe: UnCLIPPipeline) -> None:
+def test_options_and_schedules_are_those_of_karlo(pipe: UnCLIPPipeline) -> None:
     assert pipe.options == UnCLIPOptions(
         prior=StageOptions(25, guidance=4.0, sampler="ancestral"),
         decoder=StageOptions(25, guidance=8.0, sampler="ancestral"),
@@ -92,7 +92,7 @@ def test_options_and_schedules_are_karlos(pipe: UnCLIPPipeline) -> None:
 
 
 @torch.no_grad()
-def test_every_network_answers_as_in_diffusers(
+def test_every_network_matches_diffusers(
     reference: karlo.UnCLIPPipeline, pipe: UnCLIPPipeline
 ) -> None:
     inputs = reference.tokenizer(
@@ -133,11 +133,11 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "seed"), [(PROMPT, 5), ("", 1), ("fish", 2)])
-def test_a_seed_gives_diffusers_picture(reference, pipe, prompt: str, seed: int) -> None:
+def test_a_seed_gives_the_image_of_diffusers(reference, pipe, prompt: str, seed: int) -> None:
     theirs = reference(
         prompt, generator=torch.Generator().manual_seed(seed), output_type="np"
     ).images[0]
-    assert_same_picture(theirs, draw(pipe, prompt, seed))
+    assert_same_image(theirs, generate(pipe, prompt, seed))
     ours = pipe(prompt, seed=seed, progress=False).images[0]
     assert np.abs(np.asarray(ours) / 255 - theirs).max() <= 1e-2 + 1 / 255
 
@@ -146,7 +146,7 @@ def test_a_seed_gives_diffusers_picture(reference, pipe, prompt: str, seed: int)
     ("steps", "prior_guidance", "guidance"),
     [((10, 12, 8), 2.0, 3.5), ((8, 8, 9), 1.0, 1.0), ((8, 8, 9), 1.0, 8.0)],
 )
-def test_so_it_does_with_other_steps_and_scales(
+def test_other_steps_and_scales_match_diffusers(
     reference, pipe, steps, prior_guidance, guidance
 ) -> None:
     theirs = reference(
@@ -166,27 +166,27 @@ def test_so_it_does_with_other_steps_and_scales(
         decoder=replace(decoder, steps=steps[1], guidance=guidance),
         upsamplers=(replace(upsampler, steps=steps[2]),),
     )
-    assert_same_picture(theirs, draw(pipe, PROMPT, 3, options))
+    assert_same_image(theirs, generate(pipe, PROMPT, 3, options))
 
 
-def test_variations_are_diffusers_too(images, variations: UnCLIPPipeline) -> None:
-    """Both halves of the guidance see the prompt ""."""
+def test_variations_match_diffusers(images, variations: UnCLIPPipeline) -> None:
+    """Both halves of the guidance have the prompt ""."""
     theirs = images(
-        picture((32, 32)), generator=torch.Generator().manual_seed(1), output_type="np"
+        image((32, 32)), generator=torch.Generator().manual_seed(1), output_type="np"
     ).images[0]
-    generators, emb = generators_from([1]), variations.encode_image(picture((32, 32)))
+    generators, emb = generators_from([1]), variations.encode_image(image((32, 32)))
     small = variations.decode(emb, generators=generators)
-    assert_same_picture(theirs, variations.upsample(small, generators=generators))
-    assert len(variations.variations(picture((50, 41)), num_images=2, seed=0, progress=False)) == 2
+    assert_same_image(theirs, variations.upsample(small, generators=generators))
+    assert len(variations.variations(image((50, 41)), num_images=2, seed=0, progress=False)) == 2
     with pytest.raises(ValueError, match="has no prior and cannot draw from text"):
         variations("a red apple")
 
 
-def test_a_model_without_image_encoder_sees_no_pictures(pipe: UnCLIPPipeline) -> None:
+def test_variations_without_an_image_encoder_are_refused(pipe: UnCLIPPipeline) -> None:
     with pytest.raises(
         ValueError, match="has no image encoder, so it cannot see pictures; give image_emb"
     ):
-        pipe.variations(picture((32, 32)))
+        pipe.variations(image((32, 32)))
     emb = pipe.sample_prior(pipe.encode_text("fish"))
     assert len(pipe.variations(image_emb=emb, seed=0, progress=False)) == 1
 
@@ -201,17 +201,17 @@ def test_a_model_without_image_encoder_sees_no_pictures(pipe: UnCLIPPipeline) ->
     ],
     ids=str,
 )
-def test_every_kind_of_file_loads(
+def test_every_weight_file_format_loads(
     reference, pipe, tmp_path: Path, kind: dict[str, Any], capsys
 ) -> None:
     loaded = unclip.load(karlo.write(reference, tmp_path / "karlo", **kind), "cpu")
     assert_equal(loaded, pipe)
     assert main(["info", str(tmp_path / "karlo")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = {line.split()[0]: line.split()[1:] for line in lines if " M parameters" in line}
+    rows = {line.split()[0]: line.split()[1:] for line in lines if " M parameters" in line}
     parameters = sum(p.numel() for p in reference.decoder.parameters())
-    assert told["decoder"][0] == f"{parameters / 1e6:.2f}" and told["decoder"][-1] == "F32"
-    assert set(told) == {
+    assert rows["decoder"][0] == f"{parameters / 1e6:.2f}" and rows["decoder"][-1] == "F32"
+    assert set(rows) == {
         "prior",
         "text_encoder",
         "text_proj",
@@ -229,7 +229,7 @@ def assert_equal(loaded: UnCLIPPipeline, pipe: UnCLIPPipeline) -> None:
         assert all(torch.equal(state[key], value) for key, value in module.state_dict().items())
 
 
-def test_full_precision_goes_before_a_variant(
+def test_full_precision_is_preferred_to_a_variant(
     folder: Path, pipe: UnCLIPPipeline, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "karlo"))
@@ -242,10 +242,8 @@ def test_full_precision_goes_before_a_variant(
     assert torch.equal(prior.head.weight, pipe.prior.head.weight.half().float())
 
 
-def test_what_todays_diffusers_writes_loads_too(
-    reference, pipe: UnCLIPPipeline, tmp_path: Path
-) -> None:
-    """It has another entry for text_proj, and a single file for the tokenizer, which remembers its last padding."""
+def test_folders_of_current_diffusers_load(reference, pipe: UnCLIPPipeline, tmp_path: Path) -> None:
+    """It has another text_proj entry and a single tokenizer file, which stores the last padding."""
     reference.save_pretrained(tmp_path / "karlo")
     loaded = unclip.load(tmp_path / "karlo", "cpu")
     assert_equal(loaded, pipe)
@@ -253,7 +251,7 @@ def test_what_todays_diffusers_writes_loads_too(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_cast_and_statistics_are_not(
+def test_weights_are_cast_but_statistics_stay_float32(
     folder: Path, pipe: UnCLIPPipeline, dtype: torch.dtype
 ) -> None:
     loaded = unclip.load(folder, "cpu", dtype)
@@ -264,10 +262,10 @@ def test_weights_are_cast_and_statistics_are_not(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_do_not_hang_on_their_files(
+def test_weights_are_independent_of_their_files(
     folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    """So that nothing is in memory twice, and a file may be replaced while its model is in use."""
+    """Nothing is in memory twice, and a file can be replaced while its model is in use."""
     copy = Path(shutil.copytree(folder, tmp_path / "karlo"))
     networks = diffusers.load_bundle(copy, dtype).components
     before = {
@@ -293,9 +291,7 @@ def test_the_licence_is_read_from_the_card(folder: Path, tmp_path: Path, capsys)
     assert "licence: creativeml-openrail-m" in capsys.readouterr().out
 
 
-def test_a_snapshot_of_the_hub_draws_with_a_bin_where_there_is_nothing_else(
-    folder: Path, tmp_path, monkeypatch
-) -> None:
+def test_a_hub_snapshot_with_a_bin_component_loads(folder: Path, tmp_path, monkeypatch) -> None:
     import huggingface_hub
 
     snapshot = Path(

@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout that are damaged, incomplete or of another model: one line each, naming the thing."""
+"""Damaged, incomplete or unsupported folders in diffusers' layout: errors of one line."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def refused(folder: Path, *told: str) -> None:
+def assert_refused(folder: Path, *message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         unclip.load(folder, "cpu")
     text = str(error.value)
-    assert "\n" not in text and all(part in text for part in told), text
+    assert "\n" not in text and all(part in text for part in message), text
 
 
 NAMES = {
@@ -72,25 +72,25 @@ BAD_TENSORS: dict[str, Callable[[dict[str, torch.Tensor], str], str]] = {
 
 @pytest.mark.parametrize(("component", "name"), NAMES.items())
 @pytest.mark.parametrize("fault", BAD_TENSORS)
-def test_a_tensor_too_few_too_many_or_of_another_shape(
+def test_missing_unexpected_and_misshaped_tensors_are_named(
     folder: Path, component: str, name: str, fault: str
 ) -> None:
     file = weights(folder, component)
     state = load_file(file)
-    told = BAD_TENSORS[fault](state, name)
+    message = BAD_TENSORS[fault](state, name)
     save_file(state, file)
-    refused(folder, str(file), "does not fit", told)
+    assert_refused(folder, str(file), "does not fit", message)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
-def test_a_truncated_file(folder: Path, ending: str) -> None:
+def test_a_truncated_file_is_refused(folder: Path, ending: str) -> None:
     file = weights(folder, "decoder")
     if ending == "bin":
         torch.save(load_file(file), file.with_suffix(".bin"))
         file.unlink()
         file = file.with_suffix(".bin")
     file.write_bytes(file.read_bytes()[:-1000])
-    refused(folder, str(file), "truncated")
+    assert_refused(folder, str(file), "truncated")
 
 
 class Malicious:
@@ -101,19 +101,19 @@ class Malicious:
         return os.mkdir, (str(self.mark),)
 
 
-@pytest.mark.parametrize("place", ["whole", "beside the weights"])
+@pytest.mark.parametrize("place", ["whole", "next to the weights"])
 def test_a_malicious_pickle_does_not_run(folder: Path, tmp_path: Path, place: str) -> None:
     safe = weights(folder, "prior")
     file, code = safe.with_suffix(".bin"), Malicious(tmp_path / "mark")
     torch.save(code if place == "whole" else {**load_file(safe), "proj_in.weight": code}, file)
     safe.unlink()
-    refused(folder, str(file), "expected a state dict")
+    assert_refused(folder, str(file), "expected a state dict")
     assert main(["info", str(folder)]) == 2
     assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize(
-    ("gone", "told"),
+    ("gone", "message"),
     [
         ("text_proj", "text_proj is missing; model_index.json names it"),
         ("tokenizer/merges.txt", "tokenizer/merges.txt is missing"),
@@ -129,24 +129,24 @@ def test_a_malicious_pickle_does_not_run(folder: Path, tmp_path: Path, place: st
         ),
     ],
 )
-def test_what_is_not_there(folder: Path, gone: str, told: str) -> None:
+def test_missing_files_are_named(folder: Path, gone: str, message: str) -> None:
     place = folder / gone
     shutil.rmtree(place) if place.is_dir() else place.unlink()
-    refused(folder, told)
+    assert_refused(folder, message)
 
 
-def test_shards_that_are_not_there(folder: Path) -> None:
+def test_missing_shards_are_named(folder: Path) -> None:
     shard = folder / "decoder" / "diffusion_pytorch_model-00001-of-00002.safetensors"
     weights(folder, "decoder").rename(shard)
     index = folder / "decoder" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": shard.name, "b": "other.safetensors"}}))
-    refused(folder, "other.safetensors is missing", index.name)
+    assert_refused(folder, "other.safetensors is missing", index.name)
     index.write_text("{}")
-    refused(folder, str(index), "has no weight_map")
+    assert_refused(folder, str(index), "has no weight_map")
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "message"),
     [
         (
             {"_class_name": "StableDiffusionPipeline"},
@@ -164,13 +164,15 @@ def test_shards_that_are_not_there(folder: Path) -> None:
         ({"text_proj": [None, None]}, "has no text_proj; UnCLIPPipeline needs it"),
     ],
 )
-def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told: str) -> None:
+def test_unsupported_indices_are_refused(
+    folder: Path, entries: dict[str, Any], message: str
+) -> None:
     change(folder / "model_index.json", **entries)
-    refused(folder, str(folder / "model_index.json"), told)
+    assert_refused(folder, str(folder / "model_index.json"), message)
 
 
 @pytest.mark.parametrize(
-    ("component", "settings", "told"),
+    ("component", "settings", "message"),
     [
         ("prior", {"norm_in_type": "layer"}, "norm_in_type is 'layer'; only None is supported"),
         ("prior", {"added_emb_type": None}, "added_emb_type is None; only 'prd' is supported"),
@@ -267,15 +269,15 @@ def test_an_index_that_is_not_karlos(folder: Path, entries: dict[str, Any], told
         ("super_res_scheduler", {"_class_name": "DDPMScheduler"}, "expected 'UnCLIPScheduler'"),
     ],
 )
-def test_settings_that_have_no_equal_here(
-    folder: Path, component: str, settings: dict[str, Any], told: str
+def test_unsupported_settings_are_refused(
+    folder: Path, component: str, settings: dict[str, Any], message: str
 ) -> None:
     change(next((folder / component).glob("*config.json")), **settings)
-    refused(folder, str(folder), told)
+    assert_refused(folder, str(folder), message)
 
 
 @pytest.mark.parametrize(
-    ("component", "settings", "told"),
+    ("component", "settings", "message"),
     [
         (
             "image_encoder",
@@ -296,26 +298,26 @@ def test_settings_that_have_no_equal_here(
         ),
     ],
 )
-def test_so_for_pictures(
-    with_images: Path, component: str, settings: dict[str, Any], told: str
+def test_unsupported_image_settings_are_refused(
+    with_images: Path, component: str, settings: dict[str, Any], message: str
 ) -> None:
     change(next((with_images / component).glob("*config.json")), **settings)
-    refused(with_images, str(with_images), told)
+    assert_refused(with_images, str(with_images), message)
 
 
-def test_a_tokenizer_that_is_none(folder: Path) -> None:
+def test_damaged_tokenizers_are_refused(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\na b c\n")
-    refused(folder, "tokenizer/merges.txt: 'a b c' is not a merge of two tokens")
+    assert_refused(folder, "tokenizer/merges.txt: 'a b c' is not a merge of two tokens")
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\nq# x#\n")
-    refused(folder, str(folder / "tokenizer"), "is not a CLIP tokenizer", "`q#` out of vocabulary")
+    assert_refused(
+        folder, str(folder / "tokenizer"), "is not a CLIP tokenizer", "`q#` out of vocabulary"
+    )
     (folder / "tokenizer" / "vocab.json").unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    refused(folder, "tokenizer/tokenizer.json is not a valid tokenizer")
+    assert_refused(folder, "tokenizer/tokenizer.json is not a valid tokenizer")
 
 
-def test_the_command_line_says_it_in_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(folder / "prior")
     assert main(["generate", "a", "--model", str(folder), "--quiet"]) == 2
     assert re.fullmatch(

@@ -1,4 +1,4 @@
-"""Karlo's own files: its networks answer here what they answered in its code."""
+"""Karlo's own files load, and outputs match recordings of its own code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def small_clip() -> CLIP:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Karlo at toy width, laid out as it was published; not to be changed by a test."""
+    """Karlo at toy width, laid out as published; tests must not change it."""
     folder = tmp_path_factory.mktemp("karlo")
     for name, file in FILES.items():
         torch.save({"epoch": 1, "state_dict": state(name)}, folder / file)
@@ -63,52 +63,54 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def openai_state(clip: CLIP) -> dict[str, Tensor]:
-    """As OpenAI stores it: with its sizes as tensors."""
+    """A CLIP's state as OpenAI stores it: with its sizes as tensors."""
     sizes = {"input_resolution": 16, "context_length": L, "vocab_size": 49408}
     return {**clip.model.state_dict(), **{name: torch.tensor(size) for name, size in sizes.items()}}
 
 
 @pytest.fixture
 def copy(folder: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
+    """A copy of `folder` that a test can damage."""
     return Path(shutil.copytree(folder, tmp_path / "karlo"))
 
 
-def assert_answers(output: Tensor, expected: list[float]) -> None:
+def assert_matches(output: Tensor, expected: list[float]) -> None:
     assert sampled(output) == pytest.approx(expected, abs=1e-5)
 
 
 @torch.no_grad()
-def test_the_prior_answers_as_in_karlos_code(folder: Path) -> None:
+def test_the_prior_matches_karlos_code(folder: Path) -> None:
     prior = karlo.read_prior(folder / FILES["prior"], folder / karlo.STATS_FILE)
-    assert_answers(prior(numbers("x.prior", (2, D)), T, TEXT), KARLO["prior"]["output"])
+    assert_matches(prior(numbers("x.prior", (2, D)), T, TEXT), KARLO["prior"]["output"])
     assert torch.equal(prior.emb_mean, numbers("mean", (D,)))
     assert torch.equal(prior.emb_std, numbers("std", (D,)).abs() + 0.5)
 
 
 @torch.no_grad()
-def test_the_decoder_answers_as_in_karlos_code(folder: Path) -> None:
+def test_the_decoder_matches_karlos_code(folder: Path) -> None:
     decoder = karlo.read_decoder(folder / FILES["decoder"])
     output = decoder(numbers("x.decoder", (2, 3, 8, 8)), T, numbers("image.emb", (2, D)), TEXT)
-    assert_answers(output, KARLO["decoder"]["output"])
+    assert_matches(output, KARLO["decoder"]["output"])
     assert torch.equal(decoder.null_image, state("decoder")["model.cf_param"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("last", [False, True])
-def test_the_upsampler_answers_as_in_karlos_code(last: bool, folder: Path) -> None:
+def test_the_upsampler_matches_karlos_code(last: bool, folder: Path) -> None:
     upsampler = karlo.read_upsampler(folder / FILES["upsampler"])
     low_res = numbers("low_res", (2, 3, 8, 8))
     output = upsampler(numbers("x.upsampler", (2, 3, 8, 8)), T, low_res, last)
-    assert_answers(output, KARLO["upsampler"]["output"][last])
+    assert_matches(output, KARLO["upsampler"]["output"][last])
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript outlives its writer
-def test_openais_clip_is_read_from_its_torchscript_archive(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # TorchScript is deprecated, its archives remain
+def test_openais_clip_loads_from_its_torchscript_archive(tmp_path: Path) -> None:
     source = small_clip()
 
-    class Archive(torch.nn.Module):  # what OpenAI traced: the towers, and sizes as buffers
+    class Archive(torch.nn.Module):  # what OpenAI traced: towers, and sizes as buffers
         def __init__(self) -> None:
             super().__init__()
             for name, child in source.model.named_children():
@@ -129,7 +131,7 @@ def test_openais_clip_is_read_from_its_torchscript_archive(tmp_path: Path) -> No
     assert torch.equal(ours.emb, theirs.emb) and torch.equal(ours.states, theirs.states)
 
 
-def test_the_folder_is_a_pipeline(folder: Path) -> None:
+def test_the_folder_loads_as_a_pipeline(folder: Path) -> None:
     pipe = unclip.load(folder, device="cpu")
     options = pipe.options
     assert (options.prior.steps, options.decoder.steps, options.upsamplers[0].steps) == (25, 25, 7)
@@ -138,8 +140,8 @@ def test_the_folder_is_a_pipeline(folder: Path) -> None:
     assert pipe.prior.config.heads == 2 and pipe.decoder.config.image_size == 64
 
 
-def test_it_is_the_same_model_in_diffusers_layout(folder: Path, tmp_path: Path) -> None:
-    """Both are compared as they are loaded: tensors, configurations, schedules and options."""
+def test_diffusers_layout_gives_the_same_model(folder: Path, tmp_path: Path) -> None:
+    """Compare tensors, configurations, schedules and options after loading."""
     ours = load_any(folder)
     save_for_diffusers(ours, tmp_path / "diffusers")
     theirs = load_any(tmp_path / "diffusers")
@@ -155,10 +157,10 @@ def test_it_is_the_same_model_in_diffusers_layout(folder: Path, tmp_path: Path) 
         ]
         assert differ == (
             ["model.logit_scale"] if name == "clip" else []
-        )  # transformers' towers don't have it
+        )  # not in transformers' towers
 
 
-def test_it_is_the_same_model_by_way_of_our_own_folder(folder: Path, tmp_path: Path) -> None:
+def test_our_own_layout_gives_the_same_model(folder: Path, tmp_path: Path) -> None:
     pipe = unclip.load(folder, device="cpu")
     pipe.save_pretrained(tmp_path / "ours")
     again = unclip.load(tmp_path / "ours", device="cpu")
@@ -168,8 +170,8 @@ def test_it_is_the_same_model_by_way_of_our_own_folder(folder: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_rules_are_undone_exactly(name: str, folder: Path) -> None:
-    """Names that differ from Karlo's own in the recording would be told by the strict loader; here, what is in them."""
+def test_export_inverts_the_rules(name: str, folder: Path) -> None:
+    """The strict loader checks names; this checks values."""
     readers = {"decoder": karlo.read_decoder, "upsampler": karlo.read_upsampler}
     rules = {
         "prior": karlo.prior_rules,
@@ -184,7 +186,7 @@ def test_the_rules_are_undone_exactly(name: str, folder: Path) -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in state(name).items())
 
 
-def test_without_a_prior_it_draws_variations(copy: Path) -> None:
+def test_without_a_prior_the_model_makes_variations(copy: Path) -> None:
     (copy / FILES["prior"]).unlink()
     pipe = unclip.load(copy, device="cpu")
     assert pipe.prior is None
@@ -225,7 +227,7 @@ def test_a_wrong_tensor_is_named(name: str, key: str, copy: Path) -> None:
         load_any(copy)
 
 
-def test_a_missing_or_doubled_file_is_named(copy: Path) -> None:
+def test_a_missing_or_ambiguous_file_is_named(copy: Path) -> None:
     (copy / karlo.STATS_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*ViT-L-14_stats\.th"):
         load_any(copy)
@@ -242,13 +244,13 @@ def test_a_truncated_file_is_named(name: str, copy: Path) -> None:
     (copy / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         ValueError, match=rf"{re.escape(name)} is truncated or not a PyTorch checkpoint"
-    ) as told:
+    ) as error:
         load_any(copy)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [*FILES.values(), karlo.STATS_FILE, karlo.CLIP_FILE])
-def test_a_file_of_something_else_is_named(name: str, copy: Path) -> None:
+def test_a_file_with_other_content_is_named(name: str, copy: Path) -> None:
     torch.save({"weights": torch.zeros(3)}, copy / name)
     with pytest.raises(ValueError, match=rf"{re.escape(name)} is (a dict|not an? )"):
         load_any(copy)

@@ -1,4 +1,4 @@
-"""DALL-E mini and mega: against what min-dalle's own modules answered with the same weights, and drawn from."""
+"""DALL-E mini and mega load, and outputs match recordings of min-dalle's own code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = torch.tensor([[0, 2, *[1] * 10], [0, 17, 5, 33, 59, 4, 2, *[1] * 5]])
 
 
 def write(folder: Path, ending: str = "") -> Path:
-    """A model as min-dalle keeps it, with the weights of the recording."""
+    """Write a model in min-dalle's layout with the recorded weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, shapes in RECORDED["shapes"].items():
         state = weights({f"{part}.{name}": shape for name, shape in shapes.items()})
@@ -59,7 +59,7 @@ def close(recorded: list[float]) -> list[float]:
 
 
 @torch.no_grad()
-def test_states_and_logits_are_those_of_min_dalle(dalle):
+def test_states_and_logits_match_min_dalle(dalle):
     assert dalle.config == BartDALLEConfig(60, L, K, (4, 4), 128, 2, 2, heads=2, mlp_width=80)
     states = dalle.encode(TOKENS)
     assert sampled(states[:, :2]) == close(RECORDED["states"])
@@ -70,25 +70,25 @@ def test_states_and_logits_are_those_of_min_dalle(dalle):
     assert torch.equal(dalle.null_tokens(1)[0], TOKENS[0])
 
 
-def test_codes_are_drawn_as_min_dalle_draws_them(dalle):
+def test_sampled_codes_match_min_dalle(dalle):
     greedy = CodeOptions(temperature=0, guidance=16.0)
     codes = sample_codes(dalle, dalle.condition(TOKENS[1:]), [torch.Generator()], greedy)
     assert codes.flatten().tolist() == RECORDED["greedy"]
 
 
-def test_pictures_of_codes_are_those_of_min_dalle(pipe):
-    drawn = pipe.codec.decode(CODES.view(1, 4, 4))  # in [-1, 1]; there, in [0, 1]
-    assert sampled((drawn + 1) / 2) == close(RECORDED["picture"])
+def test_decoded_images_match_min_dalle(pipe):
+    decoded = pipe.codec.decode(CODES.view(1, 4, 4))  # in [-1, 1]; [0, 1] in min-dalle
+    assert sampled((decoded + 1) / 2) == close(RECORDED["picture"])
 
 
 @pytest.mark.parametrize("text", RECORDED["tokens"])
-def test_tokens_are_those_of_min_dalle(pipe, text):
+def test_tokens_match_min_dalle(pipe, text):
     ids, mask = pipe.tokenizer([text])
     assert ids[mask].tolist() == RECORDED["tokens"][text]
     assert (ids[~mask] == pipe.dalle.config.pad_id).all()
 
 
-def test_accents_are_taken_off_and_a_long_text_keeps_its_end(pipe):
+def test_accents_are_stripped_and_long_texts_keep_the_end_token(pipe):
     plain, accented = (
         pipe.tokenizer([text])[0] for text in ("a red apple", "\u00e1 R\u00e9d appl\u00e9")
     )
@@ -101,10 +101,8 @@ def test_accents_are_taken_off_and_a_long_text_keeps_its_end(pipe):
 @torch.no_grad()
 @pytest.mark.parametrize("at", [int, torch.tensor])
 @pytest.mark.parametrize("given", [0, 1, 5])
-def test_cached_logits_are_those_of_the_whole(
-    dalle, at: Callable[[int], int | torch.Tensor], given
-):
-    """With pictures of two texts, guided, from the beginning or behind given codes."""
+def test_cached_logits_equal_uncached_ones(dalle, at: Callable[[int], int | torch.Tensor], given):
+    """For two texts, with guidance, from the start or after given codes."""
     codes = (torch.arange(4)[:, None] * 5 + CODES) % K
     prefix = dalle.condition(TOKENS[[1, 0]]).repeat_interleave(2)
     prefix = prefix.cat([prefix, dalle.condition(TOKENS[:1]).repeat_interleave(4)])
@@ -119,7 +117,7 @@ def test_cached_logits_are_those_of_the_whole(
         assert logits is None or torch.allclose(logits, whole[:, n], rtol=0, atol=1e-5)
 
 
-def test_no_code_sees_a_later_one(dalle):
+def test_attention_is_causal(dalle):
     embedded = dalle.code_emb(CODES).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dalle.code_emb, "forward", lambda codes: embedded[:, : codes.shape[1]])
@@ -133,7 +131,7 @@ def test_no_code_sees_a_later_one(dalle):
 
 
 @torch.no_grad()
-def test_padding_is_not_seen(dalle):
+def test_padding_is_masked(dalle):
     longer = TOKENS[1:].clone()
     logits = dalle(longer, CODES).codes
     weight = dalle.text_emb.weight[dalle.config.pad_id]
@@ -146,7 +144,7 @@ def test_padding_is_not_seen(dalle):
     assert not torch.allclose(dalle(other, CODES).codes, logits)
 
 
-def test_a_folder_draws(folder, pipe, tmp_path):
+def test_a_folder_generates_images(folder, pipe, tmp_path):
     assert (pipe.kind, pipe.name, pipe.options) == (
         "dalle",
         "dalle-mini",
@@ -170,7 +168,7 @@ def test_a_folder_draws(folder, pipe, tmp_path):
     assert again.images[0].tobytes() == alone.images[0].tobytes()
 
 
-def test_the_folders_that_min_dalle_leaves_are_known(folder, tmp_path):
+def test_cache_folders_of_min_dalle_are_recognised(folder, tmp_path):
     cache = tmp_path / "pretrained"
     write(cache / "dalle_bart_mini")
     (cache / "vqgan").mkdir()
@@ -240,13 +238,13 @@ def change(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], ob
         ),
     ],
 )
-def test_tensors_fit_or_are_named(file, edit, message, tmp_path):
+def test_tensors_that_do_not_fit_are_named(file, edit, message, tmp_path):
     change(write(tmp_path / "model"), file, edit)
     with pytest.raises(ValueError, match=message):
         unclip.load(tmp_path / "model")
 
 
-def test_a_vocabulary_that_is_absent_or_damaged_is_told(tmp_path):
+def test_a_missing_or_damaged_vocabulary_is_named(tmp_path):
     folder = write(tmp_path / "model")
     (folder / "merges.txt").write_text("#version: 0.2\nx yz\n")
     with pytest.raises(ValueError, match=r"vocab.json and merges.txt are not a vocabulary"):
@@ -256,7 +254,7 @@ def test_a_vocabulary_that_is_absent_or_damaged_is_told(tmp_path):
         unclip.load(folder)
 
 
-def test_the_command_line_draws(folder, tmp_path, monkeypatch):
+def test_generate_command(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = [
         "generate",
@@ -270,12 +268,12 @@ def test_the_command_line_draws(folder, tmp_path, monkeypatch):
         "--quiet",
     ]
     assert main([*command, "--device", "cpu", "--top-k", "5", "--guidance", "4"]) == 0
-    with Image.open("a.png") as picture:
-        assert picture.size == (64, 64)
+    with Image.open("a.png") as image:
+        assert image.size == (64, 64)
 
 
-def test_the_published_sizes():
-    """Mega is known as the model of 2.6 billion parameters, mini of 0.4."""
+def test_parameter_counts_of_the_published_models():
+    """Mega has 2.6 billion parameters, mini 0.4."""
     mini = BartDALLEConfig(
         50264, width=1024, encoder_depth=12, decoder_depth=12, heads=16, mlp_width=2730
     )
@@ -306,9 +304,7 @@ def test_tokens_are_checked(dalle):
         ValueError, match=r"text ids are of shape \(1, 5\); this transformer expects \(B, 12\)"
     ):
         dalle.tokens(torch.zeros(1, 5, dtype=torch.long), torch.ones(1, 5, dtype=torch.bool))
-    with pytest.raises(
-        ValueError, match="text ids are 0 to 60; this transformer expects 0 to 59"
-    ):
+    with pytest.raises(ValueError, match="text ids are 0 to 60; this transformer expects 0 to 59"):
         dalle.tokens(torch.arange(12)[None] * 60 // 11, torch.ones(1, 12, dtype=torch.bool))
     with pytest.raises(ValueError, match="an image has 4 codes; this transformer expects 16"):
         dalle(TOKENS, CODES[:, :4])

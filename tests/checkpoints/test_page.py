@@ -1,4 +1,4 @@
-"""unclip/checkpoints/README.md: its calls fit the functions' signatures, and no format is missing."""
+"""unclip/checkpoints/README.md: calls fit the functions' signatures, and no format is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of torch.save: what is in them comes out equal, and nothing that they say is run."""
+"""The pickle reader: contents of torch.save files are read, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -81,19 +81,19 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_tensors_and_plain_values_come_out_as_they_went_in(kind: str, tmp_path: Path) -> None:
+def test_tensors_and_plain_values_are_read_unchanged(kind: str, tmp_path: Path) -> None:
     WRITERS[kind](content(), tmp_path / "file")
     assert_same(read_checkpoint(tmp_path / "file"), content())
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_state_dict_is_what_torch_reads(kind: str, tmp_path: Path) -> None:
+def test_a_state_dict_equals_the_saved_one(kind: str, tmp_path: Path) -> None:
     WRITERS[kind](network().state_dict(), tmp_path / "file.pt")
     assert_same(read_checkpoint(tmp_path / "file.pt"), dict(network().state_dict()))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_tensors_that_shared_a_storage_share_it_still(kind: str, tmp_path: Path) -> None:
+def test_shared_storages_stay_shared(kind: str, tmp_path: Path) -> None:
     x = torch.zeros(4)
     WRITERS[kind]([x, x[2:]], tmp_path / "file")
     whole, part = read_checkpoint(tmp_path / "file")
@@ -101,7 +101,7 @@ def test_tensors_that_shared_a_storage_share_it_still(kind: str, tmp_path: Path)
     assert part.tolist() == [5, 5]
 
 
-def test_a_zip_file_is_mapped_and_writing_to_a_tensor_leaves_it_alone(
+def test_a_zip_file_is_mapped_copy_on_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, read = tmp_path / "file.ckpt", []
@@ -116,7 +116,7 @@ def test_a_zip_file_is_mapped_and_writing_to_a_tensor_leaves_it_alone(
     assert file.read_bytes() == before
 
 
-def test_a_compressed_zip_file_is_read_too(tmp_path: Path) -> None:
+def test_a_compressed_zip_file_is_read(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "stored")
     with (
         zipfile.ZipFile(tmp_path / "stored") as a,
@@ -128,22 +128,24 @@ def test_a_compressed_zip_file_is_read_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_a_whole_module_becomes_its_state_dict(kind: str, tmp_path: Path) -> None:
+def test_a_pickled_module_gives_its_state_dict(kind: str, tmp_path: Path) -> None:
     WRITERS[kind](network(), tmp_path / "encoder.pkl")
     module = read_checkpoint(tmp_path / "encoder.pkl")
     assert isinstance(module, Stub) and module.type_name == "torch.nn.modules.container.Sequential"
     assert_same(module_state(module), dict(network().state_dict()))
 
 
-def test_a_buffer_that_is_not_saved_is_not_in_the_state_dict(tmp_path: Path) -> None:
+def test_non_persistent_buffers_are_left_out(tmp_path: Path) -> None:
     module = nn.Linear(2, 2)
     module.register_buffer("ramp", torch.arange(2.0), persistent=False)
     torch.save(module, tmp_path / "file")
     assert set(module_state(read_checkpoint(tmp_path / "file"))) == {"weight", "bias"}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the format outlives its writer
-def test_a_torchscript_archive_becomes_its_state_dict(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch.jit is deprecated, its files remain
+def test_a_torchscript_archive_gives_its_state_dict(tmp_path: Path) -> None:
     torch.jit.trace(network().eval(), torch.zeros(1, 3, 4, 4)).save(str(tmp_path / "ViT.pt"))
     module = read_checkpoint(tmp_path / "ViT.pt")
     assert module.type_name.startswith("__torch__.")
@@ -152,7 +154,7 @@ def test_a_torchscript_archive_becomes_its_state_dict(tmp_path: Path) -> None:
     )
 
 
-def test_an_object_of_another_class_keeps_its_arguments_and_state(tmp_path: Path) -> None:
+def test_objects_of_other_classes_keep_arguments_and_state(tmp_path: Path) -> None:
     torch.save({"path": Path("/a/b"), "options": argparse.Namespace(lr=1.0)}, tmp_path / "file")
     found = read_checkpoint(tmp_path / "file")
     assert found["path"].args == ("/", "a", "b")
@@ -162,7 +164,7 @@ def test_an_object_of_another_class_keeps_its_arguments_and_state(tmp_path: Path
 
 
 class Call:
-    """Pickled as a call of anything."""
+    """Pickled as a call of any function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = (function, args)
@@ -172,7 +174,7 @@ class Call:
 
 
 class Named:
-    """Pickled as the global "module.name", whether or not there is one."""
+    """Pickled as the global "module.name", which need not exist."""
 
     def __init__(self, module: str, name: str) -> None:
         self.code = f"c{module}\n{name}\n".encode()
@@ -191,7 +193,7 @@ MARK, TUPLE, REDUCE, BUILD, EMPTY = b"(", b"t", b"R", b"b", b")"
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Path:
-    """A file that is there once something was run."""
+    """A file that exists if something was executed."""
     return tmp_path / "canary"
 
 
@@ -201,7 +203,7 @@ def text(value: object) -> bytes:
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_call_is_not_made(kind: str, nested: bool, tmp_path: Path, canary: Path) -> None:
+def test_calls_are_not_executed(kind: str, nested: bool, tmp_path: Path, canary: Path) -> None:
     call = Call(os.system, f"touch {canary}")
     WRITERS[kind]({"state_dict": [call]} if nested else call, tmp_path / "file")
     found = read_checkpoint(tmp_path / "file")
@@ -226,7 +228,7 @@ def test_a_call_is_not_made(kind: str, nested: bool, tmp_path: Path, canary: Pat
     ],
     ids=lambda f: f.code.decode().strip(),
 )
-def test_no_name_is_looked_up(function: Named, tmp_path: Path, canary: Path) -> None:
+def test_names_are_never_imported(function: Named, tmp_path: Path, canary: Path) -> None:
     python = (
         f"open({str(canary)!r}, 'w').close()"
         if b"eval" in function.code or b"exec" in function.code
@@ -238,7 +240,7 @@ def test_no_name_is_looked_up(function: Named, tmp_path: Path, canary: Path) -> 
     assert not canary.exists()
 
 
-def test_what_a_stub_returns_cannot_be_called(tmp_path: Path, canary: Path) -> None:
+def test_a_stub_cannot_be_called(tmp_path: Path, canary: Path) -> None:
     getter = Named("builtins", "getattr"), MARK, Named("os", "path"), text("system"), TUPLE, REDUCE
     (tmp_path / "file").write_bytes(by_hand(*getter, MARK, text(f"touch {canary}"), TUPLE, REDUCE))
     with pytest.raises(ValueError, match="is truncated or not a PyTorch checkpoint"):
@@ -246,7 +248,7 @@ def test_what_a_stub_returns_cannot_be_called(tmp_path: Path, canary: Path) -> N
     assert not canary.exists()
 
 
-def test_a_malicious_file_within_the_file_is_not_run_either(tmp_path: Path, canary: Path) -> None:
+def test_an_embedded_pickle_is_not_executed(tmp_path: Path, canary: Path) -> None:
     inner = pickle.dumps(Call(os.system, f"touch {canary}"))
     outer = (
         Named("torch.storage", "_load_from_bytes"),
@@ -259,7 +261,7 @@ def test_a_malicious_file_within_the_file_is_not_run_either(tmp_path: Path, cana
 
 
 @pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
-def test_a_file_cannot_change_the_functions_that_it_may_call(name: str, tmp_path: Path) -> None:
+def test_a_file_cannot_modify_the_allowed_functions(name: str, tmp_path: Path) -> None:
     changes = b"}" + text("__defaults__") + EMPTY + b"s"
     (tmp_path / "file").write_bytes(
         by_hand(Named("torch._utils", name), b"N", changes, b"\x86", BUILD)
@@ -287,23 +289,23 @@ def test_a_tensor_cannot_reach_beyond_its_storage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_told_in_one_line(kind: str, kept: float, tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_of_one_line(kind: str, kept: float, tmp_path: Path) -> None:
     file = tmp_path / "cut.ckpt"
     WRITERS[kind]({"x": torch.randn(500), "y": torch.randn(7)}, file)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(kept * len(whole))])
     with pytest.raises(
         ValueError, match=r"cut\.ckpt is truncated or not a PyTorch checkpoint \(.+\); download"
-    ) as told:
+    ) as error:
         read_checkpoint(file)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "data",
     [b"version https://git-lfs.github.com/spec/v1\n", b"<html>", b"PK\x03\x04", b"\x00" * 99],
 )
-def test_a_foreign_file_is_told_in_one_line(data: bytes, tmp_path: Path) -> None:
+def test_a_foreign_file_is_an_error_of_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(data)
     with pytest.raises(ValueError, match=r"file\.pt is truncated or not a PyTorch checkpoint"):
         read_checkpoint(tmp_path / "file.pt")
@@ -311,25 +313,23 @@ def test_a_foreign_file_is_told_in_one_line(data: bytes, tmp_path: Path) -> None
         read_checkpoint(tmp_path / "absent.pt")
 
 
-def test_a_zip_file_of_something_else_is_told(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+def test_a_zip_file_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("cat.png", b"")
     with pytest.raises(ValueError, match=r"a zip file without data\.pkl"):
-        read_checkpoint(tmp_path / "pictures.zip")
+        read_checkpoint(tmp_path / "images.zip")
 
 
 @pytest.mark.parametrize(
     "wrap", [lambda module: module, nn.Module.state_dict, lambda m: {"state_dict": m.state_dict()}]
 )
-def test_a_state_dict_is_found_in_each_of_its_wrappings(
-    wrap: Callable[[nn.Module], Any], tmp_path: Path
-) -> None:
+def test_a_wrapped_state_dict_is_found(wrap: Callable[[nn.Module], Any], tmp_path: Path) -> None:
     torch.save(wrap(network()), tmp_path / "file.ckpt")
     assert_same(read_state(tmp_path / "file.ckpt"), dict(network().state_dict()))
 
 
 @pytest.mark.parametrize("content", [{"epoch": 1, "loss": 0.5}, [1, 2], {}, {"state_dict": [1]}])
-def test_a_checkpoint_without_a_state_dict_is_told(content: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "file.ckpt")
     with pytest.raises(
         ValueError, match=r"file\.ckpt holds a (dict|list).*; expected a state dict"

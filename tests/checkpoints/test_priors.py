@@ -1,4 +1,4 @@
-"""Priors alone: those that others published answer here as in their own code, and fit the pipelines that they fit."""
+"""Priors on their own: published ones match their own code and work in fitting pipelines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_scheduler(folder: Path, limit: float) -> None:
 
 @pytest.fixture
 def transformer(tmp_path: Path) -> Path:
-    """Kandinsky's prior in diffusers' layout: wider than CLIP's text states are in Karlo, and another limit."""
+    """Kandinsky's prior in diffusers' layout, with another width and limit than Karlo's."""
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
     prior = randomize(PriorTransformer(**sizes, embedding_dim=20, num_embeddings=7))
     with torch.no_grad():
@@ -48,7 +48,7 @@ def transformer(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["", "prior"])
-def test_a_transformer_of_diffusers_answers_the_same(part: str, transformer: Path) -> None:
+def test_a_prior_transformer_matches_diffusers(part: str, transformer: Path) -> None:
     prior = unclip.load_prior(transformer / part)
     theirs = PriorTransformer.from_pretrained(transformer / "prior")
     text = TextEncoding(
@@ -62,10 +62,8 @@ def test_a_transformer_of_diffusers_answers_the_same(part: str, transformer: Pat
 
 
 @pytest.mark.parametrize("kind", [KandinskyPriorPipeline, KandinskyV22PriorPipeline])
-def test_in_a_pipeline_it_draws_the_embeddings_that_kandinskys_own_draws(
-    kind: type, tmp_path: Path
-) -> None:
-    """Same seed, same steps, same guidance; the CLIP is the pipeline's, with an equal text encoder."""
+def test_embeddings_match_kandinskys_pipeline(kind: type, tmp_path: Path) -> None:
+    """Same seed, steps and guidance; the pipeline's CLIP has an equal text encoder."""
     text_to_image, variation = karlo.text_to_image(), karlo.image_variation()
     parts = {name: getattr(text_to_image, name) for name in ("prior", "text_encoder", "tokenizer")}
     scheduler = UnCLIPScheduler(
@@ -85,21 +83,21 @@ def test_in_a_pipeline_it_draws_the_embeddings_that_kandinskys_own_draws(
         "a red fish", num_inference_steps=5, generator=torch.Generator().manual_seed(3)
     ).image_embeds
 
-    def drawn() -> torch.Tensor:
+    def sampled_embedding() -> torch.Tensor:
         options = StageOptions(steps=5, guidance=4.0, sampler="ancestral")
         generators = [torch.Generator().manual_seed(3)]
         return pipe.sample_prior(
             pipe.encode_text("a red fish"), generators=generators, options=options, candidates=1
         )
 
-    assert (drawn() - expected).abs().max() > 0.1
+    assert (sampled_embedding() - expected).abs().max() > 0.1
     pipe.prior = unclip.load_prior(tmp_path / "kandinsky" / "prior")
-    torch.testing.assert_close(drawn(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sampled_embedding(), expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_kandinskys_own_checkpoint_answers_as_in_its_code(wrapped: bool, tmp_path: Path) -> None:
+def test_kandinskys_own_checkpoint_matches_its_code(wrapped: bool, tmp_path: Path) -> None:
     state = weights(RECORDED["shapes"]) | {"causal_mask": torch.zeros(1, 10, 10)}
     torch.save({"state_dict": state} if wrapped else state, tmp_path / "prior_fp16.ckpt")
     torch.save((torch.zeros(24), torch.ones(24)), tmp_path / "ViT-L-14_stats.th")
@@ -114,7 +112,7 @@ def test_kandinskys_own_checkpoint_answers_as_in_its_code(wrapped: bool, tmp_pat
         assert sampled(output) == pytest.approx(RECORDED["output"], abs=1e-5)
 
 
-def test_our_own_comes_with_its_schedule(
+def test_our_own_prior_has_its_schedule(
     tmp_path: Path, tiny_pipe: UnCLIPPipeline, tiny_folder: Path
 ) -> None:
     other = tiny_prior()
@@ -130,9 +128,7 @@ def test_our_own_comes_with_its_schedule(
     assert unclip.load_prior(tmp_path / "changed").schedule == ScheduleConfig("linear", 500)
 
 
-def test_the_prior_of_a_whole_model_is_taken_out_of_it(
-    tiny_pipe: UnCLIPPipeline, tiny_folder: Path
-) -> None:
+def test_the_prior_of_a_whole_model_is_loaded(tiny_pipe: UnCLIPPipeline, tiny_folder: Path) -> None:
     prior = unclip.load_prior(tiny_folder, dtype=torch.bfloat16)
     assert prior.query.dtype == torch.bfloat16 and prior.emb_mean.dtype == torch.float32
     assert prior.schedule == ScheduleConfig()
@@ -167,7 +163,9 @@ def test_a_prior_of_another_clip_is_refused(
     assert pipe.prior is kept and kept.config.emb_dim == EMB_DIM
 
 
-def test_what_holds_no_prior_is_told(tmp_path: Path, tiny_folder: Path, transformer: Path) -> None:
+def test_paths_without_a_prior_are_refused(
+    tmp_path: Path, tiny_folder: Path, transformer: Path
+) -> None:
     with pytest.raises(ValueError, match="is not a prior of a known format"):
         unclip.load_prior(tmp_path)
     with pytest.raises(ValueError, match="decoder is a Decoder; expected a prior"):
@@ -179,7 +177,7 @@ def test_what_holds_no_prior_is_told(tmp_path: Path, tiny_folder: Path, transfor
         unclip.load_prior(transformer)
 
 
-def test_a_whole_model_cannot_be_loaded_from_a_prior(tmp_path: Path) -> None:
+def test_a_prior_is_not_a_whole_model(tmp_path: Path) -> None:
     torch.save(weights(RECORDED["shapes"]), tmp_path / "prior_fp16.ckpt")
     with pytest.raises(
         ValueError, match=r"is a prior, not a whole model; load it with unclip\.load_prior"
@@ -187,7 +185,7 @@ def test_a_whole_model_cannot_be_loaded_from_a_prior(tmp_path: Path) -> None:
         unclip.load(tmp_path)
 
 
-def test_the_limit_of_x0_is_checked_and_told() -> None:
+def test_the_limit_of_x0_is_checked() -> None:
     assert isinstance(tiny_prior(x0_limit=None), DiffusionPrior)
     with pytest.raises(
         ValueError, match="x0_limit is 0; expected a positive number, or None for no limit"

@@ -1,4 +1,4 @@
-"""`unclip info` of files from elsewhere: which format they are of, what is in them and how much."""
+"""`unclip info` of foreign files: format, components and sizes."""
 
 from __future__ import annotations
 
@@ -130,12 +130,12 @@ def laion_prior(folder: Path) -> Path:
         (laion_prior, "prior", "DALLE2-pytorch", {"prior": 15}, "F32"),
     ],
 )
-def test_what_a_foreign_format_holds_is_told(make, kind, format, parts, dtype, tmp_path, capsys):
+def test_info_describes_foreign_formats(make, kind, format, parts, dtype, tmp_path, capsys):
     path = make(tmp_path)
-    told = summary(path)
-    assert (told.kind, told.format, told.options) == (kind, format, {})
-    assert {part.name: part.parameters for part in told.components} == parts
-    last = told.components[-1]
+    info = summary(path)
+    assert (info.kind, info.format, info.options) == (kind, format, {})
+    assert {part.name: part.parameters for part in info.components} == parts
+    last = info.components[-1]
     assert last.dtypes == (dtype,) and last.size == last.parameters * (2 if dtype == "F16" else 4)
 
     assert main(["info", str(path)]) == 0
@@ -144,13 +144,13 @@ def test_what_a_foreign_format_holds_is_told(make, kind, format, parts, dtype, t
     assert [line.split()[0] for line in out.splitlines()[3:]] == [*parts, "all"]
 
 
-def test_a_component_of_ours_is_told(tiny_dalle_folder, capsys):
+def test_info_describes_our_components(tiny_dalle_folder, capsys):
     assert main(["info", str(tiny_dalle_folder / "codec")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("codec: component in ") and "format" not in out
     codec = load_codec(tiny_dalle_folder / "codec")
-    told = summary(tiny_dalle_folder / "codec").components[0]
-    assert told.parameters == sum(x.numel() for x in codec.state_dict().values())
+    info = summary(tiny_dalle_folder / "codec").components[0]
+    assert info.parameters == sum(x.numel() for x in codec.state_dict().values())
 
 
 def test_every_format_can_be_summarised():
@@ -163,22 +163,22 @@ def test_every_format_can_be_summarised():
     ]
 
 
-def test_an_upsampler_of_its_own_file_is_counted_once(tmp_path):
+def test_an_upsampler_in_a_separate_file_is_counted_once(tmp_path):
     folder = laion(tmp_path)
     (folder / "upsampler").mkdir()
     unets = dalle2_pytorch("decoder", "unets.0.a", "unets.1.a", "unets.1.b", "unets.1.c")
     torch.save(unets, folder / "upsampler" / "latest.pth")
-    told = {part.name: part.parameters for part in summary(folder).components}
-    assert told == {"prior": 15, "decoder": 30, "upsampler_0": 45}
+    info = {part.name: part.parameters for part in summary(folder).components}
+    assert info == {"prior": 15, "decoder": 30, "upsampler_0": 45}
 
 
-def test_the_licence_of_a_card_is_told(tmp_path):
+def test_the_licence_is_read_from_the_model_card(tmp_path):
     folder = min_dalle(tmp_path)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     assert summary(folder).licence == "mit"
 
 
-def test_what_is_nothing_is_told(tmp_path, capsys):
+def test_unknown_files_are_refused(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("nothing")
     assert main(["info", str(tmp_path)]) == 2
     assert (

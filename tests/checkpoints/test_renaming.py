@@ -1,4 +1,4 @@
-"""Rename tables: what goes in comes out again, and what does not fit is named."""
+"""Rename tables: exact inverses, and errors that name what does not fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def foreign() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def shapes_here() -> dict[str, torch.Size]:
+def our_shapes() -> dict[str, torch.Size]:
     shapes = {
         "positions": (3, 4),
         "linear.weight": (5, 4),
@@ -61,36 +61,36 @@ def shapes_here() -> dict[str, torch.Size]:
     return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
-def test_round_trip_is_the_identity() -> None:
+def test_export_inverts_import() -> None:
     state = foreign()
-    here = import_state(state, RULES, shapes_here(), "x.ckpt")
-    assert {name: tensor.shape for name, tensor in here.items()} == shapes_here()
-    back = export_state(here, RULES)
+    ours = import_state(state, RULES, our_shapes(), "x.ckpt")
+    assert {name: tensor.shape for name, tensor in ours.items()} == our_shapes()
+    back = export_state(ours, RULES)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
 
 
-def test_rows_by_head_are_sorted_by_part() -> None:
+def test_rows_by_head_are_reordered_by_part() -> None:
     rows = (
         torch.arange(12).reshape(12, 1).expand(12, 4)
     )  # head 0: q 0 1, k 2 3, v 4 5; head 1: q 6 7, ...
-    here = import_state({**foreign(), "qkv.weight": rows}, RULES, shapes_here(), "x.ckpt")
-    assert here["attention.qkv.weight"][:, 0].tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    ours = import_state({**foreign(), "qkv.weight": rows}, RULES, our_shapes(), "x.ckpt")
+    assert ours["attention.qkv.weight"][:, 0].tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
 
 
-def test_fused_and_split_rows_keep_their_order() -> None:
+def test_fused_rows_keep_their_order() -> None:
     state = foreign()
-    here = import_state(state, RULES, shapes_here(), "x.ckpt")
-    assert torch.equal(here["qk.weight"], torch.cat([state["q.weight"], state["k.weight"]]))
+    ours = import_state(state, RULES, our_shapes(), "x.ckpt")
+    assert torch.equal(ours["qk.weight"], torch.cat([state["q.weight"], state["k.weight"]]))
 
 
-def test_every_fault_is_named_as_the_file_calls_it() -> None:
+def test_faults_are_listed_by_foreign_names() -> None:
     state = foreign()
     del state["k.weight"], state["old.norm.bias"]
     state["extra"] = torch.zeros(1)
     state["conv.weight"] = torch.zeros(5, 3, 1)
     with pytest.raises(ValueError) as error:
-        import_state(state, RULES, shapes_here(), "x.ckpt")
+        import_state(state, RULES, our_shapes(), "x.ckpt")
     text = str(error.value)
     assert text.startswith("x.ckpt does not fit: missing: k.weight, old.norm.bias; unexpected: ")
     assert "extra" in text and "conv.weight is (5, 3, 1), expected (5, 4, 1)" in text
@@ -98,22 +98,22 @@ def test_every_fault_is_named_as_the_file_calls_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), [("qkv.weight", (11, 4)), ("embed", (2, 3, 4))])
-def test_rows_that_do_not_divide_are_a_shape_fault(name: str, shape: tuple[int, ...]) -> None:
+def test_rows_that_cannot_be_divided_are_misshaped(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="of another shape: " + name):
-        import_state({**foreign(), name: torch.zeros(shape)}, RULES, shapes_here(), "x.ckpt")
+        import_state({**foreign(), name: torch.zeros(shape)}, RULES, our_shapes(), "x.ckpt")
 
 
-def test_tensors_are_cast_as_they_are_renamed() -> None:
+def test_tensors_are_cast() -> None:
     state = foreign()
     dtypes = {
-        name: torch.float64 if name == "qk.weight" else torch.bfloat16 for name in shapes_here()
+        name: torch.float64 if name == "qk.weight" else torch.bfloat16 for name in our_shapes()
     }
-    here = import_state(state, RULES, shapes_here(), "x.ckpt", dtypes=dtypes)
-    assert {name: tensor.dtype for name, tensor in here.items()} == dtypes
-    assert torch.equal(here["positions"], state["embed"][0].bfloat16())
+    ours = import_state(state, RULES, our_shapes(), "x.ckpt", dtypes=dtypes)
+    assert {name: tensor.dtype for name, tensor in ours.items()} == dtypes
+    assert torch.equal(ours["positions"], state["embed"][0].bfloat16())
 
 
-def test_each_tensor_is_taken_once_and_one_rule_at_a_time() -> None:
+def test_each_tensor_is_read_once() -> None:
     state, taken = foreign(), []
 
     class Reading(dict):
@@ -121,24 +121,24 @@ def test_each_tensor_is_taken_once_and_one_rule_at_a_time() -> None:
             taken.append(name)
             return super().__getitem__(name)
 
-    here = import_state(Reading(state), RULES, shapes_here(), "x.ckpt")
-    assert sorted(taken) == sorted(state) and here.keys() == shapes_here().keys()
+    ours = import_state(Reading(state), RULES, our_shapes(), "x.ckpt")
+    assert sorted(taken) == sorted(state) and ours.keys() == our_shapes().keys()
 
 
-def test_what_is_ignored_is_named_by_a_pattern() -> None:
+def test_ignored_names_are_patterns() -> None:
     state = {**foreign(), "text.position_ids": torch.arange(3)}
-    here = import_state(state, RULES, shapes_here(), "x.ckpt", ignored=("*.position_ids",))
-    assert here.keys() == shapes_here().keys()
+    ours = import_state(state, RULES, our_shapes(), "x.ckpt", ignored=("*.position_ids",))
+    assert ours.keys() == our_shapes().keys()
 
 
-def test_a_rule_that_is_forgotten_is_our_own_fault() -> None:
+def test_an_incomplete_table_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError, match="no rule makes"):
         import_state({}, [], {"x": torch.Size([1])}, "x.ckpt")
     with pytest.raises(AssertionError, match="no rule takes"):
         export_state({"x": torch.zeros(1)}, [Rule(("a",), ("b",))])
 
 
-def test_a_network_is_built_with_parameters_in_the_dtype_and_statistics_in_float32() -> None:
+def test_build_casts_parameters_and_keeps_buffers_in_float32() -> None:
     state = {"w": torch.randn(3, 2), "b": torch.randn(3), "mean": torch.ones(2).half()}
 
     class Scaled(nn.Linear):

@@ -1,4 +1,4 @@
-"""Models on disk: nothing is changed on the way, nothing half-written stays, nothing that does not fit is let in."""
+"""Our own format: lossless, written atomically, loaded strictly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unclip.weights import save_tensors
 
 
 @pytest.mark.parametrize("make", [tiny_prior, tiny_decoder, tiny_upsampler])
-def test_a_component_comes_back_as_it_was(make, tmp_path):
+def test_a_component_is_saved_and_loaded_unchanged(make, tmp_path):
     module = scrambled(make())
     schedule = ScheduleConfig("linear", num_timesteps=200)
     store.save_component(module, tmp_path / "net", schedule=schedule)
@@ -36,7 +36,7 @@ def test_a_component_comes_back_as_it_was(make, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
 
 
-def test_half_precision_on_disk_is_widened_and_statistics_stay_wide(tmp_path):
+def test_parameters_are_cast_but_statistics_stay_float32(tmp_path):
     prior = tiny_prior()
     store.save_component(prior, tmp_path, dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {
@@ -57,7 +57,7 @@ def test_loading_initialises_nothing(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_weights_outlive_their_file(tmp_path):
+def test_weights_are_independent_of_their_file(tmp_path):
     prior = tiny_prior()
     store.save_component(prior, tmp_path)
     loaded = store.load_component(tmp_path)
@@ -65,7 +65,7 @@ def test_weights_outlive_their_file(tmp_path):
     assert torch.equal(loaded.positions, prior.positions)
 
 
-def test_the_umask_says_who_may_read_weights(tmp_path):
+def test_file_permissions_follow_the_umask(tmp_path):
     (tmp_path / "plain").touch()
     store.save_component(tiny_prior(), tmp_path)
     save_tensors({"x": torch.ones(1)}, tmp_path / "x.safetensors")
@@ -111,25 +111,25 @@ def test_an_unknown_config_key_is_named(tmp_path):
         store.load_component(tmp_path)
 
 
-def test_a_model_draws_the_same_bytes_after_it_was_saved(tiny_pipe, tiny_folder):
+def test_a_saved_model_gives_the_same_images(tiny_pipe, tiny_folder):
     loaded = unclip.load(tiny_folder, "cpu")
     assert (loaded.name, loaded.licence, loaded.options) == ("tiny", "MIT", tiny_pipe.options)
     assert loaded.schedules["upsampler_0"].config.kind == "linear"
-    pictures = [
+    images = [
         pipe("a red apple", seed=3, progress=False).images[0].tobytes()
         for pipe in (tiny_pipe, loaded)
     ]
-    assert pictures[0] == pictures[1]
+    assert images[0] == images[1]
 
 
-def test_a_model_without_prior_or_upsampler_is_saved_too(tiny_pipe, tmp_path):
+def test_a_model_without_prior_or_upsampler_is_saved(tiny_pipe, tmp_path):
     pipe = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder)
     pipe.save_pretrained(tmp_path / "bare")
     loaded = UnCLIPPipeline.from_pretrained(tmp_path / "bare")
     assert loaded.prior is None and loaded.upsamplers == ()
 
 
-def test_a_disk_that_fills_up_leaves_the_old_model_whole(tiny_folder, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_model_unchanged(tiny_folder, tmp_path, monkeypatch):
     folder = tmp_path / "tiny"
     shutil.copytree(tiny_folder, folder)
     before = {
@@ -159,32 +159,32 @@ def test_a_model_can_be_saved_over_itself(tiny_folder, tmp_path):
     UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, name="renamed").save_pretrained(folder)
     assert unclip.load(folder).name == "renamed"
     assert (folder / "README.md").read_text() == "its card"
-    assert not (folder / "upsampler_0").exists()  # components are replaced as a whole
+    assert not (folder / "upsampler_0").exists()  # a component is replaced as a whole
     assert not (folder / "decoder" / "old.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_folders_of_the_user_stay_in_a_model(tiny_pipe, tiny_folder, tmp_path):
+def test_other_files_in_a_model_folder_are_kept(tiny_pipe, tiny_folder, tmp_path):
     folder = tmp_path / "tiny"
     bare = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder)
     bare.save_pretrained(folder)
-    (folder / "pictures" / "best").mkdir(parents=True)
-    picture, link = folder / "pictures" / "best" / "apple.png", folder / "pictures" / "link"
-    picture.write_bytes(b"apple")
-    picture.chmod(0o444)
+    (folder / "images" / "best").mkdir(parents=True)
+    image, link = folder / "images" / "best" / "apple.png", folder / "images" / "link"
+    image.write_bytes(b"apple")
+    image.chmod(0o444)
     link.symlink_to("nowhere")
     bare.save_pretrained(folder)
     assert main(["convert", str(tiny_folder), str(folder)]) == 0
-    assert picture.read_bytes() == b"apple" and str(link.readlink()) == "nowhere"
+    assert image.read_bytes() == b"apple" and str(link.readlink()) == "nowhere"
 
     bare.save_pretrained(folder)
     (folder / "prior").mkdir()
     with pytest.raises(ValueError, match=r"tiny.prior would be overwritten .*; move it away"):
         tiny_pipe.save_pretrained(folder)
-    assert unclip.load(folder).prior is None and picture.is_file() and (folder / "prior").is_dir()
+    assert unclip.load(folder).prior is None and image.is_file() and (folder / "prior").is_dir()
 
 
-def test_a_card_may_be_written_before_the_model(tiny_pipe, tmp_path):
+def test_a_model_card_may_exist_before_the_model(tiny_pipe, tmp_path):
     (tmp_path / "README.md").write_text("its card")
     tiny_pipe.save_pretrained(tmp_path)
     assert (
@@ -193,7 +193,7 @@ def test_a_card_may_be_written_before_the_model(tiny_pipe, tmp_path):
     )
 
 
-def test_no_other_folder_is_replaced(tiny_pipe, tmp_path):
+def test_a_folder_with_other_content_is_not_replaced(tiny_pipe, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not a model folder"):
@@ -210,12 +210,12 @@ def test_a_newer_version_is_refused(tiny_folder, tmp_path):
         load_any(folder)
 
 
-def test_a_folder_of_no_format_is_refused(tmp_path):
+def test_a_folder_of_unknown_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a model of a known format"):
         unclip.load(tmp_path)
 
 
-def test_description_counts_what_is_stored(tiny_pipe, tiny_folder):
+def test_descriptions_count_stored_parameters(tiny_pipe, tiny_folder):
     described = {part.name: part for part in summary.describe(tiny_folder)}
     assert list(described) == ["clip", "prior", "decoder", "upsampler_0"]
     for name, network in tiny_pipe.networks().items():
@@ -231,13 +231,13 @@ def test_bundled_models_are_found_in_a_checkout_and_in_a_wheel(tiny_folder, tmp_
         (tmp_path / "b", tmp_path / "b/assets"),
     ):
         shutil.copytree(tiny_folder, assets / "emoji")
-        (assets / "pictures").mkdir()
+        (assets / "images").mkdir()
         monkeypatch.setattr(folders, "_PACKAGE", package)
         assert folders.bundled_models() == {"emoji": assets / "emoji"}
         assert folders.locate("emoji") == assets / "emoji"
 
 
-def test_a_component_may_be_a_bundled_model_s(
+def test_a_component_can_be_shared_with_a_bundled_model(
     tiny_folder, tiny_dalle, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(folders, "_PACKAGE", tmp_path)
@@ -266,8 +266,8 @@ def test_a_component_may_be_a_bundled_model_s(
         "dalle": None,
     }
     assert main(["info", "second"]) == main(["models"]) == 0
-    told = capsys.readouterr().out
-    assert "F32, from emoji" in told and told.count("from emoji") == 1
+    output = capsys.readouterr().out
+    assert "F32, from emoji" in output and output.count("from emoji") == 1
     borrowing.save_pretrained(tmp_path / "whole")
     assert (tmp_path / "whole" / "clip").is_dir() and not folders.shared_from(tmp_path / "whole")
 
@@ -283,14 +283,14 @@ def test_a_component_may_be_a_bundled_model_s(
         unclip.load(folder)
 
 
-def test_an_unknown_name_lists_the_models_there_are(tiny_folder, tmp_path, monkeypatch):
+def test_an_unknown_name_lists_the_bundled_models(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "assets" / "emoji")
     monkeypatch.setattr(folders, "_PACKAGE", tmp_path)
     with pytest.raises(ValueError, match="unknown model 'emojis'; bundled models: emoji; or give"):
         unclip.load("emojis")
 
 
-def test_without_a_network_a_hub_id_says_so(tmp_path, monkeypatch):
+def test_a_hub_id_without_a_network_is_an_error(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""CLIP in transformers' layout: the same tokens, embeddings and pixels as there, and back again."""
+"""CLIP in transformers' layout: tokens, embeddings and pixels match, import and export."""
 
 from __future__ import annotations
 
@@ -46,16 +46,14 @@ def assert_same_tokens(ours: Any, reference: Any) -> None:
     )
     ids, mask = ours(TEXTS)
     assert torch.equal(mask, expected.attention_mask.bool())
-    assert torch.equal(
-        ids[mask], expected.input_ids[mask]
-    )  # what pads are called is nobody's business
+    assert torch.equal(ids[mask], expected.input_ids[mask])  # names of padding tokens do not matter
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")
 @pytest.mark.parametrize(
     ("merges", "pad"), [(0, "!"), (200, "!"), (200, "<|endoftext|>"), (ALL, "!")]
 )
-def test_the_tokenizer_gives_transformers_ids(tmp_path: Path, merges: int, pad: str) -> None:
+def test_the_tokenizer_matches_transformers(tmp_path: Path, merges: int, pad: str) -> None:
     reference = theirs(merges, pad_token=pad)
     karlo.write_tokenizer(reference, tmp_path / "old")
     settings = json.loads((tmp_path / "old" / "tokenizer_config.json").read_text())
@@ -77,13 +75,11 @@ def test_the_tokenizer_gives_transformers_ids(tmp_path: Path, merges: int, pad: 
     assert tokenizer.decode(ids[mask].tolist()) == "a red apple"
 
 
-def test_open_clips_own_tokenizer_is_written_too(tmp_path: Path) -> None:
+def test_open_clips_tokenizer_is_exported(tmp_path: Path) -> None:
     ours = OpenCLIPTokenizer(CLIPConfig({"text_cfg": {"context_length": 40}}))
     assert write_tokenizer(ours, tmp_path / "tokenizer") == "CLIPTokenizer"
     reference = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
-    texts = TEXTS[
-        :4
-    ]  # open_clip repairs text before it reads it: other quotation marks, no ligatures
+    texts = TEXTS[:4]  # open_clip normalises text first: quotation marks, ligatures
     expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt")
     ids, mask = ours(texts)
     assert torch.equal(mask, expected.attention_mask.bool()) and torch.equal(
@@ -92,7 +88,7 @@ def test_open_clips_own_tokenizer_is_written_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the prompt")
-def test_a_tokenizer_that_was_trained_here_is_written_too(tmp_path: Path) -> None:
+def test_our_own_tokenizers_are_exported(tmp_path: Path) -> None:
     ours = BPETokenizer.train(TEXTS, vocab_size=400, context_length=40)
     assert write_tokenizer(ours, tmp_path / "tokenizer") == "PreTrainedTokenizerFast"
     assert_same_tokens(
@@ -107,7 +103,7 @@ def test_a_tokenizer_that_was_trained_here_is_written_too(tmp_path: Path) -> Non
 
 
 def write_towers(folder: Path, **settings: Any) -> tuple[Any, Any]:
-    """A text and an image encoder with random weights; what differs from CLIP's usual settings is given."""
+    """Write a text and an image encoder with random weights; settings: other than CLIP's."""
     pipe = karlo.image_variation()
     text_config = transformers.CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), **settings})
     vision_config = transformers.CLIPVisionConfig(
@@ -135,7 +131,7 @@ def write_towers(folder: Path, **settings: Any) -> tuple[Any, Any]:
     ],
     ids=str,
 )
-def test_towers_of_any_setting_answer_alike(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_towers_match_transformers(tmp_path: Path, settings: dict[str, Any]) -> None:
     text_encoder, image_encoder = write_towers(tmp_path, **settings)
     clip = read_clip(tmp_path, with_images=True)
     text, pixels = clip.encode_text(["a fish", "", "wow!"]), torch.randn(2, 3, 32, 32)
@@ -168,10 +164,10 @@ def test_towers_of_any_setting_answer_alike(tmp_path: Path, settings: dict[str, 
     ids=str,
 )
 @pytest.mark.parametrize("size", [(32, 32), (50, 41), (35, 70), (20, 33)])
-def test_pictures_are_prepared_alike(
+def test_preprocessing_matches_transformers(
     tmp_path: Path, settings: dict[str, Any], size: tuple[int, int]
 ) -> None:
-    """To a level or so: they are resized in 8 bits."""
+    """Up to about one level: images are resized in 8 bits."""
     side = {"height": 32, "width": 32}
     processor = transformers.CLIPImageProcessor(
         **{"size": {"shortest_edge": 32}, "crop_size": side, **settings}
@@ -182,9 +178,9 @@ def test_pictures_are_prepared_alike(
     text = {"width": 16, "heads": 2, "layers": 1, "vocab_size": 600}
     clip = CLIP(CLIPConfig({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}, preprocess))
     blobs = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC)
-    expected = processor(images=picture, return_tensors="pt").pixel_values
-    assert (clip.prepare([picture]) - expected).abs().max() < 2.1 / 255 / 0.26
+    image = Image.fromarray(blobs).resize(size, Image.Resampling.BICUBIC)
+    expected = processor(images=image, return_tensors="pt").pixel_values
+    assert (clip.prepare([image]) - expected).abs().max() < 2.1 / 255 / 0.26
     (tmp_path / "again.json").write_text(json.dumps(transformers_clip.write_processor(clip)))
     assert transformers_clip.read_processor(tmp_path / "again.json", 32) == {
         **preprocess,
@@ -193,7 +189,7 @@ def test_pictures_are_prepared_alike(
     }
 
 
-def test_a_text_tower_alone_is_saved_as_ours(tmp_path: Path) -> None:
+def test_a_text_tower_alone_is_saved_in_our_format(tmp_path: Path) -> None:
     write_towers(tmp_path / "theirs")
     clip = read_clip(tmp_path / "theirs", with_images=False)
     clip.save_pretrained(tmp_path / "clip")

@@ -82,7 +82,7 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
         DecoderConfig(unet, SIZE, D, D, null_text="empty_prompt", learned_variance=True)
     ).to(dtype)
     load_from_diffusers(decoder.unet, reference, unet_rules(unet))
-    load_from_diffusers(decoder, text_proj, text_proj_rules(), but_for="unet")
+    load_from_diffusers(decoder, text_proj, text_proj_rules(), except_for="unet")
 
     text, (x_t, t, image_emb) = make_text(D, dtype), make_rest(dtype)
     drop_image = torch.tensor([True] * B + [False] * B)  # diffusers' order: [null; cond]

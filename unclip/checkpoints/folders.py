@@ -1,6 +1,6 @@
 """Model folders on disk: where a model is, what model.json says, which files hold the weights.
 
-Nothing here imports torch: `unclip list`, `unclip info` and a misspelt model name are answered at
+Nothing here imports torch: `unclip models`, `unclip info` and a misspelt model name are answered at
 once.
 """
 
@@ -19,7 +19,7 @@ from unclip.files import read_json
 
 OPTIONS_FILE, SCHEDULE_FILE = "options.json", "schedule.json"
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
-FORMAT, VERSION = "unclip", 1
+FORMAT_NAME, VERSION = "unclip", 1
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PACKAGE = Path(__file__).parent.parent
 
@@ -66,10 +66,10 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {MODEL_FILE}")
     model = read_json(file)
-    if (model.get("format"), model.get("version")) != (FORMAT, VERSION):
+    if (model.get("format"), model.get("version")) != (FORMAT_NAME, VERSION):
         raise ValueError(
             f"{file} has format {model.get('format')!r} version {model.get('version')!r}; "
-            f"expected {FORMAT!r} version {VERSION}"
+            f"expected {FORMAT_NAME!r} version {VERSION}"
         )
     for key, kind in {"kind": str, "name": str, "licence": str, "components": list}.items():
         if not isinstance(model.get(key), kind):

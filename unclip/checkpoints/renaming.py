@@ -4,7 +4,7 @@ A rule maps foreign names to our names. A name is a tensor's, or a module's with
 `bias`.
 """
 
-# H heads, P parts (query, key, value), D head width
+# h heads, p parts (query, key, value), d head width
 
 from __future__ import annotations
 
@@ -41,10 +41,9 @@ class Rule:
 
 
 def move(foreign: str, ours: str, lead: int = 0, trail: int = 0) -> Rule:
-    """Keep the values.
+    """Rename a tensor or module.
 
-    Foreign tensors have `lead` axes of length 1 in front and, unless they are vectors, `trail`
-    behind.
+    Foreign tensors may have `lead` axes of length 1 in front and, but for vectors, `trail` behind.
     """
     return Rule(
         (foreign,),
@@ -227,13 +226,14 @@ def build(
 ) -> M:
     """Build a network from foreign tensors in eval mode: parameters in `dtype`, buffers in fp32.
 
-    The network is built on the meta device, so that only the loaded weights take memory.
+    It is built on the meta device, so that only the loaded weights take memory.
     """
     with torch.device("meta"):
         module = network(config)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
     own = module.state_dict()
     dtypes = {name: x.dtype for name, x in own.items()}
-    dtypes |= {name: dtype for name, _ in module.named_parameters()}
     module.load_state_dict(import_parts(own, parts, dtypes, ignored), assign=True)
     return module.eval()
 

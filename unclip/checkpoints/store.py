@@ -23,6 +23,7 @@ from torch import nn
 
 from unclip.checkpoints.folders import (
     CONFIG_FILE,
+    FORMAT_NAME,
     MODEL_FILE,
     OPTIONS_FILE,
     SCHEDULE_FILE,
@@ -32,7 +33,6 @@ from unclip.checkpoints.folders import (
     read_config,
     read_model_json,
 )
-from unclip.checkpoints.folders import FORMAT as FORMAT_NAME
 from unclip.checkpoints.formats import Bundle, Components, Format, LoadedPrior
 from unclip.checkpoints.renaming import read_weights
 from unclip.config import parse, save_json, to_dict

@@ -13,7 +13,7 @@ from typing import Any
 from unclip.checkpoints.diffusers import layout as diffusers
 from unclip.checkpoints.folders import (
     CONFIG_FILE,
-    FORMAT,
+    FORMAT_NAME,
     MODEL_FILE,
     OPTIONS_FILE,
     card_licence,
@@ -53,7 +53,7 @@ class ModelInfo:
     licence: str  # "" if unknown
     components: list[ComponentInfo]
     options: dict[str, Any]  # default sampling options; {} if the files hold none
-    format: str = FORMAT  # name of the `Format`
+    format: str = FORMAT_NAME  # name of the `Format`
 
 
 def summary(path: Path) -> ModelInfo:

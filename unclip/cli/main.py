@@ -324,13 +324,13 @@ def _picture_info(path: Path) -> None:
 
 
 def _model_info(name: str) -> None:
-    from unclip.checkpoints.folders import FORMAT, locate
+    from unclip.checkpoints.folders import FORMAT_NAME, locate
     from unclip.checkpoints.summary import summary
 
     folder = locate(name)
     model = summary(folder)
     print(
-        f"{model.name}: {model.kind} in {folder}{'' if model.format == FORMAT else f' (format: {model.format})'}"
+        f"{model.name}: {model.kind} in {folder}{'' if model.format == FORMAT_NAME else f' (format: {model.format})'}"
     )
     print(f"licence: {model.licence or 'not told'}\n")
     for part in model.components:

@@ -123,7 +123,7 @@ def release_by_names(state: Mapping[str, Tensor], part: str) -> Release:
         return (0, 15, 4)
     if part == "prior":
         if has(r"net\.null_text_encodings"):
-            return (1, 15, 6)  # saved anew by someone else
+            return (1, 15, 6)  # saved again by someone else
         return (0, 26, 1) if has(r"net\.null_text_embed") else (0, 22, 1)
     if has(r"unets\.\d+\.downs\.0\.[04]\.1\.weight"):
         return (1, 15, 6)  # likewise
