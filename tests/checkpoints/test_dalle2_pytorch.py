@@ -267,8 +267,7 @@ def test_a_missing_configuration_is_an_error(prior, tmp_path):
     file = write(tmp_path / "prior.pth", state, None, prior=section)
     (tmp_path / "prior_config.json").rename(tmp_path / "x.json")
     with pytest.raises(
-        FileNotFoundError,
-        match="holds no configuration; put the model's prior_config.json",
+        FileNotFoundError, match="holds no configuration; put the model's prior_config.json"
     ):
         unclip.load_prior(file)
     (tmp_path / "prior_config.json").write_text(json.dumps(section))
@@ -326,11 +325,7 @@ def test_unsupported_releases_are_refused(prior, tmp_path, release):
             "image_embed_dim is 12; expected the width of CLIP's embeddings",
         ),
         ({"resnet_groups": [8]}, "1.0.2", "has 1 values for 2 levels"),
-        (
-            {"anything": "else"},
-            "1.2.0",
-            "sparse_attn of releases 1.2 and 1.3 is not supported",
-        ),
+        ({"anything": "else"}, "1.2.0", "sparse_attn of releases 1.2 and 1.3 is not supported"),
         ({"text_embed_dim": None}, "1.0.2", "text_embed_dim is missing"),
         ({"cond_on_text_encodings": False}, "1.0.2", "unexpected: unets.0.text_to_cond.weight"),
         ({"dim": 16}, "1.0.2", "of another shape"),
@@ -356,10 +351,7 @@ def test_unsupported_unet_settings_are_named(changes, release, message, tmp_path
             r"use_noise_for_lowres_cond is \(True,\), but only False is supported",
         ),
         ({"beta_schedule": ["cosine", "linear"]}, "beta_schedule has 2 values for 1 U-Nets"),
-        (
-            {"clip": None},
-            "clip is missing.*configurations name none; put the CLIP there",
-        ),
+        ({"clip": None}, "clip is missing.*configurations name none; put the CLIP there"),
         ({"clip": {**CLIP_NAMED, "make": "x-clip"}}, "name x-clip ViT-L/14; put the CLIP there"),
     ],
 )

@@ -145,8 +145,7 @@ def test_files_with_openai_s_or_taming_s_codec_are_loaded(tmp_path):
 def test_a_file_uses_the_tokenizer_next_to_it(tmp_path):
     torch.save(content("full"), tmp_path / "dalle.pt")
     with pytest.raises(
-        ValueError,
-        match="20 text tokens.*put its tokenizer next to it as tokenizer",
+        ValueError, match="20 text tokens.*put its tokenizer next to it as tokenizer"
     ):
         unclip.load(tmp_path / "dalle.pt", "cpu")
     words = ["[UNK]", *"a red apple blue fish".split()]

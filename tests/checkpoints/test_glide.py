@@ -242,9 +242,7 @@ def test_saving_in_our_format_keeps_everything(folder: Path, tmp_path: Path) -> 
         )
 
 
-def test_the_inpainting_pair_generates_from_nothing_known(
-    folder: Path,
-) -> None:
+def test_the_inpainting_pair_generates_from_nothing_known(folder: Path) -> None:
     for name in ("base_inpaint", "upsample_inpaint"):
         torch.save(state(name), folder / f"{name}.pt")
     pipe = unclip.load(folder / "base_inpaint.pt", device="cpu")
@@ -306,10 +304,7 @@ def test_convert_info_and_generate_commands(
             GLIDEOptions(upsamplers=(StageOptions(1),) * 2),
             "options for 2 upsamplers, but the model has 1",
         ),
-        (
-            GLIDEOptions(decoder=StageOptions(4, cache_interval=2)),
-            "cache_interval is above 1",
-        ),
+        (GLIDEOptions(decoder=StageOptions(4, cache_interval=2)), "cache_interval is above 1"),
     ],
 )
 def test_options_of_another_kind_of_model_are_refused(

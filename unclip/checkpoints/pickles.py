@@ -198,27 +198,16 @@ _DTYPES = {
     for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype)
 }
-_STORAGES = {
-    "Double": "float64",
-    "Float": "float32",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexDouble": "complex128",
-    "ComplexFloat": "complex64",
-    "Untyped": "uint8",
-}
+_STORAGES = (
+    "Double:float64 Float:float32 Half:float16 BFloat16:bfloat16 Long:int64 Int:int32 Short:int16 "
+    "Char:int8 Byte:uint8 Bool:bool ComplexDouble:complex128 ComplexFloat:complex64 Untyped:uint8"
+)
 _BUILTINS = {"set": set, "frozenset": frozenset, "complex": complex}
 _ALLOWED: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{
-        f"{home}{kind}Storage": _DTYPES[n]
-        for kind, n in _STORAGES.items()
+        f"{home}{kind}Storage": _DTYPES[dtype]
+        for kind, dtype in (pair.split(":") for pair in _STORAGES.split())
         for home in ("torch.", "torch.storage.")
     },
     **{

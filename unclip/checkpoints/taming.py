@@ -11,16 +11,7 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Format, States
 from unclip.checkpoints.pickles import read_state
-from unclip.checkpoints.renaming import (
-    Part,
-    Rule,
-    build,
-    count,
-    expecting,
-    fuse,
-    move,
-    prefixed,
-)
+from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, fuse, move, prefixed
 from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.unet import LevelSpec

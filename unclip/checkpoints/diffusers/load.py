@@ -9,12 +9,7 @@ import torch
 from torch import nn
 
 from unclip.checkpoints.diffusers import configs
-from unclip.checkpoints.diffusers.layout import (
-    KARLO_OPTIONS,
-    SCHEDULER_FILE,
-    read_index,
-    recognise,
-)
+from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS, SCHEDULER_FILE, read_index, recognise
 from unclip.checkpoints.diffusers.names import prior_rules, text_proj_rules, unet_rules
 from unclip.checkpoints.folders import (
     CONFIG_FILE,
