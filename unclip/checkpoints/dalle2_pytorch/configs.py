@@ -1,5 +1,7 @@
 """DALLE2-pytorch's configurations -> configurations of our networks, for each of its releases.
 
+A field with a single possible value has no equivalent for the others, for the reason next to it.
+
 Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Releases differ in
 their computation under the same tensor names; a checkpoint is sampled as the release that trained
 it does.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -41,9 +43,9 @@ class PriorNetSource:
     depth: int
     max_text_len: int | None = None
     num_timesteps: int | None = None
-    num_time_embeds: int = 1
-    num_image_embeds: int = 1
-    num_text_embeds: int = 1
+    num_time_embeds: Literal[1] = 1  # the prior has one token for t
+    num_image_embeds: Literal[1] = 1  # the prior has one token for x_t
+    num_text_embeds: Literal[1] = 1  # the prior has one token for the text embedding
     dim_head: int = 64
     heads: int = 8
     ff_mult: float = 4
@@ -54,7 +56,7 @@ class PriorNetSource:
     final_proj: bool = True
     normformer: bool = False
     rotary_emb: bool = True
-    self_cond: bool = False
+    self_cond: Literal[False] = False  # the prior is not conditioned on its previous estimate
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ class PriorSource:
     text_cond_drop_prob: float | None = None
     image_cond_drop_prob: float | None = None
     loss_type: str = "l2"
-    predict_x_start: bool = True
-    predict_v: bool = False
+    predict_x_start: Literal[True] = True
+    predict_v: Literal[False] = False  # the prior predicts x_0
     beta_schedule: str = "cosine"
-    condition_on_text_encodings: bool = True
-    sampling_clamp_l2norm: bool = False
+    condition_on_text_encodings: Literal[True] = True  # the caption's tokens are always used
+    sampling_clamp_l2norm: Literal[False] = False  # estimates of x_0 are not normalised
     sampling_final_clamp_l2norm: bool = False
-    training_clamp_l2norm: bool = False
-    init_image_embed_l2norm: bool = False
-    image_embed_scale: float | None = None
+    training_clamp_l2norm: Literal[False] = False
+    init_image_embed_l2norm: Literal[False] = False  # sampling starts from plain noise
+    image_embed_scale: None = None  # unit vectors are scaled by the root of their width
     clip_adapter_overrides: dict[str, Any] | None = None
 
 
@@ -95,29 +97,29 @@ class UnetSource:
     cond_dim: int | None = None
     num_image_tokens: int = 4
     num_time_tokens: int = 2
-    channels: int = 3
+    channels: Literal[3] = 3  # images have three channels
     self_attn: int | bool | tuple[int | bool, ...] | None = False
     attn_dim_head: int = 32
     attn_heads: int = 16
-    lowres_noise_cond: bool = False
-    self_cond: bool = False
+    lowres_noise_cond: Literal[False] = False  # an upsampler is not conditioned on a noise level
+    self_cond: Literal[False] = False  # a U-Net is not conditioned on its previous estimate
     sparse_attn: bool = False
     cosine_sim_cross_attn: bool = False
     cosine_sim_self_attn: bool = False
     cond_on_text_encodings: bool | None = False
-    add_image_embeds_to_time: bool = True
-    init_dim: int | None = None
+    add_image_embeds_to_time: Literal[True] = True  # always added to the time embedding
+    init_dim: None = None  # the stem is as wide as the last block
     init_conv_kernel_size: int = 7
     init_cross_embed: bool = True
     init_cross_embed_kernel_sizes: tuple[int, ...] = (3, 7, 15)
     resnet_groups: int | tuple[int, ...] = 8
-    resnet_weight_standardization: bool = False
+    resnet_weight_standardization: Literal[False] = False  # weights are used as they are
     num_resnet_blocks: int | tuple[int, ...] = 2
-    cross_embed_downsample: bool = False
+    cross_embed_downsample: Literal[False] = False  # a level is downsampled by one convolution
     memory_efficient: bool = False
     scale_skip_connection: bool = False
     final_conv_kernel_size: int = 1
-    combine_upsample_fmaps: bool = False
+    combine_upsample_fmaps: Literal[False] = False  # the levels' outputs are not combined
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,8 @@ class DecoderSource:
     image_size: int | None = None
     image_sizes: tuple[int, ...] | None = None
     clip: ClipSource | None = None
-    channels: int = 3
-    vae: tuple[Any, ...] = ()
+    channels: Literal[3] = 3  # images have three channels
+    vae: tuple[()] = ()  # images are generated in pixel space
     timesteps: int = 1000
     sample_timesteps: int | tuple[int | None, ...] | None = None
     image_cond_drop_prob: float = 0.1
@@ -138,7 +140,7 @@ class DecoderSource:
     beta_schedule: str | tuple[str, ...] | None = None
     predict_x_start: bool | tuple[bool, ...] = False
     predict_v: bool | tuple[bool, ...] = False
-    predict_x_start_for_latent_diffusion: bool = False
+    predict_x_start_for_latent_diffusion: Literal[False] = False
     random_crop_sizes: Any = None
     use_noise_for_lowres_cond: bool | tuple[bool, ...] = False
     use_blur_for_lowres_cond: Any = None
@@ -151,10 +153,11 @@ class DecoderSource:
     clip_x_start: bool = True
     clip_adapter_overrides: dict[str, Any] | None = None
     learned_variance: bool | tuple[bool, ...] = True
-    learned_variance_constrain_frac: bool = False
+    # A learned variance is interpolated without a sigmoid.
+    learned_variance_constrain_frac: Literal[False] = False
     vb_loss_weight: float = 0.001
-    unconditional: bool = False
-    auto_normalize_img: bool = True
+    unconditional: Literal[False] = False  # images are generated from an image embedding
+    auto_normalize_img: Literal[True] = True  # images are scaled to [-1, 1]
     use_dynamic_thres: bool = False
     dynamic_thres_percentile: float = 0.95
     p2_loss_weight_gamma: Any = 0.0
@@ -168,6 +171,10 @@ class DecoderSource:
                 raise ValueError(
                     f"{name} has {len(self.each(name))} values for {len(self.unets)} U-Nets"
                 )
+        if any(self.each("use_noise_for_lowres_cond")):  # low-resolution images have no noise
+            raise ValueError(
+                f"use_noise_for_lowres_cond is {self.use_noise_for_lowres_cond}; expected False"
+            )
         if not self.unets or len(self.sizes) != len(self.unets):
             raise ValueError(
                 f"there are {len(self.unets)} U-Nets for {len(self.sizes)} image_sizes; expected "
@@ -204,51 +211,6 @@ class DecoderSource:
         return "x0" if self.each("predict_x_start")[i] else "eps"
 
 
-# The only supported value of a setting, and why.
-REQUIRED: dict[type, dict[str, tuple[Any, str]]] = {
-    PriorNetSource: {
-        "num_image_embeds": (1, "the prior has one token for x_t"),
-        "num_text_embeds": (1, "the prior has one token for the text embedding"),
-        "num_time_embeds": (1, "the prior has one token for t"),
-        "self_cond": (False, "the prior is not conditioned on its previous estimate"),
-    },
-    PriorSource: {
-        "condition_on_text_encodings": (True, "the prior is conditioned on the caption's tokens"),
-        "image_embed_scale": (None, "unit vectors are scaled by the root of their width"),
-        "init_image_embed_l2norm": (False, "sampling starts from plain noise"),
-        "predict_v": (False, "the prior predicts x_0"),
-        "predict_x_start": (True, "the prior predicts x_0"),
-        "sampling_clamp_l2norm": (False, "estimates of x_0 are not normalised at every step"),
-        "training_clamp_l2norm": (False, "estimates of x_0 are not normalised at every step"),
-    },
-    UnetSource: {
-        "add_image_embeds_to_time": (True, "the image embedding is added to the time embedding"),
-        "channels": (3, "images have three channels"),
-        "combine_upsample_fmaps": (False, "the levels' outputs are not combined"),
-        "cross_embed_downsample": (False, "a level is downsampled by one convolution"),
-        "init_dim": (None, "the stem is as wide as the last block"),
-        "lowres_noise_cond": (False, "an upsampler is not conditioned on a noise level"),
-        "resnet_weight_standardization": (False, "convolutions use their weights as they are"),
-        "self_cond": (False, "a U-Net is not conditioned on its previous estimate"),
-    },
-    DecoderSource: {
-        "auto_normalize_img": (True, "images are scaled to [-1, 1]"),
-        "channels": (3, "images have three channels"),
-        "learned_variance_constrain_frac": (
-            False,
-            "a learned variance is interpolated without a sigmoid",
-        ),
-        "predict_x_start_for_latent_diffusion": (False, "images are generated in pixel space"),
-        "unconditional": (False, "images are generated from an image embedding"),
-        "use_noise_for_lowres_cond": (
-            False,
-            "an upsampler gets its low-resolution image without noise",
-        ),
-        "vae": ((), "images are generated in pixel space"),
-    },
-}
-
-
 def read(kind: type[T], data: Any, where: str) -> T:
     """Read a section of a configuration; ValueError for an unknown key or an unsupported value."""
     if not isinstance(data, Mapping):
@@ -256,15 +218,7 @@ def read(kind: type[T], data: Any, where: str) -> T:
     if kind is UnetSource:
         known = {field.name for field in fields(UnetSource)}
         data = {key: value for key, value in data.items() if key in known}
-    source = parse(kind, dict(data), where)
-    for part in (source, *vars(source).values()):
-        for name, (wanted, reason) in REQUIRED.get(type(part), {}).items():
-            value = getattr(part, name)
-            if value != wanted and set(value if isinstance(value, tuple) else (value,)) != {wanted}:
-                raise ValueError(
-                    f"{where}: {name} is {value!r}, but only {wanted!r} is supported: {reason}"
-                )
-    return source
+    return parse(kind, dict(data), where)
 
 
 def prior_config(
