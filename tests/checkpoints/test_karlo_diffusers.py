@@ -184,7 +184,7 @@ def test_variations_match_diffusers(images, variations: UnCLIPPipeline) -> None:
 
 def test_variations_without_an_image_encoder_are_refused(pipe: UnCLIPPipeline) -> None:
     with pytest.raises(
-        ValueError, match="has no image encoder, so it cannot see pictures; give image_emb"
+        ValueError, match="has no image encoder.*give image_emb"
     ):
         pipe.variations(image((32, 32)))
     emb = pipe.sample_prior(pipe.encode_text("fish"))

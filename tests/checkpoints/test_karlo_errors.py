@@ -220,7 +220,7 @@ def test_unsupported_indices_are_refused(
             "resnet_time_scale_shift is 'spatial'; expected",
         ),
         ("decoder", {"out_channels": 3}, "unet has 3 channels in and 3 out"),
-        ("decoder", {"norm_num_groups": 7}, "groups = 7 must divide it"),
+        ("decoder", {"norm_num_groups": 7}, "channels is 16; expected a multiple of groups = 7"),
         ("text_proj", {"time_embed_dim": 60}, "time_embed_dim is 60, but the decoder has 64"),
         (
             "super_res_first",
