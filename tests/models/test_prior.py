@@ -9,7 +9,7 @@ from diffusers import PriorTransformer
 from parity import load_from_diffusers, randomize
 
 from unclip.checkpoints.diffusers.names import prior_rules
-from unclip.models.unclip.prior import DiffusionPrior, PriorConfig, KeyValues
+from unclip.models.unclip.prior import DiffusionPrior, KeyValues, PriorConfig
 from unclip.types import TextEncoding
 
 CONFIG = PriorConfig(emb_dim=16, text_width=16, context_length=9, width=32, depth=3, heads=4)

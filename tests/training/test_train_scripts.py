@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from scripts import ROOT, write_shape_images, run_in_two_processes, run_script
+from scripts import ROOT, run_in_two_processes, run_script, write_shape_images
 
 import unclip
 from unclip.checkpoints import folders

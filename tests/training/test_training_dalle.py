@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scripts import ROOT, write_shape_images, load_script, run_script
+from scripts import ROOT, load_script, run_script, write_shape_images
 
 import unclip
 from unclip.checkpoints.store import load_component, save_component
