@@ -1,4 +1,4 @@
-"""Captioned pictures in two styles, some of them held out: the emoji data on a small scale."""
+"""Captioned images in two styles, some held out: a small version of the emoji data."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HELD_OUT = {("apple", "dark"), ("fish", "pale"), ("sun", "dark"), ("moon", "pale
 
 
 def png(concept: str, style: str) -> bytes:
-    """A square whose place tells the concept and whose darkness tells the style."""
+    """Draw a square: its position depends on the concept, its brightness on the style."""
     image = Image.new("RGB", (32, 32), "white")
     i = CONCEPTS.index(concept)
-    colour = (20, 40 * i, 20) if style == "dark" else (200, 40 * i, 250)
-    ImageDraw.Draw(image).rectangle((4 * i, 4, 4 * i + 10, 26), fill=colour)
+    color = (20, 40 * i, 20) if style == "dark" else (200, 40 * i, 250)
+    ImageDraw.Draw(image).rectangle((4 * i, 4, 4 * i + 10, 26), fill=color)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
 
 
 def write_pairs(folder: Path) -> Path:
-    """Tar shards in the layout of the emoji data: heldout-*.tar and train-*.tar; returns the folder."""
+    """Write tar shards in the layout of the emoji data and return the folder."""
     with ShardWriter(folder, "train", 4) as train, ShardWriter(folder, "heldout") as held_out:
         for i, concept in enumerate(CONCEPTS):
             for style in STYLES:

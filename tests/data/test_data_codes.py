@@ -17,7 +17,7 @@ pytest.importorskip("pyarrow")
 
 
 class MeanCodec(torch.nn.Module):
-    """The code of a 4 x 4 patch is its brightness, 0 .. 299."""
+    """A codec whose code for a 4 x 4 patch is its brightness, 0 to 299."""
 
     vocab_size, image_size, grid = 300, 8, (2, 2)
 
@@ -26,13 +26,13 @@ class MeanCodec(torch.nn.Module):
         self.level = torch.nn.Parameter(torch.tensor(299.0))
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        means = torch.nn.functional.avg_pool2d(images, 4).mean(1)  # B 2 2
+        means = torch.nn.functional.avg_pool2d(images, 4).mean(1)  # (B, 2, 2)
         return ((means + 1) / 2 * self.level).round().long().detach()
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> FolderDataset:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> FolderDataset:
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(5):
         Image.new("RGB", (16, 16), (50 * i,) * 3).save(folder / f"{i}.png")
@@ -41,24 +41,21 @@ def pictures(tmp_path: Path) -> FolderDataset:
     return FolderDataset(folder)
 
 
-def test_codes_are_those_of_the_pictures_and_are_loaded(pictures, tmp_path):
-    assert encode(pictures, MeanCodec(), tmp_path / "codes", batch_size=2, part_size=3) == {}
+def test_encoded_codes_are_loaded(images, tmp_path):
+    assert encode(images, MeanCodec(), tmp_path / "codes", batch_size=2, part_size=3) == {}
     dataset = open_dataset(tmp_path / "codes")
     assert isinstance(dataset, CodeDataset) and (dataset.vocab_size, dataset.grid) == (300, (2, 2))
     batch = dataset.batch([4, 0])
     assert batch["codes"].dtype == torch.long and batch["caption"] == ["grey 4", "grey 0"]
-    assert batch["codes"][:, 0, 0].tolist() == [
-        round(200 / 255 * 299),
-        0,
-    ]  # above 255: two bytes each
-    assert np.load(tmp_path / "codes/codes/codes_0.npy").dtype == np.uint16
+    assert batch["codes"][:, 0, 0].tolist() == [round(200 / 255 * 299), 0]
+    assert np.load(tmp_path / "codes/codes/codes_0.npy").dtype == np.uint16  # codes exceed 255
     config = DataConfig(str(tmp_path / "codes"), image_size=8, batch_size=2)
     loaded = next(iter(Loader(config)))
     assert set(loaded) == {"codes", "caption", "key"} and loaded["codes"].shape == (2, 2, 2)
 
 
-def test_each_caption_may_have_a_row(pictures, tmp_path):
-    encode(pictures, MeanCodec(), tmp_path / "codes", all_captions=True)
+def test_all_captions_get_one_row_each(images, tmp_path):
+    encode(images, MeanCodec(), tmp_path / "codes", all_captions=True)
     dataset = CodeDataset(tmp_path / "codes")
     assert (
         dataset.captions[:3] == ["grey 0", "shade 0", "grey 1"]
@@ -68,14 +65,14 @@ def test_each_caption_may_have_a_row(pictures, tmp_path):
     assert torch.equal(codes[0], codes[1])
 
 
-def test_what_was_begun_with_another_codec_is_not_continued(pictures, tmp_path):
-    encode(pictures, MeanCodec(), tmp_path / "codes", source={"codec": "a"})
+def test_a_folder_of_another_codec_is_not_resumed(images, tmp_path):
+    encode(images, MeanCodec(), tmp_path / "codes", source={"codec": "a"})
     with pytest.raises(ValueError, match="started with codec 'a', now 'b'"):
-        encode(pictures, MeanCodec(), tmp_path / "codes", source={"codec": "b"})
+        encode(images, MeanCodec(), tmp_path / "codes", source={"codec": "b"})
 
 
-def test_wrong_input_is_named(pictures, tmp_path):
-    encode(pictures, MeanCodec(), tmp_path / "codes")
+def test_errors_name_the_file_and_the_value(images, tmp_path):
+    encode(images, MeanCodec(), tmp_path / "codes")
     np.save(tmp_path / "codes/codes/codes_0.npy", np.zeros((5, 2, 2)))
     with pytest.raises(
         ValueError, match=r"codes_0\.npy: expected unsigned integers \(N, h, w\), got float64"

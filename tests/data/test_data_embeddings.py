@@ -25,7 +25,7 @@ def clip():
 
 @pytest.fixture
 def shards(tmp_path):
-    """Seven pictures with two captions each."""
+    """Write seven images with two captions each."""
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     with ShardWriter(tmp_path / "data", "train") as writer:
@@ -47,7 +47,7 @@ def write(folder, sizes=(3, 2), text=True):
     return folder
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_embeddings_are_read(tmp_path):
     dataset = EmbeddingDataset(write(tmp_path))
     assert len(dataset) == 5 and dataset.weights.tolist() == [1] * 5
     batch = dataset.batch([4, 0, 2, 3])
@@ -65,11 +65,11 @@ def test_what_is_written_is_read(tmp_path):
     assert isinstance(dataset._arrays["img_emb"][0], np.memmap)
 
 
-def test_clip_retrievals_own_variations_are_read(tmp_path):
+def test_variants_of_clip_retrieval_are_read(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    for folder in ("img_emb", "metadata"):  # no text_emb; ten parts and more; half precision
+    for folder in ("img_emb", "metadata"):  # no text_emb; more than ten parts; float16
         (tmp_path / folder).mkdir()
     for number in range(11):
         np.save(tmp_path / f"img_emb/img_emb_{number}.npy", np.full((2, 4), number, np.float16))
@@ -92,7 +92,7 @@ def test_clip_retrievals_own_variations_are_read(tmp_path):
         ({"caption": ["a", None]}, r"1 of 2 captions are not strings, e\.g\. None"),
     ],
 )
-def test_faulty_metadata_is_named(tmp_path, column, message):
+def test_errors_in_metadata_name_the_file(tmp_path, column, message):
     EmbeddingWriter(tmp_path).write(
         0, torch.ones(2, 4), torch.ones(2, 4), {"caption": ["a", "b"], **column}
     )
@@ -100,7 +100,7 @@ def test_faulty_metadata_is_named(tmp_path, column, message):
         EmbeddingDataset(tmp_path)
 
 
-def test_the_loader_gives_embeddings_and_resumes(tmp_path):
+def test_the_loader_returns_embeddings_and_resumes(tmp_path):
     config = DataConfig(str(write(tmp_path, (30, 20))), image_size=64, batch_size=8, workers=2)
     whole = [
         batch
@@ -117,7 +117,7 @@ def test_the_loader_gives_embeddings_and_resumes(tmp_path):
     assert len(list(resumed.captions())) == 50
 
 
-def test_embeddings_are_those_of_the_pictures(shards, clip, tmp_path):
+def test_embeddings_equal_clip_outputs(shards, clip, tmp_path):
     dataset = ShardDataset(shards)
     assert embed(dataset, clip, tmp_path / "emb", batch_size=3, part_size=4) == {}
     assert sorted(path.name for path in (tmp_path / "emb/img_emb").iterdir()) == [
@@ -136,7 +136,7 @@ def test_embeddings_are_those_of_the_pictures(shards, clip, tmp_path):
         )
 
 
-def test_all_captions_share_the_weight_of_their_picture(shards, clip, tmp_path):
+def test_captions_of_an_image_share_its_weight(shards, clip, tmp_path):
     embed(ShardDataset(shards), clip, tmp_path / "emb", all_captions=True, batch_size=3)
     dataset = open_dataset(tmp_path / "emb")
     assert dataset.captions[:4] == ["apple 0", "fish 0", "apple 1", "fish 1"] and len(dataset) == 14
@@ -146,18 +146,18 @@ def test_all_captions_share_the_weight_of_their_picture(shards, clip, tmp_path):
     assert not torch.equal(batch["text_emb"][0], batch["text_emb"][1])
 
 
-def test_a_stopped_run_goes_on_part_by_part(shards, clip, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_by_parts(shards, clip, tmp_path, monkeypatch):
     dataset, out = ShardDataset(shards), tmp_path / "emb"
     read = []
     original = ShardDataset.__getitem__
 
-    def stopping(self, index):
+    def interrupted(self, index):
         read.append(index)
         if index == 5 and len(read) < 8:
             raise KeyboardInterrupt
         return original(self, index)
 
-    monkeypatch.setattr(ShardDataset, "__getitem__", stopping)
+    monkeypatch.setattr(ShardDataset, "__getitem__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         embed(dataset, clip, out, part_size=2)
     first = (out / "img_emb/img_emb_0.npy").stat().st_mtime_ns
@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_part_by_part(shards, clip, tmp_path, monkeypatch)
         embed(dataset, clip, out, part_size=2, all_captions=True)
 
 
-def test_the_command(shards, clip, tmp_path, capsys):
+def test_the_command_embeds_and_reports_errors(shards, clip, tmp_path, capsys):
     clip.save_pretrained(tmp_path / "clip")
     command = [
         str(shards),
@@ -200,7 +200,7 @@ def test_the_command(shards, clip, tmp_path, capsys):
     assert not list(tmp_path.glob("other/*"))
 
 
-def test_broken_pictures_stop_when_they_are_many(shards, clip, tmp_path):
+def test_too_many_broken_images_are_an_error(shards, clip, tmp_path):
     with ShardWriter(shards, "zz") as writer:
         writer.write("bad", {"png": b"bad", "txt": "bad"})
     with pytest.raises(ValueError, match="1 broken samples, over 1%"):
@@ -215,7 +215,7 @@ def test_pickles_are_never_loaded(tmp_path):
         EmbeddingDataset(tmp_path)
 
 
-def test_wrong_input_is_named(tmp_path, monkeypatch):
+def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no embeddings"):
         EmbeddingDataset(tmp_path)
     np.save(write(tmp_path) / "text_emb/text_emb_1.npy", np.zeros((3, 4), np.float32))

@@ -18,13 +18,13 @@ def as_pairs(dataset):
     return [(sample.key, sample.captions) for sample in dataset]
 
 
-def test_captions_beside_pictures(folder):
+def test_captions_in_text_files(folder):
     for name in ("a", "b", "sub/c"):
         (folder / f"{name}.txt").write_text(
-            f" picture {name}\n", encoding="utf-8-sig" if name == "b" else "utf-8"
+            f" image {name}\n", encoding="utf-8-sig" if name == "b" else "utf-8"
         )
     dataset = FolderDataset(folder)
-    expected = [("a", ["picture a"]), ("b", ["picture b"]), ("sub/c", ["picture sub/c"])]
+    expected = [("a", ["image a"]), ("b", ["image b"]), ("sub/c", ["image sub/c"])]
     assert as_pairs(dataset) == expected and dataset.weights.tolist() == [1, 1, 1]
     assert dataset[0].image.size == (4, 4)
 
@@ -43,18 +43,15 @@ def test_captions_in_jsonl(folder):
 @pytest.mark.parametrize("column", ["text", "caption"])
 def test_captions_in_csv(folder, column):
     table = folder / "any.csv"
-    table.write_bytes(
-        f'\ufefffile_name,{column}\r\nb.png,"red, and ""square"""\r\n'.encode()
-    )  # as Excel writes it
+    rows = f'\ufefffile_name,{column}\r\nb.png,"red, and ""square"""\r\n'  # as Excel writes it
+    table.write_bytes(rows.encode())
     for source in (folder, table):
         dataset = FolderDataset(source)
-        assert as_pairs(dataset) == [("b", ['red, and "square"'])] and dataset[0].image.size == (
-            4,
-            4,
-        )
+        assert as_pairs(dataset) == [("b", ['red, and "square"'])]
+        assert dataset[0].image.size == (4, 4)
 
 
-def test_without_captions_the_three_ways_are_told(folder):
+def test_missing_captions_name_the_three_layouts(folder):
     with pytest.raises(ValueError, match=r"no captions; expected.*name\.txt.*metadata\.jsonl.*CSV"):
         FolderDataset(folder)
     (folder / "b.txt").write_text("b")
@@ -72,13 +69,13 @@ def test_without_captions_the_three_ways_are_told(folder):
         ('{"file_name": "b.png", "text": "b", "weight": -1}', "entry 2: weight is -1"),
     ],
 )
-def test_faulty_rows_are_named(folder, line, message):
+def test_errors_in_rows_name_the_entry(folder, line, message):
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "b"}\n' + line)
     with pytest.raises(ValueError, match=rf"metadata\.jsonl: {message}"):
         FolderDataset(folder)
 
 
-def test_missing_things_are_named(folder):
+def test_errors_name_the_file(folder):
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         FolderDataset(folder / "nowhere")
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "b"}\n')

@@ -22,17 +22,17 @@ def encoded(image):
 
 
 def write_shard(folder, count=22, broken=(), weights=None):
-    """Noise pictures, each with three captions."""
+    """Write images of noise with three captions each."""
     rng = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     with ShardWriter(folder, "train", samples_per_shard=10) as writer:
         for i in range(count):
-            picture = encoded(Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)))
+            image = encoded(Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)))
             meta = {
                 "captions": [f"c{i} {n}" for n in range(3)],
                 "weight": weights[i] if weights else 1,
             }
-            writer.write(f"k{i}", {"png": b"damaged" if i in broken else picture, "json": meta})
+            writer.write(f"k{i}", {"png": b"damaged" if i in broken else image, "json": meta})
     return str(folder)
 
 
@@ -50,7 +50,7 @@ def same(a, b):
 
 
 def forever(loader):
-    """Batches of this epoch, the next, and so on."""
+    """Iterate over epochs without end."""
     return chain.from_iterable(repeat(loader))
 
 
@@ -58,7 +58,7 @@ def take(loader, n):
     return [batch for _, batch in zip(range(n), forever(loader), strict=False)]
 
 
-def test_an_epoch_holds_each_sample_once(config):
+def test_an_epoch_has_each_sample_once(config):
     loader = Loader(replace(config, batch_size=2))
     batches = list(loader)
     assert len(batches) == len(loader) == 11
@@ -67,12 +67,11 @@ def test_an_epoch_holds_each_sample_once(config):
     image = batches[0]["image"]
     assert image.shape == (2, 3, 8, 8) and image.dtype == torch.float32 and image.is_contiguous()
     assert -1 <= image.min() < -0.5 and 0.5 < image.max() <= 1
-    assert [
-        key for batch in loader for key in batch["key"]
-    ] != keys  # the next epoch has another order
+    next_epoch = [key for batch in loader for key in batch["key"]]
+    assert next_epoch != keys
 
 
-def test_pixels_are_those_of_the_file(config):
+def test_pixels_equal_the_file(config):
     loader = Loader(replace(config, image_size=12))
     batch = next(iter(loader))
     index = int(batch["key"][0][1:])
@@ -80,29 +79,29 @@ def test_pixels_are_those_of_the_file(config):
     np.testing.assert_allclose(batch["image"][0].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("handed_out", [0, 3, 5, 7])
+@pytest.mark.parametrize("returned", [0, 3, 5, 7])
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_resumed_loader_goes_on_exactly(config, handed_out, cache):
+def test_a_resumed_loader_continues_exactly(config, returned, cache):
     config = replace(config, cache=cache, augment=Augment(0.2, 0.2), crop=6)
-    whole = take(Loader(config), 12)  # 5 batches an epoch: into the third
+    whole = take(Loader(config), 12)  # 5 batches per epoch: into the third epoch
     loader = Loader(config)
-    take(loader, handed_out)
+    take(loader, returned)
     resumed = Loader(config)
     resumed.load_state_dict(loader.state_dict())
-    assert all(map(same, take(resumed, 12 - handed_out), whole[handed_out:]))
+    assert all(map(same, take(resumed, 12 - returned), whole[returned:]))
 
 
-def test_state_counts_batches_handed_out(config):
+def test_the_state_counts_returned_batches(config):
     loader = Loader(config)
-    places = [loader.state_dict()]
+    positions = [loader.state_dict()]
     for _ in loader:
-        places.append(loader.state_dict())
-    assert places == [{"epoch": 0, "batch": n} for n in range(5)] + [{"epoch": 1, "batch": 0}]
+        positions.append(loader.state_dict())
+    assert positions == [{"epoch": 0, "batch": n} for n in range(5)] + [{"epoch": 1, "batch": 0}]
     with pytest.raises(ValueError, match="batch 5, but an epoch has 5 batches"):
         loader.load_state_dict({"epoch": 0, "batch": 5})
 
 
-def test_workers_give_the_same_batches(config, tmp_path):
+def test_workers_return_the_same_batches(config, tmp_path):
     config = replace(
         config,
         augment=Augment(0.1, 0.1),
@@ -110,29 +109,32 @@ def test_workers_give_the_same_batches(config, tmp_path):
         max_broken=0.1,
     )
     with pytest.warns(UserWarning, match="k4"):
-        alone = take(Loader(config), 7)
+        expected = take(Loader(config), 7)
     before = torch.get_rng_state()
     loader = Loader(replace(config, workers=2))
     stream = forever(loader)
     with pytest.warns(UserWarning, match="k4"):
         batches = [next(stream) for _ in range(7)]
-    assert all(map(same, batches, alone)) and list(loader.broken) == [4]
-    assert loader.state_dict() == {"epoch": 1, "batch": 2}  # though workers hold more batches ready
+    assert all(map(same, batches, expected)) and list(loader.broken) == [4]
+    assert loader.state_dict() == {
+        "epoch": 1,
+        "batch": 2,
+    }  # without the batches that workers have prefetched
     assert torch.equal(torch.get_rng_state(), before)
     resumed = Loader(replace(config, workers=1))
     resumed.load_state_dict({"epoch": 0, "batch": 3})
     with pytest.warns(UserWarning, match="k4"):
-        assert all(map(same, take(resumed, 4), alone[3:]))
+        assert all(map(same, take(resumed, 4), expected[3:]))
 
 
-def test_cached_pictures_are_the_same(config, monkeypatch):
+def test_cached_images_are_equal(config, monkeypatch):
     cached = Loader(replace(config, cache=True))
     assert all(map(same, take(cached, 30), take(Loader(config), 30)))
     monkeypatch.setattr(type(cached.dataset), "__getitem__", lambda *_: pytest.fail("read again"))
     assert len(take(cached, 5)) == 5
 
 
-def test_processes_share_the_batches_of_one(config):
+def test_processes_split_the_batches(config):
     whole = take(Loader(replace(config, batch_size=6)), 4)
     parts = [
         take(Loader(replace(config, batch_size=2), num_processes=3, process_index=i), 4)
@@ -147,7 +149,7 @@ def test_processes_share_the_batches_of_one(config):
             assert torch.equal(parts[i][n]["image"], batch["image"][i::3])
 
 
-def test_the_process_is_taken_from_the_environment(config, monkeypatch):
+def test_the_process_index_is_read_from_the_environment(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     explicit = Loader(config, num_processes=2, process_index=1)
@@ -167,7 +169,7 @@ def test_captions_are_canonical_or_any(config):
     assert len(list(Loader(replace(config, captions="canonical")).captions())) == 22
 
 
-def test_weights_are_how_often_a_sample_comes(tmp_path):
+def test_weights_are_expected_counts(tmp_path):
     weights = [0.2] * 10 + [1.0] * 5 + [2.5] * 4 + [0.0]
     config = DataConfig(
         write_shard(tmp_path / "data", 20, weights=weights), image_size=8, batch_size=17
@@ -185,7 +187,7 @@ def test_weights_are_how_often_a_sample_comes(tmp_path):
     assert len(set(next(iter(unweighted))["key"])) == 20
 
 
-def test_epochs_have_one_length_and_whole_weights_come_each_time():
+def test_epochs_have_equal_length_and_integer_weights_are_exact():
     order = EpochOrder(np.array([0.3, 1.0, 0.3, 2.0, 0.7]), seed=0)
     for epoch in range(50):
         counts = Counter(order(epoch).tolist())
@@ -195,14 +197,14 @@ def test_epochs_have_one_length_and_whole_weights_come_each_time():
     assert sorted(EpochOrder(np.ones(1000), 5)(7)) == list(range(1000))
 
 
-def test_few_samples_give_one_smaller_batch(config):
+def test_few_samples_make_one_smaller_batch(config):
     loader = Loader(replace(config, batch_size=100))
     assert len(loader) == 1 and next(iter(loader))["image"].shape[0] == 22
     with pytest.raises(ValueError, match="22 samples per epoch for 30 processes"):
         Loader(config, num_processes=30, process_index=0)
 
 
-def test_a_broken_picture_is_replaced_counted_and_named(tmp_path):
+def test_a_broken_image_is_replaced_counted_and_reported(tmp_path):
     path = write_shard(tmp_path / "data", 120, broken=(7,))
     loader = Loader(DataConfig(path, image_size=8, batch_size=120))
     with pytest.warns(UserWarning, match="k7: not a PNG") as warned:
@@ -217,7 +219,7 @@ def test_a_broken_picture_is_replaced_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_many_broken_pictures_stop(tmp_path, workers):
+def test_too_many_broken_images_are_an_error(tmp_path, workers):
     path = write_shard(tmp_path / "data", 120, broken=(3, 9))
     loader = Loader(DataConfig(path, image_size=8, batch_size=120, workers=workers))
     with pytest.raises(
@@ -228,25 +230,17 @@ def test_many_broken_pictures_stop(tmp_path, workers):
     nothing = write_shard(tmp_path / "nothing", 4, broken=range(4))
     with pytest.raises(ValueError, match="broken images, more than max_broken"):
         with pytest.warns(UserWarning, match="broken"):
-            next(
-                iter(
-                    Loader(
-                        DataConfig(
-                            nothing, image_size=8, batch_size=2, workers=workers, max_broken=0.9
-                        )
-                    )
-                )
-            )
+            config = DataConfig(nothing, 8, batch_size=2, workers=workers, max_broken=0.9)
+            next(iter(Loader(config)))
 
 
-def test_placing_keeps_what_is_inside_and_fills_with_white():
-    picture = np.random.default_rng(0).integers(0, 255, (10, 10, 3), dtype=np.uint8)
-    still = shift_and_scale(picture, Augment(0.2, 0.0), np.array([0.9, 0.5, 0.5]))
-    assert np.array_equal(still, picture)
-    moved = shift_and_scale(
-        picture, Augment(0.2, 0.0), np.array([0.5, 0.999, 0.0])
-    )  # 2 to the right, 2 up
-    assert np.array_equal(moved[:8, 2:], picture[2:, :8])
+def test_shift_and_scale_preserve_the_content_on_white():
+    image = np.random.default_rng(0).integers(0, 255, (10, 10, 3), dtype=np.uint8)
+    still = shift_and_scale(image, Augment(0.2, 0.0), np.array([0.9, 0.5, 0.5]))
+    assert np.array_equal(still, image)
+    # 2 pixels to the right, 2 up
+    moved = shift_and_scale(image, Augment(0.2, 0.0), np.array([0.5, 0.999, 0.0]))
+    assert np.array_equal(moved[:8, 2:], image[2:, :8])
     assert (moved[8:] == 255).all() and (moved[:, :2] == 255).all()
     smaller = shift_and_scale(
         np.zeros((10, 10, 3), np.uint8), Augment(0.0, 0.2), np.array([0.0, 0.5, 0.5])
@@ -258,10 +252,10 @@ def test_placing_keeps_what_is_inside_and_fills_with_white():
     assert (larger == 0).all()
 
 
-def test_crops_come_from_everywhere(config):
-    picture = np.arange(64).reshape(8, 8, 1).repeat(3, axis=2)
+def test_crops_cover_the_image(config):
+    image = np.arange(64).reshape(8, 8, 1).repeat(3, axis=2)
     corners = {
-        tuple(crop(picture, 6, np.array([x, y]))[0, 0])
+        tuple(crop(image, 6, np.array([x, y]))[0, 0])
         for x in (0, 0.4, 0.999)
         for y in (0, 0.4, 0.999)
     }
@@ -269,7 +263,7 @@ def test_crops_come_from_everywhere(config):
     assert next(iter(Loader(replace(config, crop=5))))["image"].shape == (4, 3, 5, 5)
 
 
-def test_open_dataset_tells_the_kinds_apart(tmp_path, config):
+def test_open_dataset_recognises_the_layout(tmp_path, config):
     shards = config.path
     assert {
         type(open_dataset(path)).__name__
@@ -292,21 +286,21 @@ def test_open_dataset_tells_the_kinds_apart(tmp_path, config):
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_settings_are_checked(config, change, message):
+def test_invalid_settings_are_rejected(config, change, message):
     with pytest.raises(ValueError, match=message):
         replace(config, **change)
     with pytest.raises(ValueError, match="shift is 1"):
         Augment(shift=1.0)
 
 
-def test_a_cache_larger_than_the_memory_is_refused(config):
+def test_a_cache_larger_than_memory_is_rejected(config):
     with pytest.raises(ValueError, match="caching needs .* GiB, the machine has"):
         Loader(replace(config, image_size=2**20, cache=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "getpgid"), reason="Windows has no process groups")
 def test_ctrl_c_does_not_reach_the_workers(config):
-    """It goes to the whole process group of the terminal; without its workers the training could not finish a step."""
+    """Ctrl-C signals the terminal's process group, but a training needs its workers to finish."""
     batches = iter(Loader(replace(config, workers=1)))
     next(batches)
     workers = multiprocessing.active_children()

@@ -13,19 +13,15 @@ def encoded(image, format="PNG", **options):
     return file.getvalue()
 
 
-def test_transparent_parts_become_white():
+def test_transparency_becomes_white():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 128))
     decoded = decode(encoded(image))
     assert decoded.mode == "RGB"
-    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((1, 0)) == (
-        255,
-        127,
-        127,
-    )
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (255, 127, 127)]
 
 
-def test_a_transparent_palette_becomes_white():
+def test_a_transparent_palette_entry_becomes_white():
     image = Image.new("P", (2, 1))
     image.putpalette([0, 0, 255, 0, 255, 0])
     image.putpixel((1, 0), 1)
@@ -33,7 +29,7 @@ def test_a_transparent_palette_becomes_white():
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 255, 0)]
 
 
-def test_grey_of_16_bits_keeps_its_range():
+def test_16_bit_grayscale_keeps_its_range():
     image = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], np.uint16))
     assert [pixel[0] for pixel in np.asarray(decode(encoded(image)))[0]] == [0, 128, 255]
 
@@ -46,19 +42,17 @@ def test_cmyk_becomes_rgb():
 
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     assert decode(encoded(Image.new("RGB", (30, 20)), "JPEG", exif=exif)).size == (20, 30)
 
 
-def test_shorter_side_is_resized_and_the_middle_kept():
+def test_the_shorter_side_is_resized_and_the_center_cropped():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
     pixels = resize_center_crop(image, 10)
     assert pixels.shape == (10, 10, 3) and pixels.dtype == np.uint8
-    assert (
-        np.abs(pixels[:, 3:7] - np.array([0, 0, 255])).max() < 8
-        and (pixels[:, 0, 0] < pixels[:, 0, 2]).all()
-    )
+    assert np.abs(pixels[:, 3:7] - np.array([0, 0, 255])).max() < 8
+    assert (pixels[:, 0, 0] < pixels[:, 0, 2]).all()
 
 
 def test_resizing_is_antialiased():
@@ -70,13 +64,13 @@ def test_resizing_is_antialiased():
 @pytest.mark.parametrize(
     "damage", [lambda png: b"", lambda png: b"hello", lambda png: png[: len(png) // 2]]
 )
-def test_broken_pictures_raise_value_error(damage):
+def test_broken_images_raise_value_error(damage):
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="image"):
         decode(damage(encoded(Image.fromarray(noise))))
 
 
-def test_formats_that_start_programs_are_refused():
+def test_formats_that_start_programs_are_rejected():
     with pytest.raises(ValueError, match="not a PNG"):
         decode(encoded(Image.new("RGB", (4, 4)), "EPS"))
 

@@ -9,9 +9,9 @@ from PIL import Image
 from unclip.data.shards import ShardDataset, ShardWriter, find_shards
 
 
-def png(colour="red"):
+def png(color="red"):
     file = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(file, "PNG")
+    Image.new("RGB", (4, 4), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -23,7 +23,7 @@ def write_members(path, members):
             tar.addfile(info, io.BytesIO(data))
 
 
-def test_what_is_written_is_read_in_order(tmp_path):
+def test_written_samples_are_read(tmp_path):
     with ShardWriter(tmp_path, "train", samples_per_shard=2) as writer:
         for i in range(5):
             writer.write(
@@ -45,10 +45,10 @@ def test_what_is_written_is_read_in_order(tmp_path):
         assert sample.image.getpixel((0, 0)) == (i, 0, 0) and sample.meta["über"] == "ß"
 
 
-def test_a_copy_in_another_process_reads_the_same(tmp_path):
+def test_a_copy_for_a_worker_reads_the_same(tmp_path):
     with ShardWriter(tmp_path, "train") as writer:
         writer.write("a", {"png": png(), "txt": "a"})
-    again = copy.deepcopy(ShardDataset(tmp_path))  # by the same hooks that send it to a worker
+    again = copy.deepcopy(ShardDataset(tmp_path))  # deepcopy uses the hooks of pickling to a worker
     assert again[0].image.getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -67,7 +67,7 @@ def test_samples_are_grouped_up_to_the_first_dot(tmp_path):
     assert dataset[0].captions == ["x"]
 
 
-def test_json_captions_go_before_txt(tmp_path):
+def test_json_captions_take_precedence_over_txt(tmp_path):
     members = {
         "a.txt": b"from txt",
         "a.png": png(),
@@ -100,7 +100,7 @@ def test_pickles_and_links_are_never_read(tmp_path):
     assert set(dataset._index[0][2]) == {"png", "txt"}
 
 
-def test_a_sample_with_damaged_json_is_broken_and_named(tmp_path):
+def test_a_sample_with_damaged_json_is_reported(tmp_path):
     write_members(
         tmp_path / "a.tar",
         {"a.png": png(), "a.json": b'{"weight": 2,', "b.png": png(), "b.txt": b"\xff"},
@@ -122,21 +122,21 @@ def test_sources_can_be_patterns_ranges_lists_and_folders(tmp_path):
     assert len(ShardDataset([tmp_path / "train-000.tar", tmp_path / "heldout-000.tar"])) == 2
     with pytest.raises(FileNotFoundError, match=r"2 missing shards, e\.g\. .*/train-003\.tar"):
         find_shards(f"{tmp_path}/train-{{001..004}}.tar")
-    with pytest.raises(ValueError, match="heldout"):  # never trained on by accident
+    with pytest.raises(ValueError, match="heldout"):  # held-out data is not used by accident
         find_shards(tmp_path)
     (tmp_path / "heldout-000.tar").unlink()
     assert len(find_shards(tmp_path)) == 3
 
 
-def test_what_macos_puts_beside_each_file_is_passed_over(tmp_path):
+def test_hidden_files_of_macos_are_ignored(tmp_path):
     write_members(
-        tmp_path / "a.tar", {"._a.png": b"?", "a.png": png(), "._a.txt": b"?", "a.txt": b"said"}
+        tmp_path / "a.tar", {"._a.png": b"?", "a.png": png(), "._a.txt": b"?", "a.txt": b"caption"}
     )
     dataset = ShardDataset(tmp_path)
-    assert len(dataset) == 1 and dataset[0].captions == ["said"]
+    assert len(dataset) == 1 and dataset[0].captions == ["caption"]
 
 
-def test_wrong_input_is_named(tmp_path):
+def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no shards at .*missing-\*\.tar"):
         ShardDataset(str(tmp_path / "missing-*.tar"))
     write_members(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a"})
@@ -148,12 +148,12 @@ def test_wrong_input_is_named(tmp_path):
         tmp_path / "long.tar", {f"{i}.{kind}": png() for i in range(9) for kind in ("png", "txt")}
     )
     whole = bytearray((tmp_path / "long.tar").read_bytes())
-    (tmp_path / "cut.tar").write_bytes(whole[:4096])  # where a member ends
+    (tmp_path / "cut.tar").write_bytes(whole[:4096])  # at the end of a member
     with pytest.raises(
         ValueError, match=r"cut\.tar is not a readable.*damaged or truncated at byte 4,096"
     ):
         ShardDataset(tmp_path / "cut.tar")
-    whole[4096] ^= 1  # in the header of the next
+    whole[4096] ^= 1  # in the header of the next member
     (tmp_path / "cut.tar").write_bytes(whole)
     with pytest.raises(
         ValueError, match=r"cut\.tar is not a readable.*damaged or truncated at byte 4,096"

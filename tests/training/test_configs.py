@@ -1,4 +1,4 @@
-"""Every config is valid, builds what it says, and the paper's and Karlo's have the published sizes."""
+"""Every config is valid and can be built; the paper's and Karlo's have the published sizes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CONFIG_CLASSES = {
     "model": ("bundle", "Parts"),
 }
 STACKS = sorted({Path(name).parent.name for name in CONFIGS})
-PROCESSES = 64  # that configs/paper and configs/karlo are written for
+PROCESSES = 64  # configs/paper and configs/karlo are written for this number
 
 PARAMETERS = {
     "paper/clip": 986_523_137,
@@ -94,7 +94,7 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
     },
     "paper/ar_prior": {
         "model.context_length": 256,
-        "model.width": 2048,  # of the text encoder, whose answer is CLIP's here
+        "model.width": 2048,  # Table 3's text encoder, which CLIP replaces here
         "model.depth": 24,
         "model.heads": 32,
         "model.components": 319,
@@ -207,20 +207,20 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
 
 
 def kind_of(name: str) -> str:
-    """The network that a file is for: "upsampler" of upsampler_256.yaml, "decoder" of decoder32.yaml."""
+    """Return the kind of network, such as "upsampler" for upsampler_256.yaml."""
     return re.match("[a-z]+", Path(name).stem)[0]
 
 
 @cache
 def config(name: str) -> Any:
-    """A config by its place under configs/, read as the class of its script."""
+    """Load a config by its path under configs/, as the class of its script."""
     script, cls = CONFIG_CLASSES[kind_of(name)]
     return load_config(ROOT / "configs" / name, getattr(load_script(script), cls))
 
 
 @cache
 def network(name: str) -> nn.Module:
-    """What a config trains, without memory for its parameters."""
+    """Build a config's network on the meta device."""
     networks, model = {config: network for network, config in NETWORKS.values()}, config(name).model
     with torch.device("meta"):
         return (
@@ -241,7 +241,7 @@ def at(values: Mapping[str, Any], place: str) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_is_valid_and_what_it_trains_can_be_built(name):
+def test_a_config_is_valid_and_its_network_can_be_built(name):
     if kind_of(name) == "model":
         parts = config(name)
         assert parts.kind == "dalle" or len(parts.options.upsamplers) == len(parts.upsamplers)
@@ -255,7 +255,7 @@ def test_parameter_counts(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_paper_s_hyperparameters(name):
+def test_hyperparameters_of_the_paper(name):
     settings = to_dict(config(f"{name}.yaml"))
     settings["batch"] = settings["data"]["batch_size"] * settings["fit"]["accumulate"] * PROCESSES
     if unet := settings["model"].get("unet"):
@@ -265,7 +265,7 @@ def test_the_paper_s_hyperparameters(name):
     assert {place: at(settings, place) for place in PAPER[name]} == PAPER[name]
 
 
-def test_the_layers_of_the_12_billion_model_hold_12_09_billion_weights():
+def test_the_12_billion_model_has_12_09_billion_weights_in_its_layers():
     layers = network("paper/dalle.yaml").layers
     assert (
         sum(p.numel() for p in layers.parameters() if p.ndim == 2)
@@ -278,7 +278,7 @@ def test_the_layers_of_the_12_billion_model_hold_12_09_billion_weights():
     ]
 
 
-def test_the_table_of_sizes_is_right_and_explains_every_difference_above_a_tenth():
+def test_the_table_of_sizes_is_correct_and_explains_large_differences():
     table = (ROOT / "configs/paper/README.md").read_text()
     for name, parameters in PARAMETERS.items():
         (row,) = [line for line in table.splitlines() if line.startswith(f"| `{name}.yaml` |")]
@@ -289,11 +289,9 @@ def test_the_table_of_sizes_is_right_and_explains_every_difference_above_a_tenth
             assert abs(off) <= 0.1 or f"**`{name}.yaml`**" in table
 
 
-def test_karlo_s_sizes_are_those_of_the_published_checkpoint():
+def test_karlo_sizes_equal_the_published_checkpoint():
     prior, decoder = network("karlo/prior.yaml"), network("karlo/decoder.yaml")
-    statistics = (
-        prior.emb_mean.numel() + prior.emb_std.numel()
-    )  # parameters in the checkpoint, buffers here
+    statistics = prior.emb_mean.numel() + prior.emb_std.numel()  # parameters in the checkpoint
     assert count(prior) + statistics == 1_022_030_080
     assert count(decoder.unet) == 885_439_686
     assert count(decoder) - count(decoder.unet) == 7_878_400  # text_proj
@@ -305,7 +303,7 @@ def test_karlo_s_sizes_are_those_of_the_published_checkpoint():
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_the_networks_of_a_folder_fit_together(stack):
+def test_the_networks_of_a_folder_are_compatible(stack):
     parts = {Path(name).stem: config(name) for name in CONFIGS if Path(name).parent.name == stack}
     model, prior, decoder = parts["model"], parts["prior"], parts["decoder"]
     clip = prior.clip
@@ -320,7 +318,7 @@ def test_the_networks_of_a_folder_fit_together(stack):
             or text_cfg["vocab_size"] == decoder.model.text.vocab_size
         )
     assert prior.clip == decoder.clip == model.clip == clip
-    if "inpaint" in parts:  # fine-tuned from the decoder, so all but its input is the same
+    if "inpaint" in parts:  # fine-tuned from the decoder: only its input differs
         tuned = parts["inpaint"]
         unet = replace(decoder.model.unet, in_channels=7)
         assert tuned.model == replace(decoder.model, unet=unet, inpaints=True)
@@ -354,7 +352,7 @@ def test_the_networks_of_a_folder_fit_together(stack):
 @pytest.mark.parametrize(
     "name", [name for name in CONFIGS if Path(name).stem in ("ar_prior", "one_shot_prior")]
 )
-def test_other_priors_fit_where_the_diffusion_prior_does(name):
+def test_other_priors_are_compatible_with_the_diffusion_prior(name):
     own, other = config(f"{Path(name).parent}/prior.yaml"), config(name)
     sizes = ("emb_dim", "text_width", "context_length")
     assert [getattr(own.model, size) for size in sizes] == [
@@ -369,7 +367,7 @@ def test_other_priors_fit_where_the_diffusion_prior_does(name):
 
 
 @pytest.mark.parametrize("stack", ["emoji", "tiny"])
-def test_codec_and_transformer_of_a_folder_fit_together(stack):
+def test_codec_and_transformer_of_a_folder_are_compatible(stack):
     codec, dalle, model = (
         config(f"{stack}/{name}.yaml") for name in ("codec", "dalle", "model_dalle")
     )
@@ -382,22 +380,21 @@ def test_codec_and_transformer_of_a_folder_fit_together(stack):
     assert model.clip in (None, "emoji")
 
 
-def test_a_decoder_is_not_trained_on_pictures_of_another_size():
+def test_training_images_smaller_than_the_decoder_are_rejected():
     with pytest.raises(SystemExit, match="image_size is 8; expected at least 16"):
         train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")
 
 
-def test_a_task_needs_its_kind_of_model():
-    with pytest.raises(
-        SystemExit, match="task is 'inpaint', model.inpaints is false; expected true"
-    ):
+def test_a_task_needs_a_matching_model():
+    with pytest.raises(SystemExit, match="model.inpaints is false; expected true"):
         train("decoder", "tiny/decoder.yaml", "--set", "task=inpaint")
 
 
-def test_a_last_network_without_weights_is_refused():
-    last = "model.last_unet={in_channels: 6, out_channels: 3, groups: 8, mid_attention: false, levels: [{channels: 8}]}"
+def test_a_last_unet_without_weights_is_rejected():
+    level = "levels: [{channels: 8}]"
+    unet = f"{{in_channels: 6, out_channels: 3, groups: 8, mid_attention: false, {level}}}"
     with pytest.raises(SystemExit, match="last_unet is not trained here"):
-        train("upsampler", "tiny/upsampler.yaml", "--set", last)
+        train("upsampler", "tiny/upsampler.yaml", f"--set=model.last_unet={unet}")
 
 
 def train(script: str, name: str, *arguments: str) -> None:

@@ -1,4 +1,4 @@
-"""The training scripts one after the other, from drawn pictures to a model that draws."""
+"""The training scripts in order, from images to a model that generates images."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ NETWORKS = (
     "dalle",
 )
 
+TEXT = "{kind: transformer, vocab_size: 300, context_length: 16, width: 16, depth: 1, heads: 1}"
+
 
 def train(network: str, *arguments: str) -> None:
     run_script(
@@ -44,7 +46,7 @@ def train(network: str, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder in which all networks of configs/tiny were trained and put together."""
+    """A folder in which all networks of configs/tiny are trained and bundled."""
     folder, before = tmp_path_factory.mktemp("tiny"), Path.cwd()
     write_shape_images(folder / "data/tiny")
     os.chdir(folder)
@@ -58,7 +60,7 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
+def test_a_run_writes_weights_checkpoints_and_settings(workplace, network):
     run = workplace / "runs/tiny" / network
     weights = next((run / "model").glob("*.safetensors"))
     assert all(tensor.isfinite().all() for tensor in read_tensors(weights).values())
@@ -74,17 +76,17 @@ def test_a_run_leaves_weights_checkpoints_and_a_log(workplace, network):
 
 
 @pytest.mark.parametrize("network", ["decoder", "upsampler", "codec", "dalle"])
-def test_networks_that_draw_leave_previews(workplace, network):
+def test_image_networks_write_previews(workplace, network):
     assert list((workplace / "runs/tiny" / network).rglob("*.png"))
 
 
-def test_the_prior_learns_the_statistics_of_the_embeddings(workplace):
+def test_the_prior_has_the_statistics_of_the_embeddings(workplace):
     weights = read_tensors(workplace / "runs/tiny/prior/model/model.safetensors")
     fresh = torch.full_like(weights["emb_std"], len(weights["emb_std"]) ** -0.5)
     assert not torch.equal(weights["emb_std"], fresh) and weights["emb_mean"].any()
 
 
-def test_the_bundle_draws(workplace):
+def test_the_bundle_generates_images(workplace):
     pipe = unclip.load(workplace / "runs/tiny/model")
     result = pipe(["a red circle", "a blue square"], num_images=2, seed=3, progress=False)
     assert [image.size for image in result.images] == [(32, 32)] * 4
@@ -93,19 +95,17 @@ def test_the_bundle_draws(workplace):
     assert again.images[0].size == (32, 32)
 
 
-@pytest.mark.parametrize("clip", [None, "runs/tiny/clip/model", "lender"])
-def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(
-    workplace, clip, monkeypatch
-):
-    lender = {"lender": workplace / "runs/tiny/model"}
-    monkeypatch.setattr(folders, "bundled_models", lambda: lender)
+@pytest.mark.parametrize("clip", [None, "runs/tiny/clip/model", "shared"])
+def test_a_dalle_is_bundled_with_its_own_a_shared_or_no_clip(workplace, clip, monkeypatch):
+    models = {"shared": workplace / "runs/tiny/model"}
+    monkeypatch.setattr(folders, "bundled_models", lambda: models)
     setting = [] if clip is None else [f"--set=clip={clip}"]
     run_script(
         ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model_dalle.yaml"), *setting
     )
     folder = workplace / "runs/tiny/model_dalle"
     assert (folder / "clip").is_dir() == (clip == "runs/tiny/clip/model")
-    assert folders.shared_from(folder) == ({"clip": "lender"} if clip == "lender" else {})
+    assert folders.shared_from(folder) == ({"clip": "shared"} if clip == "shared" else {})
     pipe = unclip.load(folder)
     result = pipe(
         "a red circle", num_candidates=None if clip is None else 2, seed=3, progress=False
@@ -136,7 +136,7 @@ def test_a_dalle_is_bundled_with_a_clip_of_its_own_a_borrowed_one_or_none(
         ),
     ],
 )
-def test_a_network_in_the_place_of_another_is_not_bundled(workplace, setting, message):
+def test_a_network_of_the_wrong_kind_is_not_bundled(workplace, setting, message):
     with pytest.raises(SystemExit, match=f"error: {message}"):
         run_script(
             ROOT / "train/bundle.py",
@@ -148,17 +148,18 @@ def test_a_network_in_the_place_of_another_is_not_bundled(workplace, setting, me
 
 
 @pytest.mark.parametrize("kind", ["ar_prior", "one_shot_prior"])
-def test_a_prior_without_diffusion_takes_the_place_of_the_other(workplace, kind):
+def test_a_prior_without_diffusion_replaces_the_diffusion_prior(workplace, kind):
     pipe = unclip.load(workplace / "runs/tiny/model")
     pipe.prior = unclip.load_prior(workplace / "runs/tiny" / kind / "model")
     assert pipe("a red circle", seed=0, progress=False).image_emb.isfinite().all()
     assert not torch.equal(pipe.prior.emb_std, torch.full((32,), 32**-0.5))  # measured on the data
-    run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"),
-               f"--set=prior=runs/tiny/{kind}/model", f"--set=output=runs/tiny/with_{kind}")  # fmt: skip
+    settings = f"--set=prior=runs/tiny/{kind}/model", f"--set=output=runs/tiny/with_{kind}"
+    config = str(ROOT / "configs/tiny/model.yaml")
+    run_script(ROOT / "train/bundle.py", "--config", config, *settings)
     assert type(unclip.load(workplace / f"runs/tiny/with_{kind}").prior) is type(pipe.prior)
 
 
-def test_as_many_components_are_coded_as_explain_the_variance(workplace):
+def test_explained_variance_determines_the_components(workplace):
     train(
         "ar_prior",
         "--set",
@@ -174,7 +175,7 @@ def test_as_many_components_are_coded_as_explain_the_variance(workplace):
     assert codes.components.shape == (2, 32) and codes.mean.any()
 
 
-def test_a_run_is_resumed_and_goes_further(workplace):
+def test_a_run_is_resumed_with_more_steps(workplace):
     run = workplace / "runs/tiny/prior"
     before = read_tensors(run / "model/model.safetensors")["head.weight"].clone()
     train("prior", "--resume", "latest", "--set", "fit.steps=10")
@@ -182,7 +183,7 @@ def test_a_run_is_resumed_and_goes_further(workplace):
     assert not torch.equal(read_tensors(run / "model/model.safetensors")["head.weight"], before)
 
 
-def test_weights_of_another_run_can_be_started_from(workplace):
+def test_a_run_starts_from_the_weights_of_another(workplace):
     before = read_tensors(workplace / "runs/tiny/decoder/model/model.safetensors")[
         "image_to_time.weight"
     ]
@@ -213,60 +214,62 @@ def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
     weights, before = (
         read_tensors(Path(folder) / "model.safetensors") for folder in (run / "model", plain)
     )
-    told = before["unet.stem.weight"].shape[1]
+    channels = before["unet.stem.weight"].shape[1]
     after = weights["unet.stem.weight"]
-    assert after.shape[1] == told // 3 * 7 and after[:, told:].any()
-    torch.testing.assert_close(after[:, :told], before["unet.stem.weight"], atol=1e-4, rtol=0)
+    assert after.shape[1] == channels // 3 * 7 and after[:, channels:].any()
+    torch.testing.assert_close(after[:, :channels], before["unet.stem.weight"], atol=1e-4, rtol=0)
     assert list(run.rglob("*.png"))
 
     bundle = ["--set", "inpainter=runs/tiny/inpaint/model", "--set", "output=runs/tiny/painter"]
     run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), *bundle)
     pipe = unclip.load(workplace / "runs/tiny/painter")
-    picture, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
+    image, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
     mask.paste(255, (8, 8, 24, 24))
-    painted = pipe.inpaint(picture, mask, "a blue square", seed=0, progress=False)
+    painted = pipe.inpaint(image, mask, "a blue square", seed=0, progress=False)
     assert painted.metadata[0]["arguments"]["painting"]["trained"] is True
     assert painted.images[0].getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_decoder_is_shown_a_layout_that_stays_as_it_is(workplace):
-    shown = [
+def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
+    settings = [
         "--set=layout=runs/tiny/layout/model",
-        "--set=fit.output=runs/tiny/shown",
+        "--set=fit.output=runs/tiny/settings",
         "--set=emb_noise=0.5",
     ]
-    shown += [
+    settings += [
         "--set=model.layout={emb_dim: 32, size: 8, width: 32, depth: 2}",
         "--set=model.unet.in_channels=6",
     ]
-    train("decoder", *shown, "--init", "runs/tiny/decoder/model", "--set=fit.steps=4")
-    train("decoder", *shown, "--resume", "latest", "--set=fit.steps=8")
+    train("decoder", *settings, "--init", "runs/tiny/decoder/model", "--set=fit.steps=4")
+    train("decoder", *settings, "--resume", "latest", "--set=fit.steps=8")
     after, layout = (
         read_tensors(workplace / f"runs/tiny/{name}/model/model.safetensors")
-        for name in ("shown", "layout")
+        for name in ("settings", "layout")
     )
     for name, tensor in layout.items():
         assert torch.equal(after[f"layout.{name}"], tensor)
     assert after["unet.stem.weight"][:, 12:].any()
     own = ["--set=fit.output=runs/tiny/shown_again", "--set=fit.steps=1"]
-    train("decoder", *shown[2:], *own, "--init", "runs/tiny/shown/model")  # which brings its layout
+    train(
+        "decoder", *settings[2:], *own, "--init", "runs/tiny/settings/model"
+    )  # its weights include the layout
     again = read_tensors(workplace / "runs/tiny/shown_again/model/model.safetensors")
     assert all(torch.equal(again[f"layout.{name}"], tensor) for name, tensor in layout.items())
     with pytest.raises(
         SystemExit, match="model.layout is not trained here; set layout to a trained one's folder"
     ):
-        train("decoder", *shown[2:], *own)
+        train("decoder", *settings[2:], *own)
     with pytest.raises(
         SystemExit,
-        match="layout is runs/tiny/layout/model, but model.layout, its config, is missing",
+        match="model.layout, its config, is missing",
     ):
-        train("decoder", shown[0])
+        train("decoder", settings[0])
     with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 without model.layout"):
         train("decoder", "--set=emb_noise=0.5")
     with pytest.raises(SystemExit, match="agreement is 5.0; expected 0, unless task is 'inpaint'"):
         train("decoder", "--set=agreement=5.0")
     with pytest.raises(SystemExit, match="agreement is 5.0; expected 0, unless task is 'inpaint'"):
-        train("decoder", *shown[1:], "--set=agreement=5.0")
+        train("decoder", *settings[1:], "--set=agreement=5.0")
     with pytest.raises(SystemExit, match="emb_mix is 0.5; expected 0, unless task is 'inpaint'"):
         train("decoder", "--set=emb_mix=0.5")
     with pytest.raises(SystemExit, match="copy_paste is 2.0; expected at most 1"):
@@ -280,12 +283,12 @@ def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):
     assert not (workplace / "runs/tiny/dry").exists()
 
 
-def test_a_run_that_would_be_overwritten_is_refused(workplace):
+def test_a_run_folder_is_not_overwritten(workplace):
     with pytest.raises(SystemExit, match="already contains"):
         train("upsampler")
 
 
-def test_a_typo_is_named_with_its_place(workplace, tmp_path):
+def test_a_typo_is_reported_with_its_line(workplace, tmp_path):
     config = tmp_path / "typo.yaml"
     config.write_text((ROOT / "configs/tiny/prior.yaml").read_text().replace("warmup:", "warm_up:"))
     with pytest.raises(
@@ -294,7 +297,7 @@ def test_a_typo_is_named_with_its_place(workplace, tmp_path):
         run_script(ROOT / "train/prior.py", "--config", str(config))
 
 
-def test_a_codec_is_trained_with_a_judge_and_exported_without(workplace):
+def test_a_codec_is_exported_without_its_discriminator(workplace):
     codec = load_codec(workplace / "runs/tiny/codec/model")
     assert (codec.grid, codec.vocab_size) == ((4, 4), 32)
     rows = [
@@ -317,7 +320,7 @@ def test_a_codec_is_trained_with_a_judge_and_exported_without(workplace):
     assert (tuned.encoder.input.w - codec.encoder.input.w).abs().max() < 0.01
 
 
-def test_a_codec_s_faulty_config_is_told(workplace):
+def test_errors_in_a_codec_config_are_reported(workplace):
     with pytest.raises(SystemExit, match="data has images of 8 pixels; expected 16"):
         train("codec", "--set", "data.image_size=8", "--set", "fit.output=runs/tiny/faulty")
     with pytest.raises(
@@ -361,7 +364,7 @@ def test_accelerate_launches_a_script(workplace):
     assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
 
 
-def test_a_saved_clip_is_gone_on_with(workplace):
+def test_a_saved_clip_is_fine_tuned(workplace):
     before, after = workplace / "runs/tiny/clip/model", workplace / "runs/tiny/clip_more/model"
     settings = "--set=fit.output=runs/tiny/clip_more", "--set=fit.steps=1", "--set=optim.lr=1e-9"
     train("clip", "--init", str(before), *settings)
@@ -388,7 +391,7 @@ def test_a_saved_clip_is_gone_on_with(workplace):
         ("decoder", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
         (
             "decoder",
-            "text={kind: transformer, vocab_size: 300, context_length: 16, width: 16, depth: 1, heads: 1}",
+            f"text={TEXT}",
             r"model\.text\.vocab_size is 300; expected at least 320",
         ),
         (
@@ -398,14 +401,14 @@ def test_a_saved_clip_is_gone_on_with(workplace):
         ),
     ],
 )
-def test_a_network_that_does_not_fit_what_it_reads_is_refused(workplace, network, setting, message):
+def test_a_network_that_does_not_match_clip_is_rejected(workplace, network, setting, message):
     tokenizer = ["--set=tokenizer=runs/tiny/clip/model/tokenizer.json"] if network == "clip" else []
     with pytest.raises(SystemExit, match=message):
         train(network, f"--set=model.{setting}", *tokenizer, "--set=fit.output=runs/tiny/unfit")
     assert not Path("runs/tiny/unfit").exists()
 
 
-def test_data_that_a_network_cannot_learn_from_is_refused(workplace, tmp_path):
+def test_unsuitable_data_is_rejected(workplace, tmp_path):
     pytest.importorskip("pyarrow")
     captions = {"caption": ["a", "b"]}
     for name, width in (("emb", 32), ("wide", 48)):
@@ -433,7 +436,7 @@ def test_data_that_a_network_cannot_learn_from_is_refused(workplace, tmp_path):
         train("prior", "--set=stats_batches=0", output)
 
 
-def test_two_processes_agree_on_how_many_components_explain_their_embeddings(workplace):
+def test_two_processes_agree_on_the_number_of_components(workplace):
     settings = (
         "--set=fit.steps=1",
         "--set=fit.output=runs/tiny/explained_by_two",
@@ -445,7 +448,7 @@ def test_two_processes_agree_on_how_many_components_explain_their_embeddings(wor
     assert (workplace / "runs/tiny/explained_by_two/model").is_dir()
 
 
-def test_a_dry_run_of_two_processes_ends_also_where_they_gather(workplace):
+def test_a_dry_run_of_two_processes_ends_with_a_gathering_loss(workplace):
     arguments = (
         f"--config={ROOT}/configs/tiny/clip.yaml",
         "--dry-run",
@@ -454,7 +457,7 @@ def test_a_dry_run_of_two_processes_ends_also_where_they_gather(workplace):
     assert run_in_two_processes(ROOT / "train/clip.py", *arguments).count("per step") == 1
 
 
-def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
+def test_a_grown_decoder_keeps_its_trained_levels(workplace):
     small = workplace / "runs/tiny/decoder/model"
     levels = json.loads((small / "config.json").read_text())["unet"]["levels"]
     channels, blocks = levels[0]["channels"], 2
@@ -470,7 +473,7 @@ def test_a_decoder_grown_by_a_level_keeps_what_it_learned(workplace):
     inner, outer = (
         read_tensors(folder / "model.safetensors") for folder in (small, workplace / "grown")
     )
-    first = "unet.down.{}.res.conv1.weight"  # the inner U-Net's first block comes after two blocks and a downsampling
+    first = "unet.down.{}.res.conv1.weight"  # after the two new blocks and their downsampling
     assert torch.equal(outer[first.format(3)], inner[first.format(0)])
     assert torch.equal(outer["unet.mid.0.res.conv1.weight"], inner["unet.mid.0.res.conv1.weight"])
     assert (

@@ -1,4 +1,4 @@
-"""What codecs are trained on: values that change over time, distances of features, a judge that learns beside them."""
+"""The codec loss: annealed values, perceptual distance, adversarial training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from unclip.training.launch import Run
 from unclip.training.optim import OptimConfig
 from unclip.weights import read_tensors
 
-JUDGE = AdversarialConfig(weight=0.5, discriminator=DiscriminatorConfig(width=4, layers=1))
+ADVERSARIAL = AdversarialConfig(weight=0.5, discriminator=DiscriminatorConfig(width=4, layers=1))
 
 
 def vqvae() -> VQVAE:
@@ -47,7 +47,7 @@ def batch(size: int = 4) -> dict[str, Tensor]:
 
 
 class SameBatches:
-    """Two batches a pass, all the same."""
+    """A loader of two equal batches per epoch."""
 
     def __iter__(self):
         return iter([batch(), batch()])
@@ -64,7 +64,7 @@ class SameBatches:
     broken = {}
 
 
-def test_a_value_is_annealed_along_a_cosine():
+def test_annealing_follows_a_cosine():
     temperature = Annealing(1.0, 1 / 16, 150_000)
     assert temperature.at(0) == 1.0
     assert temperature.at(75_000) == pytest.approx((1 + 1 / 16) / 2)
@@ -76,22 +76,22 @@ def test_a_value_is_annealed_along_a_cosine():
         Annealing(1.0, 0.0, 0)
 
 
-def test_the_codec_is_told_the_values_of_the_step():
-    codec, given = dvae(), []
+def test_the_codec_gets_the_annealed_values():
+    codec, calls = dvae(), []
     loss = CodecLoss(
         codec, {"temperature": Annealing(1.0, 0.0, 10), "kl_weight": Annealing(0.0, 2.0, 10)}
     )
 
     class Recorder(nn.Module):
         def forward(self, images: Tensor, **annealed: float):
-            given.append(annealed)
+            calls.append(annealed)
             return codec(images, **annealed)
 
     for step in (0, 5, 10):
         loss.before_step(step)
         loss(Recorder(), batch())
-    assert [values["temperature"] for values in given] == pytest.approx([1.0, 0.5, 0.0])
-    assert [values["kl_weight"] for values in given] == pytest.approx([0.0, 1.0, 2.0])
+    assert [values["temperature"] for values in calls] == pytest.approx([1.0, 0.5, 0.0])
+    assert [values["kl_weight"] for values in calls] == pytest.approx([0.0, 1.0, 2.0])
     with pytest.raises(
         ValueError, match="anneal.temprature is unknown; this codec anneals temperature, kl_weight"
     ):
@@ -100,9 +100,9 @@ def test_the_codec_is_told_the_values_of_the_step():
         CodecLoss(vqvae(), {"temperature": Annealing(1.0, 0.0, 10)})
 
 
-def test_fit_tells_the_step_and_goes_on_from_it(tmp_path):
+def test_fit_passes_the_step_and_resumes_it(tmp_path):
     def run(steps: int, resume: str | None = None) -> list[int]:
-        codec, told = dvae(), []
+        codec, steps_passed = dvae(), []
         config = FitConfig(
             str(tmp_path), steps, precision="fp32", trackers=(), val_every=0, preview_every=0
         )
@@ -114,15 +114,15 @@ def test_fit_tells_the_step_and_goes_on_from_it(tmp_path):
             config,
             OptimConfig(),
             run=Run({"fit": {"steps": steps}}, resume=resume),
-            before_step=lambda step: told.append(step) or loss.before_step(step),
+            before_step=lambda step: steps_passed.append(step) or loss.before_step(step),
         )
-        return told
+        return steps_passed
 
     assert run(3) == [0, 1, 2]
     assert run(5, resume="latest") == [3, 4]
 
 
-def test_the_distance_of_features_by_hand():
+def test_the_perceptual_distance_of_known_features():
     maps = {
         "a": [torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)],
         "b": [torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)],
@@ -131,7 +131,7 @@ def test_the_distance_of_features_by_hand():
     assert perceptual_distance(maps.get, "a", "a").item() == 0
 
 
-def test_clip_gives_features_that_a_picture_can_be_moved_by():
+def test_clip_features_have_a_useful_gradient():
     clip = tiny_clip().eval().requires_grad_(False)
     images = batch()["image"].requires_grad_()
     maps = clip.image_features(images)
@@ -139,11 +139,11 @@ def test_clip_gives_features_that_a_picture_can_be_moved_by():
     distance = perceptual_distance(clip.image_features, images, -images.detach())
     (gradient,) = torch.autograd.grad(distance, images)
     assert gradient.abs().sum() > 0
-    nearer = perceptual_distance(clip.image_features, images - 10 * gradient, -images.detach())
-    assert nearer < distance
+    closer = perceptual_distance(clip.image_features, images - 10 * gradient, -images.detach())
+    assert closer < distance
 
 
-def test_the_features_add_to_the_loss():
+def test_the_perceptual_distance_is_added_to_the_loss():
     codec, clip = vqvae().eval(), tiny_clip().eval().requires_grad_(False)
     plain = CodecLoss(codec, {})(codec, batch())
     both = CodecLoss(codec, {}, clip.image_features, PerceptualConfig(weight=3.0))(codec, batch())
@@ -151,7 +151,7 @@ def test_the_features_add_to_the_loss():
     assert both["perceptual"] > 0
 
 
-def test_the_adaptive_weight_makes_both_gradients_equal_in_the_last_layer():
+def test_the_adaptive_weight_equalises_gradients_in_the_last_layer():
     weight = torch.randn(5, requires_grad=True)
     first, second = (3 * weight).square().sum(), (weight * torch.arange(5.0)).sum()
     factor = adaptive_weight(first, second, weight)
@@ -163,35 +163,35 @@ def test_the_adaptive_weight_makes_both_gradients_equal_in_the_last_layer():
     assert adaptive_weight(first * 0 + (weight * 1e6).sum(), second * 0, weight) == 1e4
 
 
-def judged() -> AdversarialCodec:
-    return AdversarialCodec(vqvae(), JUDGE).train()
+def adversarial_codec() -> AdversarialCodec:
+    return AdversarialCodec(vqvae(), ADVERSARIAL).train()
 
 
-def test_codec_and_judge_learn_as_with_an_optimiser_each():
-    """The gradient of the one loss is, for the codec, that of its own loss, and for the judge that of the hinge."""
-    model, data = judged(), batch()
-    CodecLoss(model.codec, {}, adversarial=JUDGE)(model, data)["loss"].backward()
-    alone = judged()
-    terms = alone.codec(data["image"])
-    score = alone.discriminator(terms.reconstruction).mean()
-    factor = JUDGE.weight * adaptive_weight(terms.loss, -score, alone.codec.last_layer)
+def test_codec_and_discriminator_have_separate_gradients():
+    """The codec and the discriminator get the gradients of their own losses."""
+    model, data = adversarial_codec(), batch()
+    CodecLoss(model.codec, {}, adversarial=ADVERSARIAL)(model, data)["loss"].backward()
+    separate = adversarial_codec()
+    terms = separate.codec(data["image"])
+    score = separate.discriminator(terms.reconstruction).mean()
+    factor = ADVERSARIAL.weight * adaptive_weight(terms.loss, -score, separate.codec.last_layer)
     own = torch.autograd.grad(
-        terms.loss - factor * score, list(alone.codec.parameters()), retain_graph=True
+        terms.loss - factor * score, list(separate.codec.parameters()), retain_graph=True
     )
     for parameter, gradient in zip(model.codec.parameters(), own, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     real, fake = (
-        alone.discriminator(data["image"]),
-        alone.discriminator(terms.reconstruction.detach()),
+        separate.discriminator(data["image"]),
+        separate.discriminator(terms.reconstruction.detach()),
     )
-    own = torch.autograd.grad(hinge_loss(real, fake), list(alone.discriminator.parameters()))
+    own = torch.autograd.grad(hinge_loss(real, fake), list(separate.discriminator.parameters()))
     for parameter, gradient in zip(model.discriminator.parameters(), own, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-def test_before_its_start_the_judge_changes_nothing():
-    config = AdversarialConfig(start=5, discriminator=JUDGE.discriminator)
-    model, data = judged(), batch()
+def test_the_adversarial_loss_starts_at_its_step():
+    config = AdversarialConfig(start=5, discriminator=ADVERSARIAL.discriminator)
+    model, data = adversarial_codec(), batch()
     loss = CodecLoss(model.codec, {}, adversarial=config)
     plain = CodecLoss(model.codec, {})(model.codec, data)["loss"]
     torch.testing.assert_close(loss(model, data)["loss"], plain)
@@ -199,18 +199,18 @@ def test_before_its_start_the_judge_changes_nothing():
     assert loss(model, data)["loss"] != plain
 
 
-def test_validation_needs_no_gradient():
-    model, data = judged().eval(), batch()
+def test_the_adversarial_loss_works_without_gradients():
+    model, data = adversarial_codec().eval(), batch()
     with torch.no_grad():
-        terms = CodecLoss(model.codec, {}, adversarial=JUDGE)(model, data)
+        terms = CodecLoss(model.codec, {}, adversarial=ADVERSARIAL)(model, data)
     assert terms["loss"].isfinite() and {"score", "hinge"} <= set(terms)
 
 
-def test_a_judged_codec_is_trained_and_resumed(tmp_path):
+def test_an_adversarial_codec_is_trained_and_resumed(tmp_path):
     def run(folder: Path, *steps: int) -> dict[str, Tensor]:
         for i, until in enumerate(steps):
-            model = judged()
-            loss = CodecLoss(model.codec, {}, adversarial=JUDGE)
+            model = adversarial_codec()
+            loss = CodecLoss(model.codec, {}, adversarial=ADVERSARIAL)
             config = FitConfig(
                 str(folder), until, precision="fp32", trackers=(), val_every=0, preview_every=0
             )

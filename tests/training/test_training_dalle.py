@@ -1,4 +1,4 @@
-"""Stage two: the losses of text and picture, a codec that stays as it is, and the script from pictures to codes."""
+"""DALL-E stage two: losses of text and image codes, a frozen codec, the training script."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def batch() -> dict:
     return {"image": torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1, "caption": CAPTIONS}
 
 
-def test_each_kind_is_normalised_apart_and_text_weighs_an_eighth(parts, batch):
+def test_text_and_image_losses_are_means_and_text_has_weight_one_eighth(parts, batch):
     dalle, tokenizer, codec = parts
     terms = DALLELoss(*parts, KEEP_ALL)(dalle, batch)
     tokens, codes = dalle.tokens(*tokenizer(CAPTIONS)), codec.encode(batch["image"])
@@ -53,7 +53,7 @@ def test_each_kind_is_normalised_apart_and_text_weighs_an_eighth(parts, batch):
     torch.testing.assert_close(terms["loss"], text / 8 + image * 7 / 8)
 
 
-def test_no_gradient_reaches_the_codec(parts, batch):
+def test_the_codec_has_no_gradient(parts, batch):
     dalle, _, codec = parts
     batch["image"].requires_grad_()
     DALLELoss(*parts, KEEP_ALL)(dalle, batch)["loss"].backward()
@@ -61,14 +61,14 @@ def test_no_gradient_reaches_the_codec(parts, batch):
     assert any(p.grad is not None and p.grad.any() for p in dalle.code_emb.parameters())
 
 
-def test_precomputed_codes_are_those_of_the_pictures(parts, batch):
+def test_precomputed_codes_give_the_same_loss(parts, batch):
     dalle, _, codec = parts
     loss = DALLELoss(*parts, KEEP_ALL)
     precomputed = {"codes": image_codes(codec, batch), "caption": CAPTIONS}
     assert torch.equal(loss(dalle, batch)["loss"], loss(dalle, precomputed)["loss"])
 
 
-def test_dropped_captions_teach_the_null_but_not_as_a_text(parts, batch):
+def test_dropped_captions_are_excluded_from_the_text_loss(parts, batch):
     dalle, tokenizer, codec = parts
     loss = DALLELoss(*parts, DALLELossConfig(drop_text=0.5, bpe_dropout=0.0))
     torch.manual_seed(2)
@@ -83,12 +83,12 @@ def test_dropped_captions_teach_the_null_but_not_as_a_text(parts, batch):
     torch.testing.assert_close(terms["text"], -log_p[0][~drop].mean())
 
 
-def test_nothing_is_dropped_in_validation(parts, batch):
+def test_eval_mode_drops_nothing(parts, batch):
     dalle = parts[0].eval()
-    wild = DALLELoss(*parts, DALLELossConfig(drop_text=0.9, bpe_dropout=0.9))
-    torch.testing.assert_close(wild(dalle, batch), DALLELoss(*parts, KEEP_ALL)(dalle, batch))
+    dropping = DALLELoss(*parts, DALLELossConfig(drop_text=0.9, bpe_dropout=0.9))
+    torch.testing.assert_close(dropping(dalle, batch), DALLELoss(*parts, KEEP_ALL)(dalle, batch))
     dalle.train()
-    assert wild(dalle, batch)["image"] != DALLELoss(*parts, KEEP_ALL)(dalle, batch)["image"]
+    assert dropping(dalle, batch)["image"] != DALLELoss(*parts, KEEP_ALL)(dalle, batch)["image"]
 
 
 def train(*arguments: str) -> None:
@@ -99,7 +99,7 @@ def train(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with pictures, a codec, and the transformer of configs/tiny trained on them."""
+    """A folder with images, a codec, and a trained transformer of configs/tiny."""
     folder, before = tmp_path_factory.mktemp("dalle"), Path.cwd()
     write_shape_images(folder / "data/tiny")
     os.chdir(folder)
@@ -112,7 +112,7 @@ def workplace(tmp_path_factory):
         os.chdir(before)
 
 
-def test_a_run_leaves_a_model_with_its_tokenizer_and_previews(workplace):
+def test_a_run_writes_model_tokenizer_and_previews(workplace):
     run = workplace / "runs/tiny/dalle"
     config = load_config(ROOT / "configs/tiny/dalle.yaml", load_script("dalle").DALLETraining)
     assert load_component(run / "model").config == config.model
@@ -124,10 +124,10 @@ def test_a_run_leaves_a_model_with_its_tokenizer_and_previews(workplace):
     assert {"val_loss", "val_text", "val_image"} <= rows[-1].keys()
     assert rows[-1]["val_loss"] < next(row for row in rows if "val_loss" in row)["val_loss"]
     (preview,) = (run / "previews").glob("*.png")
-    assert Image.open(preview).height >= 2 * 16  # the codec's pictures above the drawn ones
+    assert Image.open(preview).height >= 2 * 16  # reconstructions above samples
 
 
-def test_codec_transformer_and_tokenizer_become_a_model_that_draws(workplace):
+def test_the_parts_are_bundled_as_a_model(workplace):
     bundle = "--config", str(ROOT / "configs/tiny/model_dalle.yaml")
     run_script(ROOT / "train/bundle.py", *bundle)
     pipe = unclip.load("runs/tiny/model_dalle", device="cpu")
@@ -163,18 +163,18 @@ def test_a_run_is_resumed(workplace):
     "start",
     ["--init model", "--init file", "--init checkpoint", "--init bundle", "--resume", "old"],
 )
-def test_weights_keep_the_vocabulary_that_they_were_trained_with(workplace, tmp_path, start):
+def test_weights_keep_their_tokenizer(workplace, tmp_path, start):
     run = tmp_path / "run"
     shutil.copytree("runs/tiny/dalle", run)
     shutil.copytree("data/tiny", tmp_path / "data")
-    kept = (run / "model/tokenizer.json").read_text()
+    expected = (run / "model/tokenizer.json").read_text()
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
-    assert (checkpoint / "tokenizer.json").read_text() == kept
+    assert (checkpoint / "tokenizer.json").read_text() == expected
     state = json.loads((checkpoint / "state.json").read_text())
     state["settings"]["data"]["path"] = str(tmp_path / "data")
     (checkpoint / "state.json").write_text(json.dumps(state))
     for text in (tmp_path / "data").glob("*.txt"):
-        text.write_text("zwölf zwölf")  # a tokenizer that is learned now would be another
+        text.write_text("zwölf zwölf")  # a new tokenizer would differ
     (tmp_path / "bundle").mkdir()
     shutil.copytree(run / "model", tmp_path / "bundle/dalle")
     shutil.copytree(run / "model", tmp_path / "bundle/tokenizer")
@@ -197,14 +197,14 @@ def test_weights_keep_the_vocabulary_that_they_were_trained_with(workplace, tmp_
         if start == "old":
             (checkpoint / "tokenizer.json").unlink()
     train(*arguments, f"--set=data.path={tmp_path / 'data'}", f"--set=fit.output={out}")
-    assert (out / "model/tokenizer.json").read_text() == kept
+    assert (out / "model/tokenizer.json").read_text() == expected
     assert all(
-        (folder / "tokenizer.json").read_text() == kept
+        (folder / "tokenizer.json").read_text() == expected
         for folder in sorted(out.glob("checkpoints/*"))[-1:]
     )
 
 
-def test_weights_without_a_vocabulary_are_told(workplace, tmp_path):
+def test_weights_without_a_tokenizer_are_rejected(workplace, tmp_path):
     shutil.copy("runs/tiny/dalle/model/model.safetensors", tmp_path)
     arguments = "--init", str(tmp_path), f"--set=fit.output={tmp_path / 'out'}", "--set=fit.steps=1"
     with pytest.raises(SystemExit, match=r"error: no tokenizer at .*tokenizer\.json"):
@@ -219,7 +219,7 @@ def test_a_dry_run_prints_the_costs(workplace, capsys):
     )
 
 
-def test_pictures_are_encoded_once(workplace, capsys):
+def test_images_are_encoded_once(workplace, capsys):
     pytest.importorskip("pyarrow")
     run_script(
         ROOT / "train/encode.py",
@@ -252,15 +252,13 @@ def test_pictures_are_encoded_once(workplace, capsys):
         run_script(ROOT / "train/encode.py", "codes", "again", "--codec", "runs/tiny/codec/model")
 
 
-def test_parts_that_do_not_fit_are_named(workplace):
+def test_mismatched_parts_are_rejected(workplace):
     with pytest.raises(
         SystemExit,
         match="the codec has 32 codes on a grid of 4 x 4; the transformer expects 64 on 4 x 4",
     ):
         train("--set=model.image_vocab=64")
-    with pytest.raises(
-        SystemExit, match="data/tiny is read at 8 pixels; expected 16, as the codec"
-    ):
+    with pytest.raises(SystemExit, match="data/tiny is read at 8 pixels; expected 16"):
         train("--set=data.image_size=8")
     with pytest.raises(SystemExit, match="runs/tiny/dalle/model is a DALLE; expected a codec"):
         train("--set=codec=runs/tiny/dalle/model")

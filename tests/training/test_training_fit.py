@@ -1,4 +1,4 @@
-"""The loop: a resumed run equals one that went through, and whatever goes wrong loses nothing."""
+"""The training loop: exact resume, and no loss of checkpoints after errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fitting import OPTIM, TinyLoader, denoising, plain_model, quiet, run, straight, weights
+from fitting import (
+    OPTIM,
+    TinyLoader,
+    checkpoint_tensors,
+    denoising_loss,
+    fit_config,
+    plain_loss,
+    plain_model,
+    run_fit,
+)
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,60 +45,66 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "options", [{"precision": "fp32"}, {"precision": "bf16", "channels_last": True}], ids=str
 )
-def test_a_resumed_run_equals_one_that_went_through(
-    tmp_path: Path, options: dict[str, Any]
-) -> None:
-    through, parts = tmp_path / "through", tmp_path / "parts"
-    whole = run(quiet(through, accumulate=2, **options), optim=replace(OPTIM, schedule="constant"))
-    config = quiet(parts, accumulate=2, **options)
-    first = run(replace(config, steps=3), optim=replace(OPTIM, schedule="constant"))
-    torch.manual_seed(999)  # whatever the process did before
-    second = run(config, optim=replace(OPTIM, schedule="constant"), start={"resume": "latest"})
-    assert (
-        first.given + second.given == whole.given
-    )  # 3 x 2 batches of 5 an epoch: it stops in mid-epoch
-    assert_same(weights(parts, 6), weights(through, 6))
-    assert not torch.equal(weights(parts, 6)["model/0.weight"], weights(parts, 3)["model/0.weight"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, options: dict[str, Any]) -> None:
+    uninterrupted, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    whole = run_fit(
+        fit_config(uninterrupted, accumulate=2, **options),
+        optim=replace(OPTIM, schedule="constant"),
+    )
+    config = fit_config(resumed, accumulate=2, **options)
+    first = run_fit(replace(config, steps=3), optim=replace(OPTIM, schedule="constant"))
+    torch.manual_seed(999)  # the state of the process does not matter
+    second = run_fit(config, optim=replace(OPTIM, schedule="constant"), start={"resume": "latest"})
+    # 3 x 2 batches, 5 per epoch: the first part stops within an epoch
+    assert first.keys + second.keys == whole.keys
+    assert_same(checkpoint_tensors(resumed, 6), checkpoint_tensors(uninterrupted, 6))
+    assert not torch.equal(
+        checkpoint_tensors(resumed, 6)["model/0.weight"],
+        checkpoint_tensors(resumed, 3)["model/0.weight"],
+    )
 
 
-def test_looking_at_the_model_does_not_change_its_training(tmp_path: Path) -> None:
-    seen: list[Tensor] = []
+def test_validation_and_previews_do_not_change_the_training(tmp_path: Path) -> None:
+    noises: list[Tensor] = []
 
     def preview(model: nn.Module) -> Image.Image:
         assert not model.training
-        seen.append(torch.randn(3))
+        noises.append(torch.randn(3))
         return Image.new("RGB", (8, 8), "red")
 
-    blind, looking = tmp_path / "blind", tmp_path / "looking"
-    run(quiet(blind))
-    config = quiet(
-        looking, val_every=2, preview_every=3, save_every=1, log_every=1, trackers=("tensorboard",)
+    without, with_previews = tmp_path / "without", tmp_path / "with_previews"
+    run_fit(fit_config(without))
+    config = fit_config(
+        with_previews,
+        val_every=2,
+        preview_every=3,
+        save_every=1,
+        log_every=1,
+        trackers=("tensorboard",),
     )
-    run(config, val_loader=TinyLoader(2), preview=preview)
-    assert_same(weights(blind, 6), weights(looking, 6))
-    assert torch.equal(seen[0], seen[1])  # the same seeds every time
-    assert sorted(p.name for p in (looking / "previews").iterdir()) == [
+    run_fit(config, val_loader=TinyLoader(2), preview=preview)
+    assert_same(checkpoint_tensors(without, 6), checkpoint_tensors(with_previews, 6))
+    assert torch.equal(noises[0], noises[1])  # the seed is fixed
+    assert sorted(p.name for p in (with_previews / "previews").iterdir()) == [
         "step-0000003.png",
         "step-0000006.png",
     ]
-    assert list((looking / "logs").rglob("events.out.tfevents.*"))
+    assert list((with_previews / "logs").rglob("events.out.tfevents.*"))
 
 
-def test_metrics_are_means_and_validation_uses_the_same_noise(tmp_path: Path) -> None:
+def test_metrics_are_means_and_validation_noise_is_fixed(tmp_path: Path) -> None:
     losses: list[float] = []
 
-    def noted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        terms = denoising(model, batch)
+    def recording_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        terms = denoising_loss(model, batch)
         losses.append(terms["loss"].item())
         return terms
 
-    standing = OptimConfig(
-        lr=1e-30, weight_decay=0.0
-    )  # the weights stay: so must the validation loss
-    run(
-        quiet(tmp_path, 4, accumulate=2, log_every=2, val_every=2),
-        noted,
-        optim=standing,
+    constant = OptimConfig(lr=1e-30, weight_decay=0.0)  # the validation loss must not change
+    run_fit(
+        fit_config(tmp_path, 4, accumulate=2, log_every=2, val_every=2),
+        recording_loss,
+        optim=constant,
         val_loader=TinyLoader(2),
     )
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -105,12 +120,12 @@ def test_metrics_are_means_and_validation_uses_the_same_noise(tmp_path: Path) ->
 def test_accumulated_gradients_are_averaged(tmp_path: Path) -> None:
     norms = []
     for accumulate in (1, 3):
-        config = quiet(
+        config = fit_config(
             tmp_path / str(accumulate), 1, accumulate=accumulate, log_every=1, precision="fp32"
         )
         fit(
             plain_model(),
-            lambda model, batch: straight(model, {"image": torch.ones(1, 3, 4, 4)}),
+            lambda model, batch: plain_loss(model, {"image": torch.ones(1, 3, 4, 4)}),
             TinyLoader(),
             config,
             OPTIM,
@@ -121,76 +136,87 @@ def test_accumulated_gradients_are_averaged(tmp_path: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_rows_after_the_resumed_step_are_written_again(tmp_path: Path) -> None:
-    config = quiet(tmp_path, 4, log_every=1, save_every=2, keep=9)
+def test_metrics_after_the_resumed_step_are_replaced(tmp_path: Path) -> None:
+    config = fit_config(tmp_path, 4, log_every=1, save_every=2, keep=9)
     with pytest.raises(RuntimeError, match="power cut"):
-        run(config, dies_at(4, RuntimeError("power cut")))
-    run(config, start={"resume": "latest"})
+        run_fit(config, failing_at(4, RuntimeError("power cut")))
+    run_fit(config, start={"resume": "latest"})
     assert [
         json.loads(r)["step"] for r in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ] == [1, 2, 3, 4]
 
 
-def dies_at(batch_number: int, error: Exception) -> Callable:
+def failing_at(batch_number: int, error: Exception) -> Callable:
     calls = []
 
     def loss_fn(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         calls.append(batch)
         if len(calls) == batch_number:
             raise error
-        return denoising(model, batch)
+        return denoising_loss(model, batch)
 
     return loss_fn
 
 
-def test_the_average_is_exported(tmp_path: Path) -> None:
+def test_the_averaged_weights_are_exported(tmp_path: Path) -> None:
     def export(model: nn.Module, folder: Path) -> None:
         torch.save(model.state_dict(), folder / "mine.pt")
 
-    run(quiet(tmp_path), export=export)
+    run_fit(fit_config(tmp_path), export=export)
     exported = torch.load(tmp_path / "model" / "mine.pt", weights_only=True)
-    saved = weights(tmp_path, 6)
+    saved = checkpoint_tensors(tmp_path, 6)
     for name, tensor in exported.items():
         assert torch.equal(tensor, saved[f"ema/{name}"])
         assert not torch.equal(tensor, saved[f"model/{name}"])
 
 
-def test_init_takes_weights_and_nothing_else(tmp_path: Path) -> None:
-    run(quiet(tmp_path / "first"))
+def test_init_loads_only_the_weights(tmp_path: Path) -> None:
+    run_fit(fit_config(tmp_path / "first"))
     start = {"init": str(tmp_path / "first" / "model")}
-    run(quiet(tmp_path / "second", 1), optim=OptimConfig(lr=1e-30, weight_decay=0.0), start=start)
-    first, second = weights(tmp_path / "first", 6), weights(tmp_path / "second", 1)
+    run_fit(
+        fit_config(tmp_path / "second", 1),
+        optim=OptimConfig(lr=1e-30, weight_decay=0.0),
+        start=start,
+    )
+    first, second = (
+        checkpoint_tensors(tmp_path / "first", 6),
+        checkpoint_tensors(tmp_path / "second", 1),
+    )
     assert torch.equal(first["ema/0.weight"], second["model/0.weight"])
     assert second["optimizer/step/0.weight"] == 1
 
 
-def test_a_resumed_run_may_be_longer_but_not_another(tmp_path: Path) -> None:
-    run(quiet(tmp_path, 2))
+def test_a_resumed_run_may_change_only_some_settings(tmp_path: Path) -> None:
+    run_fit(fit_config(tmp_path, 2))
     with pytest.raises(
         ValueError,
         match=r"other settings: model\.width was 8, is 16\. A resumed run may change only",
     ):
-        run(quiet(tmp_path, 4), width=16, start={"resume": "latest"})
+        run_fit(fit_config(tmp_path, 4), width=16, start={"resume": "latest"})
     with pytest.raises(
         ValueError, match=r"fit\.accumulate was 1, is 3; fit\.ema was 0\.999, is None"
     ):
-        run(quiet(tmp_path, 4, accumulate=3, ema=None), start={"resume": "latest"})
-    run(quiet(tmp_path, 4, log_every=1), optim=replace(OPTIM, lr=1e-3), start={"resume": "latest"})
+        run_fit(fit_config(tmp_path, 4, accumulate=3, ema=None), start={"resume": "latest"})
+    run_fit(
+        fit_config(tmp_path, 4, log_every=1),
+        optim=replace(OPTIM, lr=1e-3),
+        start={"resume": "latest"},
+    )
     assert (tmp_path / "checkpoints" / "step-0000004").is_dir()
     with pytest.raises(ValueError, match="already contains step-0000004, which would be lost"):
-        run(quiet(tmp_path, 4))
+        run_fit(fit_config(tmp_path, 4))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    run(quiet(tmp_path, 2))
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
+    run_fit(fit_config(tmp_path, 2))
     file = tmp_path / "checkpoints" / "step-0000002" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"optimizer\.safetensors is truncated"):
-        run(quiet(tmp_path, 4), start={"resume": "latest"})
+        run_fit(fit_config(tmp_path, 4), start={"resume": "latest"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_finishes_the_step_saves_and_exits_0(
+def test_a_signal_saves_a_checkpoint_and_exits_0(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -202,68 +228,70 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     calls = []
 
-    def signalled(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss_with_signal(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         calls.append(batch)
         if len(calls) == 3:
             os.kill(os.getpid(), number)
-        return denoising(model, batch)
+        return denoising_loss(model, batch)
 
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
-        run(quiet(tmp_path, accumulate=2), signalled)
+        run_fit(fit_config(tmp_path, accumulate=2), loss_with_signal)
     assert stop.value.code == 0
     assert (len(calls), signal.getsignal(number)) == (4, before)
     command = "python train/prior.py --config 'a b.yaml' --resume latest"
     assert f"stopped after step 2; to resume: {command}" in capsys.readouterr().out
-    run(quiet(tmp_path, accumulate=2), start={"resume": "latest"})
-    run(quiet(tmp_path / "through", accumulate=2))
-    assert_same(weights(tmp_path, 6), weights(tmp_path / "through", 6))
+    run_fit(fit_config(tmp_path, accumulate=2), start={"resume": "latest"})
+    run_fit(fit_config(tmp_path / "uninterrupted", accumulate=2))
+    assert_same(checkpoint_tensors(tmp_path, 6), checkpoint_tensors(tmp_path / "uninterrupted", 6))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path, value: float) -> None:
-    def poisoned(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        terms = denoising(model, batch)
+def test_a_non_finite_loss_stops_before_the_update(tmp_path: Path, value: float) -> None:
+    def bad_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        terms = denoising_loss(model, batch)
         return {**terms, "loss": terms["loss"] * value} if batch["key"][0] == "e0b3i0" else terms
 
     with pytest.raises(
         FloatingPointError,
         match=r"^step 4: loss (nan|inf), .*; batch: e0b3i0, e0b3i1, e0b3i2, e0b3i3",
     ):
-        run(quiet(tmp_path, save_every=1), poisoned)
+        run_fit(fit_config(tmp_path, save_every=1), bad_loss)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-0000002",
         "step-0000003",
     ]
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path, 3).values())
+    assert all(tensor.isfinite().all() for tensor in checkpoint_tensors(tmp_path, 3).values())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
-    def poisoned(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+def test_a_non_finite_gradient_stops_before_the_update(tmp_path: Path) -> None:
+    def bad_loss(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         zero = (model(batch["image"]) * 0).sum()
-        return {"loss": zero.sqrt()}  # 0, its slope infinite
+        return {"loss": zero.sqrt()}  # 0 with an infinite derivative
 
     with pytest.raises(
         FloatingPointError, match=r"^step 1: loss 0, gradient norm nan \(in 0\.weight and 5 more\)"
     ):
-        run(quiet(tmp_path), poisoned)
+        run_fit(fit_config(tmp_path), bad_loss)
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
-    """The limit on file sizes makes real writes fail, like a disk that is full."""
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    """A limit on file sizes makes real writes fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fills_the_disk(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def loss_with_full_disk(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         if batch["key"][0] == "e0b3i0":
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-        return denoising(model, batch)
+        return denoising_loss(model, batch)
 
     try:
         with pytest.raises(
             OSError, match=r"cannot write .*step-0000004: .*; what was saved before is untouched"
         ) as error:
-            run(quiet(tmp_path, save_every=1, trackers=("tensorboard",)), fills_the_disk)
+            run_fit(
+                fit_config(tmp_path, save_every=1, trackers=("tensorboard",)), loss_with_full_disk
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
@@ -271,16 +299,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> Non
         "step-0000002",
         "step-0000003",
     ]
-    run(quiet(tmp_path), start={"resume": "latest"})
-    run(quiet(tmp_path / "through"))
-    assert_same(weights(tmp_path, 6), weights(tmp_path / "through", 6))
+    run_fit(fit_config(tmp_path), start={"resume": "latest"})
+    run_fit(fit_config(tmp_path / "uninterrupted"))
+    assert_same(checkpoint_tensors(tmp_path, 6), checkpoint_tensors(tmp_path / "uninterrupted", 6))
 
 
-def test_dry_run_tells_the_cost_and_writes_nothing(
+def test_a_dry_run_prints_the_cost_and_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     model = nn.Linear(48, 10, bias=False)
-    config = quiet(tmp_path / "run", accumulate=3, precision="fp32")
+    config = fit_config(tmp_path / "run", accumulate=3, precision="fp32")
     with pytest.raises(SystemExit) as stop:
         fit(
             model,
@@ -294,19 +322,15 @@ def test_dry_run_tells_the_cost_and_writes_nothing(
     assert not (tmp_path / "run").exists()
     text = capsys.readouterr().out
     assert "480 (480 trained)" in text
-    flops = (
-        2 * 2 * 4 * 48 * 10
-    )  # the product and the gradient of the weight; 2 for each multiplication and addition
+    flops = 2 * 2 * 4 * 48 * 10  # product and weight gradient; a multiply-add counts as 2
     assert f"{3 * flops:.3e} per step, {flops / 4:.3e} per sample" in text
     # 480 weights of 4 bytes; 4 x 48 inputs and 4 x 10 outputs are kept for the backward pass
-    assert (
-        "weights 0.00192 MB, gradients 0.00192 MB, AdamW 0.00384 MB, EMA 0.00192 MB, activations 0.000928 MB"
-        in text
-    )
+    sizes = "weights 0.00192 MB, gradients 0.00192 MB, AdamW 0.00384 MB, EMA 0.00192 MB"
+    assert f"{sizes}, activations 0.000928 MB" in text
 
 
 def test_dry_run_counts_attention() -> None:
-    q = nn.Parameter(torch.randn(1, 2, 8, 4))  # 2 heads, 8 tokens, 4 channels a head
+    q = nn.Parameter(torch.randn(1, 2, 8, 4))  # 2 heads, 8 tokens, 4 channels per head
     text = describe(
         nn.ParameterList([q]),
         lambda: F.scaled_dot_product_attention(q, q, q).sum(),
@@ -314,15 +338,14 @@ def test_dry_run_counts_attention() -> None:
         ema=False,
     )
     product = 2 * 2 * 8 * 8 * 4
-    assert (
-        f"{(2 + 5) * product:.3e} per step" in text
-    )  # 2 products forward; 4 backward and the scores once more
+    # 2 products forward; 4 backward, and the scores once more
+    assert f"{(2 + 5) * product:.3e} per step" in text
 
 
-def test_broken_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_broken_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     loader = TinyLoader()
     loader.broken = {"a.png": "damaged", "b.png": "damaged"}
-    run(quiet(tmp_path, 1, log_every=1), loader=loader)
+    run_fit(fit_config(tmp_path, 1, log_every=1), loader=loader)
     assert "broken 2" in capsys.readouterr().out
 
 
@@ -333,14 +356,14 @@ def test_broken_pictures_are_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"gradient_checkpointing": True}, "Sequential does not support gradient checkpointing"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
+def test_unsupported_settings_are_rejected(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run(quiet(tmp_path, **changes))
+        run_fit(fit_config(tmp_path, **changes))
 
 
-def test_without_tensorboard_the_default_only_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_default_tracker_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(
         UserWarning, match=r"tensorboard is not installed; logging to metrics\.jsonl only"
@@ -353,6 +376,6 @@ def test_without_tensorboard_the_default_only_warns(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "wrong", [{"steps": 0}, {"ema": 1.0}, {"save_every": -1}, {"keep": 0}, {"val_batches": 0}]
 )
-def test_impossible_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_rejected(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
-        quiet(tmp_path, **{"steps": 1, **wrong})
+        fit_config(tmp_path, **{"steps": 1, **wrong})

@@ -1,4 +1,4 @@
-"""A script that trains: one line for a mistake, resuming, and two processes."""
+"""A training script: one-line errors, resuming, two processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import OPTIM, TinyLoader, plain_model, quiet, straight, weights
+from fitting import OPTIM, TinyLoader, checkpoint_tensors, fit_config, plain_loss, plain_model
 from scripts import run_in_two_processes
 
 from unclip.training.fit import FitConfig, fit
@@ -30,7 +30,7 @@ def main(run: Run[Script]) -> None:
     loader = TinyLoader(
         1, rank=int(os.environ.get("RANK", 0)), processes=int(os.environ.get("WORLD_SIZE", 1))
     )
-    fit(plain_model().to(run.device), straight, loader, config.fit, config.optim, run=run)
+    fit(plain_model().to(run.device), plain_loss, loader, config.fit, config.optim, run=run)
 
 
 def script_config(folder: Path, **settings: Any) -> str:
@@ -46,7 +46,7 @@ def script_config(folder: Path, **settings: Any) -> str:
     return str(folder / "run.yaml")
 
 
-def test_a_mistake_ends_a_script_with_one_line(tmp_path: Path) -> None:
+def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
     config = script_config(tmp_path)
     for argv, message in [
         (
@@ -99,15 +99,13 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
     )
     with pytest.raises(SystemExit, match=r"optim\.betas\.0 was 0\.5, is 0\.9"):
         launch(main, Script, None, again)
-    del state["settings"]["optim"][
-        "betas"
-    ]  # as if the setting were new: it was then as is the default now
+    del state["settings"]["optim"]["betas"]  # as before the setting existed: it has its default
     file.write_text(json.dumps(state))
     launch(main, Script, None, again)
     assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
 
 
-def test_resume_command_goes_through_accelerate_if_it_was_started_so(
+def test_the_resume_command_uses_the_launcher(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -118,26 +116,29 @@ def test_resume_command_goes_through_accelerate_if_it_was_started_so(
     )
 
 
-def test_two_processes_train_like_one_on_their_joined_batch(tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     config = script_config(tmp_path / "two", precision="fp32", accumulate=2)
     run_in_two_processes(__file__, "--config", config)
     fit(
         plain_model(),
-        straight,
+        plain_loss,
         TinyLoader(1, size=8),
-        quiet(tmp_path / "one", 2, precision="fp32", accumulate=2),
+        fit_config(tmp_path / "one", 2, precision="fp32", accumulate=2),
         OPTIM,
     )
-    one, two = weights(tmp_path / "one", 2), weights(tmp_path / "two" / "run", 2)
+    one, two = (
+        checkpoint_tensors(tmp_path / "one", 2),
+        checkpoint_tensors(tmp_path / "two" / "run", 2),
+    )
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(
+def test_unconnected_processes_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    this_process()  # settled: alone
+    this_process()  # accelerate is initialised with one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         SystemExit, match=r"error: WORLD_SIZE is 2, but accelerate trains with 1 process\(es\)"
@@ -145,5 +146,5 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
         launch(main, Script, None, ["--config", script_config(tmp_path)])
 
 
-if __name__ == "__main__":  # one of the two processes
+if __name__ == "__main__":  # run by run_in_two_processes
     launch(main, Script, __doc__)

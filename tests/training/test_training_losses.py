@@ -23,7 +23,7 @@ def batch(size: int) -> dict:
 
 
 class Recorder(torch.nn.Module):
-    """Stands where the network would, and keeps what it was given."""
+    """A network that records its inputs and returns zeros."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Recorder(torch.nn.Module):
 def train(
     model: torch.nn.Module, loss_fn, data: dict, steps: int = 60, lr: float = 3e-3
 ) -> tuple[float, float]:
-    """Mean loss of the first and of the last ten steps on one batch."""
+    """Train on one batch and return the mean losses of the first and last ten steps."""
     torch.manual_seed(0)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr), []
     for _ in range(steps):
@@ -49,7 +49,7 @@ def train(
     return sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 
 
-def test_clip_learns_to_tell_four_pictures_apart():
+def test_clip_learns_to_match_four_pairs():
     torch.manual_seed(0)
     clip = tiny_clip()
     first, last = train(clip, CLIPLoss(clip), batch(16), steps=40)
@@ -71,17 +71,17 @@ def test_prior_decoder_and_upsampler_learn_one_batch(clip):
     assert last < 0.8 * first
 
 
-def test_the_prior_is_asked_for_the_normalised_embedding(clip):
+def test_the_prior_predicts_the_normalised_embedding(clip):
     prior, recorder = tiny_prior(), Recorder(EMB_DIM)
     prior.set_stats(torch.full((EMB_DIM,), 0.5), torch.full((EMB_DIM,), 2.0))
     loss = PriorLoss(prior, clip, Schedule(), ConditionDropout(), LossConfig())(
         recorder, batch(16)
     )["loss"]
-    x_0 = (clip.encode_image(batch(16)["image"]) - 0.5) / 2  # the recorder answers 0
+    x_0 = (clip.encode_image(batch(16)["image"]) - 0.5) / 2  # the recorder returns 0
     torch.testing.assert_close(loss, x_0.square().mean())
 
 
-def test_precomputed_embeddings_take_the_place_of_pictures(clip):
+def test_precomputed_embeddings_give_the_same_loss(clip):
     prior, recorder = tiny_prior(), Recorder(EMB_DIM)
     loss_fn = PriorLoss(prior, clip, Schedule(), ConditionDropout(), LossConfig())
     emb = clip.encode_image(batch(16)["image"])
@@ -90,7 +90,7 @@ def test_precomputed_embeddings_take_the_place_of_pictures(clip):
     torch.testing.assert_close(a, b)
 
 
-def test_pictures_and_captions_are_dropped_independently_at_their_rates(clip):
+def test_images_and_captions_are_dropped_independently(clip):
     decoder, recorder = tiny_decoder(), Recorder(6)
     loss_fn = DecoderLoss(
         decoder, clip, Schedule(), ConditionDropout(text=0.5, image=0.1), LossConfig()
@@ -106,7 +106,7 @@ def test_pictures_and_captions_are_dropped_independently_at_their_rates(clip):
     assert abs((image * text).mean() - 0.05) < 0.02  # unCLIP 2.1: both at once 5 % of the time
 
 
-def test_a_model_whose_null_is_the_empty_prompt_gets_it_as_its_caption(clip):
+def test_the_empty_prompt_replaces_dropped_captions(clip):
     prior, recorder = tiny_prior(null_text="empty_prompt"), Recorder(EMB_DIM)
     PriorLoss(prior, clip, Schedule(), ConditionDropout(text=0.9999), LossConfig())(
         recorder, batch(16)
@@ -116,7 +116,7 @@ def test_a_model_whose_null_is_the_empty_prompt_gets_it_as_its_caption(clip):
     torch.testing.assert_close(text.emb, clip.encode_text([""] * 4).emb)
 
 
-def test_the_upsampler_sees_its_crop_reduced_and_corrupted(clip):
+def test_the_upsampler_input_is_downsampled_and_corrupted(clip):
     upsampler, recorder, data = tiny_upsampler(low=8), Recorder(3), batch(16)
     UpsamplerLoss(upsampler, Schedule(), CorruptionConfig(kind="none"), LossConfig())(
         recorder, data
@@ -130,7 +130,7 @@ def test_the_upsampler_sees_its_crop_reduced_and_corrupted(clip):
     assert blurred.shape == plain.shape and blurred.std() < plain.std()
 
 
-def test_frozen_networks_get_no_gradient(clip):
+def test_frozen_networks_have_no_gradient(clip):
     decoder = tiny_decoder()
     DecoderLoss(decoder, clip, Schedule(), ConditionDropout(), LossConfig())(decoder, batch(8))[
         "loss"
@@ -139,12 +139,12 @@ def test_frozen_networks_get_no_gradient(clip):
     assert decoder.unet.head.weight.grad.abs().sum() > 0
 
 
-def test_impossible_drop_rates_are_refused():
+def test_invalid_drop_rates_are_rejected():
     with pytest.raises(ValueError, match="text is 1.5; expected at least 0 and less than 1"):
         ConditionDropout(text=1.5)
 
 
-def test_training_without_the_padding_is_training_with_it(clip):
+def test_trimmed_padding_does_not_change_the_output(clip):
     text = clip.encode_text(["a red apple", "fish"])
     short = text.trim()
     assert (
@@ -155,7 +155,9 @@ def test_training_without_the_padding_is_training_with_it(clip):
     )
     prior, decoder = tiny_prior(), tiny_decoder()
     for p in [*prior.parameters(), *decoder.parameters()]:
-        torch.nn.init.normal_(p, std=0.2)  # heads start at zero, and would hide a difference
+        torch.nn.init.normal_(
+            p, std=0.2
+        )  # heads are initialised to zero, which would hide a difference
     t, drop = torch.tensor([10, 900]), torch.tensor([True, False])
     x, emb = torch.randn(2, EMB_DIM), torch.randn(2, EMB_DIM)
     torch.testing.assert_close(prior(x, t, short, drop), prior(x, t, text, drop))

@@ -1,4 +1,4 @@
-"""What the priors without diffusion are trained on, and CLIP's embeddings made once for all."""
+"""Losses of the priors without diffusion, and embeddings computed once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def clip():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_shape_images(folder, size=16)
     return folder
@@ -45,8 +45,8 @@ def data(path: Path, **changes) -> DataConfig:
 
 
 @pytest.fixture
-def batch(clip, pictures):
-    return next(iter(EmbeddedLoader(Loader(data(pictures, batch_size=12)), clip)))
+def batch(clip, images):
+    return next(iter(EmbeddedLoader(Loader(data(images, batch_size=12)), clip)))
 
 
 def ar_prior(clip, batch) -> ARPrior:
@@ -64,7 +64,7 @@ def one_shot_prior(batch, query: str = "learned") -> OneShotPrior:
 
 
 def train(model, loss_fn, batch, steps: int = 150) -> tuple[float, float]:
-    """Loss before and after some steps on one batch."""
+    """Train on one batch and return the first loss and the mean of the last ten."""
     torch.manual_seed(0)
     optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
     for _ in range(steps):
@@ -76,7 +76,7 @@ def train(model, loss_fn, batch, steps: int = 150) -> tuple[float, float]:
     return losses[0], sum(losses[-10:]) / 10
 
 
-def test_the_autoregressive_prior_learns_which_codes_a_caption_has(clip, batch):
+def test_the_autoregressive_prior_learns_the_codes_of_captions(clip, batch):
     prior = ar_prior(clip, batch)
     first, last = train(prior, ARPriorLoss(prior, clip, ConditionDropout(text=0.0)), batch)
     assert first == pytest.approx(torch.tensor(V).log().item(), abs=1e-4) and last < 0.3 * first
@@ -86,41 +86,41 @@ def test_the_autoregressive_prior_learns_which_codes_a_caption_has(clip, batch):
     generators = [torch.Generator().manual_seed(k) for k in range(12)]
     emb = prior.sample(
         prefix, generators, lambda x: x, temperature=0
-    )  # under dot products that it has not seen
+    )  # conditioned on sampled dot products
     distances = torch.cdist(emb, batch["image_emb"])
-    assert distances.diagonal().mean() < 0.9 * distances.mean()  # 0.62 to 0.83 under six seeds
+    assert distances.diagonal().mean() < 0.9 * distances.mean()  # 0.62 to 0.83 for six seeds
 
 
-def test_the_autoregressive_prior_is_told_codes_dot_product_and_what_is_dropped(clip, batch):
-    prior, told = ar_prior(clip, batch), []
+def test_the_autoregressive_loss_passes_codes_dot_product_and_drops(clip, batch):
+    prior, calls = ar_prior(clip, batch), []
 
     def model(codes, dot, text, drop):
-        told.append((codes, dot, text, drop))
+        calls.append((codes, dot, text, drop))
         return torch.zeros(*codes.shape, V)
 
     loss = ARPriorLoss(prior, clip, ConditionDropout(text=0.5))
     torch.manual_seed(0)
     assert loss(model, batch)["loss"].item() == pytest.approx(torch.tensor(V).log().item())
-    codes, dot, text, drop = told[0]
+    codes, dot, text, drop = calls[0]
     assert (
         torch.equal(codes, prior.codes.encode(batch["image_emb"])) and drop.any() and not drop.all()
     )
     assert torch.equal(dot, prior.codes.encode_dot(batch["image_emb"], text.emb))
 
 
-def test_the_dot_product_is_that_with_the_caption_though_the_empty_prompt_is_read(clip, batch):
-    prior, told = (
+def test_the_dot_product_uses_the_caption_even_if_it_is_dropped(clip, batch):
+    prior, calls = (
         ARPrior(ARPriorConfig(*SIZES, null_text="empty_prompt", components=K, buckets=V)),
         [],
     )
     prior.fit(batch["image_emb"], clip.encode_text(batch["caption"]).emb)
 
     def model(codes, dot, text, drop):
-        told.append((dot, text))
+        calls.append((dot, text))
         return torch.zeros(*codes.shape, V)
 
     ARPriorLoss(prior, clip, ConditionDropout(text=0.9999))(model, batch)
-    dot, text = told[0]
+    dot, text = calls[0]
     torch.testing.assert_close(text.emb, clip.encode_text([""] * 12).emb)
     assert torch.equal(
         dot, prior.codes.encode_dot(batch["image_emb"], clip.encode_text(batch["caption"]).emb)
@@ -138,7 +138,7 @@ def test_the_one_shot_prior_learns_the_embedding_of_a_caption(clip, batch, query
     assert last < 0.3 * first
 
 
-def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_dropped(clip, batch):
+def test_the_contrastive_loss_excludes_dropped_captions(clip, batch):
     prior = one_shot_prior(batch)
     predicted, dropped = torch.randn(12, EMB_DIM), []
 
@@ -174,11 +174,11 @@ def test_the_contrastive_part_is_infonce_towards_the_captions_that_were_not_drop
         OneShotLossConfig(-1)
 
 
-# -- embeddings made once
+# -- embeddings computed once
 
 
-def test_batches_are_those_of_the_loader_with_embeddings(clip, pictures):
-    loader, embedded = Loader(data(pictures)), EmbeddedLoader(Loader(data(pictures)), clip)
+def test_embedded_batches_equal_those_of_the_loader(clip, images):
+    loader, embedded = Loader(data(images)), EmbeddedLoader(Loader(data(images)), clip)
     assert len(loader) == len(embedded) == 3
     for _ in range(2):
         for seen, batch in zip(loader, embedded, strict=True):
@@ -188,10 +188,10 @@ def test_batches_are_those_of_the_loader_with_embeddings(clip, pictures):
             )
 
 
-def test_a_loader_that_goes_on_gives_the_same_bits(clip, pictures):
-    whole = EmbeddedLoader(Loader(data(pictures)), clip)
+def test_a_resumed_embedded_loader_gives_the_same_bits(clip, images):
+    whole = EmbeddedLoader(Loader(data(images)), clip)
     batches = list(whole)
-    resumed = EmbeddedLoader(Loader(data(pictures)), clip)
+    resumed = EmbeddedLoader(Loader(data(images)), clip)
     resumed.load_state_dict({"epoch": 0, "batch": 2})
     (last,) = list(resumed)
     assert (
@@ -200,31 +200,31 @@ def test_a_loader_that_goes_on_gives_the_same_bits(clip, pictures):
     )
 
 
-def test_pairs_are_measured_without_moving_the_loader(clip, pictures):
-    for loader in (Loader(data(pictures)), EmbeddedLoader(Loader(data(pictures)), clip)):
+def test_embedding_pairs_keep_the_position_of_the_loader(clip, images):
+    for loader in (Loader(data(images)), EmbeddedLoader(Loader(data(images)), clip)):
         image_emb, text_emb = embedding_pairs(clip, loader, 2)
         assert image_emb.shape == text_emb.shape == (8, EMB_DIM)
         first = next(iter(loader))
         torch.testing.assert_close(text_emb[:4], clip.encode_text(first["caption"]).emb)
 
 
-def test_an_embedding_that_is_not_finite_is_named(clip, pictures):
-    embedded = EmbeddedLoader(Loader(data(pictures)), clip)
+def test_a_non_finite_embedding_is_reported(clip, images):
+    embedded = EmbeddedLoader(Loader(data(images)), clip)
     embedded.image_emb["7"][3] = torch.nan
     with pytest.raises(ValueError, match="the image embedding of 7 is not finite"):
         embedding_pairs(clip, embedded, 3)
 
 
-def test_augmented_pictures_are_not_embedded_once_for_all(clip, pictures):
+def test_augmented_images_cannot_be_embedded_once(clip, images):
     with pytest.raises(ValueError, match="embed_once is true, but images are augmented or cropped"):
-        open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=True)
+        open_loader(data(images, augment=Augment(shift=0.1)), clip, embed_once=True)
     assert isinstance(
-        open_loader(data(pictures, augment=Augment(shift=0.1)), clip, embed_once=False), Loader
+        open_loader(data(images, augment=Augment(shift=0.1)), clip, embed_once=False), Loader
     )
 
 
-def test_pictures_of_one_key_are_told(clip, pictures, monkeypatch):
-    loader = Loader(data(pictures))
+def test_duplicate_keys_are_rejected(clip, images, monkeypatch):
+    loader = Loader(data(images))
     sample = type(loader.dataset).__getitem__
     monkeypatch.setattr(
         type(loader.dataset), "__getitem__", lambda self, i: _renamed(sample(self, i))

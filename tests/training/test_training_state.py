@@ -1,4 +1,4 @@
-"""EMA, optimiser and learning rate, and folders that are written whole or not at all."""
+"""EMA, optimizer, learning rate, random state and checkpoint folders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unclip.training.initialization import load_weights
 from unclip.training.optim import OptimConfig, build_optimizer
 
 
-def test_ema_follows_the_weights_quickly_at_first() -> None:
+def test_the_ema_decay_warms_up() -> None:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     ema = EMA(model, decay=0.9)
@@ -36,7 +36,7 @@ def test_ema_follows_the_weights_quickly_at_first() -> None:
     assert torch.equal(model.weight, torch.ones(1, 2))
 
 
-def test_ema_leaves_frozen_parameters_alone_and_comes_back_after_an_error() -> None:
+def test_ema_ignores_frozen_parameters_and_is_restored_after_an_error() -> None:
     model = nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     ema = EMA(model, decay=0.5)
@@ -58,13 +58,13 @@ def test_ema_averages_bf16_weights_in_fp32() -> None:
     ema = EMA(model, decay=0.999)
     ema.updates = 10**6
     nn.init.zeros_(model.weight)
-    for _ in range(100):  # each changes the average by less than bf16 can tell
+    for _ in range(100):  # each changes the average by less than bf16 resolves
         ema.update()
     with ema.swapped_in():
         assert model.weight.item() == pytest.approx(0.999**100, abs=4e-3)
 
 
-def test_learning_rate_warms_up_and_falls() -> None:
+def test_the_learning_rate_warms_up_and_decays() -> None:
     config = OptimConfig(lr=1.0, warmup=10, final_lr=0.1)
     assert [config.lr_at(step, 110) for step in (0, 4, 9, 10)] == pytest.approx(
         [0.1, 0.5, 1.0, 1.0]
@@ -81,33 +81,37 @@ def test_learning_rate_warms_up_and_falls() -> None:
     "wrong",
     [{"lr": 0.0}, {"warmup": -1}, {"final_lr": 2.0}, {"clip_norm": 0.0}, {"decay_steps": 9}],
 )
-def test_impossible_optimisers_are_refused(wrong: dict[str, float]) -> None:
+def test_invalid_settings_are_rejected(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
         OptimConfig(**wrong)
 
 
-def test_weight_decay_spares_gains_biases_and_embeddings() -> None:
+def test_gains_biases_and_embeddings_have_no_weight_decay() -> None:
     model = nn.ModuleDict(
         {"table": nn.Embedding(3, 2), "linear": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}
     )
-    decayed, spared = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
+    decayed, other = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
     assert [p is model["linear"].weight for p in decayed["params"]] == [True]
-    assert (decayed["weight_decay"], spared["weight_decay"], len(spared["params"])) == (0.5, 0.0, 4)
+    assert (decayed["weight_decay"], other["weight_decay"], len(other["params"])) == (
+        0.5,
+        0.0,
+        4,
+    )
 
 
-def test_weight_decay_spares_embeddings_that_are_plain_parameters() -> None:
+def test_embedding_parameters_have_no_weight_decay() -> None:
     prior, codec = tiny_prior(), VectorQuantizer(NearestConfig(), 8, 4)
     for model, name in (
         (prior, "positions"),
         (codec, "codebook"),
         (tiny_clip(), "positional_embedding"),
     ):
-        spared = {id(p) for p in build_optimizer(model, OptimConfig()).param_groups[-1]["params"]}
+        other = {id(p) for p in build_optimizer(model, OptimConfig()).param_groups[-1]["params"]}
         tables = [p for key, p in model.named_parameters() if key.endswith(name)]
-        assert tables and all(id(p) in spared for p in tables)
+        assert tables and all(id(p) in other for p in tables)
 
 
-def test_nothing_to_train_is_an_error() -> None:
+def test_a_model_without_trainable_parameters_is_rejected() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(nn.Linear(1, 1).requires_grad_(False), OptimConfig())
 
@@ -123,7 +127,7 @@ def draws() -> list[float]:
 
 
 def test_random_state_is_restored_exactly() -> None:
-    draws()  # odd numbers of gaussians: each library keeps the second of a pair
+    draws()  # an odd number of normals: each library buffers the second of a pair
     state = random_state()
     first = draws()
     assert draws() != first
@@ -131,8 +135,8 @@ def test_random_state_is_restored_exactly() -> None:
     assert draws() == first
 
 
-def test_a_build_for_a_gpu_does_without_one(monkeypatch) -> None:
-    """It names its accelerator whether there is one or not."""
+def test_a_gpu_build_works_without_a_gpu(monkeypatch) -> None:
+    """current_accelerator() returns a device even if the machine has none."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     state = random_state()
@@ -140,7 +144,7 @@ def test_a_build_for_a_gpu_does_without_one(monkeypatch) -> None:
     set_random_state(state)
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "model"
     with atomic_folder(target) as folder:
         (folder / "a").write_text("first")
@@ -159,9 +163,9 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    (tmp_path / ".step-0000009.new").mkdir()  # of a killed run
+    (tmp_path / ".step-0000009.new").mkdir()  # left by a killed run
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         checkpoints.find("latest")
     for step in (1, 2, 10):
@@ -176,7 +180,7 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
         checkpoints.find("nowhere")
 
 
-def test_weights_to_start_from(tmp_path: Path) -> None:
+def test_initial_weights_are_loaded(tmp_path: Path) -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     save_file({k: v.half() for k, v in other.state_dict().items()}, tmp_path / "model.safetensors")
     load_weights(model, tmp_path)
