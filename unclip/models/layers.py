@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,16 @@ from unclip.types import Rows
 
 KV = TypeVar("KV", bound="KeyValues")
 M = TypeVar("M", bound=nn.Module)
+
+
+class ModuleList(nn.ModuleList, Generic[M]):
+    """nn.ModuleList with a type for its items."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[M]: ...
+
+        def __getitem__(self, index: int) -> M: ...
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

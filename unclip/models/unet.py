@@ -20,6 +20,7 @@ from unclip.models.layers import (
     GroupNorm,
     KeyValues,
     LayerKeyValues,
+    ModuleList,
     TimeMLP,
     split_heads,
     zeroed,
@@ -216,7 +217,7 @@ class UNet(nn.Module):
         self.time = TimeMLP(first, config.time_width)
         self.stem = nn.Conv2d(config.in_channels * config.patch**2, first, 3, padding=1)
 
-        self.down = nn.ModuleList()
+        self.down: ModuleList[Block] = ModuleList()
         skips, c = [first], first
         for i, level in enumerate(config.levels):
             for _ in range(level.blocks):
@@ -228,14 +229,14 @@ class UNet(nn.Module):
                 self.down.append(Block(downsample(c)))
                 skips.append(c)
 
-        self.mid = nn.ModuleList(
+        self.mid: ModuleList[Block] = ModuleList(
             [
                 Block(ResBlock(last, last, config), attention(last, config.mid_attention)),
                 Block(ResBlock(last, last, config)),
             ]
         )
 
-        self.up = nn.ModuleList()
+        self.up: ModuleList[Block] = ModuleList()
         for i, level in reversed(list(enumerate(config.levels))):
             for j in range(level.blocks + 1):
                 res = ResBlock(c + skips.pop(), level.channels, config)
@@ -287,8 +288,9 @@ class UNet(nn.Module):
         down, mid, up = self._conditioned_blocks(modulation, context)
         shallow = self.config.levels[0].blocks  # first level: `shallow` blocks down, one more up
 
-        h = self.stem(F.pixel_unshuffle(x.to(self.stem.bias.dtype), self.config.patch))  # B C h w
-        skips = [h]
+        x = F.pixel_unshuffle(x.to(self.norm.weight.dtype), self.config.patch)
+        h: Tensor = self.stem(x)  # B C h w
+        skips: list[Tensor] = [h]
         for block in down[:shallow]:
             skips.append(h := self._run(h, *block))
         if deep_features is None:

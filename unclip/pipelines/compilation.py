@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from unclip.models.cpu.kernels import remove_kernels
 from unclip.models.cpu.packing import can_pack, pack
@@ -77,6 +78,6 @@ def _compiled(function: Callable[..., Any], options: dict[str, Any]) -> Callable
         torch.compiler.cudagraph_mark_step_begin()
         outputs = compiled(*args, **kwargs)
         # A CUDA graph writes its output to memory of its own, which the next step overwrites.
-        return torch.utils._pytree.tree_map(torch.clone, outputs)
+        return tree_map(torch.clone, outputs)
 
     return call

@@ -88,28 +88,42 @@ class Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def make_encoder(config: DVAEConfig) -> nn.Sequential:
+class Output(nn.Sequential):
+    conv: Conv2d
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__(OrderedDict(relu=nn.ReLU(), conv=Conv2d(c_in, c_out, 1)))
+
+
+class Stack(nn.Sequential):
+    """First convolution, groups of blocks, and output convolution."""
+
+    input: Conv2d
+    output: Output
+
+
+def make_encoder(config: DVAEConfig) -> Stack:
     """Images (B, 3, H, W) -> logits of codes (B, K, h, w)."""
     widths = [config.width * 2**i for i in range(config.groups)]
     pool = ("pool", nn.MaxPool2d(2))
     layers = [
         ("input", Conv2d(3, config.width, 7)),
         *_groups([config.width, *widths], (3, 3, 3, 1), pool, config),
-        ("output", _output(widths[-1], config.vocab_size)),
+        ("output", Output(widths[-1], config.vocab_size)),
     ]
-    return nn.Sequential(OrderedDict(layers))
+    return Stack(OrderedDict(layers))
 
 
-def make_decoder(config: DVAEConfig) -> nn.Sequential:
+def make_decoder(config: DVAEConfig) -> Stack:
     """(Soft) one-hot codes (B, K, h, w) -> mean and ln scale of pixel logits (B, 6, H, W)."""
     widths = [config.width * 2**i for i in reversed(range(config.groups))]
     upsample = ("upsample", nn.Upsample(scale_factor=2))
     layers = [
         ("input", Conv2d(config.vocab_size, config.code_width, 1)),
         *_groups([config.code_width, *widths], (1, 3, 3, 3), upsample, config),
-        ("output", _output(widths[-1], 6)),
+        ("output", Output(widths[-1], 6)),
     ]
-    return nn.Sequential(OrderedDict(layers))
+    return Stack(OrderedDict(layers))
 
 
 def _groups(
@@ -125,10 +139,6 @@ def _groups(
         parts += [resize] if i < config.groups else []
         groups.append((f"group_{i}", nn.Sequential(OrderedDict(parts))))
     return groups
-
-
-def _output(c_in: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(OrderedDict([("relu", nn.ReLU()), ("conv", Conv2d(c_in, c_out, 1))]))
 
 
 class DVAE(ImageCodec):

@@ -50,6 +50,9 @@ class VectorQuantizer(nn.Module):
     """Replace features (B, C, h, w) by the nearest of K codes, with a straight-through gradient."""
 
     annealed: tuple[str, ...] = ()
+    codebook: Tensor  # (K, C)
+    sums: Tensor  # (K, C), with `ema`
+    uses: Tensor  # (K,), with `ema` or `revive`
 
     def __init__(self, config: NearestConfig, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -124,6 +127,7 @@ class VectorQuantizer(nn.Module):
     def _revive(self, rows: Tensor) -> None:
         """Reset rarely used codes to random features of the batch (2005.00341)."""
         minimum = self.config.revive
+        assert minimum is not None
         dead = self.uses[:, None] < minimum  # K 1
         features = rows[torch.randint(len(rows), (self.vocab_size,), device=rows.device)]  # K C
         if _is_distributed():  # the same in all processes

@@ -43,7 +43,7 @@ class GaussianVAE(Autoencoder):
 
     @property
     def last_layer(self) -> Tensor:
-        return self.decoder[-1].weight
+        return self.decoder[-1].get_parameter("weight")
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and ln variance, (B, C, h, w) each, float32."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from annotated_types import MultipleOf
@@ -112,6 +112,7 @@ class VQVAEConfig:
 class QuantizedCodec(ImageCodec):
     """Codec that quantises the features of an encoder."""
 
+    config: Any
     quantizer: Quantizer
     decoder: nn.Sequential
 
@@ -121,7 +122,7 @@ class QuantizedCodec(ImageCodec):
 
     @property
     def last_layer(self) -> Tensor:
-        return self.decoder[-1].weight
+        return self.decoder[-1].get_parameter("weight")
 
     @abstractmethod
     def _features(self, images: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ Only weights are rounded (absmax quantisation, as in 2208.07339); activations ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +48,8 @@ class Int8Linear(Int8Layer):
         rows = x.flatten(0, -2)  # B I
         if not x.is_cpu or len(rows) > MAX_INT8_ROWS or not hasattr(torch, "_weight_int8pack_mm"):
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        y = torch._weight_int8pack_mm(rows.contiguous(), self.int8, self.scale.to(x.dtype))  # B O
+        scale = self.scale.to(x.dtype)
+        y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.int8, scale)  # B O
         y = y if self.bias is None else y + self.bias
         return y.unflatten(0, x.shape[:-1])
 
@@ -54,7 +58,7 @@ class Int8Conv2d(Int8Layer):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
         self.upsamples = isinstance(layer, UpConv2d)
-        self.shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.shape: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         x = upsample_nearest(x) if self.upsamples else x
@@ -65,7 +69,7 @@ def _like_weight(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.view(-1, *[1] * (weight.ndim - 1))
 
 
-LAYERS: dict[type, type[Int8Layer]] = {
+LAYERS: dict[type, Callable[..., Int8Layer]] = {
     nn.Linear: Int8Linear,
     FewRowsLinear: Int8Linear,
     nn.Conv2d: Int8Conv2d,
@@ -76,7 +80,7 @@ LAYERS: dict[type, type[Int8Layer]] = {
 def quantize(network: nn.Module) -> None:
     """Replace the layers of a network in place."""
     for name, layer in list(network.named_modules()):
-        if type(layer) in LAYERS and layer.weight.numel() >= MIN_SIZE:
+        if type(layer) in LAYERS and layer.get_parameter("weight").numel() >= MIN_SIZE:
             network.set_submodule(name, LAYERS[type(layer)](layer))
 
 

@@ -46,7 +46,7 @@ def pack(network: nn.Module) -> None:
             network.set_submodule(name, packed(layer))
 
 
-def _packed_type(layer: nn.Module) -> type[PackedLayer] | None:
+def _packed_type(layer: nn.Module) -> Callable[..., PackedLayer] | None:
     if type(layer) in (nn.Linear, FewRowsLinear):
         # In float32 MKL, which PyTorch uses by default, is as fast and sums in another order.
         return PackedLinear if layer.weight.dtype == torch.bfloat16 else None
@@ -107,6 +107,8 @@ class PackedLinear(PackedLayer):
 
 
 class PackedConv2d(PackedLayer):
+    shape: list[Any]  # padding, stride, dilation, groups
+
     def __init__(self, layer: nn.Conv2d) -> None:
         shape = [list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups]
         self.__dict__["shape"] = shape  # `_pack` needs it before nn.Module.__init__
@@ -141,9 +143,8 @@ class PackedUpConv2d(PackedLayer):
     def _pack(self, weight: Tensor) -> Tensor:
         self.original = weight
         kernel = F.pad(weight.float().flip(2, 3), (1, 1, 1, 1))  # O I 5 5
-        kernel = sum(
-            kernel[:, :, i : i + 4, j : j + 4] for i in range(2) for j in range(2)
-        )  # O I 4 4
+        parts = [kernel[:, :, i : i + 4, j : j + 4] for i in range(2) for j in range(2)]
+        kernel = parts[0] + parts[1] + parts[2] + parts[3]  # O I 4 4
         kernel = kernel.transpose(0, 1).to(weight.dtype).contiguous()  # I O 4 4
         size = [1, len(kernel), SIZE_HINT, SIZE_HINT]
         return torch.ops.mkldnn._reorder_convolution_transpose_weight(

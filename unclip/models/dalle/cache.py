@@ -63,7 +63,8 @@ class LayerCache:
         """text_kv: keys and values of the text, (B, 2, H, T, d)."""
         layout = cache_layout(pattern)
         B, _, H, T, d = text_kv.shape
-        self.kind, self.text, self.slots = pattern.kind, T, layout.slots
+        self.kind: Kind = pattern.kind
+        self.text, self.slots = T, layout.slots
         self.window = text_kv.new_zeros(B, 2, H, T + layout.max_seen, d)
         self.window[:, :, :, :T] = text_kv
         self.store = self.window[:, :, :, T:]  # (B, 2, H, R, d)
@@ -126,8 +127,10 @@ class CodeCache:
             if shifted_width
         ]
         self.text = text_kv.shape[4]
-        layouts = {pattern.kind: cache_layout(pattern) for pattern in patterns}
-        self.layouts = {kind: layout.to(text_kv.device) for kind, layout in layouts.items()}
+        layouts: dict[Kind, CacheLayout] = {p.kind: cache_layout(p) for p in patterns}
+        self.layouts: dict[Kind, CacheLayout] = {
+            kind: layout.to(text_kv.device) for kind, layout in layouts.items()
+        }
         self._counts = {kind: layout.count.tolist() for kind, layout in layouts.items()}
         self._numbers = torch.arange(len(layouts[patterns[0].kind].count), device=text_kv.device)
 

@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unclip.models.dalle.transformer import CodeGrid
+from unclip.models.dalle.code_transformer import CodeTransformer, Prefix
 from unclip.types import CodeOptions
 
 Step = Callable[[Tensor, Tensor, Any], Tensor]
@@ -18,35 +18,6 @@ OnCode = Callable[[int, Tensor], None]  # number of codes so far, n; those codes
 
 # Lower temperatures could overflow the logits, and select the most likely code anyway.
 MIN_TEMPERATURE = 1e-6
-
-
-class Prefix(Protocol):
-    """What a transformer computes once for its texts, a row for each image."""
-
-    logits: Tensor  # of the first code, (B, K)
-
-    def __len__(self) -> int: ...
-
-    def repeat_interleave(self, n: int) -> Any: ...
-
-    @staticmethod
-    def cat(parts: Sequence[Any]) -> Any: ...
-
-
-class CodeTransformer(Protocol):
-    """A transformer that generates codes: `DALLE`, `BartDALLE`."""
-
-    config: CodeGrid
-
-    def null_tokens(self, batch: int) -> Tensor: ...
-
-    def condition(self, tokens: Tensor) -> Any: ...
-
-    def start_cache(self, prefix: Any) -> Any: ...
-
-    def extend(self, codes: Tensor, cache: Any) -> Tensor: ...
-
-    def step(self, codes: Tensor, position: int | Tensor, cache: Any) -> Tensor: ...
 
 
 @torch.inference_mode()
@@ -80,7 +51,8 @@ def sample_codes(
 
     guided = options.guidance != 1.0
     if guided:
-        null = dalle.condition(dalle.null_tokens(1)) if null is None else null
+        if null is None:
+            null = dalle.condition(dalle.null_tokens(1))
         prefix = prefix.cat([prefix, null.repeat_interleave(B)])
 
     def for_both(codes: Tensor) -> Tensor:  # with text, and without

@@ -53,7 +53,8 @@ class FirstTokens:
         if n == self.text:
             self.text_kv.append(kv)
         if self.kernel == "flex":
-            return flex_attend(q, *kv.unbind(1), pattern, self.text)
+            k, v = kv.unbind(1)
+            return flex_attend(q, k, v, pattern, self.text)
         mask = stream_mask(pattern, self.text, q.device)[None, None, :n, :n]
         return self.dot_product(q, *kv.unbind(1), mask)
 

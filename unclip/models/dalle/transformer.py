@@ -18,31 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import DropRate, PositiveInt, config
 from unclip.models.dalle.attention import Kind, Pattern
 from unclip.models.dalle.cache import CodeCache
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
 from unclip.models.dalle.layers import Layer, LayerSpec
 from unclip.models.dalle.rotary import rotary_angles
 from unclip.models.dalle.spans import FirstCodes, FirstTokens, Kernel, NextCode, Span
-from unclip.models.layers import DotProductAttention
+from unclip.models.layers import DotProductAttention, ModuleList
 from unclip.types import Rows
-
-
-class CodeGrid:
-    """Grid and vocabulary in the config of a transformer that generates codes."""
-
-    image_vocab: int
-    grid: tuple[int, int]
-
-    @property
-    def num_codes(self) -> int:
-        """N."""
-        return self.grid[0] * self.grid[1]
-
-    def check_codec(self, vocab_size: int, grid: tuple[int, int]) -> None:
-        """ValueError unless a codec has the vocabulary and grid of the transformer."""
-        if (vocab_size, tuple(grid)) != (self.image_vocab, tuple(self.grid)):
-            raise ValueError(
-                f"the codec has {vocab_size} codes on a grid of {grid[0]} x {grid[1]}; "
-                f"the transformer expects {self.image_vocab} on {self.grid[0]} x {self.grid[1]}"
-            )
 
 
 @config
@@ -76,7 +57,7 @@ class DALLEConfig(CodeGrid):
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The attention pattern of each layer."""
-        kinds = [self.attention[i % len(self.attention)] for i in range(self.depth)]
+        kinds: list[Kind] = [self.attention[i % len(self.attention)] for i in range(self.depth)]
         if self.last_attention is not None:
             kinds[-1] = self.last_attention
         return tuple(Pattern(kind, self.grid, self.kernel) for kind in kinds)
@@ -116,7 +97,7 @@ class DALLELogits(NamedTuple):
     codes: Tensor  # (B, N, K)
 
 
-class DALLE(nn.Module):
+class DALLE(CodeTransformer):
     """Stream [start, L text tokens | N codes in raster order], with a head for text and for codes.
 
     Text tokens are 0 .. V + L - 1; padding position p is token V + p (see `tokens`).
@@ -137,7 +118,7 @@ class DALLE(nn.Module):
             self.text_positions = nn.Embedding(L + 1, C)
             self.rows, self.columns = (nn.Embedding(size, C) for size in config.grid)
         shape = (C, config.heads, config.head_dim, config.mlp_ratio, config.dropout, config.layer)
-        self.layers = nn.ModuleList(Layer(i, *shape) for i in range(config.depth))
+        self.layers = ModuleList[Layer](Layer(i, *shape) for i in range(config.depth))
         self.attend = DotProductAttention()
         self.norm = nn.LayerNorm(C)
         self.text_head = nn.Linear(C, text_vocab)
@@ -194,29 +175,21 @@ class DALLE(nn.Module):
     # Sampling, one code at a time
 
     def condition(self, tokens: Tensor) -> DALLEPrefix:
-        """Process the text, which all images of a prompt share: tokens (B, L)."""
         T = self.config.context_length + 1
         span = FirstTokens(self.patterns, T, T, tokens.device, self.attend)
         x = self._transform(self._embed_text(tokens), span)  # B T C
         return DALLEPrefix(torch.stack(span.text_kv, dim=1), self.code_head(x[:, -1]))
 
     def start_cache(self, prefix: DALLEPrefix) -> CodeCache:
-        """Create a cache without codes for each row of the prefix."""
         shifted_width = self.config.width if self.config.layer.shift else 0
         return CodeCache(prefix.kv, self.patterns, shifted_width)
 
     def extend(self, codes: Tensor, cache: CodeCache) -> Tensor:
-        """Write the first m codes (B, m) to an empty cache -> logits of the next one (B, K)."""
         span = FirstCodes(self.patterns, cache, codes.shape[1], self.attend)
         x = self._embed_codes(codes, span.positions - cache.text)  # B m C
         return self.code_head(self._transform(x, span)[:, -1])
 
     def step(self, codes: Tensor, position: int | Tensor, cache: CodeCache) -> Tensor:
-        """Write the code (B,) at `position` -> logits of the next one (B, K).
-
-        If the position is a tensor (), all shapes are static, so that one compiled graph serves
-        every step.
-        """
         span = NextCode(cache, position, self.attend)
         x = self._embed_codes(codes[:, None], span.code_position)  # B 1 C
         return self.code_head(self._transform(x, span)[:, 0])
@@ -259,16 +232,3 @@ def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
     """(B, n, K), (B, n) -> (B, n)."""
     logits = logits.float().flatten(0, 1)
     return -F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-
-
-def check_text(ids: Tensor, mask: Tensor, length: int, vocab: int) -> None:
-    """ValueError unless ids are (B, length) and, where the mask is True, below `vocab`."""
-    if ids.ndim != 2 or ids.shape[1] != length:
-        raise ValueError(
-            f"text ids are of shape {tuple(ids.shape)}; this transformer expects (B, {length})"
-        )
-    if not mask.any():
-        return
-    low, high = int(ids[mask].min()), int(ids[mask].max())
-    if not 0 <= low <= high < vocab:
-        raise ValueError(f"text ids are {low} to {high}; this transformer expects 0 to {vocab - 1}")

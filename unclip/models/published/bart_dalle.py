@@ -1,7 +1,4 @@
-"""DALL-E mini and mega: an encoder for text and a decoder for codes (BART, 1910.13461).
-
-The class has the sampling methods of `DALLE`, and `sample_codes` accepts both.
-"""
+"""DALL-E mini and mega: an encoder for text and a decoder for codes (BART, 1910.13461)."""
 
 # P texts, n images of each, B batch (P * n), L text tokens, N = h * w codes, m some of them,
 # V text vocabulary, K codes of the codec, C width, H heads, d width of a head
@@ -20,9 +17,9 @@ from torch import Tensor, nn
 from unclip.config import PositiveInt, config
 from unclip.models.dalle.attention import Pattern
 from unclip.models.dalle.cache import CodeCache
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
 from unclip.models.dalle.spans import Attend, FirstCodes, FirstTokens, NextCode, Span
-from unclip.models.dalle.transformer import CodeGrid, check_text
-from unclip.models.layers import DotProductAttention
+from unclip.models.layers import DotProductAttention, ModuleList
 
 AttendSelf = Callable[[Tensor, Tensor], Tensor]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
 AttendText = Callable[[Tensor], Tensor]  # q (B, H, m, d) -> (B, H, m, d)
@@ -193,7 +190,7 @@ class BartLogits(NamedTuple):
     codes: Tensor  # (B, N, K)
 
 
-class BartDALLE(nn.Module):
+class BartDALLE(CodeTransformer):
     """Text tokens (P, L) with padding (see `tokens`); codes in raster order after a start token."""
 
     def __init__(self, config: BartDALLEConfig) -> None:
@@ -205,13 +202,17 @@ class BartDALLE(nn.Module):
         self.text_emb = nn.Embedding(config.text_vocab, C)
         self.text_positions = nn.Embedding(config.context_length, C)
         self.text_norm = nn.LayerNorm(C)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_depth))
+        self.encoder = ModuleList[EncoderLayer](
+            EncoderLayer(config) for _ in range(config.encoder_depth)
+        )
         self.encoder_norm = nn.LayerNorm(C)
         self.start = nn.Parameter(torch.zeros(C))
         self.code_emb = nn.Embedding(config.image_vocab, C)
         self.code_positions = nn.Embedding(config.num_codes, C)  # 0 start, n + 1 code n
         self.code_norm = nn.LayerNorm(C)
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_depth))
+        self.decoder = ModuleList[DecoderLayer](
+            DecoderLayer(config) for _ in range(config.decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(C)
         self.code_head = nn.Linear(C, config.image_vocab, bias=False)
         for p in self.parameters():
@@ -219,12 +220,10 @@ class BartDALLE(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Convert a tokenizer's ids and mask, (P, L) each, to tokens (P, L)."""
         check_text(ids, mask, self.config.context_length, self.config.text_vocab)
         return ids.masked_fill(~mask, self.config.pad_id).to(self.start.device)
 
     def null_tokens(self, batch: int) -> Tensor:
-        """The empty text: (batch, L)."""
         tokens = torch.full((batch, self.config.context_length), self.config.pad_id)
         tokens[:, : len(self.config.null)] = torch.tensor(self.config.null)
         return tokens.to(self.start.device)
@@ -260,28 +259,20 @@ class BartDALLE(nn.Module):
     # Sampling, one code at a time
 
     def condition(self, tokens: Tensor) -> BartPrefix:
-        """Process the text, which all images of a prompt share: tokens (P, L)."""
         texts = self._encode_texts(tokens)
         span = FirstTokens(self.patterns, 1, 1, tokens.device, self.attend)
         x = self._decode(self._embed_start(len(tokens)), span, [texts])  # P 1 C
         return BartPrefix((texts,), torch.stack(span.text_kv, dim=1), self.code_head(x[:, -1]))
 
     def start_cache(self, prefix: BartPrefix) -> BartCache:
-        """Create a cache without codes for each row of the prefix."""
         return BartCache(prefix.texts, CodeCache(prefix.start_kv, self.patterns))
 
     def extend(self, codes: Tensor, cache: BartCache) -> Tensor:
-        """Write the first m codes (B, m) to an empty cache -> logits of the next one (B, K)."""
         span = FirstCodes(self.patterns, cache.codes, codes.shape[1], self.attend)
         x = self._decode(self._embed(codes, span.positions), span, cache.texts)
         return self.code_head(x[:, -1])
 
     def step(self, codes: Tensor, position: int | Tensor, cache: BartCache) -> Tensor:
-        """Write the code (B,) at `position` -> logits of the next one (B, K).
-
-        If the position is a tensor (), all shapes are static, so that one compiled graph serves
-        every step.
-        """
         span = NextCode(cache.codes, position, self.attend)
         x = self._decode(self._embed(codes[:, None], span.positions), span, cache.texts)
         return self.code_head(x[:, 0])

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import NonNegativeInt, PositiveInt, config
-from unclip.models.layers import GroupNorm
+from unclip.models.layers import GroupNorm, ModuleList
 from unclip.models.published.relative_prior import COSINE_SCALE, PeakLayerNorm, sinusoids
 
 TOKEN_HEADS, TOKEN_HEAD_DIM = 8, 64  # of all cross-attention layers
@@ -185,7 +185,7 @@ class CrossResBlock(nn.Module):
         return self.skip(x) + F.silu(self.norm2(self.conv2(h)))
 
 
-def over_pixels(attention: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
+def over_pixels(attention: nn.Module, x: Tensor, *args: Tensor | None) -> Tensor:
     """Apply a module for sequences to the pixels of (B, C, h, w)."""
     return attention(x.flatten(2).mT, *args).mT.unflatten(2, x.shape[2:])
 
@@ -208,7 +208,7 @@ class CrossStage(nn.Module):
         blocks = range(level.blocks + 1)
         # on the way down, where there are no skips, the first block has no cross-attention
         attends = [tokens and (skip > 0 or j > 0) for j in blocks]
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList[CrossResBlock](
             CrossResBlock(c_in + skip, c_in, level.groups, config, attends[j]) for j in blocks
         )
         kinds = {"full": PixelAttention, "linear": LinearAttention}
@@ -244,7 +244,8 @@ class CrossAttentionUNet(nn.Module):
         self.first = (
             CrossResBlock(C, C, groups, config, tokens=False) if config.shrink_first else None
         )
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down: ModuleList[CrossStage] = ModuleList()
+        self.up: ModuleList[CrossStage] = ModuleList()
         for i, level in enumerate(levels):
             c_in, c_out, lowest = ends[i], level.channels, i == len(levels) - 1
             within = c_out if config.shrink_first else c_in
@@ -261,7 +262,7 @@ class CrossAttentionUNet(nn.Module):
             )
 
         c, groups_mid = levels[-1].channels, levels[-1].groups
-        self.mid = nn.ModuleList(
+        self.mid = ModuleList[CrossResBlock](
             CrossResBlock(c, c, groups_mid, config, tokens=True) for _ in range(2)
         )
         self.mid_attention = PixelAttention(c, config)
@@ -283,7 +284,7 @@ class CrossAttentionUNet(nn.Module):
         (B, N, token_dim), for all levels except the highest. mid_tokens: (B, N', token_dim),
         additional ones for the middle blocks.
         """
-        divisor, dtype = self.config.size_divisor, self.head.bias.dtype
+        divisor, dtype = self.config.size_divisor, self.token_norm.weight.dtype
         if x.shape[2] % divisor or x.shape[3] % divisor:
             raise ValueError(
                 f"the image is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"

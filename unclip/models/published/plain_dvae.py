@@ -81,7 +81,7 @@ class PlainDVAE(ImageCodec):
 
     @property
     def last_layer(self) -> Tensor:
-        return self.decoder[-1].weight
+        return self.decoder[-1].get_parameter("weight")
 
     def logits(self, images: Tensor) -> Tensor:
         return rearrange(self.encoder(self._normalize(images)).float(), "b k h w -> b h w k")
