@@ -131,6 +131,9 @@ def test_upsamplers_match_the_original(release, has_version, tmp_path, clip_fold
 # -- files
 
 
+ALPHAS = "noise_scheduler.alphas_cumprod"
+
+
 @pytest.fixture
 def prior() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the state and the configuration of a prior of release 1.15.6."""
@@ -233,28 +236,20 @@ def test_the_best_checkpoint_of_a_folder_is_selected(prior, tmp_path):
             r"of another shape: net.learned_query is \(25,\), expected \(24,\)$",
         ),
         (
-            lambda s: s.update(
-                {
-                    "noise_scheduler.alphas_cumprod": Schedule(
-                        ScheduleConfig("linear", 100)
-                    ).alpha_bar
-                }
-            ),
+            lambda s: s.update({ALPHAS: Schedule(ScheduleConfig("linear", 100)).alpha_bar}),
             "noise_scheduler.* is not the cosine schedule with 100 timesteps",
         ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(prior, tmp_path, change, message):
     state, section = prior
-    table = {
-        "noise_scheduler.alphas_cumprod": Schedule(ScheduleConfig("cosine", 100)).alpha_bar.float()
-    }
-    along = {
+    table = {ALPHAS: Schedule(ScheduleConfig("cosine", 100)).alpha_bar.float()}
+    extra = {
         **table,
         "clip.clip.visual.proj": torch.ones(3),
         "net.null_image_embed": torch.ones(1, 24),
     }
-    file = write(tmp_path / "prior.pth", {**state, **along}, None, prior=section)
+    file = write(tmp_path / "prior.pth", {**state, **extra}, None, prior=section)
     unclip.load_prior(file)
     change(state)
     write(file, {**table, **state}, None, prior=section)

@@ -180,20 +180,10 @@ def test_the_pipeline_matches_glides_sampling(folder: Path) -> None:
 
 def test_every_prompt_has_its_own_seed(folder: Path) -> None:
     pipe, seen = small_pipe(folder), []
-    result = pipe(
-        ["a fish", "a dish"],
-        num_images=2,
-        seed=7,
-        batch_size=3,
-        on_step=seen.append,
-        progress=False,
-    )
-    assert result.seeds == [7, 8, 9, 10] and result.prompts == [
-        "a fish",
-        "a fish",
-        "a dish",
-        "a dish",
-    ]
+    options = {"num_images": 2, "batch_size": 3, "on_step": seen.append, "progress": False}
+    result = pipe(["a fish", "a dish"], seed=7, **options)
+    assert result.seeds == [7, 8, 9, 10]
+    assert result.prompts == ["a fish", "a fish", "a dish", "a dish"]
     assert [image.size for image in result.images] == [(16, 16)] * 4
     assert len(seen) == 2 * (5 + 4) and {step.stage for step in seen} == {"decoder", "upsampler_0"}
     alone = pipe("a dish", seed=9, progress=False)
@@ -267,29 +257,12 @@ def test_convert_info_and_generate_commands(
     ours, image_file = str(tmp_path / "ours"), str(tmp_path / "fish.png")
     assert main(["convert", str(folder), ours, "--to", "unclip"]) == 0
     assert main(["info", ours]) == 0
-    recorded = capsys.readouterr().out
-    assert "glide: glide in" in recorded and "decoder " in recorded and "tokenizer" not in recorded
-    assert (
-        main(
-            [
-                "generate",
-                "a fish",
-                "--model",
-                ours,
-                "--steps",
-                "1",
-                "--device",
-                "cpu",
-                "-o",
-                image_file,
-            ]
-        )
-        == 0
-    )
+    output = capsys.readouterr().out
+    assert "glide: glide in" in output and "decoder " in output and "tokenizer" not in output
+    generate = ["generate", "a fish", "--model", ours, "--device=cpu", "-o", image_file]
+    assert main([*generate, "--steps=1"]) == 0
     assert Image.open(image_file).size == (64, 64)
-    assert (
-        main(["generate", "a fish", "--model", ours, "--prior-steps", "3", "--device", "cpu"]) == 2
-    )
+    assert main([*generate, "--prior-steps=3"]) == 2
     assert (
         "glide is of kind glide, which has no --prior-steps; it has --steps"
         in capsys.readouterr().err

@@ -183,9 +183,7 @@ def test_variations_match_diffusers(images, variations: UnCLIPPipeline) -> None:
 
 
 def test_variations_without_an_image_encoder_are_refused(pipe: UnCLIPPipeline) -> None:
-    with pytest.raises(
-        ValueError, match="has no image encoder.*give image_emb"
-    ):
+    with pytest.raises(ValueError, match="has no image encoder.*give image_emb"):
         pipe.variations(image((32, 32)))
     emb = pipe.sample_prior(pipe.encode_text("fish"))
     assert len(pipe.variations(image_emb=emb, seed=0, progress=False)) == 1
