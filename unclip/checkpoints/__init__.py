@@ -1,1 +1,1 @@
-"""Model folders: ours, and one file for each foreign format."""
+"""Loading and saving of models in our own and foreign formats; see README.md."""

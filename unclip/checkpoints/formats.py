@@ -21,7 +21,7 @@ class Format(Generic[T]):
     """One checkpoint format. T: `Bundle` for a model, `LoadedPrior` for a prior, else a network."""
 
     name: str
-    kind: str  # "unclip", "glide" or "dalle" for a model; "prior", "codec" or "component"
+    kind: str  # "unclip", "glide", "dalle" or "model" (any of them); "prior", "codec", "component"
     recognise: Callable[[Path], bool]
     load: Callable[[Path, torch.dtype], T]
     probe: Callable[[Path], States] | None = None  # None: the headers of the weights are enough

@@ -6,14 +6,16 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from unclip.clip import OpenCLIPTokenizer, Tokenize
 from unclip.config import save_json
 from unclip.files import read_json
 from unclip.tokenizer import CLIP_END, CLIP_PAD, CLIP_START, END, PAD, START, BPETokenizer
+
+if TYPE_CHECKING:
+    from unclip.clip import Tokenize
 
 VOCAB_FILE, MERGES_FILE, WHOLE_FILE = "vocab.json", "merges.txt", "tokenizer.json"
 SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
@@ -122,6 +124,8 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
             else CLIP_END
         )
     else:
+        from unclip.clip import OpenCLIPTokenizer  # late: open_clip is slow to import
+
         assert isinstance(tokenizer, OpenCLIPTokenizer)
         vocab, merges = open_clip_vocabulary(tokenizer.tokenizer)
         pad = CLIP_END  # as the padding token, "!" would get another id
