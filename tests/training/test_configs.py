@@ -380,6 +380,19 @@ def test_codec_and_transformer_of_a_folder_are_compatible(stack):
     assert model.clip in (None, "emoji")
 
 
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("decoder", "task=draw", "task=generate"),
+        ("ar_prior", "explained=0.9", "explained_variance=0.9"),
+    ],
+)
+def test_old_settings_are_read(name, old, new):
+    script, cls = CONFIG_CLASSES[kind_of(name)]
+    file, cls = ROOT / f"configs/tiny/{name}.yaml", getattr(load_script(script), cls)
+    assert load_config(file, cls, [old]) == load_config(file, cls, [new])
+
+
 def test_training_images_smaller_than_the_decoder_are_rejected():
     with pytest.raises(SystemExit, match="image_size is 8; expected at least 16"):
         train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")

@@ -494,3 +494,5 @@ def test_a_grown_decoder_keeps_its_trained_levels(workplace):
         )
     with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
         run_script(ROOT / "train/progressive_grow.py", "--channels", str(channels + 8), *arguments)
+    with pytest.warns(FutureWarning, match="train/progressive_grow.py"):  # the old name
+        run_script(ROOT / "train/grow.py", "--channels", str(channels), *arguments)

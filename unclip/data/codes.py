@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unclip.data.precompute import Arrays, Columns, PartWriter, caption_rows, precompute
+from unclip.data.precompute import Arrays, Columns, caption_rows, precompute
 from unclip.data.precomputed import CODES_FILE
 from unclip.data.samples import Dataset, Sample, resize_center_crop
 from unclip.models.codecs.codec import ImageCodec
@@ -48,12 +48,5 @@ def encode(
         "captions": "all" if all_captions else "canonical",
         **(source or {}),
     }
-    return precompute(
-        dataset,
-        compute,
-        PartWriter(out),
-        CODES_FILE,
-        settings,
-        batch_size=batch_size,
-        part_size=part_size,
-    )
+    sizes = {"batch_size": batch_size, "part_size": part_size}
+    return precompute(dataset, compute, out, CODES_FILE, settings, **sizes)

@@ -68,15 +68,8 @@ def embed(
         return columns, {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
 
     settings = {"captions": "all" if all_captions else "canonical", **(source or {})}
-    return precompute(
-        dataset,
-        compute,
-        PartWriter(out),
-        "embeddings.json",
-        settings,
-        batch_size=batch_size,
-        part_size=part_size,
-    )
+    sizes = {"batch_size": batch_size, "part_size": part_size}
+    return precompute(dataset, compute, out, "embeddings.json", settings, **sizes)
 
 
 def _to_numpy(emb: Tensor) -> np.ndarray:

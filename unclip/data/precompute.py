@@ -61,14 +61,14 @@ class PartWriter:
 def precompute(
     dataset: Dataset,
     compute: Compute,
-    writer: PartWriter,
+    out: str | Path,
     settings_file: str,
     settings: Mapping[str, Any],
     *,
     batch_size: int,
     part_size: int,
 ) -> dict[int, str]:
-    """Compute parts of `part_size` samples, skip complete ones, and return the broken samples.
+    """Compute parts of `part_size` samples in `out`, skip complete ones, return broken samples.
 
     `settings` are stored in `settings_file`; a resumed computation must use the same ones. Broken
     samples are returned as index -> reason. Raises ValueError if they exceed 1 %.
@@ -76,6 +76,7 @@ def precompute(
     for name, size in (("batch_size", batch_size), ("part_size", part_size)):
         if size < 1:
             raise ValueError(f"{name} is {size}; expected at least 1")
+    writer = PartWriter(out)
     settings = {"samples": len(dataset), "part_size": part_size, **settings}
     _check_settings(writer.folder / settings_file, settings)
     broken: dict[int, str] = {}

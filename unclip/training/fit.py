@@ -125,6 +125,8 @@ def fit(
 
 
 class _Trainer:
+    """One run of `fit`: the model and its state on this process's device."""
+
     def __init__(
         self,
         model: nn.Module,
