@@ -1,4 +1,4 @@
-"""The U-Net, its layers and their CPU kernels."""
+"""The U-Net and its layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from parity import randomize
 
-from unclip.models.cpu.kernels import BFloat16Attention, CPUGroupNorm
 from unclip.models.layers import KeyValues, timestep_embedding
 from unclip.models.unet import LevelSpec, UNet, UNetConfig
 
@@ -122,48 +121,6 @@ def test_bfloat16_is_close_to_float32(autocast: bool) -> None:
         out = unet(*make_inputs(unet))[0]
     assert out.dtype == torch.bfloat16
     assert (out - expected).norm() / expected.norm() < 0.03
-
-
-@pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_bfloat16_group_norm_is_close_to_float64(modulated: bool, channels_last: bool) -> None:
-    torch.manual_seed(0)
-    norm = randomize(CPUGroupNorm(8, 32), std=1.0)
-    # with an offset, the variance is a small difference of large sums
-    x = (torch.randn(3, 32, 7, 5) + torch.randn(3, 32, 1, 1) * 2).bfloat16()
-    dy, scale, shift = (torch.randn(*shape).bfloat16() for shape in (x.shape, (3, 32), (3, 32)))
-    if channels_last:
-        x, dy = (y.to(memory_format=torch.channels_last) for y in (x, dy))
-
-    def run(dtype: torch.dtype) -> list[torch.Tensor]:
-        arguments = [
-            y.to(dtype).requires_grad_() for y in ((x, scale, shift) if modulated else (x,))
-        ]
-        y = norm.to(torch.float64 if dtype == torch.float64 else torch.float32)(*arguments)
-        return [y, *torch.autograd.grad(y, [*arguments, norm.weight, norm.bias], dy.to(dtype))]
-
-    for exact, ours in zip(run(torch.float64), run(torch.bfloat16), strict=True):
-        assert (ours - exact).norm() / exact.norm() < 0.01
-        assert ours.stride() == exact.stride()
-
-
-@pytest.mark.parametrize("mean", [20, 1000])
-def test_bfloat16_group_norm_far_from_zero(mean: float) -> None:
-    torch.manual_seed(0)
-    x, norm = (mean + torch.randn(4, 32, 8, 8) * mean / 20).bfloat16(), CPUGroupNorm(8, 32)
-    exact = F.group_norm(x.double(), 8)
-    assert (norm(x) - exact).norm() / exact.norm() < 0.01
-
-
-def test_bfloat16_attention() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (4, 6, 6))
-    for mask in (None, torch.rand(2, 1, 1, 6) < 0.7, torch.rand(2, 1, 4, 6) < 0.7):
-        if mask is not None:
-            mask[..., 0] = True
-        expected = F.scaled_dot_product_attention(q, k, v, mask)
-        out = BFloat16Attention()(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
-        assert out.dtype == torch.bfloat16 and (out - expected).norm() / expected.norm() < 0.01
 
 
 def test_timestep_embedding() -> None:

@@ -1,4 +1,4 @@
-"""What is computed once, or not at all, leaves the answers as they are; what is approximate is what was asked for."""
+"""Caches leave outputs unchanged, and approximations are only those asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     CONTEXT,
     EMB_DIM,
@@ -24,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.diffusion.samplers import Estimator
 from unclip.diffusion.schedules import Schedule
-from unclip.models.cpu.kernels import FewRowsLinear
 from unclip.models.layers import DenoiserCache
 from unclip.pipelines.base import generators_from
 from unclip.pipelines.presets import preset
@@ -42,7 +40,7 @@ def make_text(batch: int = 2, tokens: int = 5) -> TextEncoding:
 
 
 def network_and_context(kind: str):
-    """A network in float64, its context for a batch of 2, and the shape of x_t."""
+    """Return a network in float64, its context for a batch of 2, and the shape of x_t."""
     torch.manual_seed(0)
     if kind == "prior":
         prior = scrambled(tiny_prior()).double()
@@ -59,7 +57,7 @@ def network_and_context(kind: str):
 
 @pytest.mark.parametrize("kind", ["prior", "decoder", "upsampler"])
 @torch.no_grad()
-def test_time_is_embedded_once_a_run(kind, monkeypatch):
+def test_all_timesteps_are_embedded_at_once(kind, monkeypatch):
     network, context, shape = network_and_context(kind)
     time = network.time if kind == "prior" else network.unet.time
     embedded, cache = [], DenoiserCache(STEPS)
@@ -78,7 +76,7 @@ def test_time_is_embedded_once_a_run(kind, monkeypatch):
         assert torch.equal(network.denoise(x, t, context), expected)
 
 
-def test_captions_are_projected_once_a_call(tiny_pipe, monkeypatch):
+def test_captions_are_projected_once_per_call(tiny_pipe, monkeypatch):
     pipe = UnCLIPPipeline(tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder)
     rows = []
     unet = pipe.decoder.unet
@@ -90,26 +88,28 @@ def test_captions_are_projected_once_a_call(tiny_pipe, monkeypatch):
     )
     options = replace(TINY_OPTIONS, upsamplers=())
     first = pipe("a red apple", num_images=3, seed=0, options=options, progress=False)
-    assert rows == [3, 1]  # the pictures, and one null
+    assert rows == [3, 1]  # three images and one null
     assert (
         pipe("a red apple", num_images=3, seed=0, options=options, progress=False).images
         == first.images
     )
-    assert rows == [3, 1, 3]  # which is kept
+    assert rows == [3, 1, 3]  # the null is cached
 
 
-def test_the_prefix_of_a_prompt_serves_its_pictures(tiny_pipe):
-    """In place of a copy for each."""
+def test_images_of_a_prompt_share_its_prefix(tiny_pipe):
     text = tiny_pipe.encode_text(["a red apple", "a fish"])
-    few, each = (tiny_pipe.prior.condition(one) for one in (text, text.repeat_interleave(3)))
+    shared, repeated = (tiny_pipe.prior.condition(one) for one in (text, text.repeat_interleave(3)))
     x, t = torch.randn(6, EMB_DIM), torch.full((6,), 500)
     torch.testing.assert_close(
-        tiny_pipe.prior.denoise(x, t, few), tiny_pipe.prior.denoise(x, t, each), rtol=0, atol=1e-6
+        tiny_pipe.prior.denoise(x, t, shared),
+        tiny_pipe.prior.denoise(x, t, repeated),
+        rtol=0,
+        atol=1e-6,
     )
 
 
 @pytest.mark.parametrize("null_text", ["learned", "empty_prompt"])
-def test_pads_are_not_computed(tiny_pipe, null_text):
+def test_padding_is_not_computed(tiny_pipe, null_text):
     prior, decoder = (scrambled(make(null_text=null_text)) for make in (tiny_prior, tiny_decoder))
     pipe = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
     padded = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
@@ -117,40 +117,40 @@ def test_pads_are_not_computed(tiny_pipe, null_text):
     lengths, condition = [], prior.condition
     prior.condition = lambda text: lengths.append(text.mask.shape[1]) or condition(text)
 
-    def draw(pipe: UnCLIPPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    def generate(pipe: UnCLIPPipeline) -> tuple[torch.Tensor, torch.Tensor]:
         text, generators = pipe.encode_text("a red apple"), generators_from([0])
         emb = pipe.sample_prior(text, generators=generators, options=TINY_OPTIONS.prior)
         return emb, pipe.decode(emb, text, generators=generators, options=TINY_OPTIONS.decoder)
 
-    for one, other in zip(draw(pipe), draw(padded), strict=True):
+    for one, other in zip(generate(pipe), generate(padded), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
-    words, null, *with_pads = lengths
-    assert 1 <= null <= 2 < words < CONTEXT and CONTEXT in with_pads
+    trimmed, null, *padded_lengths = lengths
+    assert 1 <= null <= 2 < trimmed < CONTEXT and CONTEXT in padded_lengths
 
 
-def test_what_is_kept_follows_the_weights(tiny_pipe):
+def test_cached_null_follows_the_weights(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
     text = pipe.encode_text("a red apple")
 
-    def draw() -> torch.Tensor:
+    def generate() -> torch.Tensor:
         return pipe.sample_prior(text, generators=generators_from([0]), options=TINY_OPTIONS.prior)
 
-    first = draw()
-    assert torch.equal(draw(), first)
+    first = generate()
+    assert torch.equal(generate(), first)
     pipe.prior.null_state.mul_(-1)
-    assert not torch.equal(draw(), first)
+    assert not torch.equal(generate(), first)
     pipe.prior.null_state.mul_(-1)
-    assert torch.equal(draw(), first)
+    assert torch.equal(generate(), first)
 
     torch.manual_seed(5)
     pipe.prior = other = scrambled(tiny_prior())
     fresh = UnCLIPPipeline(pipe.clip, other, pipe.decoder)
-    drawn = fresh.sample_prior(text, generators=generators_from([0]), options=TINY_OPTIONS.prior)
-    assert torch.equal(draw(), drawn)
+    expected = fresh.sample_prior(text, generators=generators_from([0]), options=TINY_OPTIONS.prior)
+    assert torch.equal(generate(), expected)
 
 
 @torch.no_grad()
-def test_guidance_on_an_interval_is_exact_inside_and_absent_outside():
+def test_guidance_interval():
     decoder, context, shape = network_and_context("decoder")
     null = context[[1, 0]]
     x, both = torch.randn(shape).double(), type(context).cat([context, null])
@@ -175,7 +175,7 @@ def test_guidance_on_an_interval_is_exact_inside_and_absent_outside():
 
 
 @torch.no_grad()
-def test_deep_features_of_the_same_step_change_nothing():
+def test_reused_deep_features_of_the_same_step_give_the_same_output():
     upsampler, low_res, shape = network_and_context("upsampler")
     x, cache = torch.randn(shape).double(), DenoiserCache([500, 499], interval=2)
     output = upsampler.denoise(x, 500, low_res, cache)
@@ -210,7 +210,7 @@ def test_deep_features_are_computed_at_every_nth_timestep(interval, calls, compu
     assert found == computed
 
 
-def test_reuse_is_refused_where_there_is_nothing_deep(tiny_pipe):
+def test_cache_interval_needs_a_unet(tiny_pipe):
     options = replace(TINY_OPTIONS, prior=replace(TINY_OPTIONS.prior, cache_interval=2))
     with pytest.raises(
         ValueError,
@@ -222,7 +222,7 @@ def test_reuse_is_refused_where_there_is_nothing_deep(tiny_pipe):
 # -- presets
 
 
-def test_the_fast_preset_takes_fewer_steps(tiny_pipe):
+def test_fast_preset_of_unclip(tiny_pipe):
     options = replace(
         TINY_OPTIONS,
         prior=StageOptions(steps=25, sampler="ancestral"),
@@ -236,24 +236,24 @@ def test_the_fast_preset_takes_fewer_steps(tiny_pipe):
     assert fast.decoder.guidance == 8.0 and fast.decoder.guidance_interval == (0.2, 0.9)
 
 
-def test_the_network_of_the_last_step_meets_no_other_timestep(tiny_pipe):
+def test_network_of_the_last_step_runs_only_at_the_last_step(tiny_pipe):
     upsampler = scrambled(make_upsampler(last_unet=tiny_unet(6, 3)))
     pipe = UnCLIPPipeline(tiny_pipe.clip, None, tiny_pipe.decoder, [upsampler])
     pipe.options = replace(pipe.options, upsamplers=(StageOptions(steps=7, sampler="ancestral"),))
     options = pipe.preset("fast").upsamplers
     assert (options[0].steps, options[0].sampler, options[0].cache_interval) == (3, "ancestral", 3)
-    told = []
-    run = upsampler.last_unet.forward
-    upsampler.last_unet.forward = lambda x, told_now, *rest, **more: (
-        told.append(told_now) or run(x, told_now, *rest, **more)
+    modulations = []
+    forward = upsampler.last_unet.forward
+    upsampler.last_unet.forward = lambda x, modulation, *args, **kwargs: (
+        modulations.append(modulation) or forward(x, modulation, *args, **kwargs)
     )
     pipe.upsample(torch.zeros(1, 3, 8, 8), options=options)
-    (only,) = told
+    (modulation,) = modulations
     unet = upsampler.last_unet
-    torch.testing.assert_close(only, unet.modulation(unet.time_embedding(torch.tensor([0]))))
+    torch.testing.assert_close(modulation, unet.modulation(unet.time_embedding(torch.tensor([0]))))
 
 
-def test_presets_of_other_kinds(tiny_dalle):
+def test_presets_of_other_pipelines(tiny_dalle):
     fast = preset("fast", GLIDEOptions(), [None])
     assert (fast.decoder.steps, fast.upsamplers[0].steps) == (40, 16)
     assert tiny_dalle.preset("exact") is tiny_dalle.options
@@ -266,24 +266,10 @@ def test_presets_of_other_kinds(tiny_dalle):
         tiny_dalle.preset("faster")
 
 
-# -- layers
+# -- memory format and device synchronisation
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 3), (4, 1), (4, 2)])
-def test_a_linear_layer_for_few_rows_gives_the_usual_answer(shape, bias):
-    layer, x = FewRowsLinear(24, 40, bias=bias), torch.randn(*shape, 24)
-    usual = F.linear(x, layer.weight, layer.bias)
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(x), usual, rtol=1e-5, atol=1e-6)
-        assert layer(x).is_contiguous()
-    torch.testing.assert_close(layer(x), usual, rtol=0, atol=0)  # in training
-
-
-# -- layout, and what a device would have to wait for
-
-
-def test_networks_draw_channels_last_and_answer_as_before(tiny_pipe):
+def test_channels_last_gives_the_same_images(tiny_pipe):
     convolutions = [
         module.weight
         for network in (tiny_pipe.decoder, *tiny_pipe.upsamplers)
@@ -293,20 +279,20 @@ def test_networks_draw_channels_last_and_answer_as_before(tiny_pipe):
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
     text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
 
-    def draw() -> torch.Tensor:
+    def generate() -> torch.Tensor:
         generators = generators_from([3])
         return tiny_pipe.upsample(
             tiny_pipe.decode(emb, text, generators=generators), generators=generators
         )
 
-    usual = draw()
+    expected = generate()
     for weight in convolutions:
         weight.data = weight.data.contiguous()
-    torch.testing.assert_close(draw(), usual, rtol=0, atol=1e-5)
+    torch.testing.assert_close(generate(), expected, rtol=0, atol=1e-5)
 
 
-class Waits(TorchDispatchMode):
-    """Counts the calls that read a number out of a tensor, for which the CPU waits until a device has computed it."""
+class Synchronisations(TorchDispatchMode):
+    """Count calls that read a number from a tensor, for which the host waits for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,20 +305,20 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.9)])
-def test_no_step_waits_for_the_device(tiny_pipe, sampler, interval):
-    """Tables, timesteps and guidance are numbers of the CPU: a step more reads no number more."""
+def test_steps_do_not_synchronise_with_the_device(tiny_pipe, sampler, interval):
+    """More steps read no more numbers from the device."""
     text, emb = tiny_pipe.encode_text("a red apple"), torch.randn(1, EMB_DIM)
 
-    def waits(steps: int) -> int:
+    def count(steps: int) -> int:
         options = StageOptions(
             steps=steps, guidance=3.0, sampler=sampler, guidance_interval=interval
         )
-        with Waits() as mode:
+        with Synchronisations() as mode:
             tiny_pipe.decode(emb, text, generators=generators_from([0]), options=options)
         return mode.count
 
-    with Waits() as mode:
+    with Synchronisations() as mode:
         torch.ones(1).item()
     assert mode.count == 1
-    waits(2)  # what is kept between calls
-    assert waits(2) == waits(6)
+    count(2)  # fills caches that outlive a call
+    assert count(2) == count(6)
