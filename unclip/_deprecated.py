@@ -99,12 +99,31 @@ pipelines.arguments cli.arguments
 pipelines.commands cli.manipulate
 pipelines.from_pictures cli.sources
 evaluation.commands cli.evaluate
-evaluation.codec_command cli.evaluate_codec
-evaluation.priors_command cli.evaluate_priors
+evaluation.codec_command cli.evaluate
+evaluation.priors_command cli.evaluate
+evaluation.drift evaluation.approximations
+evaluation.manipulation evaluation.manipulations
+evaluation.harness evaluation.base
+evaluation.unclip_harness evaluation.unclip
+evaluation.dalle_harness evaluation.dalle
+evaluation.drawing evaluation.base
 """)
 
 # Renamed members: old path, new path.
 NAMES = _table("""
+evaluation.codec.high_band evaluation.metrics.high_frequency_energy
+evaluation.drawing.DalleDrawer evaluation.dalle.DalleGenerator
+evaluation.drawing.Drawer evaluation.base.ImageGenerator
+evaluation.drawing.Drawn evaluation.base.Samples
+evaluation.drawing.Imagined evaluation.unclip.PredictedEmbeddings
+evaluation.drawing.UnCLIPDrawer evaluation.unclip.UnCLIPGenerator
+evaluation.drift.Drift evaluation.approximations.ApproximationError
+evaluation.manipulation.Manipulations evaluation.manipulations.ManipulationEvaluation
+evaluation.metrics.agreement evaluation.metrics.cosine_gap
+evaluation.pairs.canonical evaluation.pairs.canonical_caption
+evaluation.report.markdown evaluation.report.markdown_table
+evaluation.report.plain evaluation.report.plain_table
+evaluation.report.rows evaluation.report.evaluation_rows
 pictures.open_picture image_io.open_image
 pictures.lacks_picture image_io.lacks_image
 pictures.TYPES image_io.FIELD_TYPES

@@ -1,10 +1,11 @@
-"""The commands `unclip evaluate`, `unclip bench` and `unclip drift`; torch is imported when one of them runs."""
+"""The commands `unclip evaluate` and `unclip evaluate-...`. They import torch only when they run."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from dataclasses import fields
+import argparse
+import json
+import warnings
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,139 +21,85 @@ from unclip.cli.common import (
     whole_number,
     write_figures,
 )
-from unclip.evaluation import CODE_STAGES, PARTS, STAGES
+from unclip.config import to_dict
+from unclip.evaluation import MANIPULATION_PARTS, PARTS
 from unclip.files import read_json
-from unclip.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:
-    from unclip.evaluation.bench import BenchConfig
-    from unclip.evaluation.bench.turns import Comparison
-    from unclip.evaluation.harness import Evaluation
+    from unclip.evaluation.base import Evaluation
 
-AGAINST = ("diffusers", "diffusers-compiled", "dalle-pytorch", "plain")
+RECONSTRUCTED = 12  # images on the sheet of `evaluate-codec`
 
 
 def add_commands(commands: Any) -> None:
-    """Declares them on the subparsers of `unclip`."""
-    parser = add_command(
-        commands, evaluate, "measure what a model has learned, on pairs that it was not trained on"
-    )
-    add_evaluation(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    """Add the commands to the subparsers of `unclip`."""
+    _add_evaluate(commands)
+    _add_evaluate_codec(commands)
+    _add_evaluate_priors(commands)
+    _add_evaluate_manipulations(commands)
+    _add_evaluate_approximations(commands)
+
+
+def _add_data(parser: ArgumentParser, about: str, limit: int | None, batch_size: int) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help=about)
+    default = "all" if limit is None else limit
+    about = f"use N evenly spaced pairs (default: {default})"
+    parser.add_argument("--limit", type=whole_number, default=limit, metavar="N", help=about)
+    about = f"images per batch (default: {batch_size})"
     parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="write sheets of drawn pictures here"
-    )
-    parser.add_argument(
-        "--prompts-file",
-        type=Path,
-        metavar="FILE",
-        help="for the sheet of samples, one in each line",
+        "--batch-size", type=whole_number, default=batch_size, metavar="N", help=about
     )
 
-    parser = add_command(
-        commands, bench, "measure how quick a model is and how much memory it takes"
-    )
-    add_model(parser)
-    parser.add_argument("--against", choices=AGAINST, help="take turns with its networks")
-    parser.add_argument(
-        "--batch",
-        type=whole_number,
-        default=1,
-        metavar="N",
-        help="pictures in each warm call (default: 1)",
-    )
-    parser.add_argument(
-        "--repeat",
-        type=whole_number,
-        metavar="N",
-        help="measurements of each kind (default: 5; --against: 3)",
-    )
-    about = (
-        f"some of {','.join(STAGES)}; of a DALL-E some of {','.join(CODE_STAGES)} (default: all)"
-    )
-    parser.add_argument("--stages", type=_stages, metavar="A,B", help=about)
-    about = "also time N pictures with and without CLIP choosing the best of them"
-    parser.add_argument("--candidates", type=whole_number, metavar="N", help=about)
-    about = "compose each stage from two of its steps (default for karlo-random)"
-    parser.add_argument("--steps-only", action="store_true", help=about)
-    about = (
-        "all steps and whole pictures, where a few steps are the default (karlo-random, --against)"
-    )
-    parser.add_argument("--whole", action="store_true", help=about)
-    parser.add_argument("--preset", choices=PRESETS, help="options by name")
-    parser.add_argument("--compile", action="store_true", help="as unclip.compile does")
-    parser.add_argument("--quantize", choices=("int8",), help="the weights")
-    parser.add_argument(
-        "--offload", action="store_true", help="keep one network in memory at a time"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    parser = add_command(
-        commands, drift, "measure how far faster options stray from the exact result"
-    )
-    add_model(parser)
-    parser.add_argument(
-        "--data", nargs="+", required=True, metavar="DATA", help="captions: tars, or a folder"
-    )
-    parser.add_argument(
-        "--limit",
-        type=whole_number,
-        default=128,
-        metavar="N",
-        help="draw so many pictures (default: 128)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=whole_number,
-        default=16,
-        metavar="N",
-        help="pictures at once (default: 16)",
-    )
-    about = "keep all figures here, row by row: started again, it goes on where it stopped"
+def _add_seed(parser: ArgumentParser) -> None:
+    about = "seed of the first image (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help=about)
+
+
+def _add_outputs(parser: ArgumentParser, about: str = "write the results to this file") -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
 
-def _stages(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
+class _OldFlag(argparse.Action):
+    """A renamed flag that still works, with a warning."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        new = f"--{self.dest.replace('_', '-')}"
+        warnings.warn(f"{option_string} is deprecated; use {new}", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
 
 
-def add_evaluation(parser: ArgumentParser, data_required: bool = True) -> None:
-    """Arguments of an evaluation; the model card takes them too."""
+# -- evaluate
+
+
+def _add_evaluate(commands: Any) -> None:
+    about = "evaluate a model on pairs that it was not trained on"
+    parser = add_command(commands, evaluate, about)
     add_model(parser)
-    about = "held-out pairs: tars, or a folder"
-    parser.add_argument("--data", nargs="+", required=data_required, metavar="DATA", help=about)
-    parser.add_argument(
-        "--train-data", nargs="+", metavar="DATA", help="training pairs, for style and nearest ones"
-    )
-    parser.add_argument(
-        "--limit",
-        type=whole_number,
-        metavar="N",
-        help="draw so many of the held-out pairs (default: all)",
-    )
-    about = "another model, drawn of the same captions for comparison"
-    parser.add_argument("--beside", metavar="NAME", help=about)
+    _add_data(parser, "held-out pairs: tars, or a folder", None, 32)
+    about = "training pairs, for styles and nearest images"
+    parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
+    about = "another model, sampled with the same captions and seeds"
+    parser.add_argument("--baseline", metavar="NAME", help=about)
+    parser.add_argument("--beside", dest="baseline", action=_OldFlag, help=argparse.SUPPRESS)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
-    parser.add_argument(
-        "--parts", nargs="+", choices=known, metavar="PART", help=f"some of {', '.join(known)}"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the first picture (default: 0)"
-    )
+    about = f"some of {', '.join(known)} (default: all)"
+    parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
+    _add_seed(parser)
     add_arguments(parser, SAMPLING, PRIOR)
+    about = "write sheets of generated images to this folder"
+    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help=about)
     parser.add_argument(
-        "--batch-size",
-        type=whole_number,
-        default=32,
-        metavar="N",
-        help="pictures at once (default: 32)",
+        "--pictures", dest="sheets", type=Path, action=_OldFlag, help=argparse.SUPPRESS
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    about = "prompts for the sheet of samples, one per line"
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=about)
+    _add_outputs(parser)
+
+
+def _part(name: str) -> str:
+    return {"pictures": "images"}.get(name, name)  # its name in version 0.1.0
 
 
 def evaluate(args: Namespace) -> None:
@@ -161,136 +108,270 @@ def evaluate(args: Namespace) -> None:
 
     check_writable(args.json)
     prompts = read_prompts(args.prompts_file)
-    evaluation = make_evaluation(args)
+    evaluation = _make_evaluation(args)
     results = evaluation.run(
-        args.parts, keep=lambda results: write_figures(results, args.json, tell=False)
+        args.parts, save=lambda results: write_figures(results, args.json, tell=False)
     )
-    print(report.plain([report.HEAD, *report.rows(results)]))
+    print(report.plain_table([report.HEAD, *report.evaluation_rows(results)]))
     write_figures(results, args.json)
-    if args.pictures is not None:
-        for path in write_sheets(evaluation, args.pictures, prompts or PROMPTS):
+    if args.sheets is not None:
+        for path in write_sheets(evaluation, args.sheets, prompts or PROMPTS):
             print(path)
 
 
-def make_evaluation(args: Namespace) -> Evaluation:
-    """The model and the data that the arguments name."""
+def _make_evaluation(args: Namespace) -> Evaluation:
     pipe = load_model(args)
-    beside = None if args.beside is None else load_named(args.beside, args.device, args.dtype)
+    baseline = None if args.baseline is None else load_named(args.baseline, args.device, args.dtype)
 
-    from unclip.evaluation.dalle_harness import DalleEvaluation
-    from unclip.evaluation.drawing import DalleDrawer, UnCLIPDrawer
+    from unclip.evaluation.dalle import DalleEvaluation, DalleGenerator
     from unclip.evaluation.pairs import load_pairs
-    from unclip.evaluation.unclip_harness import UnCLIPEvaluation
+    from unclip.evaluation.unclip import UnCLIPEvaluation, UnCLIPGenerator
 
-    drawers = {"unclip": UnCLIPDrawer, "dalle": DalleDrawer}
-    for other in (pipe, beside):
-        if other is not None and other.kind not in drawers:
-            raise ValueError(
-                f"{other.name} is of kind {other.kind}; only unCLIP models and DALL-Es can be evaluated"
-            )
-    drawing = {"batch_size": args.batch_size, "progress": not args.quiet}
-    drawer = drawers[pipe.kind](pipe, sampling_options(pipe, args), **drawing)
-    held_out = load_pairs(args.data, drawer.size, args.limit, not args.quiet)
-    train = (
-        load_pairs(args.train_data, drawer.size, None, not args.quiet) if args.train_data else None
+    kinds = {
+        "unclip": (UnCLIPGenerator, UnCLIPEvaluation),
+        "dalle": (DalleGenerator, DalleEvaluation),
+    }
+    for model in (pipe, baseline):
+        if model is not None and model.kind not in kinds:
+            raise ValueError(f"{model.name} is of kind {model.kind}; expected {' or '.join(kinds)}")
+    batching = {"batch_size": args.batch_size, "progress": not args.quiet}
+    make_generator, make_evaluation = kinds[pipe.kind]
+    generator = make_generator(pipe, sampling_options(pipe, args), **batching)
+    held_out = load_pairs(args.data, generator.size, args.limit, not args.quiet)
+    train = None
+    if args.train_data:
+        train = load_pairs(args.train_data, generator.size, None, not args.quiet)
+    other = None if baseline is None else kinds[baseline.kind][0](baseline, **batching)
+    return make_evaluation(generator, held_out, train, baseline=other, seed=args.seed)
+
+
+# -- evaluate-codec
+
+
+def _add_evaluate_codec(commands: Any) -> None:
+    about = "evaluate the reconstructions and the codebook of an image codec"
+    parser = add_command(commands, evaluate_codec, about)
+    about = "folder or file of a codec, or a model that has one"
+    parser.add_argument("codec", metavar="CODEC", help=about)
+    _add_data(parser, "images: tars, or a folder", None, 32)
+    about = "image size in pixels (default: that of the training)"
+    parser.add_argument("--size", type=whole_number, metavar="S", help=about)
+    about = "cpu, cuda, mps (default: cpu)"
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help=about)
+    about = "write a sheet of images above their reconstructions"
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help=about)
+    parser.add_argument(
+        "--picture", dest="sheet", type=Path, action=_OldFlag, help=argparse.SUPPRESS
     )
-    evaluation = {"unclip": UnCLIPEvaluation, "dalle": DalleEvaluation}[pipe.kind]
-    beside = beside and drawers[beside.kind](beside, **drawing)
-    return evaluation(drawer, held_out, train, beside=beside, seed=args.seed)
+    _add_outputs(parser)
 
 
-def bench(args: Namespace) -> None:
-    from unclip.evaluation.bench import KARLO, RANDOM, BenchConfig
-
+def evaluate_codec(args: Namespace) -> None:
     check_writable(args.json)
-    if args.model not in RANDOM:
-        locate(args.model)
-    if args.repeat is None:
-        args.repeat = 3 if args.against else 5
-    if args.steps_only and args.whole:
-        raise ValueError("--steps-only and --whole exclude each other")
-    if args.model in KARLO and not (args.against or args.whole or args.preset):
-        args.steps_only = True  # all of them take minutes on a CPU
-    config = BenchConfig(**{field.name: getattr(args, field.name) for field in fields(BenchConfig)})
-    (_bench_against if args.against else _bench_alone)(config, args)
+    path = locate(args.codec)  # an unknown name is reported before torch is imported
 
+    from unclip.checkpoints.registry import load_codec
+    from unclip.evaluation import codec as evaluation
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.image_io import save_png
 
-def _bench_alone(config: BenchConfig, args: Namespace) -> None:
-    from unclip.evaluation import bench as timing
-    from unclip.evaluation import report
-    from unclip.evaluation.bench import tables
-
-    results = timing.bench(config, not args.quiet)
-    print(tables.describe(results["machine"]))
-    print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
-    head = report.Row(f"{config.model}, median of {config.repeat}", "", "lowest to highest")
-    print(report.plain([head, *tables.rows(results)]))
-    if config.model == "karlo-random" and (
-        claim := tables.memory_claim(results)
-    ):  # a small one is all PyTorch
-        print(claim)
-    for line in tables.other_claims(results):
-        print(line)
-    print(f"\n{tables.stage_table(results)}")
+    codec = load_codec(path / "codec" if (path / "codec").is_dir() else path, args.device)
+    images = load_pairs(args.data, args.size or codec.image_size, args.limit, not args.quiet).images
+    results = evaluation.evaluate_codec(codec, images, args.batch_size)
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:{width}}  {value:.4g}")
     write_figures(results, args.json)
+    if args.sheet is not None:
+        shown = images[:: max(1, len(images) // RECONSTRUCTED)][:RECONSTRUCTED]
+        save_png(evaluation.reconstructions(codec, shown), args.sheet)
+        print(args.sheet)
 
 
-def _bench_against(config: BenchConfig, args: Namespace) -> None:
-    from unclip.evaluation.bench import tables
+# -- evaluate-priors
 
-    if config.preset or config.quantize or config.offload or config.candidates:
-        raise ValueError(
-            "--against measures the exact options and the preset 'fast', of unchanged networks"
-        )
-    against, rows = _rows_against(config, args)
-    from unclip.evaluation.bench.memory import PeakMemory
-    from unclip.evaluation.bench.stages import where
-    from unclip.evaluation.bench.turns import begin
 
-    results = begin(config, against)
-    memory = PeakMemory(where(config)[0])
-    print(tables.describe(results["machine"]))
-    print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
+def _add_evaluate_priors(commands: Any) -> None:
+    about = "compare priors for one decoder on the same held-out captions, and the decoder alone"
+    parser = add_command(commands, evaluate_priors, about)
+    add_model(parser)
+    about = "another prior to compare with the model's own (can be repeated)"
+    parser.add_argument(
+        "--prior",
+        dest="priors",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help=about,
+    )
+    about = "guidance of one prior (default: that of the options; can be repeated)"
+    parser.add_argument(
+        "--prior-guidance",
+        dest="scales",
+        type=_named,
+        action="append",
+        default=[],
+        metavar="NAME=SCALE",
+        help=about,
+    )
+    _add_data(parser, "held-out pairs: tars, or a folder", 128, 32)
+    _add_seed(parser)
+    add_arguments(parser, SAMPLING)
+    _add_outputs(parser)
+
+
+def evaluate_priors(args: Namespace) -> None:
+    check_writable(args.json)
+    guidance = {name: _scale(name, value) for name, value in args.scales}
+    pipe = load_model(args)
+    if pipe.kind != "unclip":
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no prior")
+
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.evaluation.priors import PriorComparison
+    from unclip.evaluation.report import prior_table
+    from unclip.pipelines import load_prior
+
+    comparison = PriorComparison(
+        pipe,
+        {name: load_prior(folder) for name, folder in args.priors},
+        load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet),
+        guidance=guidance,
+        options=sampling_options(pipe, args),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    results = {**comparison.settings(), "rows": []}
+    for row in comparison.rows():
+        results["rows"].append(row)
+        *head, cells = prior_table([row]).splitlines()
+        print(*(head if len(results["rows"]) == 1 else ()), cells, sep="\n", flush=True)
+        write_figures(results, args.json, tell=False)  # kept if the command is interrupted
+    if args.json is not None:
+        print(args.json)
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _scale(name: str, value: str) -> float:
     try:
-        for row in rows:
-            results["rows"].append(row.plain())
-            print(tables.comparison(results["rows"][-1]), flush=True)
-            write_figures(
-                results, args.json, tell=False
-            )  # whoever stops it keeps the rows until there
-    finally:
-        if results["rows"]:
-            results["peak_memory"] = memory.highest
-            print(f"\n{tables.comparison_table(results)}")
-            write_figures(results, args.json)
+        return float(value)
+    except ValueError:
+        raise ValueError(f"--prior-guidance {name}={value}: expected a number") from None
 
 
-def _rows_against(config: BenchConfig, args: Namespace) -> tuple[str, Iterator[Comparison]]:
-    if not args.against.startswith("diffusers"):
-        from unclip.evaluation.bench import compare_codes
-
-        return compare_codes.compare(config, args.against, not args.quiet)
-    try:
-        from unclip.evaluation.bench import compare
-    except ImportError as error:
-        raise ValueError(
-            f"this diffusers cannot be compared with ({error}); version 0.42 can"
-        ) from None
-    return compare.compare(config, args.against == "diffusers-compiled", args.whole, not args.quiet)
+# -- evaluate-manipulations and evaluate-approximations, which can be resumed
 
 
-def drift(args: Namespace) -> None:
+def _resume(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the results in `file` if they have the same settings, else empty results."""
+    results: dict[str, Any] = {"settings": json.loads(json.dumps(settings))}
+    if file is None or not file.is_file():
+        return results
+    stored = read_json(file)
+    if stored.get("settings") != results["settings"]:
+        raise ValueError(f"{file} has results of other settings; choose another file")
+    return stored
+
+
+def _add_evaluate_manipulations(commands: Any) -> None:
+    about = "evaluate inversion, variations, interpolation, text diffs, PCA and inpainting"
+    parser = add_command(commands, evaluate_manipulations, about)
+    add_model(parser)
+    _add_data(parser, "held-out pairs: tars, or a folder", 32, 16)
+    about = "images or embeddings to fit the PCA on (default: those of --data)"
+    parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
+    about = f"some of {', '.join(MANIPULATION_PARTS)} (default: all)"
+    parser.add_argument(
+        "--parts", nargs="+", choices=MANIPULATION_PARTS, metavar="PART", help=about
+    )
+    about = "minimum steps of DDIM inversion (default: 50; at most 25 except in reconstruction)"
+    parser.add_argument("--steps", type=whole_number, default=50, metavar="N", help=about)
+    _add_seed(parser)
+    _add_outputs(parser, "save each part to this file; the same command then resumes")
+
+
+def evaluate_manipulations(args: Namespace) -> None:
+    from unclip.evaluation.report import Row, manipulation_rows, plain_table
+
     check_writable(args.json)
     pipe = load_model(args)
     if pipe.kind != "unclip":
-        raise ValueError(f"{args.model} is no unCLIP model, and only those have faster options")
-    from unclip.config import to_dict
-    from unclip.evaluation.drift import Drift, line, table
+        raise ValueError(f"{args.model} is of kind {pipe.kind}; expected unclip")
+
+    from unclip.evaluation.manipulations import ManipulationEvaluation
     from unclip.evaluation.pairs import load_pairs
+    from unclip.pipelines.unclip.probing import read_embeddings
+
+    settings = {
+        "model": args.model,
+        "options": to_dict(pipe.options),
+        "pairs": args.limit,
+        "steps": args.steps,
+        "seed": args.seed,
+    }
+    results = _resume(args.json, settings)
+    progress = not args.quiet
+    evaluation = ManipulationEvaluation(
+        pipe,
+        load_pairs(args.data, pipe.decoder.config.image_size, args.limit, progress),
+        lambda: read_embeddings(pipe, args.train_data or args.data, progress=progress),
+        steps=args.steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=progress,
+    )
+    for part in args.parts or MANIPULATION_PARTS:
+        if part not in results:
+            results[part] = evaluation.run(part)
+            write_figures(results, args.json, tell=False)
+    print(plain_table([Row("figure", "model", "reference"), *manipulation_rows(results)]))
+
+
+def _add_evaluate_approximations(commands: Any) -> None:
+    about = "measure the error and the speed of approximate options against exact results"
+    parser = add_command(commands, evaluate_approximations, about)
+    _add_approximation_arguments(parser)
+    about = "deprecated: use evaluate-approximations"
+    _add_approximation_arguments(add_command(commands, drift, about))
+
+
+def _add_approximation_arguments(parser: ArgumentParser) -> None:
+    add_model(parser)
+    _add_data(parser, "captions: tars, or a folder", 128, 16)
+    _add_seed(parser)
+    _add_outputs(parser, "save each row to this file; the same command then resumes")
+
+
+def drift(args: Namespace) -> None:
+    warnings.warn(
+        "unclip drift is deprecated; use unclip evaluate-approximations",
+        FutureWarning,
+        stacklevel=2,
+    )
+    evaluate_approximations(args)
+
+
+def evaluate_approximations(args: Namespace) -> None:
+    check_writable(args.json)
+    pipe = load_model(args)
+    if pipe.kind != "unclip":
+        raise ValueError(f"{args.model} is of kind {pipe.kind}; only unclip has approximations")
+
+    from unclip.evaluation.approximations import ApproximationError
+    from unclip.evaluation.pairs import load_pairs
+    from unclip.evaluation.report import approximation_cells, approximation_table
     from unclip.pipelines import load
 
     pairs = load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet)
-    measured = Drift(
+    measurement = ApproximationError(
         pipe,
         pairs.captions,
         lambda dtype: load(args.model, args.device, dtype),
@@ -301,27 +382,18 @@ def drift(args: Namespace) -> None:
     settings = {
         "model": args.model,
         "seed": args.seed,
-        "pictures": len(pairs),
+        "images": len(pairs),
         "options": to_dict(pipe.options),
-    }
-    results = {
-        **settings,
         "machine": {"device": str(pipe.device), "dtype": str(pipe.dtype)},
-        "rows": [],
     }
-    if args.json and args.json.is_file():
-        before = read_json(args.json)
-        if any(before.get(name) != value for name, value in results.items() if name != "rows"):
-            raise ValueError(f"{args.json} holds figures of other settings; give another file")
-        results = before
+    results = _resume(args.json, settings)
+    rows = results.setdefault("rows", [])
     try:
-        for row in measured.rows(done=[row["name"] for row in results["rows"]]):
-            results["rows"].append(row)
-            print("  ".join(line(row)), flush=True)
-            write_figures(
-                results, args.json, tell=False
-            )  # whoever stops it keeps the rows until there
+        for row in measurement.rows(done=[row["name"] for row in rows]):
+            rows.append(row)
+            print("  ".join(approximation_cells(row)), flush=True)
+            write_figures(results, args.json, tell=False)  # kept if the command is interrupted
     finally:
-        if results["rows"]:
-            print(f"\n{table(results['rows'])}")
+        if rows:
+            print(f"\n{approximation_table(rows)}")
             write_figures(results, args.json)

@@ -21,6 +21,7 @@ from unclip.cli.arguments import (
     given,
     sampling_options,
 )
+from unclip.cli.bench import add_bench
 from unclip.cli.common import (
     DEFAULT_MODEL,
     DTYPES,
@@ -38,9 +39,7 @@ from unclip.cli.common import (
     whole_number,
     write,
 )
-from unclip.cli.evaluate import add_commands
-from unclip.cli.evaluate_codec import add_codec_command
-from unclip.cli.evaluate_priors import add_priors_command
+from unclip.cli.evaluate import add_commands as add_evaluations
 from unclip.cli.manipulate import add_commands as add_manipulations
 from unclip.pipelines.memory import enable_memory_reuse
 
@@ -95,9 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_info,
         _add_models,
         _add_convert,
-        add_commands,
-        add_codec_command,
-        add_priors_command,
+        add_evaluations,
+        add_bench,
     ):
         add(commands)
     return parser

@@ -1,8 +1,18 @@
-"""What a model has learned (`unclip evaluate`), what it costs (`unclip bench`, `unclip drift`), and its model card."""
+"""Evaluation of what a model has learned (`unclip evaluate`) and benchmarks of its cost (`unclip bench`)."""
 
 PARTS = {  # of an evaluation, by kind of model
-    "unclip": ("prior", "pictures", "decoder", "upsampler", "repeatable"),
-    "dalle": ("pictures", "candidates", "codec", "bound", "repeatable"),
+    "unclip": ("prior", "images", "decoder", "upsampler", "repeatable"),
+    "dalle": ("images", "candidates", "codec", "bound", "repeatable"),
 }
-STAGES = ("text", "prior", "decoder", "upsampler")  # of unCLIP, that a benchmark times
-CODE_STAGES = ("text", "codes", "codec")  # of DALL-E
+MANIPULATION_PARTS = (
+    "reconstruction",
+    "variations",
+    "interpolation",
+    "text_diff",
+    "pca",
+    "inpainting",
+)
+STAGES = {  # timed by a benchmark, by kind of model
+    "unclip": ("text", "prior", "decoder", "upsampler"),
+    "dalle": ("text", "codes", "codec"),
+}

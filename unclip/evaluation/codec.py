@@ -1,31 +1,27 @@
-"""What a codec loses: pictures against their reconstructions, and how it uses its codebook."""
+"""Reconstruction quality and codebook use of an image codec (`unclip evaluate-codec`)."""
 
-# B batch, N pictures, S their side, K vocabulary
+# B batch, N images, S image size
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.evaluation.metrics import psnr
+from unclip.evaluation.metrics import high_frequency_energy, psnr, ssim
 from unclip.models.codecs.codec import Autoencoder, ImageCodec, code_statistics
 from unclip.training.preview import sheet
-
-HIGH_BAND = 0.5  # of the highest frequency along an axis: details of less than 4 pixels
-SSIM_SIDE, SSIM_SIGMA = 11, 1.5
 
 
 @torch.no_grad()
 def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> dict[str, float]:
-    """Means over pictures (N, 3, S, S) uint8; of a discrete codec also what it says of all N together.
+    """Evaluate a codec on images (N, 3, S, S) uint8.
 
-    psnr in dB; ssim in [-1, 1]; high_band_error: energy of the error above HIGH_BAND / that of the pictures there;
-    high_band_energy: of the reconstructions / of the pictures (below 1 = blurred); usage, perplexity: of the codebook;
-    bits: for a picture, a code costing log2 K.
+    psnr (dB) and ssim: means over the images. high_band_error, high_band_energy: energy above
+    HIGH_FREQUENCY of the error and of the reconstructions, relative to the images (< 1: blurred).
+    Discrete codecs also give usage and perplexity of the codebook, and bits per image.
     """
     device, codes = codec.last_layer.device, []
     sums: dict[str, float] = {}
@@ -33,64 +29,31 @@ def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> 
         truth = part.to(device).float() / 127.5 - 1
         if isinstance(codec, ImageCodec):
             codes.append(codec.encode(truth))
-            rebuilt = codec.decode(codes[-1])
+            output = codec.decode(codes[-1])
         else:
-            rebuilt = codec.reconstruct(truth)
-        difference, true, drawn = (high_band(x) for x in (rebuilt - truth, truth, rebuilt))  # B
-        found = {
-            "psnr": psnr(rebuilt, truth).sum(),
-            "ssim": ssim(rebuilt, truth).sum(),
-            "error": difference.sum(),
-            "true": true.sum(),
-            "drawn": drawn.sum(),
+            output = codec.reconstruct(truth)
+        values = {
+            "psnr": psnr(output, truth),
+            "ssim": ssim(output, truth),
+            "error_energy": high_frequency_energy(output - truth),
+            "output_energy": high_frequency_energy(output),
+            "true_energy": high_frequency_energy(truth),
         }
-        sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
+        sums = {name: sums.get(name, 0.0) + x.sum().item() for name, x in values.items()}
     results = {
         "psnr": sums["psnr"] / len(images),
         "ssim": sums["ssim"] / len(images),
-        "high_band_error": sums["error"] / sums["true"],
-        "high_band_energy": sums["drawn"] / sums["true"],
+        "high_band_error": sums["error_energy"] / sums["true_energy"],
+        "high_band_energy": sums["output_energy"] / sums["true_energy"],
     }
     if isinstance(codec, ImageCodec):
-        found = code_statistics(torch.cat([part.flatten() for part in codes]), codec.vocab_size)
-        results |= {name: value.item() for name, value in found.items()}
+        statistics = code_statistics(torch.cat([x.flatten() for x in codes]), codec.vocab_size)
+        results |= {name: value.item() for name, value in statistics.items()}
         results["bits"] = codes[0][0].numel() * math.log2(codec.vocab_size)
     return results
 
 
 def reconstructions(codec: Autoencoder, images: Tensor) -> Image.Image:
-    """Pictures (N, 3, S, S) uint8 in a row, and below each what the codec makes of it."""
+    """Return a sheet of images (N, 3, S, S) uint8 above their reconstructions."""
     truth = images.to(codec.last_layer.device).float() / 127.5 - 1
     return sheet([truth, codec.reconstruct(truth)])
-
-
-def high_band(images: Tensor) -> Tensor:
-    """Energy of (B, C, H, W) at frequencies above HIGH_BAND of the highest, in either direction: (B,)."""
-    spectrum = torch.fft.fft2(images.float(), norm="ortho").abs().square()  # B C H W
-    rows, columns = (
-        torch.fft.fftfreq(n, device=images.device).abs() for n in images.shape[-2:]
-    )  # up to 1/2
-    high = torch.maximum(rows[:, None], columns[None]) > HIGH_BAND / 2  # H W
-    return (spectrum * high).sum(dim=(1, 2, 3))
-
-
-def ssim(images: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of (B, C, H, W) in [-1, 1], averaged over channels and places: (B,)."""
-    x, y = ((picture.float() + 1) / 2 for picture in (images, truth))
-    if min(x.shape[-2:]) < SSIM_SIDE:
-        raise ValueError(
-            f"pictures are {tuple(x.shape[-2:])}; SSIM needs at least {SSIM_SIDE} pixels a side"
-        )
-    offsets = torch.arange(SSIM_SIDE, device=x.device) - SSIM_SIDE // 2
-    line = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
-    window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, -1, -1)  # C 1 11 11
-
-    def local(z: Tensor) -> Tensor:
-        return F.conv2d(z, window, groups=z.shape[1])
-
-    mean_x, mean_y = local(x), local(y)
-    var_x, var_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
-    covariance = local(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return (similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))

@@ -1,20 +1,24 @@
-"""The arithmetic of the evaluation: embeddings and pictures in, numbers out."""
+"""Metrics of embeddings and images."""
+
+# B batch, N queries, M candidates, D embedding width, S image size
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from unclip.embeddings import normalise
 
-# N queries, M candidates, D embedding width, S image size
+HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 
 
-def agreement(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
-    """Mean cosine of emb (N, D) to true_emb (N, D): on the diagonal (matching), off it (mismatched), and the gap."""
+def cosine_gap(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
+    """Return the mean cosine of matching rows, of mismatched rows, and their gap; both (N, D)."""
     cosines = normalise(emb) @ normalise(true_emb).T  # (N, N)
     matching = cosines.diagonal().mean().item()
     off_diagonal = ~torch.eye(len(emb), dtype=torch.bool, device=emb.device)
@@ -23,34 +27,38 @@ def agreement(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
 
 
 def recall(
-    emb: Tensor, candidates: Tensor, right: Tensor, ks: Sequence[int] = (1, 5)
+    emb: Tensor, candidates: Tensor, targets: Tensor, ks: Sequence[int] = (1, 5)
 ) -> dict[str, float]:
-    """Fraction of emb (N, D) whose right row (N,) of candidates (M, D) is among the k nearest by cosine.
+    """Return the fraction of emb (N, D) with targets (N,) among its k nearest candidates (M, D).
 
-    A tie counts as a miss, so that embeddings that are all the same recall nothing.
+    A tie counts as a miss, so identical embeddings have a recall of zero.
     """
     cosines = normalise(emb) @ normalise(candidates).T  # (N, M)
-    rank = (cosines >= cosines.gather(1, right[:, None])).sum(dim=1)  # (N,), 1 = first
+    rank = (cosines >= cosines.gather(1, targets[:, None])).sum(dim=1)  # (N,), from 1
     return {f"recall@{k}": (rank <= k).float().mean().item() for k in ks}
 
 
+def caption_targets(
+    captions: Sequence[str], rows: Sequence[int] | None = None
+) -> tuple[list[int], dict[str, int]]:
+    """Return the first row of each distinct caption, and the index of each caption among them."""
+    first: dict[str, int] = {}
+    for row in range(len(captions)) if rows is None else rows:
+        first.setdefault(captions[row], row)
+    return list(first.values()), {caption: i for i, caption in enumerate(first)}
+
+
 def diversity(emb: Tensor) -> float:
-    """Mean cosine distance of two pictures of one prompt: (P prompts, n > 1 pictures, D)."""
+    """Return the mean cosine distance between embeddings of one prompt: (prompts, n > 1, D)."""
     unit = normalise(emb)
-    cosines = unit @ unit.mT  # (P, n, n)
+    cosines = unit @ unit.mT  # (prompts, n, n)
     n = emb.shape[1]
-    pairs = torch.triu_indices(n, n, offset=1)
-    return (1 - cosines[:, pairs[0], pairs[1]]).mean().item()
-
-
-def psnr(images: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, both (B, 3, S, S) in [-1, 1]; at most 100."""
-    mse = (images.float() - truth.float()).square().mean(dim=(1, 2, 3))  # (B,)
-    return 10 * torch.log10(4 / mse.clamp(min=4e-10))
+    first, second = torch.triu_indices(n, n, offset=1)
+    return (1 - cosines[:, first, second]).mean().item()
 
 
 def nearest_by_cosine(emb: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Row (N,) of candidates (M, D) that is nearest to each of emb (N, D), and its cosine distance (N,)."""
+    """Return rows (N,) of the candidates (M, D) nearest to emb (N, D), and cosine distances (N,)."""
     cosine, row = (normalise(emb) @ normalise(candidates).T).max(dim=1)
     return row, 1 - cosine
 
@@ -58,20 +66,53 @@ def nearest_by_cosine(emb: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
 def nearest_by_pixels(
     images: Tensor, candidates: Tensor, chunk: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """Row (N,) of candidates (M, 3, S, S) uint8 that is nearest to each of images (N, 3, S, S) in [-1, 1].
+    """Return rows (N,) of the candidates nearest to the images, and RMS differences (N,) in [0, 2].
 
-    Also the root mean squared difference (N,) of the two, in [0, 2].
+    images: (N, 3, S, S) in [-1, 1]; candidates: (M, 3, S, S) uint8, converted chunk by chunk.
     """
     queries = rearrange(images.float().cpu(), "n c h w -> n (c h w)")
     best = torch.full((len(queries),), torch.inf)
     row = torch.zeros(len(queries), dtype=torch.long)
-    for start in range(
-        0, len(candidates), chunk
-    ):  # all of them as floats would take 4 times the memory
-        keys = rearrange(
-            candidates[start : start + chunk].float().div(127.5).sub(1), "m c h w -> m (c h w)"
-        )
+    for start in range(0, len(candidates), chunk):
+        part = candidates[start : start + chunk].float().div(127.5).sub(1)
+        keys = rearrange(part, "m c h w -> m (c h w)")
         distance, nearest = torch.cdist(queries, keys).min(dim=1)  # (N,)
         row = torch.where(distance < best, nearest + start, row)
         best = torch.minimum(distance, best)
     return row, best / queries.shape[1] ** 0.5
+
+
+def psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the PSNR in dB of each image, at most 100; both (B, 3, S, S) in [-1, 1]."""
+    mse = (images.float() - truth.float()).square().mean(dim=(1, 2, 3))  # (B,)
+    return 10 * torch.log10(4 / mse.clamp(min=4e-10))
+
+
+def ssim(images: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean structural similarity (Wang et al. 2004) of each image in [-1, 1]: (B,)."""
+    x, y = ((image.float() + 1) / 2 for image in (images, truth))  # (B, C, H, W)
+    if min(x.shape[-2:]) < SSIM_WINDOW:
+        size = tuple(x.shape[-2:])
+        raise ValueError(f"images are {size}; SSIM needs at least {SSIM_WINDOW} pixels a side")
+    offsets = torch.arange(SSIM_WINDOW, device=x.device) - SSIM_WINDOW // 2
+    line = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, -1, -1)  # (C, 1, w, w)
+
+    def local_mean(z: Tensor) -> Tensor:
+        return F.conv2d(z, window, groups=z.shape[1])
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    var_x, var_y = local_mean(x * x) - mean_x**2, local_mean(y * y) - mean_y**2
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    denominator = (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    return (numerator / denominator).mean(dim=(1, 2, 3))
+
+
+def high_frequency_energy(images: Tensor) -> Tensor:
+    """Return the energy of (B, C, H, W) above HIGH_FREQUENCY along either axis: (B,)."""
+    spectrum = torch.fft.fft2(images.float(), norm="ortho").abs().square()  # (B, C, H, W)
+    rows, columns = (torch.fft.fftfreq(n, device=images.device).abs() for n in images.shape[-2:])
+    high = torch.maximum(rows[:, None], columns[None]) > HIGH_FREQUENCY / 2  # (H, W)
+    return (spectrum * high).sum(dim=(1, 2, 3))

@@ -1,164 +1,194 @@
-"""The figures of an evaluation as rows of a table, plain or Markdown."""
+"""Results of evaluations as tables, in plain text or Markdown. This module does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    what: str
+    figure: str
     value: str
-    beside: str = ""  # the same figure of a reference
+    reference: str = ""  # the same figure of a baseline
 
 
-def rows(results: dict[str, Any]) -> list[Row]:
-    """The figures of `Evaluation.run`, in the order of the stages; parts that were not run are left out."""
-    other = results.get("beside", "")
-    return [
-        row
-        for part, tell in _PARTS.items()
-        if part in results
-        for row in tell(results[part], other)
-    ]
+HEAD = Row("figure", "model", "reference")
+_RENAMED = {  # keys of results, and names of rows, that version 0.1.0 wrote
+    "beside": "baseline",
+    "caption alone": "text only",
+    "caption's own embedding": "text embedding",
+    "chosen": "reranked",
+    "cosine_of_text": "text_cosine",
+    "drawn": "generated",
+    "fine-tuned, agreement 0": "fine-tuned, unguided",
+    "least": "minimum",
+    "most": "maximum",
+    "of": "by_count",
+    "pictures": "images",
+    "redrawn_same_bytes": "from_metadata_same_bytes",
+    "seam_of_true_pictures": "seam_of_true_images",
+    "where the true picture is told right": "true image classified correctly",
+    "whole": "full",
+}
 
 
-def plain(table: Sequence[Row]) -> str:
-    """Columns aligned by spaces."""
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+def upgrade(results: Any) -> Any:
+    """Rename the keys of results that an earlier version wrote."""
+    if isinstance(results, list):
+        return [upgrade(value) for value in results]
+    if not isinstance(results, dict):
+        return results
+    upgraded = {_RENAMED.get(key, key): upgrade(value) for key, value in results.items()}
+    if "name" in upgraded:
+        upgraded["name"] = _RENAMED.get(upgraded["name"], upgraded["name"])
+    return upgraded
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align columns by spaces."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
+        for row in rows
     )
     return "\n".join(lines)
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is the head."""
-    lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table; the first row is the head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-HEAD = Row("figure", "model", "reference")
+# -- `unclip evaluate`
 
 
-def _references(figures: dict[str, float], form: str, other: str) -> str:
-    """The same figure of the true pictures, and of another model's."""
-    beside = f"{other} {figures['beside']:{form}}; " if "beside" in figures else ""
-    return f"{beside}true pictures {figures['true']:{form}}"
+def evaluation_rows(results: dict[str, Any]) -> list[Row]:
+    """Return the rows of `Evaluation.run`; parts that were not run are left out."""
+    baseline = results.get("baseline", "")
+    return [
+        row
+        for part, rows in _EVALUATION_ROWS.items()
+        if part in results
+        for row in rows(results[part], baseline)
+    ]
 
 
-def _prior(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _references(values: dict[str, float], form: str, baseline: str) -> str:
+    other = f"{baseline} {values['baseline']:{form}}; " if "baseline" in values else ""
+    return f"{other}true images {values['true']:{form}}"
+
+
+def _prior(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     names = {"matching": "matching captions", "mismatched": "mismatched captions", "gap": "gap"}
     for key, name in names.items():
         yield Row(
             f"prior: cosine to the true embedding, {name}",
             f"{part['cosine'][key]:.3f}",
-            f"text embedding {part['cosine_of_text'][key]:.3f}",
+            f"text embedding {part['text_cosine'][key]:.3f}",
         )
-    yield Row(
-        "prior: mean squared error, normalised",
-        f"{part['normalised_mse']:.3f}",
-        "1 if it always gave the mean",
-    )
+    mse = f"{part['normalised_mse']:.3f}"
+    yield Row("prior: mean squared error, normalised", mse, "1 for a constant mean")
 
 
-def _recall(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _recall(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for name, group in part["groups"].items():
-        for figure, value in group["drawn"].items():
-            what = f"{figure} of the caption, {name} ({group['pictures']} pictures, {group['captions']} captions)"
-            same = {of: group[of][figure] for of in ("beside", "true") if of in group}
-            yield Row(what, f"{value:.1%}", _references(same, ".1%", other))
+        count = f"{group['images']} images, {group['captions']} captions"
+        for metric, value in group["generated"].items():
+            same = {of: group[of][metric] for of in ("baseline", "true") if of in group}
+            figure = f"{metric} of the caption, {name} ({count})"
+            yield Row(figure, f"{value:.1%}", _references(same, ".1%", baseline))
     cosine = part["caption_cosine"]
-    yield Row(
-        "CLIP cosine to the caption", f"{cosine['drawn']:.3f}", _references(cosine, ".3f", other)
-    )
+    reference = _references(cosine, ".3f", baseline)
+    yield Row("CLIP cosine to the caption", f"{cosine['generated']:.3f}", reference)
 
 
-def _style(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _style(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for name, group in part.items():
-        what = f"style drawn = style asked for, {name} ({group['pictures']} pictures)"
-        yield Row(what, f"{group['drawn']:.1%}", _references(group, ".1%", other))
+        figure = f"style as in the prompt, {name} ({group['images']} images)"
+        yield Row(figure, f"{group['generated']:.1%}", _references(group, ".1%", baseline))
 
 
-def _diversity(part: dict[str, Any], other: str) -> Iterator[Row]:
-    what = (
-        f"CLIP distance between {part['seeds']} pictures of one prompt ({part['prompts']} prompts)"
-    )
+def _diversity(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     yield Row(
-        what,
+        f"CLIP distance between {part['seeds']} images of one prompt ({part['prompts']} prompts)",
         f"{part['of_one_prompt']:.3f}",
         f"of different prompts {part['of_different_prompts']:.3f}",
     )
 
 
-def _nearest(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _nearest(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for kind, unit in {"clip": "CLIP distance", "pixels": "pixel RMS, of 2"}.items():
         median, same = part[kind]["median_distance"], part[kind]["same_concept"]
-        what = f"nearest training picture, median {unit}"
-        yield Row(what, f"{median['drawn']:.3f}", f"true pictures {median['true']:.3f}")
         yield Row(
-            f"... is of the same concept ({kind})",
-            f"{same['drawn']:.1%}",
-            f"true pictures {same['true']:.1%}",
+            f"nearest training image, median {unit}",
+            f"{median['generated']:.3f}",
+            f"true images {median['true']:.3f}",
         )
-    yield Row(
-        "nearer to the unseen truth than to any training picture", f"{part['nearer_to_truth']:.1%}"
-    )
-
-
-def _candidates(part: dict[str, Any], other: str) -> Iterator[Row]:
-    for count, found in part["of"].items():
-        what = f"CLIP score, best of {count} ({part['captions']} captions)"
-        beside = (
-            f"to the true picture {found['cosine_to_truth']:.3f}; recall@1 {found['recall@1']:.1%}"
+        yield Row(
+            f"... has the same concept ({kind})",
+            f"{same['generated']:.1%}",
+            f"true images {same['true']:.1%}",
         )
-        yield Row(what, f"{found['clip_score']:.3f}", beside)
+    figure = "nearer to the unseen true image than to any training image"
+    yield Row(figure, f"{part['nearer_to_truth']:.1%}")
 
 
-def _codec(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _candidates(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    for count, values in part["by_count"].items():
+        to_truth = f"cosine to the true image {values['cosine_to_truth']:.3f}"
+        yield Row(
+            f"CLIP score, best of {count} ({part['captions']} captions)",
+            f"{values['clip_score']:.3f}",
+            f"{to_truth}; recall@1 {values['recall@1']:.1%}",
+        )
+
+
+def _codec(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    energy = f"energy {part['high_band_energy']:.1%} of the true images"
     yield Row("codec alone: PSNR", f"{part['psnr']:.2f} dB")
     yield Row("codec alone: SSIM", f"{part['ssim']:.3f}")
-    energy = f"its energy {part['high_band_energy']:.1%} of the true"
     yield Row("codec alone: error of the finest details", f"{part['high_band_error']:.1%}", energy)
+    perplexity = f"perplexity {part['perplexity']:.0f}"
+    yield Row("codec alone: codes in use", f"{part['usage']:.1%}", perplexity)
+
+
+def _bound(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    names = ("pixels", "codes", "text")
+    terms = ", ".join(f"{name} {part['bits_of_dim'][name]:.3f}" for name in names)
     yield Row(
-        "codec alone: codes in use", f"{part['usage']:.1%}", f"perplexity {part['perplexity']:.0f}"
+        "image and caption, upper bound in bits per value of an image",
+        f"{8 + part['bits_per_dim']:.3f}",
+        f"minus 8: {terms}",
     )
+    yield Row("bits per image code", f"{part['bits_per_code']:.2f}")
+    yield Row("bits per text token, including padding", f"{part['bits_per_token']:.2f}")
 
 
-def _bound(part: dict[str, Any], other: str) -> Iterator[Row]:
-    terms = part["bits_of_dim"]
-    told = ", ".join(f"{name} {terms[name]:.3f}" for name in ("pixels", "codes", "text"))
-    what = "picture and caption, in bits per value of a picture, at most"
-    yield Row(what, f"{8 + part['bits_per_dim']:.3f}", f"less 8: {told}")
-    yield Row("bits of an image code", f"{part['bits_per_code']:.2f}")
-    yield Row("bits of a text token, padding included", f"{part['bits_per_token']:.2f}")
-
-
-def _decoder(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _decoder(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for level, value in part["x0_mse"].items():
         yield Row(f"decoder alone: squared error of x_0 at t = {level} T", f"{value:.4f}")
     yield Row("decoder alone: squared error of x_0, mean of these", f"{part['mean_x0_mse']:.4f}")
 
 
-def _upsampler(part: dict[str, Any], other: str) -> Iterator[Row]:
-    what = f"upsampler alone, {part['from']} to {part['to']} px: PSNR ({part['pictures']} pictures)"
+def _upsampler(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     yield Row(
-        what, f"{part['psnr']['upsampled']:.2f} dB", f"bicubic {part['psnr']['bicubic']:.2f} dB"
+        f"upsampler alone, {part['from']} to {part['to']} px: PSNR ({part['images']} images)",
+        f"{part['psnr']['upsampled']:.2f} dB",
+        f"bicubic {part['psnr']['bicubic']:.2f} dB",
     )
 
 
-def _repeatable(part: dict[str, Any], other: str) -> Iterator[Row]:
+def _repeatable(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     answer = {True: "yes", False: "no"}
     yield Row("same seed, same bytes", answer[part["same_seed_same_bytes"]])
-    yield Row(
-        "largest difference between alone and in a batch",
-        f"{part['batch_and_alone_differ_by']}/255",
-    )
-    yield Row("redrawn from its metadata, same bytes", answer[part["redrawn_same_bytes"]])
+    difference = f"{part['batch_and_alone_differ_by']}/255"
+    yield Row("largest difference between alone and in a batch", difference)
+    yield Row("from its metadata, same bytes", answer[part["from_metadata_same_bytes"]])
 
 
-_PARTS = {
+_EVALUATION_ROWS = {
     "prior": _prior,
     "recall": _recall,
     "style": _style,
@@ -171,3 +201,157 @@ _PARTS = {
     "upsampler": _upsampler,
     "repeatable": _repeatable,
 }
+
+
+# -- `unclip evaluate-manipulations`
+
+
+def manipulation_rows(results: dict[str, Any]) -> list[Row]:
+    """Return the rows of the parts of `ManipulationEvaluation` that were run."""
+    return [
+        row
+        for part, rows in _MANIPULATION_ROWS.items()
+        if part in results
+        for row in rows(results[part])
+    ]
+
+
+def _by_number(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in part.items() if isinstance(value, dict))
+
+
+def _reconstruction(part: dict[str, Any]) -> Iterator[Row]:
+    for name, value in part["psnr"].items():
+        figure = f"reconstruction, {name} ({part['images']} images, {part['steps']} steps)"
+        yield Row(figure, f"{value['mean']:.1f} dB", f"minimum {value['minimum']:.1f} dB")
+    large = part["upsampled"]
+    figure = f"... with upsamplers, {large['size']} px ({large['images']} images)"
+    yield Row(figure, f"{large['psnr']:.1f} dB")
+
+
+def _variations(part: dict[str, Any]) -> Iterator[Row]:
+    for eta, values in _by_number(part):
+        reference = f"cosine to the source {values['cosine']:.3f}"
+        figure = f"variations, eta {eta}: pixel RMS, of 2"
+        yield Row(figure, f"{values['pixel_rms']:.3f}", reference)
+    yield Row("cosine of random pairs of images", f"{part['random_pairs']:.3f}")
+
+
+def _interpolation(part: dict[str, Any]) -> Iterator[Row]:
+    figure = "interpolation: difference between ends and reconstructions"
+    yield Row(figure, f"{part['ends_differ_by']}/255")
+    figure = "... largest step over mean step, by cosine of the given embeddings"
+    yield Row(figure, f"{part['largest_step_of_embeddings']:.2f}")
+    for name, frames in (("plain", "frames"), ("even", "frames in even steps")):
+        step = part["largest_step"][name]
+        within = f"{step['within_twice']:.0%} of {part['paths']} paths within twice"
+        reference = f"maximum {step['maximum']:.2f}; {within}"
+        yield Row(f"... the same for {frames}", f"{step['mean']:.2f}", reference)
+
+
+def _text_diff(part: dict[str, Any]) -> Iterator[Row]:
+    for eta, values in _by_number(part):
+        yield Row(
+            f"text diff, eta {eta}: monotone towards the target ({part['cases']} cases)",
+            f"{values['monotone']:.0%}",
+            f"rising steps {values['rising_steps']:.0%}; "
+            f"given embeddings {values['monotone_embeddings']:.0%}",
+        )
+        for theta, target in values["cosine_to_target"].items():
+            source = f"to the source {values['cosine_to_source'][theta]:.3f}"
+            yield Row(f"... theta {theta}: cosine to the target", f"{target:.3f}", source)
+
+
+def _pca(part: dict[str, Any]) -> Iterator[Row]:
+    for k, values in part["by_count"].items():
+        explained = f"{k} components, {values['explained']:.0%} of the variance"
+        yield Row(
+            f"{explained}: recall@1 of {part['captions']} captions",
+            f"{values['recall@1']:.1%}",
+            f"cosine to the full embedding {values['cosine']:.3f}",
+        )
+    yield Row("the full embedding", f"{part['full']['recall@1']:.1%}")
+
+
+def _inpainting(part: dict[str, Any]) -> Iterator[Row]:
+    reference = f"true images {part['seam_of_true_images']:.1f}"
+    for name in ("fine-tuned", "fine-tuned, unguided", "training-free", "pasted"):
+        if (values := part.get(name)) is None:
+            continue
+        method = "pasting from a whole image" if name == "pasted" else f"inpainting, {name}"
+        recall, random = f"{values['recall@1']:.1%}", f"random {part['random']:.1%}"
+        yield Row(f"{method}: recall@1 of the prompt in the hole", recall, random)
+        yield Row(f"{method}: seam, of 255", f"{values['seam']:.1f}", reference)
+        if "seam_of_own_caption" in values:
+            own = f"{values['seam_of_own_caption']:.1f}"
+            yield Row("... the same for the image's own caption", own, reference)
+        difference = f"{values['kept_differs_by']}/255"
+        yield Row(f"{method}: largest difference of kept pixels", difference)
+
+
+_MANIPULATION_ROWS = {
+    "reconstruction": _reconstruction,
+    "variations": _variations,
+    "interpolation": _interpolation,
+    "text_diff": _text_diff,
+    "pca": _pca,
+    "inpainting": _inpainting,
+}
+
+
+# -- `unclip evaluate-priors`
+
+
+def prior_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rows of `PriorComparison` as Markdown."""
+    head = (
+        "embedding from",
+        "parameters",
+        "guidance",
+        "cosine to the true one",
+        "gap to mismatched",
+        "recall@1 of the image",
+        "cosine between 8 seeds",
+        "ms",
+    )
+    formats = {
+        "guidance": "g",
+        "cosine": ".3f",
+        "gap": ".3f",
+        "recall@1": ".1%",
+        "cosine_of_seeds": ".3f",
+        "milliseconds": ".0f",
+    }
+    table = [head]
+    for row in rows:
+        size = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
+        cells = (format(row[key], form) if key in row else "" for key, form in formats.items())
+        table.append((row["name"], size, *cells))
+    return markdown_table(table)
+
+
+# -- `unclip evaluate-approximations`
+
+
+def approximation_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the cells of one row of `ApproximationError`."""
+    speed = ""
+    if "seconds" in row:
+        own, exact = row["seconds"], row["exact_seconds"]
+        ratios = [b / a for a, b in zip(own, exact, strict=True)]
+        ratio = statistics.median(exact) / statistics.median(own)
+        speed = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    pixels, cosine, recall = row["pixels"], row["cosine"], row["recall@1"]
+    return row["name"], speed, f"{pixels:.2f}", f"{cosine:.4f}", f"{recall:.1%}"
+
+
+def approximation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format the rows of `ApproximationError` as Markdown."""
+    head = (
+        "",
+        "speed-up",
+        "pixel difference, of 255",
+        "CLIP cosine to the exact",
+        "recall@1 of the caption",
+    )
+    return markdown_table([head, *map(approximation_cells, rows)])

@@ -1,20 +1,21 @@
-"""Sheets of pictures for a model card: drawn ones beside the truth, with their captions."""
+"""Sheets of generated images with their captions, next to the true images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.nn.functional as F
 from PIL import Image
 
+from unclip.evaluation.base import Evaluation
 from unclip.evaluation.codec import reconstructions
-from unclip.evaluation.dalle_harness import DalleEvaluation
-from unclip.evaluation.harness import Evaluation
-from unclip.evaluation.pairs import Pairs, canonical
+from unclip.evaluation.dalle import DalleEvaluation
+from unclip.evaluation.pairs import Pairs, canonical_caption
 from unclip.image_io import cell, grid, save_png
 from unclip.pipelines.base import to_pil
 
-PROMPTS = (  # for the README: what one would try first, and things that no picture of the data shows
+PROMPTS = (  # typical first prompts, and combinations that no training image shows
     "a red apple",
     "a rocket in noto style",
     "a smiling cat, blob emoji",
@@ -28,118 +29,100 @@ PROMPTS = (  # for the README: what one would try first, and things that no pict
     "a purple car in twemoji style",
     "a house with a tree",
 )
-SHOWN = 8  # pairs on each sheet but the samples'
-REBUILT = 12  # pictures above their reconstructions
+SHOWN = 8  # pairs on each sheet except the samples'
+RECONSTRUCTED = 12  # images above their reconstructions
 
 
 def held_out_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
-    """Held-out concepts in every style, drawn beside the truth; the style that was never trained on is marked."""
+    """Show held-out concepts in every style, generated and true; the held-out style is marked."""
     pairs, rows = evaluation.held_out, evaluation.held_out.spread(SHOWN)
     if not pairs.styles:
-        return _drawn_and_true(evaluation, rows, size)
-    truth = {
+        return _generated_and_true(evaluation, rows, size)
+    true_images = {
         (pair.concept, pair.style): (source, row)
         for source in (pairs, evaluation.train)
         if source is not None
         for row, pair in enumerate(source.entries)
     }
     concepts = [pairs.entries[row].concept for row in rows]
-    wanted = [(concept, style) for concept in concepts for style in pairs.styles]
-    drawn = evaluation.drawer.draw([canonical(*one) for one in wanted], evaluation.seed)
-    pictures = dict(zip(wanted, evaluation.drawer.enlarge(drawn), strict=True))
+    shown = [(concept, style) for concept in concepts for style in pairs.styles]
+    captions = [canonical_caption(concept, style) for concept, style in shown]
+    samples = evaluation.generator.generate(captions, evaluation.seed)
+    generated = dict(zip(shown, evaluation.generator.upsample(samples), strict=True))
     cells = []
     for concept in concepts:
-        shown: list[Image.Image | None] = []
+        images: list[Image.Image | None] = []
         titles: list[str] = []
         for style in pairs.styles:
-            source, row = truth.get((concept, style), (None, 0))
-            shown += [
-                pictures[concept, style],
-                None if source is None else source.picture(row, size),
-            ]
-            titles += [
-                style,
-                "HELD OUT"
-                if source is pairs
-                else "no such picture"
-                if source is None
-                else "trained on",
-            ]
-        cells.append(cell(shown, size, concept, titles))
+            source, row = true_images.get((concept, style), (None, 0))
+            images.append(generated[concept, style])
+            images.append(None if source is None else source.image(row, size))
+            label = "no such image" if source is None else "trained on"
+            titles += [style, "HELD OUT" if source is pairs else label]
+        cells.append(cell(images, size, concept, titles))
     return grid(cells, columns=1)
 
 
 def failures_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
-    """The drawn pictures that CLIP finds least like their captions, beside the truth."""
-    import torch.nn.functional as F
-
-    cosine = F.cosine_similarity(evaluation.text_emb, evaluation.drawn_emb)  # (N,)
-    return _drawn_and_true(evaluation, cosine.argsort()[:SHOWN].tolist(), size)
+    """Show the images with the lowest CLIP cosine to their captions, and the true ones."""
+    cosine = F.cosine_similarity(evaluation.text_emb, evaluation.generated_emb)  # (N,)
+    return _generated_and_true(evaluation, cosine.argsort()[:SHOWN].tolist(), size)
 
 
 def nearest_sheet(evaluation: Evaluation, train: Pairs, size: int = 96) -> Image.Image:
-    """The drawn pictures that are nearest to a training picture by pixels, beside that one and the truth."""
-    pixels, distance = evaluation.nearest_to_drawn["pixels"]
-    plain = [row for row, pair in enumerate(evaluation.held_out.entries) if not pair.toned]
-    rows = sorted(plain, key=lambda row: distance[row].item())[:SHOWN]
-    by_clip, _ = evaluation.nearest_to_drawn["clip"]
+    """Show the images nearest to a training image by pixels, with that one and the true one."""
+    held_out, (by_pixels, distance) = evaluation.held_out, evaluation.nearest_to_generated["pixels"]
+    untoned = [row for row, pair in enumerate(held_out.entries) if not pair.toned]
+    rows = sorted(untoned, key=lambda row: distance[row].item())[:SHOWN]
+    by_clip, _ = evaluation.nearest_to_generated["clip"]
+    titles = ["generated", "true", "nearest", "... to CLIP"]
     cells = []
-    for row, picture in zip(rows, evaluation.drawer.enlarge(evaluation.drawn, rows), strict=True):
-        truth = evaluation.held_out.picture(row, size)
-        copies = [train.picture(int(found[row]), size) for found in (pixels, by_clip)]
-        caption = (
-            f"{evaluation.held_out.captions[row]}; nearest: {train.captions[int(pixels[row])]}"
-        )
-        cells.append(
-            cell(
-                [picture, truth, *copies],
-                size,
-                caption,
-                ["drawn", "true", "nearest", "... to CLIP"],
-            )
-        )
+    images = evaluation.generator.upsample(evaluation.samples, rows)
+    for row, image in zip(rows, images, strict=True):
+        nearest = [train.image(int(found[row]), size) for found in (by_pixels, by_clip)]
+        caption = f"{held_out.captions[row]}; nearest: {train.captions[int(by_pixels[row])]}"
+        cells.append(cell([image, held_out.image(row, size), *nearest], size, caption, titles))
     return grid(cells, columns=2, gap=12)
 
 
 def samples_sheet(
     evaluation: Evaluation, prompts: Sequence[str] = PROMPTS, size: int = 160
 ) -> Image.Image:
-    """A picture of each prompt, from the seeds `seed`, `seed` + 1, ...; and another model's beside it."""
-    drawers = [drawer for drawer in (evaluation.drawer, evaluation.beside) if drawer is not None]
-    titles = [drawer.pipe.name for drawer in drawers] if len(drawers) > 1 else []
-    columns = [drawer.enlarge(drawer.draw(prompts, evaluation.seed)) for drawer in drawers]
-    cells = [
-        cell(pictures, size, prompt, titles)
-        for *pictures, prompt in zip(*columns, prompts, strict=True)
+    """Show an image of each prompt, from seeds `seed`, `seed` + 1, ..., and the baseline's."""
+    generators = [evaluation.generator]
+    if evaluation.baseline is not None:
+        generators.append(evaluation.baseline)
+    titles = [generator.pipe.name for generator in generators] if len(generators) > 1 else []
+    columns = [
+        generator.upsample(generator.generate(prompts, evaluation.seed)) for generator in generators
     ]
-    return grid(cells, columns=4 // len(drawers), gap=8)
+    cells = [
+        cell(images, size, prompt, titles)
+        for *images, prompt in zip(*columns, prompts, strict=True)
+    ]
+    return grid(cells, columns=4 // len(generators), gap=8)
 
 
 def candidates_sheet(evaluation: DalleEvaluation, size: int = 96) -> Image.Image:
-    """The best of more and more candidates, as CLIP finds."""
-    chosen = evaluation.chosen
-    pictures = [to_pil(images) for images in chosen.first.values()]
-    titles = [f"best of {n}" for n in chosen.first]
-    captions = [evaluation.held_out.captions[row] for row in chosen.rows]
+    """Show the image that CLIP scores highest among more and more candidates."""
+    best = evaluation.best
+    columns = [to_pil(images) for images in best.images.values()]
+    titles = [f"best of {n}" for n in best.images]
+    captions = [evaluation.held_out.captions[row] for row in best.rows]
     cells = [
-        cell(best, size, caption, titles)
-        for *best, caption in zip(*pictures, captions, strict=True)
+        cell(images, size, caption, titles)
+        for *images, caption in zip(*columns, captions, strict=True)
     ]
     return grid(cells, columns=2, gap=12)
-
-
-def codec_sheet(evaluation: DalleEvaluation) -> Image.Image:
-    """Held-out pictures above what their codes hold of them."""
-    rows = evaluation.held_out.spread(REBUILT)
-    return reconstructions(evaluation.pipe.codec, evaluation.held_out.images[rows])
 
 
 def write_sheets(
     evaluation: Evaluation, folder: str | Path, prompts: Sequence[str] = PROMPTS
 ) -> list[Path]:
-    """heldout.png, failures.png, samples.png; if there are training pairs, nearest.png; returns their paths.
+    """Write the sheets into a folder and return their paths.
 
-    Of a DALL-E also codec.png, and candidates.png if the candidates were measured.
+    heldout.png, failures.png and samples.png always; nearest.png with training pairs; for a DALL-E
+    codec.png, and candidates.png if the candidates were evaluated.
     """
     sheets = {
         "heldout": held_out_sheet(evaluation),
@@ -149,7 +132,8 @@ def write_sheets(
     if evaluation.train is not None:
         sheets["nearest"] = nearest_sheet(evaluation, evaluation.train)
     if isinstance(evaluation, DalleEvaluation):
-        sheets["codec"] = codec_sheet(evaluation)
+        rows = evaluation.held_out.spread(RECONSTRUCTED)
+        sheets["codec"] = reconstructions(evaluation.pipe.codec, evaluation.held_out.images[rows])
         if "candidates" in evaluation.results:
             sheets["candidates"] = candidates_sheet(evaluation)
     paths = {Path(folder) / f"{name}.png": sheet for name, sheet in sheets.items()}
@@ -158,15 +142,15 @@ def write_sheets(
     return list(paths)
 
 
-def _drawn_and_true(evaluation: Evaluation, rows: Sequence[int], size: int) -> Image.Image:
-    pictures = evaluation.drawer.enlarge(evaluation.drawn, rows)
+def _generated_and_true(evaluation: Evaluation, rows: Sequence[int], size: int) -> Image.Image:
+    images = evaluation.generator.upsample(evaluation.samples, rows)
     cells = [
         cell(
-            [picture, evaluation.held_out.picture(row, size)],
+            [image, evaluation.held_out.image(row, size)],
             size,
             evaluation.held_out.captions[row],
-            ["drawn", "true"],
+            ["generated", "true"],
         )
-        for row, picture in zip(rows, pictures, strict=True)
+        for row, image in zip(rows, images, strict=True)
     ]
     return grid(cells, columns=4, gap=12)

@@ -1,6 +1,6 @@
-"""How quick a model is and how much memory it takes: each start measured in a process of its own.
+"""Speed and memory of a model (`unclip bench`), with cold starts measured in processes of their own.
 
-This module imports no torch: a process counts its parent's memory at the time it was started as its own.
+This module does not import torch: a child process inherits its parent's peak memory.
 """
 
 from __future__ import annotations
@@ -8,132 +8,120 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from unclip.evaluation import CODE_STAGES, STAGES
+from unclip.config import PositiveInt, config
+from unclip.evaluation import STAGES
 from unclip.evaluation.bench.processes import host, import_time, run
-from unclip.evaluation.bench.tables import describe as describe
-from unclip.evaluation.bench.tables import rows as rows
 
 PROMPT = "a red apple"
-# Models with random weights, the second for tests: karlo.py, dalle.py
+# Models with random weights at full size, and small for tests; see random_models.py.
 KARLO, DALLE, MEGA = (
     ("karlo-random", "karlo-tiny"),
     ("dalle-random", "dalle-tiny"),
     ("mega-random", "mega-tiny"),
 )
-RANDOM = (*KARLO, *DALLE, *MEGA)
+RANDOM_MODELS = (*KARLO, *DALLE, *MEGA)
+WORKER = "unclip.evaluation.bench.worker"
 
 
-@dataclass(frozen=True)
+@config
 class BenchConfig:
-    """What is measured. Steps, guidance and samplers are the model's own, unless a preset changes them."""
+    """What to measure. Sampling options are those of the model, or of `preset`."""
 
     model: str
-    dtype: str | None = None  # fp32, fp16, bf16; None = the default of the device
+    dtype: str | None = None  # name in torch, e.g. "bfloat16"; None: default of the device
     device: str | None = None
-    batch: int = 1  # pictures drawn at once in the warm runs
-    repeat: int = 5
-    stages: tuple[str, ...] | None = None  # None = all that the model has
-    steps_only: bool = False  # two steps of each stage instead of all
+    batch: PositiveInt = 1  # images of each warm call
+    repeat: PositiveInt = 5
+    stages: tuple[str, ...] | None = None  # None: all stages of the model
+    steps_only: bool = False  # run two steps of each stage and extrapolate
     preset: str | None = None
     compile: bool = False
     quantize: str | None = None
     offload: bool = False
-    candidates: int | None = None  # how many are drawn and compared, beside drawing as many
+    candidates: PositiveInt | None = None  # also time as many images with and without reranking
 
     def __post_init__(self) -> None:
-        for name in ("batch", "repeat"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        known = dict.fromkeys((*STAGES, *CODE_STAGES))
+        known = dict.fromkeys(stage for stages in STAGES.values() for stage in stages)
         if unknown := [stage for stage in self.stages or () if stage not in known]:
             raise ValueError(f"unknown stage {unknown[0]!r}; expected some of {', '.join(known)}")
-        if self.candidates is not None and self.candidates < 1:
-            raise ValueError(f"candidates is {self.candidates}; expected at least 1")
         if self.steps_only and self.preset not in (None, "exact"):
             raise ValueError(
-                f"the steps of {self.preset!r} are not alike; measure it without --steps-only"
+                f"steps_only needs equal steps, unlike those of preset {self.preset!r}"
             )
 
     @property
-    def plain(self) -> bool:
-        """Whether `unclip generate` draws what is measured."""
+    def has_cold_start(self) -> bool:
+        """Whether `unclip generate` runs the same model and options."""
         changed = self.preset or self.compile or self.quantize or self.offload or self.steps_only
-        return not changed and self.stages is None and self.model not in RANDOM
+        return not changed and self.stages is None and self.model not in RANDOM_MODELS
 
 
 def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
-    """Seconds (lists of `repeat` values), bytes and floating-point operations, as JSON types."""
-    imports, cold, peaks = [], [], []
-    with (
-        tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder,
-        tqdm(
-            total=(2 * config.repeat if config.plain else 0) + 2, disable=not progress, leave=False
-        ) as bar,
-    ):
-        for _ in range(config.repeat if config.plain else 0):
+    """Return seconds (lists of `repeat` values), bytes and floating-point operations as JSON types."""
+    imports, cold, cold_peaks = [], [], []
+    repeat = config.repeat if config.has_cold_start else 0
+    bar = tqdm(total=2 * repeat + 2, disable=not progress, leave=False)
+    with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder, bar:
+        for _ in range(repeat):
             bar.set_description("import unclip")
             imports.append(import_time())
             bar.update()
-        for _ in range(config.repeat if config.plain else 0):
+        for _ in range(repeat):
             bar.set_description("unclip generate")
-            seconds, peak = run([*_generate(config), "-o", f"{folder}/picture.png"])
+            seconds, peak = run([*_generate_command(config), "-o", f"{folder}/image.png"])
             cold.append(seconds)
-            peaks.append(peak)
+            cold_peaks.append(peak)
             bar.update()
-        bar.set_description("warm pictures")
-        measured, warm_peak = _warm(config, Path(folder))
+        bar.set_description("warm calls")
+        warm, warm_peak = _measure_warm(config, Path(folder))
         bar.update()
-        bar.set_description("the machine's peak")
-        rates = machine_peak(measured["machine"])
+        bar.set_description("peak of the machine")
+        peak_rates = machine_peak(warm["machine"])
         bar.update()
-    known = [peak for peak in peaks if peak is not None]
-    started = {"import": imports, "cold": cold} if config.plain else {}
-    at_start = {"generate": max(known) if known else None} if config.plain else {}
+    known = [peak for peak in cold_peaks if peak is not None]
+    cold_seconds = {"import": imports, "cold": cold} if config.has_cold_start else {}
+    cold_memory = {"generate": max(known, default=None)} if config.has_cold_start else {}
     return {
+        **warm,
         **dataclasses.asdict(config),
-        "machine": {**host(), **measured.pop("machine")},
-        "machine_peak": rates,
-        "seconds": {**started, **measured.pop("seconds")},
-        "peak_memory": {
-            **at_start,
-            "warm": warm_peak,
-            **measured.pop("peak_memory"),
-        },  # where it knows better
-        **measured,
+        "machine": {**host(), **warm["machine"]},
+        "machine_peak": peak_rates,
+        "seconds": {**cold_seconds, **warm["seconds"]},
+        # The worker's own measurement, where it has one, replaces that of its process.
+        "peak_memory": {**cold_memory, "warm": warm_peak, **warm["peak_memory"]},
     }
 
 
-def _generate(config: BenchConfig) -> list[str]:
-    given = {"--model": config.model, "--dtype": config.dtype, "--device": config.device}
-    said = [word for name, value in given.items() if value is not None for word in (name, value)]
-    return ["-m", "unclip", "generate", PROMPT, "--seed", "0", "--quiet", *said]
+def machine_peak(machine: dict[str, Any]) -> dict[str, float]:
+    """Measure the peak operations per second of the device and dtype in a process of its own."""
+    where = {"device": machine["device"], "dtype": machine["dtype"]}
+    with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder:
+        return _run_worker("peak", where, Path(folder) / "peak.json")[0]
 
 
-def _warm(config: BenchConfig, folder: Path) -> tuple[dict[str, Any], int | None]:
-    """What stages.py measures, and the peak memory of that process."""
-    if (
-        config.offload and config.model in KARLO
-    ):  # else all of it would be in memory once, to begin with
-        dtype = [] if config.dtype is None else ["--dtype", config.dtype]
-        run(["-m", "unclip.evaluation.bench.karlo", config.model, str(folder / "model"), *dtype])
+def _measure_warm(config: BenchConfig, folder: Path) -> tuple[dict[str, Any], int | None]:
+    """Run the worker; return its measurements and the peak memory of its process."""
+    if config.offload and config.model in KARLO:  # read from a folder, so it is never loaded whole
+        run(["-m", WORKER, "save", json.dumps(dataclasses.asdict(config)), str(folder / "model")])
         config = dataclasses.replace(config, model=str(folder / "model"))
-    out = folder / "stages.json"
-    _, peak = run(
-        ["-m", "unclip.evaluation.bench.stages", json.dumps(dataclasses.asdict(config)), str(out)]
-    )
+    return _run_worker("measure", dataclasses.asdict(config), folder / "measured.json")
+
+
+def _run_worker(task: str, argument: dict[str, Any], out: Path) -> tuple[Any, int | None]:
+    _, peak = run(["-m", WORKER, task, json.dumps(argument), str(out)])
     return json.loads(out.read_text(encoding="utf-8")), peak
 
 
-def machine_peak(where: dict[str, Any]) -> dict[str, float]:
-    """Operations a second that its device reaches in its dtype, see peak.py; in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder:
-        out = Path(folder) / "peak.json"
-        place = ["--device", where["device"], "--dtype", where["dtype"]]
-        run(["-m", "unclip.evaluation.bench.peak", *place, "--out", str(out)])
-        return json.loads(out.read_text(encoding="utf-8"))
+def _generate_command(config: BenchConfig) -> list[str]:
+    options = ["--model", config.model]
+    if config.dtype is not None:
+        names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+        options += ["--dtype", names[config.dtype]]
+    if config.device is not None:
+        options += ["--device", config.device]
+    return ["-m", "unclip", "generate", PROMPT, "--seed", "0", "--quiet", *options]

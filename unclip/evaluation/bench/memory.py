@@ -1,4 +1,4 @@
-"""The most memory that a process has had at once: on the device that computes, or in main memory under Linux."""
+"""Peak memory of the process: on the CUDA device, or in main memory under Linux."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # proc
 
 
 class PeakMemory:
-    """In bytes; None where the system does not tell."""
+    """Peak memory in bytes; None where the system does not report it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.of: dict[str, int | None] = {}
+        self.by_name: dict[str, int | None] = {}
         self._highest = 0
 
     @contextmanager
-    def within(self, name: str) -> Iterator[None]:
-        """Keeps in `of` what the block needed at most, all that was there before included."""
-        self._highest = max(self._highest, self._now() or 0)
-        self._forget()
+    def measure(self, name: str) -> Iterator[None]:
+        """Record the peak within the block, including memory in use before it."""
+        self._highest = max(self._highest, self._current() or 0)
+        self._reset()
         yield
-        self.of[name] = max(self._now() or 0, self.of.get(name) or 0) or None
+        self.by_name[name] = max(self._current() or 0, self.by_name.get(name) or 0) or None
 
     @property
     def highest(self) -> int | None:
-        """Since the process started."""
-        return max(self._highest, self._now() or 0) or None
+        """The peak since the process started."""
+        return max(self._highest, self._current() or 0) or None
 
-    def _now(self) -> int | None:
+    def _current(self) -> int | None:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
-            found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
+            peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))
         except OSError:
             return None
-        return int(found[1]) * 1024 if found else None
+        return int(peak[1]) * 1024 if peak else None
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         try:
             RESET.write_text("5", encoding="utf-8")
         except OSError:
-            pass  # not Linux, or not allowed: then it is the peak until now
+            pass  # not Linux, or not permitted: the peak is that since the start

@@ -1,6 +1,6 @@
-"""Python processes with the time and the memory that each took, and the machine they ran on.
+"""Time and memory of Python processes, and the machine they run on.
 
-This module imports no torch: a process counts its parent's memory at the time it was started as its own.
+This module does not import torch: a child process inherits its parent's peak memory.
 """
 
 from __future__ import annotations
@@ -17,52 +17,50 @@ from typing import Any
 
 
 def run(arguments: Sequence[str]) -> tuple[float, int | None]:
-    """Wall seconds and peak memory in bytes (None where the system does not tell) of `python arguments...`.
+    """Run `python arguments...`; return seconds and peak memory in bytes (None if unavailable).
 
-    ValueError with its last line if it fails.
+    Raises ValueError with the last line of its stderr if the process fails.
     """
-    with tempfile.TemporaryFile() as said:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=said
-        )
-        peak = None
+    with tempfile.TemporaryFile() as stderr:
+        start, peak = time.perf_counter(), None
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
-            if hasattr(os, "wait4"):
+            if sys.platform == "win32":
+                process.wait()
+            else:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            else:
-                process.wait()
-        except BaseException:  # Ctrl-C: a process of its own would go on for minutes
+        except BaseException:  # on Ctrl-C the child would run on for minutes
             process.kill()
             raise
         seconds = time.perf_counter() - start
         if process.returncode:
-            said.seek(0)
-            lines = said.read().decode(errors="replace").strip().splitlines()
+            stderr.seek(0)
+            lines = stderr.read().decode(errors="replace").strip().splitlines()
             raise ValueError(lines[-1].removeprefix("error: ") if lines else f"{arguments} failed")
     return seconds, peak
 
 
 def import_time() -> float:
-    """Seconds of `import unclip` alone, in a process without torch."""
-    code = "import time; start = time.perf_counter(); import unclip; print(time.perf_counter() - start)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(ran.stdout)
+    """Return the seconds of `import unclip` in a new process."""
+    code = (
+        "import time; start = time.perf_counter(); import unclip; "
+        "print(time.perf_counter() - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
 
 
 def host() -> dict[str, Any]:
-    """Processor, cores and system."""
-    return {"cpu": _cpu(), "cores": os.cpu_count(), "os": platform.system()}
-
-
-def _cpu() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor, number of cores and operating system."""
+    cpu = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                cpu = line.partition(":")[2].strip()
+                break
     except OSError:
         pass  # not Linux
-    return platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": os.cpu_count(), "os": platform.system()}

@@ -1,4 +1,4 @@
-"""The figures of a benchmark as rows of tables; imports no torch."""
+"""Results of `unclip bench` as tables. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,223 +6,140 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from unclip.evaluation.report import Row, markdown
+from unclip.evaluation.report import Row, markdown_table
 
 MIB, GB, TERA = 2**20, 1e9, 1e12
-RESIDENT_SHARE, OFFLOAD_ROOM = (
-    1.3,
-    1e9,
-)  # peak memory stays within 1.3 x all weights, or the largest network + 1 GB
+# Bounds of peak memory: 1.3 x all weights, or with offloading the largest network + 1 GB.
+RESIDENT_SHARE, OFFLOAD_ROOM = 1.3, 1e9
 
 
-def rows(results: dict[str, Any]) -> list[Row]:
-    """The figures of `bench`: median, and the lowest and highest value beside it."""
+def bench_rows(results: dict[str, Any]) -> list[Row]:
+    """Return the median of each time, with the lowest and highest, and the peak memory."""
+    count = results.get("candidates")
     names = {
         "import": "import unclip",
-        "cold": "unclip generate, from cold to PNG",
-        "call": f"a further call for {results['batch']} of {results['size']} px",
-        "drawn": f"drawing {results.get('candidates')}",
-        "chosen": f"drawing {results.get('candidates')}, and CLIP choosing the best",
+        "cold": "unclip generate, from cold start to PNG",
+        "call": f"warm call for {results['batch']} of {results['size']} px",
+        "generated": f"generating {count}",
+        "reranked": f"generating {count} and reranking them by CLIP",
     }
     table = []
     for name, seconds in results["seconds"].items():
-        count = results["steps"].get(name)
-        what = names.get(name) or f"of that: {name}" + (
-            f", {count} step{'s' * (count > 1)}" if count else ""
-        )
-        table.append(Row(what, tell_seconds(statistics.median(seconds)), spread(seconds)))
+        steps = results["steps"].get(name)
+        suffix = f", {steps} step{'s' * (steps > 1)}" if steps else ""
+        figure = names.get(name, f"... {name}{suffix}")
+        table.append(Row(figure, *time_cells(seconds)))
+    memory = {
+        "generate": "peak memory of unclip generate",
+        "warm": "peak memory of the warm calls",
+        "device": "peak memory on the device",
+    }
     for name, size in results["peak_memory"].items():
-        what = {
-            "generate": "peak memory of unclip generate",
-            "warm": "peak memory of the further calls",
-            "device": "peak memory on the device",
-        }[name]
-        table.append(Row(what, _mib(size) or "not told by this system"))
+        table.append(Row(memory[name], _mib(size) or "not reported by this system"))
     return table
 
 
 def stage_table(results: dict[str, Any]) -> str:
-    """Each stage and the whole, as Markdown."""
+    """Format each stage, and all together, as Markdown."""
     peak = max(results["machine_peak"].values())
-    head = (
-        "stage",
-        "seconds",
-        "lowest to highest",
-        "a step",
-        "TFLOP",
-        "of the machine's peak",
-        "peak memory",
-    )
-    lines = [head]
+    head = ("stage", "seconds", "lowest to highest", "per step", "TFLOP")
+    table = [(*head, "share of the machine's peak", "peak memory")]
     stages = {name: results["seconds"][name] for name in results["flops"]}
+
+    def add(name: str, seconds: Sequence[float], step: str, flops: float, memory: str) -> None:
+        share = share_of_peak(flops, statistics.median(seconds), peak)
+        table.append((name, *time_cells(seconds), step, f"{flops / TERA:.3g}", share, memory))
+
     for name, seconds in stages.items():
-        steps, flops = results["steps"].get(name), results["flops"][name]
-        step = tell_seconds(statistics.median(results["step_seconds"][name])) if steps else ""
-        what = f"{name}, {steps} steps" if steps else name
-        speed = share(flops, statistics.median(seconds), peak)
-        lines.append(
-            (
-                what,
-                *_cells(seconds),
-                step,
-                _tera(flops),
-                speed,
-                _mib(results["stage_memory"].get(name)),
-            )
+        steps, step = results["steps"].get(name), ""
+        if steps:
+            step = format_seconds(statistics.median(results["step_seconds"][name]))
+        memory = _mib(results["stage_memory"].get(name))
+        add(
+            f"{name}, {steps} steps" if steps else name,
+            seconds,
+            step,
+            results["flops"][name],
+            memory,
         )
-    whole = results["seconds"].get("call") or [
-        sum(turn) for turn in zip(*stages.values(), strict=True)
-    ]
-    if "call" in results["seconds"] or len(stages) > 1:
-        flops, images = sum(results["flops"].values()), results["batch"] / statistics.median(whole)
-        what = f"all, {results['batch']} of {results['size']} px: {images:.3g} a second"
-        lines.append(
-            (
-                what,
-                *_cells(whole),
-                "",
-                _tera(flops),
-                share(flops, statistics.median(whole), peak),
-                "",
-            )
-        )
-    return markdown(lines)
+    total = results["seconds"].get("call")
+    if total is None and len(stages) > 1:
+        total = [sum(round_) for round_ in zip(*stages.values(), strict=True)]
+    if total is not None:
+        rate = results["batch"] / statistics.median(total)
+        name = f"all, {results['batch']} of {results['size']} px: {rate:.3g} per second"
+        add(name, total, "", sum(results["flops"].values()), "")
+    return markdown_table(table)
 
 
-def comparison(row: dict[str, Any]) -> str:
-    """One row of a comparison in a line, for while it goes on."""
-    theirs, ours = (tell_seconds(statistics.median(row[side])) for side in ("theirs", "ours"))
-    return f"{row['what']}: {theirs} against {ours}, {_times(row['ratio'])} ({_ratios(row)})"
-
-
-def comparison_table(results: dict[str, Any]) -> str:
-    """All rows as Markdown; notes below tell what is composed, and how far the answers are apart."""
-    peak = max(results["machine_peak"].values())
-    lines = [
-        (
-            "",
-            results["against"],
-            "unclip",
-            "times as fast",
-            "lowest to highest",
-            "of the machine's peak, or speed",
-        )
-    ]
-    for row in results["rows"]:
-        seconds = [statistics.median(row[side]) for side in ("theirs", "ours")]
-        if row["flops"]:
-            speeds = " and ".join(
-                share(flops, s, peak) for flops, s in zip(row["flops"], seconds, strict=True)
-            )
-        else:
-            count, kind = row["made"]
-            speeds = " and ".join(_figure(count / s) for s in seconds) + f" {kind} a second"
-        what = row["what"] + (" *" if row["composed"] else "")
-        lines.append(
-            (what, *map(tell_seconds, seconds), _times(row["ratio"]), _ratios(row), speeds)
-        )
-    notes = []
-    if any(row["composed"] for row in results["rows"]):
-        notes.append(
-            "\\* Put together: single steps x their number, what is computed once added; stages added up."
-        )
-    apart = {
-        row["what"]: f"{row['difference']:.1e} {row['unit']}"
-        for row in results["rows"]
-        if row["difference"]
-    }
-    if apart:
-        notes.append(
-            f"How far both sides' answers are apart: {'; '.join(f'{k} {v}' for k, v in apart.items())}."
-        )
-    if results["peak_memory"]:
-        notes.append(f"Both sides needed {_gb(results['peak_memory'])} of memory at most.")
-    return "\n\n".join([markdown(lines), *notes])
-
-
-def other_claims(results: dict[str, Any]) -> list[str]:
-    """Figures of an autoregressive model, and of choosing among candidates: a line each."""
+def token_and_reranking_lines(results: dict[str, Any]) -> list[str]:
+    """Return the rate of image tokens and the cost of reranking, one line each."""
     seconds, lines = results["seconds"], []
     if "codes" in seconds:
         tokens = results["batch"] * results["steps"]["codes"]
+        rate = format_number(tokens / statistics.median(seconds["codes"]))
+        lines.append(f"{rate} image tokens per second")
+    if "reranked" in seconds:
+        generated, reranked = seconds["generated"], seconds["reranked"]
+        ratios = [b / a for a, b in zip(generated, reranked, strict=True)]
+        ratio = statistics.median(reranked) / statistics.median(generated)
         lines.append(
-            f"{_figure(tokens / statistics.median(seconds['codes']))} image tokens a second"
-        )
-    if "chosen" in seconds:
-        ratios = [
-            chosen / drawn
-            for drawn, chosen in zip(seconds["drawn"], seconds["chosen"], strict=True)
-        ]
-        ratio = statistics.median(seconds["chosen"]) / statistics.median(seconds["drawn"])
-        lines.append(
-            f"choosing among {results['candidates']} candidates takes {ratio:.3g}x as long as drawing them "
-            f"({min(ratios):.3g}x to {max(ratios):.3g}x)"
+            f"generating and reranking {results['candidates']} candidates takes {ratio:.3g}x as "
+            f"long as generating them ({min(ratios):.3g}x to {max(ratios):.3g}x)"
         )
     return lines
 
 
-def memory_claim(results: dict[str, Any]) -> str | None:
-    """Peak memory beside what it may be at most, in one line; None where the system does not tell."""
+def memory_bound(results: dict[str, Any]) -> str | None:
+    """Compare the peak memory to its bound in one line; None if the system does not report it."""
     peak = results["peak_memory"].get("device", results["peak_memory"]["warm"])
     if peak is None:
         return None
+    weights = results["weights"].values()
     if results["offload"]:
-        limit = max(results["weights"].values()) + OFFLOAD_ROOM
-        what = f"largest network {_gb(max(results['weights'].values()))} + {_gb(OFFLOAD_ROOM)}"
+        bound = max(weights) + OFFLOAD_ROOM
+        formula = f"largest network {format_gb(max(weights))} + {format_gb(OFFLOAD_ROOM)}"
     else:
-        limit = RESIDENT_SHARE * sum(results["weights"].values())
-        what = f"{RESIDENT_SHARE} x {_gb(sum(results['weights'].values()))} of weights"
-    verdict = "kept" if peak <= limit else "EXCEEDED"
-    return f"peak memory {_gb(peak)}, at most {_gb(limit)} ({what}): {verdict}"
+        bound = RESIDENT_SHARE * sum(weights)
+        formula = f"{RESIDENT_SHARE} x {format_gb(sum(weights))} of weights"
+    verdict = "met" if peak <= bound else "EXCEEDED"
+    return f"peak memory {format_gb(peak)}, bound {format_gb(bound)} ({formula}): {verdict}"
 
 
-def describe(machine: dict[str, Any]) -> str:
-    """The machine in one line."""
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{where}; {machine['dtype']}; torch {machine['torch']}, Python {machine['python']}, {machine['os']}"
+def describe_machine(machine: dict[str, Any]) -> str:
+    """Describe the machine in one line."""
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    software = f"torch {machine['torch']}, Python {machine['python']}, {machine['os']}"
+    return f"{processor}; {machine['dtype']}; {software}"
 
 
 def describe_peak(rates: dict[str, float], dtype: str) -> str:
-    """The machine's peak in one line."""
-    told = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
-    return f"measured peak in {dtype}: {told}; shares are of the higher"
+    """Describe the peak rate of the machine in one line."""
+    values = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+    return f"measured peak in {dtype}: {values}; shares refer to the higher"
 
 
-def tell_seconds(value: float) -> str:
+def time_cells(seconds: Sequence[float]) -> tuple[str, str]:
+    """Return the median, and the lowest to the highest."""
+    spread = f"{format_seconds(min(seconds))} to {format_seconds(max(seconds))}"
+    return format_seconds(statistics.median(seconds)), spread
+
+
+def format_seconds(value: float) -> str:
     return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def spread(seconds: Sequence[float]) -> str:
-    return f"{tell_seconds(min(seconds))} to {tell_seconds(max(seconds))}"
-
-
-def share(flops: float, seconds: float, peak: float) -> str:
-    return f"{flops / seconds / peak:.0%}"
-
-
-def _figure(value: float) -> str:
+def format_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g}x"
+def format_gb(size: float) -> str:
+    return f"{size / GB:.2f} GB"
 
 
-def _ratios(row: dict[str, Any]) -> str:
-    return f"{_times(min(row['ratios']))} to {_times(max(row['ratios']))}"
-
-
-def _cells(seconds: Sequence[float]) -> tuple[str, str]:
-    return tell_seconds(statistics.median(seconds)), spread(seconds)
-
-
-def _tera(flops: float) -> str:
-    return f"{flops / TERA:.3g}"
+def share_of_peak(flops: float, seconds: float, peak: float) -> str:
+    return f"{flops / seconds / peak:.0%}"
 
 
 def _mib(size: float | None) -> str:
     return "" if size is None else f"{size / MIB:.0f} MiB"
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.2f} GB"

@@ -1,6 +1,7 @@
-"""diffusers' unCLIP around the weights of ours: its classes, its scheduler, and its pipeline stage by stage."""
+"""diffusers' unCLIP, stage by stage, sharing the weights of our networks."""
 
-# B batch (2B rows where it is guided: nulls first), L text tokens, D CLIP embedding width, s and S sides of pictures
+# B batch (2B rows with guidance: unconditional first), L text tokens, D CLIP embedding width,
+# s image size of the decoder, S of the upsampler
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import unclip.clip  # noqa: F401 - first: it declares what a mismatched torchvision lacks, which diffusers imports
+import unclip.clip  # noqa: F401 - before diffusers, which imports torchvision
 
 # isort: split
 import torch
@@ -21,8 +22,8 @@ from unclip.checkpoints.diffusers.configs import write_decoder, write_prior, wri
 from unclip.checkpoints.diffusers.names import prior_rules, text_proj_rules, unet_rules
 from unclip.checkpoints.renaming import Rule, export_state
 from unclip.diffusion.samplers import randn
-from unclip.evaluation.bench.calls import Inputs
-from unclip.evaluation.bench.clock import Stage
+from unclip.evaluation.bench.stage_calls import Inputs
+from unclip.evaluation.bench.timing import Stage
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.prior import DiffusionPrior
 from unclip.models.unclip.upsampler import Upsampler
@@ -36,79 +37,66 @@ SCHEDULERS = {  # Karlo's
     "decoder": {"variance_type": "learned_range"},
     "upsampler": {},
 }
-SOME_T = 500  # where both sides' answers are compared
-CROP = 64  # pixels of a side on which the upsamplers' are
+COMPARED_T = 500  # timestep at which the outputs of both sides are compared
+CROP = 64  # image size at which those of the upsamplers are compared
 
 
-# -- networks: every matrix is shared with ours, convolutions are copied into diffusers' memory format
+# -- networks: matrices are shared with ours, convolutions are copied into diffusers' memory format
 
 
 def reference_prior(ours: DiffusionPrior) -> PriorTransformer:
-    dtype, device = ours.query.dtype, ours.query.device
-    network = _given(
-        PriorTransformer,
-        write_prior(ours.config),
-        ours.state_dict(),
-        prior_rules(ours.config),
-        dtype,
-    )
+    dtype, device, rules = ours.query.dtype, ours.query.device, prior_rules(ours.config)
+    config = write_prior(ours.config)
+    network = _load(PriorTransformer, config, ours.state_dict(), rules, dtype)
     size = network.causal_attention_mask.shape[-1]
-    mask = torch.full((1, size, size), -10000.0, dtype=dtype, device=device).triu(
-        1
-    )  # no part of the state
-    network.register_buffer("causal_attention_mask", mask, persistent=False)
+    mask = torch.full((1, size, size), -10000.0, dtype=dtype, device=device).triu(1)
+    network.register_buffer("causal_attention_mask", mask, persistent=False)  # not in the state
     return network
 
 
 def reference_decoder(ours: Decoder) -> tuple[UnCLIPTextProjModel, UNet2DConditionModel]:
-    unet, projection = write_decoder(ours.config)
-    around = {
-        name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("unet.")
-    }
-    dtype = ours.null_image.dtype
-    return (
-        _given(UnCLIPTextProjModel, projection, around, text_proj_rules(), dtype),
-        _given(
-            UNet2DConditionModel, unet, ours.unet.state_dict(), unet_rules(ours.config.unet), dtype
-        ),
-    )
+    unet_config, projection_config = write_decoder(ours.config)
+    dtype, rules = ours.null_image.dtype, unet_rules(ours.config.unet)
+    state = {name: x for name, x in ours.state_dict().items() if not name.startswith("unet.")}
+    projection = _load(UnCLIPTextProjModel, projection_config, state, text_proj_rules(), dtype)
+    unet = _load(UNet2DConditionModel, unet_config, ours.unet.state_dict(), rules, dtype)
+    return projection, unet
 
 
 def reference_upsampler(ours: Upsampler) -> tuple[UNet2DModel, UNet2DModel]:
-    """The networks of all steps but the last, and of the last."""
-    unets = [unet for unet in (ours.unet, ours.last_unet) if unet is not None]
+    """Return the network of all steps but the last, and that of the last step."""
     config, dtype = write_unet(ours.config.unet, ours.config.high_size), ours.unet.stem.weight.dtype
-    found = [
-        _given(UNet2DModel, config, unet.state_dict(), unet_rules(unet.config), dtype)
-        for unet in unets
+    networks = [
+        _load(UNet2DModel, config, unet.state_dict(), unet_rules(unet.config), dtype)
+        for unet in (ours.unet, ours.last_unet)
+        if unet is not None
     ]
-    return found[0], found[-1]
+    return networks[0], networks[-1]
 
 
-def _given(
-    kind: type[M],
+def _load(
+    cls: type[M],
     config: dict[str, Any],
     state: dict[str, Tensor],
     rules: Iterable[Rule],
     dtype: torch.dtype,
 ) -> M:
     with torch.device("meta"):
-        network = kind.from_config(config)
-    theirs = {
-        name: tensor.to(dtype).contiguous() for name, tensor in export_state(state, rules).items()
-    }
-    network.load_state_dict(theirs, assign=True)
+        network = cls.from_config(config)
+    renamed = export_state(state, rules)
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in renamed.items()}
+    network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False)
 
 
 def compile_networks(networks: Iterable[nn.Module]) -> None:
-    """Through torch.compile, in place, as ours are by `unclip.compile`."""
+    """Apply torch.compile in place, like `unclip.compile`."""
     for network in networks:
         on_cuda = next(network.parameters()).is_cuda
         network.compile(dynamic=False, mode="reduce-overhead" if on_cuda else None)
 
 
-# -- stages: what diffusers' pipeline does from the text's encoding on, callable one by one
+# -- stages: the diffusers pipeline after text encoding, one call per stage
 
 
 class ReferencePrior:
@@ -119,7 +107,7 @@ class ReferencePrior:
     def sample(
         self, text: TextEncoding, generators: Generators, options: StageOptions, on_step: OnStep
     ) -> Tensor:
-        """Encodings of 2B texts -> image embeddings (B, D)."""
+        """Text encodings (2B rows) -> image embeddings (B, D)."""
 
         def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
             null, cond = self._predict(torch.cat([x, x]), t, text).chunk(2)
@@ -130,16 +118,14 @@ class ReferencePrior:
         return self.network.post_process_latents(x)
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
-        text, options = (
-            guided_text(self.ours, inputs.prompts, inputs.num_images),
-            self.ours.options.prior,
-        )
+        text = guided_text(self.ours, inputs.prompts, inputs.num_images)
+        options = self.ours.options.prior
         return lambda on_step: self.sample(text, inputs.generators(), options, on_step)
 
-    def answers(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-        """Theirs and ours to the same question."""
+    def outputs(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs of both sides for the same inputs."""
         text = guided_text(self.ours, inputs.prompts, inputs.num_images)
-        x_t, t = _question(text.emb.shape, self.ours)
+        x_t, t = _noisy_inputs(text.emb.shape, self.ours)
         return [(self._predict(x_t, t, text), self.ours.prior(x_t, t, text))]
 
     def _predict(self, x_t: Tensor, t: Tensor, text: TextEncoding) -> Tensor:
@@ -159,7 +145,7 @@ class ReferenceDecoder:
         options: StageOptions,
         on_step: OnStep,
     ) -> Tensor:
-        """Image embeddings (B, D) and encodings of 2B texts -> pictures (B, 3, s, s)."""
+        """Embeddings (B, D) and text encodings (2B rows) -> images (B, 3, s, s)."""
         given = self._condition(image_emb, text)
 
         def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
@@ -169,23 +155,20 @@ class ReferenceDecoder:
 
         size = self.network.config.sample_size
         shape = (len(generators), 3, size, size)
-        return _sample(predict, shape, text.emb, "decoder", generators, options, on_step).clamp(
-            -1, 1
-        )
+        images = _sample(predict, shape, text.emb, "decoder", generators, options, on_step)
+        return images.clamp(-1, 1)
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
-        text, options = (
-            guided_text(self.ours, inputs.prompts, inputs.num_images),
-            self.ours.options.decoder,
-        )
+        text = guided_text(self.ours, inputs.prompts, inputs.num_images)
+        options = self.ours.options.decoder
         return lambda on_step: self.sample(
             inputs.image_emb, text, inputs.generators(), options, on_step
         )
 
-    def answers(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+    def outputs(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
         ours, size = self.ours, self.network.config.sample_size
         text = guided_text(ours, inputs.prompts, inputs.num_images)
-        x_t, t = _question((len(text), 3, size, size), ours)
+        x_t, t = _noisy_inputs((len(text), 3, size, size), ours)
         image_emb = inputs.image_emb.to(ours.device, ours.dtype)
         nulls = torch.arange(len(text), device=ours.device) < len(image_emb)
         theirs = self.network(x_t, t, **self._condition(image_emb, text)).sample
@@ -214,29 +197,26 @@ class ReferenceUpsampler:
     def sample(
         self, images: Tensor, generators: Generators, options: StageOptions, on_step: OnStep
     ) -> Tensor:
-        """Pictures (B, 3, s, s) -> (B, 3, S, S)."""
+        """Images (B, 3, s, s) -> (B, 3, S, S)."""
         first, final = self.networks
         size = first.config.sample_size
-        wide = images.to(
-            first.device, torch.float32
-        )  # in bfloat16 the pipeline stops here on a CPU: there is no kernel
-        images = F.interpolate(wide, (size, size), mode="bicubic", antialias=True).to(first.dtype)
+        images = images.to(first.device, torch.float32)  # resizing has no bfloat16 kernel on CPUs
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).to(first.dtype)
 
         def predict(x: Tensor, t: Tensor, last: bool) -> Tensor:
             return (final if last else first)(torch.cat([x, images], dim=1), t).sample
 
-        return _sample(
-            predict, tuple(images.shape), images, "upsampler", generators, options, on_step
-        )
+        shape = tuple(images.shape)
+        return _sample(predict, shape, images, "upsampler", generators, options, on_step)
 
     def call(self, inputs: Inputs) -> Stage[Tensor]:
         (options,) = self.ours.options.upsamplers
-        return lambda on_step: self.sample(inputs.small, inputs.generators(), options, on_step)
+        return lambda on_step: self.sample(inputs.low_res, inputs.generators(), options, on_step)
 
-    def answers(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
-        """Of both networks, on a crop."""
+    def outputs(self, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        """Return the outputs of both networks on a crop."""
         (ours,) = self.ours.upsamplers
-        x, t = _question((len(inputs.image_emb), 6, CROP, CROP), self.ours)
+        x, t = _noisy_inputs((len(inputs.image_emb), 6, CROP, CROP), self.ours)
         x_t, low_res = x.chunk(2, dim=1)
         return [
             (theirs(x, t).sample, (ours.denoise_last if last else ours.denoise)(x_t, t, low_res))
@@ -250,7 +230,7 @@ ReferenceStage = ReferencePrior | ReferenceDecoder | ReferenceUpsampler
 
 @torch.no_grad()
 def guided_text(ours: UnCLIPPipeline, prompts: Sequence[str], num_images: int = 1) -> TextEncoding:
-    """The empty prompt for each of B rows, then the prompts; by our CLIP, so that both sides are told the same."""
+    """Encode the empty prompt B times, then the prompts, by our CLIP on both sides."""
     rows = [
         ours.clip.encode_text(texts).repeat_interleave(num_images)
         for texts in ([""] * len(prompts), prompts)
@@ -261,36 +241,35 @@ def guided_text(ours: UnCLIPPipeline, prompts: Sequence[str], num_images: int = 
 
 @torch.no_grad()
 def difference(stage: ReferenceStage, inputs: Inputs) -> float:
-    """The largest between both sides' answers to one question, in standard deviations of the reference's."""
-    pairs = [(theirs.float(), ours.float()) for theirs, ours in stage.answers(inputs)]
+    """Return the largest difference of the outputs, in standard deviations of the reference."""
+    pairs = [(theirs.float(), ours.float()) for theirs, ours in stage.outputs(inputs)]
     return max(((theirs - ours).abs().max() / theirs.std()).item() for theirs, ours in pairs)
 
 
-def draw(
+def generate(
     stages: dict[str, ReferenceStage],
     prompts: Sequence[str],
     generators: Generators,
     options: UnCLIPOptions,
 ) -> Tensor:
-    """Prompts -> pictures (B, 3, S, S) in [-1, 1], a generator for each."""
+    """Generate images (B, 3, S, S) in [-1, 1] of B prompts."""
 
     def on_step(_: object) -> None:
         pass
 
     prior, decoder, upsampler = (stages[name] for name in REFERENCES)
-    (upsampling,) = options.upsamplers
+    (upsampler_options,) = options.upsamplers
     text = guided_text(prior.ours, prompts)
     image_emb = prior.sample(text, generators, options.prior, on_step)
-    small = decoder.sample(image_emb, text, generators, options.decoder, on_step)
-    return upsampler.sample(small, generators, upsampling, on_step).clamp(-1, 1)
+    low_res = decoder.sample(image_emb, text, generators, options.decoder, on_step)
+    return upsampler.sample(low_res, generators, upsampler_options, on_step).clamp(-1, 1)
 
 
-def _question(shape: Sequence[int], ours: UnCLIPPipeline) -> tuple[Tensor, Tensor]:
-    """Noise, and a timestep for each row."""
-    x_t = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(
-        ours.device, ours.dtype
-    )
-    return x_t, torch.full((shape[0],), SOME_T, device=ours.device)
+def _noisy_inputs(shape: Sequence[int], ours: UnCLIPPipeline) -> tuple[Tensor, Tensor]:
+    """Return noise, and a timestep for each row."""
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(*shape, generator=generator).to(ours.device, ours.dtype)
+    return x_t, torch.full((shape[0],), COMPARED_T, device=ours.device)
 
 
 @torch.no_grad()

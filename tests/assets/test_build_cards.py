@@ -1,0 +1,127 @@
+"""assets/build_cards.py fills in the model cards."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import build_cards
+import pytest
+from PIL import Image
+from scripts import ROOT
+from styled import write_pairs
+
+from unclip.evaluation.report import upgrade
+
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
+
+
+@pytest.fixture
+def card(tmp_path):
+    """A folder with an empty card."""
+    names = ("hours", "runs", "figures")
+    blocks = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names)
+    (tmp_path / "README.md").write_text(f"# A card\n{blocks}the end\n")
+    return tmp_path
+
+
+def write_run(folder, rows):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_card_gets_runs_curves_and_results(tiny_folder, card, tmp_path_factory):
+    data = write_pairs(tmp_path_factory.mktemp("data"))
+    rows = [{"step": 10 * i, "hours": i / 10, "loss": 1 / i} for i in range(1, 30)]
+    for name in ("prior", "clip", "another"):
+        write_run(card / "runs" / name, [*rows, {"step": 290, "hours": 2.9, "val_loss": 0.25}])
+    write_run(card / "runs" / "started", [])
+    arguments = (
+        f"--out {card} --runs {card}/runs --model {tiny_folder} --quiet "
+        f"--data {data}/heldout-*.tar --parts prior --steps 1"
+    )
+    build_cards.main(arguments.split())
+    text = (card / "README.md").read_text()
+    assert text.startswith("# A card\n<!-- hours -->\nold\n")
+    assert text.endswith("<!-- /figures -->\nthe end\n")
+    assert "| clip | 290 | 2.9 | 0.0345 | 0.2500 |" in text and "started" not in text
+    assert text.index("| clip |") < text.index("| prior |") < text.index("| another |")
+    assert "| prior: cosine to the true embedding, gap |" in text
+    assert "On 4 held-out pairs, seed 0" in text
+    assert Image.open(card / "loss.png").width > 900
+    assert {"evaluation.json", "heldout.png"} <= {path.name for path in card.iterdir()}
+
+    build_cards.main(["--out", str(card)])  # from evaluation.json alone
+    assert (card / "README.md").read_text() == text
+
+
+def test_runs_can_be_named_one_by_one(card):
+    for name in ("codec", "dalle", "clip"):
+        row = {"step": 7, "hours": 0.25, "loss": 2.5, "val_loss": 3.5}
+        write_run(card / "runs" / name, [row])
+    runs = [str(card / "runs" / name) for name in ("dalle", "codec")]
+    build_cards.main(["--out", str(card), "--runs", *runs])
+    text = (card / "README.md").read_text()
+    assert "| codec | 7 | 0.2 | 2.5000 | 3.5000 |\n| dalle |" in text and "clip" not in text
+
+
+def test_a_comparison_of_priors_is_added(card):
+    evaluation = {"held_out": {"pairs": 4}, "seed": 0, "options": {"temperature": 0.9, "top_p": 1}}
+    (card / "evaluation.json").write_text(json.dumps(evaluation))
+    row = {"name": "one-shot", "parameters": 2_340_000, "guidance": 1.0, "cosine": 0.7}
+    results = {"pairs": 128, "rows": [{**row, "recall@1": 0.25}]}
+    (card / "priors.json").write_text(json.dumps(results))
+    build_cards.main(["--out", str(card)])
+    text = (card / "README.md").read_text()
+    assert "seed 0; temperature 0.9, top-p 1." in text and "on 128 held-out captions" in text
+    assert "| one-shot | 2.3 M | 1 | 0.700 |  | 25.0% |  |  |" in text
+
+
+def test_results_of_an_earlier_version_are_upgraded():
+    old = {
+        "beside": "emoji",
+        "recall": {"groups": {"all": {"pictures": 4, "drawn": {"recall@1": 1.0}}}},
+        "rows": [{"name": "caption alone"}],
+    }
+    assert upgrade(old) == {
+        "baseline": "emoji",
+        "recall": {"groups": {"all": {"images": 4, "generated": {"recall@1": 1.0}}}},
+        "rows": [{"name": "text only"}],
+    }
+
+
+def test_markers_must_exist(card):
+    (card / "README.md").write_text("# A card without markers\n")
+    evaluation = {"held_out": {"pairs": 4}, "seed": 0, "options": {}}
+    (card / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(SystemExit, match="<!-- figures -->"):
+        build_cards.main(["--out", str(card)])
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-dalle1"])
+def test_bundled_cards_have_the_stored_results(name):
+    folder = ROOT / "assets" / name
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert build_cards.fill(readme, "figures", build_cards.figures(folder)) == readme
+    for block in ("hours", "runs"):
+        assert "new" in build_cards.fill(readme, block, "new").split(f"<!-- {block} -->")[1]
+
+
+def test_plots_need_matplotlib(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def without_matplotlib(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    runs = {"clip": [{"step": 1, "hours": 0.1, "loss": 1.0}]}
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        build_cards.plot_losses(runs, tmp_path / "loss.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoothing_averages_over_a_twentieth():
+    assert build_cards.smooth([2.0] * 100) == [2.0] * 100
+    assert build_cards.smooth([0.0] * 50 + [1.0] * 50)[52] == pytest.approx(3 / 5)

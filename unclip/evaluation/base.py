@@ -1,0 +1,364 @@
+"""The evaluation shared by all kinds of models, on pairs that the model was never trained on."""
+
+# N held-out pairs, M training pairs, D CLIP embedding width, s size at which images are measured
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from unclip import __version__
+from unclip.config import to_dict
+from unclip.evaluation import PARTS
+from unclip.evaluation.metrics import (
+    caption_targets,
+    diversity,
+    nearest_by_cosine,
+    nearest_by_pixels,
+    recall,
+)
+from unclip.evaluation.pairs import Pairs
+from unclip.evaluation.style import train_classifier
+from unclip.pipelines.base import TextToImage, redraw
+from unclip.types import TextEncoding
+
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 8, 4
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images of N captions, at the size at which they are measured."""
+
+    captions: list[str]
+    images: Tensor  # (N, 3, s, s) in [-1, 1]
+    generators: Sequence[torch.Generator] = ()  # state after the decoder, for the upsamplers
+
+
+class ImageGenerator(ABC):
+    """A pipeline over many captions. Image k uses the seed `seed` + k, as in a call of the pipeline."""
+
+    pipe: Any
+    options: Any
+
+    def __init__(
+        self, pipe: TextToImage, options: Any = None, batch_size: int = 32, progress: bool = True
+    ) -> None:
+        """options: sampling options (default: those of the pipeline)."""
+        self.pipe, self.options = pipe, options or pipe.options
+        self.batch_size, self.progress = batch_size, progress
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The size s of the images that `generate` returns."""
+
+    @abstractmethod
+    def generate(self, captions: Sequence[str], seed: int) -> Samples:
+        """Generate one image of each caption."""
+
+    @abstractmethod
+    def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
+        """Return the images of some rows (default: all) at the full size of the model."""
+
+    @torch.inference_mode()
+    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
+        """Encode captions by CLIP in fp32. Longer captions are cut without a warning."""
+        with ignore_cut_warnings():
+            return self.pipe.clip.encode_text(list(captions)).to(dtype=torch.float32)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> Tensor:
+        """Return CLIP embeddings (N, D) of images (N, 3, s, s), uint8 or in [-1, 1]."""
+        embeddings = []
+        for part in self.batches(len(images), "CLIP", 256):
+            x = images[part]
+            x = x.float().div(127.5).sub(1) if x.dtype == torch.uint8 else x
+            embeddings.append(self.pipe.clip.encode_image(x).float().cpu())
+        return torch.cat(embeddings)
+
+    def batches(self, count: int, name: str = "", batch_size: int | None = None) -> Iterator[slice]:
+        """Yield slices of range(count), with a progress bar if `name` is given."""
+        size, hidden = batch_size or self.batch_size, not (self.progress and name)
+        for start in tqdm(range(0, count, size), name, disable=hidden, leave=False):
+            yield slice(start, start + size)
+
+
+class Evaluation(ABC):
+    """The evaluation of one model. Results that several parts need are computed once, on demand."""
+
+    pipe: Any
+    generator: ImageGenerator
+
+    def __init__(
+        self,
+        generator: ImageGenerator,
+        held_out: Pairs,
+        train: Pairs | None = None,
+        *,
+        baseline: ImageGenerator | None = None,
+        seed: int = 0,
+    ) -> None:
+        """baseline: another model with images of the same size, embedded by the same CLIP."""
+        pipe = generator.pipe
+        if len(held_out) < 2:
+            raise ValueError("got only one held-out pair; an evaluation needs at least 2")
+        if pipe.clip is None:
+            raise ValueError(f"{pipe.name} has no CLIP, which the evaluation needs")
+        if baseline is not None and baseline.size != generator.size:
+            raise ValueError(
+                f"{baseline.pipe.name} generates {baseline.size} px and {pipe.name} "
+                f"{generator.size} px; expected the same size for a comparison"
+            )
+        self.pipe, self.generator, self.baseline = pipe, generator, baseline
+        self.held_out, self.train, self.seed = held_out, train, seed
+        self.results: dict[str, Any] = {}  # of the last `run`
+
+    def run(
+        self,
+        parts: Sequence[str] | None = None,
+        save: Callable[[dict[str, Any]], None] = lambda results: None,
+    ) -> dict[str, Any]:
+        """Evaluate some parts (default: all) and return the results as JSON types.
+
+        save: called with all results so far after each part, since a part may take minutes.
+        """
+        known = PARTS[self.pipe.kind]
+        if unknown := [part for part in parts or () if part not in known]:
+            raise ValueError(f"unknown part {unknown[0]!r}; expected some of {', '.join(known)}")
+        networks = {"clip": self.pipe.clip, **self.pipe.networks()}
+        results: dict[str, Any] = {
+            "model": self.pipe.name,
+            "version": __version__,
+            "parameters": {
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in networks.items()
+            },
+            "options": to_dict(self.generator.options),
+            "seed": self.seed,
+            "held_out": {"pairs": len(self.held_out), "broken": self.held_out.broken},
+        }
+        if self.train is not None:
+            results["train"] = {"pairs": len(self.train), "broken": self.train.broken}
+        if self.baseline is not None:
+            results["baseline"] = self.baseline.pipe.name
+        for part in known:
+            if parts is None or part in parts:
+                results |= self._evaluate(part)
+                save(results)
+        self.results = results
+        return results
+
+    @abstractmethod
+    def _evaluate(self, part: str) -> dict[str, Any]:
+        """Return the results of one part by name; empty if the model has no such stage."""
+
+    def images(self) -> dict[str, Any]:
+        """Evaluate the generated images: recall, diversity, nearest training images and style."""
+        results = {"recall": self.recall(), "diversity": self.diversity()}
+        if self.train is not None:
+            results["nearest"] = self.nearest(self.train)
+            if len(self.train.styles) > 1:
+                results["style"] = self.style(self.train)
+        return results
+
+    @cached_property
+    def text_emb(self) -> Tensor:
+        """CLIP embeddings of the held-out captions (N, D)."""
+        return self.generator.encode_text(self.held_out.captions).emb.cpu()
+
+    @cached_property
+    def true_emb(self) -> Tensor:
+        """CLIP embeddings of the held-out images (N, D)."""
+        return self.generator.embed(self.held_out.images)
+
+    @cached_property
+    def samples(self) -> Samples:
+        """A generated image of each held-out caption."""
+        return self.generator.generate(self.held_out.captions, self.seed)
+
+    @cached_property
+    def generated_emb(self) -> Tensor:
+        """CLIP embeddings of the generated images (N, D)."""
+        return self.generator.embed(self.samples.images)
+
+    @cached_property
+    def baseline_samples(self) -> Samples:
+        """The images of the baseline, from the same captions and seeds."""
+        assert self.baseline is not None
+        return self.baseline.generate(self.held_out.captions, self.seed)
+
+    @cached_property
+    def image_embeddings(self) -> dict[str, Tensor]:
+        """CLIP embeddings (N, D) of the generated, baseline and true images."""
+        embeddings = {"generated": self.generated_emb}
+        if self.baseline is not None:
+            embeddings["baseline"] = self.generator.embed(self.baseline_samples.images)
+        return {**embeddings, "true": self.true_emb}
+
+    @cached_property
+    def train_emb(self) -> Tensor:
+        """CLIP embeddings of the training images (M, D)."""
+        assert self.train is not None
+        return self.generator.embed(self.train.images)
+
+    @cached_property
+    def nearest_to_generated(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rows (N,) and distances (N,) of the nearest training pairs, by "clip" and "pixels"."""
+        assert self.train is not None
+        return {
+            "clip": nearest_by_cosine(self.generated_emb, self.train_emb),
+            "pixels": nearest_by_pixels(self.samples.images, self.train.images),
+        }
+
+    def recall(self) -> dict[str, Any]:
+        """Retrieve the caption of each image among all held-out captions."""
+        entries = self.held_out.entries
+        all_rows = list(range(len(entries)))
+        untoned = [row for row in all_rows if not entries[row].toned]
+        groups = {"all": (all_rows, all_rows)}  # rows of the images, rows of the captions
+        for style in self.held_out.styles:
+            groups[style] = ([row for row in all_rows if entries[row].style == style], all_rows)
+        if 0 < len(untoned) < len(entries):
+            groups["without skin tones"] = (untoned, untoned)
+        return {
+            "groups": {name: self._recall(*rows) for name, rows in groups.items()},
+            "caption_cosine": {
+                name: F.cosine_similarity(self.text_emb, emb).mean().item()
+                for name, emb in self.image_embeddings.items()
+            },
+        }
+
+    def _recall(self, image_rows: list[int], caption_rows: list[int]) -> dict[str, Any]:
+        candidates, targets = self._candidates(caption_rows, image_rows)
+        return {
+            "images": len(image_rows),
+            "captions": len(candidates),
+            **{
+                name: recall(emb[image_rows], candidates, targets)
+                for name, emb in self.image_embeddings.items()
+            },
+        }
+
+    def _candidates(
+        self, caption_rows: Sequence[int], image_rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return embeddings of the distinct captions of some rows, and the target of each image."""
+        first, index = caption_targets(self.held_out.captions, caption_rows)
+        targets = torch.tensor([index[self.held_out.captions[row]] for row in image_rows])
+        return self.text_emb[first], targets
+
+    def diversity(self) -> dict[str, Any]:
+        """Compare CLIP distances between images of one prompt and of different prompts."""
+        rows = self.held_out.spread(DIVERSITY_PROMPTS)
+        prompts = [self.held_out.captions[row] for row in rows for _ in range(DIVERSITY_SEEDS)]
+        images = self.generator.generate(prompts, self.seed).images
+        emb = self.generator.embed(images).unflatten(0, (len(rows), DIVERSITY_SEEDS))
+        return {
+            "prompts": len(rows),
+            "seeds": DIVERSITY_SEEDS,
+            "of_one_prompt": diversity(emb),
+            "of_different_prompts": diversity(emb.transpose(0, 1)),
+        }
+
+    def nearest(self, train: Pairs) -> dict[str, Any]:
+        """Compare the nearest training images of generated and of true images, to detect copies."""
+        truth = self.held_out.floats()
+        nearest = {
+            "generated": self.nearest_to_generated,
+            "true": {
+                "clip": nearest_by_cosine(self.true_emb, self.train_emb),
+                "pixels": nearest_by_pixels(truth, train.images),
+            },
+        }
+
+        def same_concept(rows: Tensor) -> float:
+            pairs = zip(self.held_out.entries, rows.tolist(), strict=True)
+            return float(np.mean([pair.concept == train.entries[i].concept for pair, i in pairs]))
+
+        results: dict[str, Any] = {
+            kind: {
+                "median_distance": {
+                    name: found[kind][1].median().item() for name, found in nearest.items()
+                },
+                "same_concept": {
+                    name: same_concept(found[kind][0]) for name, found in nearest.items()
+                },
+            }
+            for kind in ("clip", "pixels")
+        }
+        to_truth = (self.samples.images - truth).square().mean(dim=(1, 2, 3)).sqrt()  # (N,)
+        nearer = to_truth < self.nearest_to_generated["pixels"][1]
+        return {**results, "nearer_to_truth": nearer.float().mean().item()}
+
+    def style(self, train: Pairs) -> dict[str, Any]:
+        """Compare the style of each image, by a classifier of the training images, to its caption.
+
+        Styles share designs, so the classifier errs on true images too; the last group has only
+        the pairs whose true image is classified correctly.
+        """
+        classifier = train_classifier(train, self.seed, progress=self.generator.progress)
+        entries = self.held_out.entries
+        rows = [row for row, pair in enumerate(entries) if pair.style in classifier.styles]
+        styles = [str(entries[row].style) for row in rows]
+        correct = {"generated": classifier.is_style(self.samples.images[rows], styles)}
+        if self.baseline is not None:
+            correct["baseline"] = classifier.is_style(self.baseline_samples.images[rows], styles)
+        correct["true"] = classifier.is_style(self.held_out.floats(rows), styles)
+        groups = {"all": torch.ones_like(correct["true"])}
+        for style in sorted(set(styles)):
+            groups[style] = torch.tensor([other == style for other in styles])
+        groups["true image classified correctly"] = correct["true"]
+        return {
+            group: {
+                "images": int(mask.sum()),
+                **{name: hits[mask].float().mean().item() for name, hits in correct.items()},
+            }
+            for group, mask in groups.items()
+            if mask.any()
+        }
+
+    def repeatable(self) -> dict[str, Any]:
+        """Compare the same seeds twice, alone and in a batch, and regenerated from metadata."""
+        prompts = self.held_out.captions[:3]
+        generate = partial(self.pipe, options=self.generator.options, progress=False)
+        with ignore_cut_warnings():
+            batch, again = generate(prompts, seed=self.seed), generate(prompts, seed=self.seed)
+            alone = [
+                generate(prompt, seed=seed)
+                for prompt, seed in zip(prompts, batch.seeds, strict=True)
+            ]
+            regenerated = redraw(self.pipe, alone[0].metadata[0], progress=False)
+        differences = [
+            np.abs(np.asarray(result.images[0], int) - np.asarray(image, int)).max()
+            for result, image in zip(alone, batch.images, strict=True)
+        ]
+        return {
+            "same_seed_same_bytes": all(
+                first.tobytes() == second.tobytes()
+                for first, second in zip(batch.images, again.images, strict=True)
+            ),
+            "batch_and_alone_differ_by": int(max(differences)),  # of 255
+            "from_metadata_same_bytes": (
+                regenerated.images[0].tobytes() == alone[0].images[0].tobytes()
+            ),
+        }
+
+
+@contextlib.contextmanager
+def ignore_cut_warnings() -> Iterator[None]:
+    """Suppress the warning that a prompt was cut to CLIP's context, once per caption otherwise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the prompt .*this part was cut")
+        yield

@@ -1,0 +1,192 @@
+"""Evaluation of an unCLIP model: images, and its prior, decoder and upsamplers alone."""
+
+# N held-out pairs, B batch, D CLIP embedding width, s decoder's image size, S model's image size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unclip.diffusion.samplers import randn
+from unclip.evaluation.base import Evaluation, ImageGenerator, Samples
+from unclip.evaluation.metrics import cosine_gap, psnr
+from unclip.pipelines.base import generators_from, progress_bar, to_pil
+from unclip.pipelines.unclip.bound_stage import to_tensor
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.training.losses import resize_square
+from unclip.types import OnStep, TextEncoding, UnCLIPOptions
+
+NOISE_LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)  # t / T at which the decoder alone is evaluated
+UPSAMPLED = 64  # images on which the upsampler alone is evaluated
+UPSAMPLER_BATCH = 8  # its images have 16 times as many pixels
+
+
+@dataclass(frozen=True)
+class PredictedEmbeddings:
+    """Image embeddings of N captions."""
+
+    captions: list[str]
+    text: TextEncoding
+    image_emb: Tensor | None  # (N, D); None: the decoder is conditioned on text only
+    generators: list[torch.Generator]  # state after the prior, for the decoder
+
+
+class UnCLIPGenerator(ImageGenerator):
+    """An unCLIP pipeline, stage by stage; images are measured before the upsamplers."""
+
+    pipe: UnCLIPPipeline
+    options: UnCLIPOptions
+
+    @property
+    def size(self) -> int:
+        return self.pipe.decoder.config.image_size
+
+    def predict_embeddings(self, captions: Sequence[str], seed: int) -> PredictedEmbeddings:
+        """Sample the prior."""
+        text = self.encode_text(captions)
+        generators = generators_from(range(seed, seed + len(captions)))
+        options, candidates = self.options.prior, self.options.prior_candidates
+        with self._progress(len(captions), self.pipe.prior_steps(options)) as on_step:
+            image_emb = [
+                self.pipe.sample_prior(
+                    text[part],
+                    generators=generators[part],
+                    options=options,
+                    candidates=candidates,
+                    on_step=on_step,
+                ).cpu()
+                for part in self.batches(len(captions))
+            ]
+        return PredictedEmbeddings(list(captions), text, torch.cat(image_emb), generators)
+
+    def decode(self, predicted: PredictedEmbeddings) -> Samples:
+        """Sample the decoder. The generators of `predicted` are copied, not advanced."""
+        options, generators = self.options.decoder, _copies(predicted.generators)
+        count, image_emb = len(predicted.captions), predicted.image_emb
+        with self._progress(count, options.steps) as on_step:
+            images = [
+                self.pipe.decode(
+                    None if image_emb is None else image_emb[part],
+                    predicted.text[part],
+                    generators=generators[part],
+                    options=options,
+                    on_step=on_step,
+                ).cpu()
+                for part in self.batches(count)
+            ]
+        return Samples(predicted.captions, torch.cat(images), generators)
+
+    def generate(self, captions: Sequence[str], seed: int) -> Samples:
+        return self.decode(self.predict_embeddings(captions, seed))
+
+    def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
+        rows = range(len(samples.captions)) if rows is None else rows
+        generators = _copies([samples.generators[row] for row in rows])
+        images: list[Image.Image] = []
+        for part in self.batches(len(rows), "upsampler", UPSAMPLER_BATCH):
+            low_res = samples.images[list(rows[part])]
+            options = self.options.upsamplers
+            images += to_pil(
+                self.pipe.upsample(low_res, generators=generators[part], options=options)
+            )
+        return images
+
+    def _progress(self, count: int, steps: int) -> AbstractContextManager[OnStep]:
+        return progress_bar(-(-count // self.batch_size) * steps, self.progress, None)
+
+
+class UnCLIPEvaluation(Evaluation):
+    """The evaluation of an unCLIP model. Images are measured before the upsamplers."""
+
+    pipe: UnCLIPPipeline
+    generator: UnCLIPGenerator
+
+    def _evaluate(self, part: str) -> dict[str, Any]:
+        if part == "images":
+            return self.images()
+        if part == "upsampler" and not self.generator.options.upsamplers:
+            return {}
+        parts = {"prior": self.prior, "decoder": self.decoder, "upsampler": self.upsampler}
+        return {part: {**parts, "repeatable": self.repeatable}[part]()}
+
+    @cached_property
+    def predicted(self) -> PredictedEmbeddings:
+        """The prior's embeddings of the held-out captions."""
+        return self.generator.predict_embeddings(self.held_out.captions, self.seed)
+
+    @cached_property
+    def samples(self) -> Samples:
+        return self.generator.decode(self.predicted)
+
+    def prior(self) -> dict[str, Any]:
+        """Compare predicted embeddings, and as a reference text embeddings, to those of the images."""
+        emb, network = self.predicted.image_emb, self.pipe.prior
+        assert emb is not None
+        normalised = [
+            network.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
+        ]
+        return {
+            "cosine": cosine_gap(emb, self.true_emb),
+            "text_cosine": cosine_gap(self.text_emb, self.true_emb),
+            "normalised_mse": F.mse_loss(*normalised).item(),
+        }
+
+    def decoder(self) -> dict[str, Any]:
+        """Return the mean squared error of one-step estimates of x_0, clipped to [-1, 1].
+
+        The decoder is conditioned on the caption and the embedding of the true image.
+        """
+        pipe, decoder, schedule = self.pipe, self.pipe.decoder, self.pipe.schedules["decoder"]
+        generators = generators_from(range(self.seed, self.seed + len(self.held_out)))
+        errors: dict[str, list[Tensor]] = {str(level): [] for level in NOISE_LEVELS}
+        for part in self.generator.batches(len(self.held_out), "decoder alone"):
+            x_0 = self.held_out.floats(part).to(pipe.device)  # (B, 3, s, s)
+            text = self.generator.encode_text(self.held_out.captions[part]).to(dtype=pipe.dtype)
+            with torch.inference_mode():
+                context = decoder.condition(self.true_emb[part].to(pipe.device, pipe.dtype), text)
+                for level in NOISE_LEVELS:
+                    step = round(level * schedule.num_timesteps)
+                    t = torch.full((len(x_0),), step, device=pipe.device)  # (B,)
+                    noise = randn(x_0.shape, generators[part], pipe.device)
+                    x_t = schedule.add_noise(x_0, noise, t)
+                    output = decoder.denoise(x_t.to(pipe.dtype), t, context)[:, :3]  # no variance
+                    estimate = schedule.predict_x0(output, x_t, t, decoder.config.prediction)
+                    error = (estimate.clamp(-1, 1) - x_0).square().mean(dim=(1, 2, 3))  # (B,)
+                    errors[str(level)].append(error.cpu())
+        x0_mse = {level: torch.cat(values).mean().item() for level, values in errors.items()}
+        return {"x0_mse": x0_mse, "mean_x0_mse": float(np.mean(list(x0_mse.values())))}
+
+    def upsampler(self) -> dict[str, Any]:
+        """Return the PSNR of true images downsampled and upsampled, and of bicubic resizing."""
+        pipe, options = self.pipe, self.generator.options.upsamplers
+        small = pipe.decoder.config.image_size
+        large = pipe.upsamplers[len(options) - 1].config.high_size
+        count = min(UPSAMPLED, len(self.held_out))
+        generators = generators_from(range(self.seed, self.seed + count))
+        values: dict[str, list[Tensor]] = {"upsampled": [], "bicubic": []}
+        for part in self.generator.batches(count, "upsampler alone", UPSAMPLER_BATCH):
+            truth = to_tensor([self.held_out.image(row, large) for row in range(count)[part]])
+            low_res = resize_square(truth, small)
+            bicubic = F.interpolate(low_res, (large, large), mode="bicubic").clamp(-1, 1)
+            upsampled = pipe.upsample(low_res, generators=generators[part], options=options)
+            values["upsampled"].append(psnr(upsampled.cpu(), truth))  # (B,)
+            values["bicubic"].append(psnr(bicubic, truth))
+        means = {name: torch.cat(x).mean().item() for name, x in values.items()}
+        return {"images": count, "from": small, "to": large, "psnr": means}
+
+
+def _copies(generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    """Copy generators with their state, so that a stage can be sampled again."""
+    copies = [torch.Generator() for _ in generators]
+    for copy, generator in zip(copies, generators, strict=True):
+        copy.set_state(generator.get_state())
+    return copies
