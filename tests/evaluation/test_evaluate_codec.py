@@ -95,7 +95,7 @@ def test_the_command_prints_and_writes_results(folder, capsys):
     ("arguments", "message"),
     [
         ("nothing --data data", "nothing"),
-        ("data --data data", "config.json"),
+        ("data --data data", "data is not an image codec"),
         ("model --data data --batch-size 0", "'0' is not a whole number"),
         ("model --data data --size 17", r"\(12, 3, 17, 17\)"),
     ],
