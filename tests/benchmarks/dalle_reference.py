@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.checkpoints.dalle_pytorch import plain_names, rules
 from unclip.checkpoints.renaming import export_state
-from unclip.models.dalle.sampling import draw_code, guide
+from unclip.models.dalle.sampling import guide, sample_code
 from unclip.models.dalle.transformer import DALLE
 from unclip.models.published.bart_dalle import BartDALLE, CrossAttention, GatedMLP, SelfAttention
 from unclip.types import CodeOptions, OnStep
@@ -142,7 +142,7 @@ class PlainMega:
         codes = torch.empty(n, N, dtype=torch.long, device=tokens.device)
         for position in range(N):
             logits = guide(self.step(last, position, cache, states, mask), options.guidance)
-            codes[:, position] = draw_code(logits, uniform[:, position], options)
+            codes[:, position] = sample_code(logits, uniform[:, position], options)
             last = codes[:, position].repeat(2)
             on_step(None)
         return codes

@@ -124,7 +124,7 @@ def test_cache_returns_exactly_the_visible_keys(kind, static_shapes, given):
         expected = [*range(TEXT), *(TEXT + k for k in sorted(visible(pattern, n)))]
         assert sorted(read.tolist()) == expected
         if static_shapes:
-            assert kv.shape[3] == TEXT + cache_layout(pattern).max_seen
+            assert kv.shape[3] == TEXT + cache_layout(pattern).max_visible
 
 
 def test_cache_sizes_of_sparse_patterns():
@@ -138,7 +138,7 @@ def test_cache_sizes_of_sparse_patterns():
         "column": 993,
         "conv": 166,
     }
-    assert {kind: layout.max_seen for kind, layout in layouts.items()} == {
+    assert {kind: layout.max_visible for kind, layout in layouts.items()} == {
         "full": 1024,
         "row": 33,
         "column": 32,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_dalle import CONFIG, GRID, KINDS, B, K, L, N, V, make, uniform_config
 
-from unclip.models.dalle.sampling import draw_code, guide, sample_codes
+from unclip.models.dalle.sampling import sample_code, guide, sample_codes
 from unclip.models.dalle.transformer import DALLE
 from unclip.types import CodeOptions
 
@@ -33,7 +33,7 @@ def sample_frequencies(logits: torch.Tensor, options: CodeOptions, n: int = 20_0
     """Frequencies (K,) of the codes in n samples."""
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
     return (
-        draw_code(logits.expand(n, -1), uniform, options).bincount(minlength=logits.shape[-1]) / n
+        sample_code(logits.expand(n, -1), uniform, options).bincount(minlength=logits.shape[-1]) / n
     )
 
 
@@ -57,7 +57,7 @@ def test_temperature_near_zero_selects_the_most_likely_code():
     uniform = torch.rand(50)
     for temperature in (0.0, 5e-324, 1e-40, 1e-6):
         options = CodeOptions(temperature=temperature)
-        assert torch.equal(draw_code(logits, uniform, options), logits.argmax(-1))
+        assert torch.equal(sample_code(logits, uniform, options), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("k", [1, 3, 8, 100])
@@ -85,9 +85,9 @@ def test_top_p_samples_from_the_smallest_set_with_probability_p():
 def test_ends_of_the_unit_interval_select_possible_codes():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2**-24])
-    assert draw_code(logits, ends, PLAIN).tolist() == [1, 3]
+    assert sample_code(logits, ends, PLAIN).tolist() == [1, 3]
     # top-k sorts in descending order
-    assert draw_code(logits, ends, CodeOptions(top_k=4)).tolist() == [3, 1]
+    assert sample_code(logits, ends, CodeOptions(top_k=4)).tolist() == [3, 1]
 
 
 def test_guidance_extrapolates_from_the_null_logits():
@@ -111,7 +111,7 @@ def sample_uncached(
                 dalle(given, codes).codes[:, n].float() for given in (tokens, dalle.null_tokens(1))
             )
             logits = null + options.guidance * (cond - null)
-            codes[:, n] = draw_code(logits, uniform[n : n + 1], options)
+            codes[:, n] = sample_code(logits, uniform[n : n + 1], options)
     return codes.view(*GRID)
 
 

@@ -18,48 +18,48 @@ Kind = Literal["full", "row", "column", "conv", "own_row", "corner"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which codes a code attends to. All codes see the whole text, and the text is causal.
+    """Which codes a code attends to, itself included. All codes attend to all text, which is causal.
 
     full: all previous codes. row: the previous w codes, back to the one above (figure 11a).
     column: the codes above (11b). conv: previous codes under a kernel centred on the code, which
     wraps around at the image border (11d). From DALLE-pytorch: own_row, previous codes of the same
-    row; corner, a kernel up and left of the code, cut off at the border. A code sees itself.
+    row; corner, a kernel up and left of the code, cut off at the border.
     """
 
     kind: Kind
     grid: tuple[int, int]  # h, w
     kernel: int = 11  # kernel size of conv and corner
 
-    def sees(self, q: Tensor, k: Tensor) -> Tensor:
+    def visible(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether code q attends to code k, 0 .. N - 1 each; broadcasts."""
         width, distance = self.grid[1], q - k
         if self.kind == "full":
-            seen = distance >= 0
+            visible = distance >= 0
         elif self.kind == "row":
-            seen = distance <= width
+            visible = distance <= width
         elif self.kind == "column":
-            seen = distance % width == 0
+            visible = distance % width == 0
         elif self.kind == "conv":
             half = self.kernel // 2
             rows = ((distance + half) // width).clamp(max=half)  # to the nearest kernel row
-            seen = distance - rows * width <= half
+            visible = distance - rows * width <= half
         elif self.kind == "own_row":
-            seen = q // width == k // width
+            visible = q // width == k // width
         else:
             left = q % width - k % width
-            seen = (q // width - k // width < self.kernel) & (left >= 0) & (left < self.kernel)
-        return seen & (distance >= 0)
+            visible = (q // width - k // width < self.kernel) & (left >= 0) & (left < self.kernel)
+        return visible & (distance >= 0)
 
-    def sees_in_stream(self, q: Tensor, k: Tensor, text: int) -> Tensor:
-        """Like `sees`, for positions 0 .. S - 1 of a stream with `text` text positions."""
-        return (q >= k) & ((k < text) | self.sees(q - text, k - text))
+    def visible_in_stream(self, q: Tensor, k: Tensor, text: int) -> Tensor:
+        """Like `visible`, for positions 0 .. S - 1 of a stream with `text` text positions."""
+        return (q >= k) & ((k < text) | self.visible(q - text, k - text))
 
 
 @cache
 def stream_mask(pattern: Pattern, text: int, device: torch.device | str = "cpu") -> Tensor:
     """Attention mask of a stream: (S, S) bool, queries in rows."""
     at = torch.arange(text + pattern.grid[0] * pattern.grid[1], device=device)
-    return pattern.sees_in_stream(at[:, None], at[None], text)
+    return pattern.visible_in_stream(at[:, None], at[None], text)
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, text: int) -> Tensor:
@@ -84,6 +84,6 @@ def _block_mask(pattern: Pattern, text: int, length: int, device: torch.device) 
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return pattern.sees_in_stream(q, k, text)
+        return pattern.visible_in_stream(q, k, text)
 
     return create_block_mask(visible, None, None, length, length, device=device)

@@ -1,7 +1,7 @@
-"""Key-value cache for sampling codes: a layer stores and reads only what its pattern can see."""
+"""Key-value cache for sampling codes: a layer stores only what its pattern can attend to."""
 
 # B batch, H heads, d width of a head, T text positions, N codes, R slots for codes, M codes that
-# one code sees at most
+# one code attends to at most
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from unclip.models.dalle.attention import Kind, Pattern, stream_mask
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Slots of a pattern's codes. Code n is in slot n % `slots`, until no later code sees it.
+    """Slots of a pattern's codes. Code n is in slot n % `slots`, until no later code attends to it.
 
-    Code n sees count[n] codes: the first slots or, with `gather`, slots gather[n, :count[n]].
+    Code n attends to count[n] codes: the first slots or, with `gather`, slots gather[n, :count[n]].
     """
 
     slots: int  # R
-    max_seen: int  # M
+    max_visible: int  # M
     count: Tensor  # (N,) long
     gather: Tensor | None  # (N, M) long
 
@@ -39,12 +39,14 @@ def cache_layout(pattern: Pattern) -> CacheLayout:
     mask = stream_mask(pattern, text=0)  # N N
     q, k = mask.nonzero(as_tuple=True)
     slots, count = int((q - k).max()) + 1, mask.sum(dim=1)
-    max_seen = int(count.max())
-    gather = torch.zeros(len(mask), max_seen, dtype=torch.long)
+    max_visible = int(count.max())
+    gather = torch.zeros(len(mask), max_visible, dtype=torch.long)
     for n, row in enumerate(mask):
         gather[n, : count[n]] = (row.nonzero()[:, 0] % slots).sort().values
-    contiguous = (gather == torch.arange(max_seen)) | (torch.arange(max_seen) >= count[:, None])
-    return CacheLayout(slots, max_seen, count, None if contiguous.all() else gather)
+    contiguous = (gather == torch.arange(max_visible)) | (
+        torch.arange(max_visible) >= count[:, None]
+    )
+    return CacheLayout(slots, max_visible, count, None if contiguous.all() else gather)
 
 
 class CacheSlot(NamedTuple):
@@ -65,7 +67,7 @@ class LayerCache:
         B, _, H, T, d = text_kv.shape
         self.kind: Kind = pattern.kind
         self.text, self.slots = T, layout.slots
-        self.window = text_kv.new_zeros(B, 2, H, T + layout.max_seen, d)
+        self.window = text_kv.new_zeros(B, 2, H, T + layout.max_visible, d)
         self.window[:, :, :, :T] = text_kv
         self.store = self.window[:, :, :, T:]  # (B, 2, H, R, d)
         if layout.gather is not None:
@@ -82,11 +84,11 @@ class LayerCache:
         self.store.index_copy_(3, kept % self.slots, kv[:, :, :, kept].to(self.store.dtype))
 
     def append(self, kv: Tensor, to: CacheSlot) -> Tensor:
-        """Write those of one code, (B, 2, H, 1, d); return all it sees, (B, 2, H, stop, d)."""
+        """Write those of one code, (B, 2, H, 1, d); return all it attends to, (B, 2, H, stop, d)."""
         self.store.index_copy_(3, to.slot, kv.to(self.store.dtype))
         if to.gather is not None:
-            seen = self.store.index_select(3, to.gather)
-            self.window[:, :, :, self.text : self.text + seen.shape[3]] = seen
+            visible = self.store.index_select(3, to.gather)
+            self.window[:, :, :, self.text : self.text + visible.shape[3]] = visible
         return self.window[:, :, :, : to.stop]
 
 
@@ -156,8 +158,8 @@ class CodeCache:
         return CacheSlot(self.index(n % layout.slots), gather, self.text + count, None)
 
     def _static_slot(self, layout: CacheLayout, n: Tensor) -> CacheSlot:
-        stop = self.text + layout.max_seen
+        stop = self.text + layout.max_visible
         gather = None if layout.gather is None else layout.gather.index_select(0, n)[0]
-        seen = self.text + layout.count.index_select(0, n)
-        mask = torch.arange(stop, device=n.device) < seen  # stop
+        visible = self.text + layout.count.index_select(0, n)
+        mask = torch.arange(stop, device=n.device) < visible  # stop
         return CacheSlot(n % layout.slots, gather, stop, mask[None, None, None])

@@ -72,7 +72,7 @@ def sample_codes(
                 logits = compiled_step(last, positions[n - 1], cache)
         if guided:
             logits = guide(logits, options.guidance)
-        codes[:, n] = draw_code(logits, uniform[:, n], options)
+        codes[:, n] = sample_code(logits, uniform[:, n], options)
         if on_code is not None:
             on_code(n + 1, codes[:, : n + 1])
     return codes.unflatten(1, dalle.config.grid)
@@ -84,7 +84,7 @@ def guide(logits: Tensor, scale: float) -> Tensor:
     return torch.lerp(null, cond, scale)
 
 
-def draw_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor:
+def sample_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor:
     """Sample codes (B,) from logits (B, K) and uniform numbers (B,), by inverse transform."""
     if options.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)

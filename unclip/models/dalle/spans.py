@@ -76,9 +76,9 @@ class FirstCodes:
     def attend(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         cache, T, n = self.cache.layers[layer], self.cache.text, len(self.positions)
         cache.fill(kv)
-        seen = torch.cat([cache.text_kv, kv.to(cache.text_kv.dtype)], dim=3)  # B 2 H T+n d
+        visible = torch.cat([cache.text_kv, kv.to(cache.text_kv.dtype)], dim=3)  # B 2 H T+n d
         mask = stream_mask(self.patterns[layer], T, q.device)[None, None, T : T + n, : T + n]
-        return self.dot_product(q, *seen.unbind(1), mask)
+        return self.dot_product(q, *visible.unbind(1), mask)
 
     def shift(self, layer: int, branch: int, h: Tensor) -> Tensor:
         self.cache.shifts[layer][branch].fill(h)

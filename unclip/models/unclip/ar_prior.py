@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unclip.embeddings import PCA
 from unclip.models.codecs.quantizers import full_precision
-from unclip.models.dalle.sampling import draw_code
+from unclip.models.dalle.sampling import sample_code
 from unclip.models.layers import KeyValues, timestep_embedding, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import CodeOptions, TextEncoding
@@ -176,7 +176,7 @@ class ARPrior(DirectPrior):
         codes = []
         for n in range(K):
             logits = combine(self.step(token.repeat(R), n, cache).float())  # B V
-            token = draw_code(logits, uniform[:, n + 1], options)
+            token = sample_code(logits, uniform[:, n + 1], options)
             codes.append(token)
             if on_prediction is not None:
                 on_prediction(n + 1)

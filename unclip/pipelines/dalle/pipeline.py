@@ -20,8 +20,8 @@ from unclip.models.dalle.sampling import (
     CodeTransformer,
     OnCode,
     Step,
-    draw_code,
     guide,
+    sample_code,
     sample_codes,
 )
 from unclip.pipelines.base import (
@@ -313,7 +313,7 @@ class DallePipeline(DalleStages):
             null = self.dalle(self.dalle.null_tokens(len(codes)), codes).codes
             logits = guide(torch.cat([logits, null]), options.guidance)
         drawn = [
-            draw_code(
+            sample_code(
                 logits[k // batch.num_images],
                 torch.rand(codes.shape[1], generator=g).to(self.device),
                 options,
