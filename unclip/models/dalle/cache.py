@@ -84,7 +84,7 @@ class LayerCache:
         self.store.index_copy_(3, kept % self.slots, kv[:, :, :, kept].to(self.store.dtype))
 
     def append(self, kv: Tensor, to: CacheSlot) -> Tensor:
-        """Write those of one code, (B, 2, H, 1, d); return all it attends to, (B, 2, H, stop, d)."""
+        """Write those of one code, (B, 2, H, 1, d); return all it reads, (B, 2, H, stop, d)."""
         self.store.index_copy_(3, to.slot, kv.to(self.store.dtype))
         if to.gather is not None:
             visible = self.store.index_select(3, to.gather)
