@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ GRID, K = (1, 2), 3
 class TableCodec(ImageCodec):
     """Codec whose posterior and likelihoods are tables."""
 
-    image_size, factor, vocab_size, grid = 2, 1, K, GRID
+    grid = GRID
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(SimpleNamespace(image_size=2, factor=1, vocab_size=K))
         self.posterior, self.pixels = torch.randn(*GRID, K), torch.randn(K, K)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -34,11 +35,7 @@ class TableCodec(ImageCodec):
         return self.pixels[codes[:, 0, 0], codes[:, 0, 1]]
 
     def loss(self, images: Tensor) -> LossTerms: ...
-    def _encode(self, images: Tensor) -> Tensor: ...
     def _decode(self, codes: Tensor) -> Tensor: ...
-
-    @property
-    def last_layer(self) -> Tensor: ...
 
 
 @pytest.fixture

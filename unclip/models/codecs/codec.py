@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,13 @@ class Autoencoder(nn.Module, ABC):
     """Network that reconstructs images from a smaller representation; `forward` is `loss`."""
 
     annealed: tuple[str, ...] = ()  # arguments of `loss` that training may change at every step
-    image_size: int  # of training; other sizes are accepted if `factor` divides them
-    factor: int  # pixels per position of the grid, in each direction
+    decoder: nn.Sequential
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size: int = config.image_size  # of training; see `checked` for other sizes
+        self.factor: int = config.factor  # pixels per position of the grid, in each direction
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -47,9 +52,9 @@ class Autoencoder(nn.Module, ABC):
         """Encode and decode without noise: (B, 3, H, W) in [-1, 1] -> the same."""
 
     @property
-    @abstractmethod
     def last_layer(self) -> Tensor:
         """The last weight of the decoder, where VQ-GAN's adaptive weight compares gradients."""
+        return self.decoder[-1].get_parameter("weight")
 
     def forward(self, images: Tensor, **annealed: float) -> LossTerms:
         return self.loss(self.checked(images), **annealed)
@@ -67,7 +72,9 @@ class Autoencoder(nn.Module, ABC):
 class ImageCodec(Autoencoder):
     """Autoencoder whose bottleneck is a grid of codes 0 .. vocab_size - 1."""
 
-    vocab_size: int
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.vocab_size: int = config.vocab_size
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -96,15 +103,15 @@ class ImageCodec(Autoencoder):
     def logits(self, images: Tensor) -> Tensor:
         """Logits of q(code | image): (B, 3, H, W) in [-1, 1] -> (B, h, w, K) float32."""
 
-    @abstractmethod
     def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
         """ln p(image | codes) in nats, a density over pixels in [0, 1].
 
         Images (B, 3, H, W) in [-1, 1], codes (B, h, w) -> (B,).
         """
+        return laplace_mixture(images, self._decode(codes))
 
-    @abstractmethod
-    def _encode(self, images: Tensor) -> Tensor: ...
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.logits(images).argmax(dim=-1)
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor: ...

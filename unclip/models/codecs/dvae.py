@@ -145,12 +145,11 @@ class DVAE(ImageCodec):
     """Discrete VAE trained on an ELBO with relaxed codes: weights over the codebook, annealed."""
 
     annealed = ("temperature", "kl_weight")
+    encoder: Stack
+    decoder: Stack
 
     def __init__(self, config: DVAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size, self.factor = config.image_size, config.factor
-        self.vocab_size = config.vocab_size
+        super().__init__(config)
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config)
 
@@ -164,9 +163,6 @@ class DVAE(ImageCodec):
         with full_precision(h):  # a rounding error must not decide which code is the most likely
             logits = self.encoder.output(h.to(self.encoder.output.conv.w.dtype))  # B K h w
         return rearrange(logits.float(), "b k h w -> b h w k")
-
-    def _encode(self, images: Tensor) -> Tensor:
-        return self.logits(images).argmax(dim=-1)
 
     def _decode(self, codes: Tensor) -> Tensor:
         return logits_to_pixels(self._pixel_distribution(self._embed(codes))[0])

@@ -25,7 +25,11 @@ class GaussianVAEConfig:
     net: ConvNetConfig = field(default_factory=ConvNetConfig)
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.net.factor)
+        check_image_size(self.image_size, self.factor)
+
+    @property
+    def factor(self) -> int:
+        return self.net.factor
 
 
 class GaussianVAE(Autoencoder):
@@ -34,16 +38,10 @@ class GaussianVAE(Autoencoder):
     annealed = ("kl_weight",)
 
     def __init__(self, config: GaussianVAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size, self.factor = config.image_size, config.net.factor
+        super().__init__(config)
         self.encoder = make_encoder(config.net, 2 * config.latent_width)
         self.decoder = make_decoder(config.net, config.latent_width)
         self.ln_scale = nn.Parameter(torch.zeros(()))  # of the pixel error (sigma-VAE, 2006.13202)
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder[-1].get_parameter("weight")
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and ln variance, (B, C, h, w) each, float32."""

@@ -145,10 +145,7 @@ class VQGAN(QuantizedCodec):
     """Autoencoder of VQ-GAN. Discriminator and perceptual network are part of the training."""
 
     def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size, self.factor = config.image_size, config.factor
-        self.vocab_size = config.vocab_size
+        super().__init__(config)
         if config.parts == "both":
             self.encoder = make_encoder(config)
             self.quant_conv = nn.Conv2d(config.feature_width, config.code_width, 1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from annotated_types import MultipleOf
@@ -20,7 +20,6 @@ from unclip.models.codecs.codec import (
     check_image_size,
     code_statistics,
     convolution,
-    laplace_mixture,
 )
 from unclip.models.codecs.quantizers import NearestConfig, Quantizer, VectorQuantizer
 
@@ -106,23 +105,21 @@ class VQVAEConfig:
     pixel_loss: Literal["l1", "l2"] = "l2"
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.net.factor)
+        check_image_size(self.image_size, self.factor)
+
+    @property
+    def factor(self) -> int:
+        return self.net.factor
 
 
 class QuantizedCodec(ImageCodec):
     """Codec that quantises the features of an encoder."""
 
-    config: Any
     quantizer: Quantizer
-    decoder: nn.Sequential
 
     @property
     def annealed(self) -> tuple[str, ...]:
         return self.quantizer.annealed
-
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder[-1].get_parameter("weight")
 
     @abstractmethod
     def _features(self, images: Tensor) -> Tensor:
@@ -141,9 +138,6 @@ class QuantizedCodec(ImageCodec):
     def logits(self, images: Tensor) -> Tensor:
         return self.quantizer.logits(self._features(self.checked(images)))
 
-    def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
-        return laplace_mixture(images, self._decode(codes))
-
     def loss(self, images: Tensor, **annealed: float) -> LossTerms:
         """Pixel error + loss of the quantizer."""
         quantized = self.quantizer(self._features(images), **annealed)
@@ -160,10 +154,7 @@ class QuantizedCodec(ImageCodec):
 
 class VQVAE(QuantizedCodec):
     def __init__(self, config: VQVAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size, self.factor = config.image_size, config.net.factor
-        self.vocab_size = config.vocab_size
+        super().__init__(config)
         self.encoder = make_encoder(config.net, config.code_width)
         self.quantizer = VectorQuantizer(config.quantizer, config.vocab_size, config.code_width)
         self.decoder = make_decoder(config.net, config.code_width)

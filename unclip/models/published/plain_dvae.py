@@ -16,7 +16,6 @@ from unclip.models.codecs.codec import (
     LossTerms,
     check_image_size,
     code_statistics,
-    laplace_mixture,
 )
 from unclip.models.codecs.quantizers import kl_to_uniform
 
@@ -35,7 +34,11 @@ class PlainDVAEConfig:
     smooth_l1: bool = False
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, 2**self.halvings)
+        check_image_size(self.image_size, self.factor)
+
+    @property
+    def factor(self) -> int:
+        return 2**self.halvings
 
 
 class ResBlock(nn.Module):
@@ -61,10 +64,7 @@ class PlainDVAE(ImageCodec):
     annealed = ("temperature", "kl_weight")
 
     def __init__(self, config: PlainDVAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_size, self.factor = config.image_size, 2**config.halvings
-        self.vocab_size = config.vocab_size
+        super().__init__(config)
         width, steps = config.width, range(config.halvings)
         blocks = [ResBlock(width) for _ in range(2 * config.blocks)]
         down = [_resize(nn.Conv2d, 3 if i == 0 else width, width) for i in steps]
@@ -79,21 +79,11 @@ class PlainDVAE(ImageCodec):
             *project, *blocks[config.blocks :], *up, nn.Conv2d(width, 3, 1)
         )
 
-    @property
-    def last_layer(self) -> Tensor:
-        return self.decoder[-1].get_parameter("weight")
-
     def logits(self, images: Tensor) -> Tensor:
         return rearrange(self.encoder(self._normalize(images)).float(), "b k h w -> b h w k")
 
-    def _encode(self, images: Tensor) -> Tensor:
-        return self.logits(images).argmax(dim=-1)
-
     def _decode(self, codes: Tensor) -> Tensor:
         return self._pixels(self.decoder(rearrange(self.codebook(codes), "b h w c -> b c h w")))
-
-    def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
-        return laplace_mixture(images, self._decode(codes))
 
     def _normalize(self, images: Tensor) -> Tensor:
         mean, deviation = self._statistics(images)
