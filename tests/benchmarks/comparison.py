@@ -184,7 +184,7 @@ def comparison_table(results: dict[str, Any]) -> str:
     """Format all rows as Markdown, with notes on extrapolated rows and differences of outputs."""
     peak = max(results["machine_peak"].values())
     head = ("", results["reference"], "unclip", "speed-up", "lowest to highest")
-    table = [(*head, "share of the machine's peak, or rate")]
+    table: list[tuple[str, ...]] = [(*head, "share of the machine's peak, or rate")]
     for row in results["rows"]:
         seconds = [statistics.median(row[side]) for side in ("reference", "ours")]
         if row["flops"]:

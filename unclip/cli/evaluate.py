@@ -1,4 +1,4 @@
-"""The commands `unclip evaluate` and `unclip evaluate-...`. They import torch only when they run."""
+"""The commands `unclip evaluate` and `unclip evaluate-...`; torch is imported when they run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from unclip.evaluation import MANIPULATION_PARTS, PARTS
 from unclip.files import read_json
 
 if TYPE_CHECKING:
+    import torch
+
     from unclip.evaluation.base import Evaluation
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 RECONSTRUCTED = 12  # images on the sheet of `evaluate-codec`
 
@@ -59,6 +62,16 @@ def _add_seed(parser: ArgumentParser) -> None:
 def _add_outputs(parser: ArgumentParser, about: str = "write the results to this file") -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+
+
+def _load_unclip(args: Namespace) -> UnCLIPPipeline:
+    pipe = load_model(args)
+
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+
+    if not isinstance(pipe, UnCLIPPipeline):
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}; expected unclip")
+    return pipe
 
 
 class _OldFlag(argparse.Action):
@@ -224,9 +237,7 @@ def _add_evaluate_priors(commands: Any) -> None:
 def evaluate_priors(args: Namespace) -> None:
     check_writable(args.json)
     guidance = {name: _scale(name, value) for name, value in args.scales}
-    pipe = load_model(args)
-    if pipe.kind != "unclip":
-        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no prior")
+    pipe = _load_unclip(args)
 
     from unclip.evaluation.pairs import load_pairs
     from unclip.evaluation.priors import PriorComparison
@@ -302,9 +313,7 @@ def evaluate_manipulations(args: Namespace) -> None:
     from unclip.evaluation.report import Row, manipulation_rows, plain_table
 
     check_writable(args.json)
-    pipe = load_model(args)
-    if pipe.kind != "unclip":
-        raise ValueError(f"{args.model} is of kind {pipe.kind}; expected unclip")
+    pipe = _load_unclip(args)
 
     from unclip.evaluation.manipulations import ManipulationEvaluation
     from unclip.evaluation.pairs import load_pairs
@@ -361,20 +370,24 @@ def drift(args: Namespace) -> None:
 
 def evaluate_approximations(args: Namespace) -> None:
     check_writable(args.json)
-    pipe = load_model(args)
-    if pipe.kind != "unclip":
-        raise ValueError(f"{args.model} is of kind {pipe.kind}; only unclip has approximations")
+    pipe = _load_unclip(args)
 
     from unclip.evaluation.approximations import ApproximationError
     from unclip.evaluation.pairs import load_pairs
     from unclip.evaluation.report import approximation_cells, approximation_table
     from unclip.pipelines import load
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+
+    def reload(dtype: torch.dtype) -> UnCLIPPipeline:
+        copy = load(args.model, args.device, dtype)
+        assert isinstance(copy, UnCLIPPipeline)
+        return copy
 
     pairs = load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet)
     measurement = ApproximationError(
         pipe,
         pairs.captions,
-        lambda dtype: load(args.model, args.device, dtype),
+        reload,
         seed=args.seed,
         batch_size=args.batch_size,
         progress=not args.quiet,

@@ -1,4 +1,4 @@
-"""Evaluation of what a model has learned (`unclip evaluate`) and benchmarks of its cost (`unclip bench`)."""
+"""Evaluation of what a model has learned, and benchmarks of its speed and memory."""
 
 PARTS = {  # of an evaluation, by kind of model
     "unclip": ("prior", "images", "decoder", "upsampler", "repeatable"),

@@ -1,4 +1,4 @@
-"""Error and speed of approximate options against exact results (`unclip evaluate-approximations`)."""
+"""Error and speed of approximate options (`unclip evaluate-approximations`)."""
 
 # N captions, D CLIP embedding width
 
@@ -145,7 +145,7 @@ class ApproximationError:
         return images
 
     def _times(self, pipe: UnCLIPPipeline, options: UnCLIPOptions) -> dict[str, list[float]]:
-        """Return seconds of single images, interleaved with exact ones, after one warm-up of each."""
+        """Return seconds of single images, interleaved with exact ones, after a warm-up."""
 
         def seconds(pipe: UnCLIPPipeline, options: UnCLIPOptions) -> float:
             start = time.perf_counter()  # the images are on the CPU when the call returns

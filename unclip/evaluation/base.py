@@ -47,7 +47,7 @@ class Samples:
 
 
 class ImageGenerator(ABC):
-    """A pipeline over many captions. Image k uses the seed `seed` + k, as in a call of the pipeline."""
+    """A pipeline over many captions; image k has the seed `seed` + k, as in a pipeline call."""
 
     pipe: Any
     options: Any

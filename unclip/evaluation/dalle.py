@@ -57,7 +57,7 @@ class DalleGenerator(ImageGenerator):
                 batch_size=batch_size,
                 progress=self.progress,
             )
-        return Samples(result.prompts, to_tensor(result.images))
+        return Samples([str(prompt) for prompt in result.prompts], to_tensor(result.images))
 
 
 @dataclass(frozen=True)

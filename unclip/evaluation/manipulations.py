@@ -155,7 +155,7 @@ class ManipulationEvaluation:
                 ]
                 steps[name].append(_largest_step(self._embed(result)))
                 if name == "plain":
-                    embedding_steps.append(_largest_step(normalise(result.image_emb)))
+                    embedding_steps.append(_largest_step(_given_emb(result)))
         return {
             "paths": len(embedding_steps),
             "frames": FRAMES,
@@ -193,7 +193,7 @@ class ManipulationEvaluation:
             target_emb = normalise(self.text_emb[target])
             to_target.append(emb @ target_emb)
             to_source.append(emb @ normalise(self.latent.image_emb[row]))
-            embedding_to_target.append(normalise(result.image_emb) @ target_emb)
+            embedding_to_target.append(_given_emb(result) @ target_emb)
         target, source = torch.stack(to_target), torch.stack(to_source)  # (N, thetas)
         rising = target.diff(dim=1) > 0
         rising_embeddings = torch.stack(embedding_to_target).diff(dim=1) > 0
@@ -298,6 +298,12 @@ class ManipulationEvaluation:
 
 def _mean(values: Tensor) -> float:
     return values.float().mean().item()
+
+
+def _given_emb(result: GenerationResult) -> Tensor:
+    """Return the normalised embeddings (N, D) that the images were decoded from."""
+    assert result.image_emb is not None
+    return normalise(result.image_emb)
 
 
 def _largest_step(emb: Tensor) -> float:

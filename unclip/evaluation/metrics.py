@@ -58,7 +58,7 @@ def diversity(emb: Tensor) -> float:
 
 
 def nearest_by_cosine(emb: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (N,) of the candidates (M, D) nearest to emb (N, D), and cosine distances (N,)."""
+    """Return rows (N,) of candidates (M, D) nearest to emb (N, D), and cosine distances (N,)."""
     cosine, row = (normalise(emb) @ normalise(candidates).T).max(dim=1)
     return row, 1 - cosine
 

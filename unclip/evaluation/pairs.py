@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.data.loader import open_dataset
-from unclip.data.precomputed import EmbeddingDataset
+from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, resize_center_crop
 from unclip.data.shards import ShardDataset
 
@@ -79,7 +79,7 @@ class Pairs:
         """All styles, sorted; empty if no pair has one."""
         return sorted({pair.style for pair in self.entries if pair.style})
 
-    def floats(self, rows: slice | Sequence[int] = slice(None)) -> Tensor:
+    def floats(self, rows: slice | Sequence[int] | Tensor = slice(None)) -> Tensor:
         """Return the images of some rows as (n, 3, S, S) in [-1, 1]."""
         return self.images[rows].float().div(127.5).sub(1)
 
@@ -121,8 +121,8 @@ def load_pairs(
     """
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     dataset = open_dataset(sources[0]) if len(sources) == 1 else ShardDataset(sources)
-    if isinstance(dataset, EmbeddingDataset):
-        raise ValueError(f"{sources[0]} contains embeddings; evaluation needs images")
+    if isinstance(dataset, PrecomputedDataset):
+        raise ValueError(f"{sources[0]} contains precomputed data; evaluation needs images")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1")
     count = min(limit or len(dataset), len(dataset))

@@ -45,7 +45,7 @@ class PriorComparison:
         batch_size: int = 32,
         progress: bool = True,
     ) -> None:
-        """priors: by name, in addition to the model's own. guidance: overrides that of the options."""
+        """priors: by name, added to the model's own. guidance: overrides that of the options."""
         if len(held_out) < 2:
             raise ValueError("got only one held-out pair; a comparison needs at least 2")
         self.pipe, self.held_out, self.seed = pipe, held_out, seed
@@ -57,7 +57,7 @@ class PriorComparison:
         self.guidance = dict(guidance or {})
         if unknown := sorted(self.guidance.keys() - self.priors.keys()):
             raise ValueError(
-                f"guidance of unknown prior {unknown[0]!r}; expected one of {', '.join(self.priors)}"
+                f"guidance of prior {unknown[0]!r}; expected one of {', '.join(self.priors)}"
             )
         self.options, self.batch_size, self.progress = options or pipe.options, batch_size, progress
         self.generator = self._generator(self.options)
@@ -109,7 +109,7 @@ class PriorComparison:
         }
 
     def _evaluate(self, emb: Tensor | None, generators: list[torch.Generator]) -> dict[str, float]:
-        """Compare embeddings to the true ones, and retrieve the captions of their decoded images."""
+        """Compare embeddings to the true ones, and retrieve the captions of decoded images."""
         captions = self.held_out.captions
         samples = self.generator.decode(PredictedEmbeddings(captions, self.text, emb, generators))
         first, index = caption_targets(captions)

@@ -1,4 +1,4 @@
-"""Results of evaluations as tables, in plain text or Markdown. This module does not import torch."""
+"""Results of evaluations as tables, in plain text or Markdown; torch is not imported."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def prior_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "cosine_of_seeds": ".3f",
         "milliseconds": ".0f",
     }
-    table = [head]
+    table: list[tuple[str, ...]] = [head]
     for row in rows:
         size = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
         cells = (format(row[key], form) if key in row else "" for key, form in formats.items())

@@ -32,6 +32,9 @@ class StyleClassifier(nn.Module):
             )
         )
         self.head = nn.Linear(2 * WIDTHS[-1], len(styles))
+        for parameter in self.features.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> logits (B, styles)."""
@@ -58,7 +61,7 @@ def train_classifier(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = StyleClassifier(pairs.styles).to(memory_format=torch.channels_last)
+        classifier = StyleClassifier(pairs.styles)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=steps)
         name = "training the style classifier"

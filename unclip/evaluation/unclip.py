@@ -128,16 +128,16 @@ class UnCLIPEvaluation(Evaluation):
         return self.generator.decode(self.predicted)
 
     def prior(self) -> dict[str, Any]:
-        """Compare predicted embeddings, and as a reference text embeddings, to those of the images."""
-        emb, network = self.predicted.image_emb, self.pipe.prior
-        assert emb is not None
-        normalised = [
-            network.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
-        ]
+        """Compare predicted embeddings to those of the images; text embeddings are a reference."""
+        emb, prior = self.predicted.image_emb, self.pipe.prior
+        assert emb is not None and prior is not None
+        normalised, target = (
+            prior.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
+        )
         return {
             "cosine": cosine_gap(emb, self.true_emb),
             "text_cosine": cosine_gap(self.text_emb, self.true_emb),
-            "normalised_mse": F.mse_loss(*normalised).item(),
+            "normalised_mse": F.mse_loss(normalised, target).item(),
         }
 
     def decoder(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Speed and memory of a model (`unclip bench`), with cold starts measured in processes of their own.
+"""Speed and memory of a model (`unclip bench`); cold starts run in processes of their own.
 
 This module does not import torch: a child process inherits its parent's peak memory.
 """
@@ -62,7 +62,7 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
-    """Return seconds (lists of `repeat` values), bytes and floating-point operations as JSON types."""
+    """Return seconds (lists of `repeat` values), bytes and operations as JSON types."""
     imports, cold, cold_peaks = [], [], []
     repeat = config.repeat if config.has_cold_start else 0
     bar = tqdm(total=2 * repeat + 2, disable=not progress, leave=False)

@@ -56,7 +56,7 @@ def random_network(
                 torch.mul(noise[start : start + len(part)], fan_in**-0.5, out=part)
         for layer in module.modules():
             if isinstance(layer, (nn.LayerNorm, nn.GroupNorm)):
-                layer.weight += 1
+                layer.weight.add_(1)
         if isinstance(module, DiffusionPrior):
             std = torch.full_like(module.emb_std, 1 / math.sqrt(768))
             module.set_stats(torch.zeros_like(module.emb_mean), std)

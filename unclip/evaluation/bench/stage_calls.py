@@ -18,7 +18,7 @@ from unclip.models.dalle.sampling import sample_codes
 from unclip.pipelines.base import generators_from
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.types import CodeOptions, OnStep, TextEncoding, UnCLIPOptions
+from unclip.types import CodeOptions, OnStep, Progress, TextEncoding, UnCLIPOptions
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def dalle_stages(
     pipe: DallePipeline, prompt: str, num_images: int, options: CodeOptions
 ) -> StageCalls:
     """Return the stages that generate images of one prompt; a step samples one code of each."""
-    dalle, codec = pipe.dalle, pipe.codec
+    dalle, codec, num_codes = pipe.dalle, pipe.codec, pipe.dalle.config.num_codes
     tokens = dalle.tokens(*pipe.tokenizer([prompt]))
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(codec.vocab_size, (num_images, *codec.grid), generator=generator)
@@ -137,7 +137,7 @@ def dalle_stages(
             generators_from(range(num_images)),
             options,
             null=null,
-            on_code=lambda n, codes: on_step(None),
+            on_code=lambda n, codes: on_step(Progress("dalle", n, num_codes)),
             compiled_step=pipe.step,
         )
 
@@ -146,4 +146,4 @@ def dalle_stages(
         "codes": sample,
         "codec": lambda on_step: pipe.decode(codes),
     }
-    return StageCalls(calls, {"codes": dalle.config.num_codes}, codec.image_size)
+    return StageCalls(calls, {"codes": num_codes}, codec.image_size)

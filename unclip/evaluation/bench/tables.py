@@ -43,7 +43,7 @@ def stage_table(results: dict[str, Any]) -> str:
     """Format each stage, and all together, as Markdown."""
     peak = max(results["machine_peak"].values())
     head = ("stage", "seconds", "lowest to highest", "per step", "TFLOP")
-    table = [(*head, "share of the machine's peak", "peak memory")]
+    table: list[tuple[str, ...]] = [(*head, "share of the machine's peak", "peak memory")]
     stages = {name: results["seconds"][name] for name in results["flops"]}
 
     def add(name: str, seconds: Sequence[float], step: str, flops: float, memory: str) -> None:
