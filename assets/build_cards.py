@@ -143,7 +143,9 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Metrics]:
 
 def runs_table(runs: dict[str, Metrics]) -> str:
     """Format updates, hours and final losses of each run as Markdown."""
-    table: list[tuple[str, ...]] = [("run", "updates", "hours", "final loss", "final loss on held-out pairs")]
+    table: list[tuple[str, ...]] = [
+        ("run", "updates", "hours", "final loss", "final loss on held-out pairs")
+    ]
     for name, metrics in runs.items():
         curves = [curve(metrics, key) for key in ("loss", "val_loss")]
         losses = (f"{points[-1][1]:.4f}" if points else "–" for points in curves)

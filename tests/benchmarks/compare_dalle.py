@@ -33,15 +33,21 @@ from dalle_reference import DallePytorch, PlainMega, import_dalle_pytorch
 from torch import Tensor, nn
 
 import unclip
-from unclip.evaluation.bench import DALLE, MEGA, BenchConfig
-from unclip.evaluation.bench.random_models import build_dalle, build_mega
+from unclip.evaluation.bench import DALLE, BenchConfig
+from unclip.evaluation.bench.random_models import build_dalle, random_network
 from unclip.evaluation.bench.timing import Stage, time_stage
 from unclip.evaluation.bench.worker import placement
 from unclip.models.dalle.sampling import Step, sample_codes
-from unclip.models.published.bart_dalle import BartDALLE
+from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.pipelines.base import generators_from
 from unclip.types import CodeOptions, OnStep
 
+MEGA_SIZES = {  # "mega-random" is DALL-E mega with fewer layers, "mega-tiny" is for tests
+    "mega-random": BartDALLEConfig(encoder_depth=2, decoder_depth=2),
+    "mega-tiny": BartDALLEConfig(
+        300, 8, 32, (4, 4), 24, encoder_depth=2, decoder_depth=2, heads=2, mlp_width=48
+    ),
+}
 POSITIONS = 8  # spread over an image, at which DALLE-pytorch samples a code
 MEGA_OPTIONS = CodeOptions(top_k=256, guidance=16.0)  # those of min-dalle
 CHECKED_CODES = 4  # before the logits of both sides are compared
@@ -54,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", choices=("dalle-pytorch", "plain"), required=True)
     add_arguments(parser, "")
     args = parser.parse_args(argv)
-    args.model = args.model or (DALLE if args.reference == "dalle-pytorch" else MEGA)[0]
+    args.model = args.model or (DALLE if args.reference == "dalle-pytorch" else list(MEGA_SIZES))[0]
     config = bench_config(args)
     run(config, lambda: compare(config, args.reference, not args.quiet), args.json)
 
@@ -63,7 +69,7 @@ def compare(
     config: BenchConfig, reference: str, progress: bool
 ) -> tuple[str, Iterator[Comparison]]:
     """Return name and version of the reference, and the rows."""
-    models = DALLE if reference == "dalle-pytorch" else MEGA
+    models = DALLE if reference == "dalle-pytorch" else list(MEGA_SIZES)
     if config.model not in models:
         raise ValueError(f"{config.model} cannot be compared with {reference}; {models[0]} can")
     if reference == "plain":
@@ -140,6 +146,11 @@ def compare_plain(config: BenchConfig, progress: bool = True) -> Iterator[Compar
             difference=difference,
             produced=(B * N, TOKENS),
         )
+
+
+def build_mega(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> BartDALLE:
+    """Build the transformer of DALL-E mega with random weights."""
+    return random_network(BartDALLE, MEGA_SIZES[name], dtype, device).eval().requires_grad_(False)
 
 
 def _sample_ours(

@@ -34,7 +34,7 @@ from unclip.checkpoints.diffusers.export import reasons_against
 from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
 from unclip.checkpoints.formats import Bundle
 from unclip.evaluation import STAGES
-from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig
+from unclip.evaluation.bench import DALLE, KARLO, PROMPT, BenchConfig
 from unclip.evaluation.bench.stage_calls import Inputs, sampling_steps, unclip_calls
 from unclip.evaluation.bench.timing import StepCosts, count_operations, time_stage
 from unclip.evaluation.bench.worker import open_model
@@ -71,7 +71,7 @@ def compare(
     config: BenchConfig, compiled: bool, whole: bool, progress: bool
 ) -> tuple[str, Iterator[Comparison]]:
     """Return name and version of the reference, and the rows."""
-    if config.model in (*DALLE, *MEGA):
+    if config.model in DALLE:
         raise ValueError(f"{config.model} is not an unCLIP model; expected one, as in diffusers")
     name = f"diffusers {diffusers.__version__}{', compiled' if compiled else ''}"
     return name, (compare_whole if whole else compare_stages)(config, compiled, progress)

@@ -10,11 +10,13 @@ import comparison
 import dalle_reference
 import pytest
 import torch
+from compare_dalle import build_mega
 from dalle_reference import DallePytorch, PlainMega, import_dalle_pytorch
 
 from unclip.evaluation.bench import BenchConfig
-from unclip.evaluation.bench.random_models import build_dalle, build_mega
+from unclip.evaluation.bench.random_models import build_dalle
 from unclip.models.dalle.sampling import sample_codes
+from unclip.models.published.bart_dalle import BartDALLEConfig
 from unclip.pipelines.base import generators_from
 from unclip.types import CodeOptions
 
@@ -34,6 +36,11 @@ def test_the_plain_decoder_samples_the_same_codes():
     ours = sample_codes(mega, prefix, generators_from(range(3)), options)
     assert torch.equal(theirs, ours.flatten(1)) and len(steps) == 16
     assert len(theirs.unique(dim=0)) == 3
+
+
+def test_random_mega_has_the_sizes_of_the_original():
+    full = BartDALLEConfig(encoder_depth=2, decoder_depth=2)
+    assert compare_dalle.MEGA_SIZES["mega-random"] == full
 
 
 def test_the_plain_decoder_recomputes_keys_of_the_text_for_every_code(monkeypatch):

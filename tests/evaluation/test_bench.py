@@ -25,7 +25,6 @@ from unclip.evaluation.bench.memory import PeakMemory
 from unclip.evaluation.bench.random_models import (
     DALLE_SIZES,
     KARLO_SIZES,
-    MEGA_SIZES,
     build_dalle,
     build_karlo,
     random_network,
@@ -40,7 +39,6 @@ from unclip.evaluation.bench.stage_calls import (
 from unclip.evaluation.bench.timing import StepCosts, count_operations, interleave, time_stage
 from unclip.evaluation.bench.worker import measure
 from unclip.models.cpu.int8 import is_quantized
-from unclip.models.published.bart_dalle import BartDALLEConfig
 from unclip.models.unclip.decoder import DecoderConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig, TextPriorConfig
@@ -349,10 +347,9 @@ def test_only_the_wanted_stages_are_built():
     assert build_karlo("karlo-tiny", torch.float32, stages=["prior"]).prior is not None
 
 
-def test_random_dalles_have_the_sizes_of_the_originals():
+def test_random_dalle_has_the_sizes_of_the_original():
     config = DALLE_SIZES["dalle-random"]
     assert (config.width, config.depth, config.num_codes) == (512, 12, 1024)
-    assert MEGA_SIZES["mega-random"] == BartDALLEConfig(encoder_depth=2, decoder_depth=2)
     pipe = build_dalle("dalle-tiny", torch.bfloat16)
     dtypes = {p.dtype for network in pipe.networks().values() for p in network.parameters()}
     assert dtypes == {torch.bfloat16}
@@ -445,7 +442,6 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--steps-only --whole", "--steps-only and --whole"),
         ("--against diffusers", "tests/benchmarks/compare_diffusers.py"),
         ("--against plain", "tests/benchmarks/compare_dalle.py --reference plain"),
-        ("--model mega-tiny", "mega-tiny has no codec"),
         ("--model dalle-tiny --preset fast", "a DALL-E has no preset"),
         ("--model dalle-tiny --candidates 2", "dalle-tiny has no CLIP"),
         ("--model dalle-tiny --candidates 0", "'0' is not a whole number"),

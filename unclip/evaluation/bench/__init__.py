@@ -19,12 +19,8 @@ from unclip.evaluation.bench.processes import host, import_time, run
 
 PROMPT = "a red apple"
 # Models with random weights at full size, and small for tests; see random_models.py.
-KARLO, DALLE, MEGA = (
-    ("karlo-random", "karlo-tiny"),
-    ("dalle-random", "dalle-tiny"),
-    ("mega-random", "mega-tiny"),
-)
-RANDOM_MODELS = (*KARLO, *DALLE, *MEGA)
+KARLO, DALLE = ("karlo-random", "karlo-tiny"), ("dalle-random", "dalle-tiny")
+RANDOM_MODELS = (*KARLO, *DALLE)
 WORKER = "unclip.evaluation.bench.worker"
 
 

@@ -15,7 +15,6 @@ from unclip.clip import CLIP, CLIPConfig
 from unclip.evaluation import STAGES
 from unclip.models.dalle.layers import LayerSpec
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
-from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
@@ -177,12 +176,6 @@ DALLE_SIZES = {  # "dalle-random" is DALLE-pytorch with dim=512, depth=12 and 1,
         300, 8, 32, (4, 4), width=24, depth=2, heads=2, head_dim=18, **_DALLE_PYTORCH
     ),
 }
-MEGA_SIZES = {  # "mega-random" is DALL-E mega with fewer layers
-    "mega-random": BartDALLEConfig(encoder_depth=2, decoder_depth=2),
-    "mega-tiny": BartDALLEConfig(
-        300, 8, 32, (4, 4), 24, encoder_depth=2, decoder_depth=2, heads=2, mlp_width=48
-    ),
-}
 CODEC_HALVINGS = 3
 
 
@@ -204,8 +197,3 @@ def build_dalle(name: str, dtype: torch.dtype, device: torch.device | str = "cpu
         name=name,
         licence=LICENCE,
     )
-
-
-def build_mega(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> BartDALLE:
-    """Build the transformer of DALL-E mega."""
-    return random_network(BartDALLE, MEGA_SIZES[name], dtype, device).eval().requires_grad_(False)

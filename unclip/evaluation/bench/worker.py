@@ -23,7 +23,7 @@ from torch import nn
 import unclip
 from unclip.config import parse
 from unclip.evaluation import STAGES
-from unclip.evaluation.bench import DALLE, KARLO, MEGA, PROMPT, BenchConfig
+from unclip.evaluation.bench import DALLE, KARLO, PROMPT, BenchConfig
 from unclip.evaluation.bench.memory import PeakMemory
 from unclip.evaluation.bench.random_models import build_dalle, build_karlo
 from unclip.evaluation.bench.stage_calls import StageCalls, dalle_stages, unclip_stages
@@ -50,10 +50,6 @@ def open_model(config: BenchConfig) -> UnCLIPPipeline | DallePipeline:
         return build_karlo(config.model, dtype, device, config.stages or STAGES["unclip"])
     if config.model in DALLE:
         return build_dalle(config.model, dtype, device)
-    if config.model in MEGA:
-        raise ValueError(
-            f"{config.model} has no codec; time it with tests/benchmarks/compare_dalle.py"
-        )
     pipe = unclip.load(config.model, device, dtype, offload=config.offload and not config.quantize)
     if not isinstance(pipe, UnCLIPPipeline | DallePipeline):
         raise ValueError(f"{config.model} is of kind {pipe.kind}; expected unclip or dalle")
