@@ -395,12 +395,12 @@ def test_old_settings_are_read(name, old, new):
 
 def test_training_images_smaller_than_the_decoder_are_rejected():
     with pytest.raises(SystemExit, match="image_size is 8; expected at least 16"):
-        train("decoder", "tiny/decoder.yaml", "--set", "data.image_size=8")
+        train("decoder", "tiny/decoder.yaml", "--set=data.image_size=8")
 
 
 def test_a_task_needs_a_matching_model():
     with pytest.raises(SystemExit, match="model.inpaints is false; expected true"):
-        train("decoder", "tiny/decoder.yaml", "--set", "task=inpaint")
+        train("decoder", "tiny/decoder.yaml", "--set=task=inpaint")
 
 
 def test_a_last_unet_without_weights_is_rejected():

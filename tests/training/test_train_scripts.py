@@ -118,10 +118,7 @@ def test_a_dalle_is_bundled_with_its_own_a_shared_or_no_clip(workplace, clip, mo
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (
-            "prior=runs/tiny/decoder/model",
-            "runs/tiny/decoder/model is a Decoder; expected a prior",
-        ),
+        ("prior=runs/tiny/decoder/model", "runs/tiny/decoder/model is a Decoder; expected a prior"),
         (
             "decoder=runs/tiny/prior/model",
             "runs/tiny/prior/model is a DiffusionPrior; expected a decoder",
@@ -162,12 +159,9 @@ def test_a_prior_without_diffusion_replaces_the_diffusion_prior(workplace, kind)
 def test_explained_variance_determines_the_components(workplace):
     train(
         "ar_prior",
-        "--set",
-        "explained_variance=0.9",
-        "--set",
-        "fit.output=runs/tiny/explained",
-        "--set",
-        "fit.steps=1",
+        "--set=explained_variance=0.9",
+        "--set=fit.output=runs/tiny/explained",
+        "--set=fit.steps=1",
     )
     config = json.loads((workplace / "runs/tiny/explained/model/config.json").read_text())
     assert config["components"] == 2
@@ -178,7 +172,7 @@ def test_explained_variance_determines_the_components(workplace):
 def test_a_run_is_resumed_with_more_steps(workplace):
     run = workplace / "runs/tiny/prior"
     before = read_tensors(run / "model/model.safetensors")["head.weight"].clone()
-    train("prior", "--resume", "latest", "--set", "fit.steps=10")
+    train("prior", "--resume", "latest", "--set=fit.steps=10")
     assert json.loads((run / "config.json").read_text())["fit"]["steps"] == 10
     assert not torch.equal(read_tensors(run / "model/model.safetensors")["head.weight"], before)
 
@@ -203,14 +197,14 @@ def test_a_run_starts_from_the_weights_of_another(workplace):
 
 
 def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
-    config = ["--config", str(ROOT / "configs/tiny/inpaint.yaml"), "--set", "optim.lr=1e-6"]
+    config = ["--config", str(ROOT / "configs/tiny/inpaint.yaml"), "--set=optim.lr=1e-6"]
     script, run, plain = (
         ROOT / "train/decoder.py",
         workplace / "runs/tiny/inpaint",
         "runs/tiny/decoder/model",
     )
-    run_script(script, *config, "--init", plain, "--set", "fit.steps=4")
-    run_script(script, *config, "--resume", "latest", "--set", "fit.steps=8")
+    run_script(script, *config, "--init", plain, "--set=fit.steps=4")
+    run_script(script, *config, "--resume", "latest", "--set=fit.steps=8")
     weights, before = (
         read_tensors(Path(folder) / "model.safetensors") for folder in (run / "model", plain)
     )
@@ -220,7 +214,7 @@ def test_a_decoder_is_fine_tuned_to_inpaint_and_resumed(workplace):
     torch.testing.assert_close(after[:, :channels], before["unet.stem.weight"], atol=1e-4, rtol=0)
     assert list(run.rglob("*.png"))
 
-    bundle = ["--set", "inpainter=runs/tiny/inpaint/model", "--set", "output=runs/tiny/painter"]
+    bundle = ["--set=inpainter=runs/tiny/inpaint/model", "--set=output=runs/tiny/painter"]
     run_script(ROOT / "train/bundle.py", "--config", str(ROOT / "configs/tiny/model.yaml"), *bundle)
     pipe = unclip.load(workplace / "runs/tiny/painter")
     image, mask = Image.new("RGB", (32, 32), "red"), Image.new("L", (32, 32))
@@ -259,10 +253,7 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
         SystemExit, match="model.layout is not trained here; set layout to a trained one's folder"
     ):
         train("decoder", *settings[2:], *own)
-    with pytest.raises(
-        SystemExit,
-        match="model.layout, its config, is missing",
-    ):
+    with pytest.raises(SystemExit, match="model.layout, its config, is missing"):
         train("decoder", settings[0])
     with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 without model.layout"):
         train("decoder", "--set=emb_noise=0.5")
@@ -277,7 +268,7 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
 
 
 def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):
-    train("upsampler", "--dry-run", "--set", "fit.output=runs/tiny/dry")
+    train("upsampler", "--dry-run", "--set=fit.output=runs/tiny/dry")
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("parameters", "memory", "FLOPs"))
     assert not (workplace / "runs/tiny/dry").exists()
@@ -311,10 +302,8 @@ def test_a_codec_is_exported_without_its_discriminator(workplace):
         "codec",
         "--init",
         "runs/tiny/codec/model",
-        "--set",
-        "fit.output=runs/tiny/tuned",
-        "--set",
-        "fit.steps=1",
+        "--set=fit.output=runs/tiny/tuned",
+        "--set=fit.steps=1",
     )
     tuned = load_codec(workplace / "runs/tiny/tuned/model")
     assert (tuned.encoder.input.w - codec.encoder.input.w).abs().max() < 0.01
@@ -322,23 +311,21 @@ def test_a_codec_is_exported_without_its_discriminator(workplace):
 
 def test_errors_in_a_codec_config_are_reported(workplace):
     with pytest.raises(SystemExit, match="data has images of 8 pixels; expected 16"):
-        train("codec", "--set", "data.image_size=8", "--set", "fit.output=runs/tiny/faulty")
+        train("codec", "--set=data.image_size=8", "--set=fit.output=runs/tiny/faulty")
     with pytest.raises(
         SystemExit, match="anneal.kl is unknown; this codec anneals temperature, kl_weight"
     ):
         train(
             "codec",
-            "--set",
-            "anneal.kl={start: 0, end: 1, steps: 2}",
-            "--set",
-            "fit.output=runs/tiny/faulty",
+            "--set=anneal.kl={start: 0, end: 1, steps: 2}",
+            "--set=fit.output=runs/tiny/faulty",
         )
     with pytest.raises(
         SystemExit, match="model.kind is 'vae'; expected 'dvae' or 'gaussian' or 'vqgan' or 'vqvae'"
     ):
-        train("codec", "--set", "model.kind=vae", "--set", "fit.output=runs/tiny/faulty")
+        train("codec", "--set=model.kind=vae", "--set=fit.output=runs/tiny/faulty")
     with pytest.raises(SystemExit, match="model.withd is unknown; did you mean 'width'"):
-        train("codec", "--set", "model.withd=3", "--set", "fit.output=runs/tiny/faulty")
+        train("codec", "--set=model.withd=3", "--set=fit.output=runs/tiny/faulty")
 
 
 def test_accelerate_launches_a_script(workplace):
@@ -352,8 +339,7 @@ def test_accelerate_launches_a_script(workplace):
     arguments = [
         "--config",
         str(ROOT / "configs/tiny/clip.yaml"),
-        "--set",
-        "fit.output=runs/tiny/launched",
+        "--set=fit.output=runs/tiny/launched",
     ]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search}
@@ -389,11 +375,7 @@ def test_a_saved_clip_is_fine_tuned(workplace):
         ("prior", "context_length=8", r"model\.context_length is 8; expected at least 16"),
         ("layout", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
         ("decoder", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
-        (
-            "decoder",
-            f"text={TEXT}",
-            r"model\.text\.vocab_size is 300; expected at least 320",
-        ),
+        ("decoder", f"text={TEXT}", r"model\.text\.vocab_size is 300; expected at least 320"),
         (
             "clip",
             "model_cfg.text_cfg.vocab_size=200",

@@ -140,22 +140,22 @@ def test_the_parts_are_bundled_as_a_model(workplace):
     assert torch.equal(pipe.tokenizer(CAPTIONS)[0], tokenizer(CAPTIONS)[0])
     assert [image.size for image in pipe(CAPTIONS, seed=0, progress=False).images] == [(16, 16)] * 4
     with pytest.raises(SystemExit, match="runs/tiny/codec/model is a DVAE; expected a DALLE"):
-        run_script(ROOT / "train/bundle.py", *bundle, "--set", "dalle=runs/tiny/codec/model")
+        run_script(ROOT / "train/bundle.py", *bundle, "--set=dalle=runs/tiny/codec/model")
     with pytest.raises(
         SystemExit, match="runs/tiny/dalle/model is a DALLE; expected an image codec"
     ):
-        run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=runs/tiny/dalle/model")
+        run_script(ROOT / "train/bundle.py", *bundle, "--set=codec=runs/tiny/dalle/model")
     save_component(GaussianVAE(GaussianVAEConfig(image_size=16, net=ConvNetConfig(width=8))), "vae")
     with pytest.raises(
         SystemExit, match="vae contains a GaussianVAE; expected a codec with discrete codes"
     ):
-        run_script(ROOT / "train/bundle.py", *bundle, "--set", "codec=vae")
+        run_script(ROOT / "train/bundle.py", *bundle, "--set=codec=vae")
     with pytest.raises(SystemExit, match="--set codex=3: codex is unknown; did you mean 'codec'"):
-        run_script(ROOT / "train/bundle.py", *bundle, "--set", "codex=3")
+        run_script(ROOT / "train/bundle.py", *bundle, "--set=codex=3")
 
 
 def test_a_run_is_resumed(workplace):
-    train("--resume", "latest", "--set", "fit.steps=10")
+    train("--resume", "latest", "--set=fit.steps=10")
     assert (workplace / "runs/tiny/dalle/checkpoints/step-0000010").is_dir()
 
 
@@ -213,7 +213,7 @@ def test_weights_without_a_tokenizer_are_rejected(workplace, tmp_path):
 
 
 def test_a_dry_run_prints_the_costs(workplace, capsys):
-    train("--dry-run", "--set", "fit.output=runs/tiny/dry")
+    train("--dry-run", "--set=fit.output=runs/tiny/dry")
     assert (
         "59,678 trained" in capsys.readouterr().out and not (workplace / "runs/tiny/dry").exists()
     )

@@ -50,7 +50,7 @@ def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
     config = script_config(tmp_path)
     for argv, message in [
         (
-            ["--config", config, "--set", "fit.stepps=3"],
+            ["--config", config, "--set=fit.stepps=3"],
             "error: --set fit.stepps=3: fit.stepps is unknown; did you mean",
         ),
         (["--config", config, "--resume", "latest"], "error: no checkpoint in"),
@@ -71,16 +71,7 @@ def test_a_script_trains_and_resumes(tmp_path: Path) -> None:
         main,
         Script,
         None,
-        [
-            "--config",
-            config,
-            "--resume",
-            "latest",
-            "--set",
-            "fit.steps=3",
-            "--set",
-            "optim.lr=1e-5",
-        ],
+        ["--config", config, "--resume", "latest", "--set=fit.steps=3", "--set=optim.lr=1e-5"],
     )
     saved = json.loads(
         (tmp_path / "run" / "checkpoints" / "step-0000003" / "state.json").read_text()
@@ -93,7 +84,7 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
     launch(main, Script, None, ["--config", config])
     file = tmp_path / "run" / "checkpoints" / "step-0000002" / "state.json"
     state = json.loads(file.read_text())
-    again = ["--config", config, "--resume", "latest", "--set", "fit.steps=3"]
+    again = ["--config", config, "--resume", "latest", "--set=fit.steps=3"]
     file.write_text(
         json.dumps({**state, "settings": {**state["settings"], "optim": {"betas": [0.5, 0.9]}}})
     )
@@ -105,11 +96,9 @@ def test_a_checkpoint_of_an_older_version_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "step-0000003").is_dir()
 
 
-def test_the_resume_command_uses_the_launcher(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_resume_command_uses_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.setattr(sys, "argv", ["train/clip.py", "--config", "c.yaml", "--set", "optim.lr=1"])
+    monkeypatch.setattr(sys, "argv", ["train/clip.py", "--config", "c.yaml", "--set=optim.lr=1"])
     assert (
         resume_command()
         == "accelerate launch train/clip.py --config c.yaml --set optim.lr=1 --resume latest"

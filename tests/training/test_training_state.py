@@ -92,11 +92,7 @@ def test_gains_biases_and_embeddings_have_no_weight_decay() -> None:
     )
     decayed, other = build_optimizer(model, OptimConfig(weight_decay=0.5)).param_groups
     assert [p is model["linear"].weight for p in decayed["params"]] == [True]
-    assert (decayed["weight_decay"], other["weight_decay"], len(other["params"])) == (
-        0.5,
-        0.0,
-        4,
-    )
+    assert (decayed["weight_decay"], other["weight_decay"], len(other["params"])) == (0.5, 0.0, 4)
 
 
 def test_embedding_parameters_have_no_weight_decay() -> None:

@@ -22,14 +22,7 @@ from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from unclip.config import (
-    NonNegativeInt,
-    PositiveInt,
-    ProperFraction,
-    config,
-    save_json,
-    to_dict,
-)
+from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config, save_json, to_dict
 from unclip.files import atomic_folder
 from unclip.models.cpu.kernels import use_kernels
 from unclip.tokenizer import BPETokenizer
