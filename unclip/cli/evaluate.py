@@ -310,7 +310,7 @@ def _add_evaluate_manipulations(commands: Any) -> None:
 
 
 def evaluate_manipulations(args: Namespace) -> None:
-    from unclip.evaluation.report import Row, manipulation_rows, plain_table
+    from unclip.evaluation.report import HEAD, manipulation_rows, plain_table
 
     check_writable(args.json)
     pipe = _load_unclip(args)
@@ -341,7 +341,7 @@ def evaluate_manipulations(args: Namespace) -> None:
         if part not in results:
             results[part] = evaluation.run(part)
             write_figures(results, args.json, tell=False)
-    print(plain_table([Row("figure", "model", "reference"), *manipulation_rows(results)]))
+    print(plain_table([HEAD, *manipulation_rows(results)]))
 
 
 def _add_evaluate_approximations(commands: Any) -> None:
