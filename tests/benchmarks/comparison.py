@@ -31,6 +31,7 @@ from unclip.evaluation.bench.tables import (
 from unclip.evaluation.bench.timing import Stage, StepCosts, interleave, time_stage
 from unclip.evaluation.bench.worker import machine, placement
 from unclip.evaluation.report import markdown_table
+from unclip.pipelines.memory import enable_memory_reuse
 
 REFERENCE, OURS = "reference", "unclip"
 
@@ -133,6 +134,7 @@ def run(
     json_file: Path | None,
 ) -> None:
     """Print rows as they are measured, then the table; errors in one line."""
+    enable_memory_reuse()  # as the command line does, for both sides
     try:
         reference, rows = compare()
         _run(config, reference, rows, json_file)

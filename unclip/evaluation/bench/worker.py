@@ -30,6 +30,7 @@ from unclip.evaluation.bench.stage_calls import StageCalls, dalle_stages, unclip
 from unclip.evaluation.bench.timing import count_operations, interleave, measure_peak, time_stage
 from unclip.pipelines.base import default_dtype, find_device
 from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.offload import parts
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, UnCLIPOptions
@@ -186,6 +187,7 @@ def main(arguments: Sequence[str]) -> None:
         Path(out).write_text(json.dumps(results), encoding="utf-8")
         return
     config = parse(BenchConfig, data)
+    enable_memory_reuse()  # as the command line does
     try:
         if task == "save":
             open_model(replace(config, device="cpu", stages=None)).save_pretrained(out)
