@@ -288,3 +288,17 @@ def test_a_cell_has_titles_above_and_a_caption_below():
     image = cell([Image.new("RGB", (8, 8), "red"), None], 20, "a b", ["1", "2"])
     assert image.width == 44 and image.height > 40
     assert (np.asarray(image)[:, 22:] != 255).any()
+
+
+def test_files_that_are_not_images_are_rejected(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist"):
+        open_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(ValueError, match=r"text\.png: not a readable image"):
+        open_image(tmp_path / "text.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half\.png: .*truncated"):
+        open_image(tmp_path / "half.png")
+    with pytest.raises(ValueError, match=r"whole\.png .*metadata"):
+        read_metadata(tmp_path / "whole.png")

@@ -94,10 +94,10 @@ pipelines.wording pipelines.unclip.prompts
 pipelines.probing pipelines.unclip.probing
 pipelines.dalle pipelines.dalle.pipeline
 pipelines.dalle_stages pipelines.dalle.stages
-pipelines.command_line cli.common
+pipelines.command_line cli.arguments
 pipelines.arguments cli.arguments
 pipelines.commands cli.manipulate
-pipelines.from_pictures cli.sources
+pipelines.from_pictures cli.manipulate
 evaluation.commands cli.evaluate
 evaluation.codec_command cli.evaluate
 evaluation.priors_command cli.evaluate

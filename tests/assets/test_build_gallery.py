@@ -14,7 +14,7 @@ from gallery_figures import FIGURES, Figure
 from PIL import Image
 from scripts import ROOT
 
-from unclip.cli.main import _parser
+from unclip.cli.main import build_parser
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
@@ -38,7 +38,7 @@ def saved_by_python(command: str) -> set[str]:
 def test_commands_are_valid_and_write_the_outputs(figure):
     written = []
     for words in shell_commands(figure):
-        args = _parser().parse_args(words[1:])
+        args = build_parser().parse_args(words[1:])
         written.append(args.output.name)
         command, eta = args.run.__name__, getattr(args, "eta", None)
         deterministic = command in ("interpolate", "edit") or eta == 0
@@ -141,7 +141,7 @@ def test_data_is_passed_to_the_evaluation(monkeypatch, model, tmp_path):
     monkeypatch.setattr(build_gallery, "run_unclip", calls.append)
     data = ["--data", "heldout.tar", "--limit", "4"]
     main(["--out", str(tmp_path / "g.md"), "--model", model, "--quiet", *data])
-    args = _parser().parse_args(calls[0])
+    args = build_parser().parse_args(calls[0])
     assert args.run.__name__ == "evaluate_manipulations"
     assert (args.limit, args.data, args.quiet) == (4, ["heldout.tar"], True)
     assert args.json == tmp_path / "g" / "manipulation.json"

@@ -439,7 +439,7 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--model emojy", "emojy"),
         ("--stages prior,decodr", "unknown stage 'decodr'"),
         ("--steps-only --preset fast", "preset 'fast'"),
-        ("--steps-only --whole", "--steps-only and --whole"),
+        ("--steps-only --whole", "--whole: not allowed with argument --steps-only"),
         ("--against diffusers", "tests/benchmarks/compare_diffusers.py"),
         ("--against plain", "tests/benchmarks/compare_dalle.py --reference plain"),
         ("--model dalle-tiny --preset fast", "a DALL-E has no preset"),

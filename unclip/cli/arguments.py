@@ -1,174 +1,316 @@
-"""Arguments of the commands that draw: which kinds of models have them, and where each goes in the model's options."""
+"""Arguments that several commands share, and the flags that set a model's sampling options."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import argparse
+import math
+import warnings
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.common import whole_number
 from unclip.pipelines.presets import PRESETS
 
-if TYPE_CHECKING:  # torch must not be imported by `unclip --help`
+if TYPE_CHECKING:  # `unclip --help` must not import torch
     from unclip.pipelines.base import TextToImage
 
+DEFAULT_MODEL = "emoji"
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SAMPLERS = ("ancestral", "ddim", "dpm++", "unipc")
-DIFFUSION, UNCLIP, DALLE = ("unclip", "glide"), ("unclip",), ("dalle",)
+
+
+# Types of arguments: they raise ArgumentTypeError, which argparse reports with the flag's name.
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return the type of an integer argument with a lower bound."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def number(text: str) -> float:
+    """Parse a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    if not 0.0 <= (value := number(text)) <= 1.0:
+        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def prompts_file(text: str) -> list[str]:
+    """Read the prompts in a UTF-8 file, one per line; a byte order mark is allowed."""
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ArgumentTypeError(f"{text} is not UTF-8 text; expected one prompt per line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ArgumentTypeError(f"{text} has no prompts; expected one per line")
+    return prompts
+
+
+COUNT = {"type": at_least(1), "metavar": "N"}
+NUMBER = {"type": number, "metavar": "X"}
+
+
+# Arguments of several commands.
+
+
+def add_command(
+    commands: Any, run: Callable[[Namespace], None], about: str, example: str = ""
+) -> ArgumentParser:
+    """Add a command that calls `run` and has its name, with hyphens."""
+    parser = commands.add_parser(
+        run.__name__.replace("_", "-"),
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=example and f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # What `load_model` and `sampling_options` read, for commands without these flags.
+    parser.set_defaults(offload=False, compile=False, quantize=None, prior=None, preset=None)
+    parser.set_defaults(run=run, flags=())
+    return parser
+
+
+def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
+    """Add what `load_model` reads; `add_runtime` and the flag --prior are optional."""
+    about = f"bundled name, folder, checkpoint file or Hub id (default: {default})"
+    parser.add_argument("--model", default=default, metavar="NAME", help=about)
+    about = "cpu, cuda, cuda:1, mps (default: the fastest that is available)"
+    parser.add_argument("--device", metavar="DEVICE", help=about)
+    about = "data type of the networks (default: half precision on CUDA, else fp32)"
+    parser.add_argument("--dtype", choices=DTYPES, help=about)
+
+
+def add_runtime(parser: ArgumentParser) -> None:
+    memory = parser.add_mutually_exclusive_group()  # compiled networks cannot move
+    about = "keep only one network in memory at a time"
+    memory.add_argument("--offload", action="store_true", help=about)
+    about = "optimise the networks first; worth it for many images"
+    memory.add_argument("--compile", action="store_true", help=about)
+    about = "round the weights: half the memory of bf16, slightly different images"
+    parser.add_argument("--quantize", choices=("int8",), help=about)
+
+
+def add_num_images(parser: ArgumentParser, default: int = 1, of: str = "") -> None:
+    about = f"number of images{of} (default: {default})"
+    parser.add_argument("-n", "--num-images", default=default, help=about, **COUNT)
+
+
+def add_seed(parser: ArgumentParser, default: int | None = None) -> None:
+    random = "random" if default is None else default
+    about = f"seed of the first image; the next ones use S + 1, ... (default: {random})"
+    parser.add_argument("--seed", type=at_least(0), default=default, metavar="S", help=about)
+
+
+def add_output(
+    parser: ArgumentParser, about: str = "a .png file, or a folder (default: the current one)"
+) -> None:
+    """Add what `check_output` and `write_images` read."""
+    parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
+    parser.add_argument("--grid", action="store_true", help="write one sheet with all images")
+    add_quiet(parser)
+
+
+def add_quiet(parser: ArgumentParser) -> None:
+    about = "show no progress bars and no file names"
+    parser.add_argument("--quiet", action="store_true", help=about)
+
+
+def add_renamed(parser: ArgumentParser, old: str, new: str, **parse: Any) -> None:
+    """Accept the old name of a flag, with a warning; `parse` are its arguments for argparse."""
+    dest = new.removeprefix("--").replace("-", "_")
+    parser.add_argument(old, dest=dest, action=_RenamedFlag, help=argparse.SUPPRESS, **parse)
+
+
+class _RenamedFlag(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        new = f"--{self.dest.replace('_', '-')}"
+        # A DeprecationWarning would not be shown to users.
+        warnings.warn(f"{option_string} is deprecated; use {new}", FutureWarning, stacklevel=2)
+        setattr(namespace, self.dest, values)
+
+
+# Flags of the sampling options.
 
 
 @dataclass(frozen=True)
-class Argument:
-    """One of them, left at None where the command line doesn't give it."""
+class SamplingFlag:
+    """A flag that changes how a model samples.
 
-    flag: str
+    sets: for each kind of model that has the flag, the option it sets, such as "decoder.steps"
+    or "upsamplers.*.steps" (of every upsampler); None where the command itself reads the value.
+    """
+
+    name: str
+    parse: Mapping[str, Any]  # arguments for argparse
     about: str
-    places: Mapping[
-        str, str | None
-    ]  # by kind of model: in its options, "decoder.steps"; None: not among them
-    how: Mapping[str, Any] = field(default_factory=dict)  # of argparse
+    sets: Mapping[str, str | None]
 
     @property
-    def name(self) -> str:
-        return self.flag.removeprefix("--").replace("-", "_")
+    def dest(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
 
 
-def _number(flag: str, about: str, places: Mapping[str, str | None], kind: type = int) -> Argument:
-    return Argument(flag, about, places, {"type": kind, "metavar": "N" if kind is int else "X"})
+def _diffusion(option: str | None) -> dict[str, str | None]:
+    return {"unclip": option, "glide": option}
 
 
-def _in(kinds: Sequence[str], place: str | None) -> dict[str, str | None]:
-    return dict.fromkeys(kinds, place)
-
-
+STEPS = SamplingFlag(
+    "--steps", COUNT, "number of sampling steps of the decoder", _diffusion("decoder.steps")
+)
+GUIDANCE = SamplingFlag(
+    "--guidance",
+    NUMBER,
+    "guidance scale of the decoder or of DALL-E; 1 = no guidance",
+    _diffusion("decoder.guidance") | {"dalle": "guidance"},
+)
+UPSAMPLER_STEPS = SamplingFlag(
+    "--upsampler-steps",
+    COUNT,
+    "number of sampling steps of each upsampler",
+    _diffusion("upsamplers.*.steps"),
+)
+DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # for inversion, which requires DDIM
 SAMPLING = (
-    _number("--steps", "sampling steps of the decoder", _in(DIFFUSION, "decoder.steps")),
-    _number(
-        "--guidance",
-        "guidance of the decoder, or of DALL-E; 1 = none",
-        {**_in(DIFFUSION, "decoder.guidance"), "dalle": "guidance"},
-        float,
+    *DETERMINISTIC,
+    SamplingFlag(
+        "--sampler", {"choices": SAMPLERS}, "sampler of the decoder", _diffusion("decoder.sampler")
     ),
-    Argument(
-        "--sampler",
-        "sampler of the decoder",
-        _in(DIFFUSION, "decoder.sampler"),
-        {"choices": SAMPLERS},
-    ),
-    _number(
-        "--upsampler-steps",
-        "sampling steps of each upsampler",
-        _in(DIFFUSION, "upsamplers.*.steps"),
-    ),
-    Argument(
+    SamplingFlag(
         "--preset",
-        "options by name: exact, the model's own; or fast, for nearly the same picture several times sooner",
-        _in(DIFFUSION, None),
         {"choices": PRESETS},
+        "exact: the model's own options; fast: nearly the same images, several times faster",
+        _diffusion(None),
     ),
-    _number(
+    SamplingFlag(
         "--temperature",
-        "DALL-E and autoregressive priors: that logits are divided by; 0 = the likeliest code",
-        {**_in(DALLE, "temperature"), **_in(UNCLIP, "prior.temperature")},
-        float,
+        NUMBER,
+        "DALL-E and autoregressive priors: divides the logits; 0 = always the likeliest code",
+        {"dalle": "temperature", "unclip": "prior.temperature"},
     ),
-    _number("--top-k", "DALL-E: draw among so many of the likeliest codes", _in(DALLE, "top_k")),
-    _number(
+    SamplingFlag(
+        "--top-k", COUNT, "DALL-E: sample among the N likeliest codes", {"dalle": "top_k"}
+    ),
+    SamplingFlag(
         "--top-p",
-        "DALL-E: draw among the fewest codes of this probability",
-        _in(DALLE, "top_p"),
-        float,
+        NUMBER,
+        "DALL-E: sample among the fewest codes with this total probability",
+        {"dalle": "top_p"},
     ),
 )
 PRIOR = (
-    Argument(
-        "--prior", "folder or Hub id of another prior", _in(UNCLIP, None), {"metavar": "NAME"}
+    SamplingFlag(
+        "--prior", {"metavar": "NAME"}, "folder or Hub id of another prior", {"unclip": None}
     ),
-    _number("--prior-steps", "sampling steps of the prior", _in(UNCLIP, "prior.steps")),
-    _number(
-        "--prior-guidance", "guidance of the prior; 1 = none", _in(UNCLIP, "prior.guidance"), float
+    SamplingFlag(
+        "--prior-steps", COUNT, "number of sampling steps of the prior", {"unclip": "prior.steps"}
     ),
-    _number(
+    SamplingFlag(
+        "--prior-guidance",
+        NUMBER,
+        "guidance scale of the prior; 1 = no guidance",
+        {"unclip": "prior.guidance"},
+    ),
+    SamplingFlag(
         "--prior-candidates",
-        "embeddings drawn for a picture; only the best is decoded",
-        _in(UNCLIP, "prior_candidates"),
+        COUNT,
+        "number of embeddings sampled per image; only the best is decoded",
+        {"unclip": "prior_candidates"},
     ),
 )
 FROM_TEXT = (
     *PRIOR,
-    Argument(
+    SamplingFlag(
         "--embedding",
-        "what is decoded: the prior's embedding, the caption's own (text), or none, the caption alone",
-        _in(UNCLIP, "embedding"),
         {"choices": ("prior", "text", "none")},
+        "embedding to decode: from the prior, of the text itself, or none",
+        {"unclip": "embedding"},
     ),
-    Argument("--negative", "what guidance leads away from", _in(UNCLIP, None), {"metavar": "TEXT"}),
-    Argument(
+    SamplingFlag("--negative", {"metavar": "TEXT"}, "negative prompt", {"unclip": None}),
+    SamplingFlag(
         "--mix",
-        "draw one mixture of all prompts, with these weights",
-        _in(UNCLIP, None),
-        {"nargs": "+", "type": float, "metavar": "WEIGHT"},
+        {"nargs": "+", "type": number, "metavar": "WEIGHT"},
+        "generate from one mixture of all prompts with these weights",
+        {"unclip": None},
     ),
 )
-RERANKING = (
-    Argument(
-        "--candidates",
-        "pictures drawn of each prompt; those that CLIP finds closest to it are kept",
-        _in(("unclip", "dalle"), None),
-        {"type": whole_number, "metavar": "N"},
-    ),
+CANDIDATES = SamplingFlag(
+    "--candidates",
+    COUNT,
+    "number of images generated per prompt; those that match it best by CLIP are kept",
+    {"unclip": None, "dalle": None},
 )
-FROM_PICTURE = (
-    Argument(
+FROM_IMAGE = (
+    SamplingFlag(
         "--prompt",
-        "DALL-E: the picture's caption (default: none)",
-        _in(DALLE, None),
         {"metavar": "TEXT"},
+        "DALL-E: caption of the image (default: none)",
+        {"dalle": None},
     ),
-    _number(
+    SamplingFlag(
         "--keep",
-        "DALL-E: how much of the picture stays, from the top; 0 = only what it suggests (default: 0.4375)",
-        _in(DALLE, None),
-        float,
+        NUMBER,
+        "DALL-E: fraction of the image to keep, from the top (default: 0.4375)",
+        {"dalle": None},
     ),
 )
-ARGUMENTS = (*SAMPLING, *FROM_TEXT, *RERANKING, *FROM_PICTURE)
 
 
-def add_arguments(parser: ArgumentParser, *groups: Sequence[Argument]) -> None:
-    for argument in (argument for group in groups for argument in group):
-        parser.add_argument(argument.flag, help=argument.about, **argument.how)
+def add_sampling(parser: ArgumentParser, *flags: SamplingFlag) -> None:
+    """Add the flags that `sampling_options` reads."""
+    for flag in flags:
+        parser.add_argument(flag.name, help=flag.about, **flag.parse)
+    parser.set_defaults(flags=flags)
 
 
-def given(args: Namespace) -> list[Argument]:
-    """Those that the command line gives."""
-    return [argument for argument in ARGUMENTS if getattr(args, argument.name, None) is not None]
+def given_flags(args: Namespace) -> list[SamplingFlag]:
+    """Return the sampling flags on the command line."""
+    return [flag for flag in args.flags if getattr(args, flag.dest) is not None]
 
 
-def sampling_options(pipe: TextToImage, args: Namespace) -> Any:
-    """The model's own options, or those of --preset, changed where the command line says so.
-
-    ValueError if it gives an argument that is not for this kind of model.
-    """
-    options = pipe.options if getattr(args, "preset", None) is None else pipe.preset(args.preset)
-    for argument in given(args):
-        if pipe.kind not in argument.places:
-            known = [
-                other.flag
-                for other in ARGUMENTS
-                if hasattr(args, other.name) and pipe.kind in other.places
-            ]
+def check_flags(pipe: TextToImage, args: Namespace) -> None:
+    """Raise a ValueError if a sampling flag does not exist for this kind of model."""
+    for flag in given_flags(args):
+        if pipe.kind not in flag.sets:
+            known = ", ".join(flag.name for flag in args.flags if pipe.kind in flag.sets)
             raise ValueError(
-                f"{pipe.name} is of kind {pipe.kind}, which has no {argument.flag}; it has {', '.join(known)}"
+                f"{pipe.name} is of kind {pipe.kind}, which has no {flag.name}; it has {known}"
             )
-        if (place := argument.places[pipe.kind]) is not None:
-            options = _changed(options, place.split("."), getattr(args, argument.name))
+
+
+def sampling_options(pipe: TextToImage, args: Namespace, base: Any = None) -> Any:
+    """Return `base` (default: the model's options), or --preset, changed by the sampling flags."""
+    options = pipe.options if base is None else base
+    if args.preset is not None:
+        options = pipe.preset(args.preset)
+    for flag in given_flags(args):
+        if (option := flag.sets[pipe.kind]) is not None:
+            options = _set(options, option.split("."), getattr(args, flag.dest))
     return options
 
 
-def _changed(options: Any, place: Sequence[str], value: Any) -> Any:
-    if not place:
+def _set(options: Any, path: Sequence[str], value: Any) -> Any:
+    if not path:
         return value
-    if place[0] == "*":
-        return tuple(_changed(one, place[1:], value) for one in options)
-    return replace(options, **{place[0]: _changed(getattr(options, place[0]), place[1:], value)})
+    name, *rest = path
+    if name == "*":
+        return tuple(_set(one, rest, value) for one in options)
+    return replace(options, **{name: _set(getattr(options, name), rest, value)})

@@ -1,21 +1,22 @@
-"""The command `unclip bench`. It imports torch only when it runs."""
+"""`unclip bench`: the speed and the memory of a model."""
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.folders import locate
-from unclip.cli.common import (
+from unclip.cli.arguments import (
+    COUNT,
     DTYPES,
     add_command,
     add_model,
-    check_writable,
-    whole_number,
-    write_figures,
+    add_quiet,
+    add_runtime,
 )
+from unclip.cli.output import check_json, write_json
 from unclip.evaluation import STAGES
 from unclip.pipelines.presets import PRESETS
 
@@ -27,33 +28,38 @@ COMPARISONS = {
 }
 
 
-def add_bench(commands: Any) -> None:
-    """Add the command to the subparsers of `unclip`."""
+def add_commands(commands: Any) -> None:
     parser = add_command(commands, bench, "measure the speed and the memory of a model")
     add_model(parser)
-    parser.add_argument("--against", choices=COMPARISONS, help=SUPPRESS)
-    about = "images in each warm call (default: 1)"
-    parser.add_argument("--batch", type=whole_number, default=1, metavar="N", help=about)
-    about = "measurements of each kind (default: 5)"
-    parser.add_argument("--repeat", type=whole_number, default=5, metavar="N", help=about)
+    parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
+    about = "number of images in each warm call (default: 1)"
+    parser.add_argument("--batch", default=1, help=about, **COUNT)
+    about = "number of measurements of each kind (default: 5)"
+    parser.add_argument("--repeat", default=5, help=about, **COUNT)
     unclip, dalle = (",".join(STAGES[kind]) for kind in ("unclip", "dalle"))
     about = f"some of {unclip}, or for a DALL-E of {dalle} (default: all)"
     parser.add_argument(
         "--stages", type=lambda text: tuple(text.split(",")), metavar="A,B", help=about
     )
     about = "also time N images with and without reranking by CLIP"
-    parser.add_argument("--candidates", type=whole_number, metavar="N", help=about)
+    parser.add_argument("--candidates", help=about, **COUNT)
+    extent = parser.add_mutually_exclusive_group()
     about = "extrapolate each stage from two of its steps (default for karlo-random)"
-    parser.add_argument("--steps-only", action="store_true", help=about)
+    extent.add_argument("--steps-only", action="store_true", help=about)
     about = "run all steps and whole calls, also for karlo-random"
-    parser.add_argument("--whole", action="store_true", help=about)
+    extent.add_argument("--whole", action="store_true", help=about)
     parser.add_argument("--preset", choices=PRESETS, help="sampling options by name")
-    parser.add_argument("--compile", action="store_true", help="apply unclip.compile")
-    parser.add_argument("--quantize", choices=("int8",), help="quantize the weights")
-    about = "keep one network in memory at a time"
-    parser.add_argument("--offload", action="store_true", help=about)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_runtime(parser)
+    about = "write the results to this file"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
+    add_quiet(parser)
+
+
+def _moved(name: str) -> str:
+    if name in COMPARISONS:
+        script = f"tests/benchmarks/{COMPARISONS[name]}"
+        raise ArgumentTypeError(f"the comparison with {name} has moved; run python {script}")
+    return name
 
 
 def bench(args: Namespace) -> None:
@@ -61,16 +67,9 @@ def bench(args: Namespace) -> None:
     from unclip.evaluation.bench import tables
     from unclip.evaluation.report import Row, plain_table
 
-    if args.against is not None:
-        script = COMPARISONS[args.against]
-        raise ValueError(
-            f"bench --against {args.against} has moved; run python tests/benchmarks/{script}"
-        )
-    check_writable(args.json)
+    check_json(args.json)
     if args.model not in benchmark.RANDOM_MODELS:
         locate(args.model)  # an unknown name is reported before torch is imported
-    if args.steps_only and args.whole:
-        raise ValueError("got both --steps-only and --whole; expected at most one")
     if args.model in benchmark.KARLO and not (args.whole or args.preset):
         args.steps_only = True  # all steps take minutes on a CPU
     args.dtype = args.dtype and DTYPES[args.dtype]
@@ -87,4 +86,4 @@ def bench(args: Namespace) -> None:
     for line in tables.token_and_reranking_lines(results):
         print(line)
     print(f"\n{tables.stage_table(results)}")
-    write_figures(results, args.json)
+    write_json(results, args.json)

@@ -1,26 +1,30 @@
-"""The commands `unclip evaluate` and `unclip evaluate-...`; torch is imported when they run."""
+"""`unclip evaluate` and `evaluate-...`: metrics of models, codecs, priors and manipulations."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.folders import locate
-from unclip.cli.arguments import PRIOR, SAMPLING, add_arguments, sampling_options
-from unclip.cli.common import (
+from unclip.cli.arguments import (
+    COUNT,
+    PRIOR,
+    SAMPLING,
     add_command,
     add_model,
-    check_writable,
-    load_model,
-    load_named,
-    read_prompts,
-    whole_number,
-    write_figures,
+    add_quiet,
+    add_renamed,
+    add_sampling,
+    add_seed,
+    number,
+    prompts_file,
+    sampling_options,
 )
+from unclip.cli.loading import load_model, load_named, load_unclip
+from unclip.cli.output import check_json, write_json
 from unclip.config import to_dict
 from unclip.evaluation import MANIPULATION_PARTS, PARTS
 from unclip.files import read_json
@@ -29,13 +33,11 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.evaluation.base import Evaluation
-    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 RECONSTRUCTED = 12  # images on the sheet of `evaluate-codec`
 
 
 def add_commands(commands: Any) -> None:
-    """Add the commands to the subparsers of `unclip`."""
     _add_evaluate(commands)
     _add_evaluate_codec(commands)
     _add_evaluate_priors(commands)
@@ -43,44 +45,34 @@ def add_commands(commands: Any) -> None:
     _add_evaluate_approximations(commands)
 
 
-def _add_data(parser: ArgumentParser, about: str, limit: int | None, batch_size: int) -> None:
+def _add_data(
+    parser: ArgumentParser,
+    limit: int | None,
+    batch_size: int,
+    about: str = "held-out pairs: tars, or a folder",
+) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help=about)
-    default = "all" if limit is None else limit
-    about = f"use N evenly spaced pairs (default: {default})"
-    parser.add_argument("--limit", type=whole_number, default=limit, metavar="N", help=about)
+    about = f"use N evenly spaced pairs (default: {limit or 'all'})"
+    parser.add_argument("--limit", default=limit, help=about, **COUNT)
     about = f"images per batch (default: {batch_size})"
-    parser.add_argument(
-        "--batch-size", type=whole_number, default=batch_size, metavar="N", help=about
-    )
+    parser.add_argument("--batch-size", default=batch_size, help=about, **COUNT)
 
 
-def _add_seed(parser: ArgumentParser) -> None:
-    about = "seed of the first image (default: 0)"
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help=about)
-
-
-def _add_outputs(parser: ArgumentParser, about: str = "write the results to this file") -> None:
+def _add_results(parser: ArgumentParser, about: str = "write the results to this file") -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    add_quiet(parser)
 
 
-def _load_unclip(args: Namespace) -> UnCLIPPipeline:
-    pipe = load_model(args)
+def _named(parse: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
+    """Return the type of an argument NAME=VALUE."""
 
-    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+    def parse_pair(text: str) -> tuple[str, Any]:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+        return name, parse(value)
 
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(f"{pipe.name} is of kind {pipe.kind}; expected unclip")
-    return pipe
-
-
-class _OldFlag(argparse.Action):
-    """A renamed flag that still works, with a warning."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        new = f"--{self.dest.replace('_', '-')}"
-        warnings.warn(f"{option_string} is deprecated; use {new}", FutureWarning, stacklevel=2)
-        setattr(namespace, self.dest, values)
+    return parse_pair
 
 
 # -- evaluate
@@ -90,25 +82,23 @@ def _add_evaluate(commands: Any) -> None:
     about = "evaluate a model on pairs that it was not trained on"
     parser = add_command(commands, evaluate, about)
     add_model(parser)
-    _add_data(parser, "held-out pairs: tars, or a folder", None, 32)
+    _add_data(parser, None, 32)
     about = "training pairs, for styles and nearest images"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
     about = "another model, sampled with the same captions and seeds"
     parser.add_argument("--baseline", metavar="NAME", help=about)
-    parser.add_argument("--beside", dest="baseline", action=_OldFlag, help=argparse.SUPPRESS)
+    add_renamed(parser, "--beside", "--baseline")
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
-    _add_seed(parser)
-    add_arguments(parser, SAMPLING, PRIOR)
+    add_seed(parser, 0)
+    add_sampling(parser, *SAMPLING, *PRIOR)
     about = "write sheets of generated images to this folder"
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help=about)
-    parser.add_argument(
-        "--pictures", dest="sheets", type=Path, action=_OldFlag, help=argparse.SUPPRESS
-    )
+    add_renamed(parser, "--pictures", "--sheets", type=Path)
     about = "prompts for the sheet of samples, one per line"
-    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help=about)
-    _add_outputs(parser)
+    parser.add_argument("--prompts-file", type=prompts_file, metavar="FILE", help=about)
+    _add_results(parser)
 
 
 def _part(name: str) -> str:
@@ -119,16 +109,15 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation import report
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
-    check_writable(args.json)
-    prompts = read_prompts(args.prompts_file)
+    check_json(args.json)
     evaluation = _make_evaluation(args)
     results = evaluation.run(
-        args.parts, save=lambda results: write_figures(results, args.json, tell=False)
+        args.parts, save=lambda results: write_json(results, args.json, show=False)
     )
     print(report.plain_table([report.HEAD, *report.evaluation_rows(results)]))
-    write_figures(results, args.json)
+    write_json(results, args.json)
     if args.sheets is not None:
-        for path in write_sheets(evaluation, args.sheets, prompts or PROMPTS):
+        for path in write_sheets(evaluation, args.sheets, args.prompts_file or PROMPTS):
             print(path)
 
 
@@ -166,21 +155,19 @@ def _add_evaluate_codec(commands: Any) -> None:
     parser = add_command(commands, evaluate_codec, about)
     about = "folder or file of a codec, or a model that has one"
     parser.add_argument("codec", metavar="CODEC", help=about)
-    _add_data(parser, "images: tars, or a folder", None, 32)
+    _add_data(parser, None, 32, "images: tars, or a folder")
     about = "image size in pixels (default: that of the training)"
-    parser.add_argument("--size", type=whole_number, metavar="S", help=about)
+    parser.add_argument("--size", help=about, **COUNT)
     about = "cpu, cuda, mps (default: cpu)"
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help=about)
     about = "write a sheet of images above their reconstructions"
     parser.add_argument("--sheet", type=Path, metavar="PNG", help=about)
-    parser.add_argument(
-        "--picture", dest="sheet", type=Path, action=_OldFlag, help=argparse.SUPPRESS
-    )
-    _add_outputs(parser)
+    add_renamed(parser, "--picture", "--sheet", type=Path)
+    _add_results(parser)
 
 
 def evaluate_codec(args: Namespace) -> None:
-    check_writable(args.json)
+    check_json(args.json)
     path = locate(args.codec)  # an unknown name is reported before torch is imported
 
     from unclip.checkpoints.registry import load_codec
@@ -194,7 +181,7 @@ def evaluate_codec(args: Namespace) -> None:
     width = max(map(len, results))
     for name, value in results.items():
         print(f"{name:{width}}  {value:.4g}")
-    write_figures(results, args.json)
+    write_json(results, args.json)
     if args.sheet is not None:
         shown = images[:: max(1, len(images) // RECONSTRUCTED)][:RECONSTRUCTED]
         save_png(evaluation.reconstructions(codec, shown), args.sheet)
@@ -208,36 +195,22 @@ def _add_evaluate_priors(commands: Any) -> None:
     about = "compare priors for one decoder on the same held-out captions, and the decoder alone"
     parser = add_command(commands, evaluate_priors, about)
     add_model(parser)
+    repeated = {"action": "append", "default": []}
     about = "another prior to compare with the model's own (can be repeated)"
-    parser.add_argument(
-        "--prior",
-        dest="priors",
-        type=_named,
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help=about,
-    )
+    prior = {"type": _named(str), "dest": "priors", "metavar": "NAME=FOLDER"}
+    parser.add_argument("--prior", help=about, **prior, **repeated)
     about = "guidance of one prior (default: that of the options; can be repeated)"
-    parser.add_argument(
-        "--prior-guidance",
-        dest="scales",
-        type=_named,
-        action="append",
-        default=[],
-        metavar="NAME=SCALE",
-        help=about,
-    )
-    _add_data(parser, "held-out pairs: tars, or a folder", 128, 32)
-    _add_seed(parser)
-    add_arguments(parser, SAMPLING)
-    _add_outputs(parser)
+    scale = {"type": _named(number), "dest": "scales", "metavar": "NAME=SCALE"}
+    parser.add_argument("--prior-guidance", help=about, **scale, **repeated)
+    _add_data(parser, 128, 32)
+    add_seed(parser, 0)
+    add_sampling(parser, *SAMPLING)
+    _add_results(parser)
 
 
 def evaluate_priors(args: Namespace) -> None:
-    check_writable(args.json)
-    guidance = {name: _scale(name, value) for name, value in args.scales}
-    pipe = _load_unclip(args)
+    check_json(args.json)
+    pipe = load_unclip(args)
 
     from unclip.evaluation.pairs import load_pairs
     from unclip.evaluation.priors import PriorComparison
@@ -248,7 +221,7 @@ def evaluate_priors(args: Namespace) -> None:
         pipe,
         {name: load_prior(folder) for name, folder in args.priors},
         load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet),
-        guidance=guidance,
+        guidance=dict(args.scales),
         options=sampling_options(pipe, args),
         seed=args.seed,
         batch_size=args.batch_size,
@@ -259,23 +232,9 @@ def evaluate_priors(args: Namespace) -> None:
         results["rows"].append(row)
         *head, cells = prior_table([row]).splitlines()
         print(*(head if len(results["rows"]) == 1 else ()), cells, sep="\n", flush=True)
-        write_figures(results, args.json, tell=False)  # kept if the command is interrupted
+        write_json(results, args.json, show=False)  # kept if the command is interrupted
     if args.json is not None:
         print(args.json)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, sign, value = text.partition("=")
-    if not (name and sign and value):
-        raise ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return name, value
-
-
-def _scale(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"--prior-guidance {name}={value}: expected a number") from None
 
 
 # -- evaluate-manipulations and evaluate-approximations, which can be resumed
@@ -296,7 +255,7 @@ def _add_evaluate_manipulations(commands: Any) -> None:
     about = "evaluate inversion, variations, interpolation, text diffs, PCA and inpainting"
     parser = add_command(commands, evaluate_manipulations, about)
     add_model(parser)
-    _add_data(parser, "held-out pairs: tars, or a folder", 32, 16)
+    _add_data(parser, 32, 16)
     about = "images or embeddings to fit the PCA on (default: those of --data)"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
     about = f"some of {', '.join(MANIPULATION_PARTS)} (default: all)"
@@ -304,16 +263,16 @@ def _add_evaluate_manipulations(commands: Any) -> None:
         "--parts", nargs="+", choices=MANIPULATION_PARTS, metavar="PART", help=about
     )
     about = "minimum steps of DDIM inversion (default: 50; at most 25 except in reconstruction)"
-    parser.add_argument("--steps", type=whole_number, default=50, metavar="N", help=about)
-    _add_seed(parser)
-    _add_outputs(parser, "save each part to this file; the same command then resumes")
+    parser.add_argument("--steps", default=50, help=about, **COUNT)
+    add_seed(parser, 0)
+    _add_results(parser, "save each part to this file; the same command then resumes")
 
 
 def evaluate_manipulations(args: Namespace) -> None:
     from unclip.evaluation.report import HEAD, manipulation_rows, plain_table
 
-    check_writable(args.json)
-    pipe = _load_unclip(args)
+    check_json(args.json)
+    pipe = load_unclip(args)
 
     from unclip.evaluation.manipulations import ManipulationEvaluation
     from unclip.evaluation.pairs import load_pairs
@@ -340,37 +299,22 @@ def evaluate_manipulations(args: Namespace) -> None:
     for part in args.parts or MANIPULATION_PARTS:
         if part not in results:
             results[part] = evaluation.run(part)
-            write_figures(results, args.json, tell=False)
+            write_json(results, args.json, show=False)
     print(plain_table([HEAD, *manipulation_rows(results)]))
 
 
 def _add_evaluate_approximations(commands: Any) -> None:
     about = "measure the error and the speed of approximate options against exact results"
     parser = add_command(commands, evaluate_approximations, about)
-    _add_approximation_arguments(parser)
-    about = "deprecated: use evaluate-approximations"
-    _add_approximation_arguments(add_command(commands, drift, about))
-
-
-def _add_approximation_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
-    _add_data(parser, "captions: tars, or a folder", 128, 16)
-    _add_seed(parser)
-    _add_outputs(parser, "save each row to this file; the same command then resumes")
-
-
-def drift(args: Namespace) -> None:
-    warnings.warn(
-        "unclip drift is deprecated; use unclip evaluate-approximations",
-        FutureWarning,
-        stacklevel=2,
-    )
-    evaluate_approximations(args)
+    _add_data(parser, 128, 16, "captions: tars, or a folder")
+    add_seed(parser, 0)
+    _add_results(parser, "save each row to this file; the same command then resumes")
 
 
 def evaluate_approximations(args: Namespace) -> None:
-    check_writable(args.json)
-    pipe = _load_unclip(args)
+    check_json(args.json)
+    pipe = load_unclip(args)
 
     from unclip.evaluation.approximations import ApproximationError
     from unclip.evaluation.pairs import load_pairs
@@ -405,8 +349,8 @@ def evaluate_approximations(args: Namespace) -> None:
         for row in measurement.rows(done=[row["name"] for row in rows]):
             rows.append(row)
             print("  ".join(approximation_cells(row)), flush=True)
-            write_figures(results, args.json, tell=False)  # kept if the command is interrupted
+            write_json(results, args.json, show=False)  # kept if the command is interrupted
     finally:
         if rows:
             print(f"\n{approximation_table(rows)}")
-            write_figures(results, args.json)
+            write_json(results, args.json)

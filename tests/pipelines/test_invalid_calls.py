@@ -1,0 +1,182 @@
+"""Invalid arguments of pipelines are rejected with a clear ValueError."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_OPTIONS, tiny_decoder, tiny_upsampler
+from PIL import Image
+
+from unclip.diffusion.schedules import ScheduleConfig
+from unclip.pipelines.base import redraw
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.types import CodeOptions, StageOptions
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        ([], {}, "list of prompts is empty"),
+        (None, {}, "prompt is a NoneType; expected a string"),
+        (7, {}, "prompt is a int; expected a string"),
+        (["a", 7], {}, "prompt 1 is 7, a int; expected a string"),
+        ("caf\udce9", {}, r"prompt 0 is 'caf\\udce9', which is no valid Unicode; expected UTF-8"),
+        (
+            "a",
+            {"options": replace(TINY_OPTIONS, prior=StageOptions(1, temperature=0.2))},
+            "temperature is 0.2, but a diffusion prior has none; leave it at 1",
+        ),
+        ("a", {"num_images": 0}, "num_images is 0; expected a whole number of at least 1"),
+        ("a", {"num_images": 1.5}, "num_images is 1.5"),
+        ("a", {"batch_size": 0}, "batch_size is 0"),
+        ("a", {"seed": -1}, "seed is -1; expected a whole number from 0"),
+        ("a", {"seed": "one"}, "seed is 'one'"),
+        ("a", {"options": StageOptions(3)}, "options is a StageOptions; expected UnCLIPOptions"),
+        ("a", {"options": replace(TINY_OPTIONS, prior_candidates=0)}, "prior_candidates is 0"),
+        (
+            "a",
+            {"options": replace(TINY_OPTIONS, upsamplers=(StageOptions(1),) * 2)},
+            "2 upsamplers, but the model has 1",
+        ),
+        (
+            "a",
+            {"options": replace(TINY_OPTIONS, decoder=StageOptions(1, sampler="euler"))},
+            "sampler is 'euler'",
+        ),
+        (
+            "a",
+            {"options": replace(TINY_OPTIONS, decoder=StageOptions(1001))},
+            "only 1000 timesteps",
+        ),
+    ],
+)
+def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipe(prompt, progress=False, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "either an image or image_emb"),
+        ({"image": "a.png", "image_emb": torch.ones(1, 16)}, "either an image or image_emb"),
+        ({"image": []}, "list of images is empty"),
+        ({"image": torch.zeros(1, 4, 8, 8)}, r"image is of shape \(1, 4, 8, 8\); expected"),
+        ({"image": torch.zeros(0, 3, 8, 8)}, r"image is of shape \(0, 3, 8, 8\); expected"),
+        (
+            {"image": torch.zeros(3, 8, 8, dtype=torch.uint8)},
+            r"a tensor of torch.uint8; expected floating-point",
+        ),
+        (
+            {"image": torch.full((3, 8, 8), 255.0)},
+            r"image is of values from 255 to 255; expected them in \[-1, 1\]",
+        ),
+        ({"image": [torch.full((3, 8, 8), torch.nan)]}, r"image is of values from nan to nan"),
+        (
+            {"image": np.zeros((8, 8, 3))},
+            "ndarray; expected a path or a PIL image",
+        ),
+        ({"image_emb": torch.ones(16)}, r"image_emb is of shape \(16,\); expected \(N, 16\)"),
+        ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
+        (
+            {"image_emb": torch.full((1, 16), torch.nan)},
+            "image_emb holds infinite numbers or nan; expected CLIP",
+        ),
+    ],
+)
+def test_invalid_variations_are_rejected(tiny_pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipe.variations(**given, progress=False)
+
+
+def test_an_unknown_embedding_is_rejected():
+    with pytest.raises(ValueError, match="embedding is 'imge'; expected 'prior', 'text' or 'none'"):
+        replace(TINY_OPTIONS, embedding="imge")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_infinite_or_huge_options_are_rejected(value):
+    for make, name in [
+        *(
+            (partial(StageOptions, 3), name)
+            for name in ("guidance", "eta", "guidance_rescale", "temperature")
+        ),
+        *((CodeOptions, name) for name in ("guidance", "temperature")),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name} is {re.escape(str(value))}; expected"):
+            make(**{name: value})
+
+
+def test_stages_check_their_inputs(tiny_pipe):
+    text = tiny_pipe.encode_text(["a", "b"])
+    with pytest.raises(ValueError, match="2 texts for 3 image embeddings"):
+        tiny_pipe.decode(torch.ones(3, 16), text)
+    for emb in (torch.ones(16), torch.ones(2, 8)):
+        with pytest.raises(
+            ValueError,
+            match=rf"image_emb is of shape {re.escape(str(tuple(emb.shape)))}; expected \(B, 16",
+        ):
+            tiny_pipe.decode(emb)
+    for candidates in (0, -1):
+        with pytest.raises(
+            ValueError, match=f"candidates is {candidates}; expected a whole number of at least 1"
+        ):
+            tiny_pipe.sample_prior(text, candidates=candidates)
+        with pytest.raises(ValueError, match=f"candidates is {candidates}"):
+            tiny_pipe.imagine(
+                "a", options=replace(TINY_OPTIONS, prior_candidates=candidates), progress=False
+            )
+    bright = torch.full((1, 3, 16, 16), 255.0)
+    for edit in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
+        with pytest.raises(ValueError, match="image is of values from 255 to 255"):
+            edit(bright)
+    with pytest.raises(ValueError, match="cannot open an image from a Tensor"):
+        tiny_pipe.inpaint(Image.new("RGB", (16, 16)), torch.zeros(16, 16))
+    with pytest.raises(ValueError, match=r"expected \(B, 3, 8, 8\)"):
+        tiny_pipe.upsample(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="1 generators for 2 samples"):
+        tiny_pipe.decode(torch.ones(2, 16), text, generators=[torch.Generator()])
+
+
+def test_unavailable_devices_are_rejected(tiny_pipe, tiny_folder):
+    unavailable = "there is no device cuda:99 here; available: .*cpu"
+    for device, message in {
+        "cuda:99": unavailable,
+        "gpu": "unknown device 'gpu'",
+        torch.half: "device torch",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            tiny_pipe.to(device)
+    with pytest.raises(ValueError, match=unavailable):
+        UnCLIPPipeline.from_pretrained(tiny_folder, device="cuda:99")
+
+
+def test_networks_that_do_not_fit_together_are_rejected(tiny_pipe):
+    clip, prior, decoder = tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder
+    with pytest.raises(ValueError, match="decoder has emb_dim 20, but CLIP has 16"):
+        UnCLIPPipeline(clip, prior, tiny_decoder(emb_dim=20))
+    with pytest.raises(ValueError, match="upsampler_0 takes pictures of 16 px, but gets 8 px"):
+        UnCLIPPipeline(clip, prior, decoder, [tiny_upsampler(low=16)])
+    with pytest.raises(ValueError, match="schedules of decodr; the model has prior, decoder"):
+        UnCLIPPipeline(clip, prior, decoder, schedules={"decodr": ScheduleConfig()})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"prompt": "a"}, "lacks options and seed"),
+        ({"seed": 1, "options": {}}, "neither a prompt nor an image embedding"),
+        (
+            {"seed": 1, "options": {"decoder": {"steps": "x"}}, "prompt": "a"},
+            "options in the metadata: decoder.steps",
+        ),
+    ],
+)
+def test_incomplete_metadata_is_rejected(tiny_pipe, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        redraw(tiny_pipe, metadata)

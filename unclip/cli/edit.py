@@ -1,0 +1,98 @@
+"""`unclip edit`: inpainting, outpainting and image-to-image."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from unclip.cli.arguments import (
+    COUNT,
+    DETERMINISTIC,
+    add_command,
+    add_model,
+    add_num_images,
+    add_output,
+    add_sampling,
+    add_seed,
+    fraction,
+    number,
+    sampling_options,
+)
+from unclip.cli.loading import load_unclip
+from unclip.cli.manipulate import write_results
+from unclip.cli.output import check_output
+
+
+def add_commands(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        edit,
+        "inpaint, outpaint or change an image",
+        'unclip edit table.png --mask hole.png --prompt "an apple on a table" -o edited.png\n'
+        '  unclip edit table.png --extend 0 0 128 0 --prompt "an apple on a table" -o wider.png\n'
+        '  unclip edit sketch.png --strength 0.7 --prompt "a red apple" -o apple.png',
+    )
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    about = "description of the whole edited image (default: its own content)"
+    parser.add_argument("--prompt", metavar="TEXT", help=about)
+    area = parser.add_mutually_exclusive_group()
+    about = "inpaint where this image is white or transparent"
+    area.add_argument("--mask", type=Path, metavar="IMAGE", help=about)
+    about = "outpaint: number of pixels to add on each side"
+    sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    area.add_argument("--extend", nargs=4, type=int, metavar=sides, help=about)
+    about = "how much may change, above 0 to 1 (default: 1 with --mask, else 0.6)"
+    parser.add_argument("--strength", type=fraction, metavar="FRACTION", help=about)
+    about = "passes over each group of steps, to harmonise the painted part (default: 4)"
+    parser.add_argument("--resamples", help=about, **COUNT)
+    about = (
+        "how strongly the kept part changes the embedding of the prompt, "
+        "for decoders with a layout (default: 3; 0 = not)"
+    )
+    parser.add_argument("--agreement", type=number, metavar="WEIGHT", help=about)
+    about = "use the plain decoder even if the model has one that was trained to inpaint"
+    parser.add_argument("--training-free", action="store_true", help=about)
+    add_num_images(parser)
+    add_seed(parser)
+    add_sampling(parser, *DETERMINISTIC)
+    add_model(parser)
+    add_output(parser)
+
+
+def edit(args: Namespace) -> None:
+    from unclip.image_io import open_image
+
+    inpainting = ("strength", "resamples", "agreement")
+    painting = {name: value for name in inpainting if (value := getattr(args, name)) is not None}
+    if args.training_free:
+        painting["trained"] = False
+    if args.extend is not None and args.strength is not None:
+        raise ValueError("--strength cannot be given with --extend: the added area is empty")
+    if args.mask is None and args.extend is None and (given := painting.keys() - {"strength"}):
+        flag = "training-free" if "trained" in given else min(given)
+        raise ValueError(f"--{flag} needs --mask or --extend: without them no part is kept")
+    image = open_image(args.image)
+    check_output(args, args.num_images)
+    pipe = load_unclip(args)
+
+    from unclip.diffusion.repaint import PaintOptions
+
+    call: dict[str, Any] = {
+        "num_images": args.num_images,
+        "seed": args.seed,
+        "options": sampling_options(pipe, args),
+        "progress": not args.quiet,
+    }
+    if args.mask is not None:
+        result = pipe.inpaint(
+            image, args.mask, args.prompt, painting=PaintOptions(**painting), **call
+        )
+    elif args.extend is not None:
+        sides = dict(zip(("left", "top", "right", "bottom"), args.extend, strict=True))
+        result = pipe.outpaint(
+            image, args.prompt, painting=PaintOptions(**painting), **sides, **call
+        )
+    else:
+        result = pipe.image_to_image(image, args.prompt, **painting, **call)
+    write_results(result, [args.image.stem], args)

@@ -1,0 +1,210 @@
+"""`unclip generate`, `variations` and `complete`: images from prompts or from an image."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unclip.cli.arguments import (
+    CANDIDATES,
+    DEFAULT_MODEL,
+    DTYPES,
+    FROM_IMAGE,
+    FROM_TEXT,
+    NUMBER,
+    SAMPLING,
+    add_command,
+    add_model,
+    add_num_images,
+    add_output,
+    add_runtime,
+    add_sampling,
+    add_seed,
+    given_flags,
+    prompts_file,
+    sampling_options,
+)
+from unclip.cli.loading import load_dalle, load_model
+from unclip.cli.output import check_output, slug, write_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from unclip.pipelines.base import TextToImage
+
+BATCH_SIZE = 16
+COMPLETION_MODEL = "emoji-dalle1"
+
+
+def add_commands(commands: Any) -> None:
+    parser = add_command(commands, generate, "generate images from prompts")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    about = "more prompts, one per line"
+    parser.add_argument("--prompts-file", type=prompts_file, default=[], metavar="FILE", help=about)
+    about = "generate the image in a PNG again, from its metadata"
+    parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
+    _add_generation(parser)
+    parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
+    add_sampling(parser, *SAMPLING, *FROM_TEXT, CANDIDATES)
+
+    parser = add_command(commands, variations, "generate variations of an image from its embedding")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    _add_generation(parser)
+    add_sampling(parser, *SAMPLING, *FROM_IMAGE)
+    _add_fit(parser)
+
+    parser = add_command(commands, complete, "complete an image from its upper part (DALL-E)")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    about = "caption of the completed image (default: none)"
+    parser.add_argument("caption", nargs="?", metavar="PROMPT", help=about)
+    _add_generation(parser, COMPLETION_MODEL)
+    about = "fraction of the image to keep, from the top, in [0, 1) (default: 0.4375)"
+    parser.add_argument("--keep", help=about, **NUMBER)
+    add_sampling(parser, *SAMPLING, CANDIDATES)
+    _add_fit(parser)
+
+
+def _add_generation(parser: ArgumentParser, model: str = DEFAULT_MODEL) -> None:
+    add_model(parser, model)
+    add_runtime(parser)
+    add_num_images(parser, of=" per prompt or image")
+    add_seed(parser)
+    add_output(parser)
+
+
+def _add_fit(parser: ArgumentParser) -> None:
+    about = "DALL-E: crop the image to a square and resize it to the model's size"
+    parser.add_argument("--fit", action="store_true", help=about)
+
+
+def generate(args: Namespace) -> None:
+    if args.source is not None:
+        return _regenerate(args)
+    prompts = [*args.prompts, *args.prompts_file]
+    if not prompts:
+        raise ValueError("no prompt is given; give prompts, --prompts-file FILE or --from PNG")
+    if args.mix is not None:
+        prompts = [_mixture(prompts, args.mix)]
+    check_output(args, len(prompts) * args.num_images)
+    args.model = args.model or DEFAULT_MODEL
+    pipe = load_model(args)
+    given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
+    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    for rows, part in _parts(args, len(prompts), args.candidates):
+        result = pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE)
+        _write(result.images, result.metadata, args)
+
+
+def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    if len(prompts) != len(weights):
+        raise ValueError(
+            f"--mix has {len(weights)} weights for {len(prompts)} prompts; expected one for each"
+        )
+    mixture = dict.fromkeys(prompts, 0.0)
+    for prompt, weight in zip(prompts, weights, strict=True):
+        mixture[prompt] += weight
+    return mixture
+
+
+def _given(**arguments: Any) -> dict[str, Any]:
+    """Return the arguments that are not None: other kinds of models do not have them."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _parts(
+    args: Namespace, num_prompts: int = 1, candidates: int | None = None
+) -> Iterator[tuple[slice, dict[str, int]]]:
+    """Split a command into calls; yield the prompts, and num_images and seed, of each.
+
+    Images are written after each call, so an interrupted command keeps those that are finished.
+    A grid needs all images in one call, and a selection all candidates of a prompt.
+    """
+    from unclip.pipelines.base import seeds_from, split_batches
+
+    per_prompt = candidates or args.num_images
+    seeds = seeds_from(args.seed, num_prompts * per_prompt)
+    size = len(seeds) if args.grid else max(BATCH_SIZE, candidates or 0)
+    for rows, n in split_batches(num_prompts, per_prompt, size):
+        yield rows, {"num_images": args.num_images if candidates else n, "seed": seeds[0]}
+        seeds = seeds[n * len(range(num_prompts)[rows]) :]
+
+
+def _regenerate(args: Namespace) -> None:
+    from unclip.image_io import read_metadata
+
+    others = (args.prompts, args.prompts_file, args.num_images > 1, given_flags(args))
+    if any(others) or args.seed is not None:
+        raise ValueError(
+            "--from takes prompts, seed and sampling options from the metadata of the PNG; "
+            "they cannot be given with it"
+        )
+    entries = read_metadata(args.source)
+    first = entries[0]
+    args.grid = args.grid or len(entries) > 1
+    check_output(args, len(entries))
+    args.model = args.model or first.get("model") or DEFAULT_MODEL
+    args.prior = first.get("prior_model")
+    args.quantize = args.quantize or first.get("quantized")
+    dtypes = {long: short for short, long in DTYPES.items()}
+    pipe = load_model(args, dtypes.get(first.get("dtype")))
+
+    from unclip.pipelines.base import redraw
+
+    latents: dict[str, Any] = {}  # each source is inverted once
+    results = [redraw(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries]
+    _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
+
+
+def variations(args: Namespace) -> None:
+    from unclip.image_io import open_image
+
+    image = open_image(args.image)
+    check_output(args, args.num_images)
+    pipe = load_model(args)
+    given = _given(prompt=args.prompt, keep=args.keep)
+    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    image = _fit(image, pipe, args)
+    for _, part in _parts(args):
+        result = pipe.variations(image, **part, **given)
+        _write(result.images, result.metadata, args, args.image.stem)
+
+
+def complete(args: Namespace) -> None:
+    from unclip.image_io import open_image
+
+    image = open_image(args.image)
+    check_output(args, args.num_images)
+    pipe = load_dalle(args)
+    given = _given(keep=args.keep, num_candidates=args.candidates)
+    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    image = _fit(image, pipe, args)
+    for _, part in _parts(args, candidates=args.candidates):
+        result = pipe.complete(image, args.caption, **part, **given)
+        _write(result.images, result.metadata, args, args.image.stem)
+
+
+def _fit(image: Image.Image, pipe: TextToImage, args: Namespace) -> Image.Image:
+    if not args.fit or pipe.kind != "dalle":  # other kinds accept every size
+        return image
+
+    from unclip.pipelines.unclip.bound_stage import fit
+
+    return fit(image, pipe.codec.image_size)
+
+
+def _write(
+    images: Sequence[Image.Image],
+    metadata: Sequence[dict[str, Any]],
+    args: Namespace,
+    source: str = "",
+) -> None:
+    """Write images to files that are named after the prompt, or else the source, and the seed."""
+    names = []
+    for i, entry in enumerate(metadata):
+        prompt = entry.get("prompt") or source
+        words = prompt if isinstance(prompt, str) else " and ".join(prompt)
+        seed = i if entry["seed"] is None else entry["seed"]
+        names.append(f"{slug(words)}-{seed}")
+    write_images(images, metadata, names, args)

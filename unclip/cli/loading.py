@@ -1,0 +1,75 @@
+"""Load the model that the command line names."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from unclip.cli.arguments import DTYPES, check_flags
+
+if TYPE_CHECKING:  # `unclip --help` must not import torch
+    from unclip.pipelines.base import TextToImage
+    from unclip.pipelines.dalle.pipeline import DallePipeline
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+
+
+def load_model(args: Namespace, default_dtype: str | None = None) -> TextToImage:
+    """Load --model with --prior, and offload, quantize or compile it as the flags say."""
+    offload_at_once = args.offload and not args.quantize
+    dtype = args.dtype or default_dtype
+    pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
+    check_flags(pipe, args)
+    if args.prior is not None:
+        from unclip.pipelines import load_prior
+
+        pipe.prior = load_prior(args.prior)
+    if args.quantize:
+        pipe.quantize(args.quantize)
+    if args.compile:
+        from unclip.pipelines.compilation import compile
+
+        compile(pipe)
+    if args.offload:
+        pipe.offload()
+    return pipe
+
+
+def load_named(
+    name: str, device: str | None, dtype: str | None, *, offload: bool = False
+) -> TextToImage:
+    """Call `unclip.load` with a dtype as the command line spells it."""
+    from unclip.pipelines import load
+
+    if dtype is None:  # `load` reports an unknown name before it imports torch
+        return load(name, device, offload=offload)
+
+    import torch
+
+    return load(name, device, getattr(torch, DTYPES[dtype]), offload=offload)
+
+
+def load_unclip(args: Namespace) -> UnCLIPPipeline:
+    """Load --model; raise a ValueError if it is not an unCLIP model."""
+    pipe = load_model(args)
+
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+
+    if not isinstance(pipe, UnCLIPPipeline):
+        raise ValueError(_wrong_kind(pipe, args, "an unCLIP model"))
+    return pipe
+
+
+def load_dalle(args: Namespace) -> DallePipeline:
+    """Load --model; raise a ValueError if it is not a DALL-E."""
+    pipe = load_model(args)
+
+    from unclip.pipelines.dalle.pipeline import DallePipeline
+
+    if not isinstance(pipe, DallePipeline):
+        raise ValueError(_wrong_kind(pipe, args, "a DALL-E model"))
+    return pipe
+
+
+def _wrong_kind(pipe: TextToImage, args: Namespace, expected: str) -> str:
+    command = args.run.__name__.replace("_", "-")
+    return f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}, see --model"

@@ -1,0 +1,119 @@
+"""`unclip info`, `models` and `convert`: what models and PNGs hold, and other layouts."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from unclip.cli.arguments import DTYPES, add_command
+
+LAYOUTS = ("unclip", "diffusers")
+CHECKPOINTS = (".pt", ".pth", ".ckpt")
+# Keys of the metadata that hold what an image was generated from.
+SOURCES = {
+    "image_emb": "a CLIP image embedding",
+    "sources": "latents",
+    "picture": "another image",
+}
+
+
+def add_commands(commands: Any) -> None:
+    about = "show what a model holds, or how an image was generated"
+    parser = add_command(commands, info, about)
+    about = "bundled name, folder, checkpoint file or Hub id of a model; or a PNG made by unclip"
+    parser.add_argument("target", metavar="MODEL|PNG", help=about)
+
+    add_command(commands, models, "list the bundled models")
+
+    parser = add_command(commands, convert, "write a model in another layout")
+    about = "bundled name, folder, checkpoint file or Hub id"
+    parser.add_argument("source", metavar="MODEL", help=about)
+    parser.add_argument("output", type=Path, metavar="FOLDER")
+    about = "our own layout (default), or that of diffusers' unCLIP pipelines"
+    parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help=about)
+    about = "data type of the weights (default: as stored)"
+    parser.add_argument("--dtype", choices=DTYPES, help=about)
+
+
+def info(args: Namespace) -> None:
+    path = Path(args.target)
+    if path.is_file() and path.suffix.lower() not in CHECKPOINTS:
+        _image_info(path)
+    else:
+        _model_info(args.target)
+
+
+def _image_info(path: Path) -> None:
+    import shlex
+
+    from unclip.image_io import lacks_image, read_metadata
+
+    entries = read_metadata(path)
+    for entry in entries:
+        shown = {
+            key: value for key, value in entry.items() if key not in ("options", "mask", *SOURCES)
+        }
+        for key in SOURCES.keys() & entry.keys():
+            stored = "is not stored" if lacks_image(entry) else "is stored"
+            shown["generated from"] = f"{SOURCES[key]}, which {stored} in this file"
+        for key, value in (shown | entry.get("options", {})).items():
+            print(f"{key}: {_one_line(value)}")
+        print()
+    if any(map(lacks_image, entries)):
+        print("It cannot be generated again: its source image was too large for the metadata.")
+    else:
+        print(f"generate it again: unclip generate --from {shlex.quote(str(path))} -o again.png")
+
+
+def _model_info(name: str) -> None:
+    from unclip.checkpoints.folders import FORMAT_NAME, locate
+    from unclip.checkpoints.summary import summary
+
+    folder = locate(name)
+    model = summary(folder)
+    layout = "" if model.format == FORMAT_NAME else f" (format: {model.format})"
+    print(f"{model.name}: {model.kind} in {folder}{layout}")
+    print(f"licence: {model.licence or 'unknown'}\n")
+    for part in model.components:
+        shared = f", from {part.shared_from}" if part.shared_from else ""
+        print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes) + shared)
+    parameters = sum(part.parameters for part in model.components)
+    print(_size_line("all", parameters, sum(part.size for part in model.components)))
+    if model.options:
+        print("\ndefault options:")
+    for key, value in model.options.items():
+        print(f"  {key}: {_one_line(value)}")
+
+
+def _one_line(value: Any) -> str:
+    if isinstance(value, dict):
+        items = ((key, item) for key, item in value.items() if item is not None)
+        return ", ".join(f"{key} {_one_line(item)}" for key, item in items)
+    return "; ".join(map(_one_line, value)) if isinstance(value, list) else str(value)
+
+
+def _size_line(name: str, parameters: int, size: int) -> str:
+    return f"{name:<16}{parameters / 1e6:10.2f} M parameters{size / 1e6:10.2f} MB "
+
+
+def models(args: Namespace) -> None:
+    from unclip.checkpoints.folders import bundled_models, read_model_json
+    from unclip.checkpoints.summary import describe
+
+    for name, folder in bundled_models().items():
+        size = sum(part.size for part in describe(folder) if part.shared_from is None)
+        print(f"{name}  {size / 1e6:.0f} MB  {read_model_json(folder)['licence']}")
+
+
+def convert(args: Namespace) -> None:
+    from unclip.checkpoints.folders import locate
+
+    source = locate(args.source)  # an unknown name is reported before torch is imported
+
+    import torch
+
+    from unclip.checkpoints.convert import convert
+
+    convert(source, args.output, args.to, args.dtype and getattr(torch, DTYPES[args.dtype]))
+    print(args.output)

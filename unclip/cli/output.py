@@ -1,0 +1,112 @@
+"""Check where results go before any work is done, and write them there."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4")
+
+
+def check_output(args: Namespace, num_images: int) -> None:
+    """Raise a ValueError if this number of images cannot be written to --output."""
+    path = args.output
+    if path is None:
+        return
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise ValueError(f"{path}: images are written as .png, which stores how to generate them")
+    if not is_png(path):
+        if path.is_file():
+            raise ValueError(f"{path} is a file; expected a .png file or a folder")
+        return _check_parents(path)
+    if num_images > 1 and not args.grid:
+        raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")
+    check_file(path)
+
+
+def check_file(path: Path) -> None:
+    """Raise a ValueError if a file cannot be written at `path`; missing folders will be made."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a file name")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"cannot write {path}: {parent} is not a directory")
+
+
+def is_png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"
+
+
+def write_images(
+    images: Sequence[Image.Image],
+    metadata: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    args: Namespace,
+) -> None:
+    """Write images to --output: a .png file, a folder of `names`, or one sheet with --grid."""
+    from unclip.image_io import grid, save_png
+
+    target = args.output or Path()
+    if args.grid:
+        sheet = grid(images, columns_of(metadata))
+        files = [(target if is_png(target) else target / "grid.png", sheet, list(metadata))]
+    elif is_png(target):
+        files = [(target, images[0], metadata[0])]
+    else:
+        paths = [target / f"{name}.png" for name in names]
+        files = list(zip(paths, images, metadata, strict=True))
+    for path, image, entry in files:
+        save_png(image, path, entry)
+        print_path(path, args)
+
+
+def columns_of(metadata: Sequence[Mapping[str, Any]]) -> int:
+    """Return the columns of a sheet: one row for each prompt or source image, else a square.
+
+    Interpolations and text diffs stay in one row.
+    """
+    keys = ("prompt", "image_emb", "sources", "picture")
+    origins = [[entry.get(key) for key in keys] for entry in metadata]
+    same = len(list(next(groupby(origins))[1]))
+    if 1 < same < len(metadata) or metadata[0].get("operation") in ("interpolate", "text_diff"):
+        return same
+    return math.ceil(math.sqrt(len(metadata)))
+
+
+def slug(text: str) -> str:
+    """Return a file name of at most 60 characters, and 180 bytes: most file systems take 255."""
+    name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
+    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "image"
+
+
+def print_path(path: Path, args: Namespace) -> None:
+    """Print the name of a file that was written, unless --quiet."""
+    if not args.quiet:
+        print(path)
+
+
+def check_json(file: Path | None) -> None:
+    """Raise a ValueError if the folder of a JSON file does not exist."""
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"cannot write {file}: {file.parent} is not a directory")
+
+
+def write_json(results: dict[str, Any], file: Path | None, show: bool = True) -> None:
+    """Write results to `file`, if one is given, and print its name."""
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        if show:
+            print(file)
