@@ -101,7 +101,7 @@ def print_path(path: Path, args: Namespace) -> None:
 def check_json(file: Path | None) -> None:
     """Raise a ValueError if the folder of a JSON file does not exist."""
     if file is not None and not file.parent.is_dir():
-        raise ValueError(f"cannot write {file}: {file.parent} is not a directory")
+        raise ValueError(f"cannot write {file}: there is no folder {file.parent}")
 
 
 def write_json(results: dict[str, Any], file: Path | None, show: bool = True) -> None:
