@@ -115,7 +115,7 @@ def test_the_command_prints_a_table_and_writes_results(tiny_folder, data, tmp_pa
     [
         ("--prior nowhere", "'nowhere' is not of the form NAME=VALUE"),
         ("--prior ar=nowhere", "nowhere"),
-        ("--prior-guidance diffusion=much", "diffusion=much: expected a number"),
+        ("--prior-guidance diffusion=much", "--prior-guidance: 'much' is not a finite number"),
         ("--batch-size 0", "'0' is not a whole number"),
         ("--json nowhere/priors.json", "nowhere"),
         ("--limit 1", "only one held-out pair"),
