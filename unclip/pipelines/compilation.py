@@ -14,6 +14,7 @@ from unclip.models.cpu.kernels import remove_kernels
 from unclip.models.cpu.packing import can_pack, pack
 from unclip.models.unclip.prior import DiffusionPrior
 from unclip.models.unet import UNet
+from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.runtime import Placement
 
@@ -46,7 +47,7 @@ def compile(pipe: P, **options: Any) -> P:
                 _prepare(pipe, pack)
             return pipe
     options.setdefault("dynamic", False)
-    if hasattr(pipe, "dalle"):  # its steps write to their cache, which a CUDA graph must not do
+    if isinstance(pipe, DallePipeline):  # its steps write to a cache, which no CUDA graph may do
         _prepare(pipe, remove_kernels)
         pipe.step = torch.compile(pipe.dalle.step, **options)
         return pipe
