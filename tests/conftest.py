@@ -1,4 +1,4 @@
-"""A whole model with random weights, small enough to draw in a tenth of a second."""
+"""Whole models with random weights, which generate an image in a tenth of a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.tokenizer import BPETokenizer
 from unclip.types import StageOptions, UnCLIPOptions
 
-torch.set_num_threads(1)  # the networks of the tests are too small to share among cores
+torch.set_num_threads(1)  # the networks are too small to use several cores
 
 EMB_DIM, TEXT_WIDTH, CONTEXT = 16, 24, 24
 TINY_OPTIONS = UnCLIPOptions(
@@ -88,7 +88,7 @@ def tiny_upsampler(low: int = 8, **changes: object) -> Upsampler:
 
 
 def scrambled(module: nn.Module, std: float = 0.1) -> nn.Module:
-    """Parameters that start at zero would make a network answer the same whatever it is given."""
+    """Randomise zero-initialised parameters, which make the output independent of the input."""
     with torch.no_grad():
         for parameter in module.parameters():
             if not parameter.any():
@@ -98,7 +98,7 @@ def scrambled(module: nn.Module, std: float = 0.1) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def tiny_pipe() -> UnCLIPPipeline:
-    """Random weights; not to be changed by a test."""
+    """unCLIP with random weights. Tests must not change it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         networks = [
@@ -121,7 +121,10 @@ def tiny_pipe() -> UnCLIPPipeline:
 
 @pytest.fixture(scope="session")
 def tiny_dalle() -> DallePipeline:
-    """DALL-E with random weights, large enough that each code hangs on those before it; not to be changed by a test."""
+    """DALL-E whose random weights are large enough that codes depend on previous ones.
+
+    Tests must not change it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         codec = DVAE(
@@ -147,7 +150,7 @@ def tiny_dalle() -> DallePipeline:
 
 @pytest.fixture(scope="session")
 def tiny_dalle_folder(tiny_dalle: DallePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model on disk; not to be changed by a test."""
+    """The same model on disk. Tests must not change it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-dalle"
     tiny_dalle.save_pretrained(folder)
     return folder
@@ -155,7 +158,10 @@ def tiny_dalle_folder(tiny_dalle: DallePipeline, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def invertible_pipe() -> UnCLIPPipeline:
-    """Random weights whose answers change as little with x_t as those of a trained model do; not to be changed."""
+    """unCLIP whose outputs change as little with x_t as a trained model's, so that it can invert.
+
+    Tests must not change it.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip, prior = scrambled(tiny_clip()), scrambled(tiny_prior())
@@ -177,7 +183,7 @@ def invertible_pipe() -> UnCLIPPipeline:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_pipe: UnCLIPPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model on disk; not to be changed by a test."""
+    """The same model on disk. Tests must not change it."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipe.save_pretrained(folder)
     return folder
