@@ -101,7 +101,7 @@ def test_the_resume_command_uses_the_launcher(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "argv", ["train/clip.py", "--config", "c.yaml", "--set=optim.lr=1"])
     assert (
         resume_command()
-        == "accelerate launch train/clip.py --config c.yaml --set optim.lr=1 --resume latest"
+        == "accelerate launch train/clip.py --config c.yaml --set=optim.lr=1 --resume latest"
     )
 
 
