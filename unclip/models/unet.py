@@ -44,11 +44,11 @@ class UNetConfig:
     levels: Annotated[tuple[LevelSpec, ...], MinLen(1)]
     patch: PositiveInt = 1  # pixel unshuffle before the first convolution, undone after the last
     head_dim: PositiveInt = 64
-    time_dim: int | None = None  # width of the time embedding; None = 4 * levels[0].channels
+    time_dim: PositiveInt | None = None  # of the time embedding; None = 4 * levels[0].channels
     groups: PositiveInt = 32
     dropout: DropRate = 0.0
     time_shift: Literal["scale_shift", "additive"] = "scale_shift"
-    context_dim: int | None = None  # width of the context tokens; None = self-attention only
+    context_dim: PositiveInt | None = None  # width of context tokens; None = self-attention only
     # "residual": down- and upsampling by a residual block (ADM); "conv": by one convolution
     resample: Literal["residual", "conv"] = "residual"
     mid_attention: bool = True
