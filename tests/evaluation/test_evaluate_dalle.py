@@ -184,7 +184,7 @@ def test_a_baseline_must_have_the_same_image_size(evaluation, tiny_pipe, held_ou
             "unknown part 'prior'; expected some of images, candidates, codec, bound, repeatable",
         ),
         ("--baseline nothing", "nothing"),
-        ("--top-k 0", "top_k is 0"),
+        ("--top-k 0", "'0' is not a whole number"),
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(

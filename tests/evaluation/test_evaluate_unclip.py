@@ -208,7 +208,7 @@ def test_renamed_flags_still_work(tiny_folder, data, tmp_path, capsys):
         ("--data {data}/heldout-*.tar --batch-size 0", "'0' is not a whole number"),
         ("--data {data}/heldout-*.tar --json no/folder/e.json", "no/folder"),
         ("--data {data}/heldout-*.tar --model emojy", "emojy"),
-        ("--data {data}/heldout-*.tar --steps 0", "steps is 0"),
+        ("--data {data}/heldout-*.tar --steps 0", "'0' is not a whole number"),
         ("", "--data"),
     ],
 )
