@@ -1,10 +1,11 @@
-"""A CUDA device without a GPU: tensors that claim to be on it, and are computed on the CPU.
+"""A CUDA device without a GPU: tensors that claim to be on it and are computed on the CPU.
 
-`torch._subclasses.FakeTensorMode` alone does not fit our samplers: they read values (`.item()`,
-comparisons of images, tables on the CPU), which fake tensors do not have. Here every tensor has
-values, so each pipeline runs to its end, and every operation checks the rules of a real device: all
-tensors on one device (except 0-dimensional ones and indices on the CPU), generators on the device
-that they fill, no NumPy access, no mixed dtypes (which the CPU kernels check themselves).
+`FakeTensorMode` checks single networks here (`fake_networks`), but not samplers: they read values
+(`.item()`, comparisons of images, tables on the CPU), which fake tensors do not have. Inside
+`emulated_device` every tensor has values, so each pipeline runs to its end, and every operation
+checks the rules of a real device: all tensors on one device (except 0-dimensional ones and indices
+on the CPU), generators on the device that they fill, no NumPy access, and no mixed dtypes (which
+the CPU kernels check themselves).
 
 Autograd's engine needs the streams of a real accelerator, so training steps run the same emulation
 under the name of the `meta` device, which has none.
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -213,16 +215,17 @@ def emulated_device(name: str = "cuda:0") -> Iterator[torch.device]:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
 
 
-def move(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
-    """Move a module's parameters and buffers to the emulated device."""
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for key, x in table.items():
-                if x is not None:
-                    kept = dtype is None or not x.is_floating_point()
-                    inner = x.detach().clone().to(x.dtype if kept else dtype)
-                    moved: torch.Tensor = Emulated(inner, device)
-                    if isinstance(x, nn.Parameter):
-                        moved = nn.Parameter(moved, requires_grad=x.requires_grad)
-                    table[key] = moved
-    return module
+@contextlib.contextmanager
+def fake_networks(*networks: nn.Module) -> Iterator[torch.device]:
+    """Put networks on a fake CUDA device, under torch's own `FakeTensorMode`."""
+    _register_cuda_guard()
+    device = torch.device("cuda:0")
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        for module in (part for network in networks for part in network.modules()):
+            for table in (module._parameters, module._buffers):
+                for name, x in table.items():
+                    if x is not None:
+                        fake = torch.empty(x.shape, dtype=x.dtype, device=device)
+                        is_parameter = isinstance(x, nn.Parameter)
+                        table[name] = nn.Parameter(fake, False) if is_parameter else fake
+        yield device

@@ -25,10 +25,11 @@ from conftest import (
     tiny_unet,
     tiny_upsampler,
 )
-from emulated import DeviceMismatch, Generator, emulated_device
+from emulated import DeviceMismatch, Generator, emulated_device, fake_networks
 from PIL import Image
 from scripts import ROOT
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from unclip.data.corruption import CorruptionConfig
 from unclip.diffusion.losses import LossConfig
@@ -64,7 +65,7 @@ from unclip.training.losses import (
     UpsamplerLoss,
 )
 from unclip.training.optim import OptimConfig, build_optimizer
-from unclip.types import GenerationResult
+from unclip.types import GenerationResult, TextEncoding
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 MASK = Image.new("L", (16, 16))
@@ -229,6 +230,40 @@ def test_glide(tmp_path, monkeypatch):
 
     # The linear schedule ends at α = 0.006, which enlarges rounding errors of x_0.
     assert_same(on_cuda(pipe, generate), generate(pipe), tolerance=4)
+
+
+# -- single networks under FakeTensorMode
+
+
+def call_networks(networks: Any, device: torch.device) -> list[torch.Tensor]:
+    prior, decoder, upsampler = networks
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    t, drop = zeros(2, dtype=torch.long), zeros(2, dtype=torch.bool)
+    mask = zeros(2, CONTEXT, dtype=torch.bool)
+    text = TextEncoding(zeros(2, EMB_DIM), zeros(2, CONTEXT, TEXT_WIDTH), mask)
+    return [
+        prior(zeros(2, EMB_DIM), t, text, drop),
+        decoder(zeros(2, 3, 8, 8), t, zeros(2, EMB_DIM), text, drop, drop),
+        upsampler(zeros(2, 3, 16, 16), t, zeros(2, 3, 8, 8)),
+    ]
+
+
+def test_networks_under_fake_tensor_mode():
+    networks = tiny_prior(), tiny_decoder(), tiny_upsampler()
+    with fake_networks(*networks) as device:
+        outputs = call_networks(networks, device)
+        assert {output.device for output in outputs} == {device}
+        first = next(
+            module
+            for module in networks[1].modules()
+            if module._parameters.get("weight") is not None
+        )
+        first._parameters["weight"] = nn.Parameter(first._parameters["weight"].cpu(), False)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            call_networks(networks, device)
 
 
 # -- the emulation finds faults
