@@ -76,11 +76,9 @@ def test_encode_and_decode(name):
     assert codes.dtype == torch.long and codes.shape == (2, *codec.grid)
     assert codes.min() >= 0 and codes.max() < codec.vocab_size and codes.unique().numel() > 1
     decoded = codec.decode(codes)
-    assert (
-        decoded.shape == images.shape
-        and decoded.dtype == torch.float32
-        and decoded.abs().max() <= 1
-    )
+    assert decoded.shape == images.shape
+    assert decoded.dtype == torch.float32
+    assert decoded.abs().max() <= 1
     torch.testing.assert_close(decoded, codec.reconstruct(images))
     assert torch.equal(codes, codec.encode(images))  # no noise
     assert not decoded.requires_grad
@@ -90,9 +88,8 @@ def test_encode_and_decode(name):
 def test_codes_are_most_likely_and_reconstruction_is_likely(name):
     codec, images = make_codec(name), make_images()
     logits, codes = codec.logits(images), codec.encode(images)
-    assert logits.shape == (2, *codec.grid, codec.vocab_size) and torch.equal(
-        logits.argmax(dim=-1), codes
-    )
+    assert logits.shape == (2, *codec.grid, codec.vocab_size)
+    assert torch.equal(logits.argmax(dim=-1), codes)
     own, other = (
         codec.log_likelihood(x, codes) for x in (codec.decode(codes), -codec.decode(codes))
     )
@@ -145,9 +142,8 @@ def test_save_and_load(name, tmp_path):
     codec, images = make_codec(name), make_images()
     save_component(codec, tmp_path)
     loaded = load_component(tmp_path)
-    assert loaded.config == codec.config and torch.equal(
-        loaded.reconstruct(images), codec.reconstruct(images)
-    )
+    assert loaded.config == codec.config
+    assert torch.equal(loaded.reconstruct(images), codec.reconstruct(images))
 
 
 @pytest.mark.parametrize("name", DISCRETE)

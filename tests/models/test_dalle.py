@@ -168,9 +168,8 @@ def test_prefix_is_shared_by_images_and_guidance_branches(stream):
         for n in range(N - 1):
             logits = dalle.step(images[:, n], n, cache)
             torch.testing.assert_close(logits, expected[:, n + 1], rtol=0, atol=1e-5)
-    assert len(rows[:4]) == 4 and torch.equal(
-        rows[torch.tensor([0, 2])].logits, rows.logits[[0, 2]]
-    )
+    assert len(rows[:4]) == 4
+    assert torch.equal(rows[torch.tensor([0, 2])].logits, rows.logits[[0, 2]])
 
 
 def test_padding_tokens_depend_on_position(stream):
@@ -181,9 +180,8 @@ def test_padding_tokens_depend_on_position(stream):
     )
     assert dalle.tokens(ids, mask).tolist() == [[3, 4, V + 2, V + 3, V + 4], [5, 0, 7, 8, 9]]
     dropped = dalle.tokens(ids, mask, torch.tensor([False, True]))
-    assert torch.equal(dropped[1:], dalle.null_tokens(1)) and torch.equal(
-        dropped[:1], dalle.tokens(ids, mask)[:1]
-    )
+    assert torch.equal(dropped[1:], dalle.null_tokens(1))
+    assert torch.equal(dropped[:1], dalle.tokens(ids, mask)[:1])
     assert torch.equal(dalle.tokens(ids, torch.zeros_like(mask)), dalle.null_tokens(2))
 
 
@@ -196,9 +194,8 @@ def test_padding_embeddings_affect_only_the_null_text(stream):
         dalle.text_emb.weight[V:] *= -1
     after = dalle(tokens, codes)
     rows = torch.tensor([0, 2])
-    assert torch.equal(after.codes[rows], before.codes[rows]) and torch.equal(
-        after.text[rows], before.text[rows]
-    )
+    assert torch.equal(after.codes[rows], before.codes[rows])
+    assert torch.equal(after.text[rows], before.text[rows])
     assert (after.codes[1] - before.codes[1]).abs().amax(-1).min() > 1e-4
 
 
@@ -236,9 +233,8 @@ def test_variants_are_causal(variant, stream):
     before, changed = dalle(tokens, codes), codes.clone()
     changed[:, 11] = (changed[:, 11] + 1) % K
     after = dalle(tokens, changed)
-    assert torch.equal(after.text, before.text) and torch.equal(
-        after.codes[:, :12], before.codes[:, :12]
-    )
+    assert torch.equal(after.text, before.text)
+    assert torch.equal(after.codes[:, :12], before.codes[:, :12])
     assert (after.codes[:, 12] != before.codes[:, 12]).any()
 
 
@@ -277,9 +273,8 @@ def test_training_from_near_uniform_predictions(stream):
     torch.manual_seed(0)
     dalle, (tokens, codes) = DALLE(CONFIG), stream
     text, image = dalle.log_likelihood(tokens, codes)
-    assert (image + torch.tensor(K).log()).abs().max() < 1 and (
-        text + torch.tensor(V + L).log()
-    ).abs().max() < 1
+    assert (image + torch.tensor(K).log()).abs().max() < 1
+    assert (text + torch.tensor(V + L).log()).abs().max() < 1
     optimizer = torch.optim.Adam(dalle.parameters(), lr=1e-2)
     for _ in range(60):
         loss = -sum(terms.mean() for terms in dalle.log_likelihood(tokens, codes))

@@ -21,18 +21,14 @@ def visible(pattern: Pattern, q: int) -> set[int]:
 def test_patterns_match_figure_11_of_the_paper():
     row, column, conv = (Pattern(kind, (4, 4), kernel=3) for kind in ("row", "column", "conv"))
     # "Each image token attends to the previous 5 image tokens in raster order", with itself
-    assert (
-        visible(row, 10) == {6, 7, 8, 9, 10}
-        and visible(row, 4) == {0, 1, 2, 3, 4}
-        and visible(row, 2) == {0, 1, 2}
-    )
+    assert visible(row, 10) == {6, 7, 8, 9, 10}
+    assert visible(row, 4) == {0, 1, 2, 3, 4}
+    assert visible(row, 2) == {0, 1, 2}
     assert visible(column, 10) == {2, 6, 10} and visible(column, 3) == {3}
     # 3 x 3 kernel: up-left, up, up-right, left, itself; wraps around at the border
-    assert (
-        visible(conv, 10) == {5, 6, 7, 9, 10}
-        and visible(conv, 8) == {3, 4, 5, 7, 8}
-        and visible(conv, 7) == {2, 3, 4, 6, 7}
-    )
+    assert visible(conv, 10) == {5, 6, 7, 9, 10}
+    assert visible(conv, 8) == {3, 4, 5, 7, 8}
+    assert visible(conv, 7) == {2, 3, 4, 6, 7}
 
 
 def test_kernel_of_the_paper_covers_61_codes():
@@ -63,17 +59,14 @@ def test_dalle_pytorch_patterns_do_not_wrap_around():
 def test_stream_mask_combines_text_and_image_masks(kind):
     pattern = Pattern(kind, GRID, kernel=3)
     mask, codes = stream_mask(pattern, TEXT), GRID[0] * GRID[1]
-    assert torch.equal(
-        mask[:TEXT, :TEXT], torch.ones(TEXT, TEXT, dtype=torch.bool).tril()
-    )  # text to text: causal
+    causal = torch.ones(TEXT, TEXT, dtype=torch.bool).tril()
+    assert torch.equal(mask[:TEXT, :TEXT], causal)  # text to text
     assert mask[TEXT:, :TEXT].all()  # image to text: full
     assert torch.equal(mask[TEXT:, TEXT:], stream_mask(pattern, 0))  # image to image: the pattern
     assert not mask[:TEXT, TEXT:].any()
-    assert (
-        not mask.triu(1).any()
-        and mask.diagonal().all()
-        and mask.shape == (TEXT + codes, TEXT + codes)
-    )
+    assert not mask.triu(1).any()
+    assert mask.diagonal().all()
+    assert mask.shape == (TEXT + codes, TEXT + codes)
 
 
 @pytest.mark.parametrize("kind", KINDS)

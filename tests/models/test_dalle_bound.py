@@ -68,10 +68,8 @@ def test_bound_is_the_posterior_mean_and_below_the_likelihood(dalle):
     assert (bound.nats.mean() - exact).abs() < error
     assert exact < likelihood
     torch.testing.assert_close(bound.bits_per_dim, -bound.nats / (12 * math.log(2)))
-    assert (
-        torch.equal(bound.text, bound.text[:1].expand(samples))
-        and bound.entropy.unique().numel() == 1
-    )
+    assert torch.equal(bound.text, bound.text[:1].expand(samples))
+    assert bound.entropy.unique().numel() == 1
 
 
 def test_bound_depends_on_the_generator(dalle):
@@ -98,13 +96,9 @@ def test_bound_of_real_codecs(kind):
     bound = joint_bound(
         DALLE(config), codec, torch.rand(3, 3, 8, 8) * 2 - 1, torch.zeros(3, 4).long()
     )
-    assert (
-        bound.dimensions == 192
-        and bound.bits_per_dim.shape == (3,)
-        and bound.bits_per_dim.isfinite().all()
-    )
-    assert (
-        (bound.codes < 0).all()
-        and (bound.text < 0).all()
-        and (bound.entropy > 0).all() == (kind == "dvae")
-    )
+    assert bound.dimensions == 192
+    assert bound.bits_per_dim.shape == (3,)
+    assert bound.bits_per_dim.isfinite().all()
+    assert (bound.codes < 0).all()
+    assert (bound.text < 0).all()
+    assert (bound.entropy > 0).all() == (kind == "dvae")

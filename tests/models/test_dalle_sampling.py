@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_dalle import CONFIG, GRID, KINDS, B, K, L, N, V, make, uniform_config
 
-from unclip.models.dalle.sampling import sample_code, guide, sample_codes
+from unclip.models.dalle.sampling import guide, sample_code, sample_codes
 from unclip.models.dalle.transformer import DALLE
 from unclip.types import CodeOptions
 

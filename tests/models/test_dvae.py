@@ -242,9 +242,8 @@ def test_kl_weight_is_per_value():
     dvae, images = make_dvae(), make_images()
     nll, both = dvae.loss(images, kl_weight=0.0), dvae.loss(images, kl_weight=6.6)
     kl = both.logged["kl_bits"] * math.log(2)
-    torch.testing.assert_close(
-        both.loss - nll.loss, 6.6 * kl / 48
-    )  # 3 channels x 4 x 4 pixels; 192 in the paper
+    # 48 = 3 channels x 4 x 4 pixels; 192 in the paper
+    torch.testing.assert_close(both.loss - nll.loss, 6.6 * kl / 48)
     torch.testing.assert_close(nll.loss, nll.logged["nll"])
 
 

@@ -55,11 +55,9 @@ def test_weight_error_is_at_most_half_a_step(name, dtype):
         assert type(quantized[name]) is nn.Linear
         return
     layer, weight = quantized[name], exact[name].weight.float()
-    assert (
-        isinstance(layer, Int8Layer)
-        and layer.int8.dtype == torch.int8
-        and layer.int8.shape == weight.shape
-    )
+    assert isinstance(layer, Int8Layer)
+    assert layer.int8.dtype == torch.int8
+    assert layer.int8.shape == weight.shape
     assert layer.dequantize(dtype).dtype == dtype
     step = weight.flatten(1).abs().amax(1) / 127
     error = (layer.dequantize(torch.float32) - weight).flatten(1).abs().amax(1)

@@ -50,9 +50,8 @@ def test_taming_checkpoints_give_recorded_outputs(kind, tmp_path):
         sampled(vqgan._decode(codes)), recorded["pictures"], atol=1e-5, rtol=0
     )
     back = export_state(vqgan.state_dict(), taming.rules(vqgan.config))
-    assert back.keys() == state.keys() and all(
-        torch.equal(back[name], state[name]) for name in state
-    )
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,9 +113,8 @@ def test_compiled_cpu_pipeline_gives_the_same_images_and_files(tiny_pipe, tmp_pa
             load_file(tmp_path / name / network / "model.safetensors")
             for name in ("compiled", "plain")
         )
-        assert saved.keys() == exact.keys() and all(
-            torch.equal(saved[name], exact[name]) for name in exact
-        )
+        assert saved.keys() == exact.keys()
+        assert all(torch.equal(saved[name], exact[name]) for name in exact)
 
 
 @needs_bf16_packing
@@ -135,9 +134,8 @@ def test_a_prior_set_later_is_compiled(tiny_pipe):
 def test_nothing_is_packed_without_bf16_support(tiny_pipe, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     pipe = unclip.compile(copy.deepcopy(tiny_pipe).to(dtype=torch.bfloat16))
-    assert not pipe.compiled and not any(
-        isinstance(layer, PackedLayer) for layer in pipe.decoder.modules()
-    )
+    assert not pipe.compiled
+    assert not any(isinstance(layer, PackedLayer) for layer in pipe.decoder.modules())
 
 
 @needs_bf16_packing
