@@ -200,7 +200,7 @@ def test_a_command_without_a_rule_fails():
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_all_blocks_are_run(page):
     fences = page.read_text(encoding="utf-8").count("\n```") / 2
-    assert len(blocks(page, "sh", "python", "bibtex", "yaml", "text")) == fences
+    assert len(blocks(page, "sh", "python", "bibtex", "console", "json", "text", "yaml")) == fences
 
 
 # -- claims that are checked without running anything

@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def sample(
 
     ts = _timesteps(scheduler)
     x_t = x_t * float(scheduler.init_noise_sigma)
-    for step, (t, t_prev) in enumerate(pairwise([*ts, None]), 1):
+    for step, t in enumerate(ts, 1):
         t_scheduler = scheduler.timesteps[step - 1]
         x_model = scheduler.scale_model_input(x_t, t_scheduler)
         x_0, variance = estimate(x_model, t)
@@ -53,7 +52,7 @@ def sample(
         if takes_variance and variance is not None:
             output = torch.cat([output, variance], dim=1)
         if "prev_timestep" in accepted:
-            extra["prev_timestep"] = t_prev
+            extra["prev_timestep"] = ts[step] if step < len(ts) else None
         x_t = scheduler.step(output, t_scheduler, x_t, **extra).prev_sample
         if on_step is not None:
             on_step(step, len(ts), x_0)
@@ -68,7 +67,8 @@ def timesteps(options: StageOptions, schedule: Schedule) -> list[float]:
 def make_scheduler(name: str, schedule: Schedule) -> Any:
     """Make diffusers' "dpm++" (2M, 2211.01095) or "unipc" (2302.04867) for predictions of x_0."""
     # Slow to import, and rarely needed.
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     kind = {"dpm++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}[name]
     return kind(

@@ -215,21 +215,27 @@ class DenoiserCache:
         self._deep_step = -math.inf  # at which `_deep` was computed
 
     def time(
-        self, t: float, embed: Callable[[torch.Tensor], torch.Tensor], device: torch.device
+        self,
+        t: torch.Tensor | float,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
     ) -> torch.Tensor:
-        """Return row t of `embed` of all timesteps, (T,) -> (T, ...)."""
+        """Return row t of `embed` of all timesteps, (T,) -> (T, ...). t is one number."""
+        t = float(t)
         if t not in self._time:  # a scheduler may round t to a number that was not announced
             ts = list(self.steps if t in self.steps else [t])
             self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
         return self._time[t]
 
-    def deep_features(self, t: float) -> torch.Tensor | None:
+    def deep_features(self, t: torch.Tensor | float) -> torch.Tensor | None:
         """Return the deep features to reuse at t; None if they must be computed."""
+        t = float(t)
         # Guidance on an interval and going back in time leave steps out.
         age = self.steps.get(t, math.inf) - self._deep_step
         return self._deep if 0 < age < self.interval else None
 
-    def store(self, t: float, deep_features: torch.Tensor) -> None:
+    def store(self, t: torch.Tensor | float, deep_features: torch.Tensor) -> None:
         """Keep the deep features of t, unless they are reused ones."""
+        t = float(t)
         if self.interval > 1 and self.deep_features(t) is None:
             self._deep, self._deep_step = deep_features, self.steps.get(t, math.inf)

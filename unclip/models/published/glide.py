@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.models.layers import TransformerBlock
+from unclip.models.layers import ModuleList, TransformerBlock
 from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 
@@ -54,7 +54,7 @@ class PaddedTextTransformer(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.randn(config.context_length, config.width) * 0.02)
         self.padding = nn.Parameter(torch.randn(config.context_length, config.width) * 0.02)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(config.width, config.heads) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)

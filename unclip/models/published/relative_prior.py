@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.models.layers import DenoiserCache, KeyValues, per_row
+from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, per_row
 from unclip.types import TextEncoding
 
 BUCKETS, FARTHEST = (
@@ -175,7 +175,7 @@ class TimeSinusoids(nn.Sequential):
         self.width = width
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(sinusoids(t, self.width).to(self[0].bias.dtype))
+        return super().forward(sinusoids(t, self.width).to(next(self.parameters()).dtype))
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
@@ -208,7 +208,7 @@ class RelativePrior(nn.Module):
         if config.text_null == "learned":
             self.null_emb = nn.Parameter(torch.randn(C))
         self.norm_in = self._norm("all") if config.norm_in else nn.Identity()
-        self.blocks = nn.ModuleList(RelativeBlock(config) for _ in range(config.depth))
+        self.blocks = ModuleList[RelativeBlock](RelativeBlock(config) for _ in range(config.depth))
         self.norm = self._norm("last", "all") if config.norm_out else nn.Identity()
         self.head = nn.Linear(C, C, bias=False) if config.head else nn.Identity()
         self.register_buffer("emb_norm", torch.ones(()))

@@ -1,4 +1,4 @@
-"""The decoder (unCLIP 2.1): a diffusion model of images given a CLIP image embedding and a caption."""
+"""The decoder (unCLIP 2.1): diffusion of images given a CLIP image embedding and a caption."""
 
 # B batch, L text tokens, D CLIP embedding width, W text width, N context tokens, s image size,
 # M width of the U-Net's modulation
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.models.layers import DenoiserCache, KeyValues, TransformerBlock, per_row
+from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, TransformerBlock, per_row
 from unclip.models.unclip.layout import Layout, LayoutConfig
 from unclip.models.unet import UNet, UNetConfig
 from unclip.types import Rows, TextEncoding
@@ -71,7 +71,7 @@ class DecoderConfig:
             raise ValueError(
                 f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
                 f"a decoder with {'a' if self.layout else 'no'} layout, inpaints={self.inpaints} "
-                f"and learned_variance={self.learned_variance} needs {channels[0]} and {channels[1]}"
+                f"and learned_variance={self.learned_variance} needs {' and '.join(map(str, channels))}"
             )
         if self.layout and self.layout.emb_dim != self.emb_dim:
             raise ValueError(
@@ -183,7 +183,7 @@ class TextTransformerEncoder(nn.Module):
         self.emb_dim = text.width
         self.tokens = nn.Embedding(text.vocab_size, text.width)
         self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.02)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(text.width, text.heads) for _ in range(text.depth)
         )
         self.norm = nn.LayerNorm(text.width)

@@ -34,7 +34,7 @@ class LayoutConfig:
 
 
 class _Linear(nn.Linear):
-    """A linear layer that packing and quantisation leave alone: `guide_embedding` needs gradients."""
+    """A linear layer that is never packed or quantised: `guide_embedding` needs gradients."""
 
 
 class Layout(EmbeddingStats):

@@ -25,8 +25,6 @@ class OneShotPriorConfig(TextPriorConfig):
 class OneShotPrior(DirectPrior):
     """One own token, the query, from which the prediction is read."""
 
-    steps = 1
-
     def __init__(self, config: OneShotPriorConfig) -> None:
         super().__init__(config, own_tokens=1)
         D, C = config.emb_dim, config.width
@@ -35,6 +33,10 @@ class OneShotPrior(DirectPrior):
         else:
             self.noise_proj = nn.Linear(D, C)
         self.head = zeroed(nn.Linear(C, D))
+
+    @property
+    def steps(self) -> int:
+        return 1
 
     def predict(self, text: KeyValues, noise: Tensor | None = None) -> Tensor:
         """Predict normalised embeddings (B, D). A learned query ignores the noise (B, D)."""

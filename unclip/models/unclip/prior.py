@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unclip.models.layers import (
     DenoiserCache,
     KeyValues,
+    ModuleList,
     TimeMLP,
     TransformerBlock,
     per_row,
@@ -109,12 +110,12 @@ class TextPrior(EmbeddingStats):
 
     def __init__(self, config: TextPriorConfig, own_tokens: int) -> None:
         super().__init__(config.emb_dim)
-        self.config = config
+        self.config: Any = config  # of the subclass's own config class
         D, C, positions = config.emb_dim, config.width, config.context_length + 1 + own_tokens
         self.state_proj = nn.Linear(config.text_width, C)
         self.emb_proj = nn.Linear(D, C)
         self.positions = nn.Parameter(torch.randn(positions, C) * 0.02)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(C, config.heads, config.mlp_ratio, config.dropout)
             for _ in range(config.depth)
         )

@@ -33,7 +33,7 @@ class UpsamplerConfig:
             if unet.in_channels != 6 or unet.out_channels != channels:
                 raise ValueError(
                     f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; an "
-                    f"upsampler with learned_variance={self.learned_variance} needs 6 and {channels}"
+                    f"with learned_variance={self.learned_variance} an upsampler needs 6, {channels}"
                 )
             if unet.context_dim is not None:
                 raise ValueError(
