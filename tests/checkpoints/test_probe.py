@@ -140,7 +140,7 @@ def test_info_describes_foreign_formats(make, kind, format, parts, dtype, tmp_pa
 
     assert main(["info", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{path.name}: {kind} in {path} (format: {format})\nlicence: not told\n")
+    assert out.startswith(f"{path.name}: {kind} in {path} (format: {format})\nlicence: unknown\n")
     assert [line.split()[0] for line in out.splitlines()[3:]] == [*parts, "all"]
 
 

@@ -296,7 +296,7 @@ def check_flags(pipe: TextToImage, args: Namespace) -> None:
             )
 
 
-def sampling_options(pipe: TextToImage, args: Namespace, base: Any = None) -> Any:
+def sampling_options(pipe: Any, args: Namespace, base: Any = None) -> Any:
     """Return `base` (default: the model's options), or --preset, changed by the sampling flags."""
     options = pipe.options if base is None else base
     if args.preset is not None:

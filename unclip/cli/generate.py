@@ -32,7 +32,7 @@ from unclip.cli.output import check_output, slug, write_images
 if TYPE_CHECKING:
     from PIL import Image
 
-    from unclip.pipelines.base import TextToImage
+    from unclip.cli.loading import AnyPipeline
 
 BATCH_SIZE = 16
 COMPLETION_MODEL = "emoji-dalle1"
@@ -82,7 +82,7 @@ def _add_fit(parser: ArgumentParser) -> None:
 def generate(args: Namespace) -> None:
     if args.source is not None:
         return _regenerate(args)
-    prompts = [*args.prompts, *args.prompts_file]
+    prompts: list[Any] = [*args.prompts, *args.prompts_file]
     if not prompts:
         raise ValueError("no prompt is given; give prompts, --prompts-file FILE or --from PNG")
     if args.mix is not None:
@@ -148,7 +148,7 @@ def _regenerate(args: Namespace) -> None:
     args.prior = first.get("prior_model")
     args.quantize = args.quantize or first.get("quantized")
     dtypes = {long: short for short, long in DTYPES.items()}
-    pipe = load_model(args, dtypes.get(first.get("dtype")))
+    pipe = load_model(args, dtypes.get(first.get("dtype", "")))
 
     from unclip.pipelines.base import redraw
 
@@ -185,12 +185,12 @@ def complete(args: Namespace) -> None:
         _write(result.images, result.metadata, args, args.image.stem)
 
 
-def _fit(image: Image.Image, pipe: TextToImage, args: Namespace) -> Image.Image:
-    if not args.fit or pipe.kind != "dalle":  # other kinds accept every size
-        return image
-
+def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
+    from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.unclip.bound_stage import fit
 
+    if not args.fit or not isinstance(pipe, DallePipeline):  # other kinds accept every size
+        return image
     return fit(image, pipe.codec.image_size)
 
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from unclip.checkpoints.folders import locate
 from unclip.cli.arguments import DTYPES, check_flags
 
 if TYPE_CHECKING:  # `unclip --help` must not import torch
-    from unclip.pipelines.base import TextToImage
     from unclip.pipelines.dalle.pipeline import DallePipeline
+    from unclip.pipelines.glide import GLIDEPipeline
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
+    AnyPipeline = UnCLIPPipeline | GLIDEPipeline | DallePipeline
 
-def load_model(args: Namespace, default_dtype: str | None = None) -> TextToImage:
+
+def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline:
     """Load --model with --prior, and offload, quantize or compile it as the flags say."""
     offload_at_once = args.offload and not args.quantize
     dtype = args.dtype or default_dtype
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
     check_flags(pipe, args)
     if args.prior is not None:
-        from unclip.pipelines import load_prior
-
-        pipe.prior = load_prior(args.prior)
+        _replace_prior(pipe, args)
     if args.quantize:
         pipe.quantize(args.quantize)
     if args.compile:
@@ -34,18 +35,28 @@ def load_model(args: Namespace, default_dtype: str | None = None) -> TextToImage
     return pipe
 
 
+def _replace_prior(pipe: AnyPipeline, args: Namespace) -> None:
+    from unclip.pipelines import load_prior
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+
+    if not isinstance(pipe, UnCLIPPipeline):
+        raise ValueError(_wrong_kind(pipe, args, "an unCLIP model for --prior"))
+    pipe.prior = load_prior(args.prior)
+
+
 def load_named(
     name: str, device: str | None, dtype: str | None, *, offload: bool = False
-) -> TextToImage:
+) -> AnyPipeline:
     """Call `unclip.load` with a dtype as the command line spells it."""
     from unclip.pipelines import load
 
-    if dtype is None:  # `load` reports an unknown name before it imports torch
-        return load(name, device, offload=offload)
+    locate(name)  # an unknown name is reported before torch is imported
 
     import torch
 
-    return load(name, device, getattr(torch, DTYPES[dtype]), offload=offload)
+    torch_dtype = None if dtype is None else getattr(torch, DTYPES[dtype])
+    pipe: Any = load(name, device, torch_dtype, offload=offload)
+    return pipe
 
 
 def load_unclip(args: Namespace) -> UnCLIPPipeline:
@@ -70,6 +81,6 @@ def load_dalle(args: Namespace) -> DallePipeline:
     return pipe
 
 
-def _wrong_kind(pipe: TextToImage, args: Namespace, expected: str) -> str:
+def _wrong_kind(pipe: AnyPipeline, args: Namespace, expected: str) -> str:
     command = args.run.__name__.replace("_", "-")
     return f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}, see --model"

@@ -150,14 +150,15 @@ def interpolate(args: Namespace) -> None:
     ends = args.prompts or _check_sources(args)
     if len(ends) < 2:
         raise ValueError(f"expected at least 2 images or prompts; got {len(ends)}")
-    animated = args.output is not None and args.output.suffix.lower() in ANIMATIONS
+    output: Path = args.output or Path()
+    animated = output.suffix.lower() in ANIMATIONS
     if animated:
         if args.grid:
-            raise ValueError(f"{args.output} is an animation; --grid cannot be given with it")
-        check_animation(args.output, args.fps)
-        check_file(args.output)
+            raise ValueError(f"{output} is an animation; --grid cannot be given with it")
+        check_animation(output, args.fps)
+        check_file(output)
     else:
-        args.grid = args.grid or (args.output is not None and is_png(args.output))
+        args.grid = args.grid or is_png(output)
         check_output(args, args.frames)
     pipe = load_unclip(args)
     chosen = {name: getattr(args, name) for name in ("frames", "even", "noise", "seed")}
@@ -168,8 +169,8 @@ def interpolate(args: Namespace) -> None:
     else:
         result = pipe.interpolate(_invert(pipe, args), **chosen)
     if animated:
-        save_animation(result.images, args.output, args.fps, result.metadata)
-        return print_path(args.output, args)
+        save_animation(result.images, output, args.fps, result.metadata)
+        return print_path(output, args)
     name = slug("-".join(args.prompts or [path.stem for path in args.sources]))
     write_results(result, [name], args)
 
@@ -240,7 +241,7 @@ def _invert(pipe: UnCLIPPipeline, args: Namespace) -> Latent:
         inverted = pipe.invert(
             images, options=options, inversion=inversion, progress=not args.quiet
         )
-        latents |= dict(zip(images, inverted, strict=True))
+        latents |= {path: inverted[i] for i, path in enumerate(images)}
     return Latent.cat([latents[path] for path in args.sources])
 
 

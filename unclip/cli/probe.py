@@ -109,11 +109,11 @@ def _load_pca(pipe: UnCLIPPipeline, args: Namespace) -> PCA:
     if args.pca is None:
         pca = PCA.fit(read_embeddings(pipe, args.data, progress=not args.quiet))
     else:
-        pca = PCA.load(args.pca)
-        if len(pca.mean) != pipe.clip.emb_dim:
+        pca, width = PCA.load(args.pca), pipe.decoder.config.emb_dim
+        if len(pca.mean) != width:
             raise ValueError(
                 f"{args.pca} is for embeddings of width {len(pca.mean)}; "
-                f"{pipe.name} has embeddings of width {pipe.clip.emb_dim}"
+                f"{pipe.name} has embeddings of width {width}"
             )
     if args.save_pca is not None:
         pca.save(args.save_pca)
