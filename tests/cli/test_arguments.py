@@ -181,3 +181,18 @@ def test_help_lists_the_sampling_flags(run, command, capsys):
     assert "--temperature X" in shown
     assert ("--candidates N" in shown) == (command != "variations")
     assert ("--prior-candidates N" in shown) == (command == "generate")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("evaluate --data none --beside x", "--baseline"),
+        ("evaluate --data none --pictures x", "--sheets"),
+        ("evaluate-codec none --data none --picture x", "--sheet"),
+        ("drift --data none", "evaluate-approximations"),
+    ],
+)
+def test_old_names_work_with_a_warning(run, old, new):
+    code, _, err = run(*old.split(), model="unclip" if "codec" not in old else None)
+    assert code == 2 and err.startswith("warning: ") and f"is deprecated; use {new}\n" in err
+    assert "unrecognized" not in err and "invalid choice" not in err

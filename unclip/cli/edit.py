@@ -20,8 +20,7 @@ from unclip.cli.arguments import (
     sampling_options,
 )
 from unclip.cli.loading import load_unclip
-from unclip.cli.manipulate import write_results
-from unclip.cli.output import check_output
+from unclip.cli.output import check_output, write_results
 
 
 def add_commands(commands: Any) -> None:

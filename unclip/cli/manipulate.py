@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +20,11 @@ from unclip.cli.arguments import (
     sampling_options,
 )
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, check_output, is_png, print_path, slug, write_images
+from unclip.cli.output import check_file, check_output, is_png, print_path, slug, write_results
 
 if TYPE_CHECKING:
     from unclip.pipelines.unclip.latent import Latent
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-    from unclip.types import GenerationResult
 
 LATENT = ".safetensors"
 ANIMATIONS = (".gif", ".mp4")
@@ -249,17 +247,3 @@ def _deterministic_options(pipe: UnCLIPPipeline, args: Namespace) -> Any:
     from unclip.pipelines.unclip.latent import deterministic
 
     return sampling_options(pipe, args, deterministic(pipe.options))
-
-
-def write_results(result: GenerationResult, sources: Sequence[str], args: Namespace) -> None:
-    """Write images to files that are named after their source and the command.
-
-    Files that would have the same name are numbered.
-    """
-    per_source = len(result) // len(sources)
-    names = [f"{name}-{args.run.__name__}" for name in sources for _ in range(per_source)]
-    numbered = [
-        name if names.count(name) == 1 else f"{name}-{names[:i].count(name)}"
-        for i, name in enumerate(names)
-    ]
-    write_images(result.images, result.metadata, numbered, args)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
+    from unclip.types import GenerationResult
+
 OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4")
 
 
@@ -71,6 +73,20 @@ def write_images(
     for path, image, entry in files:
         save_png(image, path, entry)
         print_path(path, args)
+
+
+def write_results(result: GenerationResult, sources: Sequence[str], args: Namespace) -> None:
+    """Write images to files that are named after their source and the command.
+
+    Files that would have the same name are numbered.
+    """
+    per_source = len(result) // len(sources)
+    names = [f"{name}-{args.run.__name__}" for name in sources for _ in range(per_source)]
+    numbered = [
+        name if names.count(name) == 1 else f"{name}-{names[:i].count(name)}"
+        for i, name in enumerate(names)
+    ]
+    write_images(result.images, result.metadata, numbered, args)
 
 
 def columns_of(metadata: Sequence[Mapping[str, Any]]) -> int:
