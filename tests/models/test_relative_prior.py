@@ -192,9 +192,9 @@ def test_sinusoids_end_at_a_ten_thousandth():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"depth": 0}, "depth is 0; expected a positive number"),
+        ({"depth": 0}, "depth is 0; expected at least 1"),
         ({"width": 3}, "width is 3; the time sinusoids need an even number"),
-        ({"padding": "masked"}, 'text_null is "learned", but this prior has no learned padding'),
+        ({"padding": "masked"}, 'text_null is "learned", which needs padding'),
     ],
 )
 def test_configuration_errors(changes, message):

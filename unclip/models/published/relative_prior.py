@@ -1,16 +1,17 @@
-"""A diffusion prior with relative positions: the causal transformer of DALLE2-pytorch, whose weights laion published.
+"""A diffusion prior with relative positions: DALLE2-pytorch's causal transformer (laion's weights).
 
-What it has over `DiffusionPrior` (unCLIP 2.2): a learned bias for each distance (T5, 1910.10683, 2.1) and rotary
-embeddings (2104.09864) instead of positions, one key and value for all heads (1911.02150) with a null among them,
-sandwiched norms without biases, SwiGLU (2002.05202), and CLIP embeddings of unit length.
+Differences from `DiffusionPrior` (unCLIP 2.2): relative position biases (T5, 1910.10683, 2.1) and
+rotary embeddings (2104.09864) in place of absolute positions, one head of keys and values for all
+queries (1911.02150) with a learned null key, norms without biases before and after attention,
+SwiGLU (2002.05202), and CLIP embeddings of unit length.
 """
 
-# B batch, N text slots, C width (= CLIP embedding width = text width), H heads, d width of a head, n tokens, m keys
+# B batch, N text slots, C width (= CLIP embedding width = text width), H heads, d head width,
+# n tokens, m keys
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,56 +19,49 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.config import Positive, PositiveInt, config
 from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, per_row
 from unclip.types import TextEncoding
 
-BUCKETS, FARTHEST = (
-    32,
-    128,
-)  # distances that have a bias of their own, and the one from which all share the last
-ROTATED = 32  # components of a head that turn with the position
+BUCKETS = 32  # of distances, with one bias each
+FARTHEST = 128  # distance from which all share the last bucket
+ROTATED = 32  # components of a head with rotary embeddings
 COSINE_SCALE = 16.0
 
 
-@dataclass(frozen=True)
+@config
 class RelativePriorConfig:
-    width: int  # C, of CLIP's embeddings and text states too
-    context_length: int  # N, slots for text tokens
-    depth: int
-    heads: int
-    head_dim: int = 64
-    mlp_ratio: float = 4.0
-    mlp_norm: bool = False  # a norm inside of the MLP (NormFormer, 2110.09456)
+    width: PositiveInt  # C, also of CLIP's embeddings and text states
+    context_length: PositiveInt  # N, slots for text tokens
+    depth: PositiveInt
+    heads: PositiveInt
+    head_dim: PositiveInt = 64
+    mlp_ratio: Positive = 4.0
+    mlp_norm: bool = False  # a norm inside the MLP (NormFormer, 2110.09456)
     num_timesteps: int | None = None  # a table of time embeddings; None = sinusoids through an MLP
-    padding: Literal["learned", "masked"] = (
-        "learned"  # a token for each slot without text (DALL-E 1), or nothing
-    )
-    text_null: Literal["learned", "masked"] | None = (
-        "learned"  # what training put for the text; None: it never did
-    )
+    # Slots without text: a learned token each (DALL-E 1), or masked
+    padding: Literal["learned", "masked"] = "learned"
+    # Replacement of dropped texts in training; None = no text was dropped
+    text_null: Literal["learned", "masked"] | None = "learned"
     similarity: Literal["cosine", "dot"] = "cosine"  # of queries and keys
     rotary: bool = True
     norm_in: bool = False
     norm_out: bool = True
-    peak_norms: Literal["none", "last", "all"] = (
-        "last"  # norms that divide by the largest entry (CogView, 2105.13290)
-    )
+    # Norms that divide by the largest entry (CogView, 2105.13290)
+    peak_norms: Literal["none", "last", "all"] = "last"
     head: bool = True  # a Linear after the last norm
 
     def __post_init__(self) -> None:
-        for name in ("width", "context_length", "depth", "heads", "head_dim", "mlp_ratio"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
         if self.num_timesteps is None and (self.width % 2 or self.width < 4):
             raise ValueError(
-                f"width is {self.width}; the time sinusoids need an even number of at least 4"
+                f"width is {self.width}; the time sinusoids need an even number, at least 4"
             )
         if self.text_null == "learned" and self.padding != "learned":
             raise ValueError(
-                'text_null is "learned", but this prior has no learned padding for it to be made of'
+                'text_null is "learned", which needs padding "learned"; got padding "masked"'
             )
 
-    # The names under which the pipeline asks every prior.
+    # The names that all priors share.
     @property
     def emb_dim(self) -> int:
         return self.width
@@ -78,28 +72,28 @@ class RelativePriorConfig:
 
     @property
     def null_text(self) -> Literal["learned"]:
-        """Never the empty prompt."""
+        """The null is never the empty prompt."""
         return "learned"
 
 
 class PeakLayerNorm(nn.LayerNorm):
-    """LayerNorm of x over its largest entry: the same, but for the sign and for what eps counts against."""
+    """LayerNorm of x divided by its largest entry, which changes the sign and the effect of eps."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x / x.amax(dim=-1, keepdim=True))
 
 
 class RelativeBlock(nn.Module):
-    """Attention over one head of keys and values, then SwiGLU; `project` apart, so that keys can come from a prefix."""
+    """Attention with one head of keys and values, then SwiGLU.
+
+    `project` is separate, so that keys and values of a prefix can be cached.
+    """
 
     def __init__(self, config: RelativePriorConfig) -> None:
         super().__init__()
         self.config = config
-        C, inner, mlp = (
-            config.width,
-            config.heads * config.head_dim,
-            int(config.mlp_ratio * config.width),
-        )
+        C, inner = config.width, config.heads * config.head_dim
+        mlp = int(config.mlp_ratio * config.width)
         Norm = PeakLayerNorm if config.peak_norms == "all" else nn.LayerNorm
         self.norm1 = Norm(C, bias=False)
         self.q = nn.Linear(C, inner, bias=False)
@@ -113,21 +107,24 @@ class RelativeBlock(nn.Module):
         self.fc2 = nn.Linear(mlp, C, bias=False)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, n, C) at `positions` (n,) -> queries (B, H, n, d), keys and values (B, 1, n, d)."""
+        """Project tokens (B, n, C) at `positions` (n,).
+
+        Returns queries (B, H, n, d), keys and values (B, 1, n, d).
+        """
         x = self.norm1(x)
         q = rearrange(self.q(x), "b n (h d) -> b h n d", h=self.config.heads)
         k, v = self.kv(x)[:, None].chunk(2, dim=-1)
         if self.config.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
-        return self._measured(q), self._measured(k), v
+        return self._normalised(q), self._normalised(k), v
 
     def null(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Key and value of what is always there to attend to, (B, 1, 1, d) each."""
+        """Return the null key and value, (B, 1, 1, d) each."""
         k, v = self.null_kv[:, None, None, None].expand(-1, batch, -1, -1, -1)
-        return self._measured(k), v
+        return self._normalised(k), v
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Tokens (B, n, C), their queries, m keys and values, and what is added to the scores, (B|1, H, n, m)."""
+        """Tokens (B, n, C), their queries, m keys and values, bias (B|1, H, n, m) -> (B, n, C)."""
         cosine = self.config.similarity == "cosine"
         scale = COSINE_SCALE if cosine else self.config.head_dim**-0.5
         k, v = (y.expand(-1, self.config.heads, -1, -1) for y in (k, v))
@@ -136,42 +133,36 @@ class RelativeBlock(nn.Module):
         h, gate = self.fc1(self.norm3(x)).chunk(2, dim=-1)
         return x + self.fc2(self.norm4(h * F.silu(gate)))
 
-    def _measured(self, x: Tensor) -> Tensor:
+    def _normalised(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.config.similarity == "cosine" else x
 
 
 def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """RoFormer (2104.09864, 3.2.2): neighbouring components (..., n, d) turn as a pair, the first 32 of them."""
+    """Rotate the first 32 components of (..., n, d) in pairs (RoFormer, 2104.09864, 3.2.2)."""
     dim = min(ROTATED, x.shape[-1])
     frequencies = 10_000.0 ** -(torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
     angles = positions[:, None] * frequencies  # n dim/2
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    turned, rest = x[..., :dim], x[..., dim:]
-    even, odd = turned[..., 0::2], turned[..., 1::2]
+    rotated, rest = x[..., :dim], x[..., dim:]
+    even, odd = rotated[..., 0::2], rotated[..., 1::2]
     pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return torch.cat([pairs.flatten(-2), rest], dim=-1)
 
 
 class TimeTable(nn.Embedding):
-    """An embedding for each timestep: (B,) -> (B, C)."""
+    """A learned embedding of each timestep: (B,) -> (B, C)."""
 
     def forward(self, t: Tensor) -> Tensor:
         return super().forward(t.round().long())
 
 
 class TimeSinusoids(nn.Sequential):
-    """[sin, cos] of t through an MLP with two hidden layers: (B,) -> (B, C)."""
+    """Sinusoids of t through an MLP with two hidden layers: (B,) -> (B, C)."""
 
     def __init__(self, width: int) -> None:
         hidden = 2 * width
-        layers = [
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, width),
-        ]
-        super().__init__(*layers)
+        first, second = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+        super().__init__(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(hidden, width))
         self.width = width
 
     def forward(self, t: Tensor) -> Tensor:
@@ -179,7 +170,10 @@ class TimeSinusoids(nn.Sequential):
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
-    """[sin, cos] of t at dim / 2 frequencies from 1 to 1 / 10000, both included: (B,) -> (B, dim) float32."""
+    """Sinusoids [sin, cos] of t: (B,) -> (B, dim) float32.
+
+    The dim / 2 frequencies go from 1 to 1 / 10000, both included.
+    """
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / (half - 1)))
     angles = t[:, None].float() * frequencies
@@ -187,20 +181,17 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
 
 
 class RelativePrior(nn.Module):
-    """Tokens [text states, text embedding | t, x_t, query]; the prediction of x_0 is read from the query."""
+    """Tokens [text states, text embedding | t, x_t, query]; x_0 is read from the query."""
 
     emb_norm: Tensor
-    x0_limit = (
-        None  # x_0 is a unit vector times the root of its width; single components may be far out
-    )
+    x0_limit = None  # x_0 has length √C, and single components may be large
 
     def __init__(self, config: RelativePriorConfig) -> None:
         super().__init__()
         self.config = config
         C = config.width
-        self.time = (
-            TimeSinusoids(C) if config.num_timesteps is None else TimeTable(config.num_timesteps, C)
-        )
+        steps = config.num_timesteps
+        self.time = TimeSinusoids(C) if steps is None else TimeTable(steps, C)
         self.query = nn.Parameter(torch.randn(C))
         self.bias = nn.Embedding(BUCKETS, config.heads)
         if config.padding == "learned":
@@ -214,72 +205,68 @@ class RelativePrior(nn.Module):
         self.register_buffer("emb_norm", torch.ones(()))
 
     def _norm(self, *peak: str) -> nn.LayerNorm:
-        return (PeakLayerNorm if self.config.peak_norms in peak else nn.LayerNorm)(
-            self.config.width, bias=False
-        )
+        kind = PeakLayerNorm if self.config.peak_norms in peak else nn.LayerNorm
+        return kind(self.config.width, bias=False)
 
     def normalize(self, emb: Tensor) -> Tensor:
-        """CLIP image embeddings (..., C) of any length -> x_0, of length √C and so of about unit variance."""
+        """Scale CLIP image embeddings (..., C) to length √C, which gives about unit variance."""
         return F.normalize(emb, dim=-1) * self.config.width**0.5
 
     def denormalize(self, x_0: Tensor) -> Tensor:
-        """x_0 (..., C) -> CLIP image embeddings of length `emb_norm`.
+        """Convert x_0 (..., C) to CLIP image embeddings of length `emb_norm`.
 
-        That is 1, as in training. For a decoder that was trained on CLIP's embeddings as they are, set their length:
-        `prior.emb_norm.fill_(pipe.encode_image(pictures).norm(dim=-1).mean())`.
+        The length is 1, as in training. For a decoder that was trained on embeddings of CLIP's own
+        length, set `prior.emb_norm.fill_(pipe.encode_image(images).norm(dim=-1).mean())`.
         """
         return F.normalize(x_0, dim=-1) * self.emb_norm
 
     def null_text(self, batch: int) -> TextEncoding:
-        """A text without a token, which is the null. ValueError if the prior never saw one."""
+        """Return the null, a text without tokens. ValueError if the prior was trained without."""
         self._check_null()
         emb = self.query.new_zeros(batch, self.config.width)
-        return TextEncoding(
-            emb, emb[:, None], torch.zeros(batch, 1, dtype=torch.bool, device=emb.device)
-        )
+        return TextEncoding(emb, emb[:, None], emb.new_zeros(batch, 1, dtype=torch.bool))
 
     def _check_null(self) -> None:
         if self.config.text_null is None:
             raise ValueError(
-                "this prior was trained with its text always there: it cannot be guided, set guidance to 1"
+                "this prior was trained without dropped texts and cannot be guided; "
+                "set guidance to 1"
             )
 
     def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
-        """The part that sees neither t nor x_t; the null stands in for a text without a token, or where `drop` (B,)."""
+        """Compute keys and values of the text, which see neither t nor x_t.
+
+        The null replaces texts without tokens, and texts where `drop` (B,) bool is True.
+        """
         N = self.config.context_length
         text = fit_text(text, N, "prior")
         B, L = text.mask.shape
         if drop is not None:
             self._check_null()
         text = text.to(dtype=self.query.dtype)
-        learned_slots, learned_null = (
-            self.config.padding == "learned",
-            self.config.text_null == "learned",
-        )
+        learned_slots = self.config.padding == "learned"
+        learned_null = self.config.text_null == "learned"
         mask = F.pad(text.mask if drop is None else text.mask & ~drop[:, None], (0, N - L))  # B N
         known = mask.any(dim=1, keepdim=True)  # B 1
-        # What is closed is never seen, but PeakLayerNorm divides by it: it may be anything but 0.
-        no_token, no_emb = (
-            self.no_token if learned_slots else self.query,
-            self.null_emb if learned_null else self.query,
-        )
+        # Masked slots are never seen, but must not be 0, because PeakLayerNorm divides by them.
+        no_token = self.no_token if learned_slots else self.query
+        no_emb = self.null_emb if learned_null else self.query
         states = torch.where(mask[..., None], F.pad(text.states, (0, 0, 0, N - L)), no_token)
         emb = torch.where(known, F.normalize(text.emb, dim=-1), no_emb)
         x = self.norm_in(torch.cat([states, emb[:, None]], dim=1))  # B N+1 C
-        open_ = torch.cat(
-            [torch.ones_like(known), mask | learned_slots, known | learned_null], dim=1
-        )  # B N+2
+        parts = [torch.ones_like(known), mask | learned_slots, known | learned_null]
+        visible = torch.cat(parts, dim=1)  # B N+2
         positions = torch.arange(N + 1, device=x.device)
-        bias = self._attention_bias(positions, open_)  # B H N+1 N+2
+        bias = self._attention_bias(positions, visible)  # B H N+1 N+2
         ks, vs = [], []
         for i, block in enumerate(self.blocks):
             q, k, v = block.project(x, positions)
             k_null, v_null = block.null(B)
             ks.append(torch.cat([k_null, k], dim=2))  # B 1 N+2 d
             vs.append(torch.cat([v_null, v], dim=2))
-            if i + 1 < len(self.blocks):  # of the last block only the keys and values are wanted
+            if i + 1 < len(self.blocks):  # the output of the last block is not needed
                 x = block(x, q, ks[-1], vs[-1], bias)
-        return KeyValues(tuple(ks), tuple(vs), open_)
+        return KeyValues(tuple(ks), tuple(vs), visible)
 
     def denoise(
         self,
@@ -303,26 +290,26 @@ class RelativePrior(nn.Module):
             x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), bias)
         return self.head(self.norm(x[:, -1]))
 
-    def _attention_bias(self, positions: Tensor, open_: Tensor) -> Tensor:
-        """Queries at `positions` (n,), which of the m keys are open (B, m) -> (B, H, n, m), -inf at what isn't seen."""
-        # The null is key 0, so key j is the token at j - 1: trained so, a token shares a bucket with the one before it.
-        keys = torch.arange(open_.shape[1], device=positions.device)
+    def _attention_bias(self, positions: Tensor, visible: Tensor) -> Tensor:
+        """Bias of queries at `positions` (n,) for keys with mask `visible` (B, m): (B, H, n, m).
+
+        -inf where a key is not seen.
+        """
+        # Key 0 is the null and key j the token at j - 1, as in training: a token shares its bucket
+        # with its predecessor.
+        keys = torch.arange(visible.shape[1], device=positions.device)
         bias = self.bias(bucket(positions[:, None] - keys)).permute(2, 0, 1)  # H n m
-        seen = open_[:, None, None] & (keys <= positions[:, None] + 1)  # B 1 n m
+        seen = visible[:, None, None] & (keys <= positions[:, None] + 1)  # B 1 n m
         return torch.where(seen, bias, -torch.inf)
 
     def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        text: TextEncoding,
-        drop: Tensor | None = None,
+        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
     ) -> Tensor:
         return self.denoise(x_t, t, self.condition(text, drop))
 
 
 def fit_text(text: TextEncoding, slots: int, network: str) -> TextEncoding:
-    """Trim padding if the text has more columns than `slots`. ValueError if it still has."""
+    """Trim padding of texts with more columns than `slots`; ValueError if that is not enough."""
     text = text if text.mask.shape[1] <= slots else text.trim()
     if text.mask.shape[1] > slots:
         raise ValueError(
@@ -332,12 +319,9 @@ def fit_text(text: TextEncoding, slots: int, network: str) -> TextEncoding:
 
 
 def bucket(distance: Tensor) -> Tensor:
-    """T5's buckets of distances, looking back only: 0 to 15 each have one, from there they widen (1910.10683, 2.1)."""
+    """Return T5's buckets of backward distances: one each up to 15, then wider (1910.10683)."""
     near = BUCKETS // 2
     distance = distance.clamp(min=0)
-    wide = (
-        torch.log(distance.clamp(min=1).float() / near)
-        / math.log(FARTHEST / near)
-        * (BUCKETS - near)
-    )
+    octaves = torch.log(distance.clamp(min=1).float() / near) / math.log(FARTHEST / near)
+    wide = octaves * (BUCKETS - near)
     return torch.where(distance < near, distance, (near + wide.long()).clamp(max=BUCKETS - 1))
