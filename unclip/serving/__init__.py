@@ -1,0 +1,1 @@
+"""A server of OpenAI's Images API for any model that `unclip.load` reads."""

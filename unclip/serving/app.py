@@ -1,0 +1,373 @@
+"""The application: OpenAI's Images API over an engine, and a page."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import Receive
+
+from unclip import __version__
+from unclip.serving.config import ServerConfig, is_loopback
+from unclip.serving.delivery import deliver, describe, encode_preview
+from unclip.serving.engine import Done, Engine, Step
+from unclip.serving.errors import APIError, bad_request, not_found, unavailable
+from unclip.serving.jobs import ClientGone, EventStream, RunningJob, rejection, stream, submit
+from unclip.serving.metrics import Metrics
+from unclip.serving.middleware import Guard, host_name
+from unclip.serving.requests import BODIES, FILES, Delivery, model_not_found, parse, read_body
+from unclip.serving.static import page_files
+from unclip.serving.storage import Storage, open_storage
+from unclip.serving.tasks import OPERATIONS, SAMPLERS, Task
+
+log = logging.getLogger("unclip.serving")
+
+SWEEP_SECONDS = 60.0
+DECODERS = 4  # requests whose images are decoded at a time
+CREATED = int(time.time())
+EVENTS = {
+    "generations": "image_generation",
+    "edits": "image_edit",
+    "variations": "image_variation",
+}
+NO_TOKENS = {"image_tokens": 0, "text_tokens": 0}  # nothing is billed
+USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+
+
+def load_pipeline(name: str, device: Any, dtype: Any) -> Any:
+    """Load a model; see `unclip.load`."""
+    from unclip.pipelines import load
+
+    return load(name, device, dtype)
+
+
+def create_app(
+    config: ServerConfig | None = None,
+    load: Callable[[str, Any, Any], Any] = load_pipeline,
+) -> FastAPI:
+    """Make the application; its engine starts and stops with it."""
+    config, metrics = config or ServerConfig(), Metrics()
+    engine = Engine(config, metrics, load)
+    storage = open_storage(config.storage, config.result_seconds, config.memory_bytes)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        sweeper = asyncio.create_task(_sweep(storage))
+        yield
+        sweeper.cancel()
+        for job in await run_in_threadpool(engine.stop):
+            job.notify(unavailable("The server is shutting down.", 5))
+
+    app = FastAPI(
+        title="unclip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.state.config, app.state.engine, app.state.storage = config, engine, storage
+    app.state.decoding = asyncio.Semaphore(DECODERS)
+    app.add_middleware(Guard, config=config, metrics=metrics)
+    app.add_exception_handler(APIError, _handle_api_error)
+    app.add_exception_handler(HTTPException, _handle_http_error)
+    app.add_exception_handler(RequestValidationError, _handle_validation_error)
+    for operation in BODIES:
+        app.add_api_route(
+            f"/v1/images/{operation}",
+            _images_route(operation),
+            methods=["POST"],
+            name=operation,
+            openapi_extra=_schema(operation),
+        )
+    app.add_api_route("/v1/models", list_models, name="models")
+    app.add_api_route("/v1/models/{name:path}", get_model, name="model")
+    app.add_api_route("/v1/files/{name:path}", get_file, methods=["GET", "HEAD"], name="file")
+    app.add_api_route("/healthz", healthz)
+    app.add_api_route("/readyz", readyz)
+    app.add_api_route("/metrics", get_metrics)
+    app.state.page = page_files()
+    app.add_api_route("/{path:path}", get_page, methods=["GET", "HEAD"], include_in_schema=False)
+    return app
+
+
+async def _sweep(storage: Storage) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await run_in_threadpool(storage.sweep)
+        except Exception:
+            log.exception("sweep_failed")
+
+
+# -- images
+
+
+def _images_route(operation: str) -> Callable[..., Any]:
+    async def images(request: Request) -> Response:
+        state = request.app.state
+        engine: Engine = state.engine
+        if engine.queue.full and not engine.closing:  # before the body is read
+            raise rejection(engine)
+        fields, files = await read_body(request)
+        if files or operation != "generations":
+            async with state.decoding:
+                parsed = await run_in_threadpool(parse, operation, fields, files, state.config)
+        else:
+            parsed = parse(operation, fields, files, state.config)
+        task, delivery = parsed
+        base_url = _base_url(request) if delivery.url else None
+        request.state.log = describe(task)
+        if state.config.log_prompts:
+            request.state.log["prompt"] = task.prompt
+        job = submit(engine, task, request.state.client, delivery.stream, delivery.partials)
+        responder = Responder(request, task, delivery, job, base_url)
+        return responder.stream() if delivery.stream else await responder.respond()
+
+    return images
+
+
+class Responder:
+    """Turns the events of a job into a response."""
+
+    def __init__(
+        self,
+        request: Request,
+        task: Task,
+        delivery: Delivery,
+        job: RunningJob,
+        base_url: str | None,
+    ) -> None:
+        self.request, self.task, self.delivery = request, task, delivery
+        self.job, self.base_url = job, base_url
+        self.config: ServerConfig = request.app.state.config
+        self.headers = {"x-unclip-model": _header(task.model), **_limits(job.engine)}
+        if delivery.ignored:
+            self.headers["x-unclip-ignored"] = ", ".join(delivery.ignored)[:1000]
+
+    async def respond(self) -> Response:
+        """Wait for the images and return them in one JSON object."""
+        try:
+            async with contextlib.aclosing(self.job.events(self.request.receive)) as events:
+                async for event in events:
+                    if isinstance(event, APIError):
+                        event.headers = {**self.headers, **event.headers}
+                        raise event
+                    if isinstance(event, Done):
+                        entries, note = await self._deliver(event, with_base64=False)
+                        note = {} if note is None else {"x-unclip-note": note}
+                        body = {"created": int(time.time()), "data": entries}
+                        return JSONResponse(body, headers={**self.headers, **note})
+        except ClientGone:
+            pass
+        return Response(status_code=499)
+
+    def stream(self) -> Response:
+        """Return server-sent events."""
+
+        def events(receive: Receive) -> AsyncIterator[bytes]:
+            prefix = EVENTS[self.task.operation]
+            return stream(self.job, receive, prefix, self._partial_images, self._completed)
+
+        side = self.delivery.side
+        note = {} if side is None else {"x-unclip-note": f"resized to {side}x{side}"}
+        return EventStream(events, {**self.headers, **note})
+
+    async def _partial_images(self, step: Step) -> list[dict[str, Any]]:
+        assert step.preview is not None
+        images = await run_in_threadpool(encode_preview, step.preview, self.delivery)
+        return [
+            {
+                "b64_json": data,
+                "partial_image_index": step.index,
+                **self._about(size),
+                **({"image_index": k} if self.delivery.indexed else {}),
+            }
+            for k, (data, size) in enumerate(images)
+        ]
+
+    async def _completed(self, done: Done) -> list[dict[str, Any]]:
+        entries, _ = await self._deliver(done, with_base64=True)
+        usage = {**USAGE, "input_tokens_details": NO_TOKENS}
+        return [
+            {**entry, **self._about(entry["size"]), "usage": usage, "image_index": k}
+            for k, entry in enumerate(entries)
+        ]
+
+    def _about(self, size: str) -> dict[str, Any]:
+        fields = {"created_at": int(time.time()), "size": size, "quality": "auto"}
+        return {**fields, "background": "opaque", "output_format": self.delivery.kind}
+
+    async def _deliver(
+        self, done: Done, with_base64: bool
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        self.request.state.log["pipeline_ms"] = round(1000 * done.seconds, 1)
+        storage = self.request.app.state.storage
+        return await run_in_threadpool(
+            deliver,
+            done.result,
+            self.delivery,
+            storage,
+            self.base_url,
+            self.config.metadata,
+            with_base64,
+        )
+
+
+def _base_url(request: Request) -> str:
+    """Return the start of URLs in responses. APIError if the server cannot know it."""
+    config: ServerConfig = request.app.state.config
+    if config.public_base_url is not None:
+        return config.public_base_url.rstrip("/")
+    host = request.headers.get("host", "")
+    if is_loopback(config.host) and is_loopback(host_name(host)):
+        return f"http://{host}"
+    raise bad_request(
+        "response_format 'url' needs a server with --public-base-url; use 'b64_json'.",
+        "response_format",
+    )
+
+
+def _limits(engine: Engine) -> dict[str, str]:
+    """Return OpenAI's rate limit headers, for images in the queue."""
+    queue = engine.queue
+    return {
+        "x-ratelimit-limit-requests": str(queue.max_images),
+        "x-ratelimit-remaining-requests": str(max(0, queue.max_images - queue.images)),
+        "x-ratelimit-reset-requests": f"{engine.retry_after()}s",
+    }
+
+
+def _header(text: str) -> str:
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+
+
+# -- models, files, operation
+
+
+async def list_models(request: Request) -> Any:
+    """List the models that are served."""
+    state = request.app.state
+    return {
+        "object": "list",
+        "data": [_describe_model(state.engine, name) for name in state.config.models],
+    }
+
+
+async def get_model(request: Request, name: str) -> Any:
+    """Describe a model."""
+    state = request.app.state
+    if name not in state.config.models:
+        raise model_not_found(name)
+    return _describe_model(state.engine, name)
+
+
+def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
+    model = {"id": name, "object": "model", "created": CREATED, "owned_by": "unclip"}
+    known = engine.sizes.get(name)
+    unknown = dict.fromkeys(("kind", "size", "operations", "steps", "guidance", "samplers"))
+    if known is None:
+        return {**model, **unknown, "loaded": False}
+    kind, options = known["kind"], known["options"]
+    sampling = options if kind == "dalle" else options.decoder
+    return {
+        **model,
+        "kind": kind,
+        "size": known["size"],
+        "operations": list(OPERATIONS[kind]),
+        "steps": None if kind == "dalle" else sampling.steps,
+        "guidance": sampling.guidance,
+        "samplers": [] if kind == "dalle" else list(SAMPLERS),
+        "loaded": True,
+    }
+
+
+async def get_file(request: Request, name: str) -> Response:
+    """Return a result."""
+    found = await run_in_threadpool(request.app.state.storage.get, name)
+    if found is None:
+        raise not_found("The file does not exist, or has expired.")
+    data, media_type = found
+    headers = {
+        "cache-control": "private, max-age=3600",
+        "content-security-policy": "default-src 'none'; sandbox",
+    }
+    return Response(data, media_type=media_type, headers=headers)
+
+
+async def healthz() -> Any:
+    """Tell that the process is alive."""
+    return {"status": "ok"}
+
+
+async def readyz(request: Request) -> Response:
+    """Tell whether requests are answered now."""
+    engine: Engine = request.app.state.engine
+    status = "ready" if engine.ready else "draining" if engine.closing else "loading"
+    if engine.failure is not None:
+        status = "failed"
+    return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+
+async def get_metrics(request: Request) -> Response:
+    """Return metrics for Prometheus."""
+    return PlainTextResponse(request.app.state.engine.metrics.render())
+
+
+async def get_page(request: Request, path: str) -> Response:
+    """Return a file of the page."""
+    file = request.app.state.page.get(path)
+    if file is None:
+        raise _no_route(request)
+    return file.response(request)
+
+
+# -- errors
+
+
+def _no_route(request: Request) -> APIError:
+    path = _header(request.url.path[:200])
+    return not_found(f"Invalid URL ({request.method} {path})")
+
+
+async def _handle_api_error(_: Request, error: Any) -> Response:
+    return error.response()
+
+
+async def _handle_http_error(request: Request, error: Any) -> Response:
+    if error.status_code == 404:
+        return _no_route(request).response()
+    if error.status_code == 405:
+        path = _header(request.url.path[:200])
+        message = f"Not allowed to {request.method} on {path} (HINT: see the documentation)"
+        return APIError(405, message, headers=error.headers).response()
+    return APIError(error.status_code, str(error.detail)).response()
+
+
+async def _handle_validation_error(_: Request, error: Any) -> Response:
+    return bad_request("The request is invalid.").response()
+
+
+def _schema(operation: str) -> dict[str, Any]:
+    """Return the OpenAPI schema of a call's body."""
+    json_schema = BODIES[operation].model_json_schema()
+    content = {"application/json": {"schema": json_schema}}
+    if operation != "generations":
+        file = {"type": "string", "format": "binary"}
+        names = FILES if operation == "edits" else FILES[:1]
+        form = {**json_schema, "properties": {**json_schema["properties"]}}
+        form["properties"].pop("images", None)
+        form["properties"] |= dict.fromkeys(names, file)
+        content["multipart/form-data"] = {"schema": form}
+    error = {"description": "An error in OpenAI's form"}
+    statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "503")
+    return {
+        "requestBody": {"required": True, "content": content},
+        "responses": dict.fromkeys(statuses, error),
+    }

@@ -1,0 +1,76 @@
+"""Settings of the server."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+DEFAULT_MODEL = "emoji"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Settings of `create_app`; the command line has a flag for most of them."""
+
+    models: tuple[str, ...] = (DEFAULT_MODEL,)  # names, folders or Hub ids; the first is the default
+    devices: tuple[str | None, ...] = (None,)  # an engine thread for each; None = the fastest
+    dtype: str | None = None  # "float32", ...; None = by device
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  # none: no authentication, on loopback only
+    public_base_url: str | None = None  # of URLs in responses; None = the Host header, on loopback
+    storage: str | None = None  # folder or fsspec URL of results; None = memory
+    strict: bool = False  # refuse what dall-e-2 refused, rather than ignore it
+    deterministic: bool = False  # generate each image alone, so that its bytes never vary
+    metadata: bool = True  # write prompt and options into images
+    log_prompts: bool = False
+    threads: int | None = None  # of torch on the CPU; None = torch's default
+
+    max_batch: int = 16  # images in one pipeline call
+    max_queue: int = 64  # images that wait
+    queue_seconds: float = 120.0  # longest wait in the queue; afterwards 503
+    batch_seconds: float = 0.05  # longest wait for the requests of returning clients
+    ageing_seconds: float = 10.0  # afterwards the oldest request is next, whatever its key
+    idle_seconds: float = 600.0  # unused models are offloaded afterwards; the default model stays
+    drain_seconds: float = 60.0  # after SIGTERM, for requests to finish
+    result_seconds: float = 3600.0  # lifetime of results by URL
+    memory_bytes: int = 256 * 2**20  # of results in memory; the oldest give way
+    max_body: int = 25 * 2**20  # bytes of a request
+    max_upload: int = 20 * 2**20  # bytes of an image (4 MB with strict)
+    max_side: int = 4096  # pixels of an uploaded image
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models is empty; expected at least one name")
+        if not is_loopback(self.host) and not self.api_keys:
+            raise ValueError(
+                f"host is {self.host}, which other machines can reach; set an API key (--api-key), "
+                f"or bind 127.0.0.1"
+            )
+        if any(not key or not key.isascii() or not key.isprintable() for key in self.api_keys):
+            raise ValueError("an API key is empty or not printable ASCII")
+        if self.public_base_url is not None:
+            url = urlsplit(self.public_base_url)
+            if url.scheme not in ("http", "https") or not url.netloc:
+                raise ValueError(
+                    f"public_base_url is {self.public_base_url!r}; expected http(s)://host"
+                )
+        for name in ("max_batch", "max_queue", "max_body", "max_upload", "max_side"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    @property
+    def max_pixels(self) -> int:
+        return self.max_side**2
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only."""
+    host = host.strip("[]").lower()
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,80 @@
+"""Images on their way to a client: resized, encoded, marked as generated, and stored."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from unclip.image_io import encode_image
+from unclip.serving.requests import Delivery
+from unclip.serving.storage import Storage
+from unclip.serving.tasks import Task, encode_embedding
+from unclip.types import GenerationResult
+
+
+def deliver(
+    result: GenerationResult,
+    delivery: Delivery,
+    storage: Storage,
+    base_url: str | None,
+    metadata: bool,
+    with_base64: bool,
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return an entry of the response for each image, and a note about resizing.
+
+    base_url: of URLs, if the client wants them. with_base64: also without.
+    """
+    entries, note = [], None
+    for k, image in enumerate(result.images):
+        resized = resize(image, delivery.side)
+        if resized is not image:
+            sizes = f"{image.width}x{image.height}, resized to {resized.width}x{resized.height}"
+            note = f"generated at {sizes}"
+        about = without_images(result.metadata[k]) if metadata else None
+        data = encode_image(resized, delivery.kind, delivery.quality, about)
+        entry: dict[str, Any] = {}
+        if base_url is not None:
+            entry["url"] = f"{base_url}/v1/files/{storage.put(data, delivery.kind)}"
+        if base_url is None or with_base64:
+            entry["b64_json"] = base64.b64encode(data).decode()
+        entry["seed"] = result.seeds[k]
+        entry["size"] = f"{resized.width}x{resized.height}"
+        if result.scores is not None:
+            entry["score"] = result.scores[k]
+        if delivery.embedding and result.image_emb is not None:
+            entry["image_embedding"] = encode_embedding(result.image_emb[k])
+        entries.append(entry)
+    return entries, note
+
+
+def encode_preview(preview: Tensor, delivery: Delivery) -> list[tuple[str, str]]:
+    """Return (base64, size) of partial images (n, 3, s, s) in [-1, 1]."""
+    pixels = preview.mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    images = [resize(Image.fromarray(one), delivery.side) for one in pixels]
+    return [
+        (
+            base64.b64encode(encode_image(image, delivery.kind, delivery.quality)).decode(),
+            f"{image.width}x{image.height}",
+        )
+        for image in images
+    ]
+
+
+def resize(image: Image.Image, side: int | None) -> Image.Image:
+    """Resize to side x side; None = unchanged."""
+    if side is None or image.size == (side, side):
+        return image
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def without_images(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata without the client's uploads."""
+    return {key: None if key in ("picture", "mask") else value for key, value in entry.items()}
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """Return the fields of a task for logs, without its prompt."""
+    return {"operation": task.operation, "model": task.model, "images": task.n}

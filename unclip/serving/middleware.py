@@ -1,0 +1,170 @@
+"""What happens around every request: key, host, body limit, request id, headers, metrics, log."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import secrets
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from unclip.serving.config import ServerConfig, is_loopback
+from unclip.serving.errors import APIError, failed, too_large, unauthorized
+from unclip.serving.metrics import Metrics
+
+log = logging.getLogger("unclip.serving")
+
+OPENAI_VERSION = "2020-10-01"
+DISCARDED = 64 * 2**20  # bytes that are read above the limit, so that the client sees the answer
+BODY_SECONDS = 60.0  # without a byte
+SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Guard:
+    """ASGI middleware around the application."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
+        self.app, self.config, self.metrics = app, config, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        started, status = time.perf_counter(), 0
+        request_id = f"req_{secrets.token_hex(16)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-version"] = OPENAI_VERSION
+                elapsed = 1000 * (time.perf_counter() - started)
+                headers["openai-processing-ms"] = f"{elapsed:.0f}"
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            try:
+                self._check(scope)
+                limited = LimitedBody(scope, receive, self.config.max_body)
+                await limited.check_length()
+                await self.app(scope, limited.receive, send_with_headers)
+            except APIError as error:
+                await error.response()(scope, receive, send_with_headers)
+            except ClientDisconnect:
+                status = status or 499
+            except Exception:
+                log.exception("unexpected_error", extra={"request_id": request_id})
+                if not status:
+                    await failed().response()(scope, receive, send_with_headers)
+        finally:
+            self._record(scope, status or 499, time.perf_counter() - started, request_id)
+
+    def _check(self, scope: Scope) -> None:
+        """APIError unless the request may be answered."""
+        headers = Headers(scope=scope)
+        if not self.config.api_keys:
+            self._check_origin(headers)
+        elif not is_public(scope["path"], scope["method"]):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            given = given.strip()
+            if scheme.lower() != "bearer" or not given:
+                raise unauthorized(None)
+            # Compared by digest: neither time nor length tells about the keys.
+            digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+            known = [
+                hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest)
+                for key in self.config.api_keys
+            ]
+            if not any(known):
+                raise unauthorized(given)
+            scope["state"]["client"] = digest.hex()[:16]
+        scope["state"].setdefault("client", "")
+
+    def _check_origin(self, headers: Headers) -> None:
+        """Refuse other web sites, which can reach a loopback address through the user's browser."""
+        allowed = urlsplit(self.config.public_base_url or "").netloc
+        host = headers.get("host", "")
+        if not is_loopback(host_name(host)) and host != allowed:
+            raise APIError(403, "The Host header is not one of this server.", code="wrong_host")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc not in (host, allowed):
+            raise APIError(403, "Requests of other web sites are refused.", code="wrong_origin")
+
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.latency.labels(route).observe(seconds)
+        about = scope["state"].get("log", {})
+        fields = {"method": scope["method"], "route": route, "status": status}
+        extra = {"request_id": request_id, **fields, "ms": round(1000 * seconds, 1), **about}
+        log.info("request", extra=extra)
+
+
+class LimitedBody:
+    """The body of a request, counted while it is read."""
+
+    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
+        self.scope, self._receive, self.limit = scope, receive, limit
+        self.count, self.complete = 0, False
+
+    async def check_length(self) -> None:
+        """APIError if the declared length is above the limit."""
+        length = Headers(scope=self.scope).get("content-length", "")
+        if length.isdecimal() and int(length) > self.limit:
+            await self._discard()
+            raise too_large(self.limit)
+
+    async def receive(self) -> Message:
+        if self.complete:
+            return await self._receive()  # waits until the client disconnects
+        try:
+            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise APIError(408, "The request's body was not received in time.") from None
+        self.complete = message["type"] == "http.disconnect" or not message.get("more_body")
+        self.count += len(message.get("body", b""))
+        if self.count > self.limit:
+            await self._discard()
+            raise too_large(self.limit)
+        return message
+
+    async def _discard(self) -> None:
+        """Read on for a while: clients that are cut off while they send do not see the answer."""
+        while not self.complete and self.count < self.limit + DISCARDED:
+            try:
+                message = await asyncio.wait_for(self._receive(), 5)
+            except asyncio.TimeoutError:
+                return
+            self.complete = message["type"] == "http.disconnect" or not message.get("more_body")
+            self.count += len(message.get("body", b""))
+
+
+def is_public(path: str, method: str) -> bool:
+    """Whether a path needs no key: the page, probes, and results, whose names are secret."""
+    if method not in ("GET", "HEAD"):
+        return False
+    if path.startswith("/v1/files/"):
+        return True
+    return not path.startswith("/v1") and path not in ("/metrics", "/openapi.json")
+
+
+def host_name(host: str) -> str:
+    """Return a Host header without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]

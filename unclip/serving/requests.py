@@ -1,0 +1,378 @@
+"""Requests of the Images API: parsed, validated and turned into tasks."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from unclip.serving import uploads
+from unclip.serving.config import ServerConfig
+from unclip.serving.errors import APIError, bad_request, not_found
+from unclip.serving.tasks import Settings, Task, decode_embedding
+
+MAX_SEED = 2**53  # the integers that JavaScript represents
+SIZES = ("256x256", "512x512", "1024x1024")
+MIN_SIDE, MAX_SIDE = 16, 2048
+MAX_PROMPT, STRICT_PROMPT = 32_000, 1_000  # characters
+MAX_IMAGES = 16  # of one request
+DEFAULT_NAMES = (None, "", "auto", "dall-e-2")  # of the default model
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a boolean is not a number")
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    return [part for part in value.split(",")] if isinstance(value, str) else value
+
+
+Integer = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
+
+
+class Common(BaseModel):
+    """The fields of all three calls; unknown ones are kept in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(None, max_length=256)
+    n: Annotated[Integer, Field(ge=1, le=10)] = 1
+    size: str | None = Field(None, description="SxS, or auto: the model's own size")
+    response_format: Literal["url", "b64_json"] | None = None
+    user: str | None = None
+    stream: bool = False
+    partial_images: Annotated[Integer, Field(ge=0, le=3)] = 0
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = None
+    background: Literal["auto", "opaque", "transparent"] = "auto"
+    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED)] | None = None
+    steps: Annotated[Integer, Field(ge=1, le=1000)] | None = None
+    guidance: Annotated[Number, Field(ge=-1000, le=1000)] | None = None
+    sampler: Literal["ddim", "ancestral", "dpm++", "unipc"] | None = None
+    indexed_partials: bool = False
+
+
+class Generation(Common):
+    """Body of POST /v1/images/generations."""
+
+    prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    num_candidates: Annotated[Integer, Field(ge=1, le=64)] | None = None
+    image_embedding: str | list[Number] | None = None
+    return_embedding: bool = False
+
+
+class Edit(Common):
+    """Body of POST /v1/images/edits; in multipart, images are files."""
+
+    prompt: str = Field(max_length=MAX_PROMPT)
+    image: str | list[str] | None = None
+    images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
+    mask: str | dict[str, Any] | None = None
+    strength: Annotated[Number, Field(gt=0, le=1)] | None = None
+
+
+class Variation(Common):
+    """Body of POST /v1/images/variations; in multipart, images are files."""
+
+    image: str | list[str] | None = None
+    images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
+    weights: Weights | None = None
+    image_embedding: str | list[Number] | None = None
+    return_embedding: bool = False
+
+
+BODIES: dict[str, type[Common]] = {
+    "generations": Generation,
+    "edits": Edit,
+    "variations": Variation,
+}
+FILES = ("image", "image[]", "mask")
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How the images of a task are returned."""
+
+    kind: str  # "png", "jpeg", "webp"
+    quality: int | None
+    side: int | None  # pixels; None = as generated
+    url: bool
+    stream: bool
+    partials: int
+    indexed: bool  # partial images for n > 1
+    embedding: bool
+    ignored: tuple[str, ...]
+
+
+Files = Mapping[str, list[bytes]]
+
+
+async def read_body(request: Request) -> tuple[dict[str, Any], Files]:
+    """Return the fields of a JSON or multipart body, and its files. APIError if it is malformed."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _read_form(request)
+    if kind and kind != "application/json" and not kind.endswith("+json"):
+        raise bad_request(
+            f"Invalid Content-Type header ({kind!r}), expected application/json or "
+            f"multipart/form-data."
+        )
+    try:
+        fields = from_json(await request.body(), allow_inf_nan=False)
+    except ValueError:
+        raise bad_request("We could not parse the JSON body of your request.") from None
+    if not isinstance(fields, dict):
+        raise bad_request("The JSON body of your request is not an object.")
+    return {name: value for name, value in fields.items() if value is not None}, {}
+
+
+async def _read_form(request: Request) -> tuple[dict[str, Any], Files]:
+    fields: dict[str, Any] = {}
+    files: dict[str, list[bytes]] = {}
+    try:
+        async with request.form(max_files=MAX_IMAGES + 1, max_fields=100) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, UploadFile):
+                    files.setdefault(name, []).append(await value.read())
+                elif name in fields and name.endswith("[]"):
+                    fields[name] += "," + value
+                else:
+                    fields[name] = value
+    except APIError:
+        raise
+    except Exception as error:  # the parser raises many types for malformed bodies
+        if type(error).__name__ == "ClientDisconnect":
+            raise
+        known = isinstance(error, MultiPartException) or hasattr(error, "detail")
+        about = f": {getattr(error, 'message', getattr(error, 'detail', ''))}" if known else ""
+        raise bad_request(f"Could not parse multipart form{about}"[:200]) from None
+    if "weights[]" in fields:
+        fields["weights"] = fields.pop("weights[]")
+    return fields, files
+
+
+def parse(
+    operation: str, fields: dict[str, Any], files: Files, config: ServerConfig
+) -> tuple[Task, Delivery]:
+    """Validate a request. APIError with OpenAI's message if it is invalid."""
+    files = {name: [*files[name]] for name in files}
+    images = [*files.pop("image", []), *files.pop("image[]", [])]
+    masks = files.pop("mask", [])
+    if config.strict and any(name == "image[]" for name in files):
+        raise bad_request("Invalid type for 'image'.", "image", "invalid_type")
+    body = _validate(BODIES[operation], fields)
+    ignored = [*(body.model_extra or {}), *files]
+    if body.background == "transparent":
+        ignored.append("background")
+    if body.output_compression is not None and body.output_format == "png":
+        ignored.append("output_compression")
+    if not body.stream:
+        ignored += [name for name in ("partial_images", "indexed_partials") if name in fields]
+    values = body.model_dump(exclude=set(body.model_extra or ()))
+    if values.get("image_embedding") is not None:
+        ignored += [name for name in ("prompt", "negative_prompt", "image") if name in fields]
+    if config.strict and ignored:
+        raise bad_request(
+            f"Unknown parameter: '{_printable(ignored[0])}'.",
+            _printable(ignored[0]),
+            "unknown_parameter",
+        )
+    task = _task(operation, values, images, masks, config)
+    delivery = Delivery(
+        kind=body.output_format,
+        quality=body.output_compression,
+        side=parse_size(body.size, config.strict),
+        url=body.response_format == "url" or (not body.stream and body.response_format is None),
+        stream=body.stream,
+        partials=body.partial_images if body.stream and (body.n == 1 or body.indexed_partials) else 0,
+        indexed=body.indexed_partials,
+        embedding=bool(values.get("return_embedding")),
+        ignored=tuple(_printable(name) for name in dict.fromkeys(ignored)),
+    )
+    return task, delivery
+
+
+def _task(
+    operation: str,
+    values: dict[str, Any],
+    files: list[bytes],
+    masks: list[bytes],
+    config: ServerConfig,
+) -> Task:
+    embedding = None
+    if values.get("image_embedding") is not None:
+        try:
+            embedding = decode_embedding(values["image_embedding"])
+        except ValueError as error:
+            raise bad_request(f"Invalid 'image_embedding': {error}.", "image_embedding") from None
+    prompt = _check_prompt(values, operation, embedding is not None, config)
+    candidates = values.get("num_candidates")
+    if candidates is not None and candidates < values["n"]:
+        raise bad_request(
+            f"{candidates} is less than 'n', which is {values['n']} - 'num_candidates'",
+            "num_candidates",
+        )
+    n = candidates or values["n"]
+    seed = random.SystemRandom().randrange(2**31) if values["seed"] is None else values["seed"]
+    if seed + n > MAX_SEED:
+        raise bad_request(f"{seed} is greater than the maximum of {MAX_SEED - n} - 'seed'", "seed")
+    images, mask, weights = (), None, None
+    if operation != "generations" and embedding is None:
+        images, mask = _images(operation, values, files, masks, config)
+        if (weights := values.get("weights")) is not None:
+            weights = tuple(weights)
+            if len(weights) != len(images) or sum(weights) <= 0:
+                raise bad_request(
+                    f"got {len(weights)} weights of sum {sum(weights):g} for {len(images)} images; "
+                    f"expected one each, of a sum above 0 - 'weights'",
+                    "weights",
+                )
+    return Task(
+        operation=operation,
+        model=_model(values["model"], config),
+        n=values["n"],
+        seed=seed,
+        settings=Settings(values["steps"], values["guidance"], values["sampler"]),
+        prompt=None if embedding is not None else prompt,
+        negative=None if embedding is not None else values.get("negative_prompt"),
+        candidates=None if embedding is not None else candidates,
+        images=images,
+        mask=mask,
+        weights=weights,
+        embedding=embedding,
+        strength=values.get("strength"),
+    )
+
+
+def _check_prompt(
+    values: dict[str, Any], operation: str, optional: bool, config: ServerConfig
+) -> str | None:
+    prompt = values.get("prompt")
+    if operation == "variations":
+        return None
+    if prompt is None:
+        if optional:
+            return None
+        raise bad_request("'prompt' is a required property", "prompt")
+    if not prompt.strip():
+        raise bad_request(f"'{prompt[:20]}' is too short - 'prompt'", "prompt")
+    limit = STRICT_PROMPT if config.strict else MAX_PROMPT
+    if len(prompt) > limit:
+        raise bad_request(f"The prompt is longer than {limit} characters - 'prompt'", "prompt")
+    return prompt
+
+
+def _images(
+    operation: str,
+    values: dict[str, Any],
+    files: list[bytes],
+    masks: list[bytes],
+    config: ServerConfig,
+) -> tuple[tuple[Any, ...], Any]:
+    """Decode the images of a request: RGB ones, and the mask of an edit."""
+    texts = values.get("image") or []
+    texts = [texts] if isinstance(texts, str) else texts
+    texts += [_reference(one, "images") for one in values.get("images") or []]
+    if isinstance(values.get("mask"), dict):
+        values["mask"] = _reference(values["mask"], "mask")
+    files = [*files, *(uploads.decode_text(text, "image") for text in texts)]
+    masks = [*masks, *([uploads.decode_text(values["mask"], "mask")] if values.get("mask") else [])]
+    if not files:
+        raise bad_request("'image' is a required property", "image")
+    if len(files) > (1 if operation == "edits" or config.strict else MAX_IMAGES):
+        raise bad_request(f"got {len(files)} images, more than expected - 'image'", "image")
+    decoded = [uploads.decode_image(data, "image", config) for data in files]
+    images = tuple(uploads.to_rgb(image, "image") for image in decoded)
+    if operation != "edits":
+        return images, None
+    if len(masks) > 1:
+        raise bad_request(f"got {len(masks)} masks; expected one - 'mask'", "mask")
+    mask = uploads.decode_image(masks[0], "mask", config) if masks else None
+    required = values.get("strength") is None
+    return images, uploads.edit_mask(decoded[0], mask, config.strict, required)
+
+
+def _reference(value: dict[str, Any], param: str) -> str:
+    """Return the data URL of an object such as {"image_url": "data:..."}."""
+    url = value.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str):
+        raise bad_request(
+            f"'{param}' must give image_url, a data URL; files by id are not supported.", param
+        )
+    return url
+
+
+def _model(name: str | None, config: ServerConfig) -> str:
+    if name in config.models:
+        return name
+    if name in DEFAULT_NAMES:
+        return config.models[0]
+    raise model_not_found(name or "")
+
+
+def model_not_found(name: str) -> APIError:
+    message = f"The model '{_printable(name)}' does not exist or you do not have access to it."
+    return not_found(message, "model_not_found", "model")
+
+
+def parse_size(size: str | None, strict: bool) -> int | None:
+    """Return the side of square images. APIError if it is not allowed."""
+    if size in (None, "auto"):
+        return None
+    allowed = size in SIZES
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII)
+    if found and not strict:
+        allowed = found[1] == found[2] and MIN_SIDE <= int(found[1]) <= MAX_SIDE
+    if not found or not allowed:
+        raise bad_request(f"'{_printable(size)}' is not one of {list(SIZES)} - 'size'", "size")
+    return int(found[1])
+
+
+def _validate(kind: type[Common], fields: dict[str, Any]) -> Common:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _as_api_error(error) from None
+
+
+def _as_api_error(error: ValidationError) -> APIError:
+    """Return the first problem in OpenAI's words."""
+    first = error.errors(include_url=False, include_context=True)[0]
+    param = _printable(str(first["loc"][0])) if first["loc"] else None
+    value, context = first.get("input"), first.get("ctx", {})
+    shown = _printable(json.dumps(value, default=str))
+    kind = first["type"]
+    if kind == "missing":
+        message = f"'{param}' is a required property"
+    elif kind in ("less_than_equal", "less_than"):
+        message = f"{shown} is greater than the maximum of {context.get('le')} - '{param}'"
+    elif kind in ("greater_than_equal", "greater_than"):
+        limit = context.get("ge", context.get("gt"))
+        message = f"{shown} is less than the minimum of {limit} - '{param}'"
+    elif kind == "literal_error":
+        message = f"{shown} is not one of [{context.get('expected')}] - '{param}'"
+    elif kind == "string_too_long":
+        message = f"The value is longer than {context.get('max_length')} characters - '{param}'"
+    else:
+        message = f"{shown} is not of the expected type - '{param}' ({first['msg']})"
+    return bad_request(message, param)
+
+
+def _printable(text: str) -> str:
+    """Return a short version of a client's text for messages and headers, in printable ASCII."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:80])

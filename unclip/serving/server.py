@@ -1,0 +1,73 @@
+"""Runs the application: logs, signals, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from unclip.serving.app import create_app
+from unclip.serving.config import ServerConfig
+from unclip.serving.engine import Engine
+from unclip.serving.logs import configure_logs
+
+log = logging.getLogger("unclip.serving")
+
+
+class Server(uvicorn.Server):
+    """A server that ends with status 0 after SIGTERM, once all jobs are done."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
+        super().__init__(config)
+        self.engine, self.drain_seconds = engine, drain_seconds
+        self._draining: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        yield
+
+    def _on_signal(self) -> None:
+        if self._draining is not None:  # the second signal
+            self.should_exit = self.force_exit = True
+            return
+        log.info("draining")
+        self.engine.drain()
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Answer what was accepted, for drain_seconds at most; then close."""
+        end = time.monotonic() + self.drain_seconds
+        while not self.engine.idle and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT. OSError if the port is taken."""
+    configure_logs()
+    app = create_app(config)
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=10,
+        lifespan="on",
+    )
+    log.info("listening", extra={"host": config.host, "port": config.port, "models": config.models})
+    server = Server(settings, app.state.engine, config.drain_seconds)
+    server.run()
+    if app.state.engine.failure is not None:
+        raise ValueError(app.state.engine.failure)

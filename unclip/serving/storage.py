@@ -1,0 +1,160 @@
+"""Results that are fetched by URL: in memory, in a folder, or in any fsspec file system."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+# The time of expiry and a random id: a name tells when its file expires, on every replica.
+NAME = re.compile(r"([0-9a-f]{8,10})-([A-Za-z0-9_-]{32})\.(png|jpeg|webp)", re.ASCII)
+
+
+class Files(Protocol):
+    """Where bytes are kept by name."""
+
+    def write(self, name: str, data: bytes) -> None: ...
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def names(self) -> list[str]: ...
+
+    def delete(self, name: str) -> None: ...
+
+
+class Storage:
+    """Files with random names that expire."""
+
+    def __init__(self, files: Files, seconds: float) -> None:
+        self.files, self.seconds = files, seconds
+
+    def put(self, data: bytes, kind: str) -> str:
+        """Store an image; return its name."""
+        expiry = int(time.time() + self.seconds)
+        name = f"{expiry:08x}-{secrets.token_urlsafe(24)}.{kind}"
+        self.files.write(name, data)
+        return name
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """Return the bytes and the media type of an image; None if there is none, or no longer."""
+        expiry, kind = parse_name(name)
+        if kind is None or expiry <= time.time():
+            return None
+        data = self.files.read(name)
+        return None if data is None else (data, TYPES[kind])
+
+    def sweep(self) -> int:
+        """Delete expired files; return how many."""
+        now, count = time.time(), 0
+        for name in self.files.names():
+            expiry, kind = parse_name(name)
+            if kind is not None and expiry <= now:
+                self.files.delete(name)
+                count += 1
+        return count
+
+
+def parse_name(name: str) -> tuple[int, str | None]:
+    """Return the expiry and kind of a file's name; kind None if it is not one of ours."""
+    found = NAME.fullmatch(name)
+    return (int(found[1], 16), found[3]) if found else (0, None)
+
+
+class MemoryFiles:
+    """Files in memory; the oldest give way to new ones."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._files: OrderedDict[str, bytes] = OrderedDict()
+        self._bytes, self._lock = 0, threading.Lock()
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._files[name] = data
+            self._bytes += len(data)
+            while self._bytes > self.max_bytes and len(self._files) > 1:
+                _, oldest = self._files.popitem(last=False)
+                self._bytes -= len(oldest)
+
+    def read(self, name: str) -> bytes | None:
+        return self._files.get(name)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return list(self._files)
+
+    def delete(self, name: str) -> None:
+        with self._lock:
+            self._bytes -= len(self._files.pop(name, b""))
+
+
+class FolderFiles:
+    """Files in a folder, which survive a restart."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        part = self.folder / f".{name}.part"
+        try:
+            part.write_bytes(data)
+            os.replace(part, self.folder / name)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError:
+            return None
+
+    def names(self) -> list[str]:
+        return os.listdir(self.folder)
+
+    def delete(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class RemoteFiles:
+    """Files of any fsspec file system, shared by replicas: "s3://bucket/results"."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.fs: Any
+        self.fs, self.root = fsspec.core.url_to_fs(url)
+        self.fs.makedirs(self.root, exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.fs.pipe_file(f"{self.root}/{name}", data)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return self.fs.cat_file(f"{self.root}/{name}")
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        self.fs.invalidate_cache(self.root)
+        return [path.rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self.root}/{name}")
+
+
+def open_storage(target: str | None, seconds: float, memory_bytes: int) -> Storage:
+    """Return storage in memory (None), in a folder, or at an fsspec URL."""
+    if target is None:
+        return Storage(MemoryFiles(memory_bytes), seconds)
+    if "://" in target:
+        return Storage(RemoteFiles(target), seconds)
+    return Storage(FolderFiles(target), seconds)
