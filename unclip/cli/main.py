@@ -15,10 +15,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
 from unclip import __version__
-from unclip.cli import bench, edit, evaluate, generate, manipulate, models, probe
+from unclip.cli import bench, edit, evaluate, generate, manipulate, models, probe, serve
 from unclip.pipelines.memory import enable_memory_reuse
 
-GROUPS = (generate, manipulate, edit, probe, models, evaluate, bench)
+GROUPS = (generate, manipulate, edit, probe, models, serve, evaluate, bench)
 RENAMED = {"drift": "evaluate-approximations"}
 
 

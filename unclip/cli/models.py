@@ -47,7 +47,7 @@ def info(args: Namespace) -> None:
 def _image_info(path: Path) -> None:
     import shlex
 
-    from unclip.image_io import lacks_image, read_metadata
+    from unclip.image_io import lacks_image, read_metadata, read_source_type
 
     entries = read_metadata(path)
     for entry in entries:
@@ -60,6 +60,8 @@ def _image_info(path: Path) -> None:
         for key, value in (shown | entry.get("options", {})).items():
             print(f"{key}: {_one_line(value)}")
         print()
+    if (source_type := read_source_type(path)) is not None:
+        print(f"digital source type: {source_type}\n")
     if any(map(lacks_image, entries)):
         print("It cannot be generated again: its source image was too large for the metadata.")
     else:

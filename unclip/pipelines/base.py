@@ -192,8 +192,12 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
-def seeds_from(seed: int | None, count: int) -> list[int]:
-    """seed, seed + 1, ...; from a random start if seed is None."""
+def seeds_from(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return seed, seed + 1, ..., or one seed for each as given; None = from a random start."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
+        return [seeds_from(one, 1)[0] for one in seed]
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63 - count:

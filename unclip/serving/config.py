@@ -13,7 +13,7 @@ DEFAULT_MODEL = "emoji"
 class ServerConfig:
     """Settings of `create_app`; the command line has a flag for most of them."""
 
-    models: tuple[str, ...] = (DEFAULT_MODEL,)  # names, folders or Hub ids; the first is the default
+    models: tuple[str, ...] = (DEFAULT_MODEL,)  # names, folders, Hub ids; the first is default
     devices: tuple[str | None, ...] = (None,)  # an engine thread for each; None = the fastest
     dtype: str | None = None  # "float32", ...; None = by device
     host: str = "127.0.0.1"

@@ -18,7 +18,7 @@ from unclip.serving.errors import APIError, bad_request, failed
 from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
-from unclip.serving.tasks import Task, generate, model_size
+from unclip.serving.tasks import generate, model_size
 from unclip.types import GenerationResult, Progress
 
 log = logging.getLogger("unclip.serving")
@@ -219,7 +219,9 @@ class Engine:
                 return self._without_memory(model, jobs, images)
             if len(jobs) > 1:
                 self.metrics.retries.inc()
-                log.warning("batch_failed", extra={"jobs": len(jobs), "error": type(error).__name__})
+                log.warning(
+                    "batch_failed", extra={"jobs": len(jobs), "error": type(error).__name__}
+                )
                 for job in jobs:
                     self._attempt(model, [job])
                 return
@@ -285,11 +287,13 @@ class Engine:
 
         def report(progress: Progress) -> None:
             now = time.monotonic()
-            self.metrics.stage_seconds.labels(stage_label(progress.stage)).inc(now - last[0])
+            self.metrics.stage_seconds.labels(progress.stage).inc(now - last[0])
             last[0] = now
             if all(job.cancelled for job in jobs):
                 raise Cancelled
-            position = (stage_index(progress.stage) + progress.step / progress.num_steps) / num_stages
+            position = (
+                stage_index(progress.stage) + progress.step / progress.num_steps
+            ) / num_stages
             for i, job in enumerate(jobs):
                 preview, index = None, sent[i]
                 due = (index + 1) / (job.partials + 1)
@@ -316,11 +320,6 @@ def stage_index(stage: str) -> int:
     return int(number) + 1 if name == "upsampler" else 0
 
 
-def stage_label(stage: str) -> str:
-    """Return the name of a stage for metrics."""
-    return stage
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a call failed because memory was exhausted, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -337,8 +336,3 @@ def free_memory() -> None:
 def _notify(jobs: Sequence[Job], event: Event) -> None:
     for job in jobs:
         job.notify(event)
-
-
-def describe_task(task: Task) -> dict[str, Any]:
-    """Return the fields of a task for logs, without its prompt."""
-    return {"operation": task.operation, "model": task.model, "images": task.n}

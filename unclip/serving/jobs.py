@@ -83,7 +83,8 @@ class RunningJob:
         getter = asyncio.ensure_future(self.listener.get())
         try:
             while True:
-                await asyncio.wait({getter, gone}, timeout=self._timeout(tick), return_when="FIRST_COMPLETED")
+                timeout = self._timeout(tick)
+                await asyncio.wait({getter, gone}, timeout=timeout, return_when="FIRST_COMPLETED")
                 if getter.done():
                     event = getter.result()
                     self.started |= isinstance(event, Started)
@@ -136,7 +137,9 @@ class EventStream(Response):
         events: Callable[[Receive], AsyncIterator[bytes]],
         headers: dict[str, str],
     ) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        super().__init__(
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
+        )
         del self.headers["content-length"]
         self._events = events
 

@@ -14,9 +14,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         labels = ("route", "status")
-        self.requests = Counter(
-            "unclip_requests", "Answered requests", labels, registry=registry
-        )
+        self.requests = Counter("unclip_requests", "Answered requests", labels, registry=registry)
         self.latency = Histogram(
             "unclip_request_seconds", "Time to the end of a response", ("route",),
             buckets=SECONDS, registry=registry,

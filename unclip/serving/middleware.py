@@ -23,6 +23,7 @@ log = logging.getLogger("unclip.serving")
 OPENAI_VERSION = "2020-10-01"
 DISCARDED = 64 * 2**20  # bytes that are read above the limit, so that the client sees the answer
 BODY_SECONDS = 60.0  # without a byte
+PROBES = ("/healthz", "/readyz", "/metrics")
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -112,7 +113,8 @@ class Guard:
         about = scope["state"].get("log", {})
         fields = {"method": scope["method"], "route": route, "status": status}
         extra = {"request_id": request_id, **fields, "ms": round(1000 * seconds, 1), **about}
-        log.info("request", extra=extra)
+        level = logging.DEBUG if route in PROBES else logging.INFO
+        log.log(level, "request", extra=extra)
 
 
 class LimitedBody:

@@ -192,13 +192,14 @@ def parse(
             "unknown_parameter",
         )
     task = _task(operation, values, images, masks, config)
+    partial_images = body.stream and (body.n == 1 or body.indexed_partials)
     delivery = Delivery(
         kind=body.output_format,
         quality=body.output_compression,
         side=parse_size(body.size, config.strict),
         url=body.response_format == "url" or (not body.stream and body.response_format is None),
         stream=body.stream,
-        partials=body.partial_images if body.stream and (body.n == 1 or body.indexed_partials) else 0,
+        partials=body.partial_images if partial_images else 0,
         indexed=body.indexed_partials,
         embedding=bool(values.get("return_embedding")),
         ignored=tuple(_printable(name) for name in dict.fromkeys(ignored)),

@@ -34,6 +34,10 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self._on_signal)
         yield
 
+    async def on_tick(self, counter: int) -> bool:
+        """Tell uvicorn whether to stop: also if the default model cannot be loaded."""
+        return await super().on_tick(counter) or self.engine.failure is not None
+
     def _on_signal(self) -> None:
         if self._draining is not None:  # the second signal
             self.should_exit = self.force_exit = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,10 +100,8 @@ def generate(
         result = _vary(pipe, tasks, repeats, shared)
     else:
         result = _imagine(pipe, tasks, repeats, shared)
-    ends = np.cumsum([task.n for task in tasks])
-    return [
-        result.pick(range(end - task.n, end)) for task, end in zip(tasks, ends.tolist(), strict=True)
-    ]
+    ends = itertools.accumulate(task.n for task in tasks)
+    return [result.pick(range(end - task.n, end)) for task, end in zip(tasks, ends, strict=True)]
 
 
 def change_options(pipe: Any, settings: Settings) -> Any:
@@ -192,7 +191,7 @@ def encode_embedding(emb: Tensor) -> str:
 
 
 def decode_embedding(value: str | Sequence[float]) -> tuple[float, ...]:
-    """Decode a vector from a list of numbers or base64. ValueError if it is neither, or infinite."""
+    """Decode a vector from a list of numbers or base64. ValueError if it is neither."""
     if isinstance(value, str):
         try:
             numbers = np.frombuffer(base64.b64decode(value, validate=True), "<f4")

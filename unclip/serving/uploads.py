@@ -102,7 +102,8 @@ def edit_mask(
         return None
     else:
         raise bad_request(
-            f"Invalid input image - format must be in {list(ALPHA_MODES)}, got {source.mode}.", param
+            f"Invalid input image - format must be in {list(ALPHA_MODES)}, got {source.mode}.",
+            param,
         )
     if hole.size != upright(image).size:
         raise bad_request(

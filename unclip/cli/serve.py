@@ -1,0 +1,78 @@
+"""`unclip serve`: OpenAI's Images API, with a web page."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+from unclip.cli.arguments import COUNT, DTYPES, add_command
+
+DEFAULT_MODEL = "emoji"
+KEY_VARIABLE = "UNCLIP_API_KEY"
+
+
+def add_commands(commands: Any) -> None:
+    about = "serve OpenAI's Images API, as for dall-e-2, and a web page"
+    parser = add_command(commands, serve, about)
+    about = f"bundled name, folder or Hub id; may be repeated (default: {DEFAULT_MODEL})"
+    parser.add_argument("--model", action="append", dest="models", metavar="NAME", help=about)
+    about = "cpu, cuda, cuda:1, mps; repeated: one engine for each (default: the fastest)"
+    parser.add_argument("--device", action="append", dest="devices", metavar="DEVICE", help=about)
+    parser.add_argument("--dtype", choices=DTYPES, help="data type of the networks")
+    about = "address to bind; other machines reach 0.0.0.0, with an API key (default: 127.0.0.1)"
+    parser.add_argument("--host", default="127.0.0.1", help=about)
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    about = f"key that clients must send; may be repeated (default: ${KEY_VARIABLE}, or none)"
+    parser.add_argument("--api-key", action="append", dest="keys", metavar="KEY", help=about)
+    about = "start of the URLs in responses (default: the Host header, on loopback only)"
+    parser.add_argument("--public-base-url", metavar="URL", help=about)
+    about = "folder or fsspec URL for results (default: memory)"
+    parser.add_argument("--storage", metavar="DIR|URL", help=about)
+    about = "refuse what dall-e-2 refused, rather than ignore it"
+    parser.add_argument("--strict", action="store_true", help=about)
+    about = "generate each image alone: equal seeds give equal bytes under any load"
+    parser.add_argument("--deterministic", action="store_true", help=about)
+    about = "leave prompt and options out of image files"
+    parser.add_argument("--no-metadata", action="store_true", help=about)
+    parser.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
+    about = "number of images generated at a time (default: 16)"
+    parser.add_argument("--max-batch", default=16, help=about, **COUNT)
+    about = "number of images that wait; more are refused (default: 64)"
+    parser.add_argument("--max-queue", default=64, help=about, **COUNT)
+
+
+def serve(args: Namespace) -> None:
+    try:
+        from unclip.serving.server import serve as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("unclip"):
+            raise
+        raise ValueError(
+            f"{error.name} is not installed; run `pip install 'unclip[serve]'`"
+        ) from None
+    from unclip.checkpoints.folders import locate
+    from unclip.serving.config import ServerConfig
+
+    models = tuple(dict.fromkeys(args.models or (DEFAULT_MODEL,)))
+    for name in models:
+        locate(name)  # a wrong name fails at once
+    variable = os.environ.get(KEY_VARIABLE)
+    run(
+        ServerConfig(
+            models=models,
+            devices=tuple(args.devices or (None,)),
+            dtype=args.dtype and DTYPES[args.dtype],
+            host=args.host,
+            port=args.port,
+            api_keys=tuple(args.keys or ([variable] if variable else ())),
+            public_base_url=args.public_base_url,
+            storage=args.storage,
+            strict=args.strict,
+            deterministic=args.deterministic,
+            metadata=not args.no_metadata,
+            log_prompts=args.log_prompts,
+            max_batch=args.max_batch,
+            max_queue=args.max_queue,
+        )
+    )
