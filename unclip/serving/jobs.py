@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -74,7 +74,7 @@ class RunningJob:
 
     async def events(
         self, receive: Receive, tick: float | None = None
-    ) -> AsyncIterator[Event | None]:
+    ) -> AsyncGenerator[Event | None, None]:
         """Iterate over events, up to the result or an error; None every `tick` seconds without one.
 
         ClientGone if the client disconnects; the job is cancelled then.

@@ -138,8 +138,8 @@ def _vary(
     if pipe.kind != "unclip":
         if any(len(task.images) != 1 for task in tasks):
             raise ValueError(f"The model '{tasks[0].model}' varies a single image.")
-        square = (model_size(pipe),) * 2
-        images = [ImageOps.fit(task.images[0], square, Image.Resampling.LANCZOS) for task in tasks]
+        S = model_size(pipe)
+        images = [ImageOps.fit(task.images[0], (S, S), Image.Resampling.LANCZOS) for task in tasks]
         images = [one for one, r in zip(images, repeats, strict=True) for _ in range(r)]
         return pipe.variations(images, **shared)
     rows = [_embedding(pipe, task) for task in tasks]
