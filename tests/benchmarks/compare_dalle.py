@@ -39,7 +39,7 @@ from unclip.evaluation.bench.timing import Stage, time_stage
 from unclip.evaluation.bench.worker import placement
 from unclip.models.dalle.sampling import Step, sample_codes
 from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
-from unclip.pipelines.base import generators_from
+from unclip.pipelines.request import generators_from
 from unclip.types import CodeOptions, OnStep
 
 MEGA_SIZES = {  # "mega-random" is DALL-E mega with fewer layers, "mega-tiny" is for tests

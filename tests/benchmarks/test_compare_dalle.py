@@ -17,7 +17,7 @@ from unclip.evaluation.bench import BenchConfig
 from unclip.evaluation.bench.random_models import build_dalle
 from unclip.models.dalle.sampling import sample_codes
 from unclip.models.published.bart_dalle import BartDALLEConfig
-from unclip.pipelines.base import generators_from
+from unclip.pipelines.request import generators_from
 from unclip.types import CodeOptions
 
 

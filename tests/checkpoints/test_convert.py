@@ -7,6 +7,7 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import karlo
@@ -257,7 +258,7 @@ def with_layout(decoder: Decoder) -> Decoder:
         ),
         (
             lambda p: (
-                setattr(p, "_prior", None) or setattr(p.clip.preprocess, "resize_mode", "longest")
+                setattr(p, "prior", None) or setattr(p.clip.preprocess, "resize_mode", "longest")
             ),
             "are padded",
         ),
@@ -269,9 +270,18 @@ def with_layout(decoder: Decoder) -> Decoder:
 )
 def test_every_reason_is_listed(change: Any, reason: str) -> None:
     pipe = own_model()
-    change(pipe)
-    networks = {"clip": pipe.clip, **pipe.networks()}
-    schedules = {name: schedule.config for name, schedule in pipe.schedules.items()}
+    parts = SimpleNamespace(
+        clip=pipe.clip,
+        prior=pipe.prior,
+        decoder=pipe.decoder,
+        upsamplers=pipe.upsamplers,
+        schedules=pipe.schedules,
+    )
+    change(parts)
+    upsamplers = {f"upsampler_{i}": network for i, network in enumerate(parts.upsamplers)}
+    networks = {"clip": parts.clip, "prior": parts.prior, "decoder": parts.decoder, **upsamplers}
+    networks = {name: network for name, network in networks.items() if network is not None}
+    schedules = {name: schedule.config for name, schedule in parts.schedules.items()}
     bundle = Bundle("unclip", networks, schedules, OPTIONS, name="x", licence="")
     assert any(reason in reason for reason in diffusers_export.reasons_against(bundle))
     with pytest.raises(ValueError, match="x cannot be written for diffusers: "):

@@ -58,7 +58,9 @@ def test_priors_match_the_original(release, has_version, tmp_path):
     prior = unclip.load_prior(
         write(tmp_path / "prior.pth", state_of(record), version, prior=section)
     )
-    assert isinstance(prior, RelativePrior) and prior.schedule == ScheduleConfig("cosine", 100)
+    assert prior.schedule == ScheduleConfig("cosine", 100)
+    prior = prior.network
+    assert isinstance(prior, RelativePrior)
     C = record["net"]["dim"]
     text = TextEncoding(numbers("emb", (2, C)), numbers("states", (2, 6, C)), MASK)
     x_t = numbers("x", (2, C))
@@ -163,7 +165,7 @@ def test_ema_weights_of_the_trainer_are_loaded(prior, tmp_path):
     ):
         torch.save({**rest, **content}, tmp_path / "prior.pth")
         given, wanted = (
-            unclip.load_prior(file).state_dict() for file in (tmp_path / "prior.pth", expected)
+            unclip.load_prior(file).network.state_dict() for file in (tmp_path / "prior.pth", expected)
         )
         assert all(torch.equal(given[name], wanted[name]) for name in wanted)
 
@@ -213,7 +215,7 @@ def test_the_best_checkpoint_of_a_folder_is_selected(prior, tmp_path):
     )
     best = write(tmp_path / "prior/best.pth", state, None, prior=section)
     for path in (tmp_path, tmp_path / "prior", best):
-        assert torch.equal(unclip.load_prior(path).query, state["net.learned_query"])
+        assert torch.equal(unclip.load_prior(path).network.query, state["net.learned_query"])
     best.rename(tmp_path / "prior/a.pth")
     (tmp_path / "prior/latest.pth").rename(tmp_path / "prior/b.pth")
     with pytest.raises(ValueError, match=r"prior: expected one .pth file, found a.pth, b.pth"):

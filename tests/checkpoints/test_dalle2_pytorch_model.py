@@ -19,6 +19,7 @@ from unclip.checkpoints.dalle2_pytorch.names import prior_rules
 from unclip.checkpoints.renaming import export_state
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
+from unclip.pipelines.unclip.stages import LoadedPrior
 from unclip.types import StageOptions, TextEncoding, UnCLIPOptions
 
 
@@ -107,7 +108,7 @@ def test_the_prior_works_in_another_model(model, tiny_pipe):
 
 
 def test_half_precision_output_is_close(model):
-    prior, half = unclip.load_prior(model), unclip.load_prior(model, torch.bfloat16)
+    prior, half = (unclip.load_prior(model, one).network for one in (None, torch.bfloat16))
     assert {p.dtype for p in half.parameters()} == {
         torch.bfloat16
     } and half.emb_norm.dtype == torch.float32
@@ -135,8 +136,7 @@ def test_a_folder_without_an_upsampler_is_an_error(tmp_path, clip_folder):
 def test_a_prior_without_null_text_cannot_be_guided(model):
     pipe = unclip.load(model)
     prior = RelativePrior(replace(pipe.prior.config, text_null=None))
-    prior.schedule = pipe.schedules["prior"].config
-    pipe.prior = prior
+    pipe.prior = LoadedPrior(prior, pipe.schedules["prior"].config)
     options = replace(QUICK, prior=replace(QUICK.prior, guidance=1.0))
     assert len(pipe("a red apple", options=options, progress=False)) == 1
     with pytest.raises(ValueError, match="this prior was trained with its text always there"):

@@ -21,8 +21,8 @@ from unclip.checkpoints.renaming import export_state
 from unclip.cli.main import main
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.glide import GLIDE, GLIDEConfig
-from unclip.pipelines.base import redraw
 from unclip.pipelines.glide import GLIDEPipeline
+from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GLIDEOptions, StageOptions, UnCLIPOptions
 
@@ -189,7 +189,7 @@ def test_every_prompt_has_its_own_seed(folder: Path) -> None:
     alone = pipe("a dish", seed=9, progress=False)
     assert alone.images[0].tobytes() == result.images[2].tobytes()
     assert (
-        redraw(pipe, result.metadata[2], progress=False).images[0].tobytes()
+        regenerate(pipe, result.metadata[2], progress=False).images[0].tobytes()
         == result.images[2].tobytes()
     )
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import unclip
 from unclip.checkpoints.diffusers import load as diffusers
 from unclip.cli.main import main
-from unclip.pipelines.base import generators_from
+from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions
 

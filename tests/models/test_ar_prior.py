@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from parity import randomize
 
 from unclip.embeddings import PCA
-from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.unclip.ar_prior import EmbeddingCodes
+from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig, EmbeddingCodes
 from unclip.models.unclip.prior import KeyValues
 from unclip.types import TextEncoding
 

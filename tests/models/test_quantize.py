@@ -19,7 +19,7 @@ from unclip.models.cpu.int8 import (
     quantize,
 )
 from unclip.models.unet import UpConv2d
-from unclip.pipelines.base import generators_from
+from unclip.pipelines.request import generators_from
 
 
 def layers() -> nn.ModuleDict:

@@ -149,7 +149,7 @@ def test_compiled_dalle_gives_the_same_images(tiny_dalle):
 def test_torch_compile_gives_the_same_images(tiny_pipe):
     """With a backend that only traces: each step is one graph, with texts of static length."""
     pipe = unclip.compile(copy.deepcopy(tiny_pipe), backend="eager", fullgraph=True)
-    assert pipe.compiled and pipe.static_shapes
+    assert pipe.compiled and pipe.runtime.static_shapes
     lengths, condition = set(), pipe.prior.condition
     pipe.prior.condition = lambda text: lengths.add(text.mask.shape[1]) or condition(text)
     images = [p("a red apple", seed=0, progress=False).images[0] for p in (pipe, tiny_pipe)]
@@ -159,7 +159,7 @@ def test_torch_compile_gives_the_same_images(tiny_pipe):
 
 def test_compiled_models_cannot_be_changed(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
-    pipe._prepare = lambda network: None
+    pipe.runtime.prepare(lambda network: None)
     for call, message in {
         lambda: pipe.to(
             dtype=torch.bfloat16

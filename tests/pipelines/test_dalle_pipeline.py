@@ -16,8 +16,8 @@ from unclip.models.codecs.dvae import DVAE
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
 from unclip.models.dalle.transformer import DALLE
-from unclip.pipelines.base import redraw
 from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions, UnCLIPOptions
 
@@ -129,11 +129,11 @@ def test_a_compiled_step_draws_the_same(tiny_dalle, draw):
     def backend(graph, inputs):
         return lambda *args: calls.append(1) or graph(*args)
 
-    pipe = unclip.compile(copy.copy(tiny_dalle), backend=backend)
+    pipe = unclip.compile(copy.deepcopy(tiny_dalle), backend=backend)
     result = pipe("a red apple", seed=3, options=GUIDED, progress=False)
     assert len(calls) == 15  # one graph, for every code but the first
     assert torch.equal(result.codes, draw("a red apple", seed=3, options=GUIDED).codes)
-    with pytest.raises(ValueError, match="the networks are compiled, and must stay where they are"):
+    with pytest.raises(ValueError, match="the networks are compiled and cannot be moved"):
         pipe.offload()
     packed = unclip.compile(copy.deepcopy(tiny_dalle))
     assert torch.equal(
@@ -228,7 +228,7 @@ def test_metadata_draws_a_picture_again(tiny_dalle, draw, picture, tmp_path):
             save_png(result.images[k], tmp_path / "a.png", result.metadata[k])
             (metadata,) = read_metadata(tmp_path / "a.png")
             assert metadata == result.metadata[k] and metadata["seed"] == result.seeds[k]
-            again = redraw(tiny_dalle, metadata, progress=False)
+            again = regenerate(tiny_dalle, metadata, progress=False)
             assert same(again.images[0], result.images[k]) and again.prompts[0] == result.prompts[k]
 
 
@@ -288,7 +288,7 @@ def test_the_bound_is_below_the_entropies(tiny_dalle, picture):
     tokens, codes = tiny_dalle._tokens(captions), tiny_dalle.encode(pictures)
     text, _ = tiny_dalle.dalle.log_likelihood(tokens, codes)
     torch.testing.assert_close(bound.text, text.sum(1))  # which does not hang on the codes
-    with pytest.raises(ValueError, match="1 captions for 2 pictures; expected one for each"):
+    with pytest.raises(ValueError, match="1 captions for 2 images; expected one for each"):
         tiny_dalle.elbo([picture, other], "a fish")
 
 
@@ -297,10 +297,10 @@ def test_the_bound_is_below_the_entropies(tiny_dalle, picture):
     [
         (
             {"size": (20, 16)},
-            r"the image is of 20 x 16 pixels; tiny-dalle takes 16 x 16: crop and resize it first",
+            r"20 x 16 px; tiny-dalle takes 16 x 16: crop and resize it first",
         ),
-        ({"mode": "F"}, "pixels are of kind F; expected RGB"),
-        ({"mode": "LAB"}, "pixels are of kind LAB; expected RGB"),
+        ({"mode": "F"}, "pixel mode is F; expected RGB"),
+        ({"mode": "LAB"}, "pixel mode is LAB; expected RGB"),
     ],
 )
 def test_an_image_prompt_of_another_size_or_mode_is_refused(tiny_dalle, change, message):
@@ -331,7 +331,7 @@ def test_other_modes_are_taken_as_what_they_show(tiny_dalle, picture, mode):
 )
 def test_tensors_that_are_no_pictures_are_refused(tiny_dalle, image):
     with pytest.raises(
-        ValueError, match=r"^(the )?(image|list of images) is .*; (expected|tiny-dalle takes) "
+        ValueError, match=r"^(the )?(image|list of images) (is|has) .*(expected|tiny-dalle takes) "
     ):
         tiny_dalle.complete(image)
 
@@ -339,7 +339,7 @@ def test_tensors_that_are_no_pictures_are_refused(tiny_dalle, image):
 def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
     for keep in (1, 1.5, -0.1, float("nan")):
         with pytest.raises(
-            ValueError, match=rf"keep is {keep}; expected a fraction of the picture in \[0, 1\)"
+            ValueError, match=rf"keep is {keep}; expected a fraction of the image in \[0, 1\)"
         ):
             tiny_dalle.complete(picture, keep=keep)
     for codes in (torch.full((1, 4, 4), 24), torch.full((1, 4, 4), -1)):
@@ -354,11 +354,11 @@ def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
         lambda: tiny_dalle("a", batch_size=0): "batch_size is 0",
         lambda: tiny_dalle.complete(
             [picture] * 3, PROMPTS[:2]
-        ): "2 prompts for 3 pictures; expected one for each",
+        ): "2 prompts for 3 images; expected one for each",
         lambda: tiny_dalle.complete(picture, num_candidates=2): "there is none; give one",
         lambda: tiny_dalle.variations(
             image_emb=torch.ones(1, 16)
-        ): "varies pictures, not CLIP embeddings",
+        ): "varies images, not CLIP embeddings",
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             call()

@@ -10,10 +10,9 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from unclip.diffusion.repaint import PaintOptions
-from unclip.diffusion.samplers import scheduler_betas
+from unclip.diffusion.schedulers import scheduler_betas
 from unclip.image_io import read_metadata, save_png
-from unclip.pipelines.base import redraw
-from unclip.pipelines.provenance import encode_picture
+from unclip.pipelines.provenance import encode_image, regenerate
 from unclip.pipelines.unclip.editing import to_model, windows_over
 
 PAINTING = PaintOptions(resamples=2, jump=2)
@@ -88,7 +87,7 @@ def test_strength_keeps_what_was_there(pipe):
 
 
 def test_a_mask_of_another_size_is_refused(pipe):
-    with pytest.raises(ValueError, match="mask is 8 x 9 px, but the picture is 16 x 16"):
+    with pytest.raises(ValueError, match="mask is 8 x 9 px, but the image is 16 x 16"):
         pipe.inpaint(picture(16, 16), mask(8, 9, (0, 0, 2, 2)), "a")
 
 
@@ -200,23 +199,23 @@ def test_edited_pictures_are_drawn_again_from_their_metadata(pipe, tmp_path):
     for result in results:
         save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
         (metadata,) = read_metadata(tmp_path / "a.png")
-        assert difference(redraw(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
+        assert difference(regenerate(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
     with pytest.raises(ValueError, match="too large for metadata"):
-        redraw(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
+        regenerate(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
 
 
 def test_a_picture_too_large_for_metadata_is_left_out(monkeypatch):
     from unclip.pipelines import provenance as recipes
 
-    monkeypatch.setattr(recipes, "LARGEST", 100)
-    assert encode_picture(Image.effect_noise((64, 64), 50)) is None
+    monkeypatch.setattr(recipes, "MAX_TEXT", 100)
+    assert encode_image(Image.effect_noise((64, 64), 50)) is None
 
 
 def test_options_that_cannot_go_back_are_refused(pipe):
     options = replace(pipe.options, decoder=replace(pipe.options.decoder, cache_interval=2))
-    with pytest.raises(ValueError, match="needs cache_interval 1"):
+    with pytest.raises(ValueError, match="cache_interval above 1"):
         pipe.image_to_image(picture(16, 16), "a", options=options)
-    with pytest.raises(ValueError, match="2 pictures were given"):
+    with pytest.raises(ValueError, match="got 2 images"):
         pipe.image_to_image([picture(16, 16)] * 2, "a")
 
 
@@ -279,7 +278,7 @@ def test_a_large_picture_is_edited_in_place(pipe):
     """Through the model's small eye, but what is kept is kept at its own size."""
     image, marked = picture(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
     with pytest.warns(
-        UserWarning, match="a picture of 3000 x 2000 px is too large for metadata"
+        UserWarning, match="3000 x 2000 px is too large for metadata"
     ) as told:
         result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
     assert [one.filename for one in told] == [__file__]

@@ -20,7 +20,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.image_io import read_metadata, save_png
 from unclip.models.unclip.decoder import Decoder, DecoderContext, masked_image
 from unclip.models.unclip.layout import LayoutConfig
-from unclip.pipelines.base import redraw
+from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.initialization import warm_start
 from unclip.training.inpainting import HOLES, HoleConfig, copy_paste, foreground_alpha, random_holes
@@ -171,7 +171,7 @@ def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
     with pytest.raises(ValueError, match="not trained to inpaint"):
         tiny_decoder().condition(torch.randn(1, EMB_DIM), text(1), known=torch.rand(1, 4, 8, 8))
     for wrong in (pipe.decoder, inpainting(image_size=16)):
-        with pytest.raises(ValueError, match="no decoder of 8 px that was trained to inpaint"):
+        with pytest.raises(ValueError, match="a decoder of 8 px, trained to inpaint"):
             UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, inpainter=wrong)
     save_component(tiny_decoder(image_size=16, emb_dim=8), tmp_path)
     with pytest.raises(ValueError, match="does not fit"):
@@ -434,6 +434,6 @@ def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_
     result = pipe.inpaint(image, mask, "a red apple", seed=2, **QUICK)
     save_png(result.images[0], tmp_path / "a.png", result.metadata[0])
     (metadata,) = read_metadata(tmp_path / "a.png")
-    assert redraw(again, metadata, progress=False).images[0].tobytes() == result.images[0].tobytes()
+    assert regenerate(again, metadata, progress=False).images[0].tobytes() == result.images[0].tobytes()
     with pytest.raises(ValueError, match="has no inpainter"):
-        redraw(invertible_pipe, metadata, progress=False)
+        regenerate(invertible_pipe, metadata, progress=False)

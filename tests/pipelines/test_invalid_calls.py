@@ -13,7 +13,7 @@ from conftest import TINY_OPTIONS, tiny_decoder, tiny_upsampler
 from PIL import Image
 
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.pipelines.base import redraw
+from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, StageOptions
 
@@ -25,7 +25,7 @@ from unclip.types import CodeOptions, StageOptions
         (None, {}, "prompt is a NoneType; expected a string"),
         (7, {}, "prompt is a int; expected a string"),
         (["a", 7], {}, "prompt 1 is 7, a int; expected a string"),
-        ("caf\udce9", {}, r"prompt 0 is 'caf\\udce9', which is no valid Unicode; expected UTF-8"),
+        ("caf\udce9", {}, r"prompt 0 is 'caf\\udce9', not valid Unicode; expected UTF-8"),
         (
             "a",
             {"options": replace(TINY_OPTIONS, prior=StageOptions(1, temperature=0.2))},
@@ -74,9 +74,9 @@ def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
         ),
         (
             {"image": torch.full((3, 8, 8), 255.0)},
-            r"image is of values from 255 to 255; expected them in \[-1, 1\]",
+            r"image has values from 255 to 255; expected them in \[-1, 1\]",
         ),
-        ({"image": [torch.full((3, 8, 8), torch.nan)]}, r"image is of values from nan to nan"),
+        ({"image": [torch.full((3, 8, 8), torch.nan)]}, r"image has values from nan to nan"),
         (
             {"image": np.zeros((8, 8, 3))},
             "ndarray; expected a path or a PIL image",
@@ -85,7 +85,7 @@ def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
         ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
         (
             {"image_emb": torch.full((1, 16), torch.nan)},
-            "image_emb holds infinite numbers or nan; expected CLIP",
+            "image_emb contains infinite numbers or nan",
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_stages_check_their_inputs(tiny_pipe):
             )
     bright = torch.full((1, 3, 16, 16), 255.0)
     for edit in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
-        with pytest.raises(ValueError, match="image is of values from 255 to 255"):
+        with pytest.raises(ValueError, match="image has values from 255 to 255"):
             edit(bright)
     with pytest.raises(ValueError, match="cannot open an image from a Tensor"):
         tiny_pipe.inpaint(Image.new("RGB", (16, 16)), torch.zeros(16, 16))
@@ -144,7 +144,7 @@ def test_stages_check_their_inputs(tiny_pipe):
 
 
 def test_unavailable_devices_are_rejected(tiny_pipe, tiny_folder):
-    unavailable = "there is no device cuda:99 here; available: .*cpu"
+    unavailable = "device cuda:99 is not available; available: .*cpu"
     for device, message in {
         "cuda:99": unavailable,
         "gpu": "unknown device 'gpu'",
@@ -160,7 +160,7 @@ def test_networks_that_do_not_fit_together_are_rejected(tiny_pipe):
     clip, prior, decoder = tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder
     with pytest.raises(ValueError, match="decoder has emb_dim 20, but CLIP has 16"):
         UnCLIPPipeline(clip, prior, tiny_decoder(emb_dim=20))
-    with pytest.raises(ValueError, match="upsampler_0 takes pictures of 16 px, but gets 8 px"):
+    with pytest.raises(ValueError, match="upsampler_0 takes images of 16 px, but gets 8 px"):
         UnCLIPPipeline(clip, prior, decoder, [tiny_upsampler(low=16)])
     with pytest.raises(ValueError, match="schedules of decodr; the model has prior, decoder"):
         UnCLIPPipeline(clip, prior, decoder, schedules={"decodr": ScheduleConfig()})
@@ -169,7 +169,7 @@ def test_networks_that_do_not_fit_together_are_rejected(tiny_pipe):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"prompt": "a"}, "lacks options and seed"),
+        ({"prompt": "a"}, "no options and no seed"),
         ({"seed": 1, "options": {}}, "neither a prompt nor an image embedding"),
         (
             {"seed": 1, "options": {"decoder": {"steps": "x"}}, "prompt": "a"},
@@ -179,4 +179,4 @@ def test_networks_that_do_not_fit_together_are_rejected(tiny_pipe):
 )
 def test_incomplete_metadata_is_rejected(tiny_pipe, metadata, message):
     with pytest.raises(ValueError, match=message):
-        redraw(tiny_pipe, metadata)
+        regenerate(tiny_pipe, metadata)

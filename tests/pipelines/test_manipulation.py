@@ -19,7 +19,7 @@ import unclip
 from unclip.diffusion.inversion import InversionOptions
 from unclip.embeddings import normalise
 from unclip.image_io import open_image, read_metadata, save_png
-from unclip.pipelines.base import redraw
+from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip import manipulations as manipulation
 from unclip.pipelines.unclip.latent import Latent, along, deterministic
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
@@ -116,7 +116,7 @@ def test_a_latent_is_saved_and_loaded(latent, again, pipe, tmp_path):
     assert (loaded.options, loaded.sources) == (latent.options, latent.sources)
     assert difference(pipe.reconstruct(loaded, **FEW).images[1], again.images[1]) == 0
     save_file({"image_emb": torch.ones(1, 16)}, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="is no saved latent"):
+    with pytest.raises(ValueError, match="is not a saved latent"):
         Latent.load(tmp_path / "b.safetensors")
 
 
@@ -130,9 +130,9 @@ def test_rows_of_latents_come_apart_and_together(latent):
     assert parts.sources == (latent.sources[2], *latent.sources[:2])
     assert latent.repeat_interleave(2).image_emb[3].equal(latent.image_emb[1])
     other = replace(latent, options=deterministic(latent.options, steps=9))
-    with pytest.raises(ValueError, match="under different options"):
+    with pytest.raises(ValueError, match="different options"):
         Latent.cat([latent, other])
-    with pytest.raises(ValueError, match=r"of \[2, 3\] pictures"):
+    with pytest.raises(ValueError, match=r"have \[2, 3\] images"):
         replace(latent, image_emb=latent.image_emb[:2])
 
 
@@ -261,16 +261,16 @@ def test_a_path_between_prompts(pipe, options):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either pictures .* or prompts"),
-        ({"path": blob("red")}, "at least 2 pictures or prompts; got 1"),
-        ({"path": torch.zeros(1, 3, 8, 8)}, "at least 2 pictures or prompts; got 1"),
-        ({"path": [blob("red")]}, "at least 2 pictures or prompts; got 1"),
-        ({"prompts": ["a"]}, "at least 2 pictures or prompts; got 1"),
+        ({}, "either images .* or prompts"),
+        ({"path": blob("red")}, "at least 2 images or prompts; got 1"),
+        ({"path": torch.zeros(1, 3, 8, 8)}, "at least 2 images or prompts; got 1"),
+        ({"path": [blob("red")]}, "at least 2 images or prompts; got 1"),
+        ({"prompts": ["a"]}, "at least 2 images or prompts; got 1"),
         ({"prompts": ["a", "b"], "frames": 1}, "frames is 1"),
-        ({"prompts": ["a", "b"], "frames": [0.5, 1.5]}, "expected places on the path"),
+        ({"prompts": ["a", "b"], "frames": [0.5, 1.5]}, "expected positions on the path"),
         (
             {"prompts": ["a", "b"], "frames": [0.5, 1], "even": True},
-            "even=True, which finds the places",
+            "even=True",
         ),
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
@@ -353,7 +353,7 @@ def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, 
     for result in results:
         save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
         (metadata,) = read_metadata(tmp_path / "a.png")
-        redrawn = redraw(pipe, metadata, progress=False, latents=latents)
+        redrawn = regenerate(pipe, metadata, progress=False, latents=latents)
         assert len(redrawn) == 1 and difference(redrawn.images[0], result.images[1]) <= 2
     assert len(latents) == 5  # three pictures and two embeddings: nothing was inverted twice
 
@@ -370,7 +370,7 @@ def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_ag
         ),
         pipe.reconstruct(PICTURES, options=guided, **FEW),
     ):
-        again = redraw(
+        again = regenerate(
             pipe, json.loads(json.dumps(result.metadata[0])), progress=False, latents=latents
         )
         assert (
@@ -385,9 +385,9 @@ def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_ag
     ("changes", "message"),
     [
         ({"operation": "__init__"}, "unknown operation '__init__'"),
-        ({"sources": []}, "does not tell what was manipulated"),
-        ({"sources": [{"film": ""}]}, "a source with film; expected a picture or an embedding"),
-        ({"sources": [{"picture": "AAAA"}]}, "a picture in the metadata is damaged"),
+        ({"sources": []}, "has no sources"),
+        ({"sources": [{"film": ""}]}, "has film; expected an image or an embedding"),
+        ({"sources": [{"picture": "AAAA"}]}, "an image in the metadata is damaged"),
         (
             {"sources": [{"picture": "", "inversion": {"turns": 1}}]},
             "inversion in the metadata: turns is unknown",
@@ -396,7 +396,7 @@ def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_ag
 )
 def test_metadata_of_manipulations_is_checked(pipe, again, changes, message):
     with pytest.raises(ValueError, match=message):
-        redraw(pipe, {**again.metadata[0], **changes}, progress=False)
+        regenerate(pipe, {**again.metadata[0], **changes}, progress=False)
 
 
 # -- options
@@ -418,7 +418,7 @@ def test_only_deterministic_options_are_inverted(pipe, options):
 
 def test_noise_of_another_model_is_refused(pipe, latent):
     other = replace(latent, noise=(latent.noise[1], latent.noise[1]))
-    with pytest.raises(ValueError, match="holds noise of 16, 16 px, but the model draws 8, 16 px"):
+    with pytest.raises(ValueError, match="noise of 16, 16 px, but the model generates 8, 16 px"):
         pipe.reconstruct(other)
     wide = replace(latent, image_emb=torch.ones(3, 17))
     for drawn in (
@@ -428,7 +428,7 @@ def test_noise_of_another_model_is_refused(pipe, latent):
         lambda path: pipe.text_diff(path, "a", "b"),
     ):
         with pytest.raises(
-            ValueError, match="holds embeddings of width 17, but the model's are 16"
+            ValueError, match="has embeddings of width 17, but the model's are 16"
         ):
             drawn(wide)
 
@@ -477,7 +477,7 @@ def test_an_upsampler_with_a_second_network_ends_at_its_timestep(pipe, options):
     two = UnCLIPPipeline(pipe.clip, None, pipe.decoder, [upsampler], options)
     low_res = torch.zeros(1, 3, 8, 8)
     with torch.inference_mode():
-        run = two._run(1, options, torch.zeros(1, 16), low_res)
+        run = two.upsampler_stages[0].bind(low_res, options.upsamplers[0], end_at_0=True)
     assert run.timesteps[0] == 999 and run.timesteps[-1] == 0
     picture = PICTURES[0]
     assert difference(two.reconstruct(picture, options=options, **FEW).images[0], picture) <= 12
@@ -501,7 +501,7 @@ def emoji() -> UnCLIPPipeline:
 def test_the_bundled_model_reconstructs_its_own_picture(emoji):
     """With guidance on, where plain inversion goes astray; few steps, for the sake of time."""
     from unclip.evaluation.metrics import psnr
-    from unclip.pipelines.unclip.bound_stage import to_tensor
+    from unclip.pipelines.images import to_tensor
 
     options = replace(deterministic(emoji.options), upsamplers=())
     options = replace(options, decoder=replace(options.decoder, steps=20))

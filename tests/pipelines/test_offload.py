@@ -50,14 +50,14 @@ def in_memory(modules: list[nn.Module]) -> list[str]:
 
 def watched(pipe) -> list[list[str]]:
     """What of the pipeline is in memory after each change of the network that computes."""
-    modules, seen, use = parts([pipe.clip, *pipe.networks().values()]), [], pipe._residency.use
+    modules, seen, use = parts([pipe.clip, *pipe.networks().values()]), [], pipe.runtime.offloader.use
 
     def watching(module: nn.Module) -> None:
         use(module)
         if (here := in_memory(modules)) not in seen[-1:]:
             seen.append(here)
 
-    pipe._residency.use = watching
+    pipe.runtime.offloader.use = watching
     return seen
 
 
@@ -147,7 +147,7 @@ def test_another_prior_and_back_again(pipe):
 
 def test_files_go_with_the_pipeline(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
-    folder = Path(pipe.offload()._residency._folder.name)
+    folder = Path(pipe.offload().runtime.offloader._folder.name)
     sizes = {file.stat().st_size for file in folder.iterdir()}
     modules = parts([pipe.clip, *pipe.networks().values()])
     assert sizes == {

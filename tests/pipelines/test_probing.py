@@ -67,7 +67,7 @@ def test_components_are_drawn_from_one_seed(tiny_pipe, pictures):
     )  # all components: nothing is lost
     figure = components_figure(pictures[:2], [1, 5], results, size=40)
     assert figure.width == 3 * 44 - 4
-    with pytest.raises(ValueError, match="this PCA has 5 components"):
+    with pytest.raises(ValueError, match="k is 6; expected 0 to 5"):
         draw_components(tiny_pipe, pictures, pca, [6])
 
 
@@ -99,7 +99,7 @@ def test_a_word_is_written_across_the_middle(size, word):
 def test_a_word_that_the_font_cannot_write_is_refused(word, lacking):
     with pytest.raises(ValueError) as told:
         write_word(Image.new("RGB", (64, 64)), word)
-    assert f"cannot be written, as the font lacks {lacking}; expected" in str(told.value)
+    assert f"cannot be written: the font lacks {lacking}; expected" in str(told.value)
     assert "\n" not in str(told.value)
 
 

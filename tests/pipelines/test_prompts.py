@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.pipelines.base import generators_from, redraw
-from unclip.pipelines.unclip.prompts import PromptBatch, describe_prompt
+from unclip.pipelines.provenance import regenerate
+from unclip.pipelines.request import PromptBatch, describe_prompt, generators_from
 from unclip.types import StageOptions
 
 APPLE, FISH = "a red apple", "a blue fish"
@@ -122,7 +122,7 @@ def test_mixed_pictures_do_not_depend_on_their_batch_and_are_drawn_again(draw, i
     alone = draw([mixture, FISH], num_images=3, negative_prompt="an apple", batch_size=2)
     assert max(difference(*pair) for pair in zip(together.images, alone.images, strict=True)) <= 2
     for k in (1, 4):
-        again = redraw(invertible_pipe, together.metadata[k], progress=False)
+        again = regenerate(invertible_pipe, together.metadata[k], progress=False)
         assert difference(again.images[0], together.images[k]) <= 2
     assert (
         together.metadata[1]["prompt"] == mixture

@@ -8,8 +8,8 @@ from PIL import Image
 
 from unclip.embeddings import normalise
 from unclip.pipelines import rerank
-from unclip.pipelines.base import redraw
-from unclip.pipelines.rerank import best_of, clip_scores
+from unclip.pipelines.provenance import regenerate
+from unclip.pipelines.rerank import BestOf, clip_scores
 from unclip.types import GenerationResult
 
 PROMPTS = ["a red apple", "a blue fish"]
@@ -55,7 +55,7 @@ def test_what_is_kept_can_be_drawn_alone(pipe):
     for k, prompt in enumerate(PROMPTS):
         alone = pipe(prompt, seed=kept.seeds[k], progress=False)
         assert cosines(pipe, alone.images, prompt).item() == pytest.approx(kept.scores[k], abs=1e-3)
-        again = redraw(pipe, kept.metadata[k], progress=False)
+        again = regenerate(pipe, kept.metadata[k], progress=False)
         assert (
             again.seeds == [kept.seeds[k]]
             and again.images[0].tobytes() == alone.images[0].tobytes()
@@ -95,7 +95,7 @@ def test_completions_are_chosen_too(tiny_dalle):
     kept = tiny_dalle.complete(picture, PROMPTS[0], num_candidates=5, **drawing)
     assert kept.seeds == [int(cosines(tiny_dalle, every.images, PROMPTS[0]).argmax())]
     assert (
-        redraw(tiny_dalle, kept.metadata[0], progress=False).images[0].tobytes()
+        regenerate(tiny_dalle, kept.metadata[0], progress=False).images[0].tobytes()
         == kept.images[0].tobytes()
     )
 
@@ -119,7 +119,7 @@ def test_only_a_batch_and_the_best_are_in_memory(monkeypatch):
     emb[3] = emb[2]
     text, alive = emb[[2, 9]], []
 
-    def draw(n: int):
+    def batches():
         for start in range(0, 14, 4):
             seeds = list(range(start, min(start + 4, 14)))
             images = [Image.new("L", (1, 1), seed) for seed in seeds]
@@ -132,7 +132,10 @@ def test_only_a_batch_and_the_best_are_in_memory(monkeypatch):
         return 5 * emb[[image.getpixel((0, 0)) for image in images]]
 
     monkeypatch.setattr(rerank, "CHUNK", 3)
-    result = best_of(draw, encode, lambda: 2 * text, 2, 7)
+    best = BestOf(encode, 2 * text, 2, 7)
+    for batch in batches():
+        best.add(batch)
+    result = best.result()
     assert result.seeds[:2] == [2, 3] and result.seeds[2] == 9  # of equal ones the first
     assert result.scores[:2] == pytest.approx([1, 1]) and max(alive) == 3
     expected = (normalise(emb[7:]) @ text[1]).argsort(descending=True)[:2] + 7

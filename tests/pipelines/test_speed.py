@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unclip.diffusion.samplers import Estimator
 from unclip.diffusion.schedules import Schedule
 from unclip.models.layers import DenoiserCache
-from unclip.pipelines.base import generators_from
 from unclip.pipelines.presets import preset
+from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import GLIDEOptions, StageOptions, TextEncoding
 
@@ -113,7 +113,7 @@ def test_padding_is_not_computed(tiny_pipe, null_text):
     prior, decoder = (scrambled(make(null_text=null_text)) for make in (tiny_prior, tiny_decoder))
     pipe = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
     padded = UnCLIPPipeline(tiny_pipe.clip, prior, decoder)
-    padded.static_shapes = True
+    padded.runtime.static_shapes = True
     lengths, condition = [], prior.condition
     prior.condition = lambda text: lengths.append(text.mask.shape[1]) or condition(text)
 
@@ -229,8 +229,8 @@ def test_fast_preset_of_unclip(tiny_pipe):
         decoder=StageOptions(steps=25, guidance=8.0, sampler="ancestral"),
         upsamplers=(StageOptions(steps=7, sampler="ancestral"),),
     )
-    assert preset("exact", options, []) is options
-    fast = preset("fast", options, [tiny_pipe.upsamplers[0].config])
+    assert preset("exact", options) is options
+    fast = preset("fast", options)
     assert (fast.prior.steps, fast.decoder.steps, fast.upsamplers[0].steps) == (10, 10, 4)
     assert {fast.prior.sampler, fast.decoder.sampler, fast.upsamplers[0].sampler} == {"unipc"}
     assert fast.decoder.guidance == 8.0 and fast.decoder.guidance_interval == (0.2, 0.9)
@@ -254,12 +254,12 @@ def test_network_of_the_last_step_runs_only_at_the_last_step(tiny_pipe):
 
 
 def test_presets_of_other_pipelines(tiny_dalle):
-    fast = preset("fast", GLIDEOptions(), [None])
+    fast = preset("fast", GLIDEOptions())
     assert (fast.decoder.steps, fast.upsamplers[0].steps) == (40, 16)
     assert tiny_dalle.preset("exact") is tiny_dalle.options
     with pytest.raises(
         ValueError,
-        match="preset 'fast' takes steps of diffusion less often, and this kind of model",
+        match="'fast' reduces steps of diffusion, but this kind of model has none",
     ):
         tiny_dalle.preset("fast")
     with pytest.raises(ValueError, match="unknown preset 'faster'; expected one of exact, fast"):

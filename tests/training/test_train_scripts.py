@@ -165,7 +165,7 @@ def test_explained_variance_determines_the_components(workplace):
     )
     config = json.loads((workplace / "runs/tiny/explained/model/config.json").read_text())
     assert config["components"] == 2
-    codes = unclip.load_prior(workplace / "runs/tiny/explained/model").codes
+    codes = unclip.load_prior(workplace / "runs/tiny/explained/model").network.codes
     assert codes.components.shape == (2, 32) and codes.mean.any()
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unclip.diffusion import schedulers
 from unclip.diffusion.losses import log_variance
-from unclip.diffusion.schedules import Prediction, Schedule
 from unclip.diffusion.schedulers import Estimate, OnSample
+from unclip.diffusion.schedules import Prediction, Schedule
 from unclip.types import StageOptions
 
 # B batch, K conditions of each sample, C channels of x

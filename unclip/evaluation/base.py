@@ -31,7 +31,8 @@ from unclip.evaluation.metrics import (
 )
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.style import train_classifier
-from unclip.pipelines.base import TextToImage, redraw
+from unclip.pipelines.base import TextToImage
+from unclip.pipelines.provenance import regenerate
 from unclip.types import TextEncoding
 
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 8, 4
@@ -339,7 +340,7 @@ class Evaluation(ABC):
                 generate(prompt, seed=seed)
                 for prompt, seed in zip(prompts, batch.seeds, strict=True)
             ]
-            regenerated = redraw(self.pipe, alone[0].metadata[0], progress=False)
+            regenerated = regenerate(self.pipe, alone[0].metadata[0], progress=False)
         differences = [
             np.abs(np.asarray(result.images[0], int) - np.asarray(image, int)).max()
             for result, image in zip(alone, batch.images, strict=True)

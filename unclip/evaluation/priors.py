@@ -20,8 +20,9 @@ from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.unclip import PredictedEmbeddings, UnCLIPGenerator
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
-from unclip.pipelines.base import generators_from
+from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.pipelines.unclip.stages import AnyPrior, LoadedPrior
 from unclip.types import UnCLIPOptions
 
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 32, 8
@@ -36,7 +37,7 @@ class PriorComparison:
     def __init__(
         self,
         pipe: UnCLIPPipeline,
-        priors: Mapping[str, nn.Module],
+        priors: Mapping[str, LoadedPrior | AnyPrior],
         held_out: Pairs,
         *,
         guidance: Mapping[str, float] | None = None,
@@ -83,7 +84,7 @@ class PriorComparison:
         try:
             for name, prior in self.priors.items():
                 self.pipe.prior = prior
-                yield {"name": name, **self._evaluate_prior(name, prior)}
+                yield {"name": name, **self._evaluate_prior(name, self.pipe.prior)}
         finally:
             if own is not None:
                 self.pipe.prior = own

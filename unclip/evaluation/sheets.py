@@ -13,7 +13,7 @@ from unclip.evaluation.codec import reconstructions
 from unclip.evaluation.dalle import DalleEvaluation
 from unclip.evaluation.pairs import Pairs, canonical_caption
 from unclip.image_io import cell, grid, save_png
-from unclip.pipelines.base import to_pil
+from unclip.pipelines.images import to_pil
 
 PROMPTS = (  # typical first prompts, and combinations that no training image shows
     "a red apple",

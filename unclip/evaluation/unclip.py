@@ -19,8 +19,8 @@ from torch import Tensor
 from unclip.diffusion.samplers import randn
 from unclip.evaluation.base import Evaluation, ImageGenerator, Samples
 from unclip.evaluation.metrics import cosine_gap, psnr
-from unclip.pipelines.base import generators_from, progress_bar, to_pil
-from unclip.pipelines.unclip.bound_stage import to_tensor
+from unclip.pipelines.images import to_pil, to_tensor
+from unclip.pipelines.request import generators_from, progress_bar
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.losses import resize_square
 from unclip.types import OnStep, TextEncoding, UnCLIPOptions

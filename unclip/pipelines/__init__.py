@@ -1,9 +1,9 @@
-"""From a name or a prompt to pictures."""
+"""Load a model by name, folder or Hub id, as a pipeline that generates images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from unclip.checkpoints.folders import locate
 from unclip.checkpoints.hub import PRIOR_FILES
@@ -11,8 +11,39 @@ from unclip.checkpoints.hub import PRIOR_FILES
 if TYPE_CHECKING:
     import torch
 
-    from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
-    from unclip.pipelines.base import TextToImage
+    from unclip.pipelines.dalle.pipeline import DallePipeline
+    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+    from unclip.pipelines.unclip.stages import LoadedPrior
+
+
+@overload
+def load(
+    name_or_path: Literal["emoji-dalle1"],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    offload: bool = False,
+) -> DallePipeline: ...
+
+
+@overload
+def load(
+    name_or_path: Literal["emoji"],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    offload: bool = False,
+) -> UnCLIPPipeline: ...
+
+
+@overload
+def load(
+    name_or_path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    offload: bool = False,
+) -> Any: ...  # the class depends on the files
 
 
 def load(
@@ -21,52 +52,50 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     offload: bool = False,
-) -> TextToImage:
-    """A bundled model ("emoji"), a model folder, or a Hub id "org/name", ready to draw.
+) -> Any:
+    """Load a bundled model ("emoji"), a model folder, or a Hub id "org/name".
 
-    device: by default CUDA, then MPS, then the CPU. dtype: by default half precision on CUDA, else float32.
-    offload: from the beginning, one network is in memory at a time (see `UnCLIPPipeline.offload`).
-    ValueError if there is no such model (it lists what there is) or its files are damaged.
+    Returns an UnCLIPPipeline, a DallePipeline or a GLIDEPipeline. device: by default CUDA, then
+    MPS, then the CPU. dtype: by default half precision on CUDA, else float32. offload: keep one
+    network in memory at a time from the beginning (see `Pipeline.offload`). ValueError if there is
+    no such model (it lists those that exist) or its files are damaged.
     """
-    path = locate(name_or_path)  # before torch is imported: a misspelt name is told at once
+    path = locate(name_or_path)  # before the slow imports: a wrong name fails at once
 
     from unclip.checkpoints import store
     from unclip.checkpoints.registry import load_any
-    from unclip.pipelines.base import default_dtype, find_device
     from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.glide import GLIDEPipeline
     from unclip.pipelines.offload import Offloader
+    from unclip.pipelines.runtime import default_dtype, find_device
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
     pipelines = {"unclip": UnCLIPPipeline, "glide": GLIDEPipeline, "dalle": DallePipeline}
     device = find_device(device)
     dtype = dtype or default_dtype(device)
-    # What waits on the disk is no more than mapped into memory on its way there; other formats always map.
-    bundle = (
-        store.load_bundle(path, dtype, mapped=True)
-        if offload and store.recognise(path)
-        else load_any(path, dtype)
-    )
+    if offload and store.recognise(path):  # weights are mapped, not read, on their way to the disk
+        bundle = store.load_bundle(path, dtype, mapped=True)
+    else:  # other formats always map
+        bundle = load_any(path, dtype)
     if offload and bundle.kind == UnCLIPPipeline.kind:
         return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Offloader(device, dtype))
     pipe = pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path))
     return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
 
 
-def load_prior(
-    name_or_path: str | Path, dtype: torch.dtype | None = None
-) -> DiffusionPrior | DirectPrior:
-    """A prior alone, for `pipe.prior = prior`: trained here, Kandinsky's, or the one of any model that `load` reads.
+def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LoadedPrior:
+    """Load a prior alone, for `pipe.prior = prior`: a network, its noise schedule and its source.
 
-    A file, a folder, or a Hub id of which no more than the prior is fetched. On the CPU, in float32 unless dtype says
-    otherwise; a pipeline brings it to its own device and dtype. ValueError if there is none, or it is damaged.
+    It may be a file or a folder of a prior, or any model that `load` reads; of a Hub id only the
+    prior is fetched. It is on the CPU, by default in float32; a pipeline moves it to its own device
+    and dtype. ValueError if there is none, or it is damaged.
     """
     path = locate(name_or_path, PRIOR_FILES)
 
     import torch
 
     from unclip.checkpoints.registry import load_any_prior
+    from unclip.pipelines.unclip.stages import LoadedPrior
 
-    prior, prior.schedule = load_any_prior(path, dtype or torch.float32)
-    prior.source = str(name_or_path)  # for the metadata of its pictures
-    return prior
+    network, schedule = load_any_prior(path, dtype or torch.float32)
+    return LoadedPrior(network, schedule, str(name_or_path))

@@ -14,11 +14,11 @@ from unclip.models.cpu.kernels import remove_kernels
 from unclip.models.cpu.packing import can_pack, pack
 from unclip.models.unclip.prior import DiffusionPrior
 from unclip.models.unet import UNet
+from unclip.pipelines.base import Pipeline
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.memory import enable_memory_reuse
-from unclip.pipelines.runtime import Placement
 
-P = TypeVar("P")
+P = TypeVar("P", bound=Pipeline)
 
 
 def compile(pipe: P, **options: Any) -> P:
@@ -34,7 +34,7 @@ def compile(pipe: P, **options: Any) -> P:
     any pipeline of the process (see `unclip.pipelines.memory`). If PyTorch cannot pack for this CPU
     (bf16 without AVX-512), weights stay as they are.
     """
-    if not isinstance(pipe, Placement):
+    if not isinstance(pipe, Pipeline):
         raise ValueError(
             f"compile got a {type(pipe).__name__}; expected a pipeline, as from unclip.load"
         )
@@ -44,24 +44,18 @@ def compile(pipe: P, **options: Any) -> P:
         enable_memory_reuse()
         if not options:
             if can_pack(pipe.dtype):
-                _prepare(pipe, pack)
+                pipe.runtime.prepare(pack)
             return pipe
     options.setdefault("dynamic", False)
     if isinstance(pipe, DallePipeline):  # its steps write to a cache, which no CUDA graph may do
-        _prepare(pipe, remove_kernels)
+        pipe.runtime.prepare(remove_kernels)
         pipe.step = torch.compile(pipe.dalle.step, **options)
         return pipe
     if pipe.device.type == "cuda":
         options.setdefault("mode", "reduce-overhead")
-    _prepare(pipe, partial(_compile_steps, options=options))
-    pipe.static_shapes = True
+    pipe.runtime.prepare(partial(_compile_steps, options=options))
+    pipe.runtime.static_shapes = True
     return pipe
-
-
-def _prepare(pipe: Placement, prepare: Callable[[nn.Module], None]) -> None:
-    for network in pipe.networks().values():
-        prepare(network)
-    pipe._prepare = prepare  # for networks that are added later
 
 
 def _compile_steps(network: nn.Module, options: dict[str, Any]) -> None:

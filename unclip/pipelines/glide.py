@@ -1,45 +1,38 @@
-"""Text -> pictures without CLIP (GLIDE, 2112.10741)."""
+"""Text -> images without CLIP (GLIDE, 2112.10741)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
-from unclip.checkpoints.store import save_bundle
-from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
-from unclip.pipelines.base import (
-    about_drawing,
-    check_prompts,
-    in_batches,
-    inferring,
-    random_generators,
-    to_pil,
-    with_named_sampler,
-)
-from unclip.pipelines.inference import prepare_for_inference
-from unclip.pipelines.runtime import Placement
+from unclip.pipelines.base import Pipeline, inference, make_schedules
+from unclip.pipelines.images import to_pil
+from unclip.pipelines.request import Request, check_prompts, random_generators
+from unclip.pipelines.runtime import Runtime
+from unclip.pipelines.unclip.stages import DiffusionStage
 from unclip.tokenizer import GPT2Tokenizer
-from unclip.types import GenerationResult, GLIDEOptions, OnStep, Progress, Prompt, StageOptions
+from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOptions
 
-# B batch, L text slots, s picture size
+# B batch, s and S image sizes
 
 
-class GLIDEPipeline(Placement):
-    """A network that draws from a caption, and any number that enlarge; each reads the caption by itself.
+class GLIDEPipeline(Pipeline):
+    """A network conditioned on a caption, and any number of upsamplers that read it as well.
 
-    `generators` are one for each picture; each draws the first noise and the steps' of stage after stage.
+    `generators` are one for each image; each is used for the first noise and the steps of stage
+    after stage.
     """
 
     kind = "glide"
+    required = ("tokenizer", "decoder")
 
     def __init__(
         self,
@@ -53,66 +46,44 @@ class GLIDEPipeline(Placement):
         licence: str = "",
         source: str | None = None,
     ) -> None:
-        """schedules: of "decoder", "upsampler_0", ...; cosine for the rest. source: for the pictures' metadata."""
+        """schedules: of "decoder", "upsampler_0", ...; cosine for those left out."""
+        ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
+        networks = {"decoder": decoder, **ups}
+        super().__init__(Runtime({**networks}), name, licence, source)
+        made = make_schedules(schedules, list(networks))
         self.tokenizer, self.decoder, self.upsamplers = tokenizer, decoder, tuple(upsamplers)
-        self.options = options or GLIDEOptions(
-            upsamplers=(StageOptions(steps=27),) * len(self.upsamplers)
-        )
-        self.name, self.licence, self.source = name, licence, source or name
-        schedules = dict(schedules or {})
-        self.schedules = {
-            stage: Schedule(schedules.pop(stage, ScheduleConfig())) for stage in self.networks()
-        }
-        if schedules:
-            raise ValueError(
-                f"schedules of {', '.join(schedules)}; the model has {', '.join(self.schedules)}"
-            )
-        self._check_fit()
+        self.stages = [
+            DiffusionStage(stage, network, made[stage], self.runtime, "eps", True)
+            for stage, network in networks.items()
+        ]
+        self.options = options or GLIDEOptions(upsamplers=(StageOptions(steps=27),) * len(ups))
+        self._check_compatible()
         self._check_options(self.options)
-        for network in self.networks().values():
-            prepare_for_inference(network)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> GLIDEPipeline:
-        """A pipeline of what a checkpoint holds."""
-        if bundle.kind != cls.kind:
-            raise ValueError(
-                f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}"
-            )
-        if missing := {"tokenizer", "decoder"} - bundle.components.keys():
-            raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
-        parts, told = (
-            bundle.components,
-            {"name": bundle.name, "licence": bundle.licence, "source": source},
-        )
-        upsamplers = [parts[f"upsampler_{i}"] for i in range(len(parts) - 2)]
-        schedules, options = bundle.schedules, bundle.options
+        """Make a pipeline of the components of a checkpoint."""
+        cls.check_bundle(bundle)
+        parts = bundle.components
         return cls(
-            parts["tokenizer"], parts["decoder"], upsamplers, options, schedules=schedules, **told
+            parts["tokenizer"],
+            parts["decoder"],
+            [parts[f"upsampler_{i}"] for i in range(len(parts) - 2)],
+            bundle.options,
+            schedules=bundle.schedules,
+            name=bundle.name,
+            licence=bundle.licence,
+            source=source,
         )
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a model folder, weights in `dtype` if given; the folder that was there is replaced only at the end."""
-        for stage in (self.options.decoder, *self.options.upsamplers):
-            if not isinstance(stage.sampler, str):
-                raise ValueError(
-                    f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved"
-                )
-        self._check_whole()
-        schedules = {stage: schedule.config for stage, schedule in self.schedules.items()}
-        parts = {"tokenizer": self.tokenizer, **self.networks()}
-        save_bundle(
-            Bundle(self.kind, parts, schedules, self.options, self.name, self.licence),
-            folder,
-            dtype,
-        )
+    def components(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint by name."""
+        return {"tokenizer": self.tokenizer, **self.networks()}
 
-    def networks(self) -> dict[str, GLIDE]:
-        """Every network under the name of its stage."""
-        return {
-            "decoder": self.decoder,
-            **{f"upsampler_{i}": up for i, up in enumerate(self.upsamplers)},
-        }
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The noise schedule of each stage."""
+        return {stage.name: stage.schedule for stage in self.stages}
 
     def __call__(
         self,
@@ -125,36 +96,38 @@ class GLIDEPipeline(Placement):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws `num_images` pictures of each prompt; picture k has the seed `seed` + k (random if None).
+        """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        on_step is called after every step of every batch of at most `batch_size` pictures.
+        on_step is called after every step of every batch of at most `batch_size` images.
         """
         prompts, options = check_prompts(prompt), options or self.options
         self._check_options(options)
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
-        parts = []
-        for batch in in_batches(
-            len(prompts), num_images, seed, batch_size, steps, progress, on_step
-        ):
+        request, results = Request(num_images, seed, on_step, batch_size, progress), []
+        about = self.describe(options)
+        for batch in request.batches(len(prompts), steps):
             captions = [
                 caption for caption in prompts[batch.prompts] for _ in range(batch.num_images)
             ]
-            drawing = {"generators": batch.generators, "on_step": batch.on_step}
-            x = self.decode(captions, options=options.decoder, **drawing)
-            images = to_pil(self.upsample(x, captions, options=options.upsamplers, **drawing))
-            metadata = self._metadata(captions, batch.seeds, options)
-            parts.append(GenerationResult(images, batch.seeds, captions, metadata=metadata))
-        return GenerationResult.cat(parts)
+            sampling: dict[str, Any] = {"generators": batch.generators, "on_step": batch.on_step}
+            x = self.decode(captions, options=options.decoder, **sampling)
+            x = self.upsample(x, captions, options=options.upsamplers, **sampling)
+            metadata = [
+                {"prompt": caption, "seed": one, **about}
+                for caption, one in zip(captions, batch.seeds, strict=True)
+            ]
+            results.append(
+                GenerationResult(to_pil(x), [*batch.seeds], [*captions], metadata=metadata)
+            )
+        return GenerationResult.cat(results)
 
-    def variations(
-        self, image: Any = None, *, image_emb: Tensor | None = None, **drawing: Any
-    ) -> GenerationResult:
-        """Not with this model: it has no CLIP."""
+    def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:
+        """Raise ValueError: this model has no CLIP."""
         raise ValueError(
-            f"{self.name} knows no image embeddings and cannot vary a picture; give it a prompt"
+            f"{self.name} has no image embeddings and cannot vary an image; give it a prompt"
         )
 
-    @inferring
+    @inference
     def decode(
         self,
         captions: Sequence[str],
@@ -163,11 +136,12 @@ class GLIDEPipeline(Placement):
         options: StageOptions | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """B captions -> pictures (B, 3, s, s) in [-1, 1]."""
+        """Sample images (B, 3, s, s) in [-1, 1] for B captions."""
         generators = generators or random_generators(len(captions))
-        return self._draw("decoder", captions, generators, options or self.options.decoder, on_step)
+        stage_options = options or self.options.decoder
+        return self._sample(self.stages[0], captions, generators, stage_options, on_step)
 
-    @inferring
+    @inference
     def upsample(
         self,
         images: Tensor,
@@ -177,111 +151,66 @@ class GLIDEPipeline(Placement):
         options: Sequence[StageOptions] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, s, s) in [-1, 1] and their captions -> (B, 3, S, S), one upsampler for each of `options`."""
+        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), by a stage for each options."""
         generators = generators or random_generators(len(images))
-        for i, stage in enumerate(self.options.upsamplers if options is None else options):
-            low_res = (
-                (images.to(self.device) + 1) * 127.5
-            ).round() / 127.5 - 1  # trained on pictures of 8 bits
-            images = self._draw(f"upsampler_{i}", captions, generators, stage, on_step, low_res)
+        all_options = self.options.upsamplers if options is None else options
+        for stage, stage_options in zip(self.stages[1:], all_options, strict=False):
+            low_res = ((images.to(self.device) + 1) * 127.5).round() / 127.5 - 1  # as 8-bit images
+            images = self._sample(stage, captions, generators, stage_options, on_step, low_res)
         return images
 
-    def _draw(
+    def _sample(
         self,
-        stage: str,
+        stage: DiffusionStage,
         captions: Sequence[str],
         generators: Sequence[torch.Generator],
         options: StageOptions,
         on_step: OnStep | None,
         low_res: Tensor | None = None,
     ) -> Tensor:
-        network = self.networks()[stage]
-        self._use(network)
-        context, size = self._context(network, captions, low_res), network.config.image_size
+        context = self._condition(stage.network, captions, low_res)
 
-        def given(context: DecoderContext) -> Denoise:
-            return lambda x_t, t: network.denoise(x_t, t, context)
+        def null() -> DecoderContext:
+            one = self._condition(stage.network, [""], None if low_res is None else low_res[:1])
+            null = one.repeat_interleave(len(captions))
+            return replace(null, extra_channels=context.extra_channels)
 
-        denoise_both = None
-        if options.guidance != 1.0:
-            null = self._context(network, [""], None if low_res is None else low_res[:1])
-            null = replace(
-                null.repeat_interleave(len(captions)), extra_channels=context.extra_channels
-            )
-            denoise_both = given(DecoderContext.cat([context, null]))
-        estimate = Estimator(
-            given(context),
-            self.schedules[stage],
-            options,
-            "eps",
-            True,
-            1.0,
-            denoise_both,
-            dtype=self.dtype,
-        )
+        bound, size = stage.bind(context, options, null), stage.network.config.image_size
+        x_T = bound.noise((len(captions), 3, size, size), generators)
+        return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
-        def report(step: int, num_steps: int, x_0: Tensor) -> None:
-            on_step(Progress(stage, step, num_steps, x_0))
-
-        return sample(
-            estimate,
-            randn((len(captions), 3, size, size), generators, self.device).to(
-                memory_format=torch.channels_last
-            ),
-            self.schedules[stage],
-            options,
-            generators=generators,
-            on_step=report if on_step else None,
-        ).clamp(-1, 1)
-
-    def _context(
+    def _condition(
         self, network: GLIDE, captions: Sequence[str], low_res: Tensor | None
     ) -> DecoderContext:
         ids, mask = self.tokenizer(captions)
+        self.runtime.use(network)
         return network.condition(ids.to(self.device), mask.to(self.device), low_res)
 
-    def _metadata(
-        self, captions: Sequence[str], seeds: Sequence[int], options: GLIDEOptions
-    ) -> list[dict[str, Any]]:
-        upsamplers = tuple(map(with_named_sampler, options.upsamplers))
-        named = replace(options, decoder=with_named_sampler(options.decoder), upsamplers=upsamplers)
-        shared = about_drawing(self, named)
-        return [
-            {"prompt": text, "seed": seed, **shared}
-            for text, seed in zip(captions, seeds, strict=True)
-        ]
-
-    def _check_fit(self) -> None:
-        """Networks that were not trained for one another are refused."""
+    def _check_compatible(self) -> None:
+        """ValueError for networks that were not trained for each other."""
         size, tokenizer = None, self.tokenizer
-        for stage, network in self.networks().items():
-            config = network.config
+        for stage in self.stages:
+            config = stage.network.config
             if config.low_size != size:
-                start = "noise alone" if size is None else f"pictures of {size} px"
+                start = "noise" if size is None else f"images of {size} px"
                 raise ValueError(
-                    f"{stage} must start from {start}, but its low_size is {config.low_size}"
+                    f"{stage.name} must start from {start}, but its low_size is {config.low_size}"
                 )
-            if (config.text.vocab_size, config.text.context_length) != (
-                tokenizer.vocab_size,
-                tokenizer.context_length,
-            ):
+            expected = config.text.context_length, config.text.vocab_size
+            if expected != (tokenizer.context_length, tokenizer.vocab_size):
                 raise ValueError(
-                    f"{stage} reads {config.text.context_length} of {config.text.vocab_size} tokens, "
-                    f"but the tokenizer gives {tokenizer.context_length} of {tokenizer.vocab_size}"
+                    f"{stage.name} reads {expected[0]} of {expected[1]} tokens, but the tokenizer "
+                    f"gives {tokenizer.context_length} of {tokenizer.vocab_size}"
                 )
             size = config.image_size
 
     def _check_options(self, options: GLIDEOptions) -> None:
         if not isinstance(options, GLIDEOptions):
             raise ValueError(
-                f"options is a {type(options).__name__}; expected GLIDEOptions, such as pipe.options"
+                f"options is a {type(options).__name__}; expected GLIDEOptions, as in pipe.options"
             )
         if len(options.upsamplers) > len(self.upsamplers):
-            have = len(self.upsamplers)
             raise ValueError(
-                f"options for {len(options.upsamplers)} upsamplers, but the model has {have}; start from pipe.options"
-            )
-        if any(stage.cache_interval > 1 for stage in (options.decoder, *options.upsamplers)):
-            raise ValueError(
-                "cache_interval is above 1, which this kind of model does not support; set it to 1"
+                f"options for {len(options.upsamplers)} upsamplers, but the model has "
+                f"{len(self.upsamplers)}; start from pipe.options"
             )

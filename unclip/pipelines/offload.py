@@ -36,7 +36,9 @@ class Offloader:
             return
         use_kernels(module, self.device)
         if self._folder is None:
-            self._waiting[module] = InMemory(prepare_for_inference(module, self.dtype, self.device), self.device)
+            self._waiting[module] = InMemory(
+                prepare_for_inference(module, self.dtype, self.device), self.device
+            )
         else:
             file = Path(self._folder.name) / str(len(self._waiting))
             self._waiting[module] = OnDisk(module, file, settling(module, self.dtype))

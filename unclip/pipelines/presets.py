@@ -1,46 +1,45 @@
-"""Options by name: `pipe.preset("fast")`."""
+"""Sampling options by name: `pipe.preset("fast")`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from unclip.types import StageOptions
-
-Options = TypeVar("Options")
+from unclip.types import CodeOptions, StageOptions, UnCLIPOptions
 
 PRESETS = ("exact", "fast")
 
 
-def preset(name: str, options: Options, upsamplers: Sequence[Any]) -> Options:
-    """A model's own `options` ("exact"), or made several times cheaper at a small loss ("fast").
+def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
+    """Return a model's own `options` ("exact"), or several times cheaper ones ("fast").
 
-    upsamplers: their configs.
+    separate_last: which of the upsamplers have a separate network for the last step.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     if name == "exact":
         return options
-    if not hasattr(options, "decoder"):
+    if isinstance(options, CodeOptions):
         raise ValueError(
-            f"preset {name!r} takes steps of diffusion less often, and this kind of model has none"
+            f"preset {name!r} reduces steps of diffusion, but this kind of model has none"
         )
-    prior = {"prior": _fewer(options.prior, 0.4)} if hasattr(options, "prior") else {}
+    prior = {"prior": _fewer(options.prior, 0.4)} if isinstance(options, UnCLIPOptions) else {}
+    separate_last = [*separate_last, *[False] * len(options.upsamplers)]
     return replace(
         options,
         **prior,
         decoder=_fewer(options.decoder, 0.4, guidance_interval=(0.2, 0.9)),
-        # A network that was trained for t = 0 alone must not meet another t: ancestral sampling ends there.
+        # A network trained for t = 0 alone needs ancestral sampling, which ends there.
         upsamplers=tuple(
-            _fewer(stage, 0.6)
-            if getattr(config, "last_unet", None) is None
-            else replace(stage, steps=max(2, round(0.45 * stage.steps)), cache_interval=3)
-            for stage, config in zip(options.upsamplers, upsamplers, strict=False)
+            replace(stage, steps=max(2, round(0.45 * stage.steps)), cache_interval=3)
+            if separate
+            else _fewer(stage, 0.6)
+            for stage, separate in zip(options.upsamplers, separate_last, strict=False)
         ),
     )
 
 
-def _fewer(stage: StageOptions, share: float, **changes: object) -> StageOptions:
-    """A share of the steps, by a solver of higher order that makes up for it."""
+def _fewer(stage: StageOptions, share: float, **changes: Any) -> StageOptions:
+    """Reduce the steps to a share, and use a solver of higher order to compensate."""
     return replace(stage, steps=max(2, round(share * stage.steps)), sampler="unipc", **changes)

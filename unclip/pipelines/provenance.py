@@ -1,4 +1,4 @@
-"""How a manipulated picture was made, as JSON types that its PNG can hold, and how it is made again from them."""
+"""The metadata from which an image can be regenerated, as JSON types for its PNG."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import binascii
 import io
 import json
 import warnings
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -17,130 +17,168 @@ from unclip.config import parse, to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.image_io import open_image
-from unclip.pipelines.base import decode_array, encode_array
+from unclip.pipelines.base import TextToImage, decode_array, encode_array
 from unclip.pipelines.unclip.latent import Latent
 from unclip.types import GenerationResult, UnCLIPOptions
 
-if TYPE_CHECKING:
-    from unclip.pipelines.unclip.manipulations import UnCLIPManipulations
-
 LATENT_OPERATIONS = ("reconstruct", "vary", "interpolate", "text_diff")
-CANVAS_OPERATIONS = ("inpaint", "outpaint", "image_to_image")
-CODE_OPERATIONS = ("complete", "variations")  # of DALL-E
-MOST_PIXELS = 4_000_000  # of a picture in metadata
-LARGEST = (
-    16_000_000  # characters of a picture in metadata; readers of PNG refuse texts beyond 64 MB
-)
+# Operations on an image, for each kind of pipeline.
+IMAGE_OPERATIONS = {
+    "unclip": ("inpaint", "outpaint", "image_to_image"),
+    "dalle": ("complete", "variations"),
+    "glide": (),
+}
+MAX_PIXELS = 4_000_000  # of an image in metadata
+MAX_TEXT = 16_000_000  # characters of an image in metadata; PNG readers refuse more than 64 MB
 
 
-def edited_source(picture: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
-    """Of an edit; a warning if it is too large for metadata."""
-    kept = {
-        "picture": encode_picture(picture),
-        **({} if mask is None else {"mask": encode_picture(mask)}),
-    }
-    if None in kept.values():
-        size = f"{picture.width} x {picture.height} px"
-        told = f"a picture of {size} is too large for metadata: what is drawn of it cannot be drawn again"
-        warnings.warn(told, stacklevel=3)
-    return kept
+def edited_source(image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
+    """Return the metadata of the source of an edit; warns if it is too large."""
+    entries = {"picture": encode_image(image)}
+    if mask is not None:
+        entries["mask"] = encode_image(mask)
+    if None in entries.values():
+        warnings.warn(
+            f"an image of {image.width} x {image.height} px is too large for metadata: "
+            f"the result cannot be regenerated",
+            stacklevel=4,
+        )
+    return entries
 
 
-def image_source(picture: Image.Image, inversion: InversionOptions) -> dict[str, Any]:
-    """Of the latent of a picture."""
-    return {"picture": encode_picture(picture), "inversion": asdict(inversion)}
+def image_source(image: Image.Image, inversion: InversionOptions) -> dict[str, Any]:
+    """Return the metadata of the latent of an image."""
+    return {"picture": encode_image(image), "inversion": asdict(inversion)}
 
 
 def random_source(image_emb: Tensor, seed: int) -> dict[str, Any]:
-    """Of the latent of an embedding (D,) and noise."""
+    """Return the metadata of a latent of an embedding (D,) and noise."""
     return {"image_emb": encode_array(image_emb), "seed": seed}
 
 
-def repeat(
-    pipe: UnCLIPManipulations,
+def regenerate(
+    pipe: TextToImage,
     metadata: dict[str, Any],
-    options: UnCLIPOptions,
-    progress: bool,
+    progress: bool = True,
     latents: dict[str, Latent] | None = None,
 ) -> GenerationResult:
-    """Draws a manipulated picture again. `latents` keeps what was inverted for those that follow."""
-    operation, arguments = metadata["operation"], dict(metadata.get("arguments", {}))
-    if operation not in (*LATENT_OPERATIONS, *CANVAS_OPERATIONS, *CODE_OPERATIONS) or not hasattr(
-        pipe, operation
-    ):
+    """Generate an image again from the metadata in its PNG.
+
+    latents: a cache of inverted latents, to share between calls.
+    """
+    if missing := {"seed", "options"} - metadata.keys():
         raise ValueError(
-            f"the metadata tells of an unknown operation {operation!r}; the picture cannot be drawn again"
+            f"the metadata has no {' and no '.join(sorted(missing))}; "
+            f"the image cannot be regenerated"
+        )
+    if _is_of_another_kind(pipe, metadata):
+        raise ValueError(
+            f"{pipe.name} is of kind {pipe.kind}, but the image was made by another kind of model; "
+            f"use {metadata.get('model', 'the one that made it')}"
+        )
+    options = parse(type(pipe.options), metadata["options"], "options in the metadata")
+    if "operation" in metadata:
+        return _repeat(pipe, metadata, options, progress, {} if latents is None else latents)
+    arguments: dict[str, Any] = {
+        "seed": metadata["seed"],
+        "options": options,
+        "progress": progress,
+    }
+    if metadata.get("prompt") is not None:
+        if metadata.get("negative_prompt") is not None:
+            arguments["negative_prompt"] = metadata["negative_prompt"]
+        return pipe(metadata["prompt"], **arguments)
+    if metadata.get("image_emb") is None:
+        raise ValueError(
+            "the metadata has neither a prompt nor an image embedding; "
+            "the image cannot be regenerated"
+        )
+    return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **arguments)
+
+
+def _is_of_another_kind(pipe: TextToImage, metadata: dict[str, Any]) -> bool:
+    """Compare kinds; old metadata without a kind must share an option with the pipeline."""
+    options, known = metadata["options"], {option.name for option in fields(pipe.options)}
+    if "kind" in metadata:
+        return metadata["kind"] != pipe.kind
+    return isinstance(options, dict) and options != {} and known.isdisjoint(options)
+
+
+def _repeat(
+    pipe: TextToImage,
+    metadata: dict[str, Any],
+    options: Any,
+    progress: bool,
+    latents: dict[str, Latent],
+) -> GenerationResult:
+    """Repeat a manipulation or an edit."""
+    operation, arguments = metadata["operation"], dict(metadata.get("arguments", {}))
+    on_images = IMAGE_OPERATIONS[pipe.kind]
+    on_latents = LATENT_OPERATIONS if pipe.kind == "unclip" else ()
+    if operation not in (*on_images, *on_latents):
+        raise ValueError(
+            f"the metadata has an unknown operation {operation!r}; the image cannot be regenerated"
         )
     if metadata.get("seed") is not None:
         arguments["seed"] = metadata["seed"]
     arguments |= {"options": options, "progress": progress}
     if "painting" in arguments:
-        arguments["painting"] = parse(
-            PaintOptions, arguments["painting"], "painting in the metadata"
-        )
-    if operation in (*CANVAS_OPERATIONS, *CODE_OPERATIONS):
-        pictures = [
-            decode_picture(metadata.get(name)) for name in ("picture", "mask") if name in metadata
-        ]
-        return getattr(pipe, operation)(*pictures, **arguments)
+        painting = parse(PaintOptions, arguments["painting"], "painting in the metadata")
+        arguments["painting"] = painting
+    method = getattr(pipe, operation)
+    if operation in on_images:
+        images = [metadata.get(name) for name in ("picture", "mask") if name in metadata]
+        return method(*map(decode_image, images), **arguments)
     sources = metadata.get("sources")
     if not sources:
-        raise ValueError(
-            "the metadata does not tell what was manipulated; the picture cannot be drawn again"
-        )
-    latents = {} if latents is None else latents
+        raise ValueError("the metadata has no sources; the image cannot be regenerated")
     parts = []
     for source in sources:
-        under = options
-        if "options" in source:  # of the latent, where the picture was drawn under others
-            under = parse(UnCLIPOptions, source["options"], "options of a source in the metadata")
-        key = json.dumps([source, to_dict(under)], sort_keys=True)
+        source_options = options
+        if "options" in source:  # of the latent, if the image was decoded with others
+            where = "options of a source in the metadata"
+            source_options = parse(UnCLIPOptions, source["options"], where)
+        key = json.dumps([source, to_dict(source_options)], sort_keys=True)
         if key not in latents:
-            latents[key] = _latent(pipe, source, under, progress)
+            latents[key] = _latent(pipe, source, source_options, progress)
         parts.append(latents[key])
-    return getattr(pipe, operation)(Latent.cat(parts), **arguments)
+    return method(Latent.cat(parts), **arguments)
 
 
-def _latent(
-    pipe: UnCLIPManipulations, source: dict[str, Any], options: UnCLIPOptions, progress: bool
-) -> Latent:
+def _latent(pipe: Any, source: dict[str, Any], options: UnCLIPOptions, progress: bool) -> Latent:
+    """Make the latent of a source again; pipe: an `UnCLIPPipeline`."""
     if "picture" in source:
-        inversion = parse(
-            InversionOptions, source.get("inversion", {}), "inversion in the metadata"
-        )
-        return pipe.invert(
-            decode_picture(source["picture"]),
-            options=options,
-            inversion=inversion,
-            progress=progress,
-        )
+        where = "inversion in the metadata"
+        inversion = parse(InversionOptions, source.get("inversion", {}), where)
+        image = decode_image(source["picture"])
+        return pipe.invert(image, options=options, inversion=inversion, progress=progress)
     if not {"image_emb", "seed"} <= source.keys():
         raise ValueError(
-            f"the metadata tells of a source with {', '.join(source)}; expected a picture or an embedding"
+            f"a source in the metadata has {', '.join(source)}; expected an image or an embedding"
         )
-    return pipe.random_latent(
-        decode_array(source["image_emb"])[None], seed=source["seed"], options=options
-    )
+    image_emb = decode_array(source["image_emb"])[None]
+    return pipe.random_latent(image_emb, seed=source["seed"], options=options)
 
 
-def encode_picture(picture: Image.Image) -> str | None:
-    """A picture as base64 of a PNG; None if that is too large for metadata."""
-    if picture.width * picture.height > MOST_PIXELS:
+def encode_image(image: Image.Image) -> str | None:
+    """Encode an image as base64 of a PNG; None if it is too large for metadata."""
+    if image.width * image.height > MAX_PIXELS:
         return None
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
-    return text if len(text) <= LARGEST else None
+    return text if len(text) <= MAX_TEXT else None
 
 
-def decode_picture(text: str | None) -> Image.Image:
+def decode_image(text: str | None) -> Image.Image:
+    """Decode what `encode_image` wrote."""
     if text is None:
         raise ValueError(
-            "the picture that it was drawn from is too large for metadata; it cannot be drawn again"
+            "the source image was too large for metadata; the image cannot be regenerated"
         )
     try:
         return open_image(Image.open(io.BytesIO(base64.b64decode(text))))
     except (binascii.Error, OSError, ValueError) as error:
         raise ValueError(
-            f"a picture in the metadata is damaged ({error}); it cannot be drawn again"
+            f"an image in the metadata is damaged ({error}); the image cannot be regenerated"
         ) from None

@@ -1,42 +1,42 @@
-"""What pipelines of all kinds do with their networks as a whole: where they are, in which numbers they compute."""
+"""Where and how the networks of a pipeline compute: device, dtype, offloading, compilation, int8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from unclip.clip import CLIP
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.cpu import int8
-from unclip.pipelines import presets
-from unclip.pipelines.base import find_device
 from unclip.pipelines.inference import prepare_for_inference
 from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.offload import Offloader, parts
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
 
 
-class Placement:
-    """A pipeline's hold on its networks. `_use` is to be called before one of them computes."""
+class Runtime:
+    """The networks of a pipeline, and where they are. Call `use` before a network computes."""
 
-    kind: str
-    source: str  # what the model was loaded from
-    options: Any
-    clip: CLIP | None = None
-    networks: Callable[[], dict[str, nn.Module]]  # every one but CLIP, under the name of its stage
-    _residency: Offloader | None = None
-    _prepare: Callable[[nn.Module], None] | None = None  # what `unclip.compile` does to a network
+    def __init__(self, networks: dict[str, nn.Module], offloader: Offloader | None = None) -> None:
+        """networks: stage name, or "clip", -> network; the last one gives device and dtype."""
+        self.networks, self.offloader = networks, offloader
+        self.static_shapes = False  # pad all texts to the same length, for compiled networks
+        quantized = any(int8.is_quantized(network) for network in networks.values())
+        self.quantized = "int8" if quantized else None  # None: weights are as they were trained
+        self._prepare: Callable[[nn.Module], None] | None = None  # see `prepare`
+        self._cache: dict[str, tuple[Any, Any]] = {}
+        for network in networks.values():
+            prepare_for_inference(network, device=offloader.device if offloader else None)
 
     @property
     def device(self) -> torch.device:
         """Where the networks compute."""
-        return self._residency.device if self._residency else self._parameter.device
+        return self._parameter.device if self.offloader is None else self.offloader.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,102 +44,142 @@ class Placement:
 
     @property
     def _parameter(self) -> nn.Parameter:
-        *_, network = self.networks().values()
+        *_, network = self.networks.values()
         return next(network.parameters())
 
     @property
-    def _modules(self) -> list[nn.Module]:
-        return [*([] if self.clip is None else [self.clip]), *self.networks().values()]
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
-        """Moves all networks; parameters become `dtype`, but a small CLIP and statistics stay float32."""
-        self._check_untouched("to()")
-        device = None if device is None else find_device(device)
-        for module in self._modules:
-            prepare_for_inference(module.to(device=device), dtype)
-        return self
-
-    @property
     def offloaded(self) -> bool:
-        """Whether one network is in memory at a time."""
-        return self._residency is not None
-
-    def offload(self, device: torch.device | str | None = None) -> Self:
-        """Keeps one network in memory at a time, in place; computes on `device` (by default where the networks are).
-
-        On an accelerator the others wait in main memory. Where the CPU computes they wait in a temporary folder (in
-        TMPDIR; it should be on a disk, with room for all weights) and are read from there for their use. The pictures
-        are the same. For good: load the model again to have all networks in memory.
-        """
-        if self.compiled:
-            raise ValueError(
-                "the networks are compiled, and must stay where they are; use one or the other"
-            )
-        device = find_device(self.device if device is None else device)
-        if self._residency is None:
-            self._residency = Offloader(device)
-            for part in parts(self._modules):
-                self._residency.add(part)
-        elif device != self.device:
-            raise ValueError(f"the networks are offloaded already, to compute on {self.device}")
-        return self
+        return self.offloader is not None
 
     @property
     def compiled(self) -> bool:
-        """Whether `unclip.compile` has prepared the networks."""
         return self._prepare is not None
 
-    def quantize(self, kind: str = "int8") -> Self:
-        """Approximate: weights as 8-bit integers, in place; half of bfloat16's memory. CLIP and codecs are left alone.
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Move all networks. A small CLIP and statistics stay in float32."""
+        self.check_unmodified("to()")
+        self._cache.clear()
+        device = None if device is None else find_device(device)
+        for network in self.networks.values():
+            prepare_for_inference(network.to(device=device), dtype)
 
-        For good, and not to be saved: `save_pretrained` refuses.
-        """
+    def offload(self, device: torch.device | str | None = None) -> None:
+        """Keep one network in memory at a time; see `Offloader`."""
+        if self.compiled:
+            raise ValueError("the networks are compiled and cannot be moved; use one or the other")
+        device = find_device(self.device if device is None else device)
+        if self.offloader is None:
+            self.offloader = Offloader(device)
+            for part in parts(self.networks.values()):
+                self.offloader.add(part)
+        elif device != self.device:
+            raise ValueError(f"the networks are offloaded already, to compute on {self.device}")
+
+    def quantize(self, kind: str = "int8") -> None:
+        """Round weights to 8 bits, except those of CLIP and codecs."""
         if kind != "int8":
             raise ValueError(f"unknown kind of weights {kind!r}; expected 'int8'")
-        self._check_untouched("quantize()")
-        for network in self.networks().values():
-            if not isinstance(network, ImageCodec):
+        self.check_unmodified("quantize()")
+        for name, network in self.networks.items():
+            if name != "clip" and not isinstance(network, ImageCodec):
                 int8.quantize(network)
-        return self
+                self.quantized = kind
 
-    @property
-    def quantized(self) -> str | None:
-        """The kind of weights that `quantize` made; None where they are as they were trained."""
-        return (
-            "int8"
-            if any(int8.is_quantized(network) for network in self.networks().values())
-            else None
-        )
+    def prepare(self, prepare: Callable[[nn.Module], None]) -> None:
+        """Apply `prepare` to all networks but CLIP, and to those that are added later."""
+        for name, network in self.networks.items():
+            if name != "clip":
+                prepare(network)
+        self._prepare = prepare
 
-    def preset(self, name: str) -> Any:
-        """The model's options by a name: "exact" for its own, "fast" for several times cheaper ones (approximate)."""
-        return presets.preset(
-            name, self.options, [up.config for up in getattr(self, "upsamplers", ())]
-        )
+    def add(self, name: str, network: nn.Module) -> None:
+        """Add or replace a network; it is cast, moved, offloaded or compiled like the others."""
+        dtype, device = self.dtype, self.device
+        prepare_for_inference(network, dtype, device)
+        self._cache.clear()
+        if self.offloader is not None:
+            self.offloader.add(network)
+        else:
+            network.to(device)
+            if self._prepare is not None:
+                self._prepare(network)
+        first = {key: self.networks[key] for key in ("clip",) if key in self.networks}
+        self.networks = {**first, name: network, **self.networks} | {name: network}
 
-    def _keeping(self) -> AbstractContextManager[None]:
-        """To be entered for a call's steps: they go quicker with memory kept, and offloading is for having little."""
-        return nullcontext() if self.offloaded else kept_memory(self.device)
+    def use(self, module: nn.Module) -> None:
+        """Bring a network to the device if it is offloaded (of an upsampler: one of its U-Nets)."""
+        if self.offloader is not None:
+            self.offloader.use(module)
 
-    def _use(self, module: nn.Module) -> None:
-        """To be called before a network (of an upsampler: one of its U-Nets) computes."""
-        if self._residency is not None:
-            self._residency.use(module)
+    def bind(self, function: F, module: nn.Module) -> F:
+        """Return `function`, with `use(module)` before each call if networks are offloaded."""
+        if self.offloader is None:
+            return function
 
-    def _check_untouched(self, call: str) -> None:
-        """ValueError unless networks can still be changed one and all."""
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.use(module)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    def cached(self, name: str, modules: Sequence[nn.Module], compute: Callable[[], V]) -> V:
+        """Return compute(), kept across calls until the weights of `modules` change."""
+        versions = [module if self.offloader else _versions(module) for module in modules]
+        if name not in self._cache or self._cache[name][0] != versions:
+            self._cache[name] = versions, compute()
+        return self._cache[name][1]
+
+    def memory(self) -> contextlib.AbstractContextManager[None]:
+        """Keep freed memory for the next step (see `memory`), unless offloaded to save memory."""
+        return contextlib.nullcontext() if self.offloaded else kept_memory(self.device)
+
+    def check_unmodified(self, call: str) -> None:
+        """ValueError if networks are offloaded or compiled, and so cannot be changed."""
         if self.offloaded:
             raise ValueError(f"the networks are offloaded; call {call} before offload()")
         if self.compiled:
             raise ValueError(f"the networks are compiled; call {call} before unclip.compile()")
 
-    def _check_whole(self) -> None:
-        """ValueError unless all weights are there and as they were trained."""
+    def check_saveable(self) -> None:
+        """ValueError unless all weights are in memory and as they were trained."""
         if self.offloaded:
             raise ValueError("the networks are offloaded; save a model before offload()")
         if self.quantized:
-            raise ValueError(
-                "the weights are rounded to 8 bits, which is not to be saved; save before quantize()"
-            )
+            raise ValueError("the weights are rounded to 8 bits; save a model before quantize()")
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Return a list that differs after each change of the weights, except through `.data`."""
+    tensors = (*module.parameters(), *module.buffers())
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def find_device(device: torch.device | str | None = None) -> torch.device:
+    """Return the device asked for, or the fastest one. ValueError if it does not exist."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device is None:
+        return torch.device(next(name for name, there in available.items() if there))
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {device!r}; expected cpu, cuda, cuda:1 or mps") from None
+    exists = available.get(found.type, False)
+    if found.type == "cuda":
+        exists = exists and (found.index or 0) < torch.cuda.device_count()
+    if not exists:
+        names = ", ".join(name for name, there in available.items() if there)
+        raise ValueError(f"device {device} is not available; available: {names}")
+    return found
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return half precision where it is fast: bfloat16, or float16, whose range is smaller."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16

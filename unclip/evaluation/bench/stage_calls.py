@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unclip.evaluation.bench.timing import Stage
 from unclip.models.dalle.sampling import sample_codes
-from unclip.pipelines.base import generators_from
 from unclip.pipelines.dalle.pipeline import DallePipeline
+from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, OnStep, Progress, TextEncoding, UnCLIPOptions
 

@@ -28,10 +28,10 @@ from unclip.evaluation.bench.memory import PeakMemory
 from unclip.evaluation.bench.random_models import build_dalle, build_karlo
 from unclip.evaluation.bench.stage_calls import StageCalls, dalle_stages, unclip_stages
 from unclip.evaluation.bench.timing import count_operations, interleave, measure_peak, time_stage
-from unclip.pipelines.base import default_dtype, find_device
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.offload import parts
+from unclip.pipelines.runtime import default_dtype, find_device
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, UnCLIPOptions
 

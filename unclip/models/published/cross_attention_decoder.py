@@ -189,15 +189,15 @@ class CrossAttentionUpsampler(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor | float,
-        low_res: Tensor,
+        context: Tensor,
         cache: DenoiserCache | None = None,  # this U-Net caches nothing
     ) -> Tensor:
         """Predict from x_t (B, 3, S, S) at t, (B,) or one number -> (B, 3 or 6, S, S).
 
-        low_res: in [-1, 1], enlarged by `condition` or small.
+        context: the small image in [-1, 1], enlarged by `condition` or not.
         """
-        if low_res.shape[2:] != x_t.shape[2:]:
-            low_res = self.condition(low_res)
-        return self.unet(torch.cat([x_t, low_res.to(x_t.dtype)], dim=1), per_row(t, x_t))
+        if context.shape[2:] != x_t.shape[2:]:
+            context = self.condition(context)
+        return self.unet(torch.cat([x_t, context.to(x_t.dtype)], dim=1), per_row(t, x_t))
 
     forward = denoise

@@ -272,20 +272,20 @@ class RelativePrior(nn.Module):
         self,
         x_t: Tensor,
         t: Tensor | float,
-        text: KeyValues,
+        context: KeyValues,
         cache: DenoiserCache | None = None,  # this network caches nothing
     ) -> Tensor:
         """Predict x_0 from x_t (B, C) at t, (B,) or one number -> (B, C).
 
-        Each row of `text`, from `condition`, serves an equal share of B.
+        Each row of `context`, from `condition`, serves an equal share of B.
         """
         B, N = len(x_t), self.config.context_length
-        text = text.expand(B)
+        context = context.expand(B)
         tokens = [self.time(per_row(t, x_t)), x_t.to(self.query.dtype), self.query.expand(B, -1)]
         x = self.norm_in(torch.stack(tokens, dim=1))  # B 3 C
         positions = torch.arange(N + 1, N + 4, device=x.device)
-        bias = self._attention_bias(positions, F.pad(text.mask, (0, 3), value=True))  # B H 3 N+5
-        for block, k_text, v_text in zip(self.blocks, text.k, text.v, strict=True):
+        bias = self._attention_bias(positions, F.pad(context.mask, (0, 3), value=True))  # B H 3 N+5
+        for block, k_text, v_text in zip(self.blocks, context.k, context.v, strict=True):
             q, k, v = block.project(x, positions)
             x = block(x, q, torch.cat([k_text, k], dim=2), torch.cat([v_text, v], dim=2), bias)
         return self.head(self.norm(x[:, -1]))

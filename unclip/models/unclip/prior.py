@@ -209,24 +209,24 @@ class DiffusionPrior(TextPrior):
         return self.config.x0_limit
 
     def denoise(
-        self, x_t: Tensor, t: Tensor | float, text: KeyValues, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Tensor | float, context: KeyValues, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
 
-        Each row of `text`, from `condition`, serves an equal share of B.
+        Each row of `context`, from `condition`, serves an equal share of B.
         """
         if cache is None:
             time = self.time(per_row(t, x_t))  # B C
         else:
             time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1 C
-        return self.predict(x_t, time, text)
+        return self.predict(x_t, time, context)
 
-    def predict(self, x_t: Tensor, time: Tensor, text: KeyValues) -> Tensor:
+    def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
         """`denoise` from the time embedding (B or 1, C) on."""
         B = len(x_t)
         x = self.x_proj(x_t.to(self.query.dtype))  # B C
         tokens = torch.stack([time.expand(B, -1), x, self.query.expand(B, -1)], dim=1)  # B 3 C
-        return self.head(self.norm(self.transform(tokens + self.positions[-3:], text)[:, -1]))
+        return self.head(self.norm(self.transform(tokens + self.positions[-3:], context)[:, -1]))
 
     def forward(
         self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None

@@ -69,20 +69,20 @@ class Upsampler(nn.Module):
         return resize(low_res, (low_res.shape[2] * factor, low_res.shape[3] * factor))
 
     def denoise(
-        self, x_t: Tensor, t: Tensor | float, low_res: Tensor, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Tensor | float, context: Tensor, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict from x_t (B, 3, S, S) at t, (B,) or one number -> (B, 3 or 6, S, S).
 
-        low_res: in [-1, 1], enlarged by `condition` or small. Crops of any size work as well.
+        context: the small image in [-1, 1], enlarged by `condition` or not. Crops work as well.
         """
-        return self._denoise(self.unet, x_t, t, low_res, cache)
+        return self._denoise(self.unet, x_t, t, context, cache)
 
     def denoise_last(
-        self, x_t: Tensor, t: Tensor | float, low_res: Tensor, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Tensor | float, context: Tensor, cache: DenoiserCache | None = None
     ) -> Tensor:
         """`denoise` with the U-Net of the last step."""
         assert self.last_unet is not None
-        return self._denoise(self.last_unet, x_t, t, low_res, cache)
+        return self._denoise(self.last_unet, x_t, t, context, cache)
 
     forward = denoise
 

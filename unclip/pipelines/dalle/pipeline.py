@@ -1,10 +1,9 @@
-"""Text or the beginning of a picture -> pictures, code by code (DALL-E, 2102.12092)."""
+"""Text, or the beginning of an image -> images, code by code (DALL-E, 2102.12092)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
-from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.clip import CLIP
 from unclip.models.codecs.codec import ImageCodec
+from unclip.models.dalle.bound import JointBound, joint_bound
 from unclip.models.dalle.sampling import (
     CodeTransformer,
     OnCode,
@@ -24,64 +23,61 @@ from unclip.models.dalle.sampling import (
     sample_code,
     sample_codes,
 )
-from unclip.pipelines.base import (
-    Batch,
-    ImageInput,
-    about_drawing,
-    check_prompts,
-    in_batches,
-    to_pil,
-)
-from unclip.pipelines.dalle.stages import DalleStages
-from unclip.pipelines.provenance import encode_picture
-from unclip.pipelines.rerank import best_of
+from unclip.pipelines.base import Pipeline, inference
+from unclip.pipelines.images import Images, open_images, to_pil, to_tensor
+from unclip.pipelines.provenance import encode_image
+from unclip.pipelines.request import Batch, Request, batches_of, check_prompts, seeds_from
+from unclip.pipelines.rerank import BestOf, check_candidates
+from unclip.pipelines.runtime import Runtime
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions, GenerationResult, OnStep, Progress, Prompt
 
-# P prompts (or pictures, or both), n pictures of each, B batch (P * n), N = h * w codes, m first ones that are given,
-# K codes of the codec
+# P prompts or images, n images of each, B batch (P * n), L text tokens, N = h * w codes, K values
+# of a code, S image size
 
 STAGE = "dalle"
-KEEP = 0.4375  # of a picture's codes: 14 of 32 rows (2102.12092, figure 2)
+KEEP = 0.4375  # of an image's codes: 14 of 32 rows (2102.12092, figure 2)
+CHUNK = 16  # images that the codec encodes together
 
 
 @dataclass(frozen=True)
-class Order:
-    """What is asked for: P pictures, each to be drawn as often as the call says."""
+class Task:
+    """P images to generate, each as often as the call says."""
 
-    prompts: list[str | None]  # None says nothing
-    told: list[dict[str, Any]]  # of the metadata
-    codes: Tensor | None = None  # (P, m) codes that come first, or (P, N) to be drawn anew
+    prompts: list[str | None]  # None for no prompt
+    metadata: list[dict[str, Any]]
+    codes: Tensor | None = None  # the first codes (P, m), or all (P, N) to be sampled again
 
     @classmethod
-    def of_pictures(
+    def on_images(
         cls,
         operation: str,
-        pictures: list[Image.Image],
+        images: list[Image.Image],
         prompts: list[str | None],
         keep: float,
         codes: Tensor,
-    ) -> Order:
-        told = [
+    ) -> Task:
+        """Continue or vary images, of which `codes` are given."""
+        metadata = [
             {
                 **({} if prompt is None else {"prompt": prompt}),
                 "operation": operation,
-                "picture": encode_picture(picture),
+                "picture": encode_image(image),
                 "arguments": {"prompt": prompt, "keep": keep},
             }
-            for picture, prompt in zip(pictures, prompts, strict=True)
+            for image, prompt in zip(images, prompts, strict=True)
         ]
-        return cls(prompts, told, codes)
+        return cls(prompts, metadata, codes)
 
 
-class DallePipeline(DalleStages):
-    """The whole of it as one `TextToImage`; its stages stay callable alone.
+class DallePipeline(Pipeline):
+    """A tokenizer, a transformer over codes, an image codec, and optionally a CLIP that selects.
 
-    Each picture has a generator, which draws a number for each of the N codes, given ones included.
+    Each image has a generator, which draws a number for each of the N codes, given ones included.
     """
 
     kind = "dalle"
-    step: Step | None = None  # of the transformer, where it is compiled
+    required = ("tokenizer", "codec", "dalle")
 
     def __init__(
         self,
@@ -95,51 +91,34 @@ class DallePipeline(DalleStages):
         licence: str = "",
         source: str | None = None,
     ) -> None:
-        """source: what `unclip.load` was given, for the pictures' metadata."""
-        super().__init__(tokenizer, codec, dalle, clip)
+        self.tokenizer, self.codec, self.dalle, self.clip = tokenizer, codec, dalle, clip
         self.options = options or CodeOptions()
-        self.name, self.licence, self.source = name, licence, source or name
+        self.step: Step | None = None  # of the transformer, if it is compiled
+        self._check_compatible()
+        networks = {"clip": clip, "codec": codec, "dalle": dalle}
+        present = {key: network for key, network in networks.items() if network is not None}
+        super().__init__(Runtime(present), name, licence, source)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> DallePipeline:
-        """A pipeline of what a checkpoint holds."""
-        if bundle.kind != cls.kind:
-            raise ValueError(
-                f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}"
-            )
-        parts, told = (
-            bundle.components,
-            {"name": bundle.name, "licence": bundle.licence, "source": source},
-        )
-        if missing := {"tokenizer", "codec", "dalle"} - parts.keys():
-            raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
+        """Make a pipeline of the components of a checkpoint."""
+        cls.check_bundle(bundle)
+        parts = bundle.components
         return cls(
             parts["tokenizer"],
             parts["codec"],
             parts["dalle"],
             parts.get("clip"),
             bundle.options,
-            **told,
+            name=bundle.name,
+            licence=bundle.licence,
+            source=source,
         )
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> DallePipeline:
-        """A folder that `save_pretrained` wrote; `unclip.load` also knows names and Hub ids."""
-        return cls.from_bundle(load_bundle(folder, dtype), source=str(folder)).to(device, dtype)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a model folder, weights in `dtype` if given; the folder that was there is replaced only at the end."""
-        self._check_whole()
+    def components(self) -> dict[str, Any]:
+        """Return the parts of a checkpoint by name."""
         clip = {} if self.clip is None else {"clip": self.clip}
-        parts = {**clip, "tokenizer": self.tokenizer, **self.networks()}
-        save_bundle(
-            Bundle(self.kind, parts, {}, self.options, self.name, self.licence), folder, dtype
-        )
+        return {**clip, "tokenizer": self.tokenizer, **self.networks()}
 
     def __call__(
         self,
@@ -153,21 +132,20 @@ class DallePipeline(DalleStages):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws `num_images` pictures of each prompt; picture k has the seed `seed` + k (random if None).
+        """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        With num_candidates, so many are drawn of each, and those are kept that CLIP finds closest to the prompt, the
-        best first: see their seeds and scores. on_step is called after every code of every batch of at most
-        `batch_size` pictures, with a preview after every row of codes.
+        With num_candidates, so many images of each prompt are sampled, and those that CLIP finds
+        closest to the prompt are kept, the best first, with their scores. on_step is called after
+        every code of every batch of at most `batch_size` images, with a preview after every row.
         """
         prompts = check_prompts(prompt)
-        order = Order(prompts, [{"prompt": text} for text in prompts])
-        return self._pictures(
-            order, num_images, num_candidates, seed, options, on_step, batch_size, progress
-        )
+        task = Task([*prompts], [{"prompt": text} for text in prompts])
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return self._run(task, request, options, num_candidates)
 
     def complete(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: Images,
         prompt: Prompt | None = None,
         *,
         keep: float = KEEP,
@@ -179,21 +157,20 @@ class DallePipeline(DalleStages):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws the rest of pictures, whose first `keep` * N codes stay exactly as they are.
+        """Complete images of which the first `keep` * N codes stay exactly as they are.
 
-        image: one or several of the size that the model draws. keep: a fraction in [0, 1). prompt: of all pictures, or
-        one for each; None says nothing. All else as in a call.
+        image: one or several of the model's size. keep: a fraction in [0, 1). prompt: of all images
+        or one for each, or None. The rest is as in a call.
         """
-        pictures, prompts = self._matched(image, prompt)
-        codes = self.encode(pictures).flatten(1)[:, : self._kept(keep)]
-        order = Order.of_pictures("complete", pictures, prompts, keep, codes)
-        return self._pictures(
-            order, num_images, num_candidates, seed, options, on_step, batch_size, progress
-        )
+        images, prompts = self._pair(image, prompt)
+        codes = self.encode(images).flatten(1)[:, : self._num_kept(keep)]
+        task = Task.on_images("complete", images, prompts, keep, codes)
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return self._run(task, request, options, num_candidates)
 
     def variations(
         self,
-        image: ImageInput | Sequence[ImageInput] | None = None,
+        image: Images | None = None,
         *,
         image_emb: Tensor | None = None,
         prompt: Prompt | None = None,
@@ -205,90 +182,125 @@ class DallePipeline(DalleStages):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws the lower part of pictures anew, as `complete` does; if `keep` is 0, every code of them.
+        """Sample the lower part of images again, as `complete` does; with keep 0, every code.
 
-        Then each code comes from what the picture's own codes before it lead the transformer to expect, and the
-        options' temperature says how far a variation may go. prompt: their own caption, or None for none. image_emb is
-        for other kinds of models.
+        At keep 0 each code is sampled given the image's own codes before it, and the temperature of
+        the options says how far a variation may go. prompt: the captions, or None. image_emb is not
+        supported by this kind of model.
         """
         if image is None or image_emb is not None:
-            raise ValueError(f"{self.name} varies pictures, not CLIP embeddings; give it an image")
-        pictures, prompts = self._matched(image, prompt)
-        codes = self.encode(pictures).flatten(1)[:, : self._kept(keep) or None]
-        order = Order.of_pictures("variations", pictures, prompts, keep, codes)
-        return self._pictures(order, num_images, None, seed, options, on_step, batch_size, progress)
+            raise ValueError(f"{self.name} varies images, not CLIP embeddings; give it an image")
+        images, prompts = self._pair(image, prompt)
+        codes = self.encode(images).flatten(1)[:, : self._num_kept(keep) or None]
+        task = Task.on_images("variations", images, prompts, keep, codes)
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return self._run(task, request, options)
 
-    def _pictures(
-        self, order: Order, num_images: int, num_candidates: int | None, *drawing: Any
-    ) -> GenerationResult:
-        """All pictures of an order, or the best of the candidates for them."""
-        if num_candidates is None:
-            return GenerationResult.cat(list(self._draw(order, num_images, *drawing)))
-        if None in order.prompts:
-            raise ValueError("candidates are compared with the prompt, but there is none; give one")
-        if self.clip is None:
+    @inference
+    def encode(self, images: Images) -> Tensor:
+        """Encode P images of S x S pixels to codes (P, h, w)."""
+        x = to_tensor(self._open(images)).to(self.device)
+        self.runtime.use(self.codec)
+        return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
+
+    @inference
+    def decode(self, codes: Tensor) -> Tensor:
+        """Decode codes (B, h, w) to images (B, 3, S, S) in [-1, 1]."""
+        self.runtime.use(self.codec)
+        return self.codec.decode(codes.to(self.device)).float()
+
+    def elbo(self, images: Images, captions: Prompt, *, seed: int | None = None) -> JointBound:
+        """Estimate the lower bound on ln p(x, y) of images and captions, with one sample of codes.
+
+        `JointBound.bits_per_dim` is an upper bound on the bits per pixel value, caption included.
+        """
+        if self.offloaded:
             raise ValueError(
-                f"{self.name} has no CLIP to choose the best candidates; leave num_candidates out"
+                "the networks are offloaded, but the bound needs both in memory; "
+                "compute it before offload()"
             )
-        clip = self.clip
+        opened, captions = self._open(images), check_prompts(captions)
+        if len(opened) != len(captions):
+            raise ValueError(
+                f"{len(captions)} captions for {len(opened)} images; expected one for each"
+            )
+        generator = torch.Generator(self.device).manual_seed(seeds_from(seed, 1)[0])
+        x, tokens = to_tensor(opened).to(self.device), self._tokens(captions)
+        bounds = [
+            joint_bound(self.dalle, self.codec, x[rows], tokens[rows], generator)
+            for rows in batches_of(len(x), CHUNK)
+        ]
+        return JointBound.cat(bounds)
 
-        def look(images: Sequence[Image.Image]) -> Tensor:
-            self._use(clip)
-            return clip.encode_image(images)
-
-        def read() -> Tensor:
-            self._use(clip)
-            return clip.encode_text(order.prompts).emb
-
-        return best_of(
-            lambda n: self._draw(order, n, *drawing), look, read, num_images, num_candidates
-        )
-
-    def _draw(
+    def _run(
         self,
-        order: Order,
-        num_images: int,
-        seed: int | None,
+        task: Task,
+        request: Request,
         options: CodeOptions | None,
-        on_step: OnStep | None,
-        batch_size: int,
-        progress: bool,
-    ) -> Iterator[GenerationResult]:
-        """Batch after batch of an order."""
+        num_candidates: int | None = None,
+    ) -> GenerationResult:
+        """Return all images of a task, or the best candidates."""
         options = options or self.options
         if not isinstance(options, CodeOptions):
             raise ValueError(
-                f"options is a {type(options).__name__}; expected CodeOptions, such as pipe.options"
+                f"options is a {type(options).__name__}; expected CodeOptions, as in pipe.options"
             )
-        about = about_drawing(self, options)
-        N, given = self.dalle.config.num_codes, 0 if order.codes is None else order.codes.shape[1]
+        if num_candidates is None:
+            return GenerationResult.cat(list(self._batches(task, request, options)))
+        check_candidates(request.num_images, num_candidates)
+        if None in task.prompts:
+            raise ValueError("candidates are compared with the prompt, but there is none; give one")
+        if self.clip is None:
+            raise ValueError(
+                f"{self.name} has no CLIP to select candidates; leave num_candidates out"
+            )
+        clip = self.clip
+
+        def encode_images(images: Sequence[Image.Image]) -> Tensor:
+            self.runtime.use(clip)
+            return clip.encode_image(images)
+
+        self.runtime.use(clip)
+        with torch.inference_mode():
+            text_emb = clip.encode_text(task.prompts).emb
+        best = BestOf(encode_images, text_emb, request.num_images, num_candidates)
+        for result in self._batches(task, request.with_images(num_candidates), options):
+            best.add(result)
+        return best.result()
+
+    def _batches(
+        self, task: Task, request: Request, options: CodeOptions
+    ) -> Iterator[GenerationResult]:
+        """Sample batch after batch of a task."""
+        about, dalle = self.describe(options), self.dalle
+        N, given = dalle.config.num_codes, 0 if task.codes is None else task.codes.shape[1]
         steps = N - given or 1
         prefix, prefix_of, null = None, None, None
-        for batch in in_batches(
-            len(order.prompts), num_images, seed, batch_size, steps, progress, on_step
-        ):
+        for batch in request.batches(len(task.prompts), steps):
             rows, n = batch.prompts, batch.num_images
-            prompts = order.prompts[rows]
-            codes = None if order.codes is None else order.codes[rows].repeat_interleave(n, dim=0)
-            self._use(self.dalle)
+            prompts = task.prompts[rows]
+            self.runtime.use(dalle)
             with torch.inference_mode():
-                if given == N:
-                    codes = self._anew(self._tokens(prompts), order.codes[rows], batch, options)
+                if task.codes is not None and given == N:
+                    tokens = self._tokens(prompts)
+                    codes = self._sample_again(tokens, task.codes[rows], batch, options)
                 else:
-                    if prefix_of != rows:  # candidates of one prompt come in several batches
-                        prefix, prefix_of = self.dalle.condition(self._tokens(prompts)), rows
+                    if prefix is None or prefix_of != rows:  # shared by the batches of one prompt
+                        prefix, prefix_of = dalle.condition(self._tokens(prompts)), rows
                     if null is None and options.guidance != 1:
-                        null = self.dalle.condition(self.dalle.null_tokens(1))
+                        null = dalle.condition(dalle.null_tokens(1))
+                    prime = task.codes
+                    if prime is not None:
+                        prime = prime[rows].repeat_interleave(n, dim=0)
+                    preview = request.on_step is not None and not self.offloaded
                     codes = sample_codes(
-                        self.dalle,
+                        dalle,
                         prefix.repeat_interleave(n),
                         batch.generators,
                         options,
-                        prime=codes,
+                        prime=prime,
                         null=null,
-                        on_code=self._reporter(
-                            batch, given, preview=on_step is not None and not self.offloaded
-                        ),
+                        on_code=self._reporter(batch, given, preview),
                         compiled_step=self.step,
                     )
                 images = self.decode(codes)
@@ -296,62 +308,95 @@ class DallePipeline(DalleStages):
                 batch.on_step(Progress(STAGE, 1, 1, images))
             yield GenerationResult(
                 to_pil(images),
-                batch.seeds,
+                [*batch.seeds],
                 [prompt for prompt in prompts for _ in range(n)],
                 metadata=[
-                    {**told, "seed": batch.seeds[k * n + i], **about}
-                    for k, told in enumerate(order.told[rows])
+                    {**entry, "seed": batch.seeds[k * n + i], **about}
+                    for k, entry in enumerate(task.metadata[rows])
                     for i in range(n)
                 ],
-                codes=codes.cpu().clone(),  # outside of inference mode: the caller may compute with them
+                # A clone made outside of inference mode, for the caller to compute with.
+                codes=codes.cpu().clone(),
             )
 
-    def _anew(self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions) -> Tensor:
-        """Each of the codes (P, N) from what those before it lead to expect, n times: (P * n, h, w)."""
+    def _sample_again(
+        self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions
+    ) -> Tensor:
+        """Sample each of the codes (P, N), given those before it, n times: (P * n, h, w)."""
         logits = self.dalle(tokens, codes).codes  # P N K
         if options.guidance != 1:
             null = self.dalle(self.dalle.null_tokens(len(codes)), codes).codes
             logits = guide(torch.cat([logits, null]), options.guidance)
-        drawn = [
+        samples = [
             sample_code(
                 logits[k // batch.num_images],
-                torch.rand(codes.shape[1], generator=g).to(self.device),
+                torch.rand(codes.shape[1], generator=generator).to(self.device),
                 options,
             )
-            for k, g in enumerate(batch.generators)
+            for k, generator in enumerate(batch.generators)
         ]
-        return torch.stack(drawn).unflatten(1, self.dalle.config.grid)
+        return torch.stack(samples).unflatten(1, self.dalle.config.grid)
 
     def _reporter(self, batch: Batch, given: int, preview: bool) -> OnCode:
-        """Tells every code; a preview shows the rows of codes that are whole, and white below."""
+        """Report every code; previews show the complete rows of codes, and white below."""
         (h, w), size = self.dalle.config.grid, self.codec.image_size
 
         def report(n: int, codes: Tensor) -> None:
-            seen = None
+            image = None
             if preview and n % w == 0:
-                drawn = self.decode(codes.unflatten(1, (n // w, w)))
-                seen = F.pad(drawn, (0, 0, 0, size - drawn.shape[2]), value=1.0)
-            batch.on_step(Progress(STAGE, n - given, h * w - given, seen))
+                decoded = self.decode(codes.unflatten(1, (n // w, w)))
+                image = F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
+            batch.on_step(Progress(STAGE, n - given, h * w - given, image))
 
         return report
 
-    def _kept(self, keep: float) -> int:
-        """How many codes that is: at least one is drawn."""
+    def _num_kept(self, keep: float) -> int:
+        """Return how many codes to keep; at least one is sampled."""
         if not 0 <= keep < 1:
-            raise ValueError(f"keep is {keep}; expected a fraction of the picture in [0, 1)")
+            raise ValueError(f"keep is {keep}; expected a fraction of the image in [0, 1)")
         N = self.dalle.config.num_codes
         return min(round(keep * N), N - 1)
 
-    def _matched(
-        self, image: ImageInput | Sequence[ImageInput], prompt: Prompt | None
+    def _pair(
+        self, image: Images, prompt: Prompt | None
     ) -> tuple[list[Image.Image], list[str | None]]:
-        """As many pictures as prompts."""
-        pictures = self._fitting(image)
-        prompts: list[str | None] = [None] if prompt is None else check_prompts(prompt)
-        if len(pictures) == 1 or len(prompts) == 1:
-            return pictures * len(prompts), prompts * len(pictures)
-        if len(pictures) != len(prompts):
+        """Return equally many images and prompts; a single one is repeated."""
+        images = self._open(image)
+        prompts: list[str | None] = [None] if prompt is None else [*check_prompts(prompt)]
+        if len(images) == 1 or len(prompts) == 1:
+            return images * len(prompts), prompts * len(images)
+        if len(images) != len(prompts):
             raise ValueError(
-                f"{len(prompts)} prompts for {len(pictures)} pictures; expected one for each, or one"
+                f"{len(prompts)} prompts for {len(images)} images; expected one for each, or one"
             )
-        return pictures, prompts
+        return images, prompts
+
+    def _tokens(self, prompts: Sequence[str | None]) -> Tensor:
+        """Return token ids (P, L); no prompt is the null, like the empty one."""
+        return self.dalle.tokens(*self.tokenizer([prompt or "" for prompt in prompts]))
+
+    def _open(self, images: Images) -> list[Image.Image]:
+        """Open images. ValueError unless they have the size of the codec."""
+        opened, size = open_images(images), self.codec.image_size
+        for image in opened:
+            if image.size != (size, size):
+                raise ValueError(
+                    f"the image is {image.width} x {image.height} px; {self.name} takes "
+                    f"{size} x {size}: crop and resize it first (--fit on the command line)"
+                )
+        return opened
+
+    def _check_compatible(self) -> None:
+        """ValueError for components that were not trained for each other."""
+        if not isinstance(self.codec, ImageCodec):
+            raise ValueError(
+                f"codec is a {type(self.codec).__name__}; expected an image codec, such as a DVAE"
+            )
+        config, tokenizer = self.dalle.config, self.tokenizer
+        config.check_codec(self.codec.vocab_size, self.codec.grid)
+        fits = tokenizer.vocab_size <= config.text_vocab
+        if not fits or tokenizer.context_length != config.context_length:
+            raise ValueError(
+                f"the tokenizer gives {tokenizer.context_length} of {tokenizer.vocab_size} tokens; "
+                f"the transformer expects {config.context_length} of {config.text_vocab}"
+            )

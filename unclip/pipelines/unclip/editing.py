@@ -1,9 +1,17 @@
-"""Inpainting, outpainting and image-to-image, on any decoder, whether it was trained for it or not."""
+"""Inpainting, outpainting and image-to-image, with any decoder, trained for it or not.
+
+Functions over a pipeline. They return `num_images` images; image k has the seed `seed` + k. What is
+kept is kept bit for bit. The prompt describes the whole image; without one, it keeps its meaning.
+An image of any size is painted through square windows of its shorter side, which the model sees at
+its own size. A model with an inpainter uses it, unless painting.trained is False.
+"""
+
+# B images, H W height and width of the canvas, S size of the model's images, s of a stage's
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,306 +22,248 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.diffusion.repaint import PaintOptions, fill, paste, repaint
-from unclip.diffusion.samplers import randn
+from unclip.diffusion.repaint import PaintOptions, fill, paste
 from unclip.image_io import open_mask
 from unclip.models.unclip.decoder import masked_image
-from unclip.pipelines.base import (
-    ImageInput,
-    check_count,
-    generators_from,
-    progress_bar,
-    seeds_from,
-    to_pil,
-)
+from unclip.pipelines.images import ImageInput, open_images, to_pil, to_tensor
 from unclip.pipelines.provenance import edited_source
-from unclip.pipelines.unclip.bound_stage import UnCLIPRuns, batches_of, several, to_tensor
+from unclip.pipelines.request import Request, generators_from
+from unclip.pipelines.unclip.stages import (
+    Generators,
+    StagedPipeline,
+    bind_stage,
+    check_options,
+    stage_sizes,
+)
 from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
 
-# B pictures, H W height and width of the canvas, S size of the model's pictures, s of a stage's
-
-ONCE = PaintOptions(
-    resamples=1, trained=False
-)  # for upsamplers: what they enlarge is in harmony already
-KNOWN = 0.25  # of a window should be known when it is painted
-MOST_WINDOWS = 64
+ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers: their input is harmonious
+MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
+MAX_WINDOWS = 64
 
 Window = tuple[int, int]  # left, top
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A picture and what is to be painted of it."""
+    """An image and the part of it to paint."""
 
-    picture: Image.Image  # that the canvas was made of
+    image: Image.Image  # that the canvas was made of
     pixels: np.ndarray  # (H, W, 3) uint8
     hole: np.ndarray  # (H, W) bool
-    side: int  # of the square windows that it is painted through
-    recipe: dict[str, Any]  # how it was made, for the metadata
+    side: int  # of the square windows
+    metadata: dict[str, Any]  # how it was made
 
 
-class UnCLIPEditing(UnCLIPRuns):
-    """Draws `num_images` pictures; picture k has the seed `seed` + k. What is kept is kept bit for bit.
+def inpaint(
+    pipe: StagedPipeline,
+    image: ImageInput,
+    mask: Image.Image | str | Path,
+    prompt: str | None,
+    painting: PaintOptions | None,
+    options: UnCLIPOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Paint the white part of a mask of the same size, or the transparent part if it has one.
 
-    The prompt tells what the whole picture shows; without one, it is to mean what it means now. A picture of any size
-    is painted through square windows of its shorter side, which the model sees at its own size.
-
-    A model with an inpainter paints with it, unless painting.trained is False; any other with its plain decoder.
+    With painting.strength below 1, the old content shines through. Warns if nothing or everything
+    is marked.
     """
-
-    def inpaint(
-        self,
-        image: ImageInput,
-        mask: Image.Image | str | Path,
-        prompt: str | None = None,
-        *,
-        painting: PaintOptions | None = None,
-        num_images: int = 1,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Paints anew what is white in the mask, or transparent if it has transparent parts; it is as large as image.
-
-        With painting.strength below 1, what is there shines through. A warning if nothing or everything is marked.
-        """
-        picture, marked = _one(image), open_mask(mask)
-        if marked.size != picture.size:
-            sizes = "{} x {} px, but the picture is {} x {}".format(*marked.size, *picture.size)
-            raise ValueError(f"the mask is {sizes}; expected the same size")
-        hole = np.asarray(marked) > 0
-        if not hole.any():
-            warnings.warn(
-                "nothing is marked in the mask (black = keep): the picture stays as it is",
-                stacklevel=2,
-            )
-        elif hole.all():
-            warnings.warn(
-                "everything is marked in the mask (white = paint): nothing is kept", stacklevel=2
-            )
-        recipe = {"operation": "inpaint", **edited_source(picture, marked)}
-        canvas = Canvas(picture, np.asarray(picture), hole, min(picture.size), recipe)
-        return self._paint(
-            canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress
+    source, marked = _open_one(image), open_mask(mask)
+    if marked.size != source.size:
+        sizes = "{} x {} px, but the image is {} x {}".format(*marked.size, *source.size)
+        raise ValueError(f"the mask is {sizes}; expected the same size")
+    hole = np.asarray(marked) > 0
+    if not hole.any():
+        warnings.warn(
+            "nothing is marked in the mask (black = keep): the image stays as it is", stacklevel=3
         )
-
-    def outpaint(
-        self,
-        image: ImageInput,
-        prompt: str | None = None,
-        *,
-        left: int = 0,
-        top: int = 0,
-        right: int = 0,
-        bottom: int = 0,
-        painting: PaintOptions | None = None,
-        num_images: int = 1,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Goes on with a picture beyond its borders, by so many pixels on each side."""
-        borders = {"left": left, "top": top, "right": right, "bottom": bottom}
-        for name, width in borders.items():
-            if not isinstance(width, int) or width < 0:
-                raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
-        if not any(borders.values()):
-            raise ValueError(
-                "left, top, right and bottom are all 0; expected pixels to add on at least one side"
-            )
-        picture = _one(image)
-        width, height = picture.width + left + right, picture.height + top + bottom
-        side = min(picture.size)
-        _check_windows(
-            0, width * height - picture.width * picture.height, side
-        )  # before they are in memory
-        around = ((top, bottom), (left, right))
-        pixels = np.pad(np.asarray(picture), (*around, (0, 0)))
-        hole = np.pad(np.zeros(picture.size[::-1], dtype=bool), around, constant_values=True)
-        recipe = {"operation": "outpaint", **edited_source(picture), "arguments": borders}
-        canvas = Canvas(picture, pixels, hole, side, recipe)
-        return self._paint(
-            canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress
+    elif hole.all():
+        warnings.warn(
+            "everything is marked in the mask (white = paint): nothing is kept", stacklevel=3
         )
+    metadata = {"operation": "inpaint", **edited_source(source, marked)}
+    canvas = Canvas(source, np.asarray(source), hole, min(source.size), metadata)
+    return _paint(pipe, canvas, prompt, painting or PaintOptions(), options, request)
 
-    def image_to_image(
-        self,
-        image: ImageInput,
-        prompt: str | None = None,
-        *,
-        strength: float = 0.6,
-        num_images: int = 1,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Draws the whole picture anew, from what noise of some strength leaves of it (SDEdit, 2108.01073).
 
-        strength: above 0 (nearly the same) to 1 (nothing is left of it).
-        """
-        picture = _one(image)
-        recipe = {"operation": "image_to_image", **edited_source(picture)}
-        hole = np.ones(picture.size[::-1], dtype=bool)
-        canvas = Canvas(picture, np.asarray(picture), hole, min(picture.size), recipe)
-        painting = replace(ONCE, strength=strength)
-        result = self._paint(
-            canvas, prompt, painting, num_images, seed, options, on_step, batch_size, progress
+def outpaint(
+    pipe: StagedPipeline,
+    image: ImageInput,
+    prompt: str | None,
+    borders: Mapping[str, int],
+    painting: PaintOptions | None,
+    options: UnCLIPOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Extend an image by `borders` pixels: "left", "top", "right" and "bottom"."""
+    for name, width in borders.items():
+        if not isinstance(width, int) or width < 0:
+            raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
+    if not any(borders.values()):
+        raise ValueError(
+            "left, top, right and bottom are all 0; expected pixels to add on at least one side"
         )
-        for entry in result.metadata:
-            entry["arguments"] = {"prompt": prompt, "strength": strength}
-        return result
+    source = _open_one(image)
+    left, top, right, bottom = (borders[name] for name in ("left", "top", "right", "bottom"))
+    width, height = source.width + left + right, source.height + top + bottom
+    side = min(source.size)
+    _check_windows(0, width * height - source.width * source.height, side)  # before allocation
+    around = ((top, bottom), (left, right))
+    pixels = np.pad(np.asarray(source), (*around, (0, 0)))
+    hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
+    metadata = {"operation": "outpaint", **edited_source(source), "arguments": dict(borders)}
+    canvas = Canvas(source, pixels, hole, side, metadata)
+    return _paint(pipe, canvas, prompt, painting or PaintOptions(), options, request)
 
-    def _paint(
-        self,
-        canvas: Canvas,
-        prompt: str | None,
-        painting: PaintOptions | None,
-        num_images: int,
-        seed: int | None,
-        options: UnCLIPOptions | None,
-        on_step: OnStep | None,
-        batch_size: int,
-        progress: bool,
-    ) -> GenerationResult:
-        painting = self._settled(painting or PaintOptions())
-        check_count("num_images", num_images)
-        check_count("batch_size", batch_size)
-        options = options or self.options
-        self._check_options(options)
-        if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
-            raise ValueError(
-                "painting goes back and forth between steps and needs cache_interval 1"
-            )
-        seeds = seeds_from(seed, num_images)
-        windows = list(windows_over(canvas.hole, canvas.side))
-        batches = list(batches_of(num_images, batch_size))
-        once = painting.resamples * painting.steps(options.decoder.steps)
-        steps = len(windows) * (once + sum(stage.steps for stage in options.upsamplers))
-        steps += 0 if prompt is None else self.prior_steps(options.prior)
-        images, embs = [], []
-        with (
-            torch.inference_mode(),
-            self._keeping(),
-            progress_bar(len(batches) * steps, progress, on_step) as report,
-        ):
-            for rows in batches:
-                generators = generators_from(seeds[rows])
-                image_emb, text = self._content(canvas.picture, prompt, generators, options, report)
-                pixels, hole = (
-                    np.repeat(canvas.pixels[None], len(generators), axis=0),
-                    canvas.hole.copy(),
+
+def image_to_image(
+    pipe: StagedPipeline,
+    image: ImageInput,
+    prompt: str | None,
+    strength: float,
+    options: UnCLIPOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Repaint the whole image from its noised version (SDEdit, 2108.01073)."""
+    source = _open_one(image)
+    metadata = {"operation": "image_to_image", **edited_source(source)}
+    hole = np.ones(source.size[::-1], dtype=bool)
+    canvas = Canvas(source, np.asarray(source), hole, min(source.size), metadata)
+    result = _paint(pipe, canvas, prompt, replace(ONCE, strength=strength), options, request)
+    for entry in result.metadata:
+        entry["arguments"] = {"prompt": prompt, "strength": strength}
+    return result
+
+
+def _paint(
+    pipe: StagedPipeline,
+    canvas: Canvas,
+    prompt: str | None,
+    painting: PaintOptions,
+    options: UnCLIPOptions | None,
+    request: Request,
+) -> GenerationResult:
+    options, painting = options or pipe.options, _choose_decoder(pipe, painting)
+    check_options(pipe, options)
+    if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
+        raise ValueError(
+            "cache_interval above 1 cannot be used for painting, which goes back and forth between "
+            "steps; set it to 1"
+        )
+    seeds = request.seeds(1)
+    windows = list(windows_over(canvas.hole, canvas.side))
+    batches, steps = request.rows(len(seeds)), _num_steps(pipe, len(windows), painting, options)
+    if prompt is not None and pipe.prior_stage is not None:
+        steps += pipe.prior_stage.steps(options.prior)
+    images, embs = [], []
+    with torch.inference_mode(), request.track(len(batches) * steps) as on_step:
+        for rows in batches:
+            generators = generators_from(seeds[rows])
+            image_emb, text = _content(pipe, canvas.image, prompt, generators, options, on_step)
+            pixels = np.repeat(canvas.pixels[None], len(generators), axis=0)
+            hole = canvas.hole.copy()
+            for left, top in windows:
+                window = np.s_[top : top + canvas.side, left : left + canvas.side]
+                view = pixels[(slice(None), *window)]  # (B, side, side, 3)
+                size, keep = stage_sizes(pipe, options)[-1], painting.strength < 1
+                known, marked = to_model(view, hole[window], size, keep)
+                x = _paint_window(
+                    pipe, known, marked, image_emb, text, generators, options, painting, on_step
                 )
-                for left, top in windows:
-                    seen = np.s_[top : top + canvas.side, left : left + canvas.side]
-                    through = pixels[(slice(None), *seen)]  # (B, side, side, 3), a view
-                    known, marked = to_model(
-                        through, hole[seen], self._sizes(options)[-1], painting.strength < 1
-                    )
-                    x = self._paint_square(
-                        known, marked, image_emb, text, generators, options, painting, report
-                    )
-                    for one, drawn in zip(through, to_pil(x), strict=True):
-                        drawn = drawn.resize((canvas.side,) * 2, Image.Resampling.LANCZOS)
-                        one[hole[seen]] = np.asarray(drawn)[hole[seen]]
-                    hole[seen] = False
-                images += [Image.fromarray(one) for one in pixels]
-                embs.append(image_emb.cpu())
-        told = {
-            **canvas.recipe.get("arguments", {}),
-            "prompt": prompt,
-            "painting": asdict(painting),
-        }
-        entries = [
-            {**canvas.recipe, "arguments": told, "seed": one, **self._about(options)}
-            for one in seeds
-        ]
-        return GenerationResult(
-            images, list(seeds), [prompt] * num_images, torch.cat(embs), entries
-        )
+                for pixel, painted in zip(view, to_pil(x), strict=True):
+                    painted = painted.resize((canvas.side,) * 2, Image.Resampling.LANCZOS)
+                    pixel[hole[window]] = np.asarray(painted)[hole[window]]
+                hole[window] = False
+            images += [Image.fromarray(one) for one in pixels]
+            embs.append(image_emb.cpu())
+    arguments = {
+        **canvas.metadata.get("arguments", {}),
+        "prompt": prompt,
+        "painting": asdict(painting),
+    }
+    about = pipe.describe(options)
+    entries = [{**canvas.metadata, "arguments": arguments, "seed": seed, **about} for seed in seeds]
+    return GenerationResult(images, [*seeds], [prompt] * len(seeds), torch.cat(embs), entries)
 
-    def _settled(self, painting: PaintOptions) -> PaintOptions:
-        """`painting` that says which decoder paints."""
-        if painting.trained and self.inpainter is None:
-            raise ValueError("this model has no inpainter: painting.trained must be False or None")
-        return (
-            replace(painting, trained=self.inpainter is not None)
-            if painting.trained is None
-            else painting
-        )
 
-    def _content(
-        self,
-        picture: Image.Image,
-        prompt: str | None,
-        generators: Sequence[torch.Generator],
-        options: UnCLIPOptions,
-        on_step: OnStep,
-    ) -> tuple[Tensor, TextEncoding | None]:
-        """What the pictures are to show: image embeddings (B, D), and the prompt for each."""
-        B = len(generators)
-        if prompt is None:
-            return self.encode_image(picture).expand(B, -1), None
-        text = self.encode_text(prompt)
-        image_emb = self.sample_prior(
-            text,
-            num_images=B,
-            generators=generators,
-            options=options.prior,
-            candidates=options.prior_candidates,
-            on_step=on_step,
-        )
-        return image_emb, text.repeat_interleave(B)
+def _choose_decoder(pipe: StagedPipeline, painting: PaintOptions) -> PaintOptions:
+    """Set painting.trained if it is None."""
+    has_inpainter = pipe.inpainter_stage is not None
+    if painting.trained and not has_inpainter:
+        raise ValueError("this model has no inpainter: painting.trained must be False or None")
+    return replace(painting, trained=has_inpainter) if painting.trained is None else painting
 
-    def _paint_square(
-        self,
-        known: Tensor,
-        hole: Tensor,
-        image_emb: Tensor,
-        text: TextEncoding | None,
-        generators: Sequence[torch.Generator],
-        options: UnCLIPOptions,
-        painting: PaintOptions,
-        on_step: OnStep,
-    ) -> Tensor:
-        """Paints the hole (1, 1, S, S) of known (B, 3, S, S) at each stage's size in turn."""
-        known, hole, x = known.to(self.device), hole.to(self.device), None
-        for i, size in enumerate(self._sizes(options)):
-            factor = known.shape[-1] // size
-            picture, marked = F.avg_pool2d(known, factor), F.max_pool2d(hole.float(), factor) > 0
 
-            def noise(shape: torch.Size = picture.shape) -> Tensor:
-                return randn(shape, generators, self.device)
+def _num_steps(
+    pipe: StagedPipeline, windows: int, painting: PaintOptions, options: UnCLIPOptions
+) -> int:
+    decoder = painting.resamples * painting.steps(options.decoder.steps)
+    return windows * (decoder + sum(stage.steps for stage in options.upsamplers))
 
-            how, told = ONCE, None
-            if i == 0:
-                how, told = painting, masked_image(picture, marked)
-                image_emb = self._agreeing(image_emb, told, painting)
-            run = self._run(i, options, image_emb, x, text, told if how.trained else None)
-            task = run.estimate, picture, marked, run.schedule, run.timesteps, noise
-            painted = repaint(*task, how, run.reporter(on_step))
-            x = paste(painted, picture, marked, radius=max(1, size // 32)).clamp(-1, 1)
-        return x
 
-    def _agreeing(self, image_emb: Tensor, known: Tensor, painting: PaintOptions) -> Tensor:
-        """image_emb (B, D), bent to what is known, (B, 4, s, s), if the decoder that paints is shown a layout."""
-        decoder = self.inpainter if painting.trained else self.decoder
-        layout = getattr(decoder, "layout", None)
-        if layout is None or not painting.agreement or not known[:, 3:].any():
-            return image_emb
-        self._use(decoder)
-        return layout.guide_embedding(image_emb.to(self.device), known, painting.agreement)
+def _content(
+    pipe: StagedPipeline,
+    image: Image.Image,
+    prompt: str | None,
+    generators: Generators,
+    options: UnCLIPOptions,
+    on_step: OnStep,
+) -> tuple[Tensor, TextEncoding | None]:
+    """Return image embeddings (B, D) of the prompt or the image, and B encodings of the prompt."""
+    B = len(generators)
+    if prompt is None:
+        return pipe.encode_image(image).expand(B, -1), None
+    text = pipe.encode_text(prompt)
+    image_emb = pipe.sample_prior(
+        text,
+        num_images=B,
+        generators=generators,
+        options=options.prior,
+        candidates=options.prior_candidates,
+        on_step=on_step,
+    )
+    return image_emb, text.repeat_interleave(B)
+
+
+def _paint_window(
+    pipe: StagedPipeline,
+    known: Tensor,
+    hole: Tensor,
+    image_emb: Tensor,
+    text: TextEncoding | None,
+    generators: Sequence[torch.Generator],
+    options: UnCLIPOptions,
+    painting: PaintOptions,
+    on_step: OnStep,
+) -> Tensor:
+    """Paint the hole (1, 1, S, S) of known (B, 3, S, S) at each stage's size in turn."""
+    device = pipe.runtime.device
+    known, hole, x = known.to(device), hole.to(device), None
+    for i, size in enumerate(stage_sizes(pipe, options)):
+        factor = known.shape[-1] // size
+        image, marked = F.avg_pool2d(known, factor), F.max_pool2d(hole.float(), factor) > 0
+        if i == 0:
+            decoder, masked, how = pipe.decoder_stage, masked_image(image, marked), painting
+            if painting.trained:
+                assert pipe.inpainter_stage is not None
+                decoder = pipe.inpainter_stage
+            emb = decoder.guide_embedding(image_emb, masked, painting.agreement)
+            stage = decoder.bind(
+                emb, text, options.decoder, known=masked if painting.trained else None
+            )
+        else:
+            stage, how = bind_stage(pipe, i, options, image_emb, x), ONCE
+        painted = stage.repaint(image, marked, generators, how, on_step)
+        x = paste(painted, image, marked, radius=max(1, size // 32)).clamp(-1, 1)
+    assert x is not None
+    return x
 
 
 def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
-    """Squares that together cover the hole (H, W) bool, in an order in which each sees some of what is known.
+    """Yield squares that together cover the hole (H, W) bool, ordered to see known pixels.
 
-    ValueError if there would be more than MOST_WINDOWS.
+    ValueError if there would be more than MAX_WINDOWS.
     """
     hole, found = hole.copy(), 0
     while area := int(hole.sum()):
@@ -325,48 +275,45 @@ def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
 
 
 def _check_windows(found: int, area: int, side: int) -> None:
-    """ValueError unless, beside the windows found, those that `area` more pixels take at least are few enough."""
-    if area > (MOST_WINDOWS - found) * side**2:
+    """ValueError if `area` more pixels certainly need too many windows."""
+    if area > (MAX_WINDOWS - found) * side**2:
         raise ValueError(
-            f"what is to be painted takes too many windows of {side} x {side} px, the picture's shorter side; "
-            f"expected at most {MOST_WINDOWS} windows: paint less at a time"
+            f"the painted part needs too many windows of {side} x {side} px, the image's shorter "
+            f"side; expected at most {MAX_WINDOWS} windows: paint less at a time"
         )
 
 
 def _next_window(hole: np.ndarray, side: int) -> Window:
-    """Around the hole, if that is small; else where most is to be painted with enough known beside it."""
-    spans = []
+    """Centre the window on a small hole; otherwise maximise the hole in it, with enough known."""
+    spans = []  # for x and y: the central position, whether the hole fits, all positions
     for marked, length in ((hole.any(axis=0), hole.shape[1]), (hole.any(axis=1), hole.shape[0])):
         first, last = np.flatnonzero(marked)[[0, -1]]
         middle = min(max(0, int(first + last + 1 - side) // 2), length - side)
-        spans.append(
-            (
-                {middle},
-                last - first < (1 - KNOWN) * side,
-                {*range(0, length - side, max(1, side // 2)), length - side},
-            )
-        )
+        positions = {*range(0, length - side, max(1, side // 2)), length - side}
+        spans.append(({middle}, last - first < (1 - MIN_KNOWN) * side, positions))
     (left, x_fits, lefts), (top, y_fits, tops) = spans
-    places = [
-        (x, y) for y in sorted(top if y_fits else tops) for x in sorted(left if x_fits else lefts)
-    ]
-    share = {(x, y): float(hole[y : y + side, x : x + side].mean()) for x, y in places}
-    if enough := {place: found for place, found in share.items() if 0 < found <= 1 - KNOWN}:
-        return max(enough, key=enough.get)
+    share = {
+        (x, y): float(hole[y : y + side, x : x + side].mean())
+        for y in sorted(top if y_fits else tops)
+        for x in sorted(left if x_fits else lefts)
+    }
+    if enough := {at: found for at, found in share.items() if 0 < found <= 1 - MIN_KNOWN}:
+        return max(enough, key=lambda at: enough[at])
     centre = ((hole.shape[1] - side) / 2, (hole.shape[0] - side) / 2)
     return min(
-        (place for place in places if share[place] > 0),
-        key=lambda place: (share[place], abs(place[0] - centre[0]) + abs(place[1] - centre[1])),
+        (at for at in share if share[at] > 0),
+        key=lambda at: (share[at], abs(at[0] - centre[0]) + abs(at[1] - centre[1])),
     )
 
 
 def to_model(pixels: np.ndarray, hole: np.ndarray, size: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """A window as the model sees it: (B, h, h, 3), (h, h) -> (B, 3, size, size) in [-1, 1], (1, 1, size, size) bool.
+    """Resize a window for the model: (B, h, h, 3) uint8 and its hole (h, h) bool.
 
-    Unless `keep`, the hole is filled with what is around it, so that nothing of it gets into the known pixels beside.
+    -> (B, 3, size, size) in [-1, 1] and (1, 1, size, size) bool. Unless `keep`, the hole is filled
+    with the surrounding colours, so that its content does not leak into known pixels.
     """
     side = len(hole)
-    if side > size:  # by Pillow, which makes no large floats of it
+    if side > size:  # Pillow needs less memory than torch
         pixels = np.stack([_shrink(one, size) for one in pixels])
         hole = _shrink(hole.astype(np.uint8) * 255, size) > 0
     known, marked = to_tensor(pixels), torch.from_numpy(hole)[None, None]
@@ -382,8 +329,8 @@ def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))
 
 
-def _one(image: ImageInput) -> Image.Image:
-    pictures = several(image)
-    if len(pictures) != 1:
-        raise ValueError(f"{len(pictures)} pictures were given; expected one at a time")
-    return pictures[0]
+def _open_one(image: ImageInput) -> Image.Image:
+    images = open_images(image)
+    if len(images) != 1:
+        raise ValueError(f"got {len(images)} images; expected one at a time")
+    return images[0]

@@ -1,10 +1,12 @@
-"""The two-part latent of a picture (unCLIP 3): what CLIP sees in it, and the noise that all the rest comes from."""
+"""The two-part latent of an image (unCLIP 3): its CLIP embedding, and the noise for the rest."""
+
+# B images, D CLIP embedding width, s side of the decoder's images, S of an upsampler's
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,160 +16,149 @@ from torch import Tensor
 
 from unclip.config import parse, to_dict
 from unclip.embeddings import slerp
-from unclip.pipelines.base import check_count, with_named_sampler
+from unclip.pipelines.request import check_count
 from unclip.types import StageOptions, UnCLIPOptions
 from unclip.weights import read_tensors, save_tensors
-
-# B pictures, D CLIP embedding width, s side of the decoder's pictures, S of an upsampler's
 
 METADATA_KEY = "unclip_latent"  # of the safetensors file
 
 
 @dataclass(frozen=True)
 class Latent:
-    """The latents of B pictures, on the CPU in float32."""
+    """The latents of B images, on the CPU in float32."""
 
     image_emb: Tensor  # (B, D) z_i
-    noise: tuple[
-        Tensor, ...
-    ]  # x_T of the decoder (B, 3, s, s), then of each upsampler (B, 3, S, S)
-    options: UnCLIPOptions  # under which the noise belongs to the pictures
-    sources: tuple[dict[str, Any], ...] = field(
-        default=()
-    )  # of each picture: what it was made of, as JSON types
+    noise: tuple[Tensor, ...]  # x_T of the decoder (B, 3, s, s), then of each upsampler
+    options: UnCLIPOptions  # of the inversion
+    sources: tuple[dict[str, Any], ...] = ()  # what each image was made of, as JSON types
 
     def __post_init__(self) -> None:
-        lengths = {
-            len(x) for x in (self.image_emb, *self.noise, *([self.sources] if self.sources else []))
-        }
-        if len(lengths) != 1:
+        parts = [self.image_emb, *self.noise, *([self.sources] if self.sources else [])]
+        if len(lengths := {len(part) for part in parts}) != 1:
             raise ValueError(
-                f"the parts of a latent are of {sorted(lengths)} pictures; expected one number"
+                f"the parts of a latent have {sorted(lengths)} images; expected equal numbers"
             )
 
     def __len__(self) -> int:
         return len(self.image_emb)
 
     def __getitem__(self, rows: int | slice | Sequence[int]) -> Latent:
-        """One of the pictures, some of them, or the same one several times."""
-        rows = (
-            [rows]
-            if isinstance(rows, int)
-            else list(range(len(self))[rows] if isinstance(rows, slice) else rows)
-        )
-        sources = tuple(self.sources[row] for row in rows) if self.sources else ()
+        """Select images, also repeatedly."""
+        if isinstance(rows, int):
+            rows = [rows]
+        rows = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
         return replace(
             self,
             image_emb=self.image_emb[rows],
             noise=tuple(x[rows] for x in self.noise),
-            sources=sources,
+            sources=tuple(self.sources[row] for row in rows) if self.sources else (),
         )
 
     def repeat_interleave(self, n: int) -> Latent:
-        """Each picture n times in a row."""
+        """Repeat each image n times."""
         return self[[row for row in range(len(self)) for _ in range(n)]]
 
     @classmethod
     def cat(cls, parts: Sequence[Latent]) -> Latent:
-        """The pictures of several latents, one after the other; ValueError if their options differ."""
-        if any(part.options != parts[0].options for part in parts):
+        """Concatenate latents. ValueError if their options differ."""
+        options = parts[0].options
+        if any(part.options != options for part in parts):
             raise ValueError(
-                "the latents were made under different options; invert all pictures under the same ones"
+                "the latents have different options; invert all images with the same ones"
             )
-        sources = tuple(source for part in parts for source in part.sources)
-        noise = tuple(
-            torch.cat(of_stage) for of_stage in zip(*(part.noise for part in parts), strict=True)
+        stages = zip(*(part.noise for part in parts), strict=True)
+        return cls(
+            torch.cat([part.image_emb for part in parts]),
+            tuple(torch.cat(noise) for noise in stages),
+            options,
+            tuple(source for part in parts for source in part.sources),
         )
-        return cls(torch.cat([part.image_emb for part in parts]), noise, parts[0].options, sources)
 
     def save(self, file: str | Path) -> None:
-        """Writes a safetensors file; the folder it goes into is made."""
-        tensors = {
-            "image_emb": self.image_emb,
-            **{f"noise_{i}": x for i, x in enumerate(self.noise)},
-        }
-        told = {"options": to_dict(self.options), "sources": list(self.sources)}
-        save_tensors(tensors, file, {METADATA_KEY: json.dumps(told)})
+        """Write a safetensors file, and its folder if it does not exist."""
+        noise = {f"noise_{i}": x for i, x in enumerate(self.noise)}
+        header = {"options": to_dict(self.options), "sources": list(self.sources)}
+        tensors = {"image_emb": self.image_emb, **noise}
+        save_tensors(tensors, file, {METADATA_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, file: str | Path) -> Latent:
-        """What `save` wrote; ValueError if the file holds anything else."""
+        """Read a file of `save`. ValueError if it contains anything else."""
         tensors = read_tensors(file)
         with safe_open(file, "pt") as opened:
-            told = (opened.metadata() or {}).get(METADATA_KEY)
-        if told is None or tensors.keys() != {
-            "image_emb",
-            *(f"noise_{i}" for i in range(len(tensors) - 1)),
-        }:
+            header = (opened.metadata() or {}).get(METADATA_KEY)
+        names = [f"noise_{i}" for i in range(len(tensors) - 1)]
+        if header is None or tensors.keys() != {"image_emb", *names}:
             raise ValueError(
-                f"{file} is no saved latent; expected what `unclip reconstruct --save-latent` writes"
+                f"{file} is not a saved latent; expected a file of Latent.save or "
+                f"`unclip reconstruct --save-latent`"
             )
-        told = json.loads(told)
-        options = parse(UnCLIPOptions, told["options"], f"options in {file}")
-        noise = tuple(tensors[f"noise_{i}"] for i in range(len(tensors) - 1))
-        return cls(tensors["image_emb"], noise, options, tuple(told["sources"]))
+        header = json.loads(header)
+        options = parse(UnCLIPOptions, header["options"], f"options in {file}")
+        noise = tuple(tensors[name] for name in names)
+        return cls(tensors["image_emb"], noise, options, tuple(header["sources"]))
 
 
 def deterministic(options: UnCLIPOptions, steps: int = 50) -> UnCLIPOptions:
-    """`options` with what can be inverted: DDIM without noise, at least `steps` steps in the decoder."""
+    """Return invertible options: DDIM without noise, at least `steps` steps in the decoder."""
 
-    def plain(stage: StageOptions, steps: int) -> StageOptions:
-        return replace(stage, sampler="ddim", eta=0.0, cache_interval=1, steps=max(steps, stage.steps))
+    def invertible(stage: StageOptions, steps: int) -> StageOptions:
+        steps = max(steps, stage.steps)
+        return replace(stage, sampler="ddim", eta=0.0, cache_interval=1, steps=steps)
 
-    upsamplers = tuple(plain(stage, 1) for stage in options.upsamplers)
-    return replace(options, decoder=plain(options.decoder, steps), upsamplers=upsamplers)
+    upsamplers = tuple(invertible(stage, 1) for stage in options.upsamplers)
+    return replace(options, decoder=invertible(options.decoder, steps), upsamplers=upsamplers)
 
 
 def check_invertible(options: UnCLIPOptions) -> None:
-    """ValueError unless decoder and upsamplers are sampled by DDIM, without noise and whole."""
-    for name, stage in (
-        ("decoder", options.decoder),
-        *((f"upsampler {i}", o) for i, o in enumerate(options.upsamplers)),
-    ):
+    """ValueError unless decoder and upsamplers use DDIM, without noise and without caching."""
+    stages = {"decoder": options.decoder}
+    stages |= {f"upsampler {i}": stage for i, stage in enumerate(options.upsamplers)}
+    for name, stage in stages.items():
         if stage.sampler != "ddim" or stage.eta != 0 or stage.cache_interval != 1:
-            sampler = with_named_sampler(stage).sampler
+            sampler = stage.sampler
+            sampler = sampler if isinstance(sampler, str) else type(sampler).__name__
             raise ValueError(
-                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and cache_interval {stage.cache_interval}; only 'ddim', "
-                f"0 and 1 can be inverted: deterministic(options) in unclip.pipelines.unclip.latent sets them"
+                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and cache_interval "
+                f"{stage.cache_interval}; only 'ddim', 0 and 1 can be inverted, as in "
+                f"unclip.pipelines.unclip.latent.deterministic(options)"
             )
 
 
-def places_on_path(frames: int | Sequence[float]) -> list[float]:
-    """So many places, evenly from 0 to 1, or those that are given; ValueError if these are others."""
+def path_positions(frames: int | Sequence[float]) -> list[float]:
+    """Return so many positions, evenly from 0 to 1, or the given ones if they are in [0, 1]."""
     if isinstance(frames, Sequence):
-        if not frames or not all(0.0 <= place <= 1.0 for place in frames):
-            raise ValueError(f"frames is {frames}; expected places on the path, each from 0 to 1")
-        return [float(place) for place in frames]
+        if not frames or not all(0.0 <= position <= 1.0 for position in frames):
+            raise ValueError(f"frames is {frames}; expected positions on the path, each in [0, 1]")
+        return [float(position) for position in frames]
     check_count("frames", frames)
     if frames < 2:
-        raise ValueError("frames is 1; a path shows at least its two ends")
+        raise ValueError("frames is 1; expected at least the two ends of the path")
     return [k / (frames - 1) for k in range(frames)]
 
 
 def check_path(count: int) -> None:
-    """ValueError unless a path leads through so many pictures or prompts."""
+    """ValueError for a path of fewer than two images or prompts."""
     if count < 2:
-        raise ValueError(f"a path leads through at least 2 pictures or prompts; got {count}")
+        raise ValueError(f"a path needs at least 2 images or prompts; got {count}")
 
 
-def along(path: Latent, fractions: Sequence[float]) -> Latent:
-    """Points on the path through all pictures of a latent: 0 is the first, 1 the last, evenly between.
+def along(path: Latent, positions: Sequence[float]) -> Latent:
+    """Return points on the path through the images of a latent: 0 is the first, 1 the last.
 
-    Each part runs along great circles (unCLIP 3.2); where a fraction meets a picture, the point is its latent.
+    Each segment is a great circle (unCLIP 3.2); at an image, the point is exactly its latent.
     """
     segments = max(1, len(path) - 1)
-    places = [min(int(fraction * segments), segments - 1) for fraction in fractions]
-    within = torch.tensor(
-        [fraction * segments - place for fraction, place in zip(fractions, places, strict=True)]
+    before = [min(int(position * segments), segments - 1) for position in positions]
+    after = [min(i + 1, len(path) - 1) for i in before]
+    t = torch.tensor(
+        [position * segments - i for position, i in zip(positions, before, strict=True)]
     )
-    after = [min(place + 1, len(path) - 1) for place in places]
 
     def between(x: Tensor) -> Tensor:
-        a, b = x[places].flatten(1), x[after].flatten(1)
-        arc = slerp(a, b, within)
-        ends = within[:, None]
+        a, b = x[before].flatten(1), x[after].flatten(1)
+        arc, ends = slerp(a, b, t), t[:, None]
         return torch.where(ends <= 0, a, torch.where(ends >= 1, b, arc)).view(-1, *x.shape[1:])
 
-    return replace(
-        path, image_emb=between(path.image_emb), noise=tuple(map(between, path.noise)), sources=()
-    )
+    noise = tuple(map(between, path.noise))
+    return replace(path, image_emb=between(path.image_emb), noise=noise, sources=())

@@ -1,4 +1,11 @@
-"""What unCLIP's section 3 does with latents: inversion, reconstruction, variations, interpolation, text diffs."""
+"""Manipulations of latents (unCLIP 3): inversion, variations, interpolation, text diffs.
+
+Functions over a pipeline. They take images, or their latents if these exist already. Without
+options, those of the latent are used; for an image, the model's own with at least 50 steps of DDIM
+in the decoder.
+"""
+
+# B images, D CLIP embedding width, S size of a stage's images
 
 from __future__ import annotations
 
@@ -11,27 +18,19 @@ import torch
 from torch import Tensor
 
 from unclip.config import to_dict
-from unclip.diffusion.inversion import InversionOptions, invert
-from unclip.diffusion.samplers import randn, sample
-from unclip.embeddings import normalise, text_diff, text_direction
+from unclip.diffusion.inversion import InversionOptions
+from unclip.diffusion.samplers import randn
+from unclip.embeddings import normalise, text_direction
+from unclip.embeddings import text_diff as turn
 from unclip.image_io import open_image
-from unclip.pipelines.base import (
-    ImageInput,
-    check_count,
+from unclip.pipelines.base import with_named_samplers
+from unclip.pipelines.images import ImageInput, Images, fit, list_images, to_pil, to_tensor
+from unclip.pipelines.provenance import image_source, random_source
+from unclip.pipelines.request import (
+    Request,
     check_prompts,
     generators_from,
-    progress_bar,
     seeds_from,
-    to_pil,
-)
-from unclip.pipelines.provenance import image_source, random_source
-from unclip.pipelines.unclip.bound_stage import (
-    UnCLIPRuns,
-    batches_of,
-    fit,
-    to_tensor,
-    unopened,
-    with_named_samplers,
 )
 from unclip.pipelines.unclip.latent import (
     Latent,
@@ -39,389 +38,348 @@ from unclip.pipelines.unclip.latent import (
     check_invertible,
     check_path,
     deterministic,
-    places_on_path,
+    path_positions,
 )
-from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
+from unclip.pipelines.unclip.stages import (
+    StagedPipeline,
+    bind_stage,
+    check_options,
+    stage_sizes,
+)
+from unclip.types import GenerationResult, Prompt, UnCLIPOptions
 
-# B pictures, D CLIP embedding width, S size of a stage's pictures
-
-EVEN_ROUNDS = 3  # of drawing frames where their steps seem to be even
+EVEN_ROUNDS = 3  # of sampling frames to find positions with even steps
 
 
-class UnCLIPManipulations(UnCLIPRuns):
-    """Takes pictures, or their latents where they have been inverted already.
+def invert(
+    pipe: StagedPipeline,
+    images: Images,
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> Latent:
+    """Compute latents: CLIP's embedding, and the noise by DDIM inversion with it.
 
-    Unless options are given, those of the latent hold: for a picture, the model's own with at least 50 steps of DDIM in
-    the decoder. on_step, batch_size and progress are as in a call of the pipeline.
+    Images are cropped to the central square that the model generates. Each upsampler is inverted
+    with the small image that `reconstruct` will give it, so that it corrects its errors.
     """
+    options, inversion = options or deterministic(pipe.options), inversion or InversionOptions()
+    _check(pipe, options)
+    sizes, steps = stage_sizes(pipe, options), _steps(options)
+    squares = [fit(open_image(image), sizes[-1]) for image in list_images(images)]  # one at a time
+    batches = request.rows(len(squares))
+    embs: list[Tensor] = []
+    noises: list[list[Tensor]] = []  # of each batch, for each stage
+    with (
+        torch.inference_mode(),
+        request.track(len(batches) * (2 * sum(steps) - steps[-1])) as on_step,
+    ):
+        for rows in batches:
+            image_emb, x, noise = pipe.encode_image(squares[rows]), None, []
+            for i, size in enumerate(sizes):
+                stage = bind_stage(pipe, i, options, image_emb, x)
+                small = [fit(square, size) for square in squares[rows]]
+                x_T = stage.invert(to_tensor(small).to(pipe.runtime.device), inversion, on_step)
+                if i + 1 < len(sizes):
+                    x = stage.sample(x_T, on_step=on_step).clamp(-1, 1)
+                noise.append(x_T.cpu())
+            embs.append(image_emb.cpu())
+            noises.append(noise)
+    sources = tuple(image_source(square, inversion) for square in squares)
+    return Latent(
+        torch.cat(embs), tuple(map(torch.cat, zip(*noises, strict=True))), options, sources
+    )
 
-    def invert(
-        self,
-        images: ImageInput | Sequence[ImageInput],
-        *,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> Latent:
-        """The latents of pictures: CLIP's embeddings, and the noise by DDIM inversion under them.
 
-        A picture is fitted to the square that the model draws, its middle kept. Each upsampler is inverted on the small
-        picture that `reconstruct` will give it, so that it makes good what the stage before has lost.
-        """
-        options, inversion = options or deterministic(self.options), inversion or InversionOptions()
-        self._check_inversion(options, batch_size)
-        sizes = self._sizes(options)
-        squares = [fit(open_image(image), sizes[-1]) for image in unopened(images)]  # one at a time
-        batches = list(batches_of(len(squares), batch_size))
-        steps = [stage.steps for stage in (options.decoder, *options.upsamplers)]
-        embs: list[Tensor] = []
-        noises: list[list[Tensor]] = []  # of each batch, for each stage
-        with (
-            torch.inference_mode(),
-            self._keeping(),
-            progress_bar(len(batches) * (2 * sum(steps) - steps[-1]), progress, on_step) as report,
-        ):
-            for rows in batches:
-                image_emb, low_res, noise = self.encode_image(squares[rows]), None, []
-                for i, size in enumerate(sizes):
-                    run = self._run(i, options, image_emb, low_res)
-                    pictures = to_tensor([fit(square, size) for square in squares[rows]]).to(
-                        self.device
-                    )
-                    on_sample = run.reporter(report)
-                    x_T = invert(
-                        run.estimate, pictures, run.schedule, run.timesteps, inversion, on_sample
-                    )
-                    if i + 1 < len(sizes):
-                        drawn = sample(
-                            run.estimate,
-                            x_T,
-                            run.schedule,
-                            run.options,
-                            timesteps=run.timesteps,
-                            on_step=on_sample,
-                        )
-                        low_res = drawn.clamp(-1, 1)
-                    noise.append(x_T.cpu())
-                embs.append(image_emb.cpu())
-                noises.append(noise)
-        sources = tuple(image_source(square, inversion) for square in squares)
-        return Latent(
-            torch.cat(embs), tuple(map(torch.cat, zip(*noises, strict=True))), options, sources
+def random_latent(
+    pipe: StagedPipeline, image_emb: Tensor, seed: int | None, options: UnCLIPOptions | None
+) -> Latent:
+    """Combine embeddings (B, D) with the noise of `variations` for seeds `seed`, `seed` + 1, ..."""
+    options = options or deterministic(pipe.options)
+    _check(pipe, options)
+    check_embeddings(pipe, image_emb)
+    image_emb = image_emb.detach().float().cpu().clone()
+    seeds = seeds_from(seed, len(image_emb))
+    generators, shapes = (
+        generators_from(seeds),
+        [(3, size, size) for size in stage_sizes(pipe, options)],
+    )
+    noise = tuple(randn((len(seeds), *shape), generators) for shape in shapes)
+    sources = tuple(random_source(*one) for one in zip(image_emb, seeds, strict=True))
+    return Latent(image_emb, noise, options, sources)
+
+
+def imagine(
+    pipe: StagedPipeline, prompts: Prompt, options: UnCLIPOptions | None, request: Request
+) -> Latent:
+    """Combine the prior's embeddings of prompts with random noise."""
+    options, prompts = options or deterministic(pipe.options), check_prompts(prompts)
+    seeds = request.seeds(len(prompts))
+    steps = (
+        options.prior.steps if pipe.prior_stage is None else pipe.prior_stage.steps(options.prior)
+    )
+    with request.track(steps) as on_step:
+        image_emb = pipe.sample_prior(
+            pipe.encode_text(prompts),
+            generators=generators_from(seeds),
+            options=options.prior,
+            candidates=options.prior_candidates,
+            on_step=on_step,
+        )
+    return random_latent(pipe, image_emb, seeds[0], options)
+
+
+def reconstruct(
+    pipe: StagedPipeline,
+    source: Images | Latent,
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Decode the latents of images, or given ones."""
+    latent = _latent(pipe, source, options, inversion, request)
+    entries = [{"sources": [made_of]} for made_of in latent.sources]
+    return _decode(pipe, "reconstruct", latent, options, entries, request)
+
+
+def vary(
+    pipe: StagedPipeline,
+    source: Images | Latent,
+    eta: float,
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Vary images, `num_images` times each: the more, the larger eta is (unCLIP 3.1).
+
+    eta: share of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Image k has the seed
+    `seed` + k.
+    """
+    _check_eta(eta)
+    seeds = request.seeds(_count(source))
+    latent = _latent(pipe, source, options, inversion, request)
+    latent = latent.repeat_interleave(request.num_images)
+    entries = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
+    return _decode(pipe, "vary", latent, options, entries, request, eta=eta, seeds=seeds)
+
+
+def interpolate(
+    pipe: StagedPipeline,
+    path: Sequence[ImageInput] | Latent | None,
+    prompts: Sequence[str] | None,
+    frames: int | Sequence[float],
+    even: bool,
+    noise: Literal["slerp", "first", "random"],
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Decode points on the path through two or more images, or two or more prompts (unCLIP 3.2).
+
+    frames: how many, evenly from end to end, which are the reconstructions; or positions in [0, 1].
+    Embeddings follow great circles. noise: "slerp" likewise, "first" the first image's throughout,
+    or "random" from the seed. even: find positions with equal steps between them for CLIP, which
+    samples small frames first.
+    """
+    if (path is None) == (prompts is None):
+        raise ValueError("expected either images (or their latents) or prompts, one of the two")
+    if noise not in ("slerp", "first", "random"):
+        raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
+    if even and isinstance(frames, Sequence):
+        raise ValueError(f"frames is {frames} with even=True; expected a number of frames")
+    positions = path_positions(frames)
+    request = replace(request, seed=request.seeds(1)[0])
+    if prompts is not None:
+        check_path(len(check_prompts(prompts)))
+        latent = imagine(pipe, prompts, options, request)
+    else:
+        assert path is not None
+        check_path(_count(path))
+        latent = _latent(pipe, path, options, inversion, request)
+    if noise != "slerp":
+        random = random_latent(pipe, latent.image_emb[:1], request.seed, latent.options)
+        constant = latent[:1] if noise == "first" else random
+        latent = replace(latent, noise=constant.repeat_interleave(len(latent)).noise)
+    if even:
+        positions = _even_positions(pipe, latent, len(positions), options, request)
+    sources = {"sources": list(latent.sources)} if latent.sources else {}
+    entries = [{**sources, "arguments": {"frames": [one], "noise": noise}} for one in positions]
+    seeds = [request.seed] * len(positions) if noise == "random" else None
+    return _decode(
+        pipe, "interpolate", latent, options, entries, request, positions=positions, seeds=seeds
+    )
+
+
+def text_diff(
+    pipe: StagedPipeline,
+    source: Images | Latent,
+    base: str,
+    target: str,
+    theta: float | Sequence[float],
+    eta: float,
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> GenerationResult:
+    """Turn embeddings from the text `base`, which may be "", to `target`, with the same noise (3.3).
+
+    theta: how far, from 0 (the image) to 1 (the text alone); the paper uses 0.25 - 0.5. With
+    several, each image is decoded at each. eta: as in `vary`. At eta 0, as in the paper, theta 0 is
+    the reconstruction, but remains of the old image become visible as theta grows. A larger eta
+    removes them, and makes theta 0 less exact. Image k has the seed `seed` + k at each theta.
+    """
+    _check_eta(eta)
+    thetas = np.asarray(theta, dtype=float).ravel().tolist()
+    if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
+        raise ValueError(f"theta is {theta}; expected fractions of the arc, each from 0 to 1")
+    base_emb, text_emb = pipe.encode_text([base, target]).emb.cpu()  # (D,) each
+    text_direction(text_emb, base_emb)  # raises if there is none, before the slow inversion
+    seeds = None
+    if eta > 0:
+        seeds = [seed for seed in request.seeds(_count(source)) for _ in thetas]
+    latent = _latent(pipe, source, options, inversion, request)
+    each = thetas * len(latent)
+    latent = latent.repeat_interleave(len(thetas))
+    turned = turn(latent.image_emb, text_emb, base_emb, torch.tensor(each))
+    entries = [
+        {
+            "sources": [made_of],
+            "arguments": {"base": base, "target": target, "theta": one, "eta": eta},
+        }
+        for made_of, one in zip(latent.sources, each, strict=False)
+    ]
+    latent = replace(latent, image_emb=turned)
+    return _decode(pipe, "text_diff", latent, options, entries, request, eta=eta, seeds=seeds)
+
+
+def check_latent(
+    pipe: StagedPipeline, latent: Latent, options: UnCLIPOptions | None = None
+) -> None:
+    """ValueError unless this model can decode the latent under `options`, or else its own."""
+    options = options or latent.options
+    _check(pipe, options)
+    width, sizes = latent.image_emb.shape[-1], stage_sizes(pipe, options)
+    if width != pipe.clip.emb_dim:
+        raise ValueError(
+            f"the latent has embeddings of width {width}, but the model's are {pipe.clip.emb_dim} "
+            f"wide; use the model that it was made with"
+        )
+    if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
+        given = ", ".join(str(x.shape[-1]) for x in latent.noise)
+        raise ValueError(
+            f"the latent has noise of {given} px, but the model generates "
+            f"{', '.join(map(str, sizes))} px"
         )
 
-    def random_latent(
-        self, image_emb: Tensor, *, seed: int | None = None, options: UnCLIPOptions | None = None
-    ) -> Latent:
-        """Latents of embeddings (B, D), with the noise that `variations` draws from seeds `seed`, `seed` + 1, ..."""
-        options = options or deterministic(self.options)
-        self._check_inversion(options)
-        if image_emb.ndim != 2 or image_emb.shape[1] != self.clip.emb_dim or not len(image_emb):
-            raise ValueError(
-                f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {self.clip.emb_dim})"
-            )
-        image_emb, seeds = (
-            image_emb.detach().float().cpu().clone(),
-            seeds_from(seed, len(image_emb)),
-        )
-        generators = generators_from(seeds)
-        noise = tuple(
-            randn((len(seeds), 3, size, size), generators) for size in self._sizes(options)
-        )
-        sources = tuple(random_source(*one) for one in zip(image_emb, seeds, strict=True))
-        return Latent(image_emb, noise, options, sources)
 
-    def imagine(
-        self,
-        prompts: Prompt,
-        *,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        progress: bool = True,
-    ) -> Latent:
-        """Latents of pictures that were never there: the prior's embeddings of prompts, and random noise."""
-        options, prompts = options or deterministic(self.options), check_prompts(prompts)
-        seeds = seeds_from(seed, len(prompts))
-        with progress_bar(self.prior_steps(options.prior), progress, on_step) as report:
-            image_emb = self.sample_prior(
-                self.encode_text(prompts),
-                generators=generators_from(seeds),
-                options=options.prior,
-                candidates=options.prior_candidates,
-                on_step=report,
-            )
-        return self.random_latent(image_emb, seed=seeds[0], options=options)
-
-    def reconstruct(
-        self,
-        source: ImageInput | Sequence[ImageInput] | Latent,
-        *,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """The pictures that latents are of, as nearly as they hold them."""
-        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
-        latent = self._latent(source, options, inversion, how)
-        recipes = [{"sources": [made_of]} for made_of in latent.sources]
-        return self._draw_latent("reconstruct", latent, options, recipes, **how)
-
-    def vary(
-        self,
-        source: ImageInput | Sequence[ImageInput] | Latent,
-        *,
-        eta: float = 0.5,
-        num_images: int = 1,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Variations of pictures, `num_images` of each: more of them the larger eta is (unCLIP 3.1).
-
-        eta: share of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Picture k has the seed `seed` + k.
-        """
-        _check_eta(eta)
-        check_count("num_images", num_images)
-        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
-        seeds = seeds_from(seed, _count(source) * num_images)
-        latent = self._latent(source, options, inversion, how).repeat_interleave(num_images)
-        recipes = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
-        return self._draw_latent("vary", latent, options, recipes, eta=eta, seeds=seeds, **how)
-
-    def interpolate(
-        self,
-        path: Sequence[ImageInput] | Latent | None = None,
-        *,
-        prompts: Sequence[str] | None = None,
-        frames: int | Sequence[float] = 9,
-        even: bool = False,
-        noise: Literal["slerp", "first", "random"] = "slerp",
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Pictures on the path through two pictures or more, or two prompts or more (unCLIP 3.2).
-
-        frames: how many, evenly from end to end, which are the reconstructions; or their places in [0, 1]. Embeddings
-        run along great circles; so does the noise, or it is throughout the first picture's, or drawn from `seed`.
-        even: so many frames are put where CLIP sees equal steps between them, which takes drawing small ones first.
-        """
-        if (path is None) == (prompts is None):
-            raise ValueError("give either pictures (or their latents) or prompts, one of the two")
-        if noise not in ("slerp", "first", "random"):
-            raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
-        if even and isinstance(frames, Sequence):
-            raise ValueError(
-                f"frames is {frames} with even=True, which finds the places; expected how many"
-            )
-        places = places_on_path(frames)
-        check_path(_count(path) if prompts is None else len(check_prompts(prompts)))
-        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
-        seed = seeds_from(seed, 1)[0]
-        if prompts is not None:
-            latent = self.imagine(
-                prompts, seed=seed, options=options, on_step=on_step, progress=progress
-            )
-        else:
-            latent = self._latent(path, options, inversion, how)
-        if noise != "slerp":
-            random = self.random_latent(latent.image_emb[:1], seed=seed, options=latent.options)
-            throughout = latent[:1] if noise == "first" else random
-            latent = replace(latent, noise=throughout.repeat_interleave(len(latent)).noise)
-        if even:
-            places = self._evenly_seen(latent, len(places), options, how)
-        made_of = {"sources": list(latent.sources)} if latent.sources else {}
-        recipes = [
-            {**made_of, "arguments": {"frames": [place], "noise": noise}} for place in places
-        ]
-        seeds = [seed] * len(places) if noise == "random" else None
-        return self._draw_latent(
-            "interpolate", latent, options, recipes, places=places, seeds=seeds, **how
-        )
-
-    def text_diff(
-        self,
-        source: ImageInput | Sequence[ImageInput] | Latent,
-        base: str,
-        target: str,
-        theta: float | Sequence[float] = 0.3,
-        *,
-        eta: float = 0.5,
-        seed: int | None = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Pictures turned from what `base` says, which may be "", to what `target` says; noise is kept (unCLIP 3.3).
-
-        theta: how far, from 0 (the picture) to 1 (the text alone); the paper goes to 0.25 - 0.5. With several, each
-        picture is drawn at each. eta: as in `vary`. At 0, as in the paper, theta 0 is the reconstruction, but the noise
-        of a picture that is no longer asked for soon shows as shreds of it. The larger eta is, the more of them give
-        way, and the less is theta 0 the picture itself. Picture k has the seed `seed` + k at each theta.
-        """
-        _check_eta(eta)
-        thetas = np.asarray(theta, dtype=float).ravel().tolist()
-        if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
-            raise ValueError(
-                f"theta is {theta}; expected a fraction of the arc from 0 to 1, or several"
-            )
-        base_emb, text_emb = self.encode_text([base, target]).emb.cpu()  # (D,) each
-        text_direction(
-            text_emb, base_emb
-        )  # if there is none, that is told before anything is inverted
-        seeds = (
-            [one for one in seeds_from(seed, _count(source)) for _ in thetas] if eta > 0 else None
-        )
-        how = {"on_step": on_step, "batch_size": batch_size, "progress": progress}
-        latent = self._latent(source, options, inversion, how)
-        of_each = thetas * len(latent)
-        latent = latent.repeat_interleave(len(thetas))
-        turned = text_diff(latent.image_emb, text_emb, base_emb, torch.tensor(of_each))
-        recipes = [
-            {
-                "sources": [made_of],
-                "arguments": {"base": base, "target": target, "theta": one, "eta": eta},
-            }
-            for made_of, one in zip(latent.sources, of_each, strict=False)
-        ]
-        turned = replace(latent, image_emb=turned)
-        return self._draw_latent("text_diff", turned, options, recipes, eta=eta, seeds=seeds, **how)
-
-    def _evenly_seen(
-        self, path: Latent, frames: int, options: UnCLIPOptions | None, how: dict[str, Any]
-    ) -> list[float]:
-        """Places on the path from 0 to 1 with equal steps between them for CLIP, as far as EVEN_ROUNDS can tell."""
-        options, places = replace(options or path.options, upsamplers=()), places_on_path(frames)
-        seen: dict[float, Tensor] = {}
-        for _ in range(EVEN_ROUNDS):
-            new = [place for place in dict.fromkeys(places) if place not in seen]
-            if not new:
-                break
-            drawn = self._draw_latent("interpolate", path, options, [], places=new, **how)
-            seen.update(zip(new, normalise(self.encode_image(drawn.images).cpu()), strict=True))
-            known = sorted(seen)
-            steps = torch.stack([seen[place] for place in known]).diff(dim=0).norm(dim=1)
-            walked = np.concatenate([[0.0], steps.double().cumsum(dim=0).numpy()])
-            if walked[-1] > 1e-4:  # else they differ by rounding alone
-                places = np.interp(np.linspace(0, walked[-1], frames), walked, known).tolist()
-        return places
-
-    def _latent(
-        self,
-        source: ImageInput | Sequence[ImageInput] | Latent,
-        options: UnCLIPOptions | None,
-        inversion: InversionOptions | None,
-        how: dict[str, Any],
-    ) -> Latent:
-        if not isinstance(source, Latent):
-            return self.invert(source, options=options, inversion=inversion, **how)
-        self.check_latent(source, options)
-        return source
-
-    def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
-        """ValueError unless this model can draw it under `options`, or else its own."""
-        options = options or latent.options
-        self._check_inversion(options)
-        width, sizes = latent.image_emb.shape[-1], self._sizes(options)
-        if width != self.clip.emb_dim:
-            raise ValueError(
-                f"the latent holds embeddings of width {width}, but the model's are {self.clip.emb_dim} wide; "
-                f"give it to the model that it was made with"
-            )
-        if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
-            given = ", ".join(str(x.shape[-1]) for x in latent.noise)
-            raise ValueError(
-                f"the latent holds noise of {given} px, but the model draws {', '.join(map(str, sizes))} px"
-            )
-
-    def _draw_latent(
-        self,
-        operation: str,
-        latent: Latent,
-        options: UnCLIPOptions | None,
-        recipes: Sequence[dict[str, Any]],
-        *,
-        places: Sequence[float] | None = None,
-        eta: float = 0.0,
-        seeds: Sequence[int] | None = None,
-        on_step: OnStep | None,
-        batch_size: int,
-        progress: bool,
-    ) -> GenerationResult:
-        """Pictures of latents, or of those at some places along them. recipes: what their metadata is to tell."""
-        options = options or latent.options
-        self._check_inversion(options, batch_size)
-        sizes = self._sizes(options)
-        latent = replace(latent, noise=latent.noise[: len(sizes)])
-        count = len(latent if places is None else places)
-        batches = list(batches_of(count, batch_size))
-        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
-        images, embs = [], []
-        with (
-            torch.inference_mode(),
-            self._keeping(),
-            progress_bar(len(batches) * steps, progress, on_step) as report,
-        ):
-            for rows in batches:
-                part, x = latent[rows] if places is None else along(latent, places[rows]), None
-                generators = generators_from(seeds[rows]) if eta > 0 and seeds is not None else []
-                for i in range(len(sizes)):
-                    run, x_T = (
-                        self._run(i, options, part.image_emb, x),
-                        part.noise[i].to(self.device),
-                    )
-                    x = sample(
-                        run.estimate,
-                        x_T,
-                        run.schedule,
-                        replace(run.options, eta=eta),
-                        timesteps=run.timesteps,
-                        generators=generators,
-                        on_step=run.reporter(report),
-                    )
-                    x = x.clamp(-1, 1)
-                images += to_pil(x)
-                embs.append(part.image_emb)
-        told = seeds or [None] * count
-        recipes = recipes or [{}] * count  # a latent need not know what it was made of
-        if options != latent.options:
-            recipes = [_told_under(latent.options, recipe) for recipe in recipes]
-        metadata = [
-            {"operation": operation, **recipe, "seed": seed, **self._about(options)}
-            for recipe, seed in zip(recipes, told, strict=True)
-        ]
-        return GenerationResult(images, list(told), [None] * count, torch.cat(embs), metadata)
-
-    def _check_inversion(self, options: UnCLIPOptions, batch_size: int = 1) -> None:
-        check_count("batch_size", batch_size)
-        self._check_options(options)
-        check_invertible(options)
+def _steps(options: UnCLIPOptions) -> list[int]:
+    return [stage.steps for stage in (options.decoder, *options.upsamplers)]
 
 
-def _told_under(options: UnCLIPOptions, recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe whose sources tell the options of their latents, which those of the drawing are not."""
-    under = to_dict(with_named_samplers(options))
-    sources = [{**source, "options": under} for source in recipe.get("sources", ())]
-    return {**recipe, **({"sources": sources} if sources else {})}
+def _even_positions(
+    pipe: StagedPipeline,
+    path: Latent,
+    frames: int,
+    options: UnCLIPOptions | None,
+    request: Request,
+) -> list[float]:
+    """Return positions from 0 to 1 with equal steps between them for CLIP, after EVEN_ROUNDS."""
+    options, positions = replace(options or path.options, upsamplers=()), path_positions(frames)
+    embs: dict[float, Tensor] = {}
+    for _ in range(EVEN_ROUNDS):
+        new = [position for position in dict.fromkeys(positions) if position not in embs]
+        if not new:
+            break
+        result = _decode(pipe, "interpolate", path, options, [], request, positions=new)
+        embs |= zip(new, normalise(pipe.encode_image(result.images).cpu()), strict=True)
+        known = sorted(embs)
+        steps = torch.stack([embs[position] for position in known]).diff(dim=0).norm(dim=1)
+        length = np.concatenate([[0.0], steps.double().cumsum(dim=0).numpy()])
+        if length[-1] > 1e-4:  # otherwise the frames differ by rounding only
+            positions = np.interp(np.linspace(0, length[-1], frames), length, known).tolist()
+    return positions
+
+
+def _latent(
+    pipe: StagedPipeline,
+    source: Images | Latent,
+    options: UnCLIPOptions | None,
+    inversion: InversionOptions | None,
+    request: Request,
+) -> Latent:
+    if not isinstance(source, Latent):
+        return invert(pipe, source, options, inversion, request)
+    check_latent(pipe, source, options)
+    return source
+
+
+def _decode(
+    pipe: StagedPipeline,
+    operation: str,
+    latent: Latent,
+    options: UnCLIPOptions | None,
+    entries: Sequence[dict[str, Any]],
+    request: Request,
+    *,
+    positions: Sequence[float] | None = None,
+    eta: float = 0.0,
+    seeds: Sequence[int | None] | None = None,
+) -> GenerationResult:
+    """Decode latents, or points at some positions along them. entries: of their metadata."""
+    options = options or latent.options
+    _check(pipe, options)
+    sizes = stage_sizes(pipe, options)
+    latent = replace(latent, noise=latent.noise[: len(sizes)])
+    count = len(latent if positions is None else positions)
+    batches, images, embs = request.rows(count), [], []
+    with torch.inference_mode(), request.track(len(batches) * sum(_steps(options))) as on_step:
+        for rows in batches:
+            part = latent[rows] if positions is None else along(latent, positions[rows])
+            generators = generators_from(seeds[rows]) if eta > 0 and seeds is not None else []
+            x = None
+            for i in range(len(sizes)):
+                stage = bind_stage(pipe, i, options, part.image_emb, x)
+                x_T = part.noise[i].to(pipe.runtime.device)
+                x = stage.sample(x_T, generators, on_step, eta).clamp(-1, 1)
+            assert x is not None
+            images += to_pil(x)
+            embs.append(part.image_emb)
+    all_seeds = seeds or [None] * count
+    entries = entries or [{}] * count  # a latent need not know its sources
+    if options != latent.options:
+        entries = [_with_source_options(entry, latent.options) for entry in entries]
+    about = pipe.describe(options)
+    metadata = [
+        {"operation": operation, **entry, "seed": seed, **about}
+        for entry, seed in zip(entries, all_seeds, strict=True)
+    ]
+    return GenerationResult(images, list(all_seeds), [None] * count, torch.cat(embs), metadata)
+
+
+def _with_source_options(entry: dict[str, Any], options: UnCLIPOptions) -> dict[str, Any]:
+    """Add the options of the latents to their sources, if they differ from those of decoding."""
+    if "sources" not in entry:
+        return entry
+    extra = {"options": to_dict(with_named_samplers(options))}
+    return {**entry, "sources": [{**source, **extra} for source in entry["sources"]]}
+
+
+def _count(source: Images | Latent) -> int:
+    return len(source if isinstance(source, Latent) else list_images(source))
+
+
+def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:
+    """ValueError unless embeddings are (N, D)."""
+    width = pipe.clip.emb_dim
+    if image_emb.ndim != 2 or image_emb.shape[1] != width or not len(image_emb):
+        raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {width})")
+
+
+def _check(pipe: StagedPipeline, options: UnCLIPOptions) -> None:
+    check_options(pipe, options)
+    check_invertible(options)
 
 
 def _check_eta(eta: float) -> None:
     if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta is {eta}; expected 0 (the picture again) to 1 (the most variation)")
-
-
-def _count(source: ImageInput | Sequence[ImageInput] | Latent) -> int:
-    return len(source if isinstance(source, Latent) else unopened(source))
+        raise ValueError(f"eta is {eta}; expected 0 (the image itself) to 1 (the most variation)")

@@ -1,133 +1,166 @@
-"""Text or image -> pictures (unCLIP, 2204.06125)."""
+"""Text or image -> images (unCLIP, 2204.06125)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
-from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.clip import CLIP
-from unclip.diffusion.schedules import ScheduleConfig
-from unclip.models.unclip.decoder import Decoder
-from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
-from unclip.models.unclip.upsampler import Upsampler
-from unclip.pipelines.base import (
+from unclip.diffusion.inversion import InversionOptions
+from unclip.diffusion.repaint import PaintOptions
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.embeddings import normalise
+from unclip.models.unclip.prior import DirectPrior
+from unclip.pipelines.base import Pipeline, encode_array, inference, make_schedules
+from unclip.pipelines.images import (
     ImageInput,
-    check_count,
-    encode_array,
-    in_batches,
+    Images,
+    check_images,
+    open_images,
     to_pil,
 )
 from unclip.pipelines.offload import Offloader, parts
-from unclip.pipelines.rerank import best_of
-from unclip.pipelines.unclip.editing import UnCLIPEditing
-from unclip.pipelines.unclip.manipulations import UnCLIPManipulations
-from unclip.pipelines.unclip.prompts import Mixture, PromptBatch, describe_prompt
-from unclip.pipelines.unclip.stages import mixed
-from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
+from unclip.pipelines.presets import preset
+from unclip.pipelines.request import (
+    Batch,
+    Mixture,
+    PromptBatch,
+    Request,
+    check_count,
+    describe_prompt,
+    random_generators,
+)
+from unclip.pipelines.rerank import BestOf, check_candidates
+from unclip.pipelines.runtime import Runtime
+from unclip.pipelines.unclip import editing, manipulations
+from unclip.pipelines.unclip.latent import Latent
+from unclip.pipelines.unclip.stages import (
+    AnyDecoder,
+    AnyPrior,
+    AnyUpsampler,
+    DecoderStage,
+    LoadedPrior,
+    PriorStage,
+    TextEncoder,
+    UpsamplerStage,
+    check_options,
+    check_upsamplers,
+    mix_embeddings,
+)
+from unclip.types import (
+    GenerationResult,
+    OnStep,
+    Prompt,
+    StageOptions,
+    TextEncoding,
+    UnCLIPOptions,
+)
 
-# P prompts, N images of each, D embedding width
+# P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
 
 
-class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
-    """The whole stack as one `TextToImage`; its stages stay callable alone."""
+class UnCLIPPipeline(Pipeline):
+    """CLIP, a prior (or none, for variations only), a decoder and any number of upsamplers.
+
+    Every stage can be called alone. `generators` are one for each image; each is used in this
+    order: the prior's noise for candidate 1, 2, ...; at every stochastic step of the prior, noise
+    for candidate 1, 2, ...; then the decoder's first noise and that of its steps, and likewise the
+    upsamplers'.
+    """
 
     kind = "unclip"
+    required = ("clip", "decoder")
 
     def __init__(
         self,
         clip: CLIP,
-        prior: DiffusionPrior | DirectPrior | None,
-        decoder: Decoder,
-        upsamplers: Sequence[Upsampler] = (),
+        prior: AnyPrior | None,
+        decoder: AnyDecoder,
+        upsamplers: Sequence[AnyUpsampler] = (),
         options: UnCLIPOptions | None = None,
         *,
-        inpainter: Decoder | None = None,
+        inpainter: AnyDecoder | None = None,
         schedules: Mapping[str, ScheduleConfig] | None = None,
-        residency: Offloader | None = None,
+        offloader: Offloader | None = None,
         name: str = "unnamed",
         licence: str = "",
         source: str | None = None,
     ) -> None:
-        """source: what `unclip.load` was given, for pictures' metadata. For the rest see `UnCLIPNetworks`."""
-        fitted = {"inpainter": inpainter, "schedules": schedules, "residency": residency}
-        super().__init__(clip, prior, decoder, upsamplers, options, **fitted)
-        self.name, self.licence, self.source = name, licence, source or name
-        self._check_upsampling(self.options.upsamplers)
+        """schedules: of "prior", "decoder", "upsampler_0", ...; cosine for those left out.
+
+        inpainter: a decoder of the same size that was trained to inpaint; not needed if `decoder`
+        was. offloader: that holds the networks already. source: what `unclip.load` was given.
+        """
+        ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
+        optional = {"prior": prior, "decoder": decoder, "inpainter": inpainter, **ups}
+        networks: dict[str, Any] = {
+            stage: network for stage, network in optional.items() if network is not None
+        }
+        if inpainter is decoder:
+            del networks["inpainter"]
+        super().__init__(Runtime({"clip": clip, **networks}, offloader), name, licence, source)
+        diffused = [key for key, net in networks.items() if not isinstance(net, DirectPrior)]
+        made = make_schedules(schedules, diffused)
+
+        self.clip, self.encoder = clip, TextEncoder(clip, self.runtime)
+        self.prior_stage: PriorStage | None = None
+        if prior is not None:
+            self.prior_stage = PriorStage(prior, made.get("prior"), self.encoder)
+        self.decoder_stage = DecoderStage("decoder", decoder, made["decoder"], self.encoder)
+        self.inpainter_stage: DecoderStage | None = None
+        if inpainter is None or inpainter is decoder:
+            self.inpainter_stage = self.decoder_stage if self.decoder_stage.inpaints else None
+        else:
+            schedule = made["inpainter"]
+            self.inpainter_stage = DecoderStage("inpainter", inpainter, schedule, self.encoder)
+        self.upsampler_stages = tuple(
+            UpsamplerStage(stage, network, made[stage], self.runtime)
+            for stage, network in ups.items()
+        )
+        self.options = options or UnCLIPOptions(
+            upsamplers=(StageOptions(steps=7),) * len(self.upsampler_stages)
+        )
+        # Schedules of former priors, to put them back by `pipe.prior = network`.
+        self._prior_schedules: WeakKeyDictionary[Any, ScheduleConfig] = WeakKeyDictionary()
+        self._check_compatible(inpainter)
+        check_upsamplers(self, self.options.upsamplers)
 
     @classmethod
     def from_bundle(
-        cls,
-        bundle: Bundle,
-        source: str | None = None,
-        residency: Offloader | None = None,
+        cls, bundle: Bundle, source: str | None = None, offloader: Offloader | None = None
     ) -> UnCLIPPipeline:
-        """A pipeline of what a checkpoint holds; offloaded if a residency is given."""
-        if bundle.kind != cls.kind:
-            raise ValueError(
-                f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}"
-            )
-        if missing := {"clip", "decoder"} - bundle.components.keys():
-            raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
-        ups = sorted(
-            (name for name in bundle.components if name.startswith("upsampler_")),
-            key=lambda n: int(n[10:]),
-        )
+        """Make a pipeline of the components of a checkpoint; offloaded if an offloader is given."""
+        cls.check_bundle(bundle)
+        networks = [name for name in bundle.components if name.startswith("upsampler_")]
+        names = sorted(networks, key=lambda name: int(name.removeprefix("upsampler_")))
 
         def component(name: str) -> Any:
-            module = bundle.components[name]
-            if residency is not None:  # before the next one is read
+            module = bundle.components.get(name)
+            if offloader is not None and module is not None:  # before the next one is read
                 for part in parts([module]):
-                    residency.add(part)
+                    offloader.add(part)
             return module
 
         return cls(
             component("clip"),
-            component("prior") if "prior" in bundle.components else None,
+            component("prior"),
             component("decoder"),
-            [component(name) for name in ups],
+            [component(name) for name in names],
             bundle.options,
-            inpainter=component("inpainter") if "inpainter" in bundle.components else None,
+            inpainter=component("inpainter"),
             schedules=bundle.schedules,
-            residency=residency,
+            offloader=offloader,
             name=bundle.name,
             licence=bundle.licence,
             source=source,
         )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> UnCLIPPipeline:
-        """A folder that `save_pretrained` wrote; `unclip.load` also knows names and Hub ids."""
-        return cls.from_bundle(load_bundle(folder, dtype), source=str(folder)).to(device, dtype)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes a model folder, weights in `dtype` if given; the folder that was there is replaced only at the end."""
-        for stage in (self.options.prior, self.options.decoder, *self.options.upsamplers):
-            if not isinstance(stage.sampler, str):
-                raise ValueError(
-                    f"options hold a {type(stage.sampler).__name__}; only samplers with a name are saved"
-                )
-        self._check_whole()
-        bundle = Bundle(
-            kind=self.kind,
-            components={"clip": self.clip, **self.networks()},
-            schedules={stage: schedule.config for stage, schedule in self.schedules.items()},
-            options=self.options,
-            name=self.name,
-            licence=self.licence,
-        )
-        save_bundle(bundle, folder, dtype)
 
     def __call__(
         self,
@@ -142,31 +175,46 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws `num_images` pictures of each prompt; picture k has the seed `seed` + k (random if None).
+        """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        With num_candidates, so many are drawn of each, and those are kept that CLIP finds closest to the prompt, the
-        best first: see their seeds and scores.
-
-        A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder follow all its texts at once, by
-        their weights. negative_prompt, one for all or one for each, says what guidance leads away from. on_step is
-        called after every step of every batch of at most `batch_size` pictures.
+        A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder follow all its
+        texts at once, by their weights. negative_prompt, one for all or one for each, replaces the
+        null of guidance. With num_candidates, so many images of each prompt are sampled, and those
+        that CLIP finds closest to the prompt are kept, the best first, with their scores. on_step
+        is called after every step of every batch of at most `batch_size` images.
         """
-        wording = PromptBatch.of(prompt, negative_prompt)
-
-        def draw(num_images: int) -> Iterator[GenerationResult]:
-            return self._draw(
-                wording, None, num_images, seed, options, on_step, batch_size, progress
-            )
-
-        if num_candidates is None:
-            return GenerationResult.cat(list(draw(num_images)))
-        return best_of(
-            draw, self.encode_image, partial(self._meaning, wording), num_images, num_candidates
-        )
+        prompts, options = PromptBatch.of(prompt, negative_prompt), options or self.options
+        self._check_options(options, prompts)
+        best, results = None, []
+        if num_candidates is not None:
+            best = self._best_of(prompts, num_images, num_candidates)
+        count = num_images if num_candidates is None else num_candidates
+        request = Request(count, seed, on_step, batch_size, progress)
+        for batch in request.batches(len(prompts), self._num_steps(options, prior=True)):
+            part, n = prompts[batch.prompts], batch.num_images
+            with torch.inference_mode():
+                text, weights = self.encoder(part.texts), part.weights
+                negative = None if part.negative is None else self.encoder(part.negative)
+                image_emb = self._embed(text, negative, weights, batch, options)
+                x = self.decoder_stage.sample(
+                    image_emb,
+                    text.repeat_interleave(n),
+                    options.decoder,
+                    batch.generators,
+                    on_step=batch.on_step,
+                    negative=None if negative is None else negative.repeat_interleave(n),
+                    weights=None if weights is None else weights.repeat_interleave(n, dim=1),
+                )
+                x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
+            names = [describe_prompt(one) for one in part.prompts for _ in range(n)]
+            metadata = [entry for entry in part.metadata() for _ in range(n)]
+            result = self._result(x, image_emb, batch, names, metadata, options)
+            results.append(result) if best is None else best.add(result)
+        return GenerationResult.cat(results) if best is None else best.result()
 
     def variations(
         self,
-        image: ImageInput | Sequence[ImageInput] | None = None,
+        image: Images | None = None,
         *,
         image_emb: Tensor | None = None,
         num_images: int = 1,
@@ -176,102 +224,486 @@ class UnCLIPPipeline(UnCLIPManipulations, UnCLIPEditing):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Draws pictures that mean what an image (or several, or CLIP embeddings (N, D)) means, without a text."""
+        """Generate images with the meaning of an image, several, or CLIP embeddings (N, D)."""
         if (image is None) == (image_emb is None):
-            raise ValueError("give either an image or image_emb, one of the two")
+            raise ValueError("expected either an image or image_emb, one of the two")
         if image_emb is None:
+            assert image is not None
             image_emb = self.encode_image(image)
-        if image_emb.ndim != 2 or image_emb.shape[1] != self.clip.emb_dim or not len(image_emb):
-            raise ValueError(
-                f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {self.clip.emb_dim})"
-            )
+        manipulations.check_embeddings(self, image_emb)
         if not image_emb.isfinite().all():
             raise ValueError(
-                "image_emb holds infinite numbers or nan; expected CLIP embeddings, which are finite"
+                "image_emb contains infinite numbers or nan; expected finite CLIP embeddings"
             )
-        given = image_emb.to(self.device, torch.float32)
-        drawn = self._draw(None, given, num_images, seed, options, on_step, batch_size, progress)
-        return GenerationResult.cat(list(drawn))
-
-    def _draw(
-        self,
-        wording: PromptBatch | None,
-        given: Tensor | None,
-        num_images: int,
-        seed: int | None,
-        options: UnCLIPOptions | None,
-        on_step: OnStep | None,
-        batch_size: int,
-        progress: bool,
-    ) -> Iterator[GenerationResult]:
-        """Batches of pictures of prompts through the prior, or of the embeddings `given`."""
         options = options or self.options
-        self._check_options(options, of_prompts=wording is not None)
+        self._check_options(options)
+        emb, results = image_emb.to(self.device, torch.float32), []
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        for batch in request.batches(len(emb), self._num_steps(options)):
+            part = emb[batch.prompts].repeat_interleave(batch.num_images, dim=0)
+            with torch.inference_mode():
+                x = self.decoder_stage.sample(
+                    part, None, options.decoder, batch.generators, on_step=batch.on_step
+                )
+                x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
+            metadata = [{"image_emb": encode_array(one)} for one in part]
+            results.append(self._result(x, part, batch, [None] * len(part), metadata, options))
+        return GenerationResult.cat(results)
+
+    # -- stages
+
+    @inference
+    def encode_text(self, prompts: Prompt) -> TextEncoding:
+        """Encode P prompts in float32. A prompt longer than CLIP's context is cut, with a warning."""
+        return self.encoder(prompts)
+
+    @inference
+    def encode_image(self, images: Images) -> Tensor:
+        """Compute the CLIP embeddings (N, D) of images, not normalised."""
+        self.runtime.use(self.clip)
+        if isinstance(images, Tensor):
+            return self.clip.encode_image(check_images(images)).float()
+        if isinstance(images, Sequence) and any(isinstance(image, Tensor) for image in images):
+            return torch.cat([self.encode_image(image) for image in images])
+        return self.clip.encode_image(open_images(images)).float()
+
+    @inference
+    def sample_prior(
+        self,
+        text: TextEncoding,
+        *,
+        num_images: int = 1,
+        generators: Sequence[torch.Generator] | None = None,
+        options: StageOptions | None = None,
+        candidates: int | None = None,
+        on_step: OnStep | None = None,
+        negative: TextEncoding | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Sample CLIP image embeddings (P * N, D), N for each of P texts.
+
+        Each is the best of `candidates` by dot product with its text. generators: P * N, or random.
+        negative: 1 or P texts that replace the null of guidance. weights (K, P): `text` holds the
+        first of K texts of each of the P, then the second, ..., to be mixed.
+        """
+        P = len(text) if weights is None else weights.shape[1]
+        return self._need_prior().sample(
+            text,
+            options or self.options.prior,
+            generators or random_generators(P * num_images),
+            num_images=num_images,
+            candidates=self.options.prior_candidates if candidates is None else candidates,
+            on_step=on_step,
+            negative=negative,
+            weights=weights,
+        )
+
+    @inference
+    def as_image(self, text_emb: Tensor) -> Tensor:
+        """Scale text embeddings (N, D) to the length of image embeddings, to decode (5.1)."""
+        return normalise(text_emb.float()) * self._need_prior().network.emb_norm
+
+    @inference
+    def decode(
+        self,
+        image_emb: Tensor | None,
+        text: TextEncoding | None = None,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        options: StageOptions | None = None,
+        on_step: OnStep | None = None,
+        negative: TextEncoding | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """Sample images (B, 3, s, s) in [-1, 1] for CLIP image embeddings (B, D) and B texts.
+
+        text: None for no text. image_emb: None to follow the texts alone (unCLIP 5.1). negative: B
+        texts that replace the null of guidance. weights (K, B): `text` holds the first of K texts
+        of each of the B, then the second, ..., to be mixed.
+        """
+        if image_emb is not None:
+            B = len(image_emb)
+        else:
+            B = 0 if text is None else len(text) // (1 if weights is None else len(weights))
+        return self.decoder_stage.sample(
+            image_emb,
+            text,
+            options or self.options.decoder,
+            generators or random_generators(B),
+            on_step=on_step,
+            negative=negative,
+            weights=weights,
+        )
+
+    @inference
+    def upsample(
+        self,
+        images: Tensor,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        options: Sequence[StageOptions] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), by a stage for each options."""
+        options = self.options.upsamplers if options is None else options
+        check_upsamplers(self, options)
+        size = self.decoder_stage.size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(
+                f"images are of shape {tuple(images.shape)}; expected (B, 3, {size}, {size})"
+            )
+        generators = generators or random_generators(len(images))
+        return self._upsample(images.to(self.device), options, generators, on_step)
+
+    # -- manipulations (unCLIP 3); on_step, batch_size and progress are as in a call
+
+    def invert(
+        self,
+        images: Images,
+        *,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> Latent:
+        """Return the latents of images; see `manipulations.invert`."""
+        request = Request(1, None, on_step, batch_size, progress)
+        return manipulations.invert(self, images, options, inversion, request)
+
+    def random_latent(
+        self, image_emb: Tensor, *, seed: int | None = None, options: UnCLIPOptions | None = None
+    ) -> Latent:
+        """Return latents of embeddings (B, D), with the noise of `variations` from `seed` on."""
+        return manipulations.random_latent(self, image_emb, seed, options)
+
+    def imagine(
+        self,
+        prompts: Prompt,
+        *,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        on_step: OnStep | None = None,
+        progress: bool = True,
+    ) -> Latent:
+        """Return latents of prompts: embeddings of the prior, and random noise."""
+        request = Request(1, seed, on_step, progress=progress)
+        return manipulations.imagine(self, prompts, options, request)
+
+    def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
+        """ValueError unless this model can decode a latent under `options`, or else its own."""
+        manipulations.check_latent(self, latent, options)
+
+    def reconstruct(
+        self,
+        source: Images | Latent,
+        *,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Decode the latents of images, or given ones."""
+        request = Request(1, None, on_step, batch_size, progress)
+        return manipulations.reconstruct(self, source, options, inversion, request)
+
+    def vary(
+        self,
+        source: Images | Latent,
+        *,
+        eta: float = 0.5,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Vary images: the more, the larger eta; see `manipulations.vary`."""
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return manipulations.vary(self, source, eta, options, inversion, request)
+
+    def interpolate(
+        self,
+        path: Sequence[ImageInput] | Latent | None = None,
+        *,
+        prompts: Sequence[str] | None = None,
+        frames: int | Sequence[float] = 9,
+        even: bool = False,
+        noise: Literal["slerp", "first", "random"] = "slerp",
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Interpolate between images or prompts; see `manipulations.interpolate`."""
+        request = Request(1, seed, on_step, batch_size, progress)
+        return manipulations.interpolate(
+            self, path, prompts, frames, even, noise, options, inversion, request
+        )
+
+    def text_diff(
+        self,
+        source: Images | Latent,
+        base: str,
+        target: str,
+        theta: float | Sequence[float] = 0.3,
+        *,
+        eta: float = 0.5,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        inversion: InversionOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Turn images from a base text to a target text; see `manipulations.text_diff`."""
+        request = Request(1, seed, on_step, batch_size, progress)
+        return manipulations.text_diff(
+            self, source, base, target, theta, eta, options, inversion, request
+        )
+
+    # -- editing; what is kept is kept bit for bit
+
+    def inpaint(
+        self,
+        image: ImageInput,
+        mask: Image.Image | str | Path,
+        prompt: str | None = None,
+        *,
+        painting: PaintOptions | None = None,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Paint the white or transparent part of the mask; see `editing.inpaint`."""
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return editing.inpaint(self, image, mask, prompt, painting, options, request)
+
+    def outpaint(
+        self,
+        image: ImageInput,
+        prompt: str | None = None,
+        *,
+        left: int = 0,
+        top: int = 0,
+        right: int = 0,
+        bottom: int = 0,
+        painting: PaintOptions | None = None,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Extend an image by so many pixels on each side; see `editing.outpaint`."""
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        borders = {"left": left, "top": top, "right": right, "bottom": bottom}
+        return editing.outpaint(self, image, prompt, borders, painting, options, request)
+
+    def image_to_image(
+        self,
+        image: ImageInput,
+        prompt: str | None = None,
+        *,
+        strength: float = 0.6,
+        num_images: int = 1,
+        seed: int | None = None,
+        options: UnCLIPOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Repaint the whole image from its noised version (SDEdit, 2108.01073).
+
+        strength: above 0 (nearly unchanged) to 1 (nothing is left of it).
+        """
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        return editing.image_to_image(self, image, prompt, strength, options, request)
+
+    # -- networks
+
+    @property
+    def prior(self) -> AnyPrior | None:
+        """The network from text to image embeddings; None in a model for variations only."""
+        return None if self.prior_stage is None else self.prior_stage.network
+
+    @prior.setter
+    def prior(self, prior: LoadedPrior | AnyPrior) -> None:
+        """Use another prior of the same CLIP, such as `unclip.load_prior` returns.
+
+        A network without a schedule gets the one that it had in this pipeline, or the default. It
+        is moved to the device and dtype of the others, and offloaded or compiled like them.
+        """
+        network = prior.network if isinstance(prior, LoadedPrior) else prior
+        if not isinstance(network, AnyPrior):
+            raise ValueError(
+                f"prior is a {type(network).__name__}; expected a prior, as from unclip.load_prior"
+            )
+        if not isinstance(prior, LoadedPrior):
+            prior = LoadedPrior(prior, self._prior_schedules.get(prior))
+        self._check_clip("prior", network.config)
+        before = self.prior_stage
+        if before is not None and before.diffusion is not None:
+            self._prior_schedules[before.network] = before.diffusion.schedule.config
+        self.runtime.add("prior", network)
+        schedule = None if prior.schedule is None else Schedule(prior.schedule)
+        self.prior_stage = PriorStage(network, schedule, self.encoder, prior.source)
+
+    @property
+    def decoder(self) -> AnyDecoder:
+        return self.decoder_stage.network
+
+    @property
+    def inpainter(self) -> AnyDecoder | None:
+        """The decoder that inpaints, which may be `decoder`; None if there is none."""
+        return None if self.inpainter_stage is None else self.inpainter_stage.network
+
+    @property
+    def upsamplers(self) -> tuple[AnyUpsampler, ...]:
+        return tuple(stage.network for stage in self.upsampler_stages)
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The noise schedule of each diffusion stage."""
+        prior = None if self.prior_stage is None else self.prior_stage.diffusion
+        stages = [self.decoder_stage.diffusion]
+        if self.inpainter_stage not in (None, self.decoder_stage):
+            stages.append(self.inpainter_stage.diffusion)
+        stages += [stage.diffusion for stage in self.upsampler_stages]
+        stages = stages if prior is None else [prior, *stages]
+        return {stage.name: stage.schedule for stage in stages}
+
+    def preset(self, name: str) -> UnCLIPOptions:
+        """Return options by name: "exact", the model's own, or "fast", cheaper and approximate."""
+        return preset(name, self.options, [up.separate_last for up in self.upsampler_stages])
+
+    def describe(self, options: UnCLIPOptions) -> dict[str, Any]:
+        """Return the metadata about the model that every image gets."""
+        source = None if self.prior_stage is None else self.prior_stage.source
+        prior = {} if source is None else {"prior_model": source}
+        return {**super().describe(options), **prior}
+
+    def prior_steps(self, options: StageOptions) -> int:
+        """Return how often the prior calls `on_step`; the options choose it for diffusion only."""
+        return self._need_prior().steps(options)
+
+    # -- helpers
+
+    def _embed(
+        self,
+        text: TextEncoding,
+        negative: TextEncoding | None,
+        weights: Tensor | None,
+        batch: Batch,
+        options: UnCLIPOptions,
+    ) -> Tensor | None:
+        """Return image embeddings (B, D) of the kind that the options ask for, or None."""
+        if options.embedding == "none":
+            return None
+        if options.embedding == "text":
+            emb = self.as_image(mix_embeddings(text.emb, weights))
+            return emb.repeat_interleave(batch.num_images, dim=0)
+        return self._need_prior().sample(
+            text,
+            options.prior,
+            batch.generators,
+            num_images=batch.num_images,
+            candidates=options.prior_candidates,
+            on_step=batch.on_step,
+            negative=negative,
+            weights=weights,
+        )
+
+    def _upsample(
+        self,
+        x: Tensor,
+        options: Sequence[StageOptions],
+        generators: Sequence[torch.Generator],
+        on_step: OnStep | None,
+    ) -> Tensor:
+        for stage, stage_options in zip(self.upsampler_stages, options, strict=False):
+            x = stage.sample(x, stage_options, generators, on_step)
+        return x
+
+    def _result(
+        self,
+        x: Tensor,
+        image_emb: Tensor | None,
+        batch: Batch,
+        prompts: list[str | None],
+        metadata: list[dict[str, Any]],
+        options: UnCLIPOptions,
+    ) -> GenerationResult:
+        about = self.describe(options)
+        entries = [
+            {**entry, "seed": seed, **about}
+            for entry, seed in zip(metadata, batch.seeds, strict=True)
+        ]
+        # A clone made outside of inference mode, for the caller to compute with.
+        emb = None if image_emb is None else image_emb.cpu().clone()
+        return GenerationResult(to_pil(x), batch.seeds, prompts, emb, entries)
+
+    def _best_of(self, prompts: PromptBatch, num_images: int, num_candidates: int) -> BestOf:
+        check_candidates(num_images, num_candidates)
+        text_emb = mix_embeddings(self.encode_text(prompts.texts).emb, prompts.weights)
+        return BestOf(self.encode_image, text_emb, num_images, num_candidates)
+
+    def _num_steps(self, options: UnCLIPOptions, prior: bool = False) -> int:
+        """Return the sampling steps of a batch; prior: of prompts, not of image embeddings."""
+        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        if prior and options.embedding == "prior":
+            steps += self._need_prior().steps(options.prior)
+        return steps
+
+    def _need_prior(self) -> PriorStage:
+        if self.prior_stage is None:
+            raise ValueError(
+                "this model has no prior and cannot generate from text; use variations(image)"
+            )
+        return self.prior_stage
+
+    def _check_options(self, options: UnCLIPOptions, prompts: PromptBatch | None = None) -> None:
+        """ValueError unless images of prompts, or of something else, can be sampled with them."""
+        check_options(self, options, of_prompts=prompts is not None)
         check_count("prior_candidates", options.prior_candidates)
-        if wording is not None:
-            wording.check(options)
+        if prompts is not None:
+            prompts.check(options)
             if options.embedding != "none":
                 self._need_prior()
-        count = len(given) if wording is None else len(wording)
-        steps, about = (
-            sum(stage.steps for stage in (options.decoder, *options.upsamplers)),
-            self._about(options),
-        )
-        if wording is not None and options.embedding == "prior":
-            steps += self.prior_steps(options.prior)
-        for batch in in_batches(count, num_images, seed, batch_size, steps, progress, on_step):
-            rows, n = batch.prompts, batch.num_images
-            drawing = {"generators": batch.generators, "on_step": batch.on_step}
-            with torch.inference_mode():
-                if wording is None:
-                    emb, told = given[rows].repeat_interleave(n, dim=0), {}
-                else:
-                    emb, told = self._imagine(wording[rows], n, options, drawing)
-                x = self.decode(emb, options=options.decoder, **told, **drawing)
-                images = to_pil(self.upsample(x, options=options.upsamplers, **drawing))
-            # Cloned outside of inference mode: the caller may compute with it.
-            emb = None if emb is None else emb.cpu().clone()
-            if wording is None:
-                prompts, made_of = (
-                    [None] * len(images),
-                    [{"image_emb": encode_array(one)} for one in emb],
+
+    def _check_compatible(self, inpainter: AnyDecoder | None) -> None:
+        """ValueError for networks that were not trained for each other."""
+        if self.prior is not None:
+            self._check_clip("prior", self.prior.config)
+        self._check_clip("decoder", self.decoder.config)
+        size = self.decoder_stage.size
+        if inpainter is not None:
+            self._check_clip("inpainter", inpainter.config)
+            stage = self.inpainter_stage
+            if stage is None or not stage.inpaints or stage.size != size:
+                raise ValueError(f"inpainter must be a decoder of {size} px, trained to inpaint")
+        for stage in self.upsampler_stages:
+            low = stage.network.config.low_size
+            if low != size:
+                raise ValueError(
+                    f"{stage.diffusion.name} takes images of {low} px, but gets {size} px"
                 )
-            else:
-                prompts = [
-                    describe_prompt(prompt) for prompt in wording[rows].prompts for _ in range(n)
-                ]
-                made_of = [entry for entry in wording[rows].metadata() for _ in range(n)]
-            metadata = [
-                {**entry, "seed": seed, **about}
-                for entry, seed in zip(made_of, batch.seeds, strict=True)
-            ]
-            yield GenerationResult(images, batch.seeds, prompts, emb, metadata)
+            size = stage.size
 
-    def _meaning(self, wording: PromptBatch) -> Tensor:
-        """CLIP's embeddings of the prompts (P, D); of a mixture, the weighted sum."""
-        return mixed(self.encode_text(wording.texts).emb, wording.weights)
-
-    def _imagine(
-        self, wording: PromptBatch, num_images: int, options: UnCLIPOptions, drawing: dict[str, Any]
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Embeddings (B, D) of the pictures of some prompts, or None, and what else the decoder is to be told."""
-        text, weights = self.encode_text(wording.texts), wording.weights
-        negative = None if wording.negative is None else self.encode_text(wording.negative)
-        emb = None
-        if options.embedding == "text":
-            emb = self.as_image(mixed(text.emb, weights)).repeat_interleave(num_images, dim=0)
-        elif options.embedding == "prior":
-            emb = self.sample_prior(
-                text,
-                num_images=num_images,
-                options=options.prior,
-                candidates=options.prior_candidates,
-                negative=negative,
-                weights=weights,
-                **drawing,
-            )
-        return emb, {
-            "text": text.repeat_interleave(num_images),
-            "negative": negative and negative.repeat_interleave(num_images),
-            "weights": None if weights is None else weights.repeat_interleave(num_images, dim=1),
-        }
+    def _check_clip(self, stage: str, config: Any) -> None:
+        for name, expected in (
+            ("emb_dim", self.clip.emb_dim),
+            ("text_width", self.clip.text_width),
+        ):
+            given = getattr(config, name)
+            if given not in (expected, None):  # None: it reads no captions
+                raise ValueError(f"{stage} has {name} {given}, but CLIP has {expected}")

@@ -1,428 +1,586 @@
-"""The stages of unCLIP (2204.06125), each callable alone: text -> image embedding -> small picture -> large picture."""
+"""The stages of unCLIP (2204.06125): text -> image embedding -> small image -> large image."""
+
+# P prompts, N images of each, C candidates, K texts in a mixture, B batch (P * N), D embedding
+# width, s and S image sizes
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from einops import einsum, rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from unclip.clip import CLIP
+from unclip.diffusion.inversion import InversionOptions, invert
+from unclip.diffusion.repaint import PaintOptions, repaint
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample, sampling_timesteps
-from unclip.embeddings import normalise
-from unclip.image_io import open_image
+from unclip.diffusion.schedulers import OnSample
+from unclip.diffusion.schedules import Prediction, Schedule, ScheduleConfig
 from unclip.models.layers import DenoiserCache, KeyValues
-from unclip.models.unclip.decoder import Decoder, DecoderContext
+from unclip.models.published.cross_attention_decoder import (
+    CrossAttentionDecoder,
+    CrossAttentionUpsampler,
+    TokenContext,
+)
+from unclip.models.published.relative_prior import RelativePrior
+from unclip.models.unclip.ar_prior import ARPrior
+from unclip.models.unclip.decoder import ContextUNet, Decoder, DecoderContext
+from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
-from unclip.pipelines.base import (
-    ImageInput,
-    check_count,
-    check_images,
-    check_prompts,
-    inferring,
-    random_generators,
+from unclip.pipelines.images import Images
+from unclip.pipelines.request import check_count, check_prompts
+from unclip.pipelines.runtime import Runtime
+from unclip.types import (
+    OnStep,
+    Progress,
+    Prompt,
+    StageOptions,
+    TextEncoding,
+    UnCLIPOptions,
 )
-from unclip.pipelines.unclip.networks import UnCLIPNetworks
-from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding
 
-# P prompts, N images of each, C candidates, B batch (P * N), D embedding width, S image size
+Generators = Sequence[torch.Generator]
+AnyPrior = DiffusionPrior | RelativePrior | ARPrior | OneShotPrior
+AnyDecoder = Decoder | CrossAttentionDecoder
+AnyUpsampler = Upsampler | CrossAttentionUpsampler
 
 
-class UnCLIPStages(UnCLIPNetworks):
-    """CLIP, a prior (or none, for variations only), a decoder and any number of upsamplers, ready to sample.
+class Denoiser(Protocol):
+    """A network that a `DiffusionStage` samples with."""
 
-    `generators` are one for each picture. Through the stages each draws in this order: the prior's noise for candidate
-    1, 2, ...; at every stochastic step of the prior, noise for candidate 1, 2, ...; then the decoder's first noise and
-    its steps', and so through the upsamplers.
-    """
+    def denoise(
+        self, x_t: Tensor, t: Tensor | float, context: Any, cache: DenoiserCache | None = None
+    ) -> Tensor: ...
 
-    @inferring
-    def encode_text(self, prompts: Prompt) -> TextEncoding:
-        """P prompts -> TextEncoding in float32; a prompt longer than CLIP's context is cut with a warning."""
-        self._use(self.clip)
+
+@dataclass(frozen=True)
+class DiffusionStage:
+    """A denoiser with its noise schedule and runtime, without conditioning."""
+
+    name: str
+    network: Any  # a Denoiser
+    schedule: Schedule
+    runtime: Runtime
+    prediction: Prediction
+    learned_variance: bool = False
+
+    def bind(
+        self,
+        context: Any,
+        options: StageOptions,
+        null: Callable[[], Any] | None = None,
+        weights: Tensor | None = None,
+        clip: float | None = 1.0,
+    ) -> BoundStage:
+        """Fix the conditioning and the options.
+
+        null: makes the context of guidance, of one row or as many as `context`; not called without
+        guidance. weights (K, B): of K contexts for each sample. clip: bound of |x_0|.
+        """
+        timesteps = sampling_timesteps(options, self.schedule)
+        denoise, denoise_both = self.denoiser(context, options, timesteps), None
+        if null is not None and options.guidance != 1:
+            without = null()
+            without = without.repeat_interleave(len(context) // len(without))
+            both = type(context).cat([context, without])
+            denoise_both = self.denoiser(both, options, timesteps)
+        return self.bind_denoiser(denoise, options, timesteps, denoise_both, weights, clip)
+
+    def denoiser(
+        self, context: Any, options: StageOptions, timesteps: Sequence[float], last: bool = False
+    ) -> Denoise:
+        """Return the network as a function of x_t and t; last: the last U-Net of an upsampler."""
+        network, part = self.network, self.network
+        if options.cache_interval > 1 and not isinstance(network, ContextUNet | Upsampler):
+            raise ValueError(
+                f"{self.name} is a {type(network).__name__}, which has no deep features to cache; "
+                f"set cache_interval to 1"
+            )
+        if isinstance(network, Upsampler):
+            part = network.last_unet if last else network.unet
+        call = network.denoise_last if last else network.denoise
+        cache = DenoiserCache(timesteps, options.cache_interval)
+        return self.runtime.bind(partial(call, context=context, cache=cache), part)
+
+    def bind_denoiser(
+        self,
+        denoise: Denoise,
+        options: StageOptions,
+        timesteps: Sequence[float],
+        denoise_both: Denoise | None = None,
+        weights: Tensor | None = None,
+        clip: float | None = 1.0,
+    ) -> BoundStage:
+        """`bind` with a denoiser."""
+        estimate = Estimator(
+            denoise,
+            self.schedule,
+            options,
+            self.prediction,
+            self.learned_variance,
+            clip,
+            denoise_both,
+            weights,
+            self.runtime.dtype,
+        )
+        return BoundStage(
+            self.name, estimate, self.schedule, options, list(timesteps), self.runtime
+        )
+
+
+@dataclass(frozen=True)
+class BoundStage:
+    """A diffusion stage with its conditioning, ready to be sampled, inverted or painted with."""
+
+    name: str
+    estimate: Estimator
+    schedule: Schedule
+    options: StageOptions
+    timesteps: list[float]
+    runtime: Runtime
+
+    def noise(self, shape: Sequence[int], generators: Generators) -> Tensor:
+        """Return the initial noise (B, ...), in float32 whatever the dtype of the network."""
+        x_T = randn(shape, generators, self.runtime.device)
+        return x_T.to(memory_format=torch.channels_last) if x_T.ndim == 4 else x_T
+
+    def sample(
+        self,
+        x_T: Tensor,
+        generators: Generators = (),
+        on_step: OnStep | None = None,
+        eta: float | None = None,
+    ) -> Tensor:
+        """Sample x_0 from the noise x_T (B, ...). eta: instead of the options'."""
+        with self.runtime.memory():
+            return sample(
+                self.estimate,
+                x_T,
+                self.schedule,
+                self.options if eta is None else replace(self.options, eta=eta),
+                timesteps=self.timesteps,
+                generators=generators,
+                on_step=self._reporter(on_step),
+            )
+
+    def invert(self, images: Tensor, options: InversionOptions, on_step: OnStep | None) -> Tensor:
+        """Return the noise from which DDIM samples `images`."""
+        report = self._reporter(on_step)
+        with self.runtime.memory():
+            return invert(self.estimate, images, self.schedule, self.timesteps, options, report)
+
+    def repaint(
+        self,
+        image: Tensor,
+        hole: Tensor,
+        generators: Generators,
+        options: PaintOptions,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """Paint the hole (1 or B, 1, s, s) of images (B, 3, s, s)."""
+
+        def noise() -> Tensor:
+            return randn(image.shape, generators, self.runtime.device)
+
+        report = self._reporter(on_step)
+        with self.runtime.memory():
+            return repaint(
+                self.estimate, image, hole, self.schedule, self.timesteps, noise, options, report
+            )
+
+    def _reporter(self, on_step: OnStep | None) -> OnSample | None:
+        """Convert a callback of `Progress` to one of unclip.diffusion."""
+        if on_step is None:
+            return None
+
+        def report(step: int, num_steps: int, x_0: Tensor) -> None:
+            preview = x_0 if x_0.ndim == 4 else None
+            on_step(Progress(self.name, step, num_steps, preview))
+
+        return report
+
+
+class TextEncoder:
+    """CLIP's text tower, and its encodings in the form that the networks take."""
+
+    def __init__(self, clip: CLIP, runtime: Runtime) -> None:
+        self.clip, self.runtime = clip, runtime
+
+    def __call__(self, prompts: Prompt) -> TextEncoding:
+        """Encode P prompts in float32. A prompt longer than CLIP's context is cut, with a warning."""
+        self.runtime.use(self.clip)
         return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
 
-    @inferring
-    def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
-        """Pictures (PIL, paths, or tensors in [-1, 1]) -> CLIP embeddings (N, D), not normalised."""
-        self._use(self.clip)
-        if isinstance(images, Tensor):
-            return self.clip.encode_image(check_images(images)).float()
-        several = (
-            list(images)
-            if isinstance(images, Sequence) and not isinstance(images, str)
-            else [images]
-        )
-        if not several:
-            raise ValueError("the list of images is empty; expected at least one picture")
-        if any(isinstance(image, Tensor) for image in several):
-            return torch.cat([self.encode_image(image) for image in several])
-        return self.clip.encode_image([open_image(image) for image in several]).float()
+    def empty(self) -> TextEncoding:
+        """Return the encoding of the empty prompt, cached across calls."""
+        return self.runtime.cached("empty prompt", [self.clip], lambda: self.prepare(self("")))
 
-    @inferring
-    def sample_prior(
+    def prepare(self, text: TextEncoding) -> TextEncoding:
+        """Move a text to the device and dtype of the networks, and trim padding if possible."""
+        text = text.to(self.runtime.device, self.runtime.dtype)
+        return text if self.runtime.static_shapes else text.trim()
+
+
+@dataclass(frozen=True)
+class LoadedPrior:
+    """A prior without the rest of its model, as `unclip.load_prior` returns it."""
+
+    network: AnyPrior
+    schedule: ScheduleConfig | None = None  # of a diffusion prior; None = cosine
+    source: str | None = None  # where it was loaded from, for the metadata of images
+
+
+class PriorStage:
+    """Samples CLIP image embeddings for texts, by diffusion or directly."""
+
+    def __init__(
+        self,
+        network: AnyPrior,
+        schedule: Schedule | None,
+        text_encoder: TextEncoder,
+        source: str | None = None,
+    ) -> None:
+        """schedule: of a diffusion prior. source: of a prior that is not the model's own."""
+        self.network, self.text_encoder, self.source = network, text_encoder, source
+        self.runtime, self.diffusion = text_encoder.runtime, None
+        if not isinstance(network, DirectPrior):
+            self.diffusion = DiffusionStage(
+                "prior", network, schedule or Schedule(), self.runtime, "x0"
+            )
+
+    def steps(self, options: StageOptions) -> int:
+        """Return how often `on_step` is called; the options choose it for diffusion only."""
+        return self.network.steps if isinstance(self.network, DirectPrior) else options.steps
+
+    def sample(
         self,
         text: TextEncoding,
+        options: StageOptions,
+        generators: Generators,
         *,
         num_images: int = 1,
-        generators: Sequence[torch.Generator] | None = None,
-        options: StageOptions | None = None,
-        candidates: int | None = None,
+        candidates: int = 1,
         on_step: OnStep | None = None,
         negative: TextEncoding | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """P texts -> CLIP image embeddings (P * N, D), N for each: the best of `candidates` by dot product with it.
-
-        generators: one for each of the P * N embeddings. negative: 1 or P texts, in place of the null of guidance.
-        weights (K, P): text holds the first of K texts for each of the P, then the second, ..., to be mixed so.
-        """
-        prior = self._need_prior()
-        options = options or self.options.prior
-        candidates = self.options.prior_candidates if candidates is None else candidates
+        """Sample image embeddings (P * N, D); see `UnCLIPPipeline.sample_prior`."""
         check_count("candidates", candidates)
-        if options.temperature != 1 and not isinstance(prior, DirectPrior):
-            raise ValueError(
-                f"temperature is {options.temperature}, but a diffusion prior has none; leave it at 1"
-            )
         K, P = (1, len(text)) if weights is None else weights.shape
-        text_emb = mixed(text.emb.float(), weights)
-        generators = generators or random_generators(P * num_images)
-        each = num_images * candidates
-
-        def prefix(text: TextEncoding) -> KeyValues:
-            self._use(prior)
-            return prior.condition(text)
-
-        def null() -> KeyValues:
-            if negative is not None:
-                without = prefix(self._trimmed(negative))
-                return without if len(without) == 1 else KeyValues.cat([without] * K)
-            if prior.config.null_text == "learned":
-                return self._keep("null prefix", [prior], lambda: prefix(prior.null_text(1)))
-            return self._keep("null prefix", [self.clip, prior], lambda: prefix(self._no_text()))
-
-        # A row of the prefix for each prompt, which serves all of its embeddings.
-        cond = prefix(self._trimmed(text))
-        drawing = [generator for generator in generators for _ in range(candidates)]
-        mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
-        if isinstance(prior, DirectPrior):
-            emb = self._sample_directly(prior, cond, null, drawing, options, on_step, mixing)
-        else:
-            denoise = self._guided("prior", prior, cond, null, options)
-            x_0 = self._sample(
-                "prior",
-                self._estimator("prior", denoise, options, "x0", False, prior.x0_limit, mixing),
-                (P * each, prior.config.emb_dim),
-                drawing,
-                options,
-                on_step,
+        if options.temperature != 1 and self.diffusion is not None:
+            raise ValueError(
+                f"temperature is {options.temperature}, but a diffusion prior has none; "
+                f"leave it at 1"
             )
-            emb = prior.denormalize(x_0)
+        each = num_images * candidates
+        mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
+        # A row of the context for each prompt serves all of its embeddings.
+        context = self._condition(self.text_encoder.prepare(text))
+        null = partial(self._null, negative, K)
+        generators = [generator for generator in generators for _ in range(candidates)]
+        if isinstance(self.network, DirectPrior):
+            emb = self._sample_direct(context, null, generators, options, on_step, mixing)
+        else:
+            assert self.diffusion is not None
+            bound = self.diffusion.bind(context, options, null, mixing, self.network.x0_limit)
+            x_T = bound.noise((P * each, self.network.config.emb_dim), generators)
+            emb = self.network.denormalize(bound.sample(x_T, generators, on_step))
+        # Keep the best candidate by dot product with the text embedding (unCLIP 2.2).
+        text_emb = mix_embeddings(text.emb.float(), weights)
         emb = rearrange(emb, "(p n c) d -> p n c d", p=P, c=candidates)
-        best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)  # unCLIP 2.2
+        best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
 
-    @inferring
-    def as_image(self, text_emb: Tensor) -> Tensor:
-        """Text embeddings (N, D) at the usual length of image embeddings, to be decoded as such (unCLIP 5.1)."""
-        return normalise(text_emb.float()) * self._need_prior().emb_norm
+    def _condition(self, text: TextEncoding) -> KeyValues:
+        self.runtime.use(self.network)
+        return self.network.condition(text)
 
-    @inferring
-    def decode(
+    def _null(self, negative: TextEncoding | None, K: int) -> KeyValues:
+        """Return the context of guidance: of the negative texts, or one cached row."""
+        if negative is not None:
+            context = self._condition(self.text_encoder.prepare(negative))
+            return context if len(context) == 1 else KeyValues.cat([context] * K)
+        network, clip, cached = self.network, self.text_encoder.clip, self.runtime.cached
+        if network.config.null_text == "learned":
+            return cached("prior null", [network], lambda: self._condition(network.null_text(1)))
+        return cached(
+            "prior null", [clip, network], lambda: self._condition(self.text_encoder.empty())
+        )
+
+    def _sample_direct(
+        self,
+        context: KeyValues,
+        null: Callable[[], KeyValues],
+        generators: Generators,
+        options: StageOptions,
+        on_step: OnStep | None,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Sample (B, D) without diffusion; guidance and weights (K, B) act on the predictions."""
+        network = self.network
+        assert isinstance(network, DirectPrior)
+        guided = options.guidance != 1
+        rows = len(generators) * (1 if weights is None else len(weights))
+        if guided:
+            without = null()
+            without = without.repeat_interleave(len(context) // len(without))
+            context, rows = KeyValues.cat([context, without]), 2 * rows
+
+        def combine(predicted: Tensor) -> Tensor:
+            if guided:
+                cond, uncond = predicted.chunk(2)
+                predicted = torch.lerp(uncond, cond, options.guidance)
+            if weights is None:
+                return predicted
+            predicted = predicted.unflatten(0, weights.shape)
+            return einsum(predicted, weights.to(predicted), "k b ..., k b -> b ...")
+
+        def report(step: int) -> None:
+            assert on_step is not None
+            on_step(Progress("prior", step, network.steps))
+
+        self.runtime.use(network)
+        with self.runtime.memory():
+            return network.sample(
+                context.expand(rows),
+                generators,
+                combine,
+                temperature=options.temperature,
+                on_prediction=report if on_step else None,
+            )
+
+
+class DecoderStage:
+    """Samples small images for image embeddings and texts; as inpainter, around known pixels."""
+
+    def __init__(
+        self, name: str, network: AnyDecoder, schedule: Schedule, text_encoder: TextEncoder
+    ) -> None:
+        self.network, self.text_encoder = network, text_encoder
+        self.runtime, config = text_encoder.runtime, network.config
+        self.diffusion = DiffusionStage(
+            name, network, schedule, self.runtime, config.prediction, config.learned_variance
+        )
+
+    @property
+    def size(self) -> int:
+        """Side of the images, in pixels."""
+        return self.network.config.image_size
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the network was trained to inpaint."""
+        return isinstance(self.network, Decoder) and self.network.config.inpaints
+
+    def sample(
         self,
         image_emb: Tensor | None,
-        text: TextEncoding | None = None,
+        text: TextEncoding | None,
+        options: StageOptions,
+        generators: Generators,
         *,
-        generators: Sequence[torch.Generator] | None = None,
-        options: StageOptions | None = None,
         on_step: OnStep | None = None,
         negative: TextEncoding | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """CLIP image embeddings (B, D), and their B texts or None for no text -> pictures (B, 3, s, s) in [-1, 1].
+        """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`."""
+        bound = self.bind(image_emb, text, options, negative=negative, weights=weights)
+        x_T = bound.noise((len(generators), 3, self.size, self.size), generators)
+        return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
-        Without embeddings (None) the decoder follows the texts alone (unCLIP 5.1).
-        negative: B texts in place of the null of guidance. weights (K, B): text holds the first of K texts for each of
-        the B, then the second, ..., to be mixed so.
-        """
-        decoder, config = self.decoder, self.decoder.config
-        options = options or self.options.decoder
-        K, blind = 1 if weights is None else len(weights), image_emb is None
-        if blind:
-            if text is None:
-                raise ValueError(
-                    "neither image_emb nor text is given; the decoder needs one of the two"
-                )
-            image_emb = text.emb.new_zeros(len(text) // K, config.emb_dim)  # gives way to the null
-        elif image_emb.ndim != 2 or image_emb.shape[1] != config.emb_dim:
-            raise ValueError(
-                f"image_emb is of shape {tuple(image_emb.shape)}; expected (B, {config.emb_dim})"
-            )
-        B = len(image_emb)
-        if text is not None and len(text) != K * B:
-            raise ValueError(f"{len(text)} texts for {B} image embeddings; expected {K} for each")
-        image_emb = image_emb.to(self.device, self.dtype).repeat(K, 1)
-
-        def null() -> DecoderContext:
-            if negative is not None:
-                return DecoderContext.cat(
-                    [self._context(image_emb[:B], negative, drop_image=True)] * K
-                )
-            return self._null_context(image_emb)
-
-        denoise = self._guided(
-            "decoder",
-            decoder,
-            self._context(image_emb, text, drop_image=blind),
-            null,
-            options,
-        )
-        return self._sample(
-            "decoder",
-            self._estimator(
-                "decoder",
-                denoise,
-                options,
-                config.prediction,
-                config.learned_variance,
-                1.0,
-                weights,
-            ),
-            (B, 3, config.image_size, config.image_size),
-            generators or random_generators(B),
-            options,
-            on_step,
-        ).clamp(-1, 1)
-
-    @inferring
-    def upsample(
+    def bind(
         self,
-        images: Tensor,
+        image_emb: Tensor | None,
+        text: TextEncoding | None,
+        options: StageOptions,
         *,
-        generators: Sequence[torch.Generator] | None = None,
-        options: Sequence[StageOptions] | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Pictures (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), through one upsampler for each of `options`."""
-        options = self.options.upsamplers if options is None else options
-        generators = generators or random_generators(len(images))
-        self._check_upsampling(options)
-        size = self.decoder.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"images are of shape {tuple(images.shape)}; expected (B, 3, {size}, {size})"
-            )
-        images = images.to(self.device)
-        for i, (upsampler, stage_options) in enumerate(zip(self.upsamplers, options, strict=False)):
-            config, low_res, stage = upsampler.config, upsampler.condition(images), f"upsampler_{i}"
-            images = self._sample(
-                stage,
-                self._upsampling(stage, upsampler, low_res, stage_options),
-                (len(images), 3, config.high_size, config.high_size),
-                generators,
-                stage_options,
-                on_step,
-            ).clamp(-1, 1)
-        return images
+        negative: TextEncoding | None = None,
+        weights: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> BoundStage:
+        """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`."""
+        K, blind = 1 if weights is None else len(weights), image_emb is None
+        if image_emb is None:
+            if text is None:
+                raise ValueError("image_emb and text are both None; the decoder needs one of them")
+            # Replaced by the null.
+            image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
+        self._check(image_emb, text, K)
+        B = len(image_emb)
+        image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
 
-    def _context(
+        def null() -> DecoderContext | TokenContext:
+            if negative is not None:
+                context = self._condition(image_emb[:B], negative, drop_image=True)
+                return type(context).cat([context] * K)
+            if known is not None:
+                return self._condition(image_emb, None, drop_image=True, known=known)
+            return self.runtime.cached(
+                f"{self.diffusion.name} null",
+                [self.text_encoder.clip, self.network],
+                lambda: self._condition(image_emb[:1], None, drop_image=True),
+            )
+
+        context = self._condition(image_emb, text, drop_image=blind, known=known)
+        return self.diffusion.bind(context, options, null, weights)
+
+    def guide_embedding(self, image_emb: Tensor, known: Tensor, weight: float) -> Tensor:
+        """Move embeddings (B, D) towards known pixels (B, 4, s, s), if the network has a layout."""
+        layout = self.network.layout if isinstance(self.network, Decoder) else None
+        if layout is None or not weight or not known[:, 3:].any():
+            return image_emb
+        self.runtime.use(self.network)
+        return layout.guide_embedding(image_emb.to(self.runtime.device), known, weight)
+
+    def _condition(
         self,
         image_emb: Tensor,
         text: TextEncoding | None,
         drop_image: bool = False,
         known: Tensor | None = None,
-    ) -> DecoderContext:
-        """What the decoder is told; with known, what the inpainter is."""
-        decoder = self.decoder if known is None else self.inpainter
-        rows = torch.ones(len(image_emb), dtype=torch.bool, device=self.device)
-        dropped = rows if drop_image else None
+    ) -> DecoderContext | TokenContext:
+        everything = torch.ones(len(image_emb), dtype=torch.bool, device=self.runtime.device)
+        drop_text = None
         if text is None:
-            text = self._no_text().repeat_interleave(len(image_emb))
-            drop_text = rows if decoder.config.null_text == "learned" else None
+            text = self.text_encoder.empty().repeat_interleave(len(image_emb))
+            if self.network.config.null_text == "learned":
+                drop_text = everything
         else:
-            text, drop_text = self._trimmed(text), None
-        self._use(decoder)
-        told = (
-            {} if known is None else {"known": known}
-        )  # to a decoder of another kind it would be unknown
-        return decoder.condition(image_emb, text, drop_image=dropped, drop_text=drop_text, **told)
-
-    def _null_context(self, image_emb: Tensor) -> DecoderContext:
-        """Without image and text: one row; of image_emb only the width is used."""
-        modules = [self.clip, self.decoder]
-        return self._keep(
-            "null context", modules, lambda: self._context(image_emb[:1], None, drop_image=True)
+            text = self.text_encoder.prepare(text)
+        self.runtime.use(self.network)
+        extra = {} if known is None else {"known": known}  # other kinds of decoders do not take it
+        return self.network.condition(
+            image_emb, text, everything if drop_image else None, drop_text, **extra
         )
 
-    def _no_text(self) -> TextEncoding:
-        return self._keep("empty prompt", [self.clip], lambda: self._trimmed(self.encode_text("")))
-
-    def _trimmed(self, text: TextEncoding) -> TextEncoding:
-        """As the networks want it, without the columns that are padding in every row."""
-        text = text.to(self.device, self.dtype)
-        return text if self.static_shapes else text.trim()
-
-    def _guided(
-        self,
-        stage: str,
-        network: nn.Module,
-        cond: Any,
-        null: Callable[[], Any],
-        options: StageOptions,
-    ) -> list[Denoise]:
-        """The network under classifier-free guidance; at scale 1 the null is never computed."""
-        if options.guidance == 1.0:
-            return [self._denoiser(stage, network, cond, options)]
-        without = null()
-        both = type(cond).cat([cond, without.repeat_interleave(len(cond) // len(without))])
-        return [self._denoiser(stage, network, context, options) for context in (cond, both)]
-
-    def _estimator(
-        self,
-        stage: str,
-        denoisers: list[Denoise],
-        options: StageOptions,
-        prediction: Any,
-        learned_variance: bool,
-        clip: float | None,
-        weights: Tensor | None = None,
-    ) -> Estimator:
-        return Estimator(
-            denoisers[0],
-            self.schedules[stage],
-            options,
-            prediction,
-            learned_variance,
-            clip,
-            denoisers[1] if len(denoisers) > 1 else None,
-            weights,
-            self.dtype,
-        )
-
-    def _upsampling(
-        self, stage: str, upsampler: Upsampler, low_res: Tensor, options: StageOptions
-    ) -> Estimator:
-        first = self._denoiser(stage, upsampler, low_res, options)
-        last = self._last_denoiser(stage, upsampler, low_res, options)
-        end = sampling_timesteps(options, self.schedules[stage])[-1]
-
-        def denoise(x_t: Tensor, t: float) -> Tensor:
-            return (first if last is None or t != end else last)(x_t, t)
-
-        config = upsampler.config
-        return self._estimator(
-            stage, [denoise], options, config.prediction, config.learned_variance, 1.0
-        )
-
-    def _denoiser(
-        self, stage: str, network: Any, context: Any, options: StageOptions, last: bool = False
-    ) -> Denoise:
-        """The network of a stage under one context; last: the second one of an upsampler."""
-        part, call = network, network.denoise_last if last else network.denoise
-        if isinstance(network, Upsampler):
-            part = network.last_unet if last else network.unet
-        if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
+    def _check(self, image_emb: Tensor, text: TextEncoding | None, K: int) -> None:
+        width = self.network.config.emb_dim
+        if image_emb.ndim != 2 or image_emb.shape[1] != width:
             raise ValueError(
-                f"{stage} is a {type(network).__name__}, which has no deep features to cache; set cache_interval to 1"
+                f"image_emb is of shape {tuple(image_emb.shape)}; expected (B, {width})"
             )
-        cache = DenoiserCache(sampling_timesteps(options, self.schedules[stage]), options.cache_interval)
-
-        def denoise(x_t: Tensor, t: float) -> Tensor:
-            self._use(part)
-            return call(x_t, t, context, cache)
-
-        return denoise
-
-    def _last_denoiser(
-        self, stage: str, upsampler: Upsampler, low_res: Tensor, options: StageOptions
-    ) -> Denoise | None:
-        """Of an upsampler with a network of its own for the last step."""
-        if getattr(upsampler, "last_unet", None) is None:
-            return None
-        return self._denoiser(stage, upsampler, low_res, options, last=True)
-
-    def _sample(
-        self,
-        stage: str,
-        estimate: Estimator,
-        shape: tuple[int, ...],
-        generators: Sequence[torch.Generator],
-        options: StageOptions,
-        on_step: OnStep | None,
-    ) -> Tensor:
-        x_T = randn(shape, generators, self.device)  # in float32 whatever the networks have
-        if x_T.ndim == 4:
-            x_T = x_T.to(memory_format=torch.channels_last)
-
-        def report(step: int, num_steps: int, x_0: Tensor) -> None:
-            on_step(Progress(stage, step, num_steps, x_0 if x_0.ndim == 4 else None))
-
-        schedule, report = self.schedules[stage], report if on_step else None
-        with self._keeping():
-            return sample(estimate, x_T, schedule, options, generators=generators, on_step=report)
-
-    def _sample_directly(
-        self,
-        prior: DirectPrior,
-        cond: KeyValues,
-        null: Callable[[], KeyValues],
-        generators: Sequence[torch.Generator],
-        options: StageOptions,
-        on_step: OnStep | None,
-        weights: Tensor | None,
-    ) -> Tensor:
-        """Embeddings (B, D) without diffusion: guidance, and weights (K, B), act on what the prior predicts."""
-        guided, rows = (
-            options.guidance != 1.0,
-            len(generators) * (1 if weights is None else len(weights)),
-        )
-        if guided:
-            without = null()
-            cond = KeyValues.cat([cond, without.repeat_interleave(len(cond) // len(without))])
-            rows *= 2
-
-        def combine(predicted: Tensor) -> Tensor:
-            if guided:
-                told, untold = predicted.chunk(2)
-                predicted = torch.lerp(untold, told, options.guidance)
-            if weights is None:
-                return predicted
-            return einsum(
-                predicted.unflatten(0, weights.shape),
-                weights.to(predicted),
-                "k b ..., k b -> b ...",
-            )
-
-        def report(step: int) -> None:
-            on_step(Progress("prior", step, prior.steps))
-
-        self._use(prior)
-        with self._keeping():
-            told = {
-                "temperature": options.temperature,
-                "on_prediction": report if on_step else None,
-            }
-            return prior.sample(cond.expand(rows), generators, combine, **told)
-
-    def prior_steps(self, options: StageOptions) -> int:
-        """How often the prior will call `on_step`, of which only diffusion lets the options choose."""
-        return self.prior.steps if isinstance(self.prior, DirectPrior) else options.steps
-
-    def _need_prior(self) -> DiffusionPrior | DirectPrior:
-        if self.prior is None:
+        if text is not None and len(text) != K * len(image_emb):
             raise ValueError(
-                "this model has no prior and cannot draw from text; use variations(image)"
+                f"{len(text)} texts for {len(image_emb)} image embeddings; expected {K} for each"
             )
-        return self.prior
 
 
-def mixed(emb: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted sums (P, D) of K embeddings each, (K * P, D); weights (K, P), or None for a single one."""
-    return (
-        emb
-        if weights is None
-        else einsum(emb.unflatten(0, weights.shape), weights.to(emb), "k p d, k p -> p d")
-    )
+class UpsamplerStage:
+    """Samples large images from small ones."""
+
+    def __init__(
+        self, name: str, network: AnyUpsampler, schedule: Schedule, runtime: Runtime
+    ) -> None:
+        self.network, self.runtime, config = network, runtime, network.config
+        self.diffusion = DiffusionStage(
+            name, network, schedule, runtime, config.prediction, config.learned_variance
+        )
+
+    @property
+    def size(self) -> int:
+        """Side of the large images, in pixels."""
+        return self.network.config.high_size
+
+    @property
+    def separate_last(self) -> bool:
+        """Whether the last step has a U-Net of its own, trained for t = 0 only (Karlo)."""
+        return isinstance(self.network, Upsampler) and self.network.last_unet is not None
+
+    def sample(
+        self,
+        images: Tensor,
+        options: StageOptions,
+        generators: Generators,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Sample (B, 3, S, S) in [-1, 1] from images (B, 3, s, s) in [-1, 1]."""
+        bound = self.bind(images, options)
+        x_T = bound.noise((len(images), 3, self.size, self.size), generators)
+        return bound.sample(x_T, generators, on_step).clamp(-1, 1)
+
+    def bind(self, images: Tensor, options: StageOptions, end_at_0: bool = False) -> BoundStage:
+        """Fix the small images. end_at_0: use timesteps that fit a separate last U-Net."""
+        stage, context = self.diffusion, self.network.condition(images.to(self.runtime.device))
+        spacing = (
+            replace(options, sampler="ancestral") if end_at_0 and self.separate_last else options
+        )
+        timesteps = sampling_timesteps(spacing, stage.schedule)
+        denoise = stage.denoiser(context, options, timesteps)
+        if not self.separate_last:
+            return stage.bind_denoiser(denoise, options, timesteps)
+        denoise_last = stage.denoiser(context, options, timesteps, last=True)
+
+        def denoise_any(x_t: Tensor, t: float) -> Tensor:
+            return (denoise_last if t == timesteps[-1] else denoise)(x_t, t)
+
+        return stage.bind_denoiser(denoise_any, options, timesteps)
+
+
+def mix_embeddings(emb: Tensor, weights: Tensor | None) -> Tensor:
+    """Return weighted sums (P, D) of K embeddings each, (K * P, D); weights (K, P) or None."""
+    if weights is None:
+        return emb
+    return einsum(emb.unflatten(0, weights.shape), weights.to(emb), "k p d, k p -> p d")
+
+
+class StagedPipeline(Protocol):
+    """What manipulations and editing use of an `UnCLIPPipeline`."""
+
+    clip: CLIP
+    options: UnCLIPOptions
+    runtime: Runtime
+    prior_stage: PriorStage | None
+    decoder_stage: DecoderStage
+    inpainter_stage: DecoderStage | None
+    upsampler_stages: tuple[UpsamplerStage, ...]
+
+    def encode_text(self, prompts: Prompt) -> TextEncoding: ...
+
+    def encode_image(self, images: Images) -> Tensor: ...
+
+    def sample_prior(self, text: TextEncoding, **arguments: Any) -> Tensor: ...
+
+    def describe(self, options: UnCLIPOptions) -> dict[str, Any]: ...
+
+
+def stage_sizes(pipe: StagedPipeline, options: UnCLIPOptions) -> list[int]:
+    """Return the sides of the images of the decoder and of each upsampler that is used."""
+    used = pipe.upsampler_stages[: len(options.upsamplers)]
+    return [pipe.decoder_stage.size, *(stage.size for stage in used)]
+
+
+def bind_stage(
+    pipe: StagedPipeline, i: int, options: UnCLIPOptions, image_emb: Tensor, x: Tensor | None
+) -> BoundStage:
+    """Bind the decoder (i = 0) to embeddings (B, D), or an upsampler to small images x."""
+    if i == 0:
+        return pipe.decoder_stage.bind(image_emb, None, options.decoder)
+    assert x is not None
+    return pipe.upsampler_stages[i - 1].bind(x, options.upsamplers[i - 1], end_at_0=True)
+
+
+def check_options(pipe: StagedPipeline, options: UnCLIPOptions, of_prompts: bool = False) -> None:
+    """ValueError unless images of prompts, or of something else, can be sampled with them."""
+    if not isinstance(options, UnCLIPOptions):
+        raise ValueError(
+            f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options"
+        )
+    if options.embedding != "prior" and not of_prompts:
+        raise ValueError(
+            f"embedding is {options.embedding!r}, which is for images of prompts only; set 'prior'"
+        )
+    check_upsamplers(pipe, options.upsamplers)
+
+
+def check_upsamplers(pipe: StagedPipeline, options: Sequence[StageOptions]) -> None:
+    """ValueError for more options than upsamplers; with fewer, images stay smaller."""
+    if len(options) > len(pipe.upsampler_stages):
+        raise ValueError(
+            f"options for {len(options)} upsamplers, but the model has "
+            f"{len(pipe.upsampler_stages)}; start from pipe.options"
+        )

@@ -1,0 +1,257 @@
+"""The arguments of a call: prompts, seeds, batches and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unclip.types import OnStep, Progress, Prompt, UnCLIPOptions
+
+# P prompts, K texts in a mixture, N images of each prompt
+
+Mixture = Mapping[str, float]  # texts and their relative weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments that every call takes: image k (prompts in order) has the seed `seed` + k."""
+
+    num_images: int = 1  # of each prompt
+    seed: int | None = None  # None = random
+    on_step: OnStep | None = None
+    batch_size: int = 16
+    progress: bool = True  # show a progress bar
+
+    def __post_init__(self) -> None:
+        check_count("num_images", self.num_images)
+        check_count("batch_size", self.batch_size)
+
+    def with_images(self, num_images: int) -> Request:
+        """Return the same request for another number of images."""
+        return replace(self, num_images=num_images)
+
+    def seeds(self, num_prompts: int) -> list[int]:
+        """Return one seed for each image."""
+        return seeds_from(self.seed, num_prompts * self.num_images)
+
+    def batches(self, num_prompts: int, num_steps: int) -> Iterator[Batch]:
+        """Iterate over batches of num_steps sampling steps each, under one progress bar."""
+        seeds = self.seeds(num_prompts)
+        batches = list(split_batches(num_prompts, self.num_images, self.batch_size))
+        with self.track(len(batches) * num_steps) as on_step:
+            for rows, n in batches:
+                count = n * len(range(num_prompts)[rows])
+                yield Batch(rows, n, seeds[:count], on_step)
+                seeds = seeds[count:]
+
+    def rows(self, count: int) -> list[slice]:
+        """Return slices of range(count) of at most batch_size items."""
+        return list(batches_of(count, self.batch_size))
+
+    def track(self, num_steps: int) -> contextlib.AbstractContextManager[OnStep]:
+        """Show a progress bar of num_steps; see `progress_bar`."""
+        return progress_bar(num_steps, self.progress, self.on_step)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of a call that are sampled together."""
+
+    prompts: slice  # of the call's prompts
+    num_images: int  # of each of these
+    seeds: list[int]  # of all images
+    on_step: OnStep
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One generator for each image."""
+        return generators_from(self.seeds)
+
+
+@contextlib.contextmanager
+def progress_bar(num_steps: int, show: bool, on_step: OnStep | None) -> Iterator[OnStep]:
+    """Yield a callback that advances one bar over all steps of a call, and calls `on_step`."""
+    with tqdm(total=num_steps, disable=not show, unit="step", leave=False) as bar:
+
+        def report(progress: Progress) -> None:
+            bar.set_description(progress.stage, refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(progress)
+
+        yield report
+
+
+def split_batches(
+    num_prompts: int, num_images: int, batch_size: int
+) -> Iterator[tuple[slice, int]]:
+    """Yield (prompts, images of each) of at most batch_size images, in the order of the seeds."""
+    if num_images <= batch_size:
+        at_once = batch_size // num_images
+        yield from ((slice(i, i + at_once), num_images) for i in range(0, num_prompts, at_once))
+        return
+    for i in range(num_prompts):
+        for k in range(0, num_images, batch_size):
+            yield slice(i, i + 1), min(batch_size, num_images - k)
+
+
+def batches_of(count: int, batch_size: int) -> Iterator[slice]:
+    """Yield slices of range(count)."""
+    return (slice(start, start + batch_size) for start in range(0, count, batch_size))
+
+
+def check_count(name: str, value: int) -> None:
+    """ValueError unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def seeds_from(seed: int | None, count: int) -> list[int]:
+    """Return seed, seed + 1, ...; from a random start if seed is None."""
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63 - count:
+        raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**63")
+    return list(range(seed, seed + count))
+
+
+def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator for each image, on the CPU: a seed gives the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def random_generators(count: int) -> list[torch.Generator]:
+    """Return generators with random seeds."""
+    return generators_from(seeds_from(None, count))
+
+
+# -- prompts
+
+
+def check_prompts(prompt: Prompt) -> list[str]:
+    """Return one prompt or several as a list. ValueError if one is not valid text."""
+    if isinstance(prompt, str):
+        prompts = [prompt]
+    elif isinstance(prompt, Sequence):
+        prompts = list(prompt)
+    else:
+        raise ValueError(
+            f"prompt is a {type(prompt).__name__}; expected a string or a list of strings"
+        )
+    if not prompts:
+        raise ValueError("the list of prompts is empty; expected at least one string")
+    for i, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
+        # Bytes of a command line that are not UTF-8 become surrogates.
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"prompt {i} is {text!r}, not valid Unicode; expected UTF-8")
+    return prompts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """P prompts or mixtures of prompts, and optionally P negative prompts."""
+
+    prompts: list[str | dict[str, float]]
+    negative: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: Prompt | Mixture | Sequence[str | Mixture], negative: Prompt | None = None
+    ) -> PromptBatch:
+        """Check the arguments of a call. A single negative prompt serves all prompts."""
+        prompts: list[Any]
+        if isinstance(prompt, Mapping):
+            prompts = [_check_mixture(prompt)]
+        elif isinstance(prompt, Sequence) and any(isinstance(one, Mapping) for one in prompt):
+            check_prompts(["" if isinstance(one, Mapping) else one for one in prompt])
+            prompts = [_check_mixture(one) if isinstance(one, Mapping) else one for one in prompt]
+        else:
+            prompts = [*check_prompts(prompt)]  # type: ignore[arg-type]
+        if negative is not None:
+            negative = check_prompts(negative)
+            if len(negative) not in (1, len(prompts)):
+                raise ValueError(
+                    f"{len(negative)} negative prompts for {len(prompts)} prompts; "
+                    f"expected one for each, or one for all"
+                )
+            negative = negative * (len(prompts) if len(negative) == 1 else 1)
+        return cls(prompts, negative)
+
+    def check(self, options: UnCLIPOptions) -> None:
+        """ValueError if there are negative prompts but no stage uses guidance."""
+        stages = {"decoder": options.decoder}
+        if options.embedding == "prior":
+            stages = {"prior": options.prior, **stages}
+        if self.negative is not None and all(stage.guidance == 1 for stage in stages.values()):
+            raise ValueError(
+                f"negative_prompt replaces the null of guidance, but guidance is 1 in "
+                f"{' and '.join(stages)}; set it higher in {' or '.join(stages)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice) -> PromptBatch:
+        negative = None if self.negative is None else self.negative[rows]
+        return replace(self, prompts=self.prompts[rows], negative=negative)
+
+    @property
+    def texts(self) -> list[str]:
+        """The first text of each of the P prompts, then the second, ...: K * P texts."""
+        by_prompt = (texts for texts, _ in self._mixtures())
+        return [text for by_position in zip(*by_prompt, strict=True) for text in by_position]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """(K, P), each column of sum 1; None if every prompt is one text."""
+        if all(isinstance(prompt, str) for prompt in self.prompts):
+            return None
+        return torch.tensor([weights for _, weights in self._mixtures()]).T.contiguous()
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """Return the metadata entries of each prompt."""
+        if self.negative is None:
+            return [{"prompt": prompt} for prompt in self.prompts]
+        return [
+            {"prompt": prompt, "negative_prompt": negative}
+            for prompt, negative in zip(self.prompts, self.negative, strict=True)
+        ]
+
+    def _mixtures(self) -> list[tuple[list[str], list[float]]]:
+        """Return K texts and weights of each prompt; shorter mixtures are padded by weight 0."""
+        mixtures = [{prompt: 1.0} if isinstance(prompt, str) else prompt for prompt in self.prompts]
+        K, padded = max(map(len, mixtures)), []
+        for mixture in mixtures:
+            missing, total = K - len(mixture), sum(mixture.values())
+            weights = [*(weight / total for weight in mixture.values()), *[0.0] * missing]
+            padded.append(([*mixture, *[next(iter(mixture))] * missing], weights))
+        return padded
+
+
+def describe_prompt(prompt: str | Mixture) -> str:
+    """Return a prompt or a mixture in one line."""
+    if isinstance(prompt, str):
+        return prompt
+    return " + ".join(f"{weight:g} {text}" for text, weight in prompt.items())
+
+
+def _check_mixture(mixture: Mixture) -> dict[str, float]:
+    texts = check_prompts(list(mixture))
+    weights = [mixture[text] for text in texts]
+    finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in weights)
+    if not finite or sum(weights) <= 0:
+        raise ValueError(
+            f"weights of the mixture are {weights}; expected numbers with a sum above 0"
+        )
+    return {text: float(weight) for text, weight in mixture.items()}
