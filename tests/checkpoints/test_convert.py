@@ -176,7 +176,7 @@ def test_diffusers_makes_variations_from_the_same_folder(
     theirs = loaded_by_diffusers(folder, karlo.UnCLIPImageVariationPipeline)
     call = {"decoder_num_inference_steps": 8, "decoder_guidance_scale": 3.0, "output_type": "np"}
     images = theirs(image((16, 16)), generator=torch.Generator().manual_seed(2), **call).images
-    generators = unclip.pipelines.base.generators_from([2])
+    generators = unclip.pipelines.request.generators_from([2])
     small = pipe.decode(pipe.encode_image(image((16, 16))), generators=generators)
     assert_same_image(images[0], pipe.upsample(small, generators=generators))
 

@@ -321,15 +321,11 @@ class UnCLIPPipeline(Pipeline):
         texts that replace the null of guidance. weights (K, B): `text` holds the first of K texts
         of each of the B, then the second, ..., to be mixed.
         """
-        if image_emb is not None:
-            B = len(image_emb)
-        else:
-            B = 0 if text is None else len(text) // (1 if weights is None else len(weights))
         return self.decoder_stage.sample(
             image_emb,
             text,
             options or self.options.decoder,
-            generators or random_generators(B),
+            generators,
             on_step=on_step,
             negative=negative,
             weights=weights,

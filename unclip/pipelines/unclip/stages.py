@@ -33,7 +33,7 @@ from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.images import Images
-from unclip.pipelines.request import check_count, check_prompts
+from unclip.pipelines.request import check_count, check_prompts, random_generators
 from unclip.pipelines.runtime import Runtime
 from unclip.types import (
     OnStep,
@@ -382,7 +382,7 @@ class DecoderStage:
         image_emb: Tensor | None,
         text: TextEncoding | None,
         options: StageOptions,
-        generators: Generators,
+        generators: Generators | None,
         *,
         on_step: OnStep | None = None,
         negative: TextEncoding | None = None,
@@ -390,7 +390,13 @@ class DecoderStage:
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`."""
         bound = self.bind(image_emb, text, options, negative=negative, weights=weights)
-        x_T = bound.noise((len(generators), 3, self.size, self.size), generators)
+        if image_emb is None:
+            assert text is not None  # `bind` has checked it
+            B = len(text) // (1 if weights is None else len(weights))
+        else:
+            B = len(image_emb)
+        generators = generators or random_generators(B)
+        x_T = bound.noise((B, 3, self.size, self.size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
     def bind(
