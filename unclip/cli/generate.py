@@ -121,7 +121,7 @@ def _parts(
     Images are written after each call, so an interrupted command keeps those that are finished.
     A grid needs all images in one call, and a selection all candidates of a prompt.
     """
-    from unclip.pipelines.base import seeds_from, split_batches
+    from unclip.pipelines.request import seeds_from, split_batches
 
     per_prompt = candidates or args.num_images
     seeds = seeds_from(args.seed, num_prompts * per_prompt)
@@ -150,10 +150,10 @@ def _regenerate(args: Namespace) -> None:
     dtypes = {long: short for short, long in DTYPES.items()}
     pipe = load_model(args, dtypes.get(first.get("dtype", "")))
 
-    from unclip.pipelines.base import redraw
+    from unclip.pipelines.provenance import regenerate
 
     latents: dict[str, Any] = {}  # each source is inverted once
-    results = [redraw(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries]
+    results = [regenerate(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries]
     _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
 
 
@@ -187,7 +187,7 @@ def complete(args: Namespace) -> None:
 
 def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
     from unclip.pipelines.dalle.pipeline import DallePipeline
-    from unclip.pipelines.unclip.bound_stage import fit
+    from unclip.pipelines.images import fit
 
     if not args.fit or not isinstance(pipe, DallePipeline):  # other kinds accept every size
         return image
