@@ -26,7 +26,7 @@ class Request:
     """The arguments that every call takes: image k (prompts in order) has the seed `seed` + k."""
 
     num_images: int = 1  # of each prompt
-    seed: int | None = None  # None = random
+    seed: int | Sequence[int] | None = None  # None = random; several: one for each image
     on_step: OnStep | None = None
     batch_size: int = 16
     progress: bool = True  # show a progress bar
@@ -115,8 +115,12 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
-def seeds_from(seed: int | None, count: int) -> list[int]:
-    """Return seed, seed + 1, ...; from a random start if seed is None."""
+def seeds_from(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return seed, seed + 1, ..., or one seed for each as given; None = from a random start."""
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != count:
+            raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
+        return [seeds_from(one, 1)[0] for one in seed]
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63 - count:
