@@ -11,10 +11,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -286,7 +285,8 @@ def lookup(module: str, name: str) -> Any:
     raise AttributeError(f"module {module!r} has no attribute {name!r}", name=name)
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:
+    # Without the base classes of importlib.abc, whose import would double that of `unclip`.
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname not in _CHANGED:
             return None
@@ -294,8 +294,8 @@ class _Finder(MetaPathFinder, Loader):
         if spec is None:  # the module has moved
             if fullname in MODULES:
                 _warn(fullname, MODULES[fullname])
-            return ModuleSpec(fullname, self)
-        if isinstance(spec.loader, Loader):  # the module exists, but some of its names have moved
+            return ModuleSpec(fullname, cast(Any, self))
+        if spec.loader is not None:  # the module exists, but some of its names have moved
             spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
         return spec
 
