@@ -1,4 +1,4 @@
-"""A network as it draws: frozen, in the numbers and the layout that suit it."""
+"""Preparation of networks for inference: frozen, cast, channels-last, with CPU kernels."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ def prepare_for_inference(
     or removed for `device`, where the module will compute; default: where its parameters are.
     """
     module.eval().requires_grad_(False)
-    settle = settling(module, dtype)
+    convert = parameter_conversion(module, dtype)
     for parameter in module.parameters():
-        parameter.data = settle(parameter.data)
+        parameter.data = convert(parameter.data)
     use_kernels(module, next(module.parameters()).device if device is None else device)
     return module
 
 
-def settling(module: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """What `settled` does to each parameter."""
+def parameter_conversion(
+    module: nn.Module, dtype: torch.dtype | None
+) -> Callable[[Tensor], Tensor]:
+    """Return the conversion of each parameter for inference: dtype and memory format."""
     is_clip = isinstance(module, CLIP)
     if is_clip and sum(p.numel() for p in module.parameters()) <= SMALL_CLIP:
         dtype = None
 
-    def settle(x: Tensor) -> Tensor:
-        return x.to(
-            dtype=dtype, memory_format=torch.channels_last if x.ndim == 4 and not is_clip else None
-        )
+    def convert(x: Tensor) -> Tensor:
+        memory_format = torch.channels_last if x.ndim == 4 and not is_clip else None
+        return x.to(dtype=dtype, memory_format=memory_format)
 
-    return settle
+    return convert

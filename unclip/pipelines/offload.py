@@ -1,4 +1,4 @@
-"""One network in memory at a time: the others wait on the CPU, or on the disk where the CPU is what computes."""
+"""Offloading: one network in memory at a time; the others wait on the CPU, or on the disk."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from unclip.models.cpu.kernels import use_kernels
-from unclip.pipelines.inference import prepare_for_inference, settling
+from unclip.models.unclip.upsampler import Upsampler
+from unclip.pipelines.inference import parameter_conversion, prepare_for_inference
 from unclip.pipelines.memory import give_back
 
 
 class Offloader:
-    """Keeps at most one of some modules on `device`; `use` brings it there and sends the one before away.
+    """Keep at most one of some modules on `device`; `use` replaces it by another one.
 
-    On an accelerator the others wait in main memory. Where the CPU computes they wait in files of a temporary folder
-    that goes when this object does.
+    On an accelerator the others wait in main memory. On the CPU they wait in files of a temporary
+    folder, which is deleted with this object.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """dtype: of the parameters; None = as they are."""
+        """dtype: of the parameters; None = unchanged."""
         self.device, self.dtype = device, dtype
         self._folder = (
             tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
@@ -31,7 +32,7 @@ class Offloader:
         self._here: nn.Module | None = None
 
     def add(self, module: nn.Module) -> None:
-        """From now on the module waits for its `use`, as it may do already."""
+        """Offload a module until `use`, if it is not offloaded already."""
         if module in self._waiting:
             return
         use_kernels(module, self.device)
@@ -41,11 +42,11 @@ class Offloader:
             )
         else:
             file = Path(self._folder.name) / str(len(self._waiting))
-            self._waiting[module] = OnDisk(module, file, settling(module, self.dtype))
+            self._waiting[module] = OnDisk(module, file, parameter_conversion(module, self.dtype))
             give_back(self.device)
 
     def use(self, module: nn.Module) -> None:
-        """Makes the module ready to compute, until the next call for another one."""
+        """Load a module, and offload the one that was loaded before."""
         if module is self._here or module not in self._waiting:
             return
         if self._here is not None:
@@ -56,7 +57,7 @@ class Offloader:
 
 
 class InMemory:
-    """A module in main memory, which an accelerator has after `fetch`."""
+    """A module in main memory that `fetch` moves to an accelerator."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module.to("cpu"), device
@@ -69,10 +70,10 @@ class InMemory:
 
 
 class OnDisk:
-    """A module whose state is in a file, and in memory after `fetch`; what is not in its state stays in memory."""
+    """A module whose state is in a file, and in memory after `fetch`."""
 
-    def __init__(self, module: nn.Module, file: Path, settle: Callable[[Tensor], Tensor]) -> None:
-        """settle: what is done to the parameters on their way, one by one: little of a mapped file is in memory."""
+    def __init__(self, module: nn.Module, file: Path, convert: Callable[[Tensor], Tensor]) -> None:
+        """convert: applied to each parameter in turn, so that little of a mapped file is in memory."""
         self.module, self.file = module, file
         self.places: dict[
             str, tuple[int, Tensor]
@@ -82,7 +83,7 @@ class OnDisk:
                 owner, leaf = self._place(name)
                 tensor = getattr(owner, leaf).detach()
                 if leaf in owner._parameters:
-                    tensor = settle(tensor)
+                    tensor = convert(tensor)
                 self.places[name] = (
                     out.tell(),
                     tensor.to("meta"),
@@ -118,19 +119,17 @@ class OnDisk:
 
 
 def _bytes(x: Tensor) -> memoryview:
-    """The numbers in the order in which they lie in memory; x must have no gaps."""
+    """Return the bytes of a dense tensor in memory order."""
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     return memoryview(x.permute(order).reshape(-1).view(torch.uint8).numpy())
 
 
 def parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """What need not be in memory together: the modules, but of an upsampler each of its networks."""
+    """Return what need not be in memory together: the modules, but the U-Nets of an upsampler."""
     found: list[nn.Module] = []
     for module in modules:
-        networks = [getattr(module, name, None) for name in ("unet", "last_unet")]
-        found += (
-            [unet for unet in networks if unet is not None]
-            if hasattr(module, "last_unet")
-            else [module]
-        )
+        if isinstance(module, Upsampler):
+            found += [unet for unet in (module.unet, module.last_unet) if unet is not None]
+        else:
+            found.append(module)
     return found

@@ -117,6 +117,16 @@ class GLIDE(ContextUNet):
             torch.cat(channels, dim=1) if channels else None,
         )
 
+    def denoise(
+        self,
+        x_t: Tensor,
+        t: Tensor | float,
+        context: DecoderContext,
+        cache: DenoiserCache | None = None,
+    ) -> Tensor:
+        """See `ContextUNet.denoise`; nothing is cached, to keep the exact images of a seed."""
+        return super().denoise(x_t, t, context)
+
     def forward(
         self,
         x_t: Tensor,

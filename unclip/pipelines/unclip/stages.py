@@ -28,7 +28,7 @@ from unclip.models.published.cross_attention_decoder import (
 )
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.ar_prior import ARPrior
-from unclip.models.unclip.decoder import ContextUNet, Decoder, DecoderContext
+from unclip.models.unclip.decoder import Decoder, DecoderContext
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
@@ -96,7 +96,7 @@ class DiffusionStage:
     ) -> Denoise:
         """Return the network as a function of x_t and t; last: the last U-Net of an upsampler."""
         network, part = self.network, self.network
-        if options.cache_interval > 1 and not isinstance(network, ContextUNet | Upsampler):
+        if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
             raise ValueError(
                 f"{self.name} is a {type(network).__name__}, which has no deep features to cache; "
                 f"set cache_interval to 1"
