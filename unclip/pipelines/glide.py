@@ -32,6 +32,7 @@ class GLIDEPipeline(Pipeline):
     """
 
     kind = "glide"
+    options: GLIDEOptions
     required = ("tokenizer", "decoder")
 
     def __init__(

@@ -76,6 +76,7 @@ class UnCLIPPipeline(Pipeline):
     """
 
     kind = "unclip"
+    options: UnCLIPOptions
     required = ("clip", "decoder")
 
     def __init__(
