@@ -25,8 +25,8 @@ from unclip.serving.errors import APIError, bad_request, not_found, unavailable
 from unclip.serving.jobs import ClientGone, EventStream, RunningJob, rejection, stream, submit
 from unclip.serving.metrics import Metrics
 from unclip.serving.middleware import Guard, host_name
+from unclip.serving.page import router as page
 from unclip.serving.requests import BODIES, FILES, Delivery, model_not_found, parse, read_body
-from unclip.serving.static import page_files
 from unclip.serving.storage import Storage, open_storage
 from unclip.serving.tasks import OPERATIONS, SAMPLERS, Task
 
@@ -93,8 +93,7 @@ def create_app(
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/readyz", readyz)
     app.add_api_route("/metrics", get_metrics)
-    app.state.page = page_files()
-    app.add_api_route("/{path:path}", get_page, methods=["GET", "HEAD"], include_in_schema=False)
+    app.include_router(page)
     return app
 
 
@@ -319,14 +318,6 @@ async def readyz(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     """Return metrics for Prometheus."""
     return PlainTextResponse(request.app.state.engine.metrics.render())
-
-
-async def get_page(request: Request, path: str) -> Response:
-    """Return a file of the page."""
-    file = request.app.state.page.get(path)
-    if file is None:
-        raise _no_route(request)
-    return file.response(request)
 
 
 # -- errors

@@ -236,7 +236,8 @@ class Engine:
         )
         size = self.sizes[jobs[0].task.model]["size"]
         for job, result in zip(jobs, results, strict=True):
-            job.notify(Done(result, size, seconds))
+            if not job.cancelled:
+                job.notify(Done(result, size, seconds))
 
     def _without_memory(self, model: LoadedModel, jobs: list[Job], images: int) -> None:
         """Halve a batch that does not fit, and remember the limit."""

@@ -98,12 +98,12 @@ class Guard:
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse other web sites, which can reach a loopback address through the user's browser."""
-        allowed = urlsplit(self.config.public_base_url or "").netloc
-        host = headers.get("host", "")
-        if not is_loopback(host_name(host)) and host != allowed:
+        url, host = self.config.public_base_url, headers.get("host", "")
+        allowed = set() if url is None else {urlsplit(url).netloc}
+        if not is_loopback(host_name(host)) and host not in allowed:
             raise APIError(403, "The Host header is not one of this server.", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc not in (host, allowed):
+        if origin is not None and urlsplit(origin).netloc not in {host, *allowed}:
             raise APIError(403, "Requests of other web sites are refused.", code="wrong_origin")
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:

@@ -356,7 +356,7 @@ def _as_api_error(error: ValidationError) -> APIError:
     first = error.errors(include_url=False, include_context=True)[0]
     param = _printable(str(first["loc"][0])) if first["loc"] else None
     value, context = first.get("input"), first.get("ctx", {})
-    shown = _printable(json.dumps(value, default=str))
+    shown = _printable(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
     kind = first["type"]
     if kind == "missing":
         message = f"'{param}' is a required property"
@@ -366,7 +366,8 @@ def _as_api_error(error: ValidationError) -> APIError:
         limit = context.get("ge", context.get("gt"))
         message = f"{shown} is less than the minimum of {limit} - '{param}'"
     elif kind == "literal_error":
-        message = f"{shown} is not one of [{context.get('expected')}] - '{param}'"
+        choices = context.get("expected", "").replace(" or ", ", ")
+        message = f"{shown} is not one of [{choices}] - '{param}'"
     elif kind == "string_too_long":
         message = f"The value is longer than {context.get('max_length')} characters - '{param}'"
     else:

@@ -1,0 +1,216 @@
+"""Probes, metrics, a full queue, deadlines, disconnecting clients, and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from scripts import ROOT
+from serving_helpers import CONFIG, client_of, load, serving, wait_until
+
+from unclip.cli.main import main
+from unclip.serving.app import create_app
+
+GENERATIONS = "/v1/images/generations"
+BODY = {"prompt": "a red apple", "response_format": "b64_json"}
+
+
+class Gate:
+    """A loader of pipelines that wait in every call until the gate is open."""
+
+    def __init__(self, load, delay=0.0):
+        self.load, self.open, self.waiting, self.delay = load, threading.Event(), 0, delay
+
+    def __call__(self, name, device, dtype):
+        time.sleep(self.delay)
+        pipe, gate = self.load(name, device, dtype), self
+
+        class Waiting:
+            def __getattr__(self, name):
+                return getattr(pipe, name)
+
+            def __call__(self, *args, **kwargs):
+                gate.waiting += 1
+                assert gate.open.wait(20)
+                return pipe(*args, **kwargs)
+
+        return Waiting()
+
+
+def in_background(client, results, **fields):
+    def post():
+        results.append(client.post(GENERATIONS, json={**BODY, **fields}))
+
+    thread = threading.Thread(target=post)
+    thread.start()
+    return thread
+
+
+def test_readiness(load):
+    gate = Gate(load, delay=0.3)
+    app = create_app(CONFIG, gate)
+    from starlette.testclient import TestClient
+
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        loading = client.get("/readyz")
+        assert (loading.status_code, loading.json()) == (503, {"status": "loading"})
+        assert client.get("/healthz").status_code == 200
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        app.state.engine.drain()
+        assert client.get("/readyz").json() == {"status": "draining"}
+        refused = client.post(GENERATIONS, json=BODY)
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+
+
+def test_a_full_queue_is_429(load):
+    gate = Gate(load)
+    with client_of(gate, max_queue=2) as client:
+        results = []
+        threads = [in_background(client, results)]
+        wait_until(lambda: gate.waiting)
+        threads += [in_background(client, results, n=2)]
+        wait_until(lambda: client.app.state.engine.queue.images == 2)
+        refused = client.post(GENERATIONS, json=BODY)
+        assert refused.status_code == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        gate.open.set()
+        for thread in threads:
+            thread.join()
+        assert [response.status_code for response in results] == [200, 200]
+
+
+def test_waiting_too_long_is_503(load):
+    gate = Gate(load)
+    with client_of(gate, queue_seconds=0.2) as client:
+        results = []
+        thread = in_background(client, results)
+        wait_until(lambda: gate.waiting)
+        late = client.post(GENERATIONS, json=BODY)
+        assert (late.status_code, late.json()["error"]["type"]) == (503, "server_error")
+        assert 1 <= int(late.headers["retry-after"]) <= 60
+        streamed = client.post(GENERATIONS, json={**BODY, "stream": True})
+        assert '"code": "unavailable"' in streamed.text
+        gate.open.set()
+        thread.join()
+        assert results[0].status_code == 200
+
+
+def test_metrics(load):
+    with client_of(load) as client:
+        client.post(GENERATIONS, json={**BODY, "n": 2})
+        client.get("/nothing")
+        text = client.get("/metrics").text
+    for line in (
+        'unclip_requests_total{route="/v1/images/generations",status="200"} 1.0',
+        'unclip_requests_total{route="other",status="404"} 1.0',
+        'unclip_images_total{model="tiny",operation="generations"} 2.0',
+        'unclip_batch_images_bucket{le="2.0"} 1.0',
+        "unclip_queue_images 0.0",
+    ):
+        assert line in text, text
+    assert 'unclip_stage_seconds_total{stage="upsampler_0"}' in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_client_that_disconnects_cancels_its_job(load, stream, started):
+    gate = Gate(load)
+    app = create_app(CONFIG, gate)
+    with serving(app) as url:
+        engine = app.state.engine
+        if not started:
+            other = threading.Thread(target=post, args=(url, BODY))
+            other.start()
+            wait_until(lambda: gate.waiting == 1)
+        body = json.dumps({**BODY, "stream": stream}).encode()
+        connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        wait_until(lambda: gate.waiting == 1 and engine.queue.images == (0 if started else 1))
+        connection.close()
+        wait_until(lambda: engine.metrics.cancellations._value.get() == 1)
+        assert engine.queue.images == 0
+        gate.open.set()
+        wait_until(lambda: engine.idle)
+        if not started:
+            other.join()
+        assert engine.metrics.images.labels("tiny", "generations")._value.get() == (not started)
+        assert post(url, BODY) == 200
+
+
+def post(url, body):
+    request = urllib.request.Request(
+        url + GENERATIONS, json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as response:
+        return response.status
+
+
+def test_waiting_streams_tell_their_position(load):
+    gate = Gate(load)
+    with client_of(gate) as client:
+        threads = [in_background(client, [])]
+        wait_until(lambda: gate.waiting)
+        threading.Timer(1.5, gate.open.set).start()
+        text = client.post(GENERATIONS, json={**BODY, "stream": True}).text
+        assert ': {"queue_position": 1}' in text
+        for thread in threads:
+            thread.join()
+
+
+# -- the command
+
+
+def test_the_command_checks_its_arguments(capsys):
+    assert main(["serve", "--host", "0.0.0.0"]) == 2
+    assert "--api-key" in capsys.readouterr().err
+    assert main(["serve", "--model", "no-such-model"]) == 2
+    assert "no-such-model" in capsys.readouterr().err
+
+
+def test_sigterm_drains_and_exits_with_0(tiny_folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "unclip", "serve", "--port", str(port)]
+    process = subprocess.Popen(
+        [*command, "--model", str(tiny_folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+
+    def ready():
+        try:
+            with urllib.request.urlopen(f"{url}/readyz") as response:
+                return response.status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_until(ready, 60)
+        statuses = []
+        body = {**BODY, "n": 4, "steps": 50}
+        thread = threading.Thread(target=lambda: statuses.append(post(url, body)))
+        thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        thread.join()
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert statuses == [200]
+    events = [json.loads(line)["event"] for line in errors.splitlines()]
+    assert "draining" in events and "Traceback" not in errors

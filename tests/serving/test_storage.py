@@ -1,0 +1,65 @@
+"""Results by URL: names, expiry, limits, and all three kinds of storage."""
+
+from __future__ import annotations
+
+import pytest
+from serving_helpers import client_of, load
+
+from unclip.serving import storage as module
+from unclip.serving.storage import MemoryFiles, Storage, open_storage
+
+
+@pytest.fixture(params=["memory", "folder", "fsspec"])
+def target(request, tmp_path):
+    folder = str(tmp_path / "results")
+    return {"memory": None, "folder": folder, "fsspec": f"file://{folder}"}[request.param]
+
+
+def test_files_are_returned_until_they_expire(target, monkeypatch):
+    storage = open_storage(target, 3600, 2**20)
+    name = storage.put(b"data", "png")
+    assert storage.get(name) == (b"data", "image/png")
+    now = module.time.time()
+    monkeypatch.setattr(module.time, "time", lambda: now + 3590)
+    assert storage.get(name) is not None and storage.sweep() == 0
+    monkeypatch.setattr(module.time, "time", lambda: now + 3601)
+    assert storage.get(name) is None
+    assert storage.sweep() == 1
+    assert storage.files.read(name) is None
+
+
+def test_names_are_random_and_checked(target):
+    storage = open_storage(target, 3600, 2**20)
+    names = {storage.put(b"data", "webp") for _ in range(100)}
+    assert len(names) == 100
+    name = min(names)
+    for wrong in ("", "x", "../x", f"../results/{name}", name + "x", name.upper(), "0" * 45):
+        assert storage.get(wrong) is None
+
+
+def test_files_on_disk_survive_a_restart(tmp_path):
+    for target in (str(tmp_path), f"file://{tmp_path}"):
+        name = open_storage(target, 3600, 2**20).put(b"data", "jpeg")
+        assert open_storage(target, 3600, 2**20).get(name) == (b"data", "image/jpeg")
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    storage = open_storage(str(tmp_path), -1, 2**20)
+    storage.put(b"data", "png")
+    assert storage.sweep() == 1
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_old_results_in_memory_give_way():
+    storage = Storage(MemoryFiles(max_bytes=100), 3600)
+    names = [storage.put(bytes(40), "png") for _ in range(3)]
+    assert [storage.get(name) is None for name in names] == [True, False, False]
+
+
+def test_a_server_finds_its_results_after_a_restart(load, tmp_path):
+    with client_of(load, storage=str(tmp_path)) as client:
+        body = {"prompt": "a red apple"}
+        url = client.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+    with client_of(load, storage=str(tmp_path)) as client:
+        assert client.get(url).status_code == 200
