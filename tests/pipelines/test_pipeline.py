@@ -41,6 +41,19 @@ def test_a_call_gives_pictures_in_order_with_consecutive_seeds(draw):
     assert len({image.tobytes() for image in result.images}) == 6
 
 
+@pytest.mark.parametrize("batch_size", [16, 2])
+def test_each_image_may_have_a_seed_of_its_own(draw, batch_size):
+    seeds = [7, 3, 3, 9]
+    result = draw(["a red apple", "a blue fish"], num_images=2, seed=seeds, batch_size=batch_size)
+    assert result.seeds == seeds
+    for image, prompt, seed in zip(result.images, result.prompts, seeds, strict=True):
+        difference = np.asarray(image, int) - np.asarray(draw(prompt, seed=seed).images[0], int)
+        assert np.abs(difference).max() <= 2
+    for wrong in ([1, 2], [1, 2, 3, -4], [1, 2, 3, "4"]):
+        with pytest.raises(ValueError, match="seed"):
+            draw(["a red apple", "a blue fish"], num_images=2, seed=wrong)
+
+
 def test_the_same_seed_gives_the_same_bytes(draw):
     assert (
         draw("a red apple", seed=1).images[0].tobytes()

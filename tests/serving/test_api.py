@@ -8,7 +8,6 @@ import json
 import numpy as np
 import pytest
 from conftest import TINY_OPTIONS
-from conftest import TINY_OPTIONS
 from serving_helpers import CONFIG, client, client_of, load, opened, pixels, png
 
 from unclip.image_io import read_metadata, read_source_type

@@ -33,8 +33,9 @@ Output = TypeVar("Output", Tensor, TextEncoding)
 class TextToImage(Protocol):
     """The interface of every pipeline that `unclip.load` returns.
 
-    A call with seed s gives image k (prompts in order, `num_images` for each) the seed s + k. The
-    image does not depend on the others of the call, up to the rounding of batched arithmetic.
+    A call with seed s gives image k (prompts in order, `num_images` for each) the seed s + k; with
+    a list of seeds, one for each image, seed k. The image does not depend on the others of the
+    call, up to the rounding of batched arithmetic.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class TextToImage(Protocol):
         prompt: Prompt,
         *,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         options: Any = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
@@ -60,7 +61,7 @@ class TextToImage(Protocol):
         *,
         image_emb: Tensor | None = None,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         options: Any = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,

@@ -91,7 +91,7 @@ class GLIDEPipeline(Pipeline):
         prompt: Prompt,
         *,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         options: GLIDEOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
