@@ -84,7 +84,9 @@ class PriorComparison:
         try:
             for name, prior in self.priors.items():
                 self.pipe.prior = prior
-                yield {"name": name, **self._evaluate_prior(name, self.pipe.prior)}
+                network = self.pipe.prior
+                assert network is not None
+                yield {"name": name, **self._evaluate_prior(name, network)}
         finally:
             if own is not None:
                 self.pipe.prior = own

@@ -152,7 +152,8 @@ class UnCLIPEvaluation(Evaluation):
             x_0 = self.held_out.floats(part).to(pipe.device)  # (B, 3, s, s)
             text = self.generator.encode_text(self.held_out.captions[part]).to(dtype=pipe.dtype)
             with torch.inference_mode():
-                context = decoder.condition(self.true_emb[part].to(pipe.device, pipe.dtype), text)
+                emb = self.true_emb[part].to(pipe.device, pipe.dtype)
+                context: Any = decoder.condition(emb, text)
                 for level in NOISE_LEVELS:
                     step = round(level * schedule.num_timesteps)
                     t = torch.full((len(x_0),), step, device=pipe.device)  # (B,)
