@@ -289,7 +289,7 @@ def test_options_of_another_kind_of_model_are_refused(
 
 def test_variations_need_a_clip(folder: Path) -> None:
     with pytest.raises(
-        ValueError, match="knows no image embeddings and cannot vary a picture; give it a prompt"
+        ValueError, match="has no image embeddings and cannot vary an image"
     ):
         small_pipe(folder).variations(image_emb=torch.zeros(1, 16))
 

@@ -97,5 +97,6 @@ def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> Lo
     from unclip.checkpoints.registry import load_any_prior
     from unclip.pipelines.unclip.stages import LoadedPrior
 
+    network: Any
     network, schedule = load_any_prior(path, dtype or torch.float32)
     return LoadedPrior(network, schedule, str(name_or_path))

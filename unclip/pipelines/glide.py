@@ -34,6 +34,7 @@ class GLIDEPipeline(Pipeline):
     kind = "glide"
     options: GLIDEOptions
     required = ("tokenizer", "decoder")
+    options: GLIDEOptions
 
     def __init__(
         self,
@@ -101,7 +102,8 @@ class GLIDEPipeline(Pipeline):
 
         on_step is called after every step of every batch of at most `batch_size` images.
         """
-        prompts, options = check_prompts(prompt), options or self.options
+        prompts = check_prompts(prompt)
+        options = options or self.options
         self._check_options(options)
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         request, results = Request(num_images, seed, on_step, batch_size, progress), []

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.models.layers import ModuleList, TransformerBlock
+from unclip.models.layers import DenoiserCache, ModuleList, TransformerBlock
 from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 

@@ -78,6 +78,7 @@ class DallePipeline(Pipeline):
 
     kind = "dalle"
     required = ("tokenizer", "codec", "dalle")
+    options: CodeOptions
 
     def __init__(
         self,
@@ -262,7 +263,7 @@ class DallePipeline(Pipeline):
 
         self.runtime.use(clip)
         with torch.inference_mode():
-            text_emb = clip.encode_text(task.prompts).emb
+            text_emb = clip.encode_text([prompt or "" for prompt in task.prompts]).emb
         best = BestOf(encode_images, text_emb, request.num_images, num_candidates)
         for result in self._batches(task, request.with_images(num_candidates), options):
             best.add(result)

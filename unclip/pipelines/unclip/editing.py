@@ -172,7 +172,7 @@ def _paint(
                     pipe, known, marked, image_emb, text, generators, options, painting, on_step
                 )
                 for pixel, painted in zip(view, to_pil(x), strict=True):
-                    painted = painted.resize((canvas.side,) * 2, Image.Resampling.LANCZOS)
+                    painted = painted.resize((canvas.side, canvas.side), Image.Resampling.LANCZOS)
                     pixel[hole[window]] = np.asarray(painted)[hole[window]]
                 hole[window] = False
             images += [Image.fromarray(one) for one in pixels]

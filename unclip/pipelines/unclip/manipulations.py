@@ -188,7 +188,8 @@ def interpolate(
     if even and isinstance(frames, Sequence):
         raise ValueError(f"frames is {frames} with even=True; expected a number of frames")
     positions = path_positions(frames)
-    request = replace(request, seed=request.seeds(1)[0])
+    seed = request.seeds(1)[0]
+    request = replace(request, seed=seed)
     if prompts is not None:
         check_path(len(check_prompts(prompts)))
         latent = imagine(pipe, prompts, options, request)
@@ -197,14 +198,14 @@ def interpolate(
         check_path(_count(path))
         latent = _latent(pipe, path, options, inversion, request)
     if noise != "slerp":
-        random = random_latent(pipe, latent.image_emb[:1], request.seed, latent.options)
+        random = random_latent(pipe, latent.image_emb[:1], seed, latent.options)
         constant = latent[:1] if noise == "first" else random
         latent = replace(latent, noise=constant.repeat_interleave(len(latent)).noise)
     if even:
         positions = _even_positions(pipe, latent, len(positions), options, request)
     sources = {"sources": list(latent.sources)} if latent.sources else {}
     entries = [{**sources, "arguments": {"frames": [one], "noise": noise}} for one in positions]
-    seeds = [request.seed] * len(positions) if noise == "random" else None
+    seeds = [seed] * len(positions) if noise == "random" else None
     return _decode(
         pipe, "interpolate", latent, options, entries, request, positions=positions, seeds=seeds
     )
@@ -323,7 +324,7 @@ def _decode(
     *,
     positions: Sequence[float] | None = None,
     eta: float = 0.0,
-    seeds: Sequence[int | None] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> GenerationResult:
     """Decode latents, or points at some positions along them. entries: of their metadata."""
     options = options or latent.options
@@ -344,7 +345,7 @@ def _decode(
             assert x is not None
             images += to_pil(x)
             embs.append(part.image_emb)
-    all_seeds = seeds or [None] * count
+    all_seeds: list[int | None] = [*seeds] if seeds else [None] * count
     entries = entries or [{}] * count  # a latent need not know its sources
     if options != latent.options:
         entries = [_with_source_options(entry, latent.options) for entry in entries]
@@ -353,7 +354,7 @@ def _decode(
         {"operation": operation, **entry, "seed": seed, **about}
         for entry, seed in zip(entries, all_seeds, strict=True)
     ]
-    return GenerationResult(images, list(all_seeds), [None] * count, torch.cat(embs), metadata)
+    return GenerationResult(images, all_seeds, [None] * count, torch.cat(embs), metadata)
 
 
 def _with_source_options(entry: dict[str, Any], options: UnCLIPOptions) -> dict[str, Any]:

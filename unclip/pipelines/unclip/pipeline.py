@@ -78,6 +78,7 @@ class UnCLIPPipeline(Pipeline):
     kind = "unclip"
     options: UnCLIPOptions
     required = ("clip", "decoder")
+    options: UnCLIPOptions
 
     def __init__(
         self,
@@ -184,7 +185,8 @@ class UnCLIPPipeline(Pipeline):
         that CLIP finds closest to the prompt are kept, the best first, with their scores. on_step
         is called after every step of every batch of at most `batch_size` images.
         """
-        prompts, options = PromptBatch.of(prompt, negative_prompt), options or self.options
+        prompts = PromptBatch.of(prompt, negative_prompt)
+        options = options or self.options
         self._check_options(options, prompts)
         best, results = None, []
         if num_candidates is not None:
@@ -207,7 +209,9 @@ class UnCLIPPipeline(Pipeline):
                     weights=None if weights is None else weights.repeat_interleave(n, dim=1),
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            names = [describe_prompt(one) for one in part.prompts for _ in range(n)]
+            names: list[str | None] = [
+                describe_prompt(one) for one in part.prompts for _ in range(n)
+            ]
             metadata = [entry for entry in part.metadata() for _ in range(n)]
             result = self._result(x, image_emb, batch, names, metadata, options)
             results.append(result) if best is None else best.add(result)
@@ -647,7 +651,7 @@ class UnCLIPPipeline(Pipeline):
         ]
         # A clone made outside of inference mode, for the caller to compute with.
         emb = None if image_emb is None else image_emb.cpu().clone()
-        return GenerationResult(to_pil(x), batch.seeds, prompts, emb, entries)
+        return GenerationResult(to_pil(x), [*batch.seeds], prompts, emb, entries)
 
     def _best_of(self, prompts: PromptBatch, num_images: int, num_candidates: int) -> BestOf:
         check_candidates(num_images, num_candidates)

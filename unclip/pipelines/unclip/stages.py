@@ -95,7 +95,8 @@ class DiffusionStage:
         self, context: Any, options: StageOptions, timesteps: Sequence[float], last: bool = False
     ) -> Denoise:
         """Return the network as a function of x_t and t; last: the last U-Net of an upsampler."""
-        network, part = self.network, self.network
+        network: Any = self.network
+        part: Any = network
         if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
             raise ValueError(
                 f"{self.name} is a {type(network).__name__}, which has no deep features to cache; "
@@ -103,7 +104,7 @@ class DiffusionStage:
             )
         if isinstance(network, Upsampler):
             part = network.last_unet if last else network.unet
-        call = network.denoise_last if last else network.denoise
+        call: Any = network.denoise_last if last else network.denoise
         cache = DenoiserCache(timesteps, options.cache_interval)
         return self.runtime.bind(partial(call, context=context, cache=cache), part)
 
@@ -420,9 +421,9 @@ class DecoderStage:
         B = len(image_emb)
         image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
 
-        def null() -> DecoderContext | TokenContext:
+        def null() -> Any:
             if negative is not None:
-                context = self._condition(image_emb[:B], negative, drop_image=True)
+                context: Any = self._condition(image_emb[:B], negative, drop_image=True)
                 return type(context).cat([context] * K)
             if known is not None:
                 return self._condition(image_emb, None, drop_image=True, known=known)
@@ -545,9 +546,11 @@ class StagedPipeline(Protocol):
     inpainter_stage: DecoderStage | None
     upsampler_stages: tuple[UpsamplerStage, ...]
 
-    def encode_text(self, prompts: Prompt) -> TextEncoding: ...
+    @property
+    def encode_text(self) -> Callable[[Prompt], TextEncoding]: ...
 
-    def encode_image(self, images: Images) -> Tensor: ...
+    @property
+    def encode_image(self) -> Callable[[Images], Tensor]: ...
 
     @property
     def sample_prior(self) -> Callable[..., Tensor]: ...
