@@ -61,7 +61,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+def to_tensor(images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> Tensor:
     """Convert B images of one size to (B, 3, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import EmbeddingDataset
-from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset
 from unclip.embeddings import PCA, normalise
 from unclip.image_io import cell, grid
@@ -55,7 +54,7 @@ def read_embeddings(
     return torch.cat(embs)
 
 
-def _readable(dataset: Dataset, start: int, count: int) -> list[Image.Image]:
+def _readable(dataset: Any, start: int, count: int) -> list[Image.Image]:
     images = []
     for index in range(start, min(start + count, len(dataset))):
         try:
