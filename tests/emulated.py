@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+# diffusers uses torch.Generator in annotations, and must be imported before it is replaced.
+import diffusers.schedulers.scheduling_dpmsolver_multistep  # noqa: F401
+import diffusers.schedulers.scheduling_unipc_multistep  # noqa: F401
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode

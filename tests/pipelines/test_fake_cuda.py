@@ -140,7 +140,7 @@ UNCLIP: dict[str, Operation] = {
         prompts=["a red apple", "a fish"], frames=3, **CALL
     ),
     "text diff": lambda pipe: pipe.text_diff(
-        PHOTO, "a red apple", "a blue fish", theta=0.3, progress=False
+        PHOTO, "a red apple", "a blue fish", theta=0.3, **CALL
     ),
     "inpaint": lambda pipe: pipe.inpaint(PHOTO, MASK, "a red apple", **CALL),
     "outpaint": lambda pipe: pipe.outpaint(PHOTO, "a red apple", left=4, right=4, **CALL),
