@@ -1,4 +1,4 @@
-"""The web page at `/`: static files under a strict content security policy, on the public API alone."""
+"""The web page at `/`: static files, served under a strict content security policy."""
 
 from __future__ import annotations
 

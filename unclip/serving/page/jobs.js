@@ -1,0 +1,103 @@
+/** Running jobs: one call of the API, or one for each cell of a grid, until done or cancelled. */
+
+import * as api from "./api.js";
+
+const PARALLEL = 4;  // calls of one job; the server draws equal ones together
+const MAX_WAIT = 600_000;  // ms of waiting for a busy server
+
+/** @type {Map<number, AbortController>} of the running entries, oldest first */
+const running = new Map();
+
+export const cancel = (id) => running.get(id)?.abort();
+/** Cancel the job that was started last. False if none runs. */
+export function cancelLatest() {
+  const last = [...running.keys()].pop();
+  cancel(last);
+  return last !== undefined;
+}
+
+/** Return the number of images that an entry will have. */
+export function expected({ grid, n }) {
+  return grid ? grid.x.values.length * (grid.y?.values.length ?? 1) : n;
+}
+
+/** Return the settings that generate one image of an entry alone. */
+export function settingsOf(entry, result) {
+  const { grid, ...settings } = entry.settings;
+  if (!grid) return { ...settings, n: 1, num_candidates: undefined, seed: result.seed };
+  return cell(entry.settings, result.index);
+}
+
+function cell({ grid, ...settings }, index) {
+  const { x, y } = grid;
+  settings[x.name] = x.values[index % x.values.length];
+  if (y) settings[y.name] = y.values[Math.floor(index / x.values.length)];
+  return settings;
+}
+
+/**
+ * Run an entry; its status, results and error are set in place.
+ * @param {import("./history.js").Entry} entry
+ * @param {{progress: function(string, number), partial: function(Blob, number), done: function()}} on
+ */
+export async function run(entry, on) {
+  const { settings } = entry;
+  const controller = new AbortController();
+  running.set(entry.id, controller);
+  const total = expected(settings);
+  const calls = settings.grid ? Array.from({ length: total }, (_, i) => [cell(settings, i), i]) : [[settings, 0]];
+  const worker = async () => {
+    while (calls.length) {
+      const [one, first] = calls.shift();
+      await patiently(one, controller.signal, {
+        progress: (event) => on.progress(...describe(event, settings.grid && entry.results.length, total)),
+        partial: (blob, index) => on.partial(blob, first + index),
+        done(result) {
+          entry.results.push({ ...result, index: first + result.index });
+          entry.results.sort((a, b) => a.index - b.index);
+          on.done();
+        },
+      });
+    }
+  };
+  try {
+    await Promise.all(Array.from({ length: Math.min(PARALLEL, calls.length) }, worker));
+    entry.status = "done";
+  } catch (error) {
+    entry.status = controller.signal.aborted ? "cancelled" : "failed";
+    entry.error = error.message;
+    controller.abort();  // the other cells
+    if (entry.status === "failed") throw error;
+  } finally {
+    running.delete(entry.id);
+  }
+}
+
+/** Generate; while the server is busy, wait as long as it asks. */
+async function patiently(settings, signal, on) {
+  const started = Date.now();
+  for (;;) {
+    try {
+      return await api.generate(settings, signal, on);
+    } catch (error) {
+      if (!error.retryAfter || Date.now() - started > MAX_WAIT) throw error;
+      on.progress({ wait: error.retryAfter });
+      await new Promise((resolve, reject) => {
+        const timer = setTimeout(resolve, error.retryAfter * 1000);
+        signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+      });
+    }
+  }
+}
+
+/** Return a progress event as text and as a fraction. */
+function describe(event, finished, total) {
+  if (finished) return [`${finished} of ${total} images`, finished / total];
+  if (event.wait) return [`The server is busy; trying again in ${event.wait} s`, 0];
+  if (event.queue_position !== undefined) {
+    const ahead = event.queue_position;
+    return [ahead ? `Waiting, ${ahead} ahead` : "Waiting", 0];
+  }
+  const stage = event.stage.replace(/_\d+$/, "");
+  return [`${stage[0].toUpperCase()}${stage.slice(1)}, step ${event.step} of ${event.num_steps}`, event.step / event.num_steps];
+}

@@ -1,0 +1,160 @@
+/** The page: connects the form, the running jobs, the history and the viewer. */
+
+import * as api from "./api.js";
+import * as form from "./form.js";
+import * as gallery from "./gallery.js";
+import * as history from "./history.js";
+import * as jobs from "./jobs.js";
+import * as viewer from "./viewer.js";
+import { byId, chooseFile, copy, el, prepareDocument, showError, toast } from "./ui.js";
+import { readSettings } from "./png.js";
+
+const EXAMPLES = ["a red apple", "a smiling cat, blob emoji", "a green heart in noto style"];
+const MAX_SEED = 2 ** 31;
+let lastId = 0;
+
+// -- jobs
+
+function submit() {
+  const settings = form.read();
+  if (settings) start(settings);
+}
+
+async function start(settings) {
+  lastId = Math.max(Date.now(), lastId + 1);
+  settings.seed ??= Math.floor(Math.random() * MAX_SEED);  // the history needs it
+  const entry = { id: lastId, settings, status: "running", results: [] };
+  gallery.add(entry);
+  keep(entry);
+  if (innerWidth < 800) byId("entries").scrollIntoView({ behavior: "smooth" });
+  const partials = new Map();
+  try {
+    await jobs.run(entry, {
+      progress: (text, fraction) => gallery.showProgress(entry, text, fraction),
+      partial(blob, index) {
+        partials.set(index, blob);
+        gallery.showPartial(entry, blob, index);
+      },
+      done() {
+        gallery.refresh(entry);
+        for (const [index, blob] of partials) gallery.showPartial(entry, blob, index);
+        keep(entry);
+      },
+    });
+  } catch (error) {
+    showFailure(error, entry);
+  }
+  gallery.refresh(entry);
+  if (!gallery.entries.includes(entry)) return;  // deleted meanwhile
+  keep(entry);
+  if (entry.status === "done") toast(entry.results.length > 1 ? `${entry.results.length} images are ready` : "The image is ready");
+  if (entry.status === "cancelled") toast("Cancelled");
+  if (models.some(({ id, kind }) => id === settings.model && !kind)) loadModels();
+}
+
+/** Show an error where it can be fixed. */
+function showFailure(error, entry) {
+  if (error.status === 401) return askForKey(error.message, () => again(entry));
+  const field = error.param?.replace("image[]", "image");
+  if (field && byId(`${field}-error`)) showError(field, error.message);
+}
+
+function again(entry) {
+  const { seed, ...settings } = entry.settings;
+  gallery.forget(entry);
+  start({ ...settings, seed });
+}
+
+async function keep(entry) {
+  if (!(await history.save(entry))) notify("This browser has no room for the history. Delete some images.");
+}
+
+// -- the server
+
+let models = [];
+
+async function loadModels() {
+  try {
+    models = await api.models();
+    form.setModels(models);
+    byId("notice").hidden = true;
+  } catch (error) {
+    if (error.status === 401) askForKey(api.apiKey.get() ? error.message : "", loadModels);
+    else notify(error.message, "Try again", loadModels);
+  }
+  byId("key-button").hidden = !api.apiKey.get();
+}
+
+function notify(message, action = null, onclick = null) {
+  const box = byId("notice");
+  box.replaceChildren(el("p", {}, message), ...(action ? [el("button", { onclick }, action)] : []));
+  box.hidden = false;
+}
+
+function askForKey(message, then) {
+  const dialog = byId("key-dialog");
+  byId("key").value = "";
+  showError("key", message);
+  if (!dialog.open) dialog.showModal();
+  byId("key-form").onsubmit = () => {
+    api.apiKey.set(byId("key").value.trim(), byId("key-remember").checked);
+    byId("key-button").hidden = false;
+    then();
+  };
+}
+
+// -- files
+
+async function loadSettings(file) {
+  if (!file) return;
+  try {
+    form.write(await readSettings(file));
+    toast("Settings loaded");
+  } catch (error) {
+    showError("form", error.message);
+    byId("form-error").scrollIntoView({ block: "nearest" });
+  }
+}
+
+function connect() {
+  prepareDocument();
+  form.prepare();
+  viewer.prepare();
+  gallery.prepare({ open: viewer.open, reuse: reuse, again });
+  byId("composer").addEventListener("submit", (event) => (event.preventDefault(), submit()));
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    submit();
+  });
+  addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) jobs.cancelLatest();
+  });
+  for (const [name, write] of [["curl", api.asCurl], ["python", api.asPython]]) {
+    byId(`copy-${name}`).onclick = () => {
+      const { grid, ...settings } = form.read() ?? {};
+      if (settings.mode) copy(write(settings), name === "curl" ? "the curl command" : "the Python code");
+    };
+  }
+  byId("load-png").onclick = async () => loadSettings(await chooseFile("image/png"));
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    loadSettings(event.dataTransfer.files[0]);
+  });
+  byId("key-button").onclick = () => askForKey("", loadModels);
+  byId("examples").append(
+    ...EXAMPLES.map((prompt) => el("button", { onclick: () => (form.write({ mode: "generate", prompt }), submit()) }, prompt)),
+  );
+}
+
+function reuse(settings) {
+  form.write(settings);
+  byId("composer").scrollIntoView({ block: "start" });
+  toast("Settings loaded");
+}
+
+connect();
+if (!(await history.open())) notify("This browser keeps no history: images are lost when the page is closed.");
+await Promise.all([gallery.loadOlder(), loadModels()]);
+document.documentElement.dataset.ready = "";

@@ -1,0 +1,269 @@
+/** The mask editor: a brush, an eraser, zoom and undo over an image. */
+
+import { byId, chooseFile, toast } from "./ui.js";
+import { canvasOf, maskPNG, paintedPart } from "./png.js";
+
+const MAX_UNDO = 20;
+const MAX_ZOOM = 16;
+
+const dialog = byId("mask");
+const canvas = byId("mask-canvas");
+const screen = canvas.getContext("2d");
+let image = null;  // ImageBitmap
+let painted = null;  // canvas of the image's size, opaque where it is painted
+let undone = [];  // snapshots before each stroke
+let view = { scale: 1, x: 0, y: 0 };  // canvas pixels = image pixels * scale + (x, y)
+let cursor = null;  // image pixels
+let keyboard = false;  // whether keys move the brush, which is then always visible
+let pointers = new Map();  // id -> canvas pixels
+let stroke = null;  // the last point of the present stroke
+let scheduled = false;
+let finish = () => {};
+
+/** Let the user paint. The uploaded form of the mask, or null if nothing is painted or changed. */
+export async function editMask(imageBlob, maskBlob) {
+  image = await createImageBitmap(imageBlob);
+  painted = (maskBlob && (await paintedPart(maskBlob, image.width))) ??
+    (await paintedPart(imageBlob, image.width, true)) ?? canvasOf(null, image.width, image.height);
+  undone = [];
+  pointers.clear();
+  stroke = cursor = null;
+  keyboard = false;
+  dialog.showModal();
+  canvas.focus();
+  fit();
+  return new Promise((resolve) => (finish = resolve));
+}
+
+/** Ask for a mask file: its transparent part, or else its light part, is painted. */
+export async function importMask(imageBlob) {
+  const file = await chooseFile();
+  if (!file) return null;
+  const { width } = await createImageBitmap(imageBlob);
+  const part = await paintedPart(file, width);
+  if (!part) throw new Error("This mask has no transparent or light part. Choose another file.");
+  return maskPNG(part);
+}
+
+const tool = () => dialog.querySelector("[name=tool]:checked").value;
+/** Radius in image pixels; the size is a percentage of half the image. */
+const radius = () => Math.max(1, (byId("brush-size").value / 100) * (image.width / 4));
+
+// -- drawing
+
+function draw() {
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(() => {
+    scheduled = false;
+    if (dialog.open) render();
+  });
+}
+
+function render() {
+  const style = getComputedStyle(dialog);
+  screen.setTransform(1, 0, 0, 1, 0, 0);
+  screen.clearRect(0, 0, canvas.width, canvas.height);
+  screen.setTransform(view.scale, 0, 0, view.scale, view.x, view.y);
+  screen.imageSmoothingEnabled = view.scale < 4;
+  screen.drawImage(image, 0, 0);
+  const tinted = canvasOf(painted, painted.width, painted.height);
+  const tint = tinted.getContext("2d");
+  tint.globalCompositeOperation = "source-in";
+  tint.fillStyle = style.getPropertyValue("--accent");
+  tint.fillRect(0, 0, tinted.width, tinted.height);
+  screen.globalAlpha = 0.6;
+  screen.drawImage(tinted, 0, 0);
+  screen.globalAlpha = 1;
+  if (cursor && tool() !== "pan") {
+    for (const [color, width] of [["#000", 3], ["#fff", 1.5]]) {
+      screen.strokeStyle = color;
+      screen.lineWidth = (width * devicePixelRatio) / view.scale;
+      screen.beginPath();
+      screen.arc(cursor.x, cursor.y, radius(), 0, 2 * Math.PI);
+      screen.stroke();
+    }
+  }
+  byId("zoom-fit").textContent = `${Math.round((100 * view.scale) / fittingScale())} %`;
+  byId("mask-undo").disabled = undone.length === 0;
+}
+
+function paint(from, to, erase) {
+  const context = painted.getContext("2d");
+  context.globalCompositeOperation = erase ? "destination-out" : "source-over";
+  context.lineCap = context.lineJoin = "round";
+  context.lineWidth = 2 * radius();
+  context.beginPath();
+  context.moveTo(from.x, from.y);
+  context.lineTo(to.x, to.y);
+  context.stroke();
+}
+
+function remember() {
+  const pixels = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
+  undone = [...undone.slice(1 - MAX_UNDO), pixels];
+}
+
+function undo() {
+  if (undone.length) painted.getContext("2d").putImageData(undone.pop(), 0, 0);
+  draw();
+}
+
+function fill(operation) {
+  remember();
+  const context = painted.getContext("2d");
+  context.globalCompositeOperation = operation;
+  context.fillRect(0, 0, painted.width, painted.height);
+  draw();
+}
+
+// -- zoom
+
+const fittingScale = () => Math.min(canvas.width, canvas.height) / image.width;
+
+function fit() {
+  const box = canvas.getBoundingClientRect();
+  canvas.width = Math.max(1, box.width * devicePixelRatio);
+  canvas.height = Math.max(1, box.height * devicePixelRatio);
+  const scale = fittingScale();
+  const centre = (length) => (length - image.width * scale) / 2;
+  view = { scale, x: centre(canvas.width), y: centre(canvas.height) };
+  draw();
+}
+
+/** Zoom by a factor; the point of the canvas stays in place. */
+function zoom(factor, x = canvas.width / 2, y = canvas.height / 2) {
+  const fitting = fittingScale();
+  const scale = Math.min(MAX_ZOOM * fitting, Math.max(fitting / 2, view.scale * factor));
+  const ratio = scale / view.scale;
+  view = { scale, x: x - (x - view.x) * ratio, y: y - (y - view.y) * ratio };
+  draw();
+}
+
+// -- pointers
+
+function onCanvas(event) {
+  const box = canvas.getBoundingClientRect();
+  return {
+    x: (event.clientX - box.left) * devicePixelRatio,
+    y: (event.clientY - box.top) * devicePixelRatio,
+  };
+}
+
+const onImage = (point) => ({
+  x: (point.x - view.x) / view.scale,
+  y: (point.y - view.y) / view.scale,
+});
+
+canvas.addEventListener("pointerdown", (event) => {
+  canvas.setPointerCapture(event.pointerId);
+  pointers.set(event.pointerId, onCanvas(event));
+  keyboard = false;
+  if (pointers.size > 1) {  // a pinch; the stroke of the first finger was none
+    if (stroke) undo();
+    stroke = null;
+    return;
+  }
+  if (tool() === "pan" || event.button === 1) return;
+  remember();
+  stroke = cursor = onImage(onCanvas(event));
+  paint(stroke, stroke, tool() === "eraser" || event.button === 2);
+  draw();
+});
+
+canvas.addEventListener("pointermove", (event) => {
+  const point = onCanvas(event);
+  const last = pointers.get(event.pointerId);
+  cursor = onImage(point);
+  if (stroke) {
+    const moves = event.getCoalescedEvents?.() ?? [];
+    for (const one of moves.length ? moves : [event]) {
+      const next = onImage(onCanvas(one));
+      paint(stroke, next, tool() === "eraser" || (event.buttons & 2) !== 0);
+      stroke = next;
+    }
+  } else if (last && pointers.size === 2) {
+    const [other] = [...pointers].filter(([id]) => id !== event.pointerId).map(([, at]) => at);
+    const distance = (at) => Math.hypot(at.x - other.x, at.y - other.y) || 1;
+    zoom(distance(point) / distance(last), (point.x + other.x) / 2, (point.y + other.y) / 2);
+    view = { ...view, x: view.x + (point.x - last.x) / 2, y: view.y + (point.y - last.y) / 2 };
+  } else if (last) {
+    view = { ...view, x: view.x + point.x - last.x, y: view.y + point.y - last.y };
+  }
+  if (last) pointers.set(event.pointerId, point);
+  draw();
+});
+
+for (const name of ["pointerup", "pointercancel", "pointerleave"]) {
+  canvas.addEventListener(name, (event) => {
+    if (name !== "pointerleave") pointers.delete(event.pointerId);
+    if (pointers.size === 0) stroke = null;
+    if (name === "pointerleave" && !keyboard) cursor = null;
+    draw();
+  });
+}
+
+canvas.addEventListener("contextmenu", (event) => event.preventDefault());
+canvas.addEventListener("wheel", (event) => {
+  event.preventDefault();
+  const { x, y } = onCanvas(event);
+  zoom(Math.exp(-event.deltaY / 400), x, y);
+}, { passive: false });
+
+// -- keys and buttons
+
+const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+canvas.addEventListener("keydown", (event) => {
+  const move = MOVES[event.key];
+  if (!move && event.key !== " ") return;
+  event.preventDefault();
+  keyboard = true;
+  cursor ??= { x: image.width / 2, y: image.height / 2 };
+  if (move) {
+    const step = image.width / (event.shiftKey ? 10 : 40);
+    const inside = (value) => Math.min(image.width, Math.max(0, value));
+    cursor = { x: inside(cursor.x + move[0] * step), y: inside(cursor.y + move[1] * step) };
+  } else {
+    remember();
+    paint(cursor, cursor, tool() === "eraser");
+  }
+  draw();
+});
+
+dialog.addEventListener("keydown", (event) => {
+  const size = byId("brush-size");
+  const keys = {
+    b: () => dialog.querySelector("[value=brush]").click(),
+    e: () => dialog.querySelector("[value=eraser]").click(),
+    "[": () => (size.valueAsNumber -= 5),
+    "]": () => (size.valueAsNumber += 5),
+    "+": () => zoom(1.5),
+    "-": () => zoom(1 / 1.5),
+    0: fit,
+  };
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
+  else if (!event.ctrlKey && !event.metaKey && keys[event.key]) keys[event.key]();
+  else return;
+  event.preventDefault();
+  draw();
+});
+
+byId("zoom-in").onclick = () => zoom(1.5);
+byId("zoom-out").onclick = () => zoom(1 / 1.5);
+byId("zoom-fit").onclick = fit;
+byId("mask-undo").onclick = undo;
+byId("mask-invert").onclick = () => fill("source-out");
+byId("mask-clear").onclick = () => fill("destination-out");
+byId("brush-size").oninput = draw;
+addEventListener("resize", () => dialog.open && fit());
+dialog.addEventListener("close", () => finish(null));
+
+byId("mask-done").onclick = async () => {
+  const { data } = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
+  if (!data.some((value, i) => i % 4 === 3 && value >= 128)) {
+    return toast("Paint the part of the image that is to change");
+  }
+  finish(await maskPNG(painted));
+  dialog.close();
+};

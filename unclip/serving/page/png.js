@@ -1,0 +1,140 @@
+/** Settings from the metadata of PNG files that unclip wrote, and square images for uploads. */
+
+const KEYWORD = "unclip";
+
+/** Return the metadata of a PNG, one entry for each image. Error with one line if it has none. */
+async function readMetadata(file) {
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const view = new DataView(bytes.buffer);
+  const latin = (start, end) => String.fromCharCode(...bytes.subarray(start, end));
+  for (let at = 8; latin(1, 4) === "PNG" && at + 12 <= bytes.length; ) {
+    const length = view.getUint32(at);
+    const [type, start, end] = [latin(at + 4, at + 8), at + 8, at + 8 + length];
+    if (type === "iTXt" && latin(start, start + KEYWORD.length + 1) === `${KEYWORD}\0`) {
+      const flag = start + KEYWORD.length + 1;  // then method, language, translated keyword
+      const text = bytes.indexOf(0, bytes.indexOf(0, flag + 2) + 1) + 1;
+      const data = JSON.parse(await inflate(bytes.slice(text, end), bytes[flag] === 1));
+      const entries = Array.isArray(data) ? data : data.entries ?? [data];
+      return entries.map((entry) => withPictures(entry, data.pictures));
+    }
+    at = end + 4;
+  }
+  throw new Error(`${file.name || "The file"} has no unclip settings. Choose a PNG made by unclip.`);
+}
+
+async function inflate(bytes, compressed) {
+  const stream = new Blob([bytes]).stream();
+  const body = compressed ? stream.pipeThrough(new DecompressionStream("deflate")) : stream;
+  return new Response(body).text();
+}
+
+/** Replace the indices of images that several entries share. */
+function withPictures(entry, pictures) {
+  if (!pictures) return entry;
+  const resolved = { ...entry };
+  for (const name of ["picture", "mask"]) {
+    if (Number.isInteger(entry[name])) resolved[name] = pictures[entry[name]];
+  }
+  return resolved;
+}
+
+/** Return the settings that a PNG was made with. @returns {Promise<import("./api.js").Settings>} */
+export async function readSettings(file) {
+  const [entry] = await readMetadata(file);
+  const { decoder = entry.options ?? {} } = entry.options ?? {};
+  const settings = {
+    mode: "generate",
+    n: 1,
+    model: entry.model ?? undefined,
+    seed: entry.seed,
+    steps: decoder.steps,
+    guidance: decoder.guidance,
+    sampler: decoder.sampler,
+  };
+  if (typeof entry.prompt === "string") settings.prompt = entry.prompt;
+  if (typeof entry.negative_prompt === "string") settings.negative_prompt = entry.negative_prompt;
+  if (["inpaint", "image_to_image"].includes(entry.operation)) {
+    settings.mode = "edit";
+    settings.prompt = entry.prompt ?? entry.arguments?.prompt;
+    settings.strength = entry.arguments?.strength ?? entry.arguments?.painting?.strength;
+    if (entry.picture) settings.image = fromBase64(entry.picture);
+    if (entry.mask) settings.mask = await alphaMask(fromBase64(entry.mask));
+  } else if (entry.image_emb) {
+    Object.assign(settings, { mode: "vary", image_embedding: entry.image_emb });
+  }
+  return settings;
+}
+
+function fromBase64(text) {
+  return new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: "image/png" });
+}
+
+/** Draw an image or a part of it on a new canvas. */
+export function canvasOf(image, width, height, ...source) {
+  const canvas = document.createElement("canvas");
+  Object.assign(canvas, { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  if (image) context.drawImage(image, ...source, 0, 0, width, height);
+  return canvas;
+}
+
+export const toPNG = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+
+/**
+ * Return an image that the API takes: a square PNG as it is, anything else cropped to one.
+ * Error with one line if it cannot be read.
+ */
+export async function squarePNG(file) {
+  let image;
+  try {
+    image = await createImageBitmap(file);
+  } catch {
+    throw new Error(`${file.name || "The file"} is not an image. Choose a PNG, JPEG or WebP.`);
+  }
+  const side = Math.min(image.width, image.height);
+  if (file.type === "image/png" && image.width === image.height && side <= 2048) return file;
+  const size = Math.min(side, 1024);
+  const corner = [(image.width - side) / 2, (image.height - side) / 2];
+  return toPNG(canvasOf(image, size, size, ...corner, side, side));
+}
+
+/**
+ * Return the painted part of a mask image, opaque on clear, at a size: its transparent pixels, or,
+ * without any, its light ones. Null if there is none.
+ */
+export async function paintedPart(file, side = null, transparentOnly = false) {
+  const image = await createImageBitmap(file);
+  const [width, height] = side ? [side, side] : [image.width, image.height];
+  const canvas = canvasOf(image, width, height);
+  const context = canvas.getContext("2d");
+  const pixels = context.getImageData(0, 0, width, height);
+  const { data } = pixels;
+  let clear = false;
+  for (let i = 3; i < data.length; i += 4) clear ||= data[i] < 128;
+  if (transparentOnly && !clear) return null;
+  let painted = false;
+  for (let i = 0; i < data.length; i += 4) {
+    const light = 0.299 * data[i] + 0.587 * data[i + 1] + 0.114 * data[i + 2];
+    data[i + 3] = (clear ? data[i + 3] < 128 : light > 127) ? 255 : 0;
+    painted ||= data[i + 3] > 0;
+  }
+  context.putImageData(pixels, 0, 0);
+  return painted ? canvas : null;
+}
+
+/** Turn a canvas of `paintedPart` into an upload: alpha 0 where it is painted, 255 elsewhere. */
+export function maskPNG(painted) {
+  const canvas = canvasOf(painted, painted.width, painted.height);
+  const context = canvas.getContext("2d");
+  const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    pixels.data.set([0, 0, 0, pixels.data[i + 3] < 128 ? 255 : 0], i);
+  }
+  context.putImageData(pixels, 0, 0);
+  return toPNG(canvas);
+}
+
+async function alphaMask(file) {
+  const painted = await paintedPart(file);
+  return painted ? maskPNG(painted) : undefined;
+}
