@@ -2,7 +2,7 @@
 
 import { blobURL, byId, chooseFile, clearErrors, el, icon, iconButton, showError } from "./ui.js";
 import { editMask, importMask } from "./mask.js";
-import { canvasOf, paintedPart, squarePNG } from "./png.js";
+import { checkered, paintedPart, squarePNG } from "./png.js";
 
 const form = byId("composer");
 const NUMBERS = ["n", "seed", "steps", "guidance", "num_candidates"];
@@ -162,6 +162,7 @@ export function write(settings) {
 export async function use(newMode, blob, slot = "image") {
   form.elements.mode.value = newMode;
   await place(slot, blob);
+  form.scrollIntoView({ block: "start" });
   if (newMode === "edit") await paint();
 }
 
@@ -211,12 +212,7 @@ function showSlots() {
 
 async function showMask(parent) {
   const painted = await paintedPart(held.mask);
-  if (!painted) return;
-  const context = painted.getContext("2d");
-  context.globalCompositeOperation = "source-in";
-  context.fillStyle = getComputedStyle(form).getPropertyValue("--accent");
-  context.fillRect(0, 0, painted.width, painted.height);
-  parent.append(canvasOf(painted, painted.width, painted.height));
+  if (painted) parent.append(checkered(painted));
 }
 
 async function choose(slot) {

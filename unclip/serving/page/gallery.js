@@ -133,15 +133,16 @@ function card(entry) {
   for (const [name, value] of facts) meta.append(el("span", {}, `${name} ${value}`));
   const head = el("div.entry-head", {}, el("div", {}, el("h3", {}, title), meta));
   const buttons = el("div.row");
-  if (status === "running") buttons.append(el("button", { onclick: () => cancel(entry.id) }, "Cancel"));
   buttons.append(
     iconButton("reuse", `Use settings of: ${title}`, () => handlers.reuse(settings)),
     iconButton("trash", `Delete: ${title}`, () => remove(entry)),
   );
   head.append(buttons);
-  const element = el("article.entry", { "aria-label": title, "data-status": status }, head);
+  const single = !grid && expected(settings) === 1;
+  const element = el(single ? "article.entry" : "article.entry.wide", { "aria-label": title, "data-status": status }, head);
   if (status === "running") {
-    element.append(el("div.progress", {}, el("progress", { "aria-label": "Progress" }), el("p", {}, "Waiting")));
+    element.append(el("div.progress", {}, el("progress", { "aria-label": "Progress" }), el("p", {}, "Waiting"),
+      el("button", { onclick: () => cancel(entry.id) }, "Cancel")));
   }
   if (status === "running" || entry.results.length) element.append(grid ? table(entry) : tiles(entry));
   if (status !== "running" && status !== "done") {

@@ -1,7 +1,7 @@
 /** The mask editor: a brush, an eraser, zoom and undo over an image. */
 
 import { byId, chooseFile, toast } from "./ui.js";
-import { canvasOf, maskPNG, paintedPart } from "./png.js";
+import { canvasOf, checkered, maskPNG, paintedPart } from "./png.js";
 
 const MAX_UNDO = 20;
 const MAX_ZOOM = 16;
@@ -61,19 +61,13 @@ function draw() {
 }
 
 function render() {
-  const style = getComputedStyle(dialog);
   screen.setTransform(1, 0, 0, 1, 0, 0);
   screen.clearRect(0, 0, canvas.width, canvas.height);
   screen.setTransform(view.scale, 0, 0, view.scale, view.x, view.y);
   screen.imageSmoothingEnabled = view.scale < 4;
   screen.drawImage(image, 0, 0);
-  const tinted = canvasOf(painted, painted.width, painted.height);
-  const tint = tinted.getContext("2d");
-  tint.globalCompositeOperation = "source-in";
-  tint.fillStyle = style.getPropertyValue("--accent");
-  tint.fillRect(0, 0, tinted.width, tinted.height);
-  screen.globalAlpha = 0.6;
-  screen.drawImage(tinted, 0, 0);
+  screen.globalAlpha = 0.85;
+  screen.drawImage(checkered(painted), 0, 0);
   screen.globalAlpha = 1;
   if (cursor && tool() !== "pan") {
     for (const [color, width] of [["#000", 3], ["#fff", 1.5]]) {

@@ -122,6 +122,23 @@ export async function paintedPart(file, side = null, transparentOnly = false) {
   return painted ? canvas : null;
 }
 
+/** Draw the painted part as the checkerboard that stands for transparency. */
+export function checkered(painted) {
+  const side = Math.max(1, Math.round(painted.width / 48));
+  const board = canvasOf(null, 2 * side, 2 * side);
+  const pen = board.getContext("2d");
+  for (const [color, x, y, size] of [["#fff", 0, 0, 2], ["#aaa", 0, 0, 1], ["#aaa", 1, 1, 1]]) {
+    pen.fillStyle = color;
+    pen.fillRect(x * side, y * side, size * side, size * side);
+  }
+  const canvas = canvasOf(painted, painted.width, painted.height);
+  const context = canvas.getContext("2d");
+  context.globalCompositeOperation = "source-atop";
+  context.fillStyle = context.createPattern(board, "repeat");
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  return canvas;
+}
+
 /** Turn a canvas of `paintedPart` into an upload: alpha 0 where it is painted, 255 elsewhere. */
 export function maskPNG(painted) {
   const canvas = canvasOf(painted, painted.width, painted.height);

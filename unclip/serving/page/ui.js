@@ -68,9 +68,10 @@ let toastTimer = 0;
 export function toast(message, action = null, onaction = null) {
   const box = byId("toast");
   const button = action && el("button.quiet", { onclick: () => (onaction(), hide()) }, action);
-  const hide = () => box.classList.remove("shown");
+  const hide = () => box.hidePopover();
+  hide();
+  box.showPopover();  // above dialogs
   box.replaceChildren(message, ...(button ? [button] : []));
-  box.classList.add("shown");
   clearTimeout(toastTimer);
   toastTimer = setTimeout(hide, action ? 8000 : 3000);
 }
@@ -99,9 +100,7 @@ export function blobURL(blob) {
 
 /** Ask for an image file; null if there is none. */
 export function chooseFile(accept = "image/png,image/jpeg,image/webp") {
-  const input = byId("file");
-  input.accept = accept;
-  input.value = "";
+  const input = el("input", { type: "file", accept });
   return new Promise((resolve) => {
     input.onchange = () => resolve(input.files[0] ?? null);
     input.oncancel = () => resolve(null);
