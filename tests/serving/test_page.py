@@ -1,0 +1,603 @@
+"""The web page in a real Chromium, against a server of models with random weights."""
+
+from __future__ import annotations
+
+import base64
+import email
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from email.message import Message
+from html.parser import HTMLParser
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving_helpers import CONFIG, client, load, opened, pixels, png, serving, wait_until
+
+from unclip.image_io import encode_image
+from unclip.serving.app import create_app
+from unclip.serving.page import FILES
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "color_scheme": "dark"}
+DONE = ".entry[data-status=done]"
+TIMEOUT = 15_000  # ms
+
+# -- without a browser
+
+
+class Tags(HTMLParser):
+    """Collects (tag, attributes) and the text of scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.inline = ""
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] in ("script", "style"):
+            self.inline += data.strip()
+
+
+def parsed_page() -> Tags:
+    tags = Tags()
+    tags.feed(FILES["index.html"].read_text(encoding="utf-8"))
+    return tags
+
+
+def test_files_are_served_under_a_strict_policy(client):
+    for path in ("/", *(f"/page/{name}" for name in FILES)):
+        response = client.get(path)
+        assert response.status_code == 200
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
+    assert client.get("/page/__init__.py").status_code == 404
+    assert client.get("/page/..%2fapp.py").status_code == 404
+
+
+def test_page_has_no_inline_code_and_names_existing_files():
+    page = parsed_page()
+    assert page.inline == ""
+    for tag, attributes in page.tags:
+        assert not any(name == "style" or name.startswith("on") for name in attributes), tag
+        for address in filter(None, (attributes.get("src"), attributes.get("href"))):
+            assert address.removeprefix("page/") in FILES
+
+
+def test_modules_import_existing_files_only():
+    for name, path in FILES.items():
+        text = path.read_text(encoding="utf-8")
+        for address in re.findall(r'from "(.+)"', text):
+            assert address.removeprefix("./") in FILES, name
+        addresses = set(re.findall(r"https?://[^\s\"')]+", text))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, name
+
+
+# -- with a browser
+
+
+class Recorder:
+    """An application that keeps the bodies of the requests it passes on."""
+
+    def __init__(self, app) -> None:
+        self.app, self.state, self.requests = app, app.state, []
+
+    async def __call__(self, scope, receive, send):
+        body = bytearray()
+        if scope["type"] == "http" and scope["method"] == "POST":
+            kind = dict(scope["headers"])[b"content-type"].decode()
+            self.requests.append((scope["path"], kind, body))
+
+        async def recorded():
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        await self.app(scope, recorded, send)
+
+    def last(self) -> tuple[str, dict[str, str], dict[str, list[bytes]]]:
+        """Return path, fields and files of the last request."""
+        path, kind, body = self.requests[-1]
+        if kind == "application/json":
+            return path, json.loads(bytes(body)), {}
+        form: Message = email.message_from_bytes(b"Content-Type: " + kind.encode() + b"\n\n" + body)
+        fields: dict[str, str] = {}
+        files: dict[str, list[bytes]] = {}
+        for part in form.get_payload():
+            assert isinstance(part, Message)
+            name = part.get_param("name", header="content-disposition")
+            data = part.get_payload(decode=True)
+            if part.get_filename():
+                files.setdefault(name, []).append(data)
+            else:
+                fields[name] = data.decode()
+        return path, fields, files
+
+
+@pytest.fixture(scope="module")
+def app(load):
+    return Recorder(create_app(CONFIG, load))
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    with serving(app) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium; install it, or set CHROMIUM to its path")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, url):
+    """Open the page; at the end, nothing may have failed or have been fetched elsewhere."""
+    problems, contexts = [], []
+
+    def open_page(address=url, expected=(), **options):
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        context.set_default_timeout(TIMEOUT)
+        contexts.append(context)
+        page = context.new_page()
+
+        def check_request(request):
+            if urlsplit(request.url).netloc != urlsplit(address).netloc:
+                problems.append(request.url)
+
+        def check_message(message):
+            if message.type in ("error", "warning"):
+                if not any(text in message.text for text in expected):
+                    problems.append(message.text)
+
+        page.on("request", lambda one: one.url.startswith("blob:") or check_request(one))
+        page.on("console", check_message)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def generate(page, prompt="a red apple", **fields):
+    """Fill in the form, press Enter and wait for the images."""
+    page.click("text=Create")
+    count = page.locator(DONE).count()
+    for name, value in {"prompt": prompt, "seed": 3, **fields}.items():
+        page.fill(f"#{name}", str(value))
+    page.press("#prompt", "Enter")
+    page.locator(DONE).nth(count).wait_for()
+
+
+def choose(page, button, *files):
+    """Click on a button that asks for a file, and choose one."""
+    with page.expect_file_chooser() as chooser:
+        page.click(button)
+    chooser.value.set_files(
+        [{"name": "image.png", "mimeType": "image/png", "buffer": data} for data in files]
+    )
+
+
+def image_of(page, tile=0) -> bytes:
+    """Return the image of a tile, byte for byte."""
+    source = page.locator(f"{DONE} .tile img").nth(tile).get_attribute("src")
+    script = """async (url) => {
+        const bytes = new Uint8Array(await (await fetch(url)).arrayBuffer());
+        return btoa(String.fromCharCode(...bytes));
+    }"""
+    # The policy of the page forbids it to fetch blob: URLs, an <a download> may.
+    with page.expect_download() as download:
+        page.evaluate(
+            "(href) => Object.assign(document.createElement('a'), {href, download: 'x'}).click()",
+            source,
+        )
+    del script
+    return download.value.path().read_bytes()
+
+
+def test_enter_generates_the_images_of_the_api(visit, app, tiny_pipe):
+    page = visit()
+    assert page.is_visible("text=No images yet")
+    generate(page, n=2, negative_prompt="a blue fish", steps=2, guidance=1.5)
+    path, fields, _ = app.last()
+    assert path == "/v1/images/generations"
+    assert fields["negative_prompt"] == "a blue fish" and fields["guidance"] == 1.5
+    assert page.locator(".tile").count() == 2 and not page.is_visible("text=No images yet")
+    from dataclasses import replace
+
+    decoder = replace(tiny_pipe.options.decoder, steps=2, guidance=1.5)
+    options = replace(tiny_pipe.options, decoder=decoder)
+    expected = tiny_pipe(
+        "a red apple", negative_prompt="a blue fish", num_images=2, seed=3, options=options
+    )
+    for k, image in enumerate(expected.images):
+        assert (pixels(image_of(page, k)) == np.asarray(image)).all()
+
+
+def test_partial_images_are_shown_before_the_final_one(visit):
+    page = visit()
+    page.fill("#prompt", "a red apple")
+    page.fill("#steps", "60")
+    page.click("#generate")
+    page.locator(".pending img[alt=Preview]").wait_for()
+    assert "step" in (page.text_content(".progress p") or "")
+    page.locator(DONE).wait_for()
+
+
+def test_escape_cancels_the_job_on_the_server(visit, app):
+    page = visit(expected=["ERR_ABORTED"])
+    page.fill("#prompt", "a red apple")
+    page.fill("#steps", "1000")
+    page.press("#prompt", "Enter")
+    page.locator(".progress p:has-text('step')").wait_for()
+    page.keyboard.press("Escape")
+    page.locator(".entry[data-status=cancelled]").wait_for()
+    wait_until(lambda: app.state.engine.idle, seconds=5)
+    page.click("text=Run again")
+    page.locator(".progress p:has-text('step')").wait_for()
+    page.click(".progress button")
+    page.locator(".entry[data-status=cancelled]").wait_for()
+    assert page.locator(".entry").count() == 1
+    wait_until(lambda: app.state.engine.idle, seconds=5)
+
+
+def test_history_survives_a_reload(visit, app):
+    page = visit(expected=["ERR_ABORTED"])
+    generate(page, n=2, steps=2, guidance=1.5, negative_prompt="a blue fish")
+    before = image_of(page, 1)
+    page.fill("#steps", "1000")
+    page.fill("#negative_prompt", "")
+    page.press("#prompt", "Enter")
+    page.locator(".progress p:has-text('step')").wait_for()
+    page.reload()
+    page.locator(DONE).wait_for()
+    assert page.is_visible("text=Interrupted when the page was closed.")
+    assert image_of(page, 1) == before
+    page.locator(f"{DONE} [aria-label^='Use settings']").click()
+    values = {"prompt": "a red apple", "negative_prompt": "a blue fish", "n": "2", "seed": "3"}
+    for name, value in {**values, "steps": "2", "guidance": "1.5"}.items():
+        assert page.input_value(f"#{name}") == value
+    page.locator(f"{DONE} [aria-label^=Delete]").click()
+    assert page.locator(DONE).count() == 0
+    page.click("text=Undo")
+    assert page.locator(DONE).count() == 1
+    page.click("#clear")
+    page.reload()
+    page.locator("text=No images yet").wait_for()
+    wait_until(lambda: app.state.engine.idle, seconds=5)
+
+
+def test_settings_are_read_from_a_png(visit, tiny_pipe):
+    page = visit()
+    result = tiny_pipe("a blue fish", negative_prompt="red", seed=11, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("text=Settings loaded").wait_for()
+    steps = str(tiny_pipe.options.decoder.steps)
+    values = {"prompt": "a blue fish", "negative_prompt": "red", "seed": "11", "steps": steps}
+    for name, value in values.items():
+        assert page.input_value(f"#{name}") == value
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+    choose(page, "#load-png", png())
+    assert "no unclip settings" in (page.text_content("#form-error") or "")
+
+
+def test_variation_is_repeated_from_its_png(visit, app, tiny_pipe):
+    page = visit()
+    image = Image.open(io.BytesIO(png(32)))
+    result = tiny_pipe.variations(image, seed=5, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    assert app.last()[1]["image_embedding"]
+    assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+
+
+def mask_point(page, x, y):
+    """Return the position on the page of a point of the image, as fractions of its side."""
+    box = page.locator("#mask-canvas").bounding_box()
+    side = min(box["width"], box["height"])
+    left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2
+    return left + x * side, top + y * side
+
+
+def stroke(page, start, end):
+    page.mouse.move(*mask_point(page, *start))
+    page.mouse.down()
+    page.mouse.move(*mask_point(page, *end), steps=5)
+    page.mouse.up()
+
+
+def test_mask_is_painted_erased_and_uploaded_as_alpha(visit, app):
+    page = visit()
+    page.click("text=Edit")
+    original = png(64)
+    choose(page, "[data-slot=image] button", original)
+    page.click("text=Paint mask")
+    stroke(page, (0.1, 0.5), (0.9, 0.5))
+    page.keyboard.press("e")
+    stroke(page, (0.9, 0.4), (0.9, 0.6))
+    stroke(page, (0.1, 0.5), (0.3, 0.5))
+    page.click("#mask-undo")
+    page.click("#mask-done")
+    page.fill("#prompt", "a red apple")
+    page.fill("#seed", "3")
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    path, fields, files = app.last()
+    assert path == "/v1/images/edits" and fields["prompt"] == "a red apple"
+    assert files["image"] == [original]
+    mask = opened(files["mask"][0])
+    alpha = np.asarray(mask)[..., 3]
+    assert mask.mode == "RGBA" and mask.size == (64, 64) and set(np.unique(alpha)) == {0, 255}
+    assert alpha[32, 10] == alpha[32, 32] == 0  # painted; the erased part at the left was undone
+    assert alpha[32, 58] == alpha[8, 32] == alpha[56, 32] == 255  # erased, and never painted
+    kept = alpha == 255
+    assert (pixels(image_of(page))[kept] == pixels(original)[kept]).all()
+
+
+def test_mask_is_painted_with_keys_and_zoomed(visit, app):
+    page = visit()
+    page.click("text=Edit")
+    choose(page, "[data-slot=image] button", png(64))
+    page.click("text=Paint mask")
+    for key in ("ArrowRight", "ArrowDown", " "):
+        page.keyboard.press(key)
+    page.click("#zoom-in")
+    assert page.text_content("#zoom-fit") != "100 %"
+    page.mouse.move(*mask_point(page, 0.5, 0.5))
+    page.mouse.wheel(0, -200)
+    page.click("#zoom-fit")
+    page.locator("#zoom-fit:has-text('100 %')").wait_for()
+    page.click("#mask-invert")
+    page.click("#mask-done")
+    page.fill("#prompt", "a red apple")
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    alpha = np.asarray(opened(app.last()[2]["mask"][0]))[..., 3]
+    assert alpha[0, 0] == 0 and alpha[34, 34] == 255
+
+
+def test_alpha_of_an_image_and_of_a_mask_file_is_used(visit, app):
+    page = visit()
+    page.click("text=Edit")
+    choose(page, "[data-slot=image] button", png(32, "RGBA"))
+    page.locator("text=Change mask").wait_for()
+    page.fill("#prompt", "a red apple")
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    alpha = np.asarray(opened(app.last()[2]["mask"][0]).convert("RGBA"))[..., 3]
+    assert (alpha[:16] == 0).all() and (alpha[16:] == 255).all()
+
+    left = Image.new("L", (32, 32), 0)
+    left.paste(255, (0, 0, 16, 32))
+    file = io.BytesIO()
+    left.save(file, "PNG")
+    choose(page, "#import-mask", file.getvalue())
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    alpha = np.asarray(opened(app.last()[2]["mask"][0]))[..., 3]
+    assert (alpha[:, :16] == 0).all() and (alpha[:, 16:] == 255).all()
+
+
+def test_two_results_are_mixed_with_a_slider(visit, app, tiny_pipe):
+    page = visit()
+    generate(page)
+    generate(page, "a blue fish")
+    for tile in (1, 0):
+        page.locator(".tile").nth(tile).click()
+        page.click("[data-action=mix]")
+    page.locator("#weight").fill("0.75")
+    page.click("#generate")
+    page.locator(DONE).nth(2).wait_for()
+    path, fields, files = app.last()
+    assert path == "/v1/images/variations" and fields["weights"] == "0.25,0.75"
+    first, second = (np.asarray(opened(data).convert("RGB")) for data in files["image[]"])
+    assert (first == np.asarray(tiny_pipe("a red apple", seed=3, progress=False).images[0])).all()
+    assert (second == np.asarray(tiny_pipe("a blue fish", seed=3, progress=False).images[0])).all()
+
+
+def test_grid_has_the_image_of_each_pair_of_values(visit, tiny_pipe):
+    page = visit()
+    page.fill("#prompt", "a red apple")
+    page.click("#grid summary")
+    page.select_option("[name=x_name]", "seed")
+    page.fill("[name=x_values]", "3, 4")
+    page.select_option("[name=y_name]", "prompt")
+    page.fill("[name=y_values]", "a red apple | a blue fish")
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    assert page.locator("th[scope=col]").all_text_contents() == ["Prompt / Seed", "3", "4"]
+    assert page.locator("th[scope=row]").all_text_contents() == ["a red apple", "a blue fish"]
+    expected = tiny_pipe("a blue fish", seed=4, progress=False).images[0]
+    assert np.abs(pixels(image_of(page, 3)) - np.asarray(expected)).max() <= 2
+    page.fill("[name=y_values]", "")
+    page.click("#generate")
+    assert page.text_content("#grid-error") == "Give values for prompt."
+
+
+def test_viewer_moves_with_arrows_and_varies_a_result(visit, app):
+    page = visit()
+    generate(page, n=2)
+    page.locator(".tile").first.click()
+    facts = page.locator("#viewer-facts div")
+    facts.filter(has_text=re.compile("^Seed3$")).wait_for()
+    page.keyboard.press("ArrowRight")
+    facts.filter(has_text=re.compile("^Seed4$")).wait_for()
+    facts.filter(has_text="Samplerddim").wait_for()  # from the PNG: the form left it open
+    assert page.is_disabled("#next")
+    page.click("[data-action=vary]")
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    path, _, files = app.last()
+    assert path == "/v1/images/variations" and files["image"] == [image_of(page, 3)]
+
+
+def test_errors_of_the_api_are_shown_at_the_field(visit):
+    page = visit(expected=["status of 400"])
+    page.click("#generate")
+    assert page.text_content("#prompt-error") == "Describe the image."
+    message = "too large - 'guidance'"
+    body = {"error": {"message": message, "type": "x", "param": "guidance", "code": None}}
+    page.route("**/v1/images/*", lambda route: route.fulfill(status=400, json=body))
+    page.fill("#prompt", "a red apple")
+    page.click("#generate")
+    page.locator(".entry[data-status=failed]").wait_for()
+    assert page.text_content("#guidance-error") == message
+    assert page.get_attribute("#guidance", "aria-invalid") is not None
+    assert page.is_visible(f".state >> text={message}")
+
+
+def test_busy_server_is_asked_again(visit):
+    page = visit(expected=["status of 429"])
+    error = {"error": {"message": "full", "type": "x", "param": None, "code": None}}
+    headers = {"Retry-After": "1"}
+    page.route(
+        "**/v1/images/*",
+        lambda route: route.fulfill(status=429, json=error, headers=headers),
+        times=1,
+    )
+    page.fill("#prompt", "a red apple")
+    page.click("#generate")
+    page.locator("text=The server is busy; trying again in 1 s").wait_for()
+    page.locator(DONE).wait_for()
+
+
+def test_server_that_does_not_answer_is_reported(visit):
+    page = visit(expected=["ERR_FAILED"])
+    page.route("**/v1/**", lambda route: route.abort())
+    page.reload()
+    page.locator("#notice >> text=The server does not answer").wait_for()
+    page.unroute("**/v1/**")
+    page.click("text=Try again")
+    page.locator("#notice").wait_for(state="hidden")
+
+
+def test_api_key_is_asked_for(visit, load):
+    with serving(create_app(CONFIG.__class__(models=("tiny",), api_keys=("right",)), load)) as url:
+        page = visit(url, expected=["status of 401"])
+        for key in ("wrong", "right"):
+            page.locator("#key").wait_for()
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+            if key == "wrong":
+                page.locator("#key-error:has-text('Incorrect API key')").wait_for()
+        page.locator("#model option").first.wait_for(state="attached")
+        generate(page)
+        page.reload()
+        page.locator("#model option").first.wait_for(state="attached")
+        assert not page.is_visible("#key-dialog")
+
+
+def copied(page, button):
+    page.click(button)
+    page.locator("#toast:has-text('Copied')").wait_for()
+    return page.evaluate("() => navigator.clipboard.readText()")
+
+
+def test_copied_commands_make_the_same_image(visit, tmp_path):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    generate(page, prompt="an apple's \"core\"", steps=2)
+    expected = pixels(image_of(page))
+    if shutil.which("curl"):
+        command = copied(page, "#copy-curl")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+        data = base64.b64decode(json.loads(done.stdout)["data"][0]["b64_json"])
+        assert (pixels(data) == expected).all()
+    pytest.importorskip("openai")
+    code = copied(page, "#copy-python")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (pixels((tmp_path / "image-0.png").read_bytes()) == expected).all()
+
+
+# -- layout and accessibility
+
+CONTRAST = """() => {
+    const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+    const low = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        if (!own || !element.checkVisibility() || element.closest(":disabled, .hidden")) continue;
+        let behind = element;
+        while (behind && parse(getComputedStyle(behind).backgroundColor)[3] === 0) {
+            behind = behind.parentElement;
+        }
+        const style = getComputedStyle(element);
+        const levels = [light(parse(style.color)), light(parse(getComputedStyle(behind).backgroundColor))];
+        const ratio = (Math.max(...levels) + 0.05) / (Math.min(...levels) + 0.05);
+        if (ratio < 4.5) low.push(`${element.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+    }
+    return low;
+}"""
+INTERACTIVE = {"button", "checkbox", "combobox", "img", "radio", "slider", "spinbutton", "textbox"}
+INTERACTIVE |= {"application", "dialog", "progressbar", "article", "form", "region"}
+AXE = os.environ.get("AXE")  # path of axe.min.js of the npm package axe-core
+
+
+def accessibility_problems(page):
+    """Return controls without a name, text of low contrast, and what axe finds where there is axe."""
+    session = page.context.new_cdp_session(page)
+    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
+    problems = [
+        f"{node['role']['value']} without a name: {node.get('description', {}).get('value')}"
+        for node in nodes
+        if not node["ignored"]
+        and node["role"]["value"] in INTERACTIVE
+        and not node.get("name", {}).get("value")
+    ]
+    problems += page.evaluate(CONTRAST)
+    if AXE:
+        with open(AXE, encoding="utf-8") as file:
+            session.send("Runtime.evaluate", {"expression": file.read()})
+        found = page.evaluate("async () => (await axe.run(document)).violations.map((v) => v.id)")
+        problems += [f"axe: {name}" for name in found]
+    return problems
+
+
+@pytest.mark.parametrize("options", [{}, PHONE], ids=["desktop", "phone"])
+def test_page_is_accessible_and_fits_its_width(visit, options):
+    page = visit(**options)
+    page.emulate_media(reduced_motion="reduce")
+    assert accessibility_problems(page) == []
+    page.click("text=More settings")
+    page.click("text=Parameter grid")
+    page.fill("#prompt", "a very_long_word" * 20)
+    page.fill("#n", "99")
+    page.click("#generate")
+    assert page.is_visible("#n-error")
+    generate(page, prompt="a very_long_word" * 10, n=2)
+    assert accessibility_problems(page) == []
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+    page.locator(".tile").first.click()
+    page.locator("#viewer-facts dt").first.wait_for()
+    assert accessibility_problems(page) == []
+    page.click("[data-action=edit]")
+    page.locator("#mask-canvas").wait_for()
+    assert accessibility_problems(page) == []
+    page.keyboard.press("Escape")
+    assert page.is_visible("[data-slot=image] img") and not page.is_visible("#mask-canvas")
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
