@@ -163,7 +163,8 @@ class Responder:
                         entries, note = await self._deliver(event, with_base64=False)
                         note = {} if note is None else {"x-unclip-note": note}
                         body = {"created": int(time.time()), "data": entries}
-                        return JSONResponse(body, headers={**self.headers, **note})
+                        spent = {"x-unclip-pipeline-ms": f"{1000 * event.seconds:.1f}"}
+                        return JSONResponse(body, headers={**self.headers, **spent, **note})
         except ClientGone:
             pass
         return Response(status_code=499)

@@ -213,7 +213,7 @@ class Engine:
             results = self._call(model, jobs)
         except Cancelled:
             return
-        except Exception as error:
+        except BaseException as error:  # also SystemExit, which would end the thread
             error.__traceback__ = None  # which would keep the tensors of the failed call
             if is_out_of_memory(error):
                 return self._without_memory(model, jobs, images)
