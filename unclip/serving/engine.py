@@ -96,7 +96,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self.queue.images and not self._running
+        with self._lock:  # which is held while a batch leaves the queue
+            return not self.queue.images and not self._running
 
     def submit(self, job: Job) -> None:
         """Queue a job. QueueFull if there is no room."""
