@@ -8,7 +8,7 @@ from __future__ import annotations
 from unclip.checkpoints.store import save_component
 from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
-from unclip.models.unclip.layout import Layout, LayoutConfig
+from unclip.models.unclip.decoder import Layout, LayoutConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip

@@ -52,7 +52,7 @@ models.ar_prior models.unclip.ar_prior
 models.one_shot_prior models.unclip.one_shot_prior
 models.decoder models.unclip.decoder
 models.upsampler models.unclip.upsampler
-models.layout models.unclip.layout
+models.layout models.unclip.decoder
 models.embedding_stats models.unclip.prior
 models.embedding_codes models.unclip.ar_prior
 models.dalle models.dalle.transformer
@@ -189,7 +189,7 @@ pictures.lacks_picture image_io.lacks_image
 pictures.open_picture image_io.open_image
 pipelines.arguments.Argument cli.arguments.SamplingFlag
 pipelines.arguments.add_arguments cli.arguments.add_sampling
-pipelines.base.Picture pipelines.images.ImageInput
+pipelines.base.Picture pipelines.request.ImageInput
 diffusion.guidance.guide diffusion.samplers.guide
 diffusion.guidance.threshold diffusion.samplers.threshold
 diffusion.samplers.make_scheduler diffusion.schedulers.make_scheduler
@@ -198,7 +198,7 @@ diffusion.samplers.timesteps diffusion.samplers.sampling_timesteps
 models.text_prior.OnDraw models.unclip.prior.OnPrediction
 models.text_prior.TextPrefix models.layers.KeyValues
 pipelines.base.check_count pipelines.request.check_count
-pipelines.base.check_images pipelines.images.check_images
+pipelines.base.check_images pipelines.request.check_images
 pipelines.base.check_prompts pipelines.request.check_prompts
 pipelines.base.default_dtype pipelines.runtime.default_dtype
 pipelines.base.find_device pipelines.runtime.find_device
@@ -208,7 +208,7 @@ pipelines.base.random_generators pipelines.request.random_generators
 pipelines.base.redraw pipelines.provenance.regenerate
 pipelines.base.seeds_from pipelines.request.seeds_from
 pipelines.base.split_batches pipelines.request.split_batches
-pipelines.base.to_pil pipelines.images.to_pil
+pipelines.base.to_pil image_io.to_pil
 pipelines.dalle_stages.DalleStages pipelines.dalle.pipeline.DallePipeline
 pipelines.latent.places_on_path pipelines.unclip.latent.path_positions
 pipelines.networks.UnCLIPNetworks pipelines.unclip.pipeline.UnCLIPPipeline
@@ -216,10 +216,10 @@ pipelines.placement.Placement pipelines.base.Pipeline
 pipelines.recipes.decode_picture pipelines.provenance.decode_image
 pipelines.recipes.encode_picture pipelines.provenance.encode_image
 pipelines.runs.StageRun pipelines.unclip.stages.BoundStage
-pipelines.runs.fit pipelines.images.fit
-pipelines.runs.several pipelines.images.open_images
-pipelines.runs.to_tensor pipelines.images.to_tensor
-pipelines.runs.unopened pipelines.images.list_images
+pipelines.runs.fit image_io.fit
+pipelines.runs.several pipelines.request.open_images
+pipelines.runs.to_tensor image_io.to_tensor
+pipelines.runs.unopened pipelines.request.list_images
 pipelines.stages.UnCLIPStages pipelines.unclip.pipeline.UnCLIPPipeline
 pipelines.command_line.add_placement cli.arguments.add_runtime
 pipelines.command_line.check_file cli.output.check_file

@@ -104,6 +104,27 @@ def _open(source: str | Path | Image.Image) -> Image.Image:
     return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
 
 
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Crop the central square of an image and resize it to size x size, as for training."""
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_tensor(images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> Tensor:
+    """Convert B images of one size to (B, 3, H, W) in [-1, 1]."""
+    import torch
+
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Convert (B, 3, H, W) in [-1, 1] to B images; values outside are clipped."""
+    pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte()
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
 def resize(images: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
     """Resize with antialiasing, without clamping: (B, C, H, W) -> (B, C, *size).
 

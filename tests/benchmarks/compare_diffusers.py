@@ -38,7 +38,7 @@ from unclip.evaluation.bench import DALLE, KARLO, PROMPT, BenchConfig
 from unclip.evaluation.bench.stage_calls import Inputs, sampling_steps, unclip_calls
 from unclip.evaluation.bench.timing import StepCosts, count_operations, time_stage
 from unclip.evaluation.bench.worker import open_model
-from unclip.pipelines.images import to_pil
+from unclip.image_io import to_pil
 from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import UnCLIPOptions

@@ -25,8 +25,7 @@ from unclip.checkpoints.formats import Bundle
 from unclip.cli.main import main
 from unclip.clip import CLIP, CLIPConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.unclip.decoder import Decoder, DecoderConfig
-from unclip.models.unclip.layout import LayoutConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig, LayoutConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.models.unet import LevelSpec, UNetConfig

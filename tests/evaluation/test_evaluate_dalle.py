@@ -23,7 +23,7 @@ from unclip.evaluation.report import evaluation_rows, plain_table
 from unclip.evaluation.sheets import samples_sheet
 from unclip.evaluation.style import train_classifier
 from unclip.evaluation.unclip import UnCLIPGenerator
-from unclip.pipelines.images import to_pil, to_tensor
+from unclip.image_io import to_pil, to_tensor
 
 # The tiny tokenizer has a short context.
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")

@@ -12,8 +12,7 @@ from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, scrambled, tiny_clip, tiny_de
 from unclip.checkpoints.store import load_component, save_component
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.unclip.decoder import Decoder, masked_image
-from unclip.models.unclip.layout import Layout, LayoutConfig
+from unclip.models.unclip.decoder import Decoder, Layout, LayoutConfig, masked_image
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.initialization import warm_start
 from unclip.training.losses import ConditionDropout, DecoderLoss, LayoutLoss, add_embedding_noise
@@ -73,8 +72,12 @@ def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
     def misses(found: torch.Tensor) -> torch.Tensor:
         return (layout(found) - layout(true))[..., :2].square().mean(dim=(1, 2, 3))
 
-    slightly, fully = (layout.guide_embedding(emb, known, weight, steps=200) for weight in (1.0, 1000.0))
-    assert torch.equal(layout.guide_embedding(emb, known, 0.0), emb) and torch.equal(fully[2], emb[2])
+    slightly, fully = (
+        layout.guide_embedding(emb, known, weight, steps=200) for weight in (1.0, 1000.0)
+    )
+    assert torch.equal(layout.guide_embedding(emb, known, 0.0), emb) and torch.equal(
+        fully[2], emb[2]
+    )
     assert (misses(fully)[:2] < 0.2 * misses(emb)[:2]).all() and (
         misses(slightly)[:2] < misses(emb)[:2]
     ).all()

@@ -199,7 +199,9 @@ def test_edited_pictures_are_drawn_again_from_their_metadata(pipe, tmp_path):
     for result in results:
         save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
         (metadata,) = read_metadata(tmp_path / "a.png")
-        assert difference(regenerate(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
+        assert (
+            difference(regenerate(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
+        )
     with pytest.raises(ValueError, match="too large for metadata"):
         regenerate(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
 
@@ -277,9 +279,7 @@ def test_the_model_sees_nothing_of_the_hole():
 def test_a_large_picture_is_edited_in_place(pipe):
     """Through the model's small eye, but what is kept is kept at its own size."""
     image, marked = picture(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
-    with pytest.warns(
-        UserWarning, match="3000 x 2000 px is too large for metadata"
-    ) as told:
+    with pytest.warns(UserWarning, match="3000 x 2000 px is too large for metadata") as told:
         result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
     assert [one.filename for one in told] == [__file__]
     assert difference(result.images[0], image, np.asarray(marked) == 0) == 0

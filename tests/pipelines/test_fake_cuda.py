@@ -39,7 +39,7 @@ from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.unclip.layout import Layout, LayoutConfig
+from unclip.models.unclip.decoder import Layout, LayoutConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.pipelines.unclip.probing import class_probabilities
 from unclip.tokenizer import BPETokenizer

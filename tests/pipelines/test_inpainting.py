@@ -18,8 +18,7 @@ from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.image_io import read_metadata, save_png
-from unclip.models.unclip.decoder import Decoder, DecoderContext, masked_image
-from unclip.models.unclip.layout import LayoutConfig
+from unclip.models.unclip.decoder import Decoder, DecoderContext, LayoutConfig, masked_image
 from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.initialization import warm_start
@@ -85,7 +84,9 @@ def test_things_are_cut_out_of_plain_grounds_only():
     )
     holed = torch.where(disc(1)[:, 2:] > disc(1)[:, :1], 1.0, disc(1))
     assert foreground_alpha(holed)[0, 0, 16, 16] == 1, "white inside a thing is not its ground"
-    assert torch.equal(foreground_alpha(-disc(1)), foreground_alpha(disc(1))), "the ground may have any colour"
+    assert torch.equal(foreground_alpha(-disc(1)), foreground_alpha(disc(1))), (
+        "the ground may have any colour"
+    )
     noise = torch.rand(2, 3, 16, 16) * 2 - 1
     assert foreground_alpha(noise).mean() > 0.8
 
@@ -159,8 +160,12 @@ def test_contexts_keep_what_is_known():
     known = torch.rand(3, 4, 8, 8)
     context = decoder.condition(emb, text(3), known=known)
     assert torch.equal(context[1:].extra_channels, known[1:])
-    assert torch.equal(context.repeat_interleave(2).extra_channels, known.repeat_interleave(2, dim=0))
-    assert torch.equal(DecoderContext.cat([context, context[:1]]).extra_channels, known[[0, 1, 2, 0]])
+    assert torch.equal(
+        context.repeat_interleave(2).extra_channels, known.repeat_interleave(2, dim=0)
+    )
+    assert torch.equal(
+        DecoderContext.cat([context, context[:1]]).extra_channels, known[[0, 1, 2, 0]]
+    )
     assert not decoder.condition(emb, text(3)).extra_channels.any()
 
 
@@ -235,7 +240,13 @@ def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
     )
     holes = HoleConfig(box=1, stroke=0, half=0, border=0, all=1)
     loss = DecoderLoss(
-        decoder, clip, Schedule(ScheduleConfig()), ConditionDropout(), LossConfig(), holes, emb_mix=0.5
+        decoder,
+        clip,
+        Schedule(ScheduleConfig()),
+        ConditionDropout(),
+        LossConfig(),
+        holes,
+        emb_mix=0.5,
     )
     emb = torch.randn(64, EMB_DIM)
     loss(decoder, {"image": torch.zeros(64, 3, 8, 8), "image_emb": emb, "caption": ["a"] * 64})
@@ -434,6 +445,9 @@ def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_
     result = pipe.inpaint(image, mask, "a red apple", seed=2, **QUICK)
     save_png(result.images[0], tmp_path / "a.png", result.metadata[0])
     (metadata,) = read_metadata(tmp_path / "a.png")
-    assert regenerate(again, metadata, progress=False).images[0].tobytes() == result.images[0].tobytes()
+    assert (
+        regenerate(again, metadata, progress=False).images[0].tobytes()
+        == result.images[0].tobytes()
+    )
     with pytest.raises(ValueError, match="has no inpainter"):
         regenerate(invertible_pipe, metadata, progress=False)

@@ -427,9 +427,7 @@ def test_noise_of_another_model_is_refused(pipe, latent):
         pipe.interpolate,
         lambda path: pipe.text_diff(path, "a", "b"),
     ):
-        with pytest.raises(
-            ValueError, match="has embeddings of width 17, but the model's are 16"
-        ):
+        with pytest.raises(ValueError, match="has embeddings of width 17, but the model's are 16"):
             drawn(wide)
 
 
@@ -501,7 +499,7 @@ def emoji() -> UnCLIPPipeline:
 def test_the_bundled_model_reconstructs_its_own_picture(emoji):
     """With guidance on, where plain inversion goes astray; few steps, for the sake of time."""
     from unclip.evaluation.metrics import psnr
-    from unclip.pipelines.images import to_tensor
+    from unclip.image_io import to_tensor
 
     options = replace(deterministic(emoji.options), upsamplers=())
     options = replace(options, decoder=replace(options.decoder, steps=20))

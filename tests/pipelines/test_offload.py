@@ -50,7 +50,11 @@ def in_memory(modules: list[nn.Module]) -> list[str]:
 
 def watched(pipe) -> list[list[str]]:
     """What of the pipeline is in memory after each change of the network that computes."""
-    modules, seen, use = parts([pipe.clip, *pipe.networks().values()]), [], pipe.runtime.offloader.use
+    modules, seen, use = (
+        parts([pipe.clip, *pipe.networks().values()]),
+        [],
+        pipe.runtime.offloader.use,
+    )
 
     def watching(module: nn.Module) -> None:
         use(module)
@@ -177,9 +181,7 @@ def test_what_an_offloaded_model_cannot_do_is_told(pipe, tmp_path):
         lambda: (
             pipe.quantize()
         ): r"the networks are offloaded; call quantize\(\) before offload\(\)",
-        lambda: unclip.compile(
-            pipe
-        ): "the networks are offloaded",
+        lambda: unclip.compile(pipe): "the networks are offloaded",
         lambda: pipe.save_pretrained(
             tmp_path / "model"
         ): r"the networks are offloaded; save a model before offload\(\)",

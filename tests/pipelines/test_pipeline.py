@@ -240,9 +240,7 @@ def test_variations_are_drawn_under_the_null_text(tiny_pipe, null_text):
 @pytest.mark.parametrize("embedding", ["text", "none"])
 def test_variations_are_of_embeddings_that_are_given(tiny_pipe, embedding):
     options = replace(TINY_OPTIONS, embedding=embedding)
-    with pytest.raises(
-        ValueError, match=f"embedding is '{embedding}'"
-    ):
+    with pytest.raises(ValueError, match=f"embedding is '{embedding}'"):
         tiny_pipe.variations(Image.new("RGB", (16, 16)), options=options, progress=False)
 
 
@@ -265,7 +263,8 @@ def test_metadata_draws_a_picture_again(tiny_pipe, draw, tmp_path):
             "float32",
         )
         assert (
-            difference(regenerate(tiny_pipe, metadata, progress=False).images[0], result.images[k]) <= 2
+            difference(regenerate(tiny_pipe, metadata, progress=False).images[0], result.images[k])
+            <= 2
         )
 
 

@@ -54,8 +54,7 @@ from unclip.models.published.glide import GLIDE, GLIDEConfig
 from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.unclip.decoder import Decoder, DecoderConfig
-from unclip.models.unclip.layout import Layout, LayoutConfig
+from unclip.models.unclip.decoder import Decoder, DecoderConfig, Layout, LayoutConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig

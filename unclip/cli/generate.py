@@ -153,7 +153,9 @@ def _regenerate(args: Namespace) -> None:
     from unclip.pipelines.provenance import regenerate
 
     latents: dict[str, Any] = {}  # each source is inverted once
-    results = [regenerate(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries]
+    results = [
+        regenerate(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries
+    ]
     _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
 
 
@@ -186,8 +188,8 @@ def complete(args: Namespace) -> None:
 
 
 def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
+    from unclip.image_io import fit
     from unclip.pipelines.dalle.pipeline import DallePipeline
-    from unclip.pipelines.images import fit
 
     if not args.fit or not isinstance(pipe, DallePipeline):  # other kinds accept every size
         return image

@@ -18,8 +18,8 @@ from torch import Tensor
 from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, ignore_cut_warnings
 from unclip.evaluation.codec import evaluate_codec
 from unclip.evaluation.metrics import recall
+from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.dalle.pipeline import DallePipeline
-from unclip.pipelines.images import to_pil, to_tensor
 from unclip.types import CodeOptions
 
 CANDIDATES = (1, 8, 64, 512)  # each divides the last

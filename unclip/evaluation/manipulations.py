@@ -24,8 +24,8 @@ from unclip.embeddings import PCA, normalise
 from unclip.evaluation.base import ignore_cut_warnings
 from unclip.evaluation.metrics import caption_targets, psnr, recall
 from unclip.evaluation.pairs import Pairs
+from unclip.image_io import fit, to_tensor
 from unclip.models.unclip.decoder import Decoder
-from unclip.pipelines.images import fit, to_tensor
 from unclip.pipelines.unclip.latent import Latent, deterministic
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.probing import shown_components

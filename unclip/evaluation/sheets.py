@@ -12,8 +12,7 @@ from unclip.evaluation.base import Evaluation
 from unclip.evaluation.codec import reconstructions
 from unclip.evaluation.dalle import DalleEvaluation
 from unclip.evaluation.pairs import Pairs, canonical_caption
-from unclip.image_io import cell, grid, save_png
-from unclip.pipelines.images import to_pil
+from unclip.image_io import cell, grid, save_png, to_pil
 
 PROMPTS = (  # typical first prompts, and combinations that no training image shows
     "a red apple",

@@ -19,7 +19,7 @@ from torch import Tensor
 from unclip.diffusion.samplers import randn
 from unclip.evaluation.base import Evaluation, ImageGenerator, Samples
 from unclip.evaluation.metrics import cosine_gap, psnr
-from unclip.pipelines.images import to_pil, to_tensor
+from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.request import generators_from, progress_bar
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.training.losses import resize_square

@@ -18,8 +18,8 @@ from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.config import to_dict
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.pipelines.images import ImageInput
 from unclip.pipelines.presets import preset
+from unclip.pipelines.request import ImageInput
 from unclip.pipelines.runtime import Runtime
 from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.image_io import to_pil
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import Pipeline, inference, make_schedules
-from unclip.pipelines.images import to_pil
 from unclip.pipelines.request import Request, check_prompts, random_generators
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.stages import DiffusionStage

@@ -1,4 +1,4 @@
-"""The arguments of a call: prompts, seeds, batches and progress."""
+"""The arguments of a call: prompts, images, seeds, batches and progress."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.image_io import open_image, to_pil
 from unclip.types import OnStep, Progress, Prompt, UnCLIPOptions
 
-# P prompts, K texts in a mixture, N images of each prompt
+# P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
 
 Mixture = Mapping[str, float]  # texts and their relative weights
+ImageInput = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
+Images = ImageInput | Sequence[ImageInput]
 
 
 @dataclass(frozen=True)
@@ -259,3 +264,42 @@ def _check_mixture(mixture: Mixture) -> dict[str, float]:
             f"weights of the mixture are {weights}; expected numbers with a sum above 0"
         )
     return {text: float(weight) for text, weight in mixture.items()}
+
+
+# -- images
+
+
+def open_images(images: Images) -> list[Image.Image]:
+    """Open all images as upright RGB."""
+    return [open_image(image) for image in list_images(images)]
+
+
+def list_images(images: Images) -> list[Image.Image | str | Path]:
+    """Return one entry per image for `open_image`: large ones need not be in memory together."""
+    if isinstance(images, Tensor):
+        return [*to_pil(check_images(images))]
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        return [images]
+    if not images:
+        raise ValueError("the list of images is empty; expected at least one image")
+    return [
+        entry
+        for image in images
+        for entry in (list_images(image) if isinstance(image, Tensor) else [image])
+    ]
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Return one image (3, H, W) or several as (B, 3, H, W). ValueError outside of [-1, 1]."""
+    if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
+        raise ValueError(
+            f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"image is a tensor of {images.dtype}; expected floating-point values in [-1, 1]"
+        )
+    if not (images.abs() <= 1).all():
+        low, high = (value.item() for value in images.aminmax())
+        raise ValueError(f"image has values from {low:g} to {high:g}; expected them in [-1, 1]")
+    return images if images.ndim == 4 else images[None]

@@ -23,8 +23,7 @@ from unclip.embeddings import normalise, slerp
 from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
-from unclip.models.unclip.decoder import Decoder, masked_image
-from unclip.models.unclip.layout import Layout
+from unclip.models.unclip.decoder import Decoder, Layout, masked_image
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler

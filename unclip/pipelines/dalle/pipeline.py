@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
 from unclip.clip import CLIP
+from unclip.image_io import to_pil, to_tensor
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.bound import JointBound, joint_bound
 from unclip.models.dalle.sampling import (
@@ -24,9 +25,16 @@ from unclip.models.dalle.sampling import (
     sample_codes,
 )
 from unclip.pipelines.base import Pipeline, inference
-from unclip.pipelines.images import Images, open_images, to_pil, to_tensor
 from unclip.pipelines.provenance import encode_image
-from unclip.pipelines.request import Batch, Request, batches_of, check_prompts, seeds_from
+from unclip.pipelines.request import (
+    Batch,
+    Images,
+    Request,
+    batches_of,
+    check_prompts,
+    open_images,
+    seeds_from,
+)
 from unclip.pipelines.rerank import BestOf, check_candidates
 from unclip.pipelines.runtime import Runtime
 from unclip.tokenizer import BPETokenizer

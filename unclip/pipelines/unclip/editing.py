@@ -23,11 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.repaint import PaintOptions, fill, paste
-from unclip.image_io import open_mask
+from unclip.image_io import open_mask, to_pil, to_tensor
 from unclip.models.unclip.decoder import masked_image
-from unclip.pipelines.images import ImageInput, open_images, to_pil, to_tensor
 from unclip.pipelines.provenance import edited_source
-from unclip.pipelines.request import Request, generators_from
+from unclip.pipelines.request import ImageInput, Request, generators_from, open_images
 from unclip.pipelines.unclip.stages import (
     Generators,
     StagedPipeline,

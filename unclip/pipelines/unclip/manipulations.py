@@ -22,14 +22,16 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.samplers import randn
 from unclip.embeddings import normalise, text_direction
 from unclip.embeddings import text_diff as turn
-from unclip.image_io import open_image
+from unclip.image_io import fit, open_image, to_pil, to_tensor
 from unclip.pipelines.base import with_named_samplers
-from unclip.pipelines.images import ImageInput, Images, fit, list_images, to_pil, to_tensor
 from unclip.pipelines.provenance import image_source, random_source
 from unclip.pipelines.request import (
+    ImageInput,
+    Images,
     Request,
     check_prompts,
     generators_from,
+    list_images,
     seeds_from,
 )
 from unclip.pipelines.unclip.latent import (

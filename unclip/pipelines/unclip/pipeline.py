@@ -17,24 +17,22 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
+from unclip.image_io import to_pil
 from unclip.models.unclip.prior import DirectPrior
 from unclip.pipelines.base import Pipeline, encode_array, inference, make_schedules
-from unclip.pipelines.images import (
-    ImageInput,
-    Images,
-    check_images,
-    open_images,
-    to_pil,
-)
 from unclip.pipelines.offload import Offloader, parts
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import (
     Batch,
+    ImageInput,
+    Images,
     Mixture,
     PromptBatch,
     Request,
     check_count,
+    check_images,
     describe_prompt,
+    open_images,
     random_generators,
 )
 from unclip.pipelines.rerank import BestOf, check_candidates

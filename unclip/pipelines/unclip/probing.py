@@ -17,9 +17,8 @@ from unclip.data.loader import open_dataset
 from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.shards import ShardDataset
 from unclip.embeddings import PCA, normalise
-from unclip.image_io import cell, grid
-from unclip.pipelines.images import ImageInput, Images, fit, open_images
-from unclip.pipelines.request import check_prompts
+from unclip.image_io import cell, fit, grid
+from unclip.pipelines.request import ImageInput, Images, check_prompts, open_images
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import GenerationResult, UnCLIPOptions
 

@@ -32,8 +32,7 @@ from unclip.models.unclip.decoder import Decoder, DecoderContext
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
-from unclip.pipelines.images import Images
-from unclip.pipelines.request import check_count, check_prompts, random_generators
+from unclip.pipelines.request import Images, check_count, check_prompts, random_generators
 from unclip.pipelines.runtime import Runtime
 from unclip.types import (
     OnStep,
