@@ -121,7 +121,7 @@ class OnDisk:
 def _bytes(x: Tensor) -> memoryview:
     """Return the bytes of a dense tensor in memory order."""
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
-    return memoryview(x.permute(order).reshape(-1).view(torch.uint8).numpy())
+    return x.permute(order).reshape(-1).view(torch.uint8).numpy().data
 
 
 def parts(modules: Iterable[nn.Module]) -> list[nn.Module]:

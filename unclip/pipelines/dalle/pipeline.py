@@ -24,6 +24,7 @@ from unclip.models.dalle.sampling import (
     sample_code,
     sample_codes,
 )
+from unclip.models.dalle.transformer import DALLE
 from unclip.pipelines.base import Pipeline, inference
 from unclip.pipelines.provenance import encode_image
 from unclip.pipelines.request import (
@@ -228,6 +229,9 @@ class DallePipeline(Pipeline):
                 "the networks are offloaded, but the bound needs both in memory; "
                 "compute it before offload()"
             )
+        dalle = self.dalle
+        if not isinstance(dalle, DALLE):
+            raise ValueError(f"{self.name} is a {type(dalle).__name__}; elbo needs a joint model")
         opened, captions = self._open(images), check_prompts(captions)
         if len(opened) != len(captions):
             raise ValueError(
@@ -236,7 +240,7 @@ class DallePipeline(Pipeline):
         generator = torch.Generator(self.device).manual_seed(seeds_from(seed, 1)[0])
         x, tokens = to_tensor(opened).to(self.device), self._tokens(captions)
         bounds = [
-            joint_bound(self.dalle, self.codec, x[rows], tokens[rows], generator)
+            joint_bound(dalle, self.codec, x[rows], tokens[rows], generator)
             for rows in batches_of(len(x), CHUNK)
         ]
         return JointBound.cat(bounds)
