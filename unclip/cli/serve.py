@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from typing import Any
 
 from unclip.cli.arguments import COUNT, DTYPES, add_command
@@ -40,16 +40,37 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--max-batch", default=16, help=about, **COUNT)
     about = "number of images that wait; more are refused (default: 64)"
     parser.add_argument("--max-queue", default=64, help=about, **COUNT)
+    about = "run replicas on Ray Serve, on this machine or on the cluster it belongs to"
+    parser.add_argument("--ray", action="store_true", help=about)
+    about = "with --ray: number of replicas, grows with the load from A to B (default: 1)"
+    parser.add_argument("--replicas", type=_replicas, metavar="A[:B]", help=about)
+    about = "with --ray: CPUs of each replica (default: 1)"
+    parser.add_argument("--num-cpus", type=float, default=1.0, metavar="N", help=about)
+    about = "with --ray: GPUs of each replica (default: 0)"
+    parser.add_argument("--num-gpus", type=float, default=0.0, metavar="N", help=about)
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    if not (low.isdecimal() and (high or low).isdecimal()):
+        raise ArgumentTypeError(f"{text!r} is not a number of replicas, such as 2 or 1:4")
+    return int(low), int(high or low)
 
 
 def serve(args: Namespace) -> None:
+    if args.replicas and not args.ray:
+        raise ValueError("--replicas needs --ray")
+    extra = "ray" if args.ray else "serve"
     try:
         from unclip.serving.server import serve as run
+
+        if args.ray:
+            import ray.serve  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("unclip"):
             raise
         raise ValueError(
-            f"{error.name} is not installed; run `pip install 'unclip[serve]'`"
+            f"{error.name} is not installed; run `pip install 'unclip[{extra}]'`"
         ) from None
     from unclip.checkpoints.folders import locate
     from unclip.serving.config import ServerConfig
@@ -58,21 +79,26 @@ def serve(args: Namespace) -> None:
     for name in models:
         locate(name)  # a wrong name fails at once
     variable = os.environ.get(KEY_VARIABLE)
-    run(
-        ServerConfig(
-            models=models,
-            devices=tuple(args.devices or (None,)),
-            dtype=args.dtype and DTYPES[args.dtype],
-            host=args.host,
-            port=args.port,
-            api_keys=tuple(args.keys or ([variable] if variable else ())),
-            public_base_url=args.public_base_url,
-            storage=args.storage,
-            strict=args.strict,
-            deterministic=args.deterministic,
-            metadata=not args.no_metadata,
-            log_prompts=args.log_prompts,
-            max_batch=args.max_batch,
-            max_queue=args.max_queue,
-        )
+    config = ServerConfig(
+        models=models,
+        devices=tuple(args.devices or (None,)),
+        dtype=args.dtype and DTYPES[args.dtype],
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(args.keys or ([variable] if variable else ())),
+        public_base_url=args.public_base_url,
+        storage=args.storage,
+        strict=args.strict,
+        deterministic=args.deterministic,
+        metadata=not args.no_metadata,
+        log_prompts=args.log_prompts,
+        max_batch=args.max_batch,
+        max_queue=args.max_queue,
     )
+    if not args.ray:
+        return run(config)
+    from unclip.serving.ray import ReplicaConfig
+    from unclip.serving.ray import serve as run_replicas
+
+    low, high = args.replicas or (1, 1)
+    run_replicas(config, ReplicaConfig(low, high, args.num_cpus, args.num_gpus))

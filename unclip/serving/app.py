@@ -149,7 +149,7 @@ class Responder:
         self.config: ServerConfig = request.app.state.config
         self.headers = {"x-unclip-model": _header(task.model), **_limits(job.engine)}
         if delivery.ignored:
-            self.headers["x-unclip-ignored"] = ", ".join(delivery.ignored)[:1000]
+            self.headers["x-unclip-ignored"] = _header(", ".join(delivery.ignored)[:1000])
 
     async def respond(self) -> Response:
         """Wait for the images and return them in one JSON object."""
@@ -246,7 +246,8 @@ def _limits(engine: Engine) -> dict[str, str]:
 
 
 def _header(text: str) -> str:
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+    """Return a version of any text that is allowed in a header; spaces at its ends are not."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text).strip()
 
 
 # -- models, files, operation

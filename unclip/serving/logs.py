@@ -32,7 +32,7 @@ def configure_logs(level: int = logging.INFO) -> None:
     """Write the server's logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter())
-    for name in ("unclip.serving", "uvicorn.error"):
+    for name in ("unclip.serving", "uvicorn.error", "python_multipart"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level if name == "unclip.serving" else logging.WARNING)
+        logger.setLevel(level if name == "unclip.serving" else logging.ERROR)

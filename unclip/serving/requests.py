@@ -202,7 +202,7 @@ def parse(
         partials=body.partial_images if partial_images else 0,
         indexed=body.indexed_partials,
         embedding=bool(values.get("return_embedding")),
-        ignored=tuple(_printable(name) for name in dict.fromkeys(ignored)),
+        ignored=tuple(_printable(name).strip() or "?" for name in dict.fromkeys(ignored)),
     )
     return task, delivery
 

@@ -1,0 +1,83 @@
+"""Two replicas on Ray: shared results, and a replica that is killed under load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from serving_helpers import wait_until
+
+from unclip.serving.config import ServerConfig
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.serve")
+httpx = pytest.importorskip("httpx")
+
+from unclip.serving.ray import ReplicaConfig, build
+
+
+def test_several_replicas_need_shared_storage():
+    with pytest.raises(ValueError, match="storage"):
+        build(ServerConfig(), ReplicaConfig(1, 2))
+    for low, high in ((0, 1), (2, 1)):
+        with pytest.raises(ValueError):
+            ReplicaConfig(low, high)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_path):
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = ServerConfig(models=(str(tiny_folder),), storage=str(tmp_path / "results"))
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(config, ReplicaConfig(2, 2, num_cpus=0.5)), name="unclip")
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 60)
+        answers, urls, stop = Counter(), [], threading.Event()
+
+        def client():
+            while not stop.is_set():
+                body = {"prompt": "a red apple", "steps": 20}
+                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+                answers[response.status_code] += 1
+                if response.status_code == 200:
+                    urls.append(response.json()["data"][0]["url"])
+
+        threads = [threading.Thread(target=client) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: answers[200] >= 20, 60)
+        pids = replica_pids()
+        assert len(pids) == 2
+        os.kill(pids[0], signal.SIGKILL)
+        before = answers[200]
+        wait_until(lambda: answers[200] >= before + 20, 60)
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+        print(dict(answers))
+        assert set(answers) <= {200, 500, 502, 503}
+        assert answers[200] > 40 and sum(answers.values()) - answers[200] <= 4
+        statuses = Counter(httpx.get(one).status_code for one in urls)
+        assert statuses == {200: len(urls)}
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def replica_pids():
+    """Return the processes of the replicas, by the titles that Ray gives them."""
+    titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    return [int(pid) for pid, title in titles.items() if title.startswith(b"ray::ServeReplica")]

@@ -1,0 +1,72 @@
+"""Replicas of the server on Ray Serve, on one machine or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from unclip.serving.app import create_app, load_pipeline
+from unclip.serving.config import ServerConfig
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """How many replicas there are, and what each of them occupies."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(
+                f"replicas are {self.min_replicas} to {self.max_replicas}; "
+                f"expected at least 1, and no more than the maximum"
+            )
+
+
+def build(
+    config: ServerConfig,
+    replicas: ReplicaConfig,
+    load: Callable[[str, Any, Any], Any] = load_pipeline,
+) -> Any:
+    """Return an application for `ray.serve.run`: the server of `create_app` in each replica."""
+    from ray import serve
+
+    if replicas.max_replicas > 1 and config.storage is None:
+        raise ValueError(
+            "several replicas share their results, but storage is None; give a folder that all "
+            "machines have, or an fsspec URL (--storage)"
+        )
+    scaling = {
+        "min_replicas": replicas.min_replicas,
+        "max_replicas": replicas.max_replicas,
+        # Requests for each replica: a full batch at work, and as many that wait.
+        "target_ongoing_requests": 2 * config.max_batch,
+    }
+
+    @serve.deployment(
+        name="unclip",
+        autoscaling_config=scaling,
+        # Above the queue of the engine, which refuses requests in OpenAI's form.
+        max_ongoing_requests=4 * (config.max_queue + config.max_batch),
+        ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
+        graceful_shutdown_timeout_s=config.drain_seconds,
+    )
+    @serve.ingress(lambda: create_app(config, load))  # made in the replica: it cannot be pickled
+    class Replica:
+        """The server; its engine starts and stops with the replica."""
+
+    return Replica.bind()  # type: ignore[attr-defined]
+
+
+def serve(config: ServerConfig, replicas: ReplicaConfig) -> None:
+    """Serve until interrupted."""
+    import ray
+    from ray import serve as ray_serve
+
+    ray.init(ignore_reinit_error=True, log_to_driver=True)
+    ray_serve.start(http_options={"host": config.host, "port": config.port})
+    ray_serve.run(build(config, replicas), name="unclip", route_prefix="/", blocking=True)
