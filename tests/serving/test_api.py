@@ -173,6 +173,8 @@ def test_strict_refuses_unknown_fields(load):
         assert "JPEG" not in error_of(
             client.post(VARIATIONS, files={"image": png(kind="JPEG")}), 400, "image"
         )
+        message = error_of(vary(client, png(16), png(16)), 400, "image", "invalid_type")
+        assert "image" in message
         assert generate(client).status_code == 200
 
 

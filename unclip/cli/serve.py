@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 from typing import Any
 
 from unclip.cli.arguments import COUNT, DTYPES, add_command
@@ -15,7 +16,10 @@ KEY_VARIABLE = "UNCLIP_API_KEY"
 def add_commands(commands: Any) -> None:
     about = "serve OpenAI's Images API, as for dall-e-2, and a web page"
     parser = add_command(commands, serve, about)
-    about = f"bundled name, folder or Hub id; may be repeated (default: {DEFAULT_MODEL})"
+    about = (
+        f"bundled name, folder or Hub id, also as ID=NAME to choose its id in the API; may be "
+        f"repeated, the first is the default (default: {DEFAULT_MODEL})"
+    )
     parser.add_argument("--model", action="append", dest="models", metavar="NAME", help=about)
     about = "cpu, cuda, cuda:1, mps; repeated: one engine for each (default: the fastest)"
     parser.add_argument("--device", action="append", dest="devices", metavar="DEVICE", help=about)
@@ -57,6 +61,14 @@ def _replicas(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
+def _model(text: str) -> tuple[str, str]:
+    """Return the id and the source of a model; a folder is called by its own name."""
+    if Path(text).is_dir():
+        return Path(text).resolve().name, text
+    name, separator, source = text.partition("=")
+    return (name, source) if separator else (text, text)
+
+
 def serve(args: Namespace) -> None:
     if args.replicas and not args.ray:
         raise ValueError("--replicas needs --ray")
@@ -75,12 +87,13 @@ def serve(args: Namespace) -> None:
     from unclip.checkpoints.folders import locate
     from unclip.serving.config import ServerConfig
 
-    models = tuple(dict.fromkeys(args.models or (DEFAULT_MODEL,)))
-    for name in models:
+    sources = dict(map(_model, args.models or (DEFAULT_MODEL,)))
+    for name in sources.values():
         locate(name)  # a wrong name fails at once
     variable = os.environ.get(KEY_VARIABLE)
     config = ServerConfig(
-        models=models,
+        models=tuple(sources),
+        sources=tuple(sources.items()),
         devices=tuple(args.devices or (None,)),
         dtype=args.dtype and DTYPES[args.dtype],
         host=args.host,

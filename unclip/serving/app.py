@@ -272,7 +272,7 @@ async def get_model(request: Request, name: str) -> Any:
 
 def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": CREATED, "owned_by": "unclip"}
-    known = engine.sizes.get(name)
+    known = engine.known.get(name)
     unknown = dict.fromkeys(("kind", "size", "operations", "steps", "guidance", "samplers"))
     if known is None:
         return {**model, **unknown, "loaded": False}

@@ -13,7 +13,8 @@ DEFAULT_MODEL = "emoji"
 class ServerConfig:
     """Settings of `create_app`; the command line has a flag for most of them."""
 
-    models: tuple[str, ...] = (DEFAULT_MODEL,)  # names, folders, Hub ids; the first is default
+    models: tuple[str, ...] = (DEFAULT_MODEL,)  # their ids in the API; the first is the default
+    sources: tuple[tuple[str, str], ...] = ()  # (id, name or folder or Hub id) where they differ
     devices: tuple[str | None, ...] = (None,)  # an engine thread for each; None = the fastest
     dtype: str | None = None  # "float32", ...; None = by device
     host: str = "127.0.0.1"
@@ -59,6 +60,10 @@ class ServerConfig:
         for name in ("max_batch", "max_queue", "max_body", "max_upload", "max_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    def source_of(self, model: str) -> str:
+        """Return what `unclip.load` takes for a model."""
+        return dict(self.sources).get(model, model)
 
     @property
     def max_pixels(self) -> int:

@@ -18,7 +18,7 @@ from unclip.serving.errors import APIError, bad_request, failed
 from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
-from unclip.serving.tasks import generate, model_size
+from unclip.serving.tasks import count_stages, generate, model_size
 from unclip.types import GenerationResult, Progress
 
 log = logging.getLogger("unclip.serving")
@@ -65,7 +65,7 @@ class Engine:
         """load: (name, device, dtype) -> pipeline, as `unclip.load`."""
         self.config, self.metrics = config, metrics
         self.queue = JobQueue(config.max_queue, config.ageing_seconds)
-        self.sizes: dict[str, dict[str, Any]] = {}  # what is known of models that were loaded
+        self.known: dict[str, dict[str, Any]] = {}  # about models that were loaded once
         self.seconds_per_image = 1.0  # moving average
         self._load, self._closing = load, False
         self._lock, self._running = threading.Lock(), 0
@@ -178,8 +178,8 @@ class Engine:
     def _load_model(self, name: str, device: str | None) -> Any:
         started = time.monotonic()
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
-        pipe = self._load(name, device, dtype)
-        self.sizes[name] = {"kind": pipe.kind, "size": model_size(pipe), "options": pipe.options}
+        pipe = self._load(self.config.source_of(name), device, dtype)
+        self.known[name] = {"kind": pipe.kind, "size": model_size(pipe), "options": pipe.options}
         seconds = round(time.monotonic() - started, 3)
         log.info("model_loaded", extra={"model": name, "seconds": seconds})
         return pipe
@@ -235,7 +235,7 @@ class Engine:
         self.metrics.images.labels(jobs[0].task.model, jobs[0].task.operation).inc(
             sum(job.task.n for job in jobs)
         )
-        size = self.sizes[jobs[0].task.model]["size"]
+        size = self.known[jobs[0].task.model]["size"]
         for job, result in zip(jobs, results, strict=True):
             if not job.cancelled:
                 job.notify(Done(result, size, seconds))
@@ -281,8 +281,7 @@ class Engine:
 
         image: the index of the only image of this call, of the only job.
         """
-        upsamplers = getattr(model.pipe.options, "upsamplers", ())
-        num_stages = 1 + len(upsamplers)
+        num_stages = count_stages(model.pipe)
         sent = dict.fromkeys(range(len(jobs)), 0)
         ends = list(itertools.accumulate(job.cost for job in jobs))
         last = [time.monotonic()]

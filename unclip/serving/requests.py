@@ -170,10 +170,10 @@ def parse(
 ) -> tuple[Task, Delivery]:
     """Validate a request. APIError with OpenAI's message if it is invalid."""
     files = {name: [*files[name]] for name in files}
+    if config.strict and "image[]" in files:
+        raise bad_request("Invalid type for 'image'.", "image", "invalid_type")
     images = [*files.pop("image", []), *files.pop("image[]", [])]
     masks = files.pop("mask", [])
-    if config.strict and any(name == "image[]" for name in files):
-        raise bad_request("Invalid type for 'image'.", "image", "invalid_type")
     body = _validate(BODIES[operation], fields)
     ignored = [*(body.model_extra or {}), *files]
     if body.background == "transparent":

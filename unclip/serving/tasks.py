@@ -185,6 +185,11 @@ def model_size(pipe: Any) -> int:
     return config.high_size if pipe.kind == "unclip" and len(networks) > 1 else config.image_size
 
 
+def count_stages(pipe: Any) -> int:
+    """Return how many stages of a pipeline make images."""
+    return 1 if pipe.kind == "dalle" else 1 + len(pipe.options.upsamplers)
+
+
 def encode_embedding(emb: Tensor) -> str:
     """Encode a vector as base64 of little-endian float32."""
     return base64.b64encode(emb.float().numpy().astype("<f4").tobytes()).decode()
