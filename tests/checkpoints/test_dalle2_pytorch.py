@@ -165,7 +165,8 @@ def test_ema_weights_of_the_trainer_are_loaded(prior, tmp_path):
     ):
         torch.save({**rest, **content}, tmp_path / "prior.pth")
         given, wanted = (
-            unclip.load_prior(file).network.state_dict() for file in (tmp_path / "prior.pth", expected)
+            unclip.load_prior(file).network.state_dict()
+            for file in (tmp_path / "prior.pth", expected)
         )
         assert all(torch.equal(given[name], wanted[name]) for name in wanted)
 

@@ -119,11 +119,14 @@ def test_our_own_prior_has_its_schedule(
     save_component(other, tmp_path / "prior", schedule=ScheduleConfig("linear", 500))
     prior = unclip.load_prior(tmp_path / "prior")
     assert all(
-        torch.equal(tensor, prior.network.state_dict()[name]) for name, tensor in other.state_dict().items()
+        torch.equal(tensor, prior.network.state_dict()[name])
+        for name, tensor in other.state_dict().items()
     )
     pipe = unclip.load(tiny_folder, device="cpu")
     pipe.prior = prior
-    assert pipe.prior is prior.network and pipe.schedules["prior"].config == ScheduleConfig("linear", 500)
+    assert pipe.prior is prior.network and pipe.schedules["prior"].config == ScheduleConfig(
+        "linear", 500
+    )
     pipe.save_pretrained(tmp_path / "changed")
     assert unclip.load_prior(tmp_path / "changed").schedule == ScheduleConfig("linear", 500)
 

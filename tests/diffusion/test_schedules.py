@@ -126,7 +126,7 @@ def test_unknown_prediction_is_refused():
 
 
 def test_shift_makes_a_picture_of_twice_the_size_lose_its_shapes_at_the_same_timestep():
-    """Averaging 2 x 2 pixels halves the noise, so SNR / 4 looks from afar as the unshifted schedule does."""
+    """Averaging 2 x 2 pixels halves the noise: SNR / 4 then equals the unshifted schedule."""
     plain, shifted = Schedule(ScheduleConfig()), Schedule(ScheduleConfig(shift=2.0))
     t = torch.tensor([0, 10, 500, 900])
     torch.testing.assert_close(shifted.snr(t), plain.snr(t) / 4)

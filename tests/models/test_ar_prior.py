@@ -1,4 +1,4 @@
-"""The autoregressive prior: codes of embeddings, cached = uncached, its draws, and what it learns."""
+"""The autoregressive prior: codes of embeddings, cached sampling, and training."""
 
 from __future__ import annotations
 

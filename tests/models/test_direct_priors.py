@@ -1,4 +1,4 @@
-"""Priors without diffusion in the place of the diffusion prior, and the decoder without any (unCLIP 5.1)."""
+"""Priors without diffusion, and the decoder without a prior (unCLIP 5.1)."""
 
 from __future__ import annotations
 
@@ -241,7 +241,5 @@ def test_a_model_without_a_prior_draws_from_captions_alone(own_pipe):
 
 def test_manipulations_refuse_what_is_for_prompts_alone(own_pipe):
     options = replace(own_pipe.options, embedding="none")
-    with pytest.raises(
-        ValueError, match="embedding is 'none'"
-    ):
+    with pytest.raises(ValueError, match="embedding is 'none'"):
         own_pipe.image_to_image(torch.zeros(3, 8, 8), "a fish", options=options, progress=False)

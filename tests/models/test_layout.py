@@ -1,4 +1,4 @@
-"""What a decoder is shown of its image embedding: learned by regression, nothing without the embedding."""
+"""The layout that a decoder gets from its image embedding, learned by regression."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
 
 
 def test_it_learns_where_things_are_from_the_embedding():
-    """Pictures that are bright on one side: their mean is grey everywhere, their embedding tells the side."""
+    """Images that are bright on one side; their embedding encodes the side."""
     torch.manual_seed(0)
     layout, clip = Layout(SHAPE), tiny_clip().requires_grad_(False)
     sides = torch.tensor([-1.0, 1.0]).repeat(16)  # B

@@ -60,7 +60,7 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
 def full_sequence(
     prior: DiffusionPrior, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The prediction, and the text's keys in each block, without a cache: all L + 4 tokens through all blocks."""
+    """Compute the prediction and the text's keys without a cache: all L + 4 tokens together."""
     query = prior.query.expand(B, 1, -1)
     tokens = [
         prior.state_proj(text.states),

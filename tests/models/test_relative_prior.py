@@ -1,4 +1,4 @@
-"""The prior with relative positions, against itself written out at length; see test_dalle2_pytorch for the original."""
+"""The prior with relative positions against a plain implementation."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def t5_bucket(distance: int) -> int:
 
 
 def turned(x: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    """(n, heads, d): components 2i and 2i + 1 as a complex number, times exp(i position / 10000^(2i / d))."""
+    """Rotate (n, heads, d) as complex numbers, by exp(i position / 10000^(2i / d))."""
     d = x.shape[-1]
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     angles = torch.tensor(positions)[:, None, None] * 10_000 ** (-torch.arange(0, d, 2) / d)

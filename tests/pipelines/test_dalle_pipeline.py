@@ -1,4 +1,4 @@
-"""DALL-E as a `TextToImage`: seeds, batches, image prompts, variations, files, and what it refuses."""
+"""The DALL-E pipeline: seeds, batches, completion, variations, files and invalid calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder that is told what is known: random holes, fine-tuning from a plain one, and painting with it."""
+"""Decoders trained to inpaint: random holes, fine-tuning from a plain decoder, and inpainting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From prompts to pictures: seeds, batches, stages, guidance and what a picture tells about itself."""
+"""From prompts to images: seeds, batches, stages, guidance and metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Of many candidates the best: the same pictures as one by one, whatever the batches, for every kind of model."""
+"""Selection of the best candidates by CLIP equals generating them one by one, in any batches."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_mixture_is_scored_by_all_its_texts(tiny_pipe):
 
 
 def test_only_a_batch_and_the_best_are_in_memory(monkeypatch):
-    """Seven candidates of each of two prompts, in batches of four that run across prompts, and of equal scores."""
+    """Seven candidates of two prompts with equal scores, in batches of four across prompts."""
     emb = torch.nn.functional.normalize(
         torch.randn(14, 8, generator=torch.Generator().manual_seed(0)), dim=1
     )

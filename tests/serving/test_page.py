@@ -547,9 +547,11 @@ CONTRAST = """() => {
             behind = behind.parentElement;
         }
         const style = getComputedStyle(element);
-        const levels = [light(parse(style.color)), light(parse(getComputedStyle(behind).backgroundColor))];
+        const ground = getComputedStyle(behind).backgroundColor;
+        const levels = [light(parse(style.color)), light(parse(ground))];
         const ratio = (Math.max(...levels) + 0.05) / (Math.min(...levels) + 0.05);
-        if (ratio < 4.5) low.push(`${element.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+        const text = element.textContent.trim().slice(0, 30);
+        if (ratio < 4.5) low.push(`${text}: ${ratio.toFixed(2)}`);
     }
     return low;
 }"""
@@ -559,7 +561,7 @@ AXE = os.environ.get("AXE")  # path of axe.min.js of the npm package axe-core
 
 
 def accessibility_problems(page):
-    """Return controls without a name, text of low contrast, and what axe finds where there is axe."""
+    """Return controls without a name, text of low contrast, and axe's findings if available."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     problems = [

@@ -1,4 +1,4 @@
-"""DDIM inversion: from an image to the noise that DDIM samples it from (2010.02502, section 4.3)."""
+"""DDIM inversion: from an image to the noise that DDIM samples it from (2010.02502, 4.3)."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def inverse_step(
 
 
 def _anderson(x_t: Tensor, correction: Tensor, last_x_t: Tensor, last_correction: Tensor) -> Tensor:
-    """Return the move to, and the correction at, the point between both x_t where it is smallest."""
+    """Return the move to, and the correction at, the point between both x_t with the least."""
     change = correction - last_correction
     dims = tuple(range(1, x_t.ndim))
     norm = change.square().sum(dims, keepdim=True).clamp(min=1e-20)

@@ -38,7 +38,7 @@ def diffusion_loss(
     learned_variance: bool = False,
     config: LossConfig = LossConfig(),
 ) -> dict[str, Tensor]:
-    """Return per-sample losses (B,) in float32 or wider: "loss" to minimise, "mse" unweighted, "vb".
+    """Return per-sample losses (B,) in float32 or wider: "loss" to minimise, plain "mse", "vb".
 
     output is (B, C, ...) or, with learned_variance, (B, 2C, ...) = [prediction, variance]; x_0,
     x_t and noise are (B, C, ...), t is (B,) long. "vb", the variational bound in bits/dim, exists
@@ -97,7 +97,7 @@ def variational_bound(
 
 
 def log_variance(variance: Tensor, log_min: Tensor | float, log_max: Tensor | float) -> Tensor:
-    """Interpolate the log variance: -1 is the posterior's (log_min), 1 is beta (2102.09672, eq. 15)."""
+    """Interpolate the log variance from the posterior's (-1) to beta (1) (2102.09672, eq. 15)."""
     fraction = (variance + 1) / 2
     return fraction * log_max + (1 - fraction) * log_min
 

@@ -20,7 +20,7 @@ Prediction = Literal["eps", "x0", "v"]
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise level at each timestep (unCLIP, table 3: cosine, but linear in the last upsampler)."""
+    """Noise level at each timestep (unCLIP, table 3: cosine; linear in the last upsampler)."""
 
     kind: Literal["cosine", "linear"] = "cosine"
     num_timesteps: int = 1000
@@ -186,6 +186,6 @@ def _linear_betas(num_timesteps: int) -> Tensor:
 
 
 def _zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift √alpha_bar to end at 0 and scale it to keep its first value (2305.08891, algorithm 1)."""
+    """Shift √alpha_bar to end at 0 and rescale to keep its first value (2305.08891, alg. 1)."""
     first, last = alpha_bar[0].sqrt(), alpha_bar[-1].sqrt()
     return ((alpha_bar.sqrt() - last) * first / (first - last)) ** 2

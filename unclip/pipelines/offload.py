@@ -73,7 +73,7 @@ class OnDisk:
     """A module whose state is in a file, and in memory after `fetch`."""
 
     def __init__(self, module: nn.Module, file: Path, convert: Callable[[Tensor], Tensor]) -> None:
-        """convert: applied to each parameter in turn, so that little of a mapped file is in memory."""
+        """convert: applied to each parameter in turn, to keep little of a mapped file in memory."""
         self.module, self.file = module, file
         self.places: dict[
             str, tuple[int, Tensor]

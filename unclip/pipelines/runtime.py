@@ -1,4 +1,4 @@
-"""Where and how the networks of a pipeline compute: device, dtype, offloading, compilation, int8."""
+"""Device, dtype, offloading, compilation and quantisation of a pipeline's networks."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ class DecoderConfig:
             raise ValueError(
                 f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
                 f"a decoder with {'a' if self.layout else 'no'} layout, inpaints={self.inpaints} "
-                f"and learned_variance={self.learned_variance} needs {' and '.join(map(str, channels))}"
+                f"and learned_variance={self.learned_variance} "
+                f"needs {channels[0]} and {channels[1]}"
             )
         if self.layout and self.layout.emb_dim != self.emb_dim:
             raise ValueError(

@@ -32,8 +32,8 @@ class UpsamplerConfig:
                 continue
             if unet.in_channels != 6 or unet.out_channels != channels:
                 raise ValueError(
-                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; an "
-                    f"with learned_variance={self.learned_variance} an upsampler needs 6, {channels}"
+                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; "
+                    f"with learned_variance={self.learned_variance} it needs 6 and {channels}"
                 )
             if unet.context_dim is not None:
                 raise ValueError(

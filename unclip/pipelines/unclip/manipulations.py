@@ -224,7 +224,7 @@ def text_diff(
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
-    """Turn embeddings from the text `base`, which may be "", to `target`, with the same noise (3.3).
+    """Rotate embeddings from the text `base` (may be "") to `target`, with the same noise (3.3).
 
     theta: how far, from 0 (the image) to 1 (the text alone); the paper uses 0.25 - 0.5. With
     several, each image is decoded at each. eta: as in `vary`. At eta 0, as in the paper, theta 0 is

@@ -257,7 +257,7 @@ class UnCLIPPipeline(Pipeline):
 
     @inference
     def encode_text(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32. A prompt longer than CLIP's context is cut, with a warning."""
+        """Encode P prompts in float32; prompts beyond CLIP's context are cut with a warning."""
         return self.encoder(prompts)
 
     @inference

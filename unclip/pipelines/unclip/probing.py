@@ -39,7 +39,8 @@ def read_embeddings(
         emb = dataset.batch(range(len(dataset)))["image_emb"]
         if emb.shape[1] != pipe.clip.emb_dim:
             raise ValueError(
-                f"{sources[0]} has embeddings of width {emb.shape[1]}; CLIP's are {pipe.clip.emb_dim}"
+                f"{sources[0]} has embeddings of width {emb.shape[1]}; "
+                f"expected CLIP's, {pipe.clip.emb_dim}"
             )
         return emb
     starts = tqdm(range(0, len(dataset), batch_size), "CLIP", disable=not progress, leave=False)

@@ -212,7 +212,7 @@ class TextEncoder:
         self.clip, self.runtime = clip, runtime
 
     def __call__(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32. A prompt longer than CLIP's context is cut, with a warning."""
+        """Encode P prompts in float32; prompts beyond CLIP's context are cut with a warning."""
         self.runtime.use(self.clip)
         return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
 
