@@ -180,10 +180,13 @@ def process(tiny_folder, tmp_path_factory):
         except OSError:
             return False
 
-    wait_until(ready, 60)
-    yield process, port, log
-    process.terminate()
-    assert process.wait(30) == 0
+    try:
+        wait_until(ready, 180)
+        yield process, port, log
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def run_attack(process, count, threads):

@@ -199,7 +199,7 @@ def test_sigterm_drains_and_exits_with_0(tiny_folder):
             return False
 
     try:
-        wait_until(ready, 60)
+        wait_until(ready, 180)
         statuses = []
         body = {**BODY, "n": 4, "steps": 50}
         thread = threading.Thread(target=lambda: statuses.append(post(url, body)))

@@ -13,7 +13,8 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from unclip.serving import uploads
 from unclip.serving.config import ServerConfig
@@ -152,14 +153,13 @@ async def _read_form(request: Request) -> tuple[dict[str, Any], Files]:
                     fields[name] += "," + value
                 else:
                     fields[name] = value
-    except APIError:
+    except (APIError, ClientDisconnect):
         raise
-    except Exception as error:  # the parser raises many types for malformed bodies
-        if type(error).__name__ == "ClientDisconnect":
-            raise
-        known = isinstance(error, MultiPartException) or hasattr(error, "detail")
-        about = f": {getattr(error, 'message', getattr(error, 'detail', ''))}" if known else ""
-        raise bad_request(f"Could not parse multipart form{about}"[:200]) from None
+    except HTTPException as error:
+        about = _printable(str(error.detail))
+        raise bad_request(f"Could not parse the multipart form: {about}") from None
+    except Exception:  # the parser raises many types for malformed bodies
+        raise bad_request("Could not parse the multipart form.") from None
     if "weights[]" in fields:
         fields["weights"] = fields.pop("weights[]")
     return fields, files
