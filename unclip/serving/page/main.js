@@ -54,7 +54,7 @@ async function start(settings) {
 
 /** Show an error where it can be fixed. */
 function showFailure(error, entry) {
-  if (error.status === 401) return askForKey(error.message, () => again(entry));
+  if (error.status === 401) return askForKey(error.message, () => (loadModels(), again(entry)));
   const field = error.param?.replace("image[]", "image");
   if (field && byId(`${field}-error`)) showError(field, error.message);
 }

@@ -89,7 +89,7 @@ function paint(from, to, erase) {
   context.lineWidth = 2 * radius();
   context.beginPath();
   context.moveTo(from.x, from.y);
-  context.lineTo(to.x, to.y);
+  context.lineTo(to.x, to.y + 1e-3);  // a line without length is not drawn
   context.stroke();
 }
 
