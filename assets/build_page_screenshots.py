@@ -45,7 +45,7 @@ def save(page: Page, name: str) -> None:
     """Write what is visible, with a palette, which keeps the file small."""
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     FOLDER.mkdir(exist_ok=True)
-    image.quantize(256, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+    image.quantize(192, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
 
 
 def generate(page: Page, prompt: str, n: int) -> None:

@@ -316,6 +316,11 @@ def open_mask(page):
     page.locator("#mask-canvas:focus").wait_for()
 
 
+def use_mask(page):
+    page.click("#mask-done")
+    page.locator("#mask-canvas").wait_for(state="hidden")
+
+
 def mask_point(page, x, y):
     """Return the position on the page of a point of the image, as fractions of its side."""
     box = page.locator("#mask-canvas").bounding_box()
@@ -342,7 +347,7 @@ def test_mask_is_painted_erased_and_uploaded_as_alpha(visit, app):
     stroke(page, (0.9, 0.4), (0.9, 0.6))
     stroke(page, (0.1, 0.5), (0.3, 0.5))
     page.click("#mask-undo")
-    page.click("#mask-done")
+    use_mask(page)
     page.fill("#prompt", "a red apple")
     page.fill("#seed", "3")
     page.click("#generate")
@@ -359,7 +364,10 @@ def test_mask_is_painted_erased_and_uploaded_as_alpha(visit, app):
     assert (pixels(edited)[kept] == pixels(original)[kept]).all()
 
     page.reload()
-    choose(page, "#load-png", edited)  # the PNG has the image, the mask and the prompt
+    choose(page, "#load-png", edited)  # has the prompt; uploads are not stored in it
+    page.locator("text=Choose or drop an image").wait_for()
+    assert page.input_value("#prompt") == "a red apple"
+    page.click("[aria-label^='Use settings']")  # the history has the image and the mask too
     page.locator("[data-slot=image] canvas").wait_for()
     page.click("#generate")
     page.locator(DONE).nth(1).wait_for()
@@ -380,7 +388,7 @@ def test_mask_is_painted_with_keys_and_zoomed(visit, app):
     page.click("#zoom-fit")
     page.locator("#zoom-fit:has-text('100 %')").wait_for()
     page.click("#mask-invert")
-    page.click("#mask-done")
+    use_mask(page)
     page.fill("#prompt", "a red apple")
     page.click("#generate")
     page.locator(DONE).wait_for()
@@ -432,15 +440,15 @@ def test_grid_has_the_image_of_each_pair_of_values(visit, tiny_pipe):
     page.fill("#prompt", "a red apple")
     page.click("#grid summary")
     page.select_option("[name=x_name]", "seed")
-    page.fill("[name=x_values]", "3, 4")
+    page.fill("[name=x_values]", "3, 4, 5")
     page.select_option("[name=y_name]", "prompt")
     page.fill("[name=y_values]", "a red apple | a blue fish")
     page.click("#generate")
     page.locator(DONE).wait_for()
-    assert page.locator("th[scope=col]").all_text_contents() == ["Prompt / Seed", "3", "4"]
+    assert page.locator("th[scope=col]").all_text_contents() == ["Prompt / Seed", "3", "4", "5"]
     assert page.locator("th[scope=row]").all_text_contents() == ["a red apple", "a blue fish"]
-    expected = tiny_pipe("a blue fish", seed=4, progress=False).images[0]
-    assert np.abs(pixels(image_of(page, 3)) - np.asarray(expected)).max() <= 2
+    expected = tiny_pipe("a blue fish", seed=5, progress=False).images[0]
+    assert np.abs(pixels(image_of(page, 5)) - np.asarray(expected)).max() <= 2
     page.fill("[name=y_values]", "")
     page.click("#generate")
     assert page.text_content("#grid-error") == "Give values for prompt."

@@ -65,7 +65,9 @@ async function request(path, options = {}) {
   }
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  const wait = BUSY.includes(response.status) ? Number(response.headers.get("retry-after") ?? 5) : null;
+  const wait = BUSY.includes(response.status)
+    ? Number(response.headers.get("retry-after") ?? 5)
+    : null;
   const message = error?.message ?? `The server answered with status ${response.status}.`;
   throw new APIError(message, response.status, error?.param, wait);
 }
@@ -81,7 +83,10 @@ export function call(settings) {
   }
   const files = [];
   if (settings.mode === "vary" && settings.second && !settings.image_embedding) {
-    files.push(["image[]", settings.image, "first.png"], ["image[]", settings.second, "second.png"]);
+    files.push(
+      ["image[]", settings.image, "first.png"],
+      ["image[]", settings.second, "second.png"],
+    );
     fields.weights = `${round(1 - settings.weight)},${round(settings.weight)}`;
   } else if (settings.mode !== "generate" && settings.image && !settings.image_embedding) {
     files.push(["image", settings.image, "image.png"]);
@@ -127,7 +132,8 @@ export async function generate(settings, signal, on) {
       on.done({ blob, index, seed: event.seed });
     }
   }
-  if (completed < fields.n) throw new APIError("The connection ended before the images were complete.");
+  if (completed < fields.n)
+    throw new APIError("The connection ended before the images were complete.");
 }
 
 async function* lines(body) {
@@ -180,30 +186,49 @@ export function asPython(settings) {
   const key = apiKey.get() ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
   const mixed = files.some(([name]) => name === "image[]");
   const imports = ["import base64", ...(apiKey.get() ? ["import os"] : [])];
-  if (mixed) {  // the SDK sends one image only
+  if (mixed) {
+    // the SDK sends one image only
     const list = files.map(([name, , file]) => `("${name}", open("${file}", "rb"))`).join(", ");
     return [
-      ...imports, "", "import httpx", "", "response = httpx.post(",
-      `    ${base} + "/${path}",`, `    headers={"Authorization": "Bearer " + ${key}},`,
-      `    data=${python({ ...fields, response_format: "b64_json" })},`, `    files=[${list}],`,
-      "    timeout=600,", ")", "for i, image in enumerate(response.raise_for_status().json()[\"data\"]):",
+      ...imports,
+      "",
+      "import httpx",
+      "",
+      "response = httpx.post(",
+      `    ${base} + "/${path}",`,
+      `    headers={"Authorization": "Bearer " + ${key}},`,
+      `    data=${python({ ...fields, response_format: "b64_json" })},`,
+      `    files=[${list}],`,
+      "    timeout=600,",
+      ")",
+      'for i, image in enumerate(response.raise_for_status().json()["data"]):',
       '    with open(f"image-{i}.png", "wb") as file:',
-      '        file.write(base64.b64decode(image["b64_json"]))', "",
+      '        file.write(base64.b64decode(image["b64_json"]))',
+      "",
     ].join("\n");
   }
   const known = OPENAI_FIELDS;
   const entries = Object.entries({ ...fields, response_format: "b64_json" });
-  const lines = entries.filter(([name]) => known.includes(name))
+  const lines = entries
+    .filter(([name]) => known.includes(name))
     .map(([name, value]) => `    ${name}=${python(value)},`);
   for (const [name, , file] of files) lines.push(`    ${name}=open("${file}", "rb"),`);
   const extra = Object.fromEntries(entries.filter(([name]) => !known.includes(name)));
   if (Object.keys(extra).length) lines.push(`    extra_body=${python(extra)},`);
   const method = { generate: "generate", edit: "edit", vary: "create_variation" }[settings.mode];
   return [
-    ...imports, "", "from openai import OpenAI", "", `client = OpenAI(base_url=${base}, api_key=${key})`,
-    `response = client.images.${method}(`, ...lines, ")",
-    "for i, image in enumerate(response.data):", '    with open(f"image-{i}.png", "wb") as file:',
-    "        file.write(base64.b64decode(image.b64_json))", "",
+    ...imports,
+    "",
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${base}, api_key=${key})`,
+    `response = client.images.${method}(`,
+    ...lines,
+    ")",
+    "for i, image in enumerate(response.data):",
+    '    with open(f"image-{i}.png", "wb") as file:',
+    "        file.write(base64.b64decode(image.b64_json))",
+    "",
   ].join("\n");
 }
 

@@ -10,10 +10,22 @@ const TEXTS = ["prompt", "negative_prompt", "sampler"];
 const OPERATIONS = { generate: "generations", edit: "edits", vary: "variations" };
 const SAMPLERS = ["ddim", "ancestral", "dpm++", "unipc"];
 const AXES = {
-  seed: "Seed", steps: "Steps", guidance: "Guidance", sampler: "Sampler", prompt: "Prompt",
-  negative_prompt: "Negative prompt", strength: "Strength", weight: "Share of second", model: "Model",
+  seed: "Seed",
+  steps: "Steps",
+  guidance: "Guidance",
+  sampler: "Sampler",
+  prompt: "Prompt",
+  negative_prompt: "Negative prompt",
+  strength: "Strength",
+  weight: "Share of second",
+  model: "Model",
 };
-const ONLY = { prompt: ["generate", "edit"], negative_prompt: ["generate"], strength: ["edit"], weight: ["vary"] };
+const ONLY = {
+  prompt: ["generate", "edit"],
+  negative_prompt: ["generate"],
+  strength: ["edit"],
+  weight: ["vary"],
+};
 const SLOTS = { image: "Image", second: "Second image" };
 export const MAX_CELLS = 64;
 export const axisLabel = (name) => AXES[name];
@@ -36,7 +48,11 @@ export function update() {
   byId("strength-output").value = `${Math.round(form.elements.strength.value * 100)} %`;
   byId("paint").textContent = held.mask ? "Change mask" : "Paint mask";
   byId("paint").disabled = byId("import-mask").disabled = !held.image;
-  byId("generate").textContent = { generate: "Generate", edit: "Edit image", vary: pair ? "Mix" : "Vary" }[mode()];
+  byId("generate").textContent = {
+    generate: "Generate",
+    edit: "Edit image",
+    vary: pair ? "Mix" : "Vary",
+  }[mode()];
   for (const select of [form.elements.x_name, form.elements.y_name]) {
     const chosen = select.value;
     const names = Object.keys(AXES).filter((name) => (ONLY[name] ?? [mode()]).includes(mode()));
@@ -111,7 +127,8 @@ export function read() {
   if (!x && !y) return settings;
   if (x && y && x.name === y.name) return refuse("grid", "Rows and columns are the same setting.");
   const cells = (x?.values.length ?? 1) * (y?.values.length ?? 1);
-  if (cells > MAX_CELLS) return refuse("grid", `The grid has ${cells} images; at most ${MAX_CELLS} are allowed.`);
+  if (cells > MAX_CELLS)
+    return refuse("grid", `The grid has ${cells} images; at most ${MAX_CELLS} are allowed.`);
   return { ...settings, n: 1, num_candidates: undefined, grid: x ? { x, y } : { x: y } };
 }
 
@@ -119,12 +136,17 @@ function readAxis(axis) {
   const name = form.elements[`${axis}_name`].value;
   if (!name) return undefined;
   const text = form.elements[`${axis}_values`].value;
-  const parts = text.split(name.endsWith("prompt") ? "|" : ",").map((part) => part.trim()).filter(Boolean);
+  const parts = text
+    .split(name.endsWith("prompt") ? "|" : ",")
+    .map((part) => part.trim())
+    .filter(Boolean);
   if (!parts.length) return refuse("grid", `Give values for ${AXES[name].toLowerCase()}.`);
   const isText = TEXTS.includes(name) || name === "model";
   const values = isText ? parts : parts.map(Number);
-  if (!isText && values.some(Number.isNaN)) return refuse("grid", `${AXES[name]} takes numbers: ${text}`);
-  if (name === "weight" && !(held.image && held.second)) return refuse("grid", "Choose two images to mix.");
+  if (!isText && values.some(Number.isNaN))
+    return refuse("grid", `${AXES[name]} takes numbers: ${text}`);
+  if (name === "weight" && !(held.image && held.second))
+    return refuse("grid", "Choose two images to mix.");
   return { name, values };
 }
 
@@ -150,7 +172,10 @@ export function write(settings) {
   for (const name of Object.keys(held)) held[name] = settings[name] ?? null;
   update();
   byId("grid").open = Boolean(x);
-  for (const [axis, chosen] of [["x", x], ["y", y]]) {
+  for (const [axis, chosen] of [
+    ["x", x],
+    ["y", y],
+  ]) {
     form.elements[`${axis}_name`].value = chosen?.name ?? "";
     form.elements[`${axis}_values`].value =
       chosen?.values.join(chosen.name.endsWith("prompt") ? " | " : ", ") ?? "";
@@ -195,15 +220,26 @@ function showSlots() {
     const blob = held[name];
     if (name === "image" && held.image_embedding) {
       const text = el("span.slot-text", {}, "Embedding from PNG");
-      slot.replaceChildren(text, iconButton("close", "Remove embedding", () => place(name, null)));
+      slot.replaceChildren(
+        text,
+        iconButton("close", "Remove embedding", () => place(name, null)),
+      );
     } else if (blob) {
-      const open = el("button.slot-image", { "aria-label": `Replace ${label.toLowerCase()}`, onclick: () => choose(name) });
+      const open = el("button.slot-image", {
+        "aria-label": `Replace ${label.toLowerCase()}`,
+        onclick: () => choose(name),
+      });
       open.append(el("img", { src: blobURL(blob), alt: "" }));
       if (name === "image" && held.mask && mode() === "edit") showMask(open);
-      slot.replaceChildren(open, iconButton("close", `Remove ${label.toLowerCase()}`, () => place(name, null)));
+      slot.replaceChildren(
+        open,
+        iconButton("close", `Remove ${label.toLowerCase()}`, () => place(name, null)),
+      );
     } else {
       const open = el("button.slot-empty", { onclick: () => choose(name) }, icon("image"));
-      open.append(el("span", {}, name === "second" ? "Second image, to mix" : "Choose or drop an image"));
+      open.append(
+        el("span", {}, name === "second" ? "Second image, to mix" : "Choose or drop an image"),
+      );
       slot.replaceChildren(open);
     }
   }

@@ -6,16 +6,13 @@ import { axisLabel } from "./form.js";
 import { cancel, expected, settingsOf } from "./jobs.js";
 
 const PAGE = 30;
-const STATES = {
-  cancelled: "Cancelled.",
-  interrupted: "Interrupted when the page was closed.",
-};
+const STATES = { cancelled: "Cancelled.", interrupted: "Interrupted when the page was closed." };
 
 /** @type {import("./history.js").Entry[]} newest first */
 export const entries = [];
 let handlers = {};
 
-const cards = new Map();  // id -> element
+const cards = new Map(); // id -> element
 
 /**
  * Connect the gallery.
@@ -31,7 +28,8 @@ export function prepare(on) {
 export async function loadOlder() {
   const older = await history.before(entries.at(-1)?.id ?? Infinity, PAGE);
   for (const entry of older) {
-    if (entry.status === "running") {  // its connection ended with the page
+    if (entry.status === "running") {
+      // its connection ended with the page
       entry.status = "interrupted";
       await history.save(entry);
     }
@@ -54,7 +52,8 @@ export function add(entry) {
 export function refresh(entry) {
   const old = cards.get(entry.id);
   if (!old?.isConnected) return;
-  const focused = old.contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
+  const focused =
+    old.contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
   const replaced = card(entry);
   old.replaceWith(replaced);
   if (focused) replaced.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
@@ -127,9 +126,15 @@ function card(entry) {
   const { settings, status } = entry;
   const { grid } = settings;
   const varied = grid ? [grid.x.name, grid.y?.name] : [];
-  const facts = factsOf(settings).filter(([name]) => !varied.some((axis) => axis && axisLabel(axis) === name));
+  const facts = factsOf(settings).filter(
+    ([name]) => !varied.some((axis) => axis && axisLabel(axis) === name),
+  );
   const title = varied.includes("prompt") ? "Prompts" : titleOf(settings);
-  const meta = el("p.meta", {}, el("time", { dateTime: new Date(entry.id).toISOString() }, timeOf(entry.id)));
+  const meta = el(
+    "p.meta",
+    {},
+    el("time", { dateTime: new Date(entry.id).toISOString() }, timeOf(entry.id)),
+  );
   for (const [name, value] of facts) meta.append(el("span", {}, `${name} ${value}`));
   const head = el("div.entry-head", {}, el("div", {}, el("h3", {}, title), meta));
   const buttons = el("div.row");
@@ -139,15 +144,34 @@ function card(entry) {
   );
   head.append(buttons);
   const single = !grid && expected(settings) === 1;
-  const element = el(single ? "article.entry" : "article.entry.wide", { "aria-label": title, "data-status": status }, head);
+  const element = el(
+    single ? "article.entry" : "article.entry.wide",
+    { "aria-label": title, "data-status": status },
+    head,
+  );
   if (status === "running") {
-    element.append(el("div.progress", {}, el("progress", { "aria-label": "Progress" }), el("p", {}, "Waiting"),
-      el("button", { onclick: () => cancel(entry.id) }, "Cancel")));
+    element.append(
+      el(
+        "div.progress",
+        {},
+        el("progress", { "aria-label": "Progress" }),
+        el("p", {}, "Waiting"),
+        el("button", { onclick: () => cancel(entry.id) }, "Cancel"),
+      ),
+    );
   }
-  if (status === "running" || entry.results.length) element.append(grid ? table(entry) : tiles(entry));
+  if (status === "running" || entry.results.length)
+    element.append(grid ? table(entry) : tiles(entry));
   if (status !== "running" && status !== "done") {
     const message = el("p", {}, STATES[status] ?? entry.error);
-    element.append(el("div.state", {}, message, el("button", { onclick: () => handlers.again(entry) }, "Run again")));
+    element.append(
+      el(
+        "div.state",
+        {},
+        message,
+        el("button", { onclick: () => handlers.again(entry) }, "Run again"),
+      ),
+    );
   }
   cards.set(entry.id, element);
   return element;
@@ -155,7 +179,9 @@ function card(entry) {
 
 function tiles(entry) {
   const count = entry.status === "running" ? expected(entry.settings) : entry.results.length;
-  const all = Array.from({ length: count }, (_, i) => tile(entry, entry.status === "running" ? i : entry.results[i].index));
+  const all = Array.from({ length: count }, (_, i) =>
+    tile(entry, entry.status === "running" ? i : entry.results[i].index),
+  );
   return el("div.tiles", {}, ...all);
 }
 
@@ -164,7 +190,9 @@ function table(entry) {
   const corner = y ? `${axisLabel(y.name)} / ${axisLabel(x.name)}` : axisLabel(x.name);
   const columns = x.values.map((value) => el("th", { scope: "col" }, String(value)));
   const rows = (y?.values ?? [""]).map((value, row) => {
-    const cells = x.values.map((_, column) => el("td", {}, tile(entry, row * x.values.length + column)));
+    const cells = x.values.map((_, column) =>
+      el("td", {}, tile(entry, row * x.values.length + column)),
+    );
     return el("tr", {}, el("th", { scope: "row" }, String(value)), ...cells);
   });
   const header = el("thead", {}, el("tr", {}, el("th", { scope: "col" }, corner), ...columns));
@@ -177,7 +205,11 @@ function tile(entry, index) {
   if (!result) return el("div.tile.pending", { "data-index": index });
   const alt = `${titleOf(settingsOf(entry, result))}, seed ${result.seed}`;
   const label = `Open image ${index + 1}: ${alt}`;
-  const open = { "data-index": index, "aria-label": label, onclick: () => handlers.open(entry, result) };
+  const open = {
+    "data-index": index,
+    "aria-label": label,
+    onclick: () => handlers.open(entry, result),
+  };
   return el("button.tile", open, el("img", { src: blobURL(result.blob), alt: "" }));
 }
 
@@ -203,5 +235,8 @@ export function showPartial(entry, blob, index) {
 function timeOf(id) {
   const date = new Date(id);
   const today = date.toDateString() === new Date().toDateString();
-  return date.toLocaleString(undefined, today ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" });
+  return date.toLocaleString(
+    undefined,
+    today ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" },
+  );
 }

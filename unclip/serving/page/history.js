@@ -1,4 +1,4 @@
-/** The history: entries in IndexedDB, or in memory where the browser offers none. */
+/** The history: entries in IndexedDB, where the browser offers it. */
 
 /**
  * @typedef {Object} Entry
@@ -11,8 +11,6 @@
 
 const STORE = "entries";
 let database = null;
-/** @type {Map<number, Entry>} */
-const memory = new Map();
 
 const result = (request) =>
   new Promise((resolve, reject) => {
@@ -37,10 +35,7 @@ export async function open() {
 /** Add or replace entries. False if there is no room. @param {...Entry} entries */
 export async function save(...entries) {
   try {
-    for (const entry of entries) {
-      if (database) await result(store("readwrite").put(entry));
-      else memory.set(entry.id, entry);
-    }
+    for (const entry of database ? entries : []) await result(store("readwrite").put(entry));
     return true;
   } catch {
     return false;
@@ -49,12 +44,10 @@ export async function save(...entries) {
 
 export async function remove(id) {
   if (database) await result(store("readwrite").delete(id));
-  memory.delete(id);
 }
 
 export async function clear() {
   if (database) await result(store("readwrite").clear());
-  memory.clear();
 }
 
 /** Return up to `limit` entries from before `id`, newest first. @returns {Promise<Entry[]>} */

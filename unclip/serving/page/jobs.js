@@ -2,11 +2,13 @@
 
 import * as api from "./api.js";
 
-const PARALLEL = 4;  // calls of one job; the server draws equal ones together
-const MAX_WAIT = 600_000;  // ms of waiting for a busy server
+const CONNECTIONS = 5; // browsers open six to a host; the rest of the page needs one
+const MAX_WAIT = 600_000; // ms of waiting for a busy server
 
 /** @type {Map<number, AbortController>} of the running entries, oldest first */
 const running = new Map();
+let free = CONNECTIONS;
+const waiting = []; // functions that start the next call
 
 export const cancel = (id) => running.get(id)?.abort();
 /** Cancel the job that was started last. False if none runs. */
@@ -45,12 +47,15 @@ export async function run(entry, on) {
   const controller = new AbortController();
   running.set(entry.id, controller);
   const total = expected(settings);
-  const calls = settings.grid ? Array.from({ length: total }, (_, i) => [cell(settings, i), i]) : [[settings, 0]];
-  const worker = async () => {
-    while (calls.length) {
-      const [one, first] = calls.shift();
+  const cells = settings.grid
+    ? Array.from({ length: total }, (_, i) => cell(settings, i))
+    : [settings];
+  const generate = async (one, first) => {
+    await connect(controller.signal);
+    try {
       await patiently(one, controller.signal, {
-        progress: (event) => on.progress(...describe(event, settings.grid && entry.results.length, total)),
+        progress: (event) =>
+          on.progress(...describe(event, settings.grid && entry.results.length, total)),
         partial: (blob, index) => on.partial(blob, first + index),
         done(result) {
           entry.results.push({ ...result, index: first + result.index });
@@ -58,19 +63,44 @@ export async function run(entry, on) {
           on.done();
         },
       });
+    } finally {
+      disconnect();
     }
   };
   try {
-    await Promise.all(Array.from({ length: Math.min(PARALLEL, calls.length) }, worker));
+    await Promise.all(cells.map(generate));
     entry.status = "done";
   } catch (error) {
     entry.status = controller.signal.aborted ? "cancelled" : "failed";
     entry.error = error.message;
-    controller.abort();  // the other cells
+    controller.abort(); // the other cells
     if (entry.status === "failed") throw error;
   } finally {
     running.delete(entry.id);
   }
+}
+
+async function connect(signal) {
+  signal.throwIfAborted();
+  if (free > 0) return (free -= 1);
+  return new Promise((resolve, reject) => {
+    waiting.push(resolve);
+    signal.addEventListener(
+      "abort",
+      () => {
+        const place = waiting.indexOf(resolve);
+        if (place >= 0) waiting.splice(place, 1);
+        reject(signal.reason);
+      },
+      { once: true },
+    );
+  });
+}
+
+function disconnect() {
+  const next = waiting.shift();
+  if (next) next();
+  else free += 1;
 }
 
 /** Generate; while the server is busy, wait as long as it asks. */
@@ -84,7 +114,9 @@ async function patiently(settings, signal, on) {
       on.progress({ wait: error.retryAfter });
       await new Promise((resolve, reject) => {
         const timer = setTimeout(resolve, error.retryAfter * 1000);
-        signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+        signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), {
+          once: true,
+        });
       });
     }
   }
@@ -99,5 +131,8 @@ function describe(event, finished, total) {
     return [ahead ? `Waiting, ${ahead} ahead` : "Waiting", 0];
   }
   const stage = event.stage.replace(/_\d+$/, "");
-  return [`${stage[0].toUpperCase()}${stage.slice(1)}, step ${event.step} of ${event.num_steps}`, event.step / event.num_steps];
+  return [
+    `${stage[0].toUpperCase()}${stage.slice(1)}, step ${event.step} of ${event.num_steps}`,
+    event.step / event.num_steps,
+  ];
 }

@@ -22,7 +22,7 @@ function submit() {
 
 async function start(settings) {
   lastId = Math.max(Date.now(), lastId + 1);
-  settings.seed ??= Math.floor(Math.random() * MAX_SEED);  // the history needs it
+  settings.seed ??= Math.floor(Math.random() * MAX_SEED); // the history needs it
   const entry = { id: lastId, settings, status: "running", results: [] };
   gallery.add(entry);
   keep(entry);
@@ -45,9 +45,12 @@ async function start(settings) {
     showFailure(error, entry);
   }
   gallery.refresh(entry);
-  if (!gallery.entries.includes(entry)) return;  // deleted meanwhile
+  if (!gallery.entries.includes(entry)) return; // deleted meanwhile
   keep(entry);
-  if (entry.status === "done") toast(entry.results.length > 1 ? `${entry.results.length} images are ready` : "The image is ready");
+  if (entry.status === "done")
+    toast(
+      entry.results.length > 1 ? `${entry.results.length} images are ready` : "The image is ready",
+    );
   if (entry.status === "cancelled") toast("Cancelled");
   if (models.some(({ id, kind }) => id === settings.model && !kind)) loadModels();
 }
@@ -66,7 +69,8 @@ function again(entry) {
 }
 
 async function keep(entry) {
-  if (!(await history.save(entry))) notify("This browser has no room for the history. Delete some images.");
+  if (!(await history.save(entry)))
+    notify("This browser has no room for the history. Delete some images.");
 }
 
 // -- the server
@@ -130,10 +134,14 @@ function connect() {
   addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) jobs.cancelLatest();
   });
-  for (const [name, write] of [["curl", api.asCurl], ["python", api.asPython]]) {
+  for (const [name, write] of [
+    ["curl", api.asCurl],
+    ["python", api.asPython],
+  ]) {
     byId(`copy-${name}`).onclick = () => {
       const { grid, ...settings } = form.read() ?? {};
-      if (settings.mode) copy(write(settings), name === "curl" ? "the curl command" : "the Python code");
+      if (settings.mode)
+        copy(write(settings), name === "curl" ? "the curl command" : "the Python code");
     };
   }
   byId("load-png").onclick = async () => loadSettings(await chooseFile("image/png"));
@@ -144,7 +152,9 @@ function connect() {
   });
   byId("key-button").onclick = () => askForKey("", loadModels);
   byId("examples").append(
-    ...EXAMPLES.map((prompt) => el("button", { onclick: () => (form.write({ mode: "generate", prompt }), submit()) }, prompt)),
+    ...EXAMPLES.map((prompt) =>
+      el("button", { onclick: () => (form.write({ mode: "generate", prompt }), submit()) }, prompt),
+    ),
   );
 }
 
@@ -155,6 +165,7 @@ function reuse(settings) {
 }
 
 connect();
-if (!(await history.open())) notify("This browser keeps no history: images are lost when the page is closed.");
+if (!(await history.open()))
+  notify("This browser keeps no history: images are lost when the page is closed.");
 await Promise.all([gallery.loadOlder(), loadModels()]);
 document.documentElement.dataset.ready = "";

@@ -9,22 +9,24 @@ const MAX_ZOOM = 16;
 const dialog = byId("mask");
 const canvas = byId("mask-canvas");
 const screen = canvas.getContext("2d");
-let image = null;  // ImageBitmap
-let painted = null;  // canvas of the image's size, opaque where it is painted
-let undone = [];  // snapshots before each stroke
-let view = { scale: 1, x: 0, y: 0 };  // canvas pixels = image pixels * scale + (x, y)
-let cursor = null;  // image pixels
-let keyboard = false;  // whether keys move the brush, which is then always visible
-let pointers = new Map();  // id -> canvas pixels
-let stroke = null;  // the last point of the present stroke
+let image = null; // ImageBitmap
+let painted = null; // canvas of the image's size, opaque where it is painted
+let undone = []; // snapshots before each stroke
+let view = { scale: 1, x: 0, y: 0 }; // canvas pixels = image pixels * scale + (x, y)
+let cursor = null; // image pixels
+let keyboard = false; // whether keys move the brush, which is then always visible
+let pointers = new Map(); // id -> canvas pixels
+let stroke = null; // the last point of the present stroke
 let scheduled = false;
 let finish = () => {};
 
 /** Let the user paint. The uploaded form of the mask, or null if nothing is painted or changed. */
 export async function editMask(imageBlob, maskBlob) {
   image = await createImageBitmap(imageBlob);
-  painted = (maskBlob && (await paintedPart(maskBlob, image.width))) ??
-    (await paintedPart(imageBlob, image.width, true)) ?? canvasOf(null, image.width, image.height);
+  painted =
+    (maskBlob && (await paintedPart(maskBlob, image.width))) ??
+    (await paintedPart(imageBlob, image.width, true)) ??
+    canvasOf(null, image.width, image.height);
   undone = [];
   pointers.clear();
   stroke = cursor = null;
@@ -70,7 +72,10 @@ function render() {
   screen.drawImage(checkered(painted), 0, 0);
   screen.globalAlpha = 1;
   if (cursor && tool() !== "pan") {
-    for (const [color, width] of [["#000", 3], ["#fff", 1.5]]) {
+    for (const [color, width] of [
+      ["#000", 3],
+      ["#fff", 1.5],
+    ]) {
       screen.strokeStyle = color;
       screen.lineWidth = (width * devicePixelRatio) / view.scale;
       screen.beginPath();
@@ -89,7 +94,7 @@ function paint(from, to, erase) {
   context.lineWidth = 2 * radius();
   context.beginPath();
   context.moveTo(from.x, from.y);
-  context.lineTo(to.x, to.y + 1e-3);  // a line without length is not drawn
+  context.lineTo(to.x, to.y + 1e-3); // a line without length is not drawn
   context.stroke();
 }
 
@@ -153,7 +158,8 @@ canvas.addEventListener("pointerdown", (event) => {
   canvas.setPointerCapture(event.pointerId);
   pointers.set(event.pointerId, onCanvas(event));
   keyboard = false;
-  if (pointers.size > 1) {  // a pinch; the stroke of the first finger was none
+  if (pointers.size > 1) {
+    // a pinch; the stroke of the first finger was none
     if (stroke) undo();
     stroke = null;
     return;
@@ -198,11 +204,15 @@ for (const name of ["pointerup", "pointercancel", "pointerleave"]) {
 }
 
 canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-canvas.addEventListener("wheel", (event) => {
-  event.preventDefault();
-  const { x, y } = onCanvas(event);
-  zoom(Math.exp(-event.deltaY / 400), x, y);
-}, { passive: false });
+canvas.addEventListener(
+  "wheel",
+  (event) => {
+    event.preventDefault();
+    const { x, y } = onCanvas(event);
+    zoom(Math.exp(-event.deltaY / 400), x, y);
+  },
+  { passive: false },
+);
 
 // -- keys and buttons
 

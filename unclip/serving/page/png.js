@@ -7,19 +7,21 @@ async function readMetadata(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   const view = new DataView(bytes.buffer);
   const latin = (start, end) => String.fromCharCode(...bytes.subarray(start, end));
-  for (let at = 8; latin(1, 4) === "PNG" && at + 12 <= bytes.length; ) {
+  for (let at = 8; latin(1, 4) === "PNG" && at + 12 <= bytes.length;) {
     const length = view.getUint32(at);
     const [type, start, end] = [latin(at + 4, at + 8), at + 8, at + 8 + length];
     if (type === "iTXt" && latin(start, start + KEYWORD.length + 1) === `${KEYWORD}\0`) {
-      const flag = start + KEYWORD.length + 1;  // then method, language, translated keyword
+      const flag = start + KEYWORD.length + 1; // then method, language, translated keyword
       const text = bytes.indexOf(0, bytes.indexOf(0, flag + 2) + 1) + 1;
       const data = JSON.parse(await inflate(bytes.slice(text, end), bytes[flag] === 1));
-      const entries = Array.isArray(data) ? data : data.entries ?? [data];
+      const entries = Array.isArray(data) ? data : (data.entries ?? [data]);
       return entries.map((entry) => withPictures(entry, data.pictures));
     }
     at = end + 4;
   }
-  throw new Error(`${file.name || "The file"} has no unclip settings. Choose a PNG made by unclip.`);
+  throw new Error(
+    `${file.name || "The file"} has no unclip settings. Choose a PNG made by unclip.`,
+  );
 }
 
 async function inflate(bytes, compressed) {
@@ -127,7 +129,11 @@ export function checkered(painted) {
   const side = Math.max(1, Math.round(painted.width / 48));
   const board = canvasOf(null, 2 * side, 2 * side);
   const pen = board.getContext("2d");
-  for (const [color, x, y, size] of [["#fff", 0, 0, 2], ["#aaa", 0, 0, 1], ["#aaa", 1, 1, 1]]) {
+  for (const [color, x, y, size] of [
+    ["#fff", 0, 0, 2],
+    ["#aaa", 0, 0, 1],
+    ["#aaa", 1, 1, 1],
+  ]) {
     pen.fillStyle = color;
     pen.fillRect(x * side, y * side, size * side, size * side);
   }

@@ -70,7 +70,7 @@ export function toast(message, action = null, onaction = null) {
   const button = action && el("button.quiet", { onclick: () => (onaction(), hide()) }, action);
   const hide = () => box.hidePopover();
   hide();
-  box.showPopover();  // above dialogs
+  box.showPopover(); // above dialogs
   box.replaceChildren(message, ...(button ? [button] : []));
   clearTimeout(toastTimer);
   toastTimer = setTimeout(hide, action ? 8000 : 3000);
@@ -87,7 +87,8 @@ export function showError(field, message) {
 /** Remove all errors of a form. */
 export function clearErrors(form) {
   for (const place of form.querySelectorAll(".error")) place.textContent = "";
-  for (const field of form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
+  for (const field of form.querySelectorAll("[aria-invalid]"))
+    field.removeAttribute("aria-invalid");
 }
 
 const urls = new WeakMap();
@@ -116,7 +117,8 @@ export function download(blob, name) {
 export async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {  // no secure context
+  } catch {
+    // no secure context
     const area = el("textarea", { value: text });
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     area.select();
