@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentTypeError, Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def serve(args: Namespace) -> None:
         from unclip.serving.server import serve as run
 
         if args.ray:
-            import ray.serve  # noqa: F401
+            import_module("ray.serve")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("unclip"):
             raise
@@ -110,8 +111,8 @@ def serve(args: Namespace) -> None:
     )
     if not args.ray:
         return run(config)
-    from unclip.serving.ray import ReplicaConfig
-    from unclip.serving.ray import serve as run_replicas
+    from unclip.serving.replicas import ReplicaConfig
+    from unclip.serving.replicas import serve as run_replicas
 
     low, high = args.replicas or (1, 1)
     run_replicas(config, ReplicaConfig(low, high, args.num_cpus, args.num_gpus))

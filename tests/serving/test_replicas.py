@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
 httpx = pytest.importorskip("httpx")
 
-from unclip.serving.ray import ReplicaConfig, build
+from unclip.serving.replicas import ReplicaConfig, build
 
 
 def test_several_replicas_need_shared_storage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from unclip.serving.app import create_app, load_pipeline
@@ -33,8 +34,7 @@ def build(
     load: Callable[[str, Any, Any], Any] = load_pipeline,
 ) -> Any:
     """Return an application for `ray.serve.run`: the server of `create_app` in each replica."""
-    from ray import serve
-
+    serve: Any = import_module("ray.serve")  # not in the type checker's environment
     if replicas.max_replicas > 1 and config.storage is None:
         raise ValueError(
             "several replicas share their results, but storage is None; give a folder that all "
@@ -59,14 +59,12 @@ def build(
     class Replica:
         """The server; its engine starts and stops with the replica."""
 
-    return Replica.bind()  # type: ignore[attr-defined]
+    return Replica.bind()
 
 
 def serve(config: ServerConfig, replicas: ReplicaConfig) -> None:
     """Serve until interrupted."""
-    import ray
-    from ray import serve as ray_serve
-
-    ray.init(ignore_reinit_error=True, log_to_driver=True)
+    ray, ray_serve = import_module("ray"), import_module("ray.serve")
+    ray.init(ignore_reinit_error=True)
     ray_serve.start(http_options={"host": config.host, "port": config.port})
     ray_serve.run(build(config, replicas), name="unclip", route_prefix="/", blocking=True)
