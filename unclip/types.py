@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from annotated_types import Interval
@@ -142,8 +143,13 @@ class Progress:
     stage: str  # "prior", "decoder", "inpainter", "upsampler_0", ...; "dalle"
     step: int  # 1 .. num_steps
     num_steps: int
-    # (B, 3, s, s) in [-1, 1]: the current estimate of x_0; None in the prior
-    preview: torch.Tensor | None = None
+    # Of the preview: itself, or a function that makes it when it is first read.
+    source: torch.Tensor | Callable[[], torch.Tensor] | None = None
+
+    @cached_property
+    def preview(self) -> torch.Tensor | None:
+        """The current estimate of x_0, (B, 3, s, s) in [-1, 1]; None in the prior."""
+        return self.source() if callable(self.source) else self.source
 
 
 @dataclass(frozen=True)

@@ -297,14 +297,12 @@ class Engine:
             ) / num_stages
             for i, job in enumerate(jobs):
                 preview, index = None, sent[i]
-                due = (index + 1) / (job.partials + 1)
-                whole = progress.preview is not None and (
-                    len(progress.preview) == (ends[-1] if image is None else 1)
-                )
-                if job.partials > index and whole and due <= position < 1 and image in (None, 0):
-                    assert progress.preview is not None
+                due = index < job.partials and (index + 1) / (job.partials + 1) <= position < 1
+                images = progress.preview if due and image in (None, 0) else None
+                # The images of an edit's window, or of a part of the batch, are not all images.
+                if images is not None and len(images) == (ends[-1] if image is None else 1):
                     rows = slice(ends[i] - job.cost, ends[i] - job.cost + job.task.n)
-                    preview = progress.preview[rows].float().cpu().clone()
+                    preview = images[rows].float().cpu().clone()
                     sent[i] += 1
                 if not job.cancelled:
                     step = Step(progress.stage, progress.step, progress.num_steps, preview, index)

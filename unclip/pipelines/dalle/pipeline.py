@@ -355,11 +355,12 @@ class DallePipeline(Pipeline):
         (h, w), size = self.dalle.config.grid, self.codec.image_size
 
         def report(n: int, codes: Tensor) -> None:
-            image = None
-            if preview and n % w == 0:
+            def rows() -> Tensor:
                 decoded = self.decode(codes.unflatten(1, (n // w, w)))
-                image = F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
-            batch.on_step(Progress(STAGE, n - given, h * w - given, image))
+                return F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
+
+            source = rows if preview and n % w == 0 else None
+            batch.on_step(Progress(STAGE, n - given, h * w - given, source))
 
         return report
 
