@@ -25,7 +25,8 @@ from unclip.serving.config import ServerConfig
 FOLDER = Path(__file__).parent / "page"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 PROMPTS = ("a smiling cat, blob emoji", "a green heart in noto style", "a birthday cake")
-SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
+MAX_BYTES = 150_000
+SIZES = {"desktop": (1280, 720), "phone": (390, 844)}
 
 
 def start_server() -> str:
@@ -42,10 +43,15 @@ def start_server() -> str:
 
 
 def save(page: Page, name: str) -> None:
-    """Write what is visible, with a palette, which keeps the file small."""
+    """Write what is visible, with the largest palette that keeps the file small."""
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     FOLDER.mkdir(exist_ok=True)
-    image.quantize(192, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+    path = FOLDER / f"{name}.png"
+    for colors in (256, 192, 128, 96, 64):
+        image.quantize(colors, dither=Image.Dither.NONE).save(path, optimize=True)
+        if path.stat().st_size < MAX_BYTES:
+            return
+    raise ValueError(f"{path} has {path.stat().st_size} bytes; expected less than {MAX_BYTES}")
 
 
 def generate(page: Page, prompt: str, n: int) -> None:

@@ -27,14 +27,14 @@ const ONLY = {
   weight: ["vary"],
 };
 const SLOTS = { image: "Image", second: "Second image" };
-export const MAX_CELLS = 64;
+const MAX_CELLS = 64;
 export const axisLabel = (name) => AXES[name];
 
 /** Images of the form, which no field can hold. */
 const held = { image: null, second: null, mask: null, image_embedding: null };
 let served = [];
 
-export const mode = () => form.elements.mode.value;
+const mode = () => form.elements.mode.value;
 const model = () => served.find(({ id }) => id === byId("model").value) ?? served[0];
 
 /** Show only what the mode needs. */
@@ -127,8 +127,9 @@ export function read() {
   if (!x && !y) return settings;
   if (x && y && x.name === y.name) return refuse("grid", "Rows and columns are the same setting.");
   const cells = (x?.values.length ?? 1) * (y?.values.length ?? 1);
-  if (cells > MAX_CELLS)
+  if (cells > MAX_CELLS) {
     return refuse("grid", `The grid has ${cells} images; at most ${MAX_CELLS} are allowed.`);
+  }
   return { ...settings, n: 1, num_candidates: undefined, grid: x ? { x, y } : { x: y } };
 }
 

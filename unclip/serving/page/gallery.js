@@ -28,8 +28,7 @@ export function prepare(on) {
 export async function loadOlder() {
   const older = await history.before(entries.at(-1)?.id ?? Infinity, PAGE);
   for (const entry of older) {
-    if (entry.status === "running") {
-      // its connection ended with the page
+    if (entry.status === "running") { // its connection ended with the page
       entry.status = "interrupted";
       await history.save(entry);
     }
@@ -109,7 +108,7 @@ export function titleOf(settings) {
 export function factsOf(settings) {
   const percent = (value) => value !== undefined && `${Math.round(value * 100)} %`;
   const facts = {
-    Negative: settings.negative_prompt,
+    "Negative prompt": settings.negative_prompt,
     Seed: settings.seed,
     Steps: settings.steps,
     Guidance: settings.guidance,

@@ -47,10 +47,8 @@ async function start(settings) {
   gallery.refresh(entry);
   if (!gallery.entries.includes(entry)) return; // deleted meanwhile
   keep(entry);
-  if (entry.status === "done")
-    toast(
-      entry.results.length > 1 ? `${entry.results.length} images are ready` : "The image is ready",
-    );
+  const count = entry.results.length;
+  if (entry.status === "done") toast(count > 1 ? `${count} images are ready` : "Image is ready");
   if (entry.status === "cancelled") toast("Cancelled");
   if (models.some(({ id, kind }) => id === settings.model && !kind)) loadModels();
 }
@@ -63,9 +61,8 @@ function showFailure(error, entry) {
 }
 
 function again(entry) {
-  const { seed, ...settings } = entry.settings;
   gallery.forget(entry);
-  start({ ...settings, seed });
+  start(entry.settings);
 }
 
 async function keep(entry) {
@@ -165,7 +162,7 @@ function reuse(settings) {
 }
 
 connect();
-if (!(await history.open()))
-  notify("This browser keeps no history: images are lost when the page is closed.");
+const kept = await history.open();
 await Promise.all([gallery.loadOlder(), loadModels()]);
+if (!kept) notify("This browser keeps no history: images are lost when the page is closed.");
 document.documentElement.dataset.ready = "";
