@@ -58,6 +58,13 @@ def config(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True)(cls)
 
 
+def check_multiple(name: str, value: int, **divisors: int) -> None:
+    """ValueError unless the named divisors divide a value of a config."""
+    for divisor, n in divisors.items():
+        if value % n:
+            raise ValueError(f"{name} is {value}; expected a multiple of {divisor} = {n}")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields; they may name classes defined later."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
@@ -15,6 +15,7 @@ from unclip.config import Fraction, PositiveFraction, PositiveInt, config
 if TYPE_CHECKING:  # `import unclip` must not import torch
     import torch
     from PIL import Image
+    from typing_extensions import Self
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
@@ -22,25 +23,53 @@ if TYPE_CHECKING:  # `import unclip` must not import torch
 Scale = Annotated[float, Interval(ge=-1e6, le=1e6)]
 Temperature = Annotated[float, Interval(ge=0, le=1e6)]
 
-R = TypeVar("R", bound="Rows")
 
-
+@dataclass(frozen=True)
 class Rows:
-    """A group of tensors with one row for each item of a batch."""
+    """Tensors with one row for each item of a batch.
 
-    def _map(self: R, f: Callable[[torch.Tensor], torch.Tensor]) -> R:
+    Fields are tensors, tuples of them, other `Rows`, or None.
+    """
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Apply f to every tensor."""
-        raise NotImplementedError
 
-    def __getitem__(self: R, rows: slice | torch.Tensor) -> R:
+        def apply(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(apply, value))
+            if isinstance(value, Rows):
+                return value._map(f)
+            return None if value is None else f(value)
+
+        return type(self)(*(apply(getattr(self, field.name)) for field in fields(self)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Concatenate the rows of all parts."""
+        import torch
+
+        def join(values: list[Any]) -> Any:
+            first = values[0]
+            if isinstance(first, tuple):
+                return tuple(join(list(items)) for items in zip(*values, strict=True))
+            if isinstance(first, Rows):
+                return type(first).cat(values)
+            return None if first is None else torch.cat(values)
+
+        return cls(*(join([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Self:
         """Select rows by a slice, or by an index or mask tensor."""
         return self._map(lambda x: x[rows])
 
-    def repeat_interleave(self: R, n: int) -> R:
+    def repeat_interleave(self, n: int) -> Self:
         """Repeat each row n times: (B, ...) -> (B * n, ...)."""
         return self._map(lambda x: x.repeat_interleave(n, dim=0))
 
-    def clone(self: R) -> R:
+    def clone(self) -> Self:
         """Copy every tensor."""
         return self._map(lambda x: x.clone())
 
@@ -54,13 +83,6 @@ class TextEncoding(Rows):
     mask: torch.Tensor  # (B, L) bool, True = a real token
     # (B, L) token ids, for decoders that have a text transformer of their own
     ids: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.emb.shape[0]
-
-    def _map(self, f: Callable[[torch.Tensor], torch.Tensor]) -> TextEncoding:
-        ids = None if self.ids is None else f(self.ids)
-        return TextEncoding(f(self.emb), f(self.states), f(self.mask), ids)
 
     def trim(self) -> TextEncoding:
         """Remove the columns that are padding in every row.

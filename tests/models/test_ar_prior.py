@@ -190,7 +190,7 @@ def test_conditions_are_combined_before_each_code(prior):
     [
         ({"components": 17}, "components is 17; expected 1 to emb_dim = 16"),
         ({"buckets": 1}, "buckets is 1; expected at least 2"),
-        ({"width": 30}, "width is 30; heads = 4 must divide it"),
+        ({"width": 30}, "width is 30; expected a multiple of heads = 4"),
     ],
 )
 def test_a_faulty_config_is_told(changes, message):

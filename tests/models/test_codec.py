@@ -225,7 +225,7 @@ def test_usage_and_perplexity():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: DVAEConfig(image_size=20), "image_size is 20; expected a multiple of 8"),
+        (lambda: DVAEConfig(image_size=20), "image_size is 20; expected a multiple of factor = 8"),
         (lambda: DVAEConfig(width=6), "width is 6; expected .*a multiple of 4"),
         (lambda: DVAEConfig(blocks=0), "blocks is 0; expected at least 1"),
         (lambda: DVAEConfig(min_scale=-1.0), "min_scale is -1.0"),
@@ -238,7 +238,10 @@ def test_usage_and_perplexity():
             r"levels\[0\].channels is 128; expected a multiple of groups = 24",
         ),
         (lambda: VQGANConfig(levels=()), r"levels is \(\)"),
-        (lambda: VQGANConfig(image_size=100), "image_size is 100; expected a multiple of 16"),
+        (
+            lambda: VQGANConfig(image_size=100),
+            "image_size is 100; expected a multiple of factor = 16",
+        ),
         (lambda: GaussianVAEConfig(latent_width=0), "latent_width is 0"),
     ],
 )

@@ -295,7 +295,7 @@ def test_save_and_load(tmp_path, stream):
 def test_invalid_input_raises():
     with pytest.raises(ValueError, match="kernel is 4; expected an odd number"):
         replace(CONFIG, kernel=4)
-    with pytest.raises(ValueError, match="width is 22; expected a multiple of 4"):
+    with pytest.raises(ValueError, match="width is 22; expected a multiple of shifted_parts = 4"):
         replace(CONFIG, width=22, layer=LayerSpec(shift=True))
     with pytest.raises(ValueError, match=r"attention is \(\); expected at least 1 entry"):
         replace(CONFIG, attention=())

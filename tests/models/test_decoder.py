@@ -232,9 +232,9 @@ def test_bad_input_is_named() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learned_variance": True}, "unet has 3 channels in and 3 out; .* needs 3 and 6"),
+        ({"learned_variance": True}, "unet has 3 channels in and 3 out; .* and 6 out"),
         ({"unet": replace(UNET, context_dim=None)}, "unet.context_dim is not set"),
-        ({"image_size": 15}, "image_size is 15; expected a multiple of 2"),
+        ({"image_size": 15}, "image_size is 15; expected a multiple of .* 2"),
         ({"context_tokens": 0}, "context_tokens is 0; expected at least 1"),
         ({"emb_dim": 0}, "emb_dim is 0; expected at least 1"),
     ],
@@ -242,7 +242,7 @@ def test_bad_input_is_named() -> None:
 def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
-    with pytest.raises(ValueError, match="text.width is 10; heads = 3 must divide it"):
+    with pytest.raises(ValueError, match="width is 10; expected a multiple of heads = 3"):
         replace(OWN_TEXT, width=10)
 
 

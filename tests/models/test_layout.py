@@ -157,7 +157,7 @@ def test_wrong_shapes_are_refused():
         ValueError, match="a decoder with a layout, inpaints=False .* needs 6 and 3"
     ):
         tiny_decoder(unet=unet, learned_variance=False, layout=SHAPE)
-    with pytest.raises(ValueError, match=f"layout.emb_dim is 5; expected emb_dim, {EMB_DIM}"):
+    with pytest.raises(ValueError, match=f"layout.emb_dim is 5; expected emb_dim = {EMB_DIM}"):
         layout = replace(SHAPE, emb_dim=5)
         tiny_decoder(unet=replace(unet, in_channels=6), learned_variance=False, layout=layout)
 

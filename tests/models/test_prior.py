@@ -195,7 +195,7 @@ def test_a_new_prior_predicts_the_mean_and_learns() -> None:
 
 
 def test_bad_input_is_named(prior: DiffusionPrior, text: TextEncoding) -> None:
-    with pytest.raises(ValueError, match="width is 30; heads = 4 must divide it"):
+    with pytest.raises(ValueError, match="width is 30; expected a multiple of heads = 4"):
         PriorConfig(emb_dim=16, text_width=16, context_length=9, width=30, depth=3, heads=4)
     with pytest.raises(ValueError, match="the text has 18 tokens; this prior takes at most 9"):
         prior.condition(TextEncoding(text.emb, text.states.repeat(1, 2, 1), text.mask.repeat(1, 2)))

@@ -193,7 +193,7 @@ def test_sinusoids_end_at_a_ten_thousandth():
     "changes, message",
     [
         ({"depth": 0}, "depth is 0; expected at least 1"),
-        ({"width": 3}, "width is 3; the time sinusoids need an even number"),
+        ({"width": 3}, "width is 3; time sinusoids need an even number"),
         ({"padding": "masked"}, 'text_null is "learned", which needs padding'),
     ],
 )

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from unclip.types import Rows
 
-KV = TypeVar("KV", bound="KeyValues")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -166,16 +166,13 @@ class KeyValues(Rows):
         """Iterate over the attentions: keys, values and mask of each."""
         return ((k, v, self.mask) for k, v in zip(self.k, self.v, strict=True))
 
-    def _map(self: KV, f: Callable[[Tensor], Tensor]) -> KV:
-        return type(self)(tuple(map(f, self.k)), tuple(map(f, self.v)), f(self.mask))
-
-    def expand(self: KV, batch: int) -> KV:
+    def expand(self, batch: int) -> Self:
         """Repeat each row equally often, `batch` rows in all; a single row is not copied."""
         if len(self) == 1:
             return self._map(lambda x: x.expand(batch, *x.shape[1:]))
         return self if len(self) == batch else self.repeat_interleave(batch // len(self))
 
-    def pad(self: KV, n: int) -> KV:
+    def pad(self, n: int) -> Self:
         """Pad to n tokens; the new positions are masked."""
         missing = n - self.mask.shape[1]
         if missing == 0:
@@ -184,20 +181,15 @@ class KeyValues(Rows):
         return type(self)(k, v, F.pad(self.mask, (0, missing), value=False))
 
     @classmethod
-    def cat(cls: type[KV], parts: Sequence[KV]) -> KV:
+    def cat(cls, parts: Sequence[Self]) -> Self:
         """Concatenate the rows of all parts, padded to the longest."""
         n = max(part.mask.shape[1] for part in parts)
-        parts = [part.pad(n) for part in parts]
-        ks = tuple(torch.cat(layer) for layer in zip(*(part.k for part in parts), strict=True))
-        vs = tuple(torch.cat(layer) for layer in zip(*(part.v for part in parts), strict=True))
-        return cls(ks, vs, torch.cat([part.mask for part in parts]))
+        return super().cat([part.pad(n) for part in parts])
 
 
-def per_row(t: torch.Tensor | float, x_t: torch.Tensor) -> torch.Tensor:
+def per_row(t: Tensor | float, x_t: Tensor) -> Tensor:
     """Return the timestep of each row of x_t (B, ...): t as it is, or one number B times."""
-    if isinstance(t, torch.Tensor):
-        return t
-    return torch.full((len(x_t),), t, device=x_t.device)
+    return t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)
 
 
 class DenoiserCache:
@@ -210,16 +202,13 @@ class DenoiserCache:
     def __init__(self, timesteps: Sequence[float], interval: int = 1) -> None:
         self.steps = {t: step for step, t in enumerate(timesteps)}
         self.interval = interval
-        self._time: dict[float, torch.Tensor] = {}
-        self._deep: torch.Tensor | None = None
+        self._time: dict[float, Tensor] = {}
+        self._deep: Tensor | None = None
         self._deep_step = -math.inf  # at which `_deep` was computed
 
     def time(
-        self,
-        t: torch.Tensor | float,
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        device: torch.device,
-    ) -> torch.Tensor:
+        self, t: Tensor | float, embed: Callable[[Tensor], Tensor], device: torch.device
+    ) -> Tensor:
         """Return row t of `embed` of all timesteps, (T,) -> (T, ...). t is one number."""
         t = float(t)
         if t not in self._time:  # a scheduler may round t to a number that was not announced
@@ -227,14 +216,14 @@ class DenoiserCache:
             self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
         return self._time[t]
 
-    def deep_features(self, t: torch.Tensor | float) -> torch.Tensor | None:
+    def deep_features(self, t: Tensor | float) -> Tensor | None:
         """Return the deep features to reuse at t; None if they must be computed."""
         t = float(t)
         # Guidance on an interval and going back in time leave steps out.
         age = self.steps.get(t, math.inf) - self._deep_step
         return self._deep if 0 < age < self.interval else None
 
-    def store(self, t: torch.Tensor | float, deep_features: torch.Tensor) -> None:
+    def store(self, t: Tensor | float, deep_features: Tensor) -> None:
         """Keep the deep features of t, unless they are reused ones."""
         t = float(t)
         if self.interval > 1 and self.deep_features(t) is None:

@@ -14,7 +14,7 @@ from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.config import DropRate, PositiveInt, config
+from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.layers import (
     DotProductAttention,
     GroupNorm,
@@ -37,9 +37,43 @@ class LevelSpec:
 
 
 @config
-class UNetConfig:
+class UNetShape:
+    """Configuration that all U-Nets have in common."""
+
     in_channels: PositiveInt
     out_channels: PositiveInt
+
+    @property
+    def size_divisor(self) -> int:
+        """Height and width of images must be multiples of this."""
+        raise NotImplementedError
+
+    def check(
+        self, name: str, inputs: dict[str, int], learned_variance: bool, **sizes: int
+    ) -> None:
+        """ValueError unless the U-Net takes these inputs (channels of each) and image sizes."""
+        c_in, c_out = sum(inputs.values()), 6 if learned_variance else 3
+        if (self.in_channels, self.out_channels) != (c_in, c_out):
+            parts = ", ".join(f"{part} {channels}" for part, channels in inputs.items())
+            raise ValueError(
+                f"{name} has {self.in_channels} channels in and {self.out_channels} out; expected "
+                f"{c_in} in ({parts}) and {c_out} out (learned_variance={learned_variance})"
+            )
+        for size_name, size in sizes.items():
+            check_multiple(size_name, size, size_divisor=self.size_divisor)
+
+    def check_image(self, x: Tensor) -> None:
+        """ValueError unless height and width of images (B, C, h, w) are such multiples."""
+        height, width = x.shape[2:]
+        if height % self.size_divisor or width % self.size_divisor:
+            raise ValueError(
+                f"the image is {height} x {width}; "
+                f"this U-Net needs multiples of {self.size_divisor}"
+            )
+
+
+@config
+class UNetConfig(UNetShape):
     # from the highest resolution; each level has half the resolution of the previous one
     levels: Annotated[tuple[LevelSpec, ...], MinLen(1)]
     patch: PositiveInt = 1  # pixel unshuffle before the first convolution, undone after the last
@@ -54,19 +88,11 @@ class UNetConfig:
     mid_attention: bool = True
 
     def __post_init__(self) -> None:
-        if self.levels[0].channels % 2:
-            raise ValueError(
-                f"levels[0].channels is {self.levels[0].channels}; expected an even number, "
-                "for the time sinusoids"
-            )
+        check_multiple("levels[0].channels", self.levels[0].channels, sin_and_cos=2)
         for i, level in enumerate(self.levels):
-            attends = level.attention or (self.mid_attention and i == len(self.levels) - 1)
-            for name in ("groups", *(["head_dim"] if attends else [])):
-                if level.channels % getattr(self, name):
-                    raise ValueError(
-                        f"levels[{i}].channels is {level.channels}; expected a multiple of "
-                        f"{name} = {getattr(self, name)}"
-                    )
+            check_multiple(f"levels[{i}].channels", level.channels, groups=self.groups)
+            if level.attention or (self.mid_attention and i == len(self.levels) - 1):
+                check_multiple(f"levels[{i}].channels", level.channels, head_dim=self.head_dim)
 
     @property
     def time_width(self) -> int:
@@ -74,7 +100,6 @@ class UNetConfig:
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of images must be multiples of this."""
         return self.patch * 2 ** (len(self.levels) - 1)
 
 
@@ -308,11 +333,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.config.patch), deep_features
 
     def _check_inputs(self, x: Tensor, context: KeyValues | None) -> None:
-        divisor = self.config.size_divisor
-        if x.shape[2] % divisor or x.shape[3] % divisor:
-            raise ValueError(
-                f"the image is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
-            )
+        self.config.check_image(x)
         if (context is None) != (self.config.context_dim is None):
             state = "missing" if context is None else "not expected"
             raise ValueError(

@@ -117,12 +117,6 @@ class ImageCodec(Autoencoder):
     def _decode(self, codes: Tensor) -> Tensor: ...
 
 
-def check_image_size(image_size: int, factor: int) -> None:
-    """ValueError unless `factor` divides the image size of a config."""
-    if image_size % factor:
-        raise ValueError(f"image_size is {image_size}; expected a multiple of {factor}")
-
-
 def code_statistics(codes: Tensor, vocab_size: int) -> dict[str, Tensor]:
     """Statistics of codebook use.
 

@@ -18,15 +18,8 @@ from annotated_types import MultipleOf
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.config import NonNegative, PositiveInt, config
-from unclip.models.codecs.codec import (
-    ConvKind,
-    ImageCodec,
-    LossTerms,
-    check_image_size,
-    code_statistics,
-    convolution,
-)
+from unclip.config import NonNegative, PositiveInt, check_multiple, config
+from unclip.models.codecs.codec import ConvKind, ImageCodec, LossTerms, code_statistics, convolution
 from unclip.models.codecs.quantizers import full_precision, kl_to_uniform
 
 EPS = 0.1  # pixels are mapped to [EPS, 1 - EPS], where their logit is finite
@@ -49,7 +42,7 @@ class DVAEConfig:
     min_scale: NonNegative = 0.0
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.factor)
+        check_multiple("image_size", self.image_size, factor=self.factor)
 
     @property
     def factor(self) -> int:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import PositiveInt, config
-from unclip.models.codecs.codec import Autoencoder, LossTerms, check_image_size
+from unclip.config import PositiveInt, check_multiple, config
+from unclip.models.codecs.codec import Autoencoder, LossTerms
 from unclip.models.codecs.vqvae import ConvNetConfig, make_decoder, make_encoder
 
 
@@ -25,7 +25,7 @@ class GaussianVAEConfig:
     net: ConvNetConfig = field(default_factory=ConvNetConfig)
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.factor)
+        check_multiple("image_size", self.image_size, factor=self.factor)
 
     @property
     def factor(self) -> int:

@@ -11,20 +11,13 @@ import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor, nn
 
-from unclip.config import DropRate, PositiveInt, config
-from unclip.models.codecs.codec import check_image_size
+from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.codecs.quantizers import NearestConfig, QuantizerConfig, make_quantizer
 from unclip.models.codecs.vqvae import QuantizedCodec
 from unclip.models.layers import DotProductAttention, GroupNorm
 from unclip.models.unet import LevelSpec, UpConv2d
 
-F16 = (
-    LevelSpec(128),
-    LevelSpec(128),
-    LevelSpec(256),
-    LevelSpec(256),
-    LevelSpec(512, attention=True),
-)
+F16 = tuple(LevelSpec(c, attention=c == 512) for c in (128, 128, 256, 256, 512))
 
 
 @config
@@ -46,12 +39,8 @@ class VQGANConfig:
 
     def __post_init__(self) -> None:
         for i, level in enumerate(self.levels):
-            if level.channels % self.groups:
-                raise ValueError(
-                    f"levels[{i}].channels is {level.channels}; expected a multiple of "
-                    f"groups = {self.groups}"
-                )
-        check_image_size(self.image_size, self.factor)
+            check_multiple(f"levels[{i}].channels", level.channels, groups=self.groups)
+        check_multiple("image_size", self.image_size, factor=self.factor)
 
     @property
     def factor(self) -> int:

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from annotated_types import MultipleOf
 from torch import Tensor, nn
 
-from unclip.config import PositiveInt, config
-from unclip.models.codecs.codec import (
-    ConvKind,
-    ImageCodec,
-    LossTerms,
-    check_image_size,
-    code_statistics,
-    convolution,
-)
+from unclip.config import PositiveInt, check_multiple, config
+from unclip.models.codecs.codec import ConvKind, ImageCodec, LossTerms, code_statistics, convolution
 from unclip.models.codecs.quantizers import NearestConfig, Quantizer, VectorQuantizer
 
 
@@ -105,7 +98,7 @@ class VQVAEConfig:
     pixel_loss: Literal["l1", "l2"] = "l2"
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.factor)
+        check_multiple("image_size", self.image_size, factor=self.factor)
 
     @property
     def factor(self) -> int:

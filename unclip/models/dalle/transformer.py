@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from annotated_types import MinLen
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.config import DropRate, PositiveInt, config
+from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Kind, Pattern
 from unclip.models.dalle.cache import CodeCache
 from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
@@ -49,10 +48,8 @@ class DALLEConfig(CodeGrid):
     def __post_init__(self) -> None:
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel is {self.kernel}; expected an odd number")
-        if self.layer.shift and self.width % 4:
-            raise ValueError(
-                f"width is {self.width}; expected a multiple of 4, for layers with shift"
-            )
+        if self.layer.shift:
+            check_multiple("width", self.width, shifted_parts=4)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -70,24 +67,11 @@ class DALLEPrefix(Rows):
     kv: Tensor  # keys and values of the text in every layer, (B, layers, 2, H, T, d)
     logits: Tensor  # of the first code, (B, K)
 
-    def __len__(self) -> int:
-        return len(self.logits)
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> DALLEPrefix:
-        return DALLEPrefix(f(self.kv), f(self.logits))
-
     def repeat_interleave(self, n: int) -> DALLEPrefix:
         """Repeat each row n times; a single row is not copied."""
         if len(self) == 1:
             return self._map(lambda x: x.expand(n, *x.shape[1:]))
         return super().repeat_interleave(n)
-
-    @staticmethod
-    def cat(parts: Sequence[DALLEPrefix]) -> DALLEPrefix:
-        """Concatenate the rows of all parts."""
-        return DALLEPrefix(
-            torch.cat([part.kv for part in parts]), torch.cat([part.logits for part in parts])
-        )
 
 
 class DALLELogits(NamedTuple):

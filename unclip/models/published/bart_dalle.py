@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import PositiveInt, config
+from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Pattern
 from unclip.models.dalle.cache import CodeCache
 from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
@@ -42,8 +42,7 @@ class BartDALLEConfig(CodeGrid):
     null: tuple[int, ...] = (0, 2)  # tokens of the empty text: start and end
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}; expected a multiple of heads = {self.heads}")
+        check_multiple("width", self.width, heads=self.heads)
         if not 0 < len(self.null) <= self.context_length:
             raise ValueError(f"null is {self.null}; expected 1 to {self.context_length} tokens")
 

@@ -9,7 +9,6 @@ tokens of the middle only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.layers import DenoiserCache, per_row
 from unclip.models.published.cross_attention_unet import (
     CrossAttentionUNet,
@@ -27,52 +27,35 @@ from unclip.models.published.relative_prior import fit_text
 from unclip.types import Rows, TextEncoding
 
 
-@dataclass(frozen=True)
+@config
 class CrossAttentionDecoderConfig:
     unet: CrossAttentionUNetConfig
-    image_size: int
-    emb_dim: int  # D
+    image_size: PositiveInt
+    emb_dim: PositiveInt  # D
     text_width: int | None  # of CLIP's text states; None = no captions
-    image_tokens: int = 4  # number of tokens made of the image embedding
-    text_slots: int = 256  # a caption's tokens; unused slots hold learned tokens
+    image_tokens: PositiveInt = 4  # number of tokens made of the image embedding
+    text_slots: PositiveInt = 256  # a caption's tokens; unused slots hold learned tokens
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
     null_text: Literal["learned"] = "learned"
 
     def __post_init__(self) -> None:
-        check_channels(self.unet, self.image_size, 3, self.learned_variance)
-        for name in ("emb_dim", "image_tokens", "text_slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        size = self.image_size
+        self.unet.check("unet", {"x_t": 3}, self.learned_variance, image_size=size)
 
 
-@dataclass(frozen=True)
+@config
 class CrossAttentionUpsamplerConfig:
     unet: CrossAttentionUNetConfig
-    low_size: int
-    high_size: int
+    low_size: PositiveInt
+    high_size: PositiveInt
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
 
     def __post_init__(self) -> None:
-        check_channels(self.unet, self.high_size, 6, self.learned_variance)
-        if self.low_size < 1 or self.high_size % self.low_size:
-            raise ValueError(
-                f"low_size is {self.low_size}; it must divide high_size = {self.high_size}"
-            )
-
-
-def check_channels(
-    unet: CrossAttentionUNetConfig, size: int, channels_in: int, learned_variance: bool
-) -> None:
-    channels_out = 6 if learned_variance else 3
-    if (unet.in_channels, unet.out_channels) != (channels_in, channels_out):
-        raise ValueError(
-            f"unet has {unet.in_channels} channels in and {unet.out_channels} out; expected "
-            f"{channels_in} in and, with learned_variance={learned_variance}, {channels_out} out"
-        )
-    if size < 1 or size % unet.size_divisor:
-        raise ValueError(f"the image size is {size}; expected a multiple of {unet.size_divisor}")
+        inputs, size = {"x_t": 3, "low_res": 3}, self.high_size
+        self.unet.check("unet", inputs, self.learned_variance, high_size=size)
+        check_multiple("high_size", size, low_size=self.low_size)
 
 
 @dataclass(frozen=True)
@@ -82,23 +65,6 @@ class TokenContext(Rows):
     time_shift: Tensor  # (B, T)
     image_tokens: Tensor  # (B, image_tokens, C)
     text_tokens: Tensor | None  # (B, N, C); None without captions
-
-    def __len__(self) -> int:
-        return len(self.time_shift)
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> TokenContext:
-        text = None if self.text_tokens is None else f(self.text_tokens)
-        return TokenContext(f(self.time_shift), f(self.image_tokens), text)
-
-    @classmethod
-    def cat(cls, parts: Sequence[TokenContext]) -> TokenContext:
-        """Concatenate the rows of all parts."""
-        texts = [part.text_tokens for part in parts if part.text_tokens is not None]
-        return cls(
-            torch.cat([part.time_shift for part in parts]),
-            torch.cat([part.image_tokens for part in parts]),
-            torch.cat(texts) if texts else None,
-        )
 
 
 class CrossAttentionDecoder(nn.Module):

@@ -19,9 +19,10 @@ from annotated_types import Ge, MinLen, MultipleOf
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.config import NonNegativeInt, PositiveInt, config
+from unclip.config import NonNegativeInt, PositiveInt, check_multiple, config
 from unclip.models.layers import GroupNorm, ModuleList
 from unclip.models.published.relative_prior import COSINE_SCALE, PeakLayerNorm, sinusoids
+from unclip.models.unet import UNetShape
 
 TOKEN_HEADS, TOKEN_HEAD_DIM = 8, 64  # of all cross-attention layers
 
@@ -39,16 +40,11 @@ class CrossLevel:
     groups: PositiveInt = 8
 
     def __post_init__(self) -> None:
-        if self.channels % self.groups:
-            raise ValueError(
-                f"channels is {self.channels}; expected a multiple of groups = {self.groups}"
-            )
+        check_multiple("channels", self.channels, groups=self.groups)
 
 
 @config
-class CrossAttentionUNetConfig:
-    in_channels: PositiveInt
-    out_channels: PositiveInt
+class CrossAttentionUNetConfig(UNetShape):
     # of the first and last block, and of the time sinusoids
     channels: Annotated[int, Ge(4), MultipleOf(2)]
     levels: Annotated[tuple[CrossLevel, ...], MinLen(1)]
@@ -79,7 +75,6 @@ class CrossAttentionUNetConfig:
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of images must be multiples of this."""
         return 2 ** (len(self.levels) - (not self.shrink_first))
 
 
@@ -284,13 +279,9 @@ class CrossAttentionUNet(nn.Module):
         (B, N, token_dim), for all levels except the highest. mid_tokens: (B, N', token_dim),
         additional ones for the middle blocks.
         """
-        divisor, dtype = self.config.size_divisor, self.token_norm.weight.dtype
-        if x.shape[2] % divisor or x.shape[3] % divisor:
-            raise ValueError(
-                f"the image is {x.shape[2]} x {x.shape[3]}; this U-Net needs multiples of {divisor}"
-            )
-        x = x.to(dtype)
-        hidden = F.gelu(self.time_in(sinusoids(t, self.config.channels).to(dtype)))  # B T
+        self.config.check_image(x)
+        x = x.to(self.token_norm.weight.dtype)
+        hidden = F.gelu(self.time_in(sinusoids(t, self.config.channels).to(x.dtype)))  # B T
         time = self.time_out(hidden) if time_shift is None else self.time_out(hidden) + time_shift
         time_tokens = self.time_to_tokens(hidden)
         parts = [rearrange(time_tokens, "b (n c) -> b n c", n=self.config.time_tokens)]

@@ -4,45 +4,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.layers import DenoiserCache, ModuleList, TransformerBlock
 from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 
 
-@dataclass(frozen=True)
+@config
 class GLIDEConfig:
     unet: UNetConfig
-    image_size: int
+    image_size: PositiveInt
     text: TextTransformer
-    low_size: int | None = None  # of the images that it enlarges; None = it generates from noise
+    low_size: PositiveInt | None = None  # of images to enlarge; None = generates from noise
     inpaints: bool = False  # known pixels and their mask are concatenated to x_t
 
     def __post_init__(self) -> None:
-        channels = 3 + (3 if self.low_size else 0) + (4 if self.inpaints else 0)
-        if self.unet.in_channels != channels or self.unet.out_channels != 6:
+        size, context_dim = self.image_size, self.unet.context_dim
+        inputs = {"x_t": 3, "low_res": 3 if self.low_size else 0, "known": 4 * self.inpaints}
+        self.unet.check("unet", inputs, True, image_size=size)
+        check_multiple("image_size", size, low_size=self.low_size or 1)
+        if context_dim != self.text.width:
             raise ValueError(
-                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
-                f"with low_size={self.low_size} and inpaints={self.inpaints} "
-                f"it needs {channels} and 6"
-            )
-        if self.unet.context_dim != self.text.width:
-            raise ValueError(
-                f"unet.context_dim is {self.unet.context_dim}; "
-                f"expected text.width = {self.text.width}"
-            )
-        if self.image_size < 1 or self.image_size % self.unet.size_divisor:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a multiple of {self.unet.size_divisor}"
-            )
-        if self.low_size is not None and (self.low_size < 1 or self.image_size % self.low_size):
-            raise ValueError(
-                f"low_size is {self.low_size}; it must divide image_size = {self.image_size}"
+                f"unet.context_dim is {context_dim}; expected text.width = {self.text.width}"
             )
 
 

@@ -10,13 +10,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from unclip.config import NonNegativeInt, PositiveInt, config
-from unclip.models.codecs.codec import (
-    ImageCodec,
-    LossTerms,
-    check_image_size,
-    code_statistics,
-)
+from unclip.config import NonNegativeInt, PositiveInt, check_multiple, config
+from unclip.models.codecs.codec import ImageCodec, LossTerms, code_statistics
 from unclip.models.codecs.quantizers import kl_to_uniform
 
 
@@ -34,7 +29,7 @@ class PlainDVAEConfig:
     smooth_l1: bool = False
 
     def __post_init__(self) -> None:
-        check_image_size(self.image_size, self.factor)
+        check_multiple("image_size", self.image_size, factor=self.factor)
 
     @property
     def factor(self) -> int:

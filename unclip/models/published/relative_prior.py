@@ -53,13 +53,9 @@ class RelativePriorConfig:
 
     def __post_init__(self) -> None:
         if self.num_timesteps is None and (self.width % 2 or self.width < 4):
-            raise ValueError(
-                f"width is {self.width}; the time sinusoids need an even number, at least 4"
-            )
+            raise ValueError(f"width is {self.width}; time sinusoids need an even number >= 4")
         if self.text_null == "learned" and self.padding != "learned":
-            raise ValueError(
-                'text_null is "learned", which needs padding "learned"; got padding "masked"'
-            )
+            raise ValueError('text_null is "learned", which needs padding "learned"; got "masked"')
 
     # The names that all priors share.
     @property

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, config
 from unclip.embeddings import PCA
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.dalle.sampling import sample_code
@@ -79,19 +81,17 @@ def _cosine(image_emb: Tensor, text_emb: Tensor) -> Tensor:
     return product.sum(dim=-1)
 
 
-@dataclass(frozen=True)
+@config
 class ARPriorConfig(TextPriorConfig):
-    components: int = 319  # K, principal components of an image embedding, one code each
-    buckets: int = 1024  # V, values of a code, and of the dot product
+    components: PositiveInt = 319  # K, principal components of an image embedding, one code each
+    buckets: Annotated[int, Ge(2)] = 1024  # V, values of a code, and of the dot product
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.components <= self.emb_dim:
+        if self.components > self.emb_dim:
             raise ValueError(
                 f"components is {self.components}; expected 1 to emb_dim = {self.emb_dim}"
             )
-        if self.buckets < 2:
-            raise ValueError(f"buckets is {self.buckets}; expected at least 2")
 
 
 class ARCache:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, TransformerBlock, per_row
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.models.unet import UNet, UNetConfig
@@ -25,52 +25,43 @@ EncodedText = tuple[Tensor, Tensor, Tensor]
 """The caption's embedding (B, D or width), its context tokens (B, L, context_dim), mask (B, L)."""
 
 
-@dataclass(frozen=True)
+@config
 class ClipStates:
     """Read the caption through the states of CLIP's text tower (Karlo)."""
 
     kind: Literal["clip_states"] = "clip_states"
 
 
-@dataclass(frozen=True)
+@config
 class TextTransformer:
     """Read the caption with a bidirectional transformer of the decoder's own (GLIDE, unCLIP)."""
 
-    vocab_size: int
-    context_length: int
-    width: int
-    depth: int
-    heads: int
+    vocab_size: PositiveInt
+    context_length: PositiveInt
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
     kind: Literal["transformer"] = "transformer"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"text.{name} is {getattr(self, name)}; expected at least 1")
-        if self.width % self.heads:
-            raise ValueError(f"text.width is {self.width}; heads = {self.heads} must divide it")
+        check_multiple("width", self.width, heads=self.heads)
 
 
-@dataclass(frozen=True)
+@config
 class LayoutConfig:
-    emb_dim: int  # D, of CLIP's embeddings
-    size: int = 16  # side of the output image
-    width: int = 768
-    depth: int = 3  # hidden layers
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+    emb_dim: PositiveInt  # D, of CLIP's embeddings
+    size: PositiveInt = 16  # side of the output image
+    width: PositiveInt = 768
+    depth: PositiveInt = 3  # hidden layers
 
 
-@dataclass(frozen=True)
+@config
 class DecoderConfig:
     unet: UNetConfig
-    image_size: int
-    emb_dim: int  # D, of CLIP's embeddings
-    text_width: int  # W, of CLIP's text states
-    context_tokens: int = 4  # number of context tokens made of the image embedding
+    image_size: PositiveInt
+    emb_dim: PositiveInt  # D, of CLIP's embeddings
+    text_width: PositiveInt  # W, of CLIP's text states
+    context_tokens: PositiveInt = 4  # number of context tokens made of the image embedding
     text: ClipStates | TextTransformer = field(default_factory=ClipStates)
     null_text: Literal["learned", "empty_prompt"] = "learned"
     text_emb_in_time: bool = True  # add the caption's embedding to the time embedding
@@ -80,30 +71,19 @@ class DecoderConfig:
     inpaints: bool = False  # known pixels and their mask are concatenated to x_t (GLIDE 2.4)
 
     def __post_init__(self) -> None:
-        channels_in = 3 + (3 if self.layout else 0) + (4 if self.inpaints else 0)
-        channels = channels_in, 6 if self.learned_variance else 3
-        if (self.unet.in_channels, self.unet.out_channels) != channels:
-            raise ValueError(
-                f"unet has {self.unet.in_channels} channels in and {self.unet.out_channels} out; "
-                f"a decoder with {'a' if self.layout else 'no'} layout, inpaints={self.inpaints} "
-                f"and learned_variance={self.learned_variance} "
-                f"needs {channels[0]} and {channels[1]}"
-            )
+        size = self.image_size
+        self.unet.check("unet", self.inputs, self.learned_variance, image_size=size)
+        if self.unet.context_dim is None:
+            raise ValueError("unet.context_dim is not set; a decoder needs the context width")
         if self.layout and self.layout.emb_dim != self.emb_dim:
             raise ValueError(
-                f"layout.emb_dim is {self.layout.emb_dim}; expected emb_dim, {self.emb_dim}"
+                f"layout.emb_dim is {self.layout.emb_dim}; expected emb_dim = {self.emb_dim}"
             )
-        if self.unet.context_dim is None:
-            raise ValueError(
-                "unet.context_dim is not set; the decoder's attention needs the context width"
-            )
-        if self.image_size % self.unet.size_divisor:
-            raise ValueError(
-                f"image_size is {self.image_size}; expected a multiple of {self.unet.size_divisor}"
-            )
-        for name in ("image_size", "emb_dim", "text_width", "context_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Number of channels of each input of the U-Net."""
+        return {"x_t": 3, "layout": 3 if self.layout else 0, "known": 4 if self.inpaints else 0}
 
 
 @dataclass(frozen=True)
@@ -113,23 +93,6 @@ class DecoderContext(Rows):
     time_shift: Tensor  # (B, time_dim), added to the time embedding
     kv: KeyValues  # of the N context tokens
     extra_channels: Tensor | None = None  # (B, C, s, s), concatenated to x_t
-
-    def __len__(self) -> int:
-        return len(self.time_shift)
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> DecoderContext:
-        extra = None if self.extra_channels is None else f(self.extra_channels)
-        return DecoderContext(f(self.time_shift), self.kv._map(f), extra)
-
-    @classmethod
-    def cat(cls, parts: Sequence[DecoderContext]) -> DecoderContext:
-        """Concatenate the rows of all parts; shorter contexts are padded to the longest."""
-        extra = [part.extra_channels for part in parts if part.extra_channels is not None]
-        return cls(
-            torch.cat([part.time_shift for part in parts]),
-            KeyValues.cat([part.kv for part in parts]),
-            torch.cat(extra) if extra else None,
-        )
 
 
 class ContextUNet(nn.Module):
@@ -270,11 +233,9 @@ class Decoder(ContextUNet):
 
     def extra_channel_weights(self) -> dict[str, Tensor]:
         """Return views of the first convolution's weights for the "layout" and "known" channels."""
-        config = self.config
-        names = ("x_t", "layout", "known")
-        channels = (3, 3 if config.layout else 0, 4 if config.inpaints else 0)
-        weights = self.unet.stem.weight.split([n * config.unet.patch**2 for n in channels], dim=1)
-        views = dict(zip(names, weights, strict=True))
+        inputs, patch = self.config.inputs, self.config.unet.patch
+        weights = self.unet.stem.weight.split([n * patch**2 for n in inputs.values()], dim=1)
+        views = dict(zip(inputs, weights, strict=True))
         return {name: view for name, view in views.items() if name != "x_t" and view.shape[1]}
 
     def condition(

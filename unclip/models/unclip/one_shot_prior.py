@@ -5,18 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from unclip.config import config
 from unclip.models.layers import KeyValues, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import TextEncoding
 
 
-@dataclass(frozen=True)
+@config
 class OneShotPriorConfig(TextPriorConfig):
     # learned: one embedding for each text; noise: a random one, as in ECLIPSE
     query: Literal["learned", "noise"] = "learned"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.config import DropRate, Positive, PositiveInt, check_multiple, config
 from unclip.models.layers import (
     DenoiserCache,
     KeyValues,
@@ -80,29 +80,20 @@ class EmbeddingStats(nn.Module):
         return x_0 * self.emb_std + self.emb_mean
 
 
-@dataclass(frozen=True)
+@config
 class TextPriorConfig:
-    emb_dim: int  # D, of CLIP's embeddings
-    text_width: int  # W, of CLIP's text states
-    context_length: int  # slots for text tokens; a text may use fewer
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: int = 4
-    dropout: float = 0.0
+    emb_dim: PositiveInt  # D, of CLIP's embeddings
+    text_width: PositiveInt  # W, of CLIP's text states
+    context_length: PositiveInt  # slots for text tokens; a text may use fewer
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: PositiveInt = 4
+    dropout: DropRate = 0.0
     null_text: Literal["learned", "empty_prompt"] = "learned"
 
     def __post_init__(self) -> None:
-        sizes = ("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}; expected a fraction in [0, 1)")
-        if self.width % self.heads:
-            raise ValueError(f"width is {self.width}; heads = {self.heads} must divide it")
-        if self.width % 2:
-            raise ValueError(f"width is {self.width}; the time sinusoids need an even number")
+        check_multiple("width", self.width, heads=self.heads, sin_and_cos=2)
 
 
 class TextPrior(EmbeddingStats):
@@ -180,16 +171,10 @@ class TextPrior(EmbeddingStats):
         return TextEncoding(emb, states, torch.where(drop[:, None], null_mask, text.mask))
 
 
-@dataclass(frozen=True)
+@config
 class PriorConfig(TextPriorConfig):
-    x0_limit: float | None = 5.0  # clip x_0 to ± this, in standard deviations (Karlo); None = not
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.x0_limit is not None and self.x0_limit <= 0:
-            raise ValueError(
-                f"x0_limit is {self.x0_limit}; expected a positive number, or None for no limit"
-            )
+    # clip x_0 to ± this, in standard deviations (Karlo); None = not
+    x0_limit: Positive | None = 5.0
 
 
 class DiffusionPrior(TextPrior):

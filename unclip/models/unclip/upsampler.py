@@ -4,51 +4,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from unclip.config import PositiveInt, check_multiple, config
 from unclip.image_io import resize
 from unclip.models.layers import DenoiserCache, per_row
 from unclip.models.unet import UNet, UNetConfig
 
 
-@dataclass(frozen=True)
+@config
 class UpsamplerConfig:
     unet: UNetConfig
-    low_size: int
-    high_size: int
+    low_size: PositiveInt
+    high_size: PositiveInt
     prediction: Literal["eps", "x0", "v"] = "eps"
     learned_variance: bool = False
     residual: bool = False  # predict x_0 minus the enlarged small image (SRDiff, 2104.14951)
     last_unet: UNetConfig | None = None  # a separate network for the last step (Karlo)
 
     def __post_init__(self) -> None:
-        channels = 6 if self.learned_variance else 3
-        for name, unet in (("unet", self.unet), ("last_unet", self.last_unet)):
-            if unet is None:
-                continue
-            if unet.in_channels != 6 or unet.out_channels != channels:
-                raise ValueError(
-                    f"{name} has {unet.in_channels} channels in and {unet.out_channels} out; "
-                    f"with learned_variance={self.learned_variance} it needs 6 and {channels}"
-                )
+        inputs, size = {"x_t": 3, "low_res": 3}, self.high_size
+        for name, unet in (("unet", self.unet), ("last_unet", self.last_unet or self.unet)):
+            unet.check(name, inputs, self.learned_variance, high_size=size)
             if unet.context_dim is not None:
-                raise ValueError(
-                    f"{name}.context_dim is {unet.context_dim}; an upsampler has no context"
-                )
-            if self.high_size % unet.size_divisor:
-                raise ValueError(
-                    f"high_size is {self.high_size}; expected a multiple of {unet.size_divisor}"
-                )
+                raise ValueError(f"{name}.context_dim is {unet.context_dim}; expected none")
+        check_multiple("high_size", size, low_size=self.low_size)
         if self.residual and self.prediction != "x0":
             raise ValueError(f"residual needs prediction: x0, but prediction is {self.prediction}")
-        if self.low_size < 1 or self.high_size % self.low_size:
-            raise ValueError(
-                f"low_size is {self.low_size}; it must divide high_size = {self.high_size}"
-            )
 
 
 class Upsampler(nn.Module):
