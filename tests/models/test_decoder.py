@@ -218,7 +218,7 @@ def test_dtypes(text_kind: ClipStates | TextTransformer, dtype: torch.dtype) -> 
 def test_bad_input_is_named() -> None:
     text, (_, _, image_emb) = make_text(), make_rest()
     karlo = Decoder(replace(CONFIG, null_text="empty_prompt"))
-    with pytest.raises(ValueError, match="drop_text was given, but null_text is"):
+    with pytest.raises(ValueError, match="drop_text was given"):
         karlo.condition(image_emb, text, drop_text=torch.ones(B, dtype=torch.bool))
     decoder = make(OWN_TEXT)
     with pytest.raises(ValueError, match="has no token ids"):

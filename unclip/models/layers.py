@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,11 @@ def zeroed(module: M) -> M:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def replace_rows(x: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
+    """Replace the rows of x (B, ...) where `rows` (B,) bool is True; None = nowhere."""
+    return x if rows is None else torch.where(rows.view(-1, *[1] * (x.ndim - 1)), value, x)
 
 
 class DotProductAttention(nn.Module):
@@ -187,9 +192,24 @@ class KeyValues(Rows):
         return super().cat([part.pad(n) for part in parts])
 
 
-def per_row(t: Tensor | float, x_t: Tensor) -> Tensor:
+Timestep = Tensor | float
+"""Timestep of each row (B,), or one number for all rows."""
+
+
+def per_row(t: Timestep, x_t: Tensor) -> Tensor:
     """Return the timestep of each row of x_t (B, ...): t as it is, or one number B times."""
     return t if isinstance(t, Tensor) else torch.full((len(x_t),), t, device=x_t.device)
+
+
+class Denoiser(nn.Module):
+    """Network with a context, computed once per call by `condition`, and `denoise` for a step."""
+
+    condition: Callable[..., Any]
+    denoise: Callable[..., Tensor]
+
+    def forward(self, x_t: Tensor, t: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        """Denoise with the context of the other arguments, which are those of `condition`."""
+        return self.denoise(x_t, t, self.condition(*inputs, **options))
 
 
 class DenoiserCache:
@@ -206,9 +226,7 @@ class DenoiserCache:
         self._deep: Tensor | None = None
         self._deep_step = -math.inf  # at which `_deep` was computed
 
-    def time(
-        self, t: Tensor | float, embed: Callable[[Tensor], Tensor], device: torch.device
-    ) -> Tensor:
+    def time(self, t: Timestep, embed: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
         """Return row t of `embed` of all timesteps, (T,) -> (T, ...). t is one number."""
         t = float(t)
         if t not in self._time:  # a scheduler may round t to a number that was not announced
@@ -216,14 +234,14 @@ class DenoiserCache:
             self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
         return self._time[t]
 
-    def deep_features(self, t: Tensor | float) -> Tensor | None:
+    def deep_features(self, t: Timestep) -> Tensor | None:
         """Return the deep features to reuse at t; None if they must be computed."""
         t = float(t)
         # Guidance on an interval and going back in time leave steps out.
         age = self.steps.get(t, math.inf) - self._deep_step
         return self._deep if 0 < age < self.interval else None
 
-    def store(self, t: Tensor | float, deep_features: Tensor) -> None:
+    def store(self, t: Timestep, deep_features: Tensor) -> None:
         """Keep the deep features of t, unless they are reused ones."""
         t = float(t)
         if self.interval > 1 and self.deep_features(t) is None:

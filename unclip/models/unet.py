@@ -226,18 +226,14 @@ class UNet(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         first, last = config.levels[0].channels, config.levels[-1].channels
-        residual = config.resample == "residual"
 
         def attention(channels: int, wanted: bool) -> Attention | None:
             return Attention(channels, config) if wanted else None
 
-        def downsample(c: int) -> nn.Module:
-            if residual:
-                return ResBlock(c, c, config, "down")
-            return nn.Conv2d(c, c, 3, stride=2, padding=1)
-
-        def upsample(c: int) -> nn.Module:
-            return ResBlock(c, c, config, "up") if residual else UpConv2d(c, c)
+        def resample(c: int, resize: Literal["up", "down"]) -> nn.Module:
+            if config.resample == "residual":
+                return ResBlock(c, c, config, resize)
+            return UpConv2d(c, c) if resize == "up" else nn.Conv2d(c, c, 3, stride=2, padding=1)
 
         self.time = TimeMLP(first, config.time_width)
         self.stem = nn.Conv2d(config.in_channels * config.patch**2, first, 3, padding=1)
@@ -251,14 +247,12 @@ class UNet(nn.Module):
                 self.down.append(Block(res, attention(c, level.attention)))
                 skips.append(c)
             if i < len(config.levels) - 1:
-                self.down.append(Block(downsample(c)))
+                self.down.append(Block(resample(c, "down")))
                 skips.append(c)
 
-        self.mid: ModuleList[Block] = ModuleList(
-            [
-                Block(ResBlock(last, last, config), attention(last, config.mid_attention)),
-                Block(ResBlock(last, last, config)),
-            ]
+        mid_attention = (config.mid_attention, False)
+        self.mid = ModuleList[Block](
+            Block(ResBlock(last, last, config), attention(last, wanted)) for wanted in mid_attention
         )
 
         self.up: ModuleList[Block] = ModuleList()
@@ -266,8 +260,7 @@ class UNet(nn.Module):
             for j in range(level.blocks + 1):
                 res = ResBlock(c + skips.pop(), level.channels, config)
                 c = level.channels
-                ends_level = i > 0 and j == level.blocks
-                resize = upsample(c) if ends_level else None
+                resize = resample(c, "up") if i > 0 and j == level.blocks else None
                 self.up.append(Block(res, attention(c, level.attention), resize))
         assert not skips
 
@@ -278,10 +271,6 @@ class UNet(nn.Module):
         """Iterate over the attention layers in the order of `forward`."""
         return (m for m in self.modules() if isinstance(m, Attention))
 
-    def res_blocks(self) -> Iterator[ResBlock]:
-        """Iterate over the residual blocks in the order of `forward`."""
-        return (m for m in self.modules() if isinstance(m, ResBlock))
-
     def time_embedding(self, t: Tensor) -> Tensor:
         """Embed timesteps: (B,) -> (B, time_dim)."""
         return self.time(t)
@@ -289,7 +278,8 @@ class UNet(nn.Module):
     def modulation(self, time_emb: Tensor) -> Tensor:
         """Project a time embedding for all residual blocks: (..., time_dim) -> (..., M)."""
         time = F.silu(time_emb)
-        return torch.cat([block.time(time) for block in self.res_blocks()], dim=-1)
+        blocks = (block for block in self.modules() if isinstance(block, ResBlock))  # in order
+        return torch.cat([block.time(time) for block in blocks], dim=-1)
 
     def project_context(self, context: Tensor, mask: Tensor) -> KeyValues:
         """Compute every attention's keys and values of a context (B, N, C) with mask (B, N)."""
@@ -309,7 +299,12 @@ class UNet(nn.Module):
         `project_context`. The deep features are the output of all levels below the first; passed
         to a later call, they replace the computation of these levels (DeepCache, 2312.00858).
         """
-        self._check_inputs(x, context)
+        self.config.check_image(x)
+        if (context is None) != (self.config.context_dim is None):
+            state = "missing" if context is None else "not expected"
+            raise ValueError(
+                f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}"
+            )
         down, mid, up = self._conditioned_blocks(modulation, context)
         shallow = self.config.levels[0].blocks  # first level: `shallow` blocks down, one more up
 
@@ -331,14 +326,6 @@ class UNet(nn.Module):
             h = self._run(torch.cat([h, skips.pop()], dim=1), *block)
         h = self.head(F.silu(self.norm(h)))
         return F.pixel_shuffle(h, self.config.patch), deep_features
-
-    def _check_inputs(self, x: Tensor, context: KeyValues | None) -> None:
-        self.config.check_image(x)
-        if (context is None) != (self.config.context_dim is None):
-            state = "missing" if context is None else "not expected"
-            raise ValueError(
-                f"the context is {state}; context_dim of this U-Net is {self.config.context_dim}"
-            )
 
     def _conditioned_blocks(
         self, modulation: Tensor, context: KeyValues | None

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+
+from unclip.types import Rows
 
 
 class CodeGrid:
@@ -20,7 +22,6 @@ class CodeGrid:
 
     @property
     def num_codes(self) -> int:
-        """N."""
         return self.grid[0] * self.grid[1]
 
     def check_codec(self, vocab_size: int, grid: tuple[int, int]) -> None:
@@ -32,24 +33,11 @@ class CodeGrid:
             )
 
 
-class Prefix(Protocol):
-    """Result of `CodeTransformer.condition`, with one row for each image."""
+@dataclass(frozen=True)
+class Prefix(Rows):
+    """Texts processed once by `CodeTransformer.condition`, with one row for each image."""
 
-    @property
-    def logits(self) -> Tensor:
-        """Of the first code, (B, K)."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def repeat_interleave(self, n: int) -> Any:
-        """Repeat each row n times."""
-        ...
-
-    @staticmethod
-    def cat(parts: Sequence[Any]) -> Any:
-        """Concatenate the rows of all parts."""
-        ...
+    logits: Tensor  # of the first code, (B, K)
 
 
 class CodeTransformer(nn.Module, ABC):

@@ -17,12 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Kind, Pattern
 from unclip.models.dalle.cache import CodeCache
-from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, Prefix, check_text
 from unclip.models.dalle.layers import Layer, LayerSpec
 from unclip.models.dalle.rotary import rotary_angles
 from unclip.models.dalle.spans import FirstCodes, FirstTokens, Kernel, NextCode, Span
 from unclip.models.layers import DotProductAttention, ModuleList
-from unclip.types import Rows
 
 
 @config
@@ -61,11 +60,8 @@ class DALLEConfig(CodeGrid):
 
 
 @dataclass(frozen=True)
-class DALLEPrefix(Rows):
-    """Texts processed once, to be continued by any number of images."""
-
+class DALLEPrefix(Prefix):
     kv: Tensor  # keys and values of the text in every layer, (B, layers, 2, H, T, d)
-    logits: Tensor  # of the first code, (B, K)
 
     def repeat_interleave(self, n: int) -> DALLEPrefix:
         """Repeat each row n times; a single row is not copied."""
@@ -162,7 +158,7 @@ class DALLE(CodeTransformer):
         T = self.config.context_length + 1
         span = FirstTokens(self.patterns, T, T, tokens.device, self.attend)
         x = self._transform(self._embed_text(tokens), span)  # B T C
-        return DALLEPrefix(torch.stack(span.text_kv, dim=1), self.code_head(x[:, -1]))
+        return DALLEPrefix(self.code_head(x[:, -1]), torch.stack(span.text_kv, dim=1))
 
     def start_cache(self, prefix: DALLEPrefix) -> CodeCache:
         shifted_width = self.config.width if self.config.layer.shift else 0

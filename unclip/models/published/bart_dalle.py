@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Pattern
 from unclip.models.dalle.cache import CodeCache
-from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, Prefix, check_text
 from unclip.models.dalle.spans import Attend, FirstCodes, FirstTokens, NextCode, Span
 from unclip.models.layers import DotProductAttention, ModuleList
 
@@ -153,29 +153,23 @@ class EncodedTexts:
 
 
 @dataclass(frozen=True)
-class BartPrefix:
-    """Texts processed once, to be continued by any number of images."""
-
-    texts: tuple[EncodedTexts, ...]  # of B images in all
+class BartPrefix(Prefix):
     start_kv: Tensor  # keys and values of the start in every layer, (B, layers, 2, H, 1, d)
-    logits: Tensor  # of the first code, (B, K)
-
-    def __len__(self) -> int:
-        return len(self.logits)
+    texts: tuple[EncodedTexts, ...]  # of B images in all
 
     def repeat_interleave(self, n: int) -> BartPrefix:
         """Repeat each row n times: (B, ...) -> (B * n, ...). Texts are not copied."""
         texts = tuple(replace(text, images=text.images * n) for text in self.texts)
-        start_kv, logits = (x.repeat_interleave(n, dim=0) for x in (self.start_kv, self.logits))
-        return BartPrefix(texts, start_kv, logits)
+        logits, start_kv = (x.repeat_interleave(n, dim=0) for x in (self.logits, self.start_kv))
+        return BartPrefix(logits, start_kv, texts)
 
-    @staticmethod
-    def cat(parts: Sequence[BartPrefix]) -> BartPrefix:
+    @classmethod
+    def cat(cls, parts: Sequence[BartPrefix]) -> BartPrefix:
         """Concatenate the rows of all parts. Texts are not copied."""
-        return BartPrefix(
-            tuple(text for part in parts for text in part.texts),
-            torch.cat([part.start_kv for part in parts]),
+        return cls(
             torch.cat([part.logits for part in parts]),
+            torch.cat([part.start_kv for part in parts]),
+            tuple(text for part in parts for text in part.texts),
         )
 
 
@@ -261,7 +255,7 @@ class BartDALLE(CodeTransformer):
         texts = self._encode_texts(tokens)
         span = FirstTokens(self.patterns, 1, 1, tokens.device, self.attend)
         x = self._decode(self._embed_start(len(tokens)), span, [texts])  # P 1 C
-        return BartPrefix((texts,), torch.stack(span.text_kv, dim=1), self.code_head(x[:, -1]))
+        return BartPrefix(self.code_head(x[:, -1]), torch.stack(span.text_kv, dim=1), (texts,))
 
     def start_cache(self, prefix: BartPrefix) -> BartCache:
         return BartCache(prefix.texts, CodeCache(prefix.start_kv, self.patterns))

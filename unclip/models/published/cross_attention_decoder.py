@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.layers import DenoiserCache, per_row
+from unclip.models.layers import Denoiser, DenoiserCache, Timestep, per_row, replace_rows
 from unclip.models.published.cross_attention_unet import (
     CrossAttentionUNet,
     CrossAttentionUNetConfig,
@@ -67,7 +67,7 @@ class TokenContext(Rows):
     text_tokens: Tensor | None  # (B, N, C); None without captions
 
 
-class CrossAttentionDecoder(nn.Module):
+class CrossAttentionDecoder(Denoiser):
     """U-Net with the image embedding in its time embedding and, like the caption, as tokens."""
 
     def __init__(self, config: CrossAttentionDecoderConfig) -> None:
@@ -99,9 +99,8 @@ class CrossAttentionDecoder(nn.Module):
         time_shift = F.gelu(self.image_to_time(image_emb))  # B T
         n = self.config.image_tokens
         tokens = rearrange(self.image_to_tokens(image_emb), "b (n c) -> b n c", n=n)
-        if drop_image is not None:
-            time_shift = torch.where(drop_image[:, None], self.null_image_time, time_shift)
-            tokens = torch.where(drop_image[:, None, None], self.null_image_tokens, tokens)
+        time_shift = replace_rows(time_shift, drop_image, self.null_image_time)
+        tokens = replace_rows(tokens, drop_image, self.null_image_tokens)
         return TokenContext(time_shift, tokens, self._encode_text(text, drop_text))
 
     def _encode_text(self, text: TextEncoding, drop: Tensor | None) -> Tensor | None:
@@ -116,26 +115,14 @@ class CrossAttentionDecoder(nn.Module):
         return torch.where(F.pad(mask, (0, free))[..., None], tokens, self.null_text_tokens)
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        context: TokenContext,
-        cache: DenoiserCache | None = None,  # this U-Net caches nothing
+        self, x_t: Tensor, t: Timestep, context: TokenContext, cache: DenoiserCache | None = None
     ) -> Tensor:
-        """Predict from x_t (B, 3, s, s) at t, (B,) or one number -> (B, 3 or 6, s, s)."""
+        """Predict from x_t (B, 3, s, s) at t, (B,) or one number -> (B, 3 or 6, s, s).
+
+        The cache is not used.
+        """
         tokens, text = context.image_tokens, context.text_tokens
         return self.unet(x_t, per_row(t, x_t), context.time_shift, tokens, text)
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        image_emb: Tensor,
-        text: TextEncoding,
-        drop_image: Tensor | None = None,
-        drop_text: Tensor | None = None,
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text))
 
 
 class CrossAttentionUpsampler(nn.Module):
@@ -152,15 +139,11 @@ class CrossAttentionUpsampler(nn.Module):
         return F.interpolate(low_res, scale_factor=factor, mode="nearest")
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        context: Tensor,
-        cache: DenoiserCache | None = None,  # this U-Net caches nothing
+        self, x_t: Tensor, t: Timestep, context: Tensor, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict from x_t (B, 3, S, S) at t, (B,) or one number -> (B, 3 or 6, S, S).
 
-        context: the small image in [-1, 1], enlarged by `condition` or not.
+        context: the small image in [-1, 1], enlarged by `condition` or not. The cache is not used.
         """
         if context.shape[2:] != x_t.shape[2:]:
             context = self.condition(context)

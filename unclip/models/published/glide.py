@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.layers import DenoiserCache, ModuleList, TransformerBlock
+from unclip.models.layers import DenoiserCache, ModuleList, Timestep, TransformerBlock
 from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 
@@ -105,23 +107,10 @@ class GLIDE(ContextUNet):
         )
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        context: DecoderContext,
-        cache: DenoiserCache | None = None,
+        self, x_t: Tensor, t: Timestep, context: DecoderContext, cache: DenoiserCache | None = None
     ) -> Tensor:
         """See `ContextUNet.denoise`; nothing is cached, to keep the exact images of a seed."""
         return super().denoise(x_t, t, context)
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        low_res: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        height, width = x_t.shape[2:]
-        return self.denoise(x_t, t, self.condition(ids, mask, low_res, known, (height, width)))
+    def forward(self, x_t: Tensor, t: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        return super().forward(x_t, t, *inputs, size=x_t.shape[2:], **options)

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import Positive, PositiveInt, config
-from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, per_row
+from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, Timestep, per_row
 from unclip.types import TextEncoding
 
 BUCKETS = 32  # of distances, with one bias each
@@ -265,15 +265,11 @@ class RelativePrior(nn.Module):
         return KeyValues(tuple(ks), tuple(vs), visible)
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        context: KeyValues,
-        cache: DenoiserCache | None = None,  # this network caches nothing
+        self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict x_0 from x_t (B, C) at t, (B,) or one number -> (B, C).
 
-        Each row of `context`, from `condition`, serves an equal share of B.
+        Each row of `context`, from `condition`, serves an equal share of B. The cache is not used.
         """
         B, N = len(x_t), self.config.context_length
         context = context.expand(B)

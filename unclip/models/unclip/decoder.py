@@ -14,7 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, TransformerBlock, per_row
+from unclip.models.layers import (
+    Denoiser,
+    DenoiserCache,
+    KeyValues,
+    ModuleList,
+    Timestep,
+    TransformerBlock,
+    per_row,
+    replace_rows,
+)
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.models.unet import UNet, UNetConfig
 from unclip.types import Rows, TextEncoding
@@ -95,17 +104,13 @@ class DecoderContext(Rows):
     extra_channels: Tensor | None = None  # (B, C, s, s), concatenated to x_t
 
 
-class ContextUNet(nn.Module):
+class ContextUNet(Denoiser):
     """A U-Net whose conditioning is a `DecoderContext`."""
 
     unet: UNet
 
     def denoise(
-        self,
-        x_t: Tensor,
-        t: Tensor | float,
-        context: DecoderContext,
-        cache: DenoiserCache | None = None,
+        self, x_t: Tensor, t: Timestep, context: DecoderContext, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict from x_t (B, 3, s, s) at t, (B,) or one number -> (B, 3 or 6, s, s).
 
@@ -146,9 +151,9 @@ class ClipStatesEncoder(nn.Module):
         emb, states, mask = text.emb, text.states, text.mask
         if drop is not None:
             if self.text_emb_in_time:
-                emb = torch.where(drop[:, None], self.null_text_emb, emb)
-            states = torch.where(drop[:, None, None], self.null_text_state, states)
-            mask = torch.where(drop[:, None], first_only(mask), mask)
+                emb = replace_rows(emb, drop, self.null_text_emb)
+            states = replace_rows(states, drop, self.null_text_state)
+            mask = replace_rows(mask, drop, first_only(mask))
         return emb, self.norm(self.proj(states)), mask
 
 
@@ -174,19 +179,16 @@ class TextTransformerEncoder(nn.Module):
     def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         ids, mask = text.ids, text.mask
         if ids is None:
+            raise ValueError("the text has no token ids, which this decoder reads")
+        slots = len(self.positions)
+        if ids.shape[1] > slots:
             raise ValueError(
-                'the text has no token ids; a decoder with text "transformer" needs '
-                "TextEncoding.ids"
-            )
-        if ids.shape[1] > len(self.positions):
-            raise ValueError(
-                f"the text has {ids.shape[1]} tokens; "
-                f"this decoder takes at most {len(self.positions)}"
+                f"the text has {ids.shape[1]} tokens; this decoder takes at most {slots}"
             )
         x = self.tokens(ids)  # B L width
         if drop is not None:
-            x = torch.where(drop[:, None, None], self.null_text_state, x)
-            mask = torch.where(drop[:, None], first_only(mask), mask)
+            x = replace_rows(x, drop, self.null_text_state)
+            mask = replace_rows(mask, drop, first_only(mask))
         x = x + self.positions[: x.shape[1]]
         for block in self.blocks:
             x = block(x, *block.project(x), mask[:, None, None])
@@ -254,15 +256,10 @@ class Decoder(ContextUNet):
         if known is not None and not self.config.inpaints:
             raise ValueError("known was given, but this decoder was not trained to inpaint")
         if drop_text is not None and self.config.null_text == "empty_prompt":
-            raise ValueError(
-                'drop_text was given, but null_text is "empty_prompt": '
-                'pass the encoding of "" as text'
-            )
+            raise ValueError('drop_text was given; with null_text "empty_prompt", pass ""')
         dtype = self.null_image.dtype
-        image_emb, text = image_emb.to(dtype), text.to(dtype=dtype)
-        if drop_image is not None:
-            image_emb = torch.where(drop_image[:, None], self.null_image, image_emb)
-        text_emb, text_tokens, text_mask = self.text(text, drop_text)
+        image_emb = replace_rows(image_emb.to(dtype), drop_image, self.null_image)
+        text_emb, text_tokens, text_mask = self.text(text.to(dtype=dtype), drop_text)
         time_shift = self.image_to_time(image_emb)  # B time_dim
         if self.text_to_time is not None:
             time_shift = time_shift + self.text_to_time(text_emb)
@@ -287,18 +284,6 @@ class Decoder(ContextUNet):
             nothing = image_emb.new_zeros(len(image_emb), 4, *size)
             channels.append(nothing if known is None else known.to(image_emb))
         return torch.cat(channels, dim=1) if channels else None
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        image_emb: Tensor,
-        text: TextEncoding,
-        drop_image: Tensor | None = None,
-        drop_text: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(image_emb, text, drop_image, drop_text, known))
 
 
 class _Linear(nn.Linear):

@@ -22,8 +22,10 @@ from unclip.models.layers import (
     KeyValues,
     ModuleList,
     TimeMLP,
+    Timestep,
     TransformerBlock,
     per_row,
+    replace_rows,
     zeroed,
 )
 from unclip.types import TextEncoding
@@ -165,10 +167,9 @@ class TextPrior(EmbeddingStats):
 
     def _replace_by_null(self, text: TextEncoding, drop: Tensor) -> TextEncoding:
         null = self.null_text(len(text))
-        emb = torch.where(drop[:, None], null.emb, text.emb)
-        states = torch.where(drop[:, None, None], null.states, text.states)
         null_mask = F.pad(null.mask, (0, text.mask.shape[1] - 1), value=False)
-        return TextEncoding(emb, states, torch.where(drop[:, None], null_mask, text.mask))
+        pairs = ((text.emb, null.emb), (text.states, null.states), (text.mask, null_mask))
+        return TextEncoding(*(replace_rows(x, drop, x_null) for x, x_null in pairs))
 
 
 @config
@@ -194,7 +195,7 @@ class DiffusionPrior(TextPrior):
         return self.config.x0_limit
 
     def denoise(
-        self, x_t: Tensor, t: Tensor | float, context: KeyValues, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
 

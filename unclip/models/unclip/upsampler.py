@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
 from unclip.image_io import resize
-from unclip.models.layers import DenoiserCache, per_row
+from unclip.models.layers import DenoiserCache, Timestep, per_row
 from unclip.models.unet import UNet, UNetConfig
 
 
@@ -54,7 +54,7 @@ class Upsampler(nn.Module):
         return resize(low_res, (low_res.shape[2] * factor, low_res.shape[3] * factor))
 
     def denoise(
-        self, x_t: Tensor, t: Tensor | float, context: Tensor, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Timestep, context: Tensor, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict from x_t (B, 3, S, S) at t, (B,) or one number -> (B, 3 or 6, S, S).
 
@@ -63,7 +63,7 @@ class Upsampler(nn.Module):
         return self._denoise(self.unet, x_t, t, context, cache)
 
     def denoise_last(
-        self, x_t: Tensor, t: Tensor | float, context: Tensor, cache: DenoiserCache | None = None
+        self, x_t: Tensor, t: Timestep, context: Tensor, cache: DenoiserCache | None = None
     ) -> Tensor:
         """`denoise` with the U-Net of the last step."""
         assert self.last_unet is not None
@@ -75,7 +75,7 @@ class Upsampler(nn.Module):
         self,
         unet: UNet,
         x_t: Tensor,
-        t: Tensor | float,
+        t: Timestep,
         low_res: Tensor,
         cache: DenoiserCache | None,
     ) -> Tensor:
