@@ -61,7 +61,7 @@ models.dalle_cache models.dalle.cache
 models.dalle_sampling models.dalle.sampling
 models.dalle_bound models.dalle.bound
 models.dalle_layers models.dalle.layers
-models.dalle_rotary models.dalle.rotary
+models.dalle_rotary models.dalle.layers
 models.dalle_streams models.dalle.spans
 models.codec models.codecs.codec
 models.dvae models.codecs.dvae

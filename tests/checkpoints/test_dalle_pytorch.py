@@ -25,7 +25,7 @@ from unclip.checkpoints.store import load_component, save_component
 from unclip.checkpoints.taming import rules as taming_rules
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
-from unclip.models.dalle.rotary import rotary_angles
+from unclip.models.dalle.layers import rotary_angles
 from unclip.models.dalle.transformer import DALLEConfig
 from unclip.models.unet import LevelSpec
 from unclip.types import CodeOptions

@@ -21,8 +21,7 @@ from unclip.checkpoints.renaming import Part, Rule, build, move, repeated, witho
 from unclip.checkpoints.transformers.tokenizer import clip_tokenizer, open_clip_vocabulary
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.attention import Kind
-from unclip.models.dalle.layers import LayerSpec
-from unclip.models.dalle.rotary import rotary_angles
+from unclip.models.dalle.layers import LayerSpec, rotary_angles
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.tokenizer import BPETokenizer

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, config
@@ -23,17 +25,12 @@ class PatchDiscriminator(nn.Sequential):
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         widths = [config.width * min(2**i, 8) for i in range(config.layers + 1)]
-        layers: list[nn.Module] = [
-            nn.Conv2d(3, widths[0], 4, stride=2, padding=1),
-            nn.LeakyReLU(0.2),
-        ]
-        for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1)]
+        for i, (c_in, c_out) in enumerate(pairwise(widths), start=1):
             stride = 2 if i < config.layers else 1
-            layers += [
-                nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.LeakyReLU(0.2),
-            ]
+            conv = nn.Conv2d(c_in, c_out, 4, stride=stride, padding=1, bias=False)
+            layers += [nn.LeakyReLU(0.2), conv, nn.BatchNorm2d(c_out)]
+        layers.append(nn.LeakyReLU(0.2))
         super().__init__(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for module in self:
             if isinstance(module, nn.Conv2d):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -124,7 +125,7 @@ def _groups(
 ) -> list[tuple[str, nn.Module]]:
     """Groups from widths[0] to widths[1] and so on, each but the last ending with `resize`."""
     groups = []
-    for i, (c_in, c_out) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (c_in, c_out) in enumerate(pairwise(widths), start=1):
         inputs = [c_in, *[c_out] * (config.blocks - 1)]
         parts = [
             (f"block_{j}", Block(c, c_out, kernels, config)) for j, c in enumerate(inputs, start=1)
@@ -187,17 +188,11 @@ class DVAE(ImageCodec):
         mean, scale = self._pixel_distribution(self._embed(soft))  # B 3 H W
         nll = logit_laplace_nll(images, mean, scale).mean()
         kl = kl_to_uniform(logits).mean()
-        reconstruction = logits_to_pixels(mean)
-        return LossTerms(
-            loss=nll + kl_weight * kl / (3 * self.factor**2),
-            reconstruction=reconstruction,
-            logged={
-                "nll": nll.detach(),
-                "kl_bits": kl.detach() / math.log(2),
-                "mse": F.mse_loss(reconstruction.detach(), images),
-                **code_statistics(codes, self.vocab_size),
-            },
-        )
+        loss, reconstruction = nll + kl_weight * kl / (3 * self.factor**2), logits_to_pixels(mean)
+        mse = F.mse_loss(reconstruction.detach(), images)
+        logged = {"nll": nll.detach(), "kl_bits": kl.detach() / math.log(2), "mse": mse}
+        logged |= code_statistics(codes, self.vocab_size)
+        return LossTerms(loss, reconstruction, logged)
 
     def log_likelihood(self, images: Tensor, codes: Tensor) -> Tensor:
         mean, scale = self._pixel_distribution(self._embed(codes))

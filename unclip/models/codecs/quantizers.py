@@ -46,11 +46,20 @@ class Quantized:
     logged: dict[str, Tensor]
 
 
-class VectorQuantizer(nn.Module):
+class Codebook(nn.Module):
+    """K codes of width C."""
+
+    codebook: Tensor  # (K, C)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) -> (B, C, h, w)."""
+        return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
+
+
+class VectorQuantizer(Codebook):
     """Replace features (B, C, h, w) by the nearest of K codes, with a straight-through gradient."""
 
     annealed: tuple[str, ...] = ()
-    codebook: Tensor  # (K, C)
     sums: Tensor  # (K, C), with `ema`
     uses: Tensor  # (K,), with `ema` or `revive`
 
@@ -77,10 +86,6 @@ class VectorQuantizer(nn.Module):
         """(B, C, h, w) -> (B, h, w, K): 0 for the nearest code, -inf for all others."""
         nearest = F.one_hot(self.encode(z), self.vocab_size)
         return torch.where(nearest.bool(), 0.0, -torch.inf)
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> (B, C, h, w)."""
-        return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
 
     def forward(self, z: Tensor) -> Quantized:
         z = z.float()
@@ -138,7 +143,7 @@ class VectorQuantizer(nn.Module):
             self.sums.copy_(torch.where(dead, features * minimum, self.sums))
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(Codebook):
     """Features -> logits over K codes -> soft codes in training, else the most likely codes."""
 
     annealed = ("temperature", "kl_weight")
@@ -157,10 +162,6 @@ class GumbelQuantizer(nn.Module):
         """(B, C, h, w) -> (B, h, w, K) float32."""
         with full_precision(z):  # a rounding error must not decide which code is the most likely
             return rearrange(self.head(z.to(self.head.weight.dtype)).float(), "b k h w -> b h w k")
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> (B, C, h, w)."""
-        return rearrange(F.embedding(codes, self.codebook), "b h w c -> b c h w")
 
     def forward(self, z: Tensor, temperature: float = 1.0, kl_weight: float = 5e-4) -> Quantized:
         logits = self.logits(z)  # B h w K

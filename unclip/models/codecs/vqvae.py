@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import field
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -53,19 +54,12 @@ def make_encoder(config: ConvNetConfig, c_out: int) -> nn.Sequential:
     """(B, 3, H, W) -> (B, c_out, H / factor, W / factor)."""
     width = config.width
     widths = [3, width // 2, *[width] * (config.halvings - 1)]
-    downsample = [
-        layer
-        for c_in, c in zip(widths, widths[1:], strict=False)
-        for layer in (nn.Conv2d(c_in, c, 4, stride=2, padding=1), nn.ReLU())
-    ]
+    layers: list[nn.Module] = []
+    for c_in, c in pairwise(widths):
+        layers += [nn.Conv2d(c_in, c, 4, stride=2, padding=1), nn.ReLU()]
     blocks = [Residual(config) for _ in range(config.blocks)]
-    return nn.Sequential(
-        *downsample,
-        nn.Conv2d(widths[-1], width, 3, padding=1),
-        *blocks,
-        nn.ReLU(),
-        nn.Conv2d(width, c_out, 1),
-    )
+    layers += [nn.Conv2d(widths[-1], width, 3, padding=1), *blocks]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width, c_out, 1))
 
 
 def make_decoder(config: ConvNetConfig, c_in: int) -> nn.Sequential:
@@ -73,18 +67,11 @@ def make_decoder(config: ConvNetConfig, c_in: int) -> nn.Sequential:
     width = config.width
     widths = [*[width] * config.halvings, width // 2]
     blocks = [Residual(config) for _ in range(config.blocks)]
-    upsample = [
-        layer
-        for c, c_out in zip(widths, widths[1:], strict=False)
-        for layer in (nn.ReLU(), nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1))
-    ]
-    return nn.Sequential(
-        nn.Conv2d(c_in, width, 3, padding=1),
-        *blocks,
-        *upsample,
-        nn.ReLU(),
-        nn.Conv2d(width // 2, 3, 3, padding=1),
-    )
+    upsample: list[nn.Module] = []
+    for c, c_out in pairwise(widths):
+        upsample += [nn.ReLU(), nn.ConvTranspose2d(c, c_out, 4, stride=2, padding=1)]
+    layers = [nn.Conv2d(c_in, width, 3, padding=1), *blocks, *upsample]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(width // 2, 3, 3, padding=1))
 
 
 @config

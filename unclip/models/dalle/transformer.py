@@ -18,8 +18,7 @@ from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Kind, Pattern
 from unclip.models.dalle.cache import CodeCache
 from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, Prefix, check_text
-from unclip.models.dalle.layers import Layer, LayerSpec
-from unclip.models.dalle.rotary import rotary_angles
+from unclip.models.dalle.layers import Layer, LayerSpec, rotary_angles
 from unclip.models.dalle.spans import FirstCodes, FirstTokens, Kernel, NextCode, Span
 from unclip.models.layers import DotProductAttention, ModuleList
 

@@ -88,6 +88,10 @@ class Sandwich(nn.Module):
         self.out = nn.Linear(inner, channels, bias=False)
         self.norm2 = Norm(channels, bias=False)
 
+    def finish(self, x: Tensor, h: Tensor) -> Tensor:
+        """Add the output of the heads (B, H, S, d) to the input: (B, S, C)."""
+        return x + self.norm2(self.out(rearrange(h, "b h s d -> b s (h d)")))
+
 
 class TokenAttention(Sandwich):
     """Cross-attention: pixels attend to [null ; tokens]."""
@@ -105,8 +109,7 @@ class TokenAttention(Sandwich):
         k, v = rearrange(self.kv(tokens), "b n (p h d) -> p b h n d", p=2, h=TOKEN_HEADS)
         nulls = self.null_kv[:, None, None, None].expand(-1, len(x), TOKEN_HEADS, -1, -1)
         k, v = torch.cat([nulls[0], k], dim=2), torch.cat([nulls[1], v], dim=2)
-        h = attend(q, k, v, self.cosine)
-        return x + self.norm2(self.out(rearrange(h, "b h s d -> b s (h d)")))
+        return self.finish(x, attend(q, k, v, self.cosine))
 
 
 class PixelAttention(Sandwich):
@@ -126,8 +129,7 @@ class PixelAttention(Sandwich):
         nulls = self.null_kv.reshape(1, 1, -1).expand(len(x), -1, -1)
         k, v = torch.cat([nulls, self.kv(h)], dim=1)[:, None].chunk(2, dim=-1)  # B 1 S+1 d
         k, v = (y.expand(-1, self.heads, -1, -1) for y in (k, v))
-        h = attend(q, k, v, self.cosine, self.scale)
-        return x + self.norm2(self.out(rearrange(h, "b h s d -> b s (h d)")))
+        return self.finish(x, attend(q, k, v, self.cosine, self.scale))
 
 
 class LinearAttention(Sandwich):
@@ -144,8 +146,7 @@ class LinearAttention(Sandwich):
         q, k = q.softmax(dim=-1) * q.shape[-1] ** -0.5, k.softmax(dim=-2)
         if self.unit_values:
             v = F.normalize(v, dim=-1) / x.shape[1]
-        h = q @ (k.mT @ v)  # B H S d
-        return x + self.norm2(self.out(F.gelu(rearrange(h, "b h s d -> b s (h d)"))))
+        return self.finish(x, F.gelu(q @ (k.mT @ v)))  # B H S d
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cosine: bool, scale: float | None = None) -> Tensor:

@@ -39,15 +39,8 @@ class PlainDVAEConfig:
 class ResBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            *(
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.ReLU(),
-                nn.Conv2d(width, width, 3, padding=1),
-                nn.ReLU(),
-            ),
-            nn.Conv2d(width, width, 1),
-        )
+        first, second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.net(x)
@@ -60,11 +53,18 @@ class PlainDVAE(ImageCodec):
 
     def __init__(self, config: PlainDVAEConfig) -> None:
         super().__init__(config)
-        width, steps = config.width, range(config.halvings)
+        width = config.width
+
+        def resize(
+            kind: type[nn.Conv2d] | type[nn.ConvTranspose2d], c_in: int
+        ) -> list[nn.Sequential]:
+            widths = [c_in, *[width] * (config.halvings - 1)]
+            convs = [kind(c, width, 4, stride=2, padding=1) for c in widths]
+            return [nn.Sequential(conv, nn.ReLU()) for conv in convs]
+
         blocks = [ResBlock(width) for _ in range(2 * config.blocks)]
-        down = [_resize(nn.Conv2d, 3 if i == 0 else width, width) for i in steps]
-        first = width if blocks else config.code_width
-        up = [_resize(nn.ConvTranspose2d, first if i == 0 else width, width) for i in steps]
+        down = resize(nn.Conv2d, 3)
+        up = resize(nn.ConvTranspose2d, width if blocks else config.code_width)
         project = [nn.Conv2d(config.code_width, width, 1)] if blocks else []
         self.codebook = nn.Embedding(config.vocab_size, config.code_width)
         self.encoder = nn.Sequential(
@@ -78,7 +78,14 @@ class PlainDVAE(ImageCodec):
         return rearrange(self.encoder(self._normalize(images)).float(), "b k h w -> b h w k")
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self._pixels(self.decoder(rearrange(self.codebook(codes), "b h w c -> b c h w")))
+        return self._pixels(self.decoder(self._embed(codes)))
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        """Embed codes (B, h, w), or weights over the codebook (B, h, w, K) -> (B, C, h, w)."""
+        if codes.ndim == 3:
+            return rearrange(self.codebook(codes), "b h w c -> b c h w")
+        codebook = self.codebook.weight
+        return einsum(codes.to(codebook.dtype), codebook, "b h w k, k c -> b c h w")
 
     def _normalize(self, images: Tensor) -> Tensor:
         mean, deviation = self._statistics(images)
@@ -100,26 +107,11 @@ class PlainDVAE(ImageCodec):
         """
         logits = self.logits(images)  # B h w K
         codes = logits.argmax(dim=-1)
-        if self.training:
-            weights = F.gumbel_softmax(logits, tau=temperature, dim=-1)
-            codebook = self.codebook.weight
-            embedded = einsum(weights.to(codebook.dtype), codebook, "b h w k, k c -> b c h w")
-        else:
-            embedded = rearrange(self.codebook(codes), "b h w c -> b c h w")
-        out = self.decoder(embedded)  # B 3 H W
+        soft = F.gumbel_softmax(logits, tau=temperature, dim=-1) if self.training else codes
+        out = self.decoder(self._embed(soft))  # B 3 H W
         distance = F.smooth_l1_loss if self.config.smooth_l1 else F.mse_loss
         error = distance(out, self._normalize(images))
         kl = kl_to_uniform(logits).mean()
-        logged = {
-            "error": error.detach(),
-            "kl": kl.detach(),
-            **code_statistics(codes, self.vocab_size),
-        }
+        logged = {"error": error.detach(), "kl": kl.detach()}
+        logged |= code_statistics(codes, self.vocab_size)
         return LossTerms(error + kl_weight * kl, self._pixels(out), logged)
-
-
-def _resize(
-    convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d], c_in: int, c_out: int
-) -> nn.Sequential:
-    """Halve or double height and width."""
-    return nn.Sequential(convolution(c_in, c_out, 4, stride=2, padding=1), nn.ReLU())

@@ -72,14 +72,16 @@ class Upsampler(nn.Module):
     forward = denoise
 
     def _denoise(
-        self,
-        unet: UNet,
-        x_t: Tensor,
-        t: Timestep,
-        low_res: Tensor,
-        cache: DenoiserCache | None,
+        self, unet: UNet, x_t: Tensor, t: Timestep, low_res: Tensor, cache: DenoiserCache | None
     ) -> Tensor:
-        low_res = self._fit(low_res, x_t)
+        if (size := low_res.shape[2:]) != x_t.shape[2:]:
+            low_res = self.condition(low_res)
+        if low_res.shape[2:] != x_t.shape[2:]:
+            raise ValueError(
+                f"low_res is {tuple(size)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
+                f"or {self.config.high_size // self.config.low_size} times smaller"
+            )
+        low_res = low_res.to(x_t.dtype)
         x = torch.cat([x_t, low_res], dim=1)  # B 6 S S
         if cache is None:
             output, _ = unet(x, unet.modulation(unet.time_embedding(per_row(t, x_t))))
@@ -93,15 +95,3 @@ class Upsampler(nn.Module):
             return output
         prediction, *variance = output.split(3, dim=1)
         return torch.cat([prediction + low_res, *variance], dim=1)
-
-    def _fit(self, low_res: Tensor, x_t: Tensor) -> Tensor:
-        """Enlarge low_res to the size of x_t if it is smaller."""
-        size = low_res.shape[2:]
-        if size != x_t.shape[2:]:
-            low_res = self.condition(low_res)
-        if low_res.shape[2:] != x_t.shape[2:]:
-            raise ValueError(
-                f"low_res is {tuple(size)} and x_t {tuple(x_t.shape[2:])}; expected the same size, "
-                f"or {self.config.high_size // self.config.low_size} times smaller"
-            )
-        return low_res.to(x_t.dtype)
