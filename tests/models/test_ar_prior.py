@@ -25,7 +25,7 @@ def prior() -> ARPrior:
 
 
 def pairs(count: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings with components of different variance, and texts more or less near to them."""
+    """Embeddings with components of different variance, and texts at different distances."""
     generator = torch.Generator().manual_seed(0)
     image_emb = torch.randn(count, D, generator=generator) * torch.logspace(0, -2, D) + 0.5
     return image_emb, image_emb + 0.5 * torch.randn(count, D, generator=generator)
@@ -50,7 +50,7 @@ def alone(predicted: torch.Tensor) -> torch.Tensor:
 # -- codes
 
 
-def test_codes_are_of_principal_components_by_decreasing_variance():
+def test_codes_are_principal_components_by_decreasing_variance():
     image_emb, text_emb = pairs()
     codes = EmbeddingCodes(D, K, V)
     codes.fit(image_emb, text_emb)
@@ -61,9 +61,9 @@ def test_codes_are_of_principal_components_by_decreasing_variance():
 
 
 @pytest.mark.parametrize("buckets", [2, 64, 1024])
-def test_decoding_errs_by_half_a_bucket_of_each_component_at_most(buckets):
+def test_decoding_error_is_at_most_half_a_bucket(buckets):
     image_emb, text_emb = pairs()
-    codes = EmbeddingCodes(D, D, buckets)  # all components: nothing else is lost
+    codes = EmbeddingCodes(D, D, buckets)  # all components, so that only rounding remains
     codes.fit(image_emb, text_emb)
     found = codes.encode(image_emb)
     assert found.dtype == torch.long and found.min() == 0 and found.max() == buckets - 1
@@ -82,18 +82,18 @@ def test_codes_are_the_same_under_autocast():
     assert torch.equal(low, codes.encode(image_emb))
 
 
-def test_what_lies_beyond_goes_into_the_outermost_bucket():
+def test_outliers_go_to_the_outer_buckets():
     codes = EmbeddingCodes(D, K, V)
     codes.fit(*pairs())
     far = codes.mean + 1e3 * codes.components[0]
     assert codes.encode(far)[0] == V - 1 and codes.encode(2 * codes.mean - far)[0] == 0
 
 
-def test_each_bucket_of_the_dot_product_holds_equally_many():
+def test_dot_product_buckets_are_equally_full():
     image_emb, text_emb = pairs(480)
     codes = EmbeddingCodes(D, K, V)
     codes.fit(image_emb, text_emb)
-    found = codes.encode_dot(3 * image_emb, text_emb)  # of unit vectors: lengths don't matter
+    found = codes.encode_dot(3 * image_emb, text_emb)  # lengths have no effect
     assert (torch.bincount(found, minlength=V) - 480 // V).abs().max() <= 2
     cosines = F.cosine_similarity(image_emb, text_emb)
     assert cosines[found >= V // 2].min() >= cosines[found < V // 2].max()
@@ -103,7 +103,7 @@ def test_each_bucket_of_the_dot_product_holds_equally_many():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_cached_logits_are_the_uncached_ones(prior, dtype, tolerance):
+def test_cached_logits_equal_uncached(prior, dtype, tolerance):
     prior, text = prior.to(dtype), make_text(dtype)
     codes, dot = torch.randint(V, (B, K)), torch.randint(V, (B,))
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_cached_logits_are_the_uncached_ones(prior, dtype, tolerance):
     assert whole.std() > 0.1
 
 
-def test_a_code_hangs_on_those_before_it_and_on_nothing_after(prior):
+def test_codes_are_causal(prior):
     codes, dot, text = torch.randint(V, (B, K)), torch.randint(V, (B,)), make_text()
     changed = codes.clone()
     changed[:, 2] = (changed[:, 2] + 1) % V
@@ -126,7 +126,7 @@ def test_a_code_hangs_on_those_before_it_and_on_nothing_after(prior):
     assert ((before - other_dot).abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
-def test_pads_are_not_seen_and_dropped_texts_are_the_null(prior):
+def test_padding_is_masked_and_dropped_texts_equal_the_null(prior):
     codes, dot, text = torch.randint(V, (B, K)), torch.randint(V, (B,)), make_text()
     other = TextEncoding(text.emb, torch.where(text.mask[..., None], text.states, 7.0), text.mask)
     with torch.no_grad():
@@ -138,10 +138,10 @@ def test_pads_are_not_seen_and_dropped_texts_are_the_null(prior):
     torch.testing.assert_close(dropped, null, rtol=0, atol=1e-5)
 
 
-# -- drawing
+# -- sampling
 
 
-def test_no_embedding_depends_on_its_batch(prior):
+def test_embeddings_do_not_depend_on_their_batch(prior):
     prefix = prior.condition(make_text())
     together = prior.sample(prefix, generators(1, 2, 3), alone)
     for row in range(B):
@@ -150,28 +150,28 @@ def test_no_embedding_depends_on_its_batch(prior):
     assert not torch.equal(together, prior.sample(prefix, generators(4, 5, 6), alone))
 
 
-def test_embeddings_are_drawn_as_the_uncached_network_would(prior):
-    prefix, told = prior.condition(make_text()[:1]), []
-    emb = prior.sample(prefix, generators(7), alone, temperature=0, on_prediction=told.append)
+def test_sampling_equals_uncached_sampling(prior):
+    prefix, reported = prior.condition(make_text()[:1]), []
+    emb = prior.sample(prefix, generators(7), alone, temperature=0, on_prediction=reported.append)
     dot = V // 2 + int(torch.rand(K + 1, generator=generators(7)[0])[0] * (V - V // 2))
     codes = torch.zeros(1, K, dtype=torch.long)
     with torch.no_grad():
         for n in range(K):
             codes[:, n] = prior(codes, torch.tensor([dot]), make_text()[:1])[:, n].argmax(dim=-1)
     torch.testing.assert_close(emb, prior.codes.decode(codes))
-    assert told == [1, 2, 3, 4, 5, 6] and prior.steps == K
+    assert reported == [1, 2, 3, 4, 5, 6] and prior.steps == K
 
 
-def test_the_dot_product_is_drawn_from_the_top_half(prior):
-    drawn = []
+def test_dot_product_is_sampled_from_the_upper_half(prior):
+    sampled = []
     step = prior.step
     prior.step = lambda token, n, cache: (
-        drawn.append(token) if n == 0 else None,
+        sampled.append(token) if n == 0 else None,
         step(token, n, cache),
     )[1]
     prefix = prior.condition(make_text()[:1])
     prior.sample(prefix.expand(200), generators(*range(200)), alone)
-    assert sorted(set(drawn[0].tolist())) == list(range(V // 2, V))
+    assert sorted(set(sampled[0].tolist())) == list(range(V // 2, V))
 
 
 def test_conditions_are_combined_before_each_code(prior):
@@ -193,6 +193,6 @@ def test_conditions_are_combined_before_each_code(prior):
         ({"width": 30}, "width is 30; expected a multiple of heads = 4"),
     ],
 )
-def test_a_faulty_config_is_told(changes, message):
+def test_invalid_configs_raise(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **changes)

@@ -1,4 +1,4 @@
-"""The decoder: equal to diffusers' in Karlo's configuration; nulls and pads."""
+"""The decoder: equal to diffusers' in Karlo's configuration; nulls and padding."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_equals_diffusers(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @TEXTS
-def test_nulls_change_only_the_rows_that_get_them(text_kind: ClipStates | TextTransformer) -> None:
+def test_nulls_change_only_dropped_rows(text_kind: ClipStates | TextTransformer) -> None:
     decoder, text, (x_t, t, image_emb) = make(text_kind), make_text(), make_rest()
     drop_image, drop_text = torch.tensor([True, False, False]), torch.tensor([True, True, False])
     before = decoder(x_t, t, image_emb, text, drop_image, drop_text)
@@ -127,7 +127,7 @@ def test_nulls_change_only_the_rows_that_get_them(text_kind: ClipStates | TextTr
 
 
 @TEXTS
-def test_a_dropped_caption_is_not_seen(text_kind: ClipStates | TextTransformer) -> None:
+def test_dropped_caption_has_no_effect(text_kind: ClipStates | TextTransformer) -> None:
     decoder, text, (x_t, t, image_emb) = make(text_kind), make_text(), make_rest()
     everything = torch.ones(B, dtype=torch.bool)
     other = text[torch.tensor([2, 0, 1])]
@@ -136,7 +136,7 @@ def test_a_dropped_caption_is_not_seen(text_kind: ClipStates | TextTransformer) 
 
 
 @TEXTS
-def test_pads_are_not_seen(text_kind: ClipStates | TextTransformer) -> None:
+def test_padding_has_no_effect(text_kind: ClipStates | TextTransformer) -> None:
     decoder, text, (x_t, t, image_emb) = make(text_kind), make_text(), make_rest()
     expected = decoder(x_t, t, image_emb, text)
     states = torch.where(text.mask[..., None], text.states, 1e3)
@@ -147,14 +147,14 @@ def test_pads_are_not_seen(text_kind: ClipStates | TextTransformer) -> None:
         rtol=0,
         atol=1e-12,
     )
-    for i, n in enumerate(LENGTHS):  # nor need they be there
+    for i, n in enumerate(LENGTHS):  # without the padding
         row = text[i : i + 1]
         alone = TextEncoding(row.emb, row.states[:, :n], row.mask[:, :n], row.ids[:, :n])
         out = decoder(x_t[i : i + 1], t[i : i + 1], image_emb[i : i + 1], alone)
         torch.testing.assert_close(out, expected[i : i + 1], rtol=0, atol=1e-12)
 
 
-def test_what_the_caption_reaches() -> None:
+def test_caption_changes_time_embedding_and_attention() -> None:
     text, (_, _, image_emb) = make_text(), make_rest()
     decoder = make(ClipStates())
     before = decoder.condition(image_emb, text)
@@ -169,7 +169,7 @@ def test_what_the_caption_reaches() -> None:
     )
 
 
-def test_contexts_are_batched() -> None:
+def test_contexts_support_row_operations() -> None:
     decoder, text, (x_t, t, image_emb) = make(ClipStates()), make_text(), make_rest()
     cond = decoder.condition(image_emb, text)
     short = TextEncoding(text.emb, text.states[:, :2], text.mask[:, :2])
@@ -191,7 +191,7 @@ def test_contexts_are_batched() -> None:
 
 
 @TEXTS
-def test_every_parameter_is_trained(text_kind: ClipStates | TextTransformer) -> None:
+def test_all_parameters_have_gradients(text_kind: ClipStates | TextTransformer) -> None:
     decoder, text, (x_t, t, image_emb) = make(text_kind), make_text(), make_rest()
     drop = torch.tensor([True, False, False])
     decoder(x_t, t, image_emb, text, drop, drop).square().mean().backward()
@@ -215,7 +215,7 @@ def test_dtypes(text_kind: ClipStates | TextTransformer, dtype: torch.dtype) -> 
     assert (out - expected).norm() / expected.norm() < 0.05
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_raises() -> None:
     text, (_, _, image_emb) = make_text(), make_rest()
     karlo = Decoder(replace(CONFIG, null_text="empty_prompt"))
     with pytest.raises(ValueError, match="drop_text was given"):
@@ -239,7 +239,7 @@ def test_bad_input_is_named() -> None:
         ({"emb_dim": 0}, "emb_dim is 0; expected at least 1"),
     ],
 )
-def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
+def test_invalid_configs_raise(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
     with pytest.raises(ValueError, match="width is 10; expected a multiple of heads = 3"):

@@ -49,7 +49,7 @@ def make_prior(kind: str):
 
 @pytest.fixture(scope="module")
 def own_pipe():
-    """A model without upsamplers, whose prior may be exchanged."""
+    """A model without upsamplers, whose prior the test may replace."""
     torch.manual_seed(0)
     clip, prior, decoder = (
         scrambled(network) for network in (tiny_clip(), tiny_prior(), tiny_decoder())
@@ -67,7 +67,9 @@ def pipe(own_pipe, request):
     own_pipe.prior = make_prior(request.param)
     yield own_pipe
     own_pipe.prior = before
-    assert own_pipe.schedules["prior"].config.kind == "linear"  # it comes back with its own
+    assert (
+        own_pipe.schedules["prior"].config.kind == "linear"
+    )  # the schedule of the diffusion prior
 
 
 def embeddings(pipe, prompts, **drawing):
@@ -78,21 +80,19 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_batch_is_each_picture_alone(pipe):
+def test_images_do_not_depend_on_their_batch(pipe):
     prompts = ["a red apple", "a blue fish"]
     batch = pipe(prompts, num_images=2, seed=5, progress=False)
     for k, seed in enumerate(batch.seeds):
         alone = pipe(prompts[k // 2], seed=seed, progress=False)
         torch.testing.assert_close(alone.image_emb[0], batch.image_emb[k], rtol=0, atol=1e-5)
-    drawn = batch.image_emb.unflatten(0, (2, 2))
-    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
-    same = torch.allclose(drawn[:, 0], drawn[:, 1], atol=1e-6)
-    assert same == (
-        pipe.prior.config == make_prior("one-shot").config
-    )  # which nothing random goes into
+    result = batch.image_emb.unflatten(0, (2, 2))
+    assert not torch.allclose(result[0], result[1], atol=1e-3)
+    same = torch.allclose(result[:, 0], result[:, 1], atol=1e-6)
+    assert same == (pipe.prior.config == make_prior("one-shot").config)  # which is deterministic
 
 
-def test_the_candidate_nearest_to_the_text_is_kept(pipe):
+def test_most_similar_candidate_is_kept(pipe):
     text = pipe.encode_text("a red apple")
     options = replace(pipe.options.prior, guidance=1.0)
     of_one = pipe.sample_prior(
@@ -100,30 +100,30 @@ def test_the_candidate_nearest_to_the_text_is_kept(pipe):
     )
     torch.testing.assert_close(of_one, of_one[:1].expand(4, -1), rtol=0, atol=1e-5)
     (generator,) = seeded(3)
-    drawn = torch.cat(
+    result = torch.cat(
         [
             pipe.sample_prior(text, generators=[generator], options=options, candidates=1)
             for _ in range(4)
         ]
     )
     best = pipe.sample_prior(text, generators=seeded(3), options=options, candidates=4)
-    torch.testing.assert_close(best[0], drawn[(drawn @ text.emb[0]).argmax()], rtol=0, atol=1e-5)
+    torch.testing.assert_close(best[0], result[(result @ text.emb[0]).argmax()], rtol=0, atol=1e-5)
 
 
-def test_guidance_leads_away_from_the_null_or_the_negative(pipe):
-    def drawn(guidance: float, **told):
+def test_guidance_moves_away_from_the_null_or_negative_prompt(pipe):
+    def result(guidance: float, **conditions):
         options = StageOptions(steps=1, guidance=guidance, temperature=0)
         return embeddings(
-            pipe, "a red apple", generators=seeded(0), options=options, candidates=1, **told
+            pipe, "a red apple", generators=seeded(0), options=options, candidates=1, **conditions
         )
 
     fish, apple = pipe.encode_text("a blue fish"), pipe.encode_text("a red apple")
-    assert not torch.allclose(drawn(1.0), drawn(4.0), atol=1e-4)
-    assert not torch.allclose(drawn(4.0, negative=fish), drawn(4.0), atol=1e-4)
-    torch.testing.assert_close(drawn(4.0, negative=apple), drawn(1.0), rtol=0, atol=1e-4)
+    assert not torch.allclose(result(1.0), result(4.0), atol=1e-4)
+    assert not torch.allclose(result(4.0, negative=fish), result(4.0), atol=1e-4)
+    torch.testing.assert_close(result(4.0, negative=apple), result(1.0), rtol=0, atol=1e-4)
 
 
-def test_a_mixture_of_weight_one_is_its_text(pipe):
+def test_mixture_with_weight_one_equals_its_text(pipe):
     both = pipe.encode_text(["a red apple", "a blue fish"])
     given = {"generators": seeded(1), "candidates": 1}
     mixed = pipe.sample_prior(both, weights=torch.tensor([[1.0], [0.0]]), **given)
@@ -131,27 +131,27 @@ def test_a_mixture_of_weight_one_is_its_text(pipe):
     torch.testing.assert_close(mixed, pipe.sample_prior(both[:1], **given), rtol=0, atol=1e-4)
 
 
-def test_every_step_is_told(pipe):
-    told = []
-    pipe("a red apple", seed=0, on_step=told.append, progress=False)
-    prior = [progress for progress in told if progress.stage == "prior"]
+def test_progress_reports_every_step(pipe):
+    steps = []
+    pipe("a red apple", seed=0, on_step=steps.append, progress=False)
+    prior = [progress for progress in steps if progress.stage == "prior"]
     assert [progress.step for progress in prior] == list(range(1, pipe.prior.steps + 1))
     assert {progress.num_steps for progress in prior} == {pipe.prior.steps}
 
 
-def test_what_is_saved_draws_the_same(pipe, tmp_path):
+def test_saved_pipelines_generate_the_same_images(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model/prior/schedule.json").exists()
     again = unclip.load(tmp_path / "model")
     assert type(again.prior) is type(pipe.prior) and "prior" not in again.schedules
-    drawn = [
+    result = [
         one("a red apple", seed=1, progress=False).images[0].tobytes() for one in (pipe, again)
     ]
-    assert drawn[0] == drawn[1]
+    assert result[0] == result[1]
     assert type(unclip.load_prior(tmp_path / "model").network) is type(pipe.prior)
 
 
-def test_other_manipulations_and_precisions_take_it(pipe, tmp_path):
+def test_other_manipulations_and_dtypes_work(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     for again in (
         unclip.load(tmp_path / "model", dtype=torch.bfloat16),
@@ -169,22 +169,22 @@ def test_other_manipulations_and_precisions_take_it(pipe, tmp_path):
     )
 
 
-def test_a_prior_alone_is_loaded_and_told_in_the_metadata(own_pipe, tmp_path):
+def test_prior_is_loaded_alone_and_recorded_in_metadata(own_pipe, tmp_path):
     save_component(make_prior("ar"), tmp_path / "ar")
     before, own_pipe.prior = own_pipe.prior, unclip.load_prior(tmp_path / "ar")
     try:
-        drawn = own_pipe("a red apple", seed=0, progress=False)
-        assert drawn.metadata[0]["prior_model"] == str(tmp_path / "ar")
+        result = own_pipe("a red apple", seed=0, progress=False)
+        assert result.metadata[0]["prior_model"] == str(tmp_path / "ar")
         assert (
-            regenerate(own_pipe, drawn.metadata[0], progress=False).images[0].tobytes()
-            == drawn.images[0].tobytes()
+            regenerate(own_pipe, result.metadata[0], progress=False).images[0].tobytes()
+            == result.images[0].tobytes()
         )
     finally:
         own_pipe.prior = before
     assert "prior_model" not in own_pipe("a red apple", seed=0, progress=False).metadata[0]
 
 
-def test_a_prior_of_another_clip_is_refused(own_pipe):
+def test_prior_of_another_clip_raises(own_pipe):
     with pytest.raises(ValueError, match="prior has emb_dim 8, but CLIP has 16"):
         own_pipe.prior = OneShotPrior(OneShotPriorConfig(8, *SIZES[1:]))
 
@@ -192,24 +192,24 @@ def test_a_prior_of_another_clip_is_refused(own_pipe):
 # -- without a prior (unCLIP 5.1)
 
 
-def test_the_caption_s_embedding_is_decoded_at_an_image_s_length(own_pipe):
+def test_caption_embedding_is_scaled_to_the_length_of_image_embeddings(own_pipe):
     options = replace(own_pipe.options, embedding="text")
     own_pipe.prior.set_stats(torch.zeros(EMB_DIM), torch.full((EMB_DIM,), 3.0))
-    drawn = own_pipe(
+    result = own_pipe(
         ["a red apple", "a blue fish"], num_images=2, seed=0, options=options, progress=False
     )
     text_emb = own_pipe.encode_text(["a red apple", "a blue fish"]).emb.repeat_interleave(2, dim=0)
-    assert F.cosine_similarity(drawn.image_emb, text_emb).min() > 1 - 1e-5
-    torch.testing.assert_close(drawn.image_emb.norm(dim=-1), torch.full((4,), 12.0))
-    again = regenerate(own_pipe, drawn.metadata[3], progress=False)
-    torch.testing.assert_close(again.image_emb[0], drawn.image_emb[3])
+    assert F.cosine_similarity(result.image_emb, text_emb).min() > 1 - 1e-5
+    torch.testing.assert_close(result.image_emb.norm(dim=-1), torch.full((4,), 12.0))
+    again = regenerate(own_pipe, result.metadata[3], progress=False)
+    torch.testing.assert_close(again.image_emb[0], result.image_emb[3])
 
 
-def test_the_caption_alone_is_decoded_as_with_a_dropped_embedding(own_pipe):
-    text, told = own_pipe.encode_text("a red apple"), []
+def test_caption_alone_equals_a_dropped_embedding(own_pipe):
+    text, steps = own_pipe.encode_text("a red apple"), []
     options = replace(own_pipe.options, embedding="none")
-    drawn = own_pipe("a red apple", seed=0, options=options, on_step=told.append, progress=False)
-    assert drawn.image_emb is None and "prior" not in {progress.stage for progress in told}
+    result = own_pipe("a red apple", seed=0, options=options, on_step=steps.append, progress=False)
+    assert result.image_emb is None and "prior" not in {progress.stage for progress in steps}
     with mock.patch.object(
         own_pipe.decoder, "condition", wraps=own_pipe.decoder.condition
     ) as condition:
@@ -220,7 +220,7 @@ def test_the_caption_alone_is_decoded_as_with_a_dropped_embedding(own_pipe):
         small, own_pipe.decode(torch.ones(1, EMB_DIM), text, generators=seeded(0)), atol=1e-3
     )
     pixels = (
-        torch.frombuffer(bytearray(drawn.images[0].tobytes()), dtype=torch.uint8)
+        torch.frombuffer(bytearray(result.images[0].tobytes()), dtype=torch.uint8)
         .view(8, 8, 3)
         .permute(2, 0, 1)
     )
@@ -230,7 +230,7 @@ def test_the_caption_alone_is_decoded_as_with_a_dropped_embedding(own_pipe):
         own_pipe.decode(None)
 
 
-def test_a_model_without_a_prior_draws_from_captions_alone(own_pipe):
+def test_model_without_a_prior_generates_from_captions(own_pipe):
     bare = UnCLIPPipeline(own_pipe.clip, None, own_pipe.decoder, [], own_pipe.options)
     assert bare(
         "a fish", seed=0, options=replace(bare.options, embedding="none"), progress=False
@@ -239,7 +239,7 @@ def test_a_model_without_a_prior_draws_from_captions_alone(own_pipe):
         bare("a fish", options=replace(bare.options, embedding="text"), progress=False)
 
 
-def test_manipulations_refuse_what_is_for_prompts_alone(own_pipe):
+def test_manipulations_reject_options_of_prompts(own_pipe):
     options = replace(own_pipe.options, embedding="none")
     with pytest.raises(ValueError, match="embedding is 'none'"):
         own_pipe.image_to_image(torch.zeros(3, 8, 8), "a fish", options=options, progress=False)

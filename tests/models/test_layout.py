@@ -22,11 +22,11 @@ SHAPE = LayoutConfig(emb_dim=EMB_DIM, size=4, width=16, depth=2)
 CHANNELS = {"layout": 3, "known": 4}
 
 
-def decoder_shown(*shown: str) -> Decoder:
-    """A decoder that is shown a layout, what is known, both or neither, beside x_t."""
-    unet = replace(tiny_unet(3 + sum(CHANNELS[name] for name in shown), 3, context_dim=24), patch=2)
-    told = {"layout": SHAPE if "layout" in shown else None, "inpaints": "known" in shown}
-    return tiny_decoder(unet=unet, learned_variance=False, prediction="v", **told)
+def make_decoder(*names: str) -> Decoder:
+    """A decoder whose inputs are x_t and, as named, a layout and known pixels."""
+    unet = replace(tiny_unet(3 + sum(CHANNELS[name] for name in names), 3, context_dim=24), patch=2)
+    options = {"layout": SHAPE if "layout" in names else None, "inpaints": "known" in names}
+    return tiny_decoder(unet=unet, learned_variance=False, prediction="v", **options)
 
 
 def inputs(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextEncoding]:
@@ -44,7 +44,7 @@ def inputs(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tex
 # -- the network
 
 
-def test_a_layout_has_as_many_layers_as_it_says_and_scales_what_it_reads():
+def test_layout_has_its_depth_and_normalises_embeddings():
     layout = Layout(SHAPE)
     assert [m.out_features for m in layout.mlp if isinstance(m, torch.nn.Linear)] == [16, 16, 48]
     emb, mean, std = torch.randn(5, EMB_DIM), torch.randn(EMB_DIM), torch.rand(EMB_DIM) + 0.5
@@ -56,18 +56,18 @@ def test_a_layout_has_as_many_layers_as_it_says_and_scales_what_it_reads():
         LayoutConfig(emb_dim=EMB_DIM, depth=0)
 
 
-def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
+def test_guided_embeddings_match_known_pixels_by_weight():
     torch.manual_seed(0)
     layout, std = scrambled(Layout(SHAPE)), torch.linspace(0.5, 2, EMB_DIM)
     layout.set_stats(torch.zeros(EMB_DIM), std)
     emb, true = (std * torch.randn(3, EMB_DIM) for _ in range(2))
-    picture, hole = (
+    image, hole = (
         layout(true).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3),
         torch.zeros(3, 1, 8, 8) > 0,
     )
     hole[..., 4:] = True
     hole[2] = True  # nothing is known
-    known = masked_image(picture, hole)
+    known = masked_image(image, hole)
 
     def misses(found: torch.Tensor) -> torch.Tensor:
         return (layout(found) - layout(true))[..., :2].square().mean(dim=(1, 2, 3))
@@ -83,17 +83,17 @@ def test_an_embedding_agrees_with_what_is_known_as_far_as_its_weight_says():
     ).all()
     ways = [((found - emb) / std).square().mean(dim=1)[:2] for found in (slightly, fully)]
     assert (0 < ways[0]).all() and (ways[0] < ways[1]).all()
-    weights = torch.tensor([1.0, 1000.0, 0.0])  # a row is as if it were alone
+    weights = torch.tensor([1.0, 1000.0, 0.0])  # rows are independent
     each = layout.guide_embedding(emb, known, weights, steps=200)
     torch.testing.assert_close(each, torch.stack([slightly[0], fully[1], emb[2]]))
-    with torch.inference_mode():  # all that it is given may have been made there
+    with torch.inference_mode():  # its inputs may be inference tensors
         inside = scrambled(Layout(SHAPE)).bfloat16()
         bent = inside.guide_embedding(emb.bfloat16() + 0, known + 0, 10.0)
     assert bent.dtype == torch.bfloat16 and bent[:2].ne(emb[:2].bfloat16()).any()
     assert all(p.grad is None for p in layout.parameters())
 
 
-def test_it_learns_where_things_are_from_the_embedding():
+def test_layout_learns_positions_from_embeddings():
     """Images that are bright on one side; their embedding encodes the side."""
     torch.manual_seed(0)
     layout, clip = Layout(SHAPE), tiny_clip().requires_grad_(False)
@@ -116,23 +116,23 @@ def test_it_learns_where_things_are_from_the_embedding():
         assert (layout(batch["image_emb"]) - truth).square().mean() < 0.05 * truth.square().mean()
 
 
-def test_noise_on_embeddings_is_measured_in_their_standard_deviations():
+def test_embedding_noise_is_in_standard_deviations():
     torch.manual_seed(0)
     layout, std = Layout(SHAPE), torch.linspace(0.1, 2, EMB_DIM)
     layout.set_stats(torch.zeros(EMB_DIM), std)
     noise = add_embedding_noise(torch.ones(20_000, EMB_DIM), layout, most=0.6) - 1
     # a share uniform in [0, 0.6] has a mean square of 0.12
     torch.testing.assert_close(noise.std(0), 0.12**0.5 * std, rtol=0.05, atol=0)
-    assert (noise / std).std(1).quantile(0.02) < 0.1  # some rows have hardly any
+    assert (noise / std).std(1).quantile(0.02) < 0.1  # some rows have almost no noise
     assert torch.equal(add_embedding_noise(std[None], layout, 0.0), std[None])
 
 
-def test_without_its_embedding_nothing_is_shown():
-    decoder, (x_t, t, emb, text) = decoder_shown("layout"), inputs()
+def test_dropped_embedding_gives_an_empty_layout():
+    decoder, (x_t, t, emb, text) = make_decoder("layout"), inputs()
     dropped = torch.tensor([True, False])
-    shown = decoder.condition(emb, text, drop_image=dropped).extra_channels
-    assert shown.shape == (2, 3, 8, 8) and not shown[0].any() and shown[1].any()
-    assert torch.equal(shown[1:], decoder.condition(emb, text).extra_channels[1:])
+    names = decoder.condition(emb, text, drop_image=dropped).extra_channels
+    assert names.shape == (2, 3, 8, 8) and not names[0].any() and names[1].any()
+    assert torch.equal(names[1:], decoder.condition(emb, text).extra_channels[1:])
     scrambled(decoder)
     torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     everything = torch.ones(2, dtype=torch.bool)
@@ -140,8 +140,8 @@ def test_without_its_embedding_nothing_is_shown():
     torch.testing.assert_close(*outputs)
 
 
-def test_the_layout_reaches_the_picture_and_is_saved_with_the_decoder(tmp_path):
-    decoder, (x_t, t, emb, text) = scrambled(decoder_shown("layout", "known")), inputs()
+def test_layout_changes_the_image_and_is_saved_with_the_decoder(tmp_path):
+    decoder, (x_t, t, emb, text) = scrambled(make_decoder("layout", "known")), inputs()
     torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     before = decoder(x_t, t, emb, text)
     save_component(decoder, tmp_path)
@@ -151,7 +151,7 @@ def test_the_layout_reaches_the_picture_and_is_saved_with_the_decoder(tmp_path):
     assert load_component(tmp_path, torch.bfloat16).layout.emb_std.dtype == torch.float32
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_raise():
     unet = tiny_unet(3, 3, context_dim=24)
     with pytest.raises(
         ValueError, match="a decoder with a layout, inpaints=False .* needs 6 and 3"
@@ -167,9 +167,9 @@ def test_wrong_shapes_are_refused():
 
 @pytest.mark.parametrize("before", [(), ("layout",), ("known",), ("layout", "known")])
 @pytest.mark.parametrize("after", [("layout",), ("known",), ("layout", "known")])
-def test_training_goes_on_from_a_decoder_that_was_shown_less(before, after, tmp_path):
+def test_training_continues_from_a_decoder_with_fewer_inputs(before, after, tmp_path):
     torch.manual_seed(0)
-    old, new = scrambled(decoder_shown(*before)), decoder_shown(*after)
+    old, new = scrambled(make_decoder(*before)), make_decoder(*after)
     for weight in old.extra_channel_weights().values():
         torch.nn.init.normal_(weight.data)
     save_component(old, tmp_path)
@@ -188,19 +188,19 @@ def test_training_goes_on_from_a_decoder_that_was_shown_less(before, after, tmp_
     x_t, t, emb, text = inputs()
     known = masked_image(torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8) < 0.5)
     as_before, as_after = (
-        {"known": known} if "known" in shown else {} for shown in (before, after)
+        {"known": known} if "known" in names else {} for names in (before, after)
     )
     torch.testing.assert_close(
         new(x_t, t, emb, text, **as_after), old(x_t, t, emb, text, **as_before)
     )
     new(x_t, t, emb, text, **as_after).square().mean().backward()
     grad = new.unet.stem.weight.grad.flatten(2).abs().amax(dim=(0, 2))
-    assert grad.min() > 0  # all that it is shown is learned from
+    assert grad.min() > 0  # all extra channels are used
 
 
-def test_a_decoder_learns_from_noised_embeddings_and_its_layout_stays(monkeypatch):
+def test_decoder_trains_on_noised_embeddings_with_a_frozen_layout(monkeypatch):
     torch.manual_seed(0)
-    clip, decoder = tiny_clip().requires_grad_(False), decoder_shown("layout")
+    clip, decoder = tiny_clip().requires_grad_(False), make_decoder("layout")
     decoder.layout.requires_grad_(False)
     seen = []
     monkeypatch.setattr(
@@ -229,17 +229,17 @@ def test_a_decoder_learns_from_noised_embeddings_and_its_layout_stays(monkeypatc
 # -- in a pipeline
 
 
-def test_a_pipeline_draws_with_it(invertible_pipe, tmp_path):
+def test_pipeline_generates_with_a_layout(invertible_pipe, tmp_path):
     own = invertible_pipe
     torch.manual_seed(0)
-    decoder = scrambled(decoder_shown("layout"), std=0.02)
+    decoder = scrambled(make_decoder("layout"), std=0.02)
     torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
     pipe = UnCLIPPipeline(
-        own.clip, own.prior, decoder, own.upsamplers, own.options, name="shown", licence="MIT"
+        own.clip, own.prior, decoder, own.upsamplers, own.options, name="names", licence="MIT"
     )
-    drawn = pipe(["a red apple", "a blue fish"], num_images=2, seed=0, progress=False)
+    result = pipe(["a red apple", "a blue fish"], num_images=2, seed=0, progress=False)
     alone = pipe("a blue fish", seed=3, progress=False)
-    assert drawn.images[3].tobytes() == alone.images[0].tobytes() != drawn.images[2].tobytes()
+    assert result.images[3].tobytes() == alone.images[0].tobytes() != result.images[2].tobytes()
     pipe.save_pretrained(tmp_path / "model")
     again = UnCLIPPipeline.from_pretrained(tmp_path / "model")
     assert (

@@ -1,4 +1,4 @@
-"""The diffusion prior: equal to diffusers', to itself without the cache, and deaf to pads."""
+"""The diffusion prior: equal to diffusers', to itself without a cache, and independent of padding."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def full_sequence(
     return prior.head(prior.norm(x[:, -1])), keys
 
 
-def test_cached_prefix_equals_the_full_sequence(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_cached_prefix_equals_full_sequence(prior: DiffusionPrior, text: TextEncoding) -> None:
     prefix = prior.condition(text)
-    for seed in range(2):  # the prefix serves any t and x_t
+    for seed in range(2):  # one prefix for any t and x_t
         torch.manual_seed(seed)
         x_t, t = torch.randn(B, D).double(), torch.randint(0, 1000, (B,))
         expected, keys = full_sequence(prior, x_t, t, text)
@@ -90,12 +90,12 @@ def test_cached_prefix_equals_the_full_sequence(prior: DiffusionPrior, text: Tex
             torch.testing.assert_close(ours[seen], theirs[seen], rtol=0, atol=1e-12)
 
 
-def test_pads_are_not_seen(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_padding_has_no_effect(prior: DiffusionPrior, text: TextEncoding) -> None:
     x_t, t = make_noised()
     expected = prior(x_t, t, text)
     states = torch.where(text.mask[..., None], text.states, 1e3 * torch.randn_like(text.states))
     assert torch.equal(prior(x_t, t, TextEncoding(text.emb, states, text.mask)), expected)
-    for i, n in enumerate(LENGTHS):  # nor need they be there
+    for i, n in enumerate(LENGTHS):  # without the padding
         alone = TextEncoding(
             text.emb[i : i + 1], text.states[i : i + 1, :n], text.mask[i : i + 1, :n]
         )
@@ -104,14 +104,16 @@ def test_pads_are_not_seen(prior: DiffusionPrior, text: TextEncoding) -> None:
         )
 
 
-def test_a_caption_without_tokens_gives_numbers(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_caption_without_tokens_gives_finite_output(
+    prior: DiffusionPrior, text: TextEncoding
+) -> None:
     empty = TextEncoding(text.emb, text.states, torch.zeros_like(text.mask))
     x_t, t = make_noised()
     assert prior(x_t, t, empty).isfinite().all()
     assert prior.bfloat16()(x_t, t, empty).isfinite().all()
 
 
-def test_the_null_changes_only_the_null_branch(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_null_changes_only_dropped_rows(prior: DiffusionPrior, text: TextEncoding) -> None:
     x_t, t = make_noised()
     drop = torch.tensor([False, True, False])
     before = prior(x_t, t, text, drop)
@@ -129,7 +131,7 @@ def test_the_null_changes_only_the_null_branch(prior: DiffusionPrior, text: Text
     )
 
 
-def test_prefixes_are_batched(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_contexts_support_row_operations(prior: DiffusionPrior, text: TextEncoding) -> None:
     x_t, t = make_noised()
     cond, null = prior.condition(text), prior.condition(prior.null_text(1))
     both = KeyValues.cat([cond, null.repeat_interleave(B)])  # of L + 1 and of 2 tokens
@@ -138,7 +140,7 @@ def test_prefixes_are_batched(prior: DiffusionPrior, text: TextEncoding) -> None
     torch.testing.assert_close(out[:B], prior.denoise(x_t, t, cond), rtol=0, atol=1e-12)
     torch.testing.assert_close(
         out[B:], prior.denoise(x_t, t, null), rtol=0, atol=1e-12
-    )  # one row serves all
+    )  # one row for all
     torch.testing.assert_close(
         prior.denoise(x_t[1:], t[1:], cond[1:]), out[1:B], rtol=0, atol=1e-12
     )
@@ -176,7 +178,7 @@ def test_dtypes(prior: DiffusionPrior, text: TextEncoding, dtype: torch.dtype) -
     )
 
 
-def test_a_new_prior_predicts_the_mean_and_learns() -> None:
+def test_untrained_prior_predicts_the_mean_and_can_learn() -> None:
     torch.manual_seed(0)
     prior, text, (x_t, t) = (
         DiffusionPrior(CONFIG),
@@ -194,7 +196,7 @@ def test_a_new_prior_predicts_the_mean_and_learns() -> None:
     assert all(p.grad is not None for p in prior.parameters())
 
 
-def test_bad_input_is_named(prior: DiffusionPrior, text: TextEncoding) -> None:
+def test_invalid_input_raises(prior: DiffusionPrior, text: TextEncoding) -> None:
     with pytest.raises(ValueError, match="width is 30; expected a multiple of heads = 4"):
         PriorConfig(emb_dim=16, text_width=16, context_length=9, width=30, depth=3, heads=4)
     with pytest.raises(ValueError, match="the text has 18 tokens; this prior takes at most 9"):

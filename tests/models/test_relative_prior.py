@@ -55,7 +55,7 @@ def given(batch: int = 3, length: int = 9) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def at_length(prior: RelativePrior, x_t: torch.Tensor, t: int, text: TextEncoding) -> torch.Tensor:
-    """One row, all tokens at once, query by query: what the network is by its description."""
+    """Compute the prediction of one row, all tokens at once, query by query."""
     config, N = prior.config, prior.config.context_length
     words = [
         text.states[0, i] if i < text.mask.shape[1] and text.mask[0, i] else None for i in range(N)
@@ -118,7 +118,7 @@ def test_prefix_and_steps_equal_the_full_sequence(config):
 
 
 @pytest.mark.parametrize("config", [VARIANTS[0], VARIANTS[2]])
-def test_the_null_is_a_text_without_a_token(config):
+def test_null_is_a_text_without_tokens(config):
     prior, (x_t, t, text) = made(config), given()
     null = prior.denoise(x_t, t, prior.condition(prior.null_text(1)))
     dropped = prior(x_t, t, text, drop=torch.ones(3, dtype=torch.bool))
@@ -126,12 +126,12 @@ def test_the_null_is_a_text_without_a_token(config):
     torch.testing.assert_close(
         null[:1], at_length(prior, x_t[:1], int(t[0]), prior.null_text(1)), atol=1e-5, rtol=1e-5
     )
-    assert (null - prior(x_t, t, text)).abs().max() > 0.01  # the text was seen
+    assert (null - prior(x_t, t, text)).abs().max() > 0.01  # the text has an effect
     elsewhere = prior.denoise(x_t.flip(0) * 20, t, prior.condition(prior.null_text(1)))
-    assert (elsewhere - null).abs().max() > 0.01  # and x_t still is: only the text is dropped
+    assert (elsewhere - null).abs().max() > 0.01  # so does x_t: only the text is dropped
 
 
-def test_a_prior_that_never_saw_a_null_cannot_be_guided():
+def test_prior_without_null_cannot_be_guided():
     prior, (_, _, text) = made(VARIANTS[1]), given()
     for ask in (
         lambda: prior.null_text(1),
@@ -141,7 +141,7 @@ def test_a_prior_that_never_saw_a_null_cannot_be_guided():
             ask()
 
 
-def test_the_length_of_embeddings_makes_no_difference():
+def test_length_of_embeddings_has_no_effect():
     prior, (x_t, t, text) = made(CONFIG), given()
     longer = TextEncoding(text.emb * 3, text.states, text.mask)
     torch.testing.assert_close(prior(x_t, t, longer), prior(x_t, t, text))
@@ -152,14 +152,14 @@ def test_the_length_of_embeddings_makes_no_difference():
     assert torch.allclose(prior.denormalize(torch.randn(4, 24)).norm(dim=-1), torch.tensor(9.5))
 
 
-def test_one_prefix_serves_several_pictures_of_a_text():
+def test_context_is_shared_by_images_of_a_text():
     prior, (x_t, t, text) = made(CONFIG), given(2)
     x_t, t = torch.randn(6, 24), torch.full((6,), 7)
     each = prior.denoise(x_t, t, prior.condition(text.repeat_interleave(3)))
     torch.testing.assert_close(prior.denoise(x_t, t, prior.condition(text)), each)
 
 
-def test_trimmed_text_is_the_same_text():
+def test_trimming_padding_has_no_effect():
     prior, (x_t, t, text) = made(VARIANTS[2]), given()
     longer = TextEncoding(
         text.emb, F.pad(text.states, (0, 0, 0, 12), value=5.0), F.pad(text.mask, (0, 12))

@@ -1,4 +1,4 @@
-"""The upsampler: equal to diffusers' in Karlo's configuration; pictures and crops of any size."""
+"""The upsampler: equal to diffusers' in Karlo's configuration; images and crops of any size."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_crops_of_any_size(size: tuple[int, int]) -> None:
     assert upsampler(x_t, t, torch.randn(1, 3, *size)).shape == x_t.shape
 
 
-def test_the_last_step_has_its_own_network() -> None:
+def test_last_step_uses_its_own_network() -> None:
     shared, split = make(), make(replace(CONFIG, last_unet=UNET))
     x_t, t, low_res = torch.randn(1, 3, 16, 16), torch.tensor([0]), torch.randn(1, 3, 4, 4)
     assert shared.last_unet is None
@@ -100,7 +100,7 @@ def test_rows_are_independent_and_dtypes_kept() -> None:
     assert out.dtype == torch.bfloat16 and (out - expected).norm() / expected.norm() < 0.05
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_raises() -> None:
     upsampler, t = make(), torch.tensor([0])
     with pytest.raises(
         ValueError, match=r"low_res is \(9, 9\) and x_t \(32, 32\); .* or 4 times smaller"
@@ -120,7 +120,7 @@ def test_bad_input_is_named() -> None:
         ({"unet": replace(UNET, context_dim=8)}, "unet.context_dim is 8; expected none"),
     ],
 )
-def test_bad_configs_are_named(change: dict[str, object], message: str) -> None:
+def test_invalid_configs_raise(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
 
@@ -134,7 +134,7 @@ def test_karlo_size() -> None:
         assert sum(p.numel() for p in network.parameters()) == 691_579_523
 
 
-def test_a_residual_upsampler_begins_at_the_enlarged_picture() -> None:
+def test_untrained_residual_upsampler_predicts_the_enlarged_image() -> None:
     config = replace(CONFIG, prediction="x0", residual=True)
     torch.manual_seed(0)
     upsampler, x_t, low_res = (
@@ -155,7 +155,7 @@ def test_a_residual_upsampler_begins_at_the_enlarged_picture() -> None:
         replace(CONFIG, residual=True)
 
 
-def test_the_learned_variance_of_a_residual_upsampler_stays_the_networks_own() -> None:
+def test_residual_leaves_the_learned_variance_unchanged() -> None:
     unet = replace(UNET, out_channels=6)
     config = UpsamplerConfig(unet, 16, 64, prediction="x0", residual=True, learned_variance=True)
     upsampler, x_t, t = make(config), torch.randn(1, 3, 64, 64), torch.tensor([500])

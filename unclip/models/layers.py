@@ -213,9 +213,9 @@ class Denoiser(nn.Module):
 
 
 class DenoiserCache:
-    """What a denoiser reuses between the steps of one sampling run under one context.
+    """Values that a denoiser reuses between the steps of one sampling run with one context.
 
-    What depends on t alone is computed for all timesteps at once. With interval n > 1, a U-Net
+    Values that depend on t alone are computed for all timesteps at once. With interval n > 1, a U-Net
     computes its deep features at every n-th timestep only (DeepCache, 2312.00858).
     """
 

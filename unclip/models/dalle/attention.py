@@ -18,7 +18,7 @@ Kind = Literal["full", "row", "column", "conv", "own_row", "corner"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which codes a code attends to, itself included. All codes attend to all text.
+    """Codes that each code attends to, itself included. All codes attend to all text.
 
     full: all previous codes. row: the previous w codes, back to the one above (figure 11a).
     column: the codes above (11b). conv: previous codes under a kernel centred on the code, which

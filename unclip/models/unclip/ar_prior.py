@@ -165,7 +165,7 @@ class ARPrior(DirectPrior):
         temperature: float = 1.0,
         on_prediction: OnPrediction | None = None,
     ) -> Tensor:
-        """See `DirectPrior.sample`; each generator draws K + 1 numbers."""
+        """See `DirectPrior.sample`; each generator makes K + 1 numbers."""
         K, V, R = self.config.components, self.config.buckets, len(text) // len(generators)
         uniform = torch.stack(
             [torch.rand(K + 1, generator=g, device=g.device).cpu() for g in generators]
