@@ -1,4 +1,4 @@
-"""The diffusion prior: equal to diffusers', to itself without a cache, and independent of padding."""
+"""The diffusion prior: equal to diffusers'; the cached prefix and padding change nothing."""
 
 from __future__ import annotations
 

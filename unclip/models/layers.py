@@ -215,8 +215,8 @@ class Denoiser(nn.Module):
 class DenoiserCache:
     """Values that a denoiser reuses between the steps of one sampling run with one context.
 
-    Values that depend on t alone are computed for all timesteps at once. With interval n > 1, a U-Net
-    computes its deep features at every n-th timestep only (DeepCache, 2312.00858).
+    Values that depend on t alone are computed for all timesteps at once. With interval n > 1, a
+    U-Net computes its deep features at every n-th timestep only (DeepCache, 2312.00858).
     """
 
     def __init__(self, timesteps: Sequence[float], interval: int = 1) -> None:
