@@ -226,7 +226,7 @@ def test_caption_alone_equals_a_dropped_embedding(own_pipe):
     )
     assert (small[0].mul(127.5).add(127.5) - pixels).abs().max() <= 1
     assert own_pipe(["a", "b"], seed=0, options=options, progress=False).pick([1]).image_emb is None
-    with pytest.raises(ValueError, match="neither image_emb nor text"):
+    with pytest.raises(ValueError, match="image_emb and text are both None"):
         own_pipe.decode(None)
 
 
