@@ -277,7 +277,7 @@ def test_convert_info_and_generate_commands(
             GLIDEOptions(upsamplers=(StageOptions(1),) * 2),
             "options for 2 upsamplers, but the model has 1",
         ),
-        (GLIDEOptions(decoder=StageOptions(4, cache_interval=2)), "set cache_interval to 1"),
+        (GLIDEOptions(decoder=StageOptions(4, cache_interval=2)), "expected cache_interval 1"),
     ],
 )
 def test_options_of_another_kind_of_model_are_refused(
@@ -288,14 +288,18 @@ def test_options_of_another_kind_of_model_are_refused(
 
 
 def test_variations_need_a_clip(folder: Path) -> None:
-    with pytest.raises(ValueError, match="has no image embeddings and cannot vary an image"):
+    with pytest.raises(
+        ValueError, match="has no image embeddings"
+    ):
         small_pipe(folder).variations(image_emb=torch.zeros(1, 16))
 
 
 def test_networks_that_do_not_fit_together_are_refused(folder: Path) -> None:
     base, upsample = (glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample"))
     tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
-    with pytest.raises(ValueError, match="decoder must start from noise, but its low_size is 64"):
+    with pytest.raises(
+        ValueError, match="decoder must start from noise, but its low_size is 64"
+    ):
         GLIDEPipeline(tokenizer, upsample)
     with pytest.raises(
         ValueError, match="upsampler_0 must start from images of 64 px, but its low_size is None"

@@ -11,7 +11,7 @@ T = torch.tensor([0, 1, 300, 700, 950])
 PREDICTIONS = ("eps", "x0", "v")
 
 
-def picture_and_noise(dtype=torch.float64):
+def image_and_noise(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(
         256, (len(T), 3, 4, 4), generator=generator
@@ -26,7 +26,7 @@ def output_for(estimate, x_t, schedule, prediction):
 
 
 def test_simple_loss_is_the_mean_square():
-    schedule, (x_0, noise) = Schedule(), picture_and_noise()
+    schedule, (x_0, noise) = Schedule(), image_and_noise()
     x_t = schedule.add_noise(x_0, noise, T)
     output = torch.randn(x_0.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     losses = diffusion_loss(output, x_0, x_t, noise, T, schedule, "eps")
@@ -41,7 +41,7 @@ def test_min_snr_makes_predictions_equal(zero_terminal_snr):
     """Weighted, all types have the loss min(SNR, γ) |x_0 - estimate|², and the same bound."""
     schedule, (x_0, noise) = (
         Schedule(ScheduleConfig(zero_terminal_snr=zero_terminal_snr)),
-        picture_and_noise(),
+        image_and_noise(),
     )
     x_t = schedule.add_noise(x_0, noise, T)
     estimate = x_0 + 0.1 * torch.randn(
@@ -79,7 +79,7 @@ def test_min_snr_weights():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_bound_is_the_divergence_from_the_posterior(prediction):
-    schedule, (x_0, noise) = Schedule(), picture_and_noise()
+    schedule, (x_0, noise) = Schedule(), image_and_noise()
     x_t = schedule.add_noise(x_0, noise, T)
     generator = torch.Generator().manual_seed(1)
     estimate = x_0 + 0.1 * torch.randn(x_0.shape, dtype=torch.float64, generator=generator)
@@ -128,7 +128,7 @@ def test_levels_at_t_0_have_probability_one_together():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_bound_trains_the_variance_only(prediction):
-    schedule, (x_0, noise) = Schedule(), picture_and_noise(torch.float32)
+    schedule, (x_0, noise) = Schedule(), image_and_noise(torch.float32)
     x_t = schedule.add_noise(x_0, noise, T)
     output = torch.zeros(len(T), 6, 4, 4, requires_grad=True)
     diffusion_loss(output, x_0, x_t, noise, T, schedule, prediction, learned_variance=True)[
@@ -140,7 +140,7 @@ def test_bound_trains_the_variance_only(prediction):
 
 
 def test_hybrid_loss_adds_the_weighted_bound():
-    schedule, (x_0, noise) = Schedule(), picture_and_noise()
+    schedule, (x_0, noise) = Schedule(), image_and_noise()
     x_t = schedule.add_noise(x_0, noise, T)
     output = torch.cat([noise + 0.1, torch.zeros_like(x_0)], dim=1)
     losses = diffusion_loss(
@@ -156,7 +156,7 @@ def test_hybrid_loss_adds_the_weighted_bound():
 def test_half_precision_output_gives_finite_float32_losses(dtype, prediction):
     schedule = Schedule(ScheduleConfig(zero_terminal_snr=prediction != "eps"))
     t = torch.tensor([0, 1, 500, 998, 999])
-    x_0, noise = (x.to(dtype) for x in picture_and_noise())
+    x_0, noise = (x.to(dtype) for x in image_and_noise())
     output = torch.cat([2 * x_0 - noise, torch.zeros_like(x_0)], dim=1).requires_grad_()
     x_t = schedule.add_noise(x_0, noise, t).to(dtype)
     config = LossConfig(min_snr_gamma=5.0)

@@ -48,10 +48,10 @@ def test_any_number_of_timesteps_ends_in_noise(kind, num_timesteps):
 
 @pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_predictions_recover_picture_and_noise(config, prediction):
+def test_predictions_recover_image_and_noise(config, prediction):
     schedule = Schedule(config)
     if prediction == "eps" and config.zero_terminal_snr:
-        with pytest.raises(ValueError, match="predict 'v' or 'x0'"):
+        with pytest.raises(ValueError, match="needs 'v' or 'x0'"):
             schedule.check(prediction)
         return
     x_0, noise = torch.randn(
@@ -125,8 +125,8 @@ def test_unknown_prediction_is_refused():
         Schedule().check("epsilon")
 
 
-def test_shift_makes_a_picture_of_twice_the_size_lose_its_shapes_at_the_same_timestep():
-    """Averaging 2 x 2 pixels halves the noise: SNR / 4 then equals the unshifted schedule."""
+def test_shift_2_matches_the_visible_noise_of_images_of_twice_the_size():
+    """Averaging 2 x 2 pixels halves the noise: SNR / 4 leaves the coarse shapes as visible."""
     plain, shifted = Schedule(ScheduleConfig()), Schedule(ScheduleConfig(shift=2.0))
     t = torch.tensor([0, 10, 500, 900])
     torch.testing.assert_close(shifted.snr(t), plain.snr(t) / 4)

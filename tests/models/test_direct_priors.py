@@ -235,7 +235,7 @@ def test_model_without_a_prior_generates_from_captions(own_pipe):
     assert bare(
         "a fish", seed=0, options=replace(bare.options, embedding="none"), progress=False
     ).images
-    with pytest.raises(ValueError, match="this model has no prior"):
+    with pytest.raises(ValueError, match="the model has no prior"):
         bare("a fish", options=replace(bare.options, embedding="text"), progress=False)
 
 

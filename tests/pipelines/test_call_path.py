@@ -12,7 +12,7 @@ from unclip.models.unet import UNet
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 PACKAGE = str(Path(unclip.__file__).parent)
-MAX_FILES = 22
+MAX_FILES = 18
 NEW_LOCALS = 0x2  # flag of functions; the bodies of modules and classes do not have it
 
 

@@ -1,4 +1,4 @@
-"""The DALL-E pipeline: seeds, batches, completion, variations, files and invalid calls."""
+"""The DALL-E pipeline: seeds, batches, image prompts, variations, files, invalid input."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GUIDED = CodeOptions(temperature=0.9, top_k=12, top_p=0.95, guidance=2.0)
 
 
 @pytest.fixture
-def draw(tiny_dalle):
+def generate(tiny_dalle):
     return lambda *args, **kwargs: tiny_dalle(*args, progress=False, **kwargs)
 
 
 @pytest.fixture(scope="module")
-def picture(tiny_dalle) -> Image.Image:
+def photo(tiny_dalle) -> Image.Image:
     return tiny_dalle("a red apple", seed=0, progress=False).images[0]
 
 
@@ -39,30 +39,30 @@ def same(a: Image.Image, b: Image.Image) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-def test_a_call_gives_pictures_in_order_with_consecutive_seeds(draw):
-    result = draw(PROMPTS, num_images=2, seed=10)
+def test_images_are_in_order_with_consecutive_seeds(generate):
+    result = generate(PROMPTS, num_images=2, seed=10)
     assert result.seeds == [10, 11, 12, 13, 14, 15]
     assert result.prompts == [prompt for prompt in PROMPTS for _ in range(2)]
     assert [image.size for image in result.images] == [(16, 16)] * 6
     assert result.codes.shape == (6, 4, 4) and len(result.codes.unique(dim=0)) == 6
     assert result.image_emb is None and result.scores is None
-    assert not result.codes.is_inference()  # the caller may compute with them
+    assert not result.codes.is_inference()  # so that the caller can compute gradients
 
 
 @pytest.mark.parametrize("options", [CodeOptions(), GUIDED])
-def test_a_picture_does_not_depend_on_its_batch(draw, options):
-    together = draw(PROMPTS, num_images=3, seed=4, options=options)
+def test_images_do_not_depend_on_the_batch(generate, options):
+    together = generate(PROMPTS, num_images=3, seed=4, options=options)
     for batch_size in (1, 2, 4):
-        apart = draw(PROMPTS, num_images=3, seed=4, options=options, batch_size=batch_size)
+        apart = generate(PROMPTS, num_images=3, seed=4, options=options, batch_size=batch_size)
         assert apart.seeds == together.seeds and torch.equal(apart.codes, together.codes)
     for k in (0, 5, 8):
-        alone = draw(together.prompts[k], seed=together.seeds[k], options=options)
+        alone = generate(together.prompts[k], seed=together.seeds[k], options=options)
         assert torch.equal(alone.codes[0], together.codes[k])
 
 
-def test_the_picture_hangs_on_prompt_seed_and_options(draw):
+def test_images_depend_on_prompt_seed_and_options(generate):
     codes = [
-        draw(prompt, seed=seed, options=options).codes
+        generate(prompt, seed=seed, options=options).codes
         for prompt, seed, options in [
             ("a red apple", 0, CodeOptions()),
             ("a blue fish", 0, CodeOptions()),
@@ -73,12 +73,13 @@ def test_the_picture_hangs_on_prompt_seed_and_options(draw):
     assert len(torch.cat(codes).unique(dim=0)) == 4
     cold = CodeOptions(temperature=0)
     assert torch.equal(
-        draw("a fish", seed=0, options=cold).codes, draw("a fish", seed=1, options=cold).codes
+        generate("a fish", seed=0, options=cold).codes,
+        generate("a fish", seed=1, options=cold).codes,
     )
 
 
-def test_stages_alone_make_the_whole(tiny_dalle, draw):
-    result = draw("a red apple", seed=5)
+def test_separate_stages_equal_a_call(tiny_dalle, generate):
+    result = generate("a red apple", seed=5)
     pixels = (
         (tiny_dalle.decode(result.codes)[0].permute(1, 2, 0) + 1).mul(127.5).round().byte().numpy()
     )
@@ -87,19 +88,19 @@ def test_stages_alone_make_the_whole(tiny_dalle, draw):
     assert torch.equal(tiny_dalle.encode(result.images), tiny_dalle.codec.encode(x))
 
 
-def test_text_is_read_once_and_the_null_once(tiny_dalle, draw, monkeypatch):
+def test_each_prompt_and_the_null_are_encoded_once(tiny_dalle, generate, monkeypatch):
     rows = []
     condition = tiny_dalle.dalle.condition
     monkeypatch.setattr(
         tiny_dalle.dalle, "condition", lambda tokens: rows.append(len(tokens)) or condition(tokens)
     )
-    draw(PROMPTS[:2], num_images=5, batch_size=2, options=GUIDED)
-    assert rows == [1, 1, 1]  # each prompt for its three batches, and a null
+    generate(PROMPTS[:2], num_images=5, batch_size=2, options=GUIDED)
+    assert rows == [1, 1, 1]  # each prompt once for its three batches, and a null
 
 
-def test_every_code_is_reported_with_a_preview_of_each_whole_row(draw):
+def test_progress_of_every_code_with_a_preview_after_each_row(generate):
     steps = []
-    result = draw("a red apple", num_images=3, batch_size=2, seed=0, on_step=steps.append)
+    result = generate("a red apple", num_images=3, batch_size=2, seed=0, on_step=steps.append)
     assert [(p.stage, p.step, p.num_steps) for p in steps] == [
         ("dalle", n, 16) for n in range(1, 17)
     ] * 2
@@ -107,11 +108,11 @@ def test_every_code_is_reported_with_a_preview_of_each_whole_row(draw):
     half, whole = steps[7].preview, steps[15].preview
     assert half.shape == whole.shape == (2, 3, 16, 16)
     assert (half[:, :, 8:] == 1).all() and not (half[:, :, :8] == 1).all()
-    drawn = np.stack([np.asarray(image) for image in result.images[:2]]) / 127.5 - 1
-    assert np.abs(whole.permute(0, 2, 3, 1).numpy() - drawn).max() < 0.005
+    generated = np.stack([np.asarray(image) for image in result.images[:2]]) / 127.5 - 1
+    assert np.abs(whole.permute(0, 2, 3, 1).numpy() - generated).max() < 0.005
 
 
-def test_the_progress_bar_and_no_preview_without_a_reader(tiny_dalle, monkeypatch, capsys):
+def test_no_preview_is_decoded_without_a_callback(tiny_dalle, monkeypatch, capsys):
     decoded = []
     decode = tiny_dalle.codec.decode
     monkeypatch.setattr(
@@ -123,7 +124,7 @@ def test_the_progress_bar_and_no_preview_without_a_reader(tiny_dalle, monkeypatc
     assert capsys.readouterr().err == ""
 
 
-def test_a_compiled_step_draws_the_same(tiny_dalle, draw):
+def test_a_compiled_step_gives_the_same_images(tiny_dalle, generate):
     calls = []
 
     def backend(graph, inputs):
@@ -132,7 +133,7 @@ def test_a_compiled_step_draws_the_same(tiny_dalle, draw):
     pipe = unclip.compile(copy.deepcopy(tiny_dalle), backend=backend)
     result = pipe("a red apple", seed=3, options=GUIDED, progress=False)
     assert len(calls) == 15  # one graph, for every code but the first
-    assert torch.equal(result.codes, draw("a red apple", seed=3, options=GUIDED).codes)
+    assert torch.equal(result.codes, generate("a red apple", seed=3, options=GUIDED).codes)
     with pytest.raises(ValueError, match="the networks are compiled and cannot be moved"):
         pipe.offload()
     packed = unclip.compile(copy.deepcopy(tiny_dalle))
@@ -142,57 +143,57 @@ def test_a_compiled_step_draws_the_same(tiny_dalle, draw):
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0, 0), (0.4375, 7), (0.5, 8), (0.999, 15)])
-def test_an_image_prompt_stays_exactly(tiny_dalle, picture, keep, kept):
-    codes = tiny_dalle.encode(picture).flatten(1)
+def test_kept_codes_stay_unchanged(tiny_dalle, photo, keep, kept):
+    codes = tiny_dalle.encode(photo).flatten(1)
     steps = []
     result = tiny_dalle.complete(
-        picture, "a fish", keep=keep, num_images=8, seed=1, on_step=steps.append, progress=False
+        photo, "a fish", keep=keep, num_images=8, seed=1, on_step=steps.append, progress=False
     )
-    drawn = result.codes.flatten(1)
-    assert torch.equal(drawn[:, :kept], codes[:, :kept].expand(8, -1))
-    assert len(drawn[:, kept:].unique(dim=0)) > 1
+    generated = result.codes.flatten(1)
+    assert torch.equal(generated[:, :kept], codes[:, :kept].expand(8, -1))
+    assert len(generated[:, kept:].unique(dim=0)) > 1
     assert steps[-1].step == steps[-1].num_steps == 16 - kept
-    alone = tiny_dalle.complete(picture, "a fish", keep=keep, seed=6, progress=False)
+    alone = tiny_dalle.complete(photo, "a fish", keep=keep, seed=6, progress=False)
     assert torch.equal(alone.codes[0], result.codes[5])
     if not kept:
         assert torch.equal(
-            drawn, tiny_dalle("a fish", num_images=8, seed=1, progress=False).codes.flatten(1)
+            generated, tiny_dalle("a fish", num_images=8, seed=1, progress=False).codes.flatten(1)
         )
 
 
-def test_several_pictures_and_several_prompts(tiny_dalle, picture):
+def test_images_and_prompts_are_paired(tiny_dalle, photo):
     other = tiny_dalle("a blue fish", seed=9, progress=False).images[0]
     drawing = {"seed": 0, "progress": False, "keep": 0.5}
-    both = tiny_dalle.complete([picture, other], PROMPTS[:2], num_images=2, **drawing)
+    both = tiny_dalle.complete([photo, other], PROMPTS[:2], num_images=2, **drawing)
     assert both.prompts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
-    firsts = tiny_dalle.encode([picture, other])[:, :2].repeat_interleave(2, dim=0)
+    firsts = tiny_dalle.encode([photo, other])[:, :2].repeat_interleave(2, dim=0)
     assert torch.equal(both.codes[:, :2], firsts)
-    assert tiny_dalle.complete(picture, PROMPTS, **drawing).prompts == PROMPTS
-    assert tiny_dalle.complete([picture, other], **drawing).prompts == [None, None]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+    assert tiny_dalle.complete(photo, PROMPTS, **drawing).prompts == PROMPTS
+    assert tiny_dalle.complete([photo, other], **drawing).prompts == [None, None]
+    x = torch.from_numpy(np.array(photo)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(
         tiny_dalle.complete([x, other], PROMPTS[:2], **drawing).codes[0],
-        tiny_dalle.complete(picture, PROMPTS[0], **drawing).codes[0],
+        tiny_dalle.complete(photo, PROMPTS[0], **drawing).codes[0],
     )
 
 
-def test_variations_draw_the_lower_part_anew(tiny_dalle, picture):
-    result = tiny_dalle.variations(picture, num_images=4, seed=2, progress=False)
+def test_variations_resample_the_lower_part(tiny_dalle, photo):
+    result = tiny_dalle.variations(photo, num_images=4, seed=2, progress=False)
     assert result.prompts == [None] * 4
     assert torch.equal(
-        result.codes.flatten(1)[:, :7], tiny_dalle.encode(picture).flatten(1)[:, :7].expand(4, -1)
+        result.codes.flatten(1)[:, :7], tiny_dalle.encode(photo).flatten(1)[:, :7].expand(4, -1)
     )
-    null = tiny_dalle.complete(picture, "", num_images=4, seed=2, progress=False)
+    null = tiny_dalle.complete(photo, "", num_images=4, seed=2, progress=False)
     assert torch.equal(null.codes, result.codes)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_variations_of_every_code_follow_the_picture_s_own(tiny_dalle, picture, guidance):
-    codes, dalle = tiny_dalle.encode(picture).flatten(1), tiny_dalle.dalle
+def test_variations_with_keep_0_are_conditioned_on_the_image_codes(tiny_dalle, photo, guidance):
+    codes, dalle = tiny_dalle.encode(photo).flatten(1), tiny_dalle.dalle
     steps = []
     drawing = {"prompt": "a fish", "keep": 0, "progress": False}
     cold = tiny_dalle.variations(
-        picture, options=CodeOptions(0, guidance=guidance), seed=0, on_step=steps.append, **drawing
+        photo, options=CodeOptions(0, guidance=guidance), seed=0, on_step=steps.append, **drawing
     )
     with torch.no_grad():
         told, null = (
@@ -203,26 +204,24 @@ def test_variations_of_every_code_follow_the_picture_s_own(tiny_dalle, picture, 
         (1, 1, (1, 3, 16, 16))
     ]
 
-    together = tiny_dalle.variations(picture, num_images=5, seed=3, batch_size=2, **drawing)
+    together = tiny_dalle.variations(photo, num_images=5, seed=3, batch_size=2, **drawing)
     assert together.seeds == [3, 4, 5, 6, 7] and len(together.codes.unique(dim=0)) == 5
-    assert torch.equal(
-        tiny_dalle.variations(picture, seed=6, **drawing).codes[0], together.codes[3]
-    )
+    assert torch.equal(tiny_dalle.variations(photo, seed=6, **drawing).codes[0], together.codes[3])
     frequencies = tiny_dalle.variations(
-        picture, num_images=2000, batch_size=500, seed=0, **drawing
+        photo, num_images=2000, batch_size=500, seed=0, **drawing
     ).codes.flatten(1)
     expected = told.softmax(-1)[-1]
     assert (frequencies[:, -1].bincount(minlength=24) / 2000 - expected).abs().max() < 0.05
 
 
-def test_metadata_draws_a_picture_again(tiny_dalle, draw, picture, tmp_path):
+def test_metadata_regenerates_an_image(tiny_dalle, generate, photo, tmp_path):
     drawing = {"seed": 5, "num_images": 2, "progress": False}
     for result in (
-        draw(["a red apple", "ein Apfel 🍎"], seed=2, options=GUIDED),
-        tiny_dalle.complete(picture, "a fish", keep=0.25, **drawing),
-        tiny_dalle.complete(picture, **drawing),
-        tiny_dalle.variations(picture, prompt="a fish", keep=0, **drawing),
-        draw("a fish", seed=1, num_candidates=4, num_images=2),
+        generate(["a red apple", "ein Apfel 🍎"], seed=2, options=GUIDED),
+        tiny_dalle.complete(photo, "a fish", keep=0.25, **drawing),
+        tiny_dalle.complete(photo, **drawing),
+        tiny_dalle.variations(photo, prompt="a fish", keep=0, **drawing),
+        generate("a fish", seed=1, num_candidates=4, num_images=2),
     ):
         for k in range(2):
             save_png(result.images[k], tmp_path / "a.png", result.metadata[k])
@@ -232,7 +231,7 @@ def test_metadata_draws_a_picture_again(tiny_dalle, draw, picture, tmp_path):
             assert same(again.images[0], result.images[k]) and again.prompts[0] == result.prompts[k]
 
 
-def test_a_model_folder_holds_it_all(tiny_dalle, tiny_dalle_folder, draw):
+def test_a_saved_pipeline_gives_the_same_images(tiny_dalle, tiny_dalle_folder, generate):
     pipe = unclip.load(tiny_dalle_folder, device="cpu")
     assert isinstance(pipe, DallePipeline) and (pipe.name, pipe.licence) == ("tiny-dalle", "MIT")
     assert (
@@ -242,18 +241,18 @@ def test_a_model_folder_holds_it_all(tiny_dalle, tiny_dalle_folder, draw):
     )
     assert not pipe.tokenizer.marked and pipe.tokenizer.context_length == 24
     result = pipe(PROMPTS, seed=0, num_candidates=2, progress=False)
-    expected = draw(PROMPTS, seed=0, num_candidates=2)
+    expected = generate(PROMPTS, seed=0, num_candidates=2)
     assert torch.equal(result.codes, expected.codes) and result.scores == pytest.approx(
         expected.scores, abs=1e-5
     )
     assert result.metadata[0]["model"] == str(tiny_dalle_folder)
     same_kind = DallePipeline.from_pretrained(tiny_dalle_folder)
     assert torch.equal(
-        same_kind(PROMPTS, seed=0, progress=False).codes, draw(PROMPTS, seed=0).codes
+        same_kind(PROMPTS, seed=0, progress=False).codes, generate(PROMPTS, seed=0).codes
     )
 
 
-def test_clip_may_be_missing(tiny_dalle, tmp_path):
+def test_clip_is_optional(tiny_dalle, tmp_path):
     parts = tiny_dalle.tokenizer, tiny_dalle.codec, tiny_dalle.dalle
     DallePipeline(*parts, options=GUIDED, name="blind").save_pretrained(
         tmp_path / "blind", torch.float16
@@ -275,21 +274,21 @@ def test_half_precision(tiny_dalle):
     assert pipe.complete(result.images[0], seed=0, progress=False).images[0].size == (16, 16)
 
 
-def test_the_bound_is_below_the_entropies(tiny_dalle, picture):
+def test_the_bound_equals_its_terms(tiny_dalle, photo):
     other = tiny_dalle("a blue fish", seed=1, progress=False).images[0]
-    pictures, captions = [picture, other] * 10, ["a red apple", "a blue fish"] * 10
-    bound = tiny_dalle.elbo(pictures, captions, seed=0)
+    photos, captions = [photo, other] * 10, ["a red apple", "a blue fish"] * 10
+    bound = tiny_dalle.elbo(photos, captions, seed=0)
     assert (
         bound.bits_per_dim.shape == (20,)
         and bound.bits_per_dim.isfinite().all()
         and bound.dimensions == 3 * 16**2
     )
-    assert torch.equal(bound.nats, tiny_dalle.elbo(pictures, captions, seed=0).nats)
-    tokens, codes = tiny_dalle._tokens(captions), tiny_dalle.encode(pictures)
+    assert torch.equal(bound.nats, tiny_dalle.elbo(photos, captions, seed=0).nats)
+    tokens, codes = tiny_dalle._tokens(captions), tiny_dalle.encode(photos)
     text, _ = tiny_dalle.dalle.log_likelihood(tokens, codes)
-    torch.testing.assert_close(bound.text, text.sum(1))  # which does not hang on the codes
+    torch.testing.assert_close(bound.text, text.sum(1))  # does not depend on the codes
     with pytest.raises(ValueError, match="1 captions for 2 images; expected one for each"):
-        tiny_dalle.elbo([picture, other], "a fish")
+        tiny_dalle.elbo([photo, other], "a fish")
 
 
 @pytest.mark.parametrize(
@@ -297,13 +296,13 @@ def test_the_bound_is_below_the_entropies(tiny_dalle, picture):
     [
         (
             {"size": (20, 16)},
-            r"20 x 16 px; tiny-dalle takes 16 x 16: crop and resize it first",
+            r"20 x 16 px; expected 16 x 16",
         ),
         ({"mode": "F"}, "pixel mode is F; expected RGB"),
         ({"mode": "LAB"}, "pixel mode is LAB; expected RGB"),
     ],
 )
-def test_an_image_prompt_of_another_size_or_mode_is_refused(tiny_dalle, change, message):
+def test_images_of_another_size_are_rejected(tiny_dalle, change, message):
     image = Image.new(**{"mode": "RGB", "size": (16, 16), **change})
     for ask in (tiny_dalle.complete, tiny_dalle.variations, tiny_dalle.encode):
         with pytest.raises(ValueError, match=message) as error:
@@ -312,8 +311,8 @@ def test_an_image_prompt_of_another_size_or_mode_is_refused(tiny_dalle, change, 
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_other_modes_are_taken_as_what_they_show(tiny_dalle, picture, mode):
-    image = picture.convert(mode)
+def test_images_of_other_modes_are_converted(tiny_dalle, photo, mode):
+    image = photo.convert(mode)
     assert torch.equal(tiny_dalle.encode(image), tiny_dalle.encode(image.convert("RGB")))
 
 
@@ -329,19 +328,19 @@ def test_other_modes_are_taken_as_what_they_show(tiny_dalle, picture, mode):
         [],
     ],
 )
-def test_tensors_that_are_no_pictures_are_refused(tiny_dalle, image):
+def test_invalid_image_tensors_are_rejected(tiny_dalle, image):
     with pytest.raises(
         ValueError, match=r"^(the )?(image|list of images) (is|has) .*(expected|tiny-dalle takes) "
     ):
         tiny_dalle.complete(image)
 
 
-def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
+def test_invalid_input_is_rejected_in_one_line(tiny_dalle, photo):
     for keep in (1, 1.5, -0.1, float("nan")):
         with pytest.raises(
             ValueError, match=rf"keep is {keep}; expected a fraction of the image in \[0, 1\)"
         ):
-            tiny_dalle.complete(picture, keep=keep)
+            tiny_dalle.complete(photo, keep=keep)
     for codes in (torch.full((1, 4, 4), 24), torch.full((1, 4, 4), -1)):
         with pytest.raises(ValueError, match="codes are .*; this codec expects 0 to 23"):
             tiny_dalle.decode(codes)
@@ -353,9 +352,9 @@ def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
         lambda: tiny_dalle("a", num_images=0): "num_images is 0",
         lambda: tiny_dalle("a", batch_size=0): "batch_size is 0",
         lambda: tiny_dalle.complete(
-            [picture] * 3, PROMPTS[:2]
+            [photo] * 3, PROMPTS[:2]
         ): "2 prompts for 3 images; expected one for each",
-        lambda: tiny_dalle.complete(picture, num_candidates=2): "there is none; give one",
+        lambda: tiny_dalle.complete(photo, num_candidates=2): "there is none; give one",
         lambda: tiny_dalle.variations(
             image_emb=torch.ones(1, 16)
         ): "varies images, not CLIP embeddings",
@@ -365,7 +364,7 @@ def test_bad_input_is_told_in_one_line(tiny_dalle, picture):
         assert "\n" not in str(error.value)
 
 
-def test_parts_that_do_not_fit_are_refused(tiny_dalle):
+def test_incompatible_components_are_rejected(tiny_dalle):
     tokenizer, codec, dalle = tiny_dalle.tokenizer, tiny_dalle.codec, tiny_dalle.dalle
     finer = DVAE(replace(codec.config, groups=2))
     richer = DVAE(replace(codec.config, vocab_size=30))
@@ -381,7 +380,7 @@ def test_parts_that_do_not_fit_are_refused(tiny_dalle):
         ),
         (
             (longer, codec, dalle),
-            "the tokenizer gives 9 of 270 tokens; the transformer expects 24 of 270",
+            "the tokenizer gives 9 of 270 tokens; expected 24 of 270",
         ),
         (
             (tokenizer, GaussianVAE(GaussianVAEConfig(image_size=16)), dalle),
@@ -392,12 +391,12 @@ def test_parts_that_do_not_fit_are_refused(tiny_dalle):
             DallePipeline(*parts)
 
 
-def test_any_codec_will_do(tiny_dalle, picture):
+def test_every_codec_works(tiny_dalle, photo):
     net = ConvNetConfig(width=16, factor=4, blocks=1, block_width=8)
     pipe = DallePipeline(
         tiny_dalle.tokenizer, VQVAE(VQVAEConfig("vqvae", 16, 24, 6, net)), tiny_dalle.dalle
     )
-    result = pipe.complete(picture, "a fish", seed=0, progress=False)
-    assert torch.equal(result.codes[0, 0], pipe.encode(picture)[0, 0])
-    bound = pipe.elbo(picture, "a fish", seed=0)
+    result = pipe.complete(photo, "a fish", seed=0, progress=False)
+    assert torch.equal(result.codes[0, 0], pipe.encode(photo)[0, 0])
+    bound = pipe.elbo(photo, "a fish", seed=0)
     assert bound.entropy.tolist() == [0] and bound.bits_per_dim.isfinite().all()

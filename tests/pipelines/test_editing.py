@@ -1,4 +1,4 @@
-"""Inpainting, outpainting and image-to-image of whole pictures."""
+"""Inpainting, outpainting and image-to-image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def difference(a: Image.Image, b: Image.Image, where: np.ndarray | None = None) 
     return int((pixels if where is None else pixels[where]).max())
 
 
-def picture(width: int, height: int) -> Image.Image:
+def photo(width: int, height: int) -> Image.Image:
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
@@ -40,8 +40,8 @@ def pipe(invertible_pipe):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 31), (9, 12), (64, 50)])
-def test_what_is_not_marked_stays_as_it_is(pipe, size):
-    image, marked = picture(*size), mask(*size, (2, 3, 7, 8))
+def test_unmasked_pixels_are_unchanged(pipe, size):
+    image, marked = photo(*size), mask(*size, (2, 3, 7, 8))
     result = pipe.inpaint(
         image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
     )
@@ -51,8 +51,8 @@ def test_what_is_not_marked_stays_as_it_is(pipe, size):
     assert len({one.tobytes() for one in result.images}) == 3
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe):
-    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+def test_images_do_not_depend_on_the_batch(pipe):
+    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
     together = pipe.inpaint(
         image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
     )
@@ -60,39 +60,40 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
     assert difference(alone.images[0], together.images[2]) <= 1
 
 
-def test_the_prompt_matters_and_may_be_left_out(pipe):
-    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
-    drawn = {"painting": PAINTING, "seed": 1, **QUICK}
+def test_the_prompt_is_used_and_optional(pipe):
+    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
+    generated = {"painting": PAINTING, "seed": 1, **QUICK}
     apple, fish, none = (
-        pipe.inpaint(image, marked, said, **drawn) for said in ("a red apple", "a blue fish", None)
+        pipe.inpaint(image, marked, said, **generated)
+        for said in ("a red apple", "a blue fish", None)
     )
     assert difference(apple.images[0], fish.images[0]) > 0
     assert none.prompts == [None] and none.image_emb.allclose(pipe.encode_image(image))
 
 
-def test_strength_keeps_what_was_there(pipe):
-    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+def test_low_strength_keeps_the_old_content(pipe):
+    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
 
     def changed(strength: float) -> float:
         painting = PaintOptions(resamples=1, strength=strength)
         options = replace(
             pipe.options, decoder=replace(pipe.options.decoder, steps=20), upsamplers=()
         )
-        drawn = pipe.inpaint(
+        generated = pipe.inpaint(
             image, marked, "a red apple", painting=painting, options=options, seed=1, **QUICK
         )
-        return float(np.abs(np.subtract(drawn.images[0], image, dtype=int)).mean())
+        return float(np.abs(np.subtract(generated.images[0], image, dtype=int)).mean())
 
     assert changed(0.1) < changed(0.5) < changed(1.0)
 
 
-def test_a_mask_of_another_size_is_refused(pipe):
+def test_a_mask_of_another_size_is_rejected(pipe):
     with pytest.raises(ValueError, match="mask is 8 x 9 px, but the image is 16 x 16"):
-        pipe.inpaint(picture(16, 16), mask(8, 9, (0, 0, 2, 2)), "a")
+        pipe.inpaint(photo(16, 16), mask(8, 9, (0, 0, 2, 2)), "a")
 
 
-def test_masks_that_mark_nothing_or_everything_are_told(pipe):
-    image = picture(16, 16)
+def test_empty_and_full_masks_warn(pipe):
+    image = photo(16, 16)
     with pytest.warns(UserWarning, match="nothing is marked"):
         result = pipe.inpaint(image, Image.new("L", (16, 16)), "a", num_images=2, **QUICK)
     assert [difference(one, image) for one in result.images] == [0, 0]
@@ -102,7 +103,7 @@ def test_masks_that_mark_nothing_or_everything_are_told(pipe):
 
 
 def test_transparent_parts_of_a_mask_are_painted(pipe):
-    image = picture(16, 16)
+    image = photo(16, 16)
     clear = image.convert("RGBA")
     clear.putalpha(mask(16, 16, (0, 0, 16, 8)))  # opaque above
     result = pipe.inpaint(image, clear, "a", painting=PAINTING, seed=0, **QUICK)
@@ -118,8 +119,8 @@ def test_transparent_parts_of_a_mask_are_painted(pipe):
     "borders",
     [{"right": 30}, {"left": 3, "top": 40}, {"left": 9, "top": 9, "right": 9, "bottom": 9}],
 )
-def test_a_picture_goes_on_beyond_its_borders(pipe, borders):
-    image = picture(16, 20)
+def test_outpainting_extends_each_side(pipe, borders):
+    image = photo(16, 20)
     result = pipe.outpaint(
         image, "a red apple", **borders, painting=PAINTING, seed=1, num_images=2, **QUICK
     )
@@ -130,7 +131,7 @@ def test_a_picture_goes_on_beyond_its_borders(pipe, borders):
         assert difference(one.crop((left, top, left + 16, top + 20)), image) == 0
         outside = np.ones((height, width), dtype=bool)
         outside[top : top + 20, left : left + 16] = False
-        assert np.asarray(one)[outside].any(axis=1).mean() > 0.9  # not left black
+        assert np.asarray(one)[outside].any(axis=1).mean() > 0.9  # painted, not black
 
 
 @pytest.mark.parametrize(
@@ -139,29 +140,29 @@ def test_a_picture_goes_on_beyond_its_borders(pipe, borders):
         ({}, "are all 0"),
         ({"left": -1}, "left is -1"),
         ({"top": 1.5}, "top is 1.5"),
-        ({"right": 5000}, "at most 64 windows"),
-        ({"left": 10**10}, "at most 64 windows"),
-        ({"bottom": 10**19}, "at most 64 windows"),
+        ({"right": 5000}, "expected at most 64"),
+        ({"left": 10**10}, "expected at most 64"),
+        ({"bottom": 10**19}, "expected at most 64"),
     ],
 )
-def test_bad_borders_are_refused(pipe, borders, message):
+def test_invalid_borders_are_rejected(pipe, borders, message):
     with pytest.raises(ValueError, match=message):
-        pipe.outpaint(picture(16, 16), "a", **borders)
+        pipe.outpaint(photo(16, 16), "a", **borders)
 
 
-def test_image_to_image_leaves_less_the_stronger_it_is(pipe):
-    image = picture(16, 16)
+def test_image_to_image_changes_more_with_strength(pipe):
+    image = photo(16, 16)
     options = replace(pipe.options, decoder=replace(pipe.options.decoder, steps=20))
 
     def changed(strength: float) -> float:
-        drawn = pipe.image_to_image(
+        generated = pipe.image_to_image(
             image, "a red apple", strength=strength, options=options, seed=1, **QUICK
         )
-        return float(np.abs(np.subtract(drawn.images[0], image, dtype=int)).mean())
+        return float(np.abs(np.subtract(generated.images[0], image, dtype=int)).mean())
 
     assert changed(0.1) < changed(0.4) < changed(1.0)
-    assert pipe.image_to_image(picture(40, 30), "a", seed=0, **QUICK).images[0].size == (40, 30)
-    assert pipe.image_to_image(picture(1, 1), "a", seed=0, **QUICK).images[0].size == (1, 1)
+    assert pipe.image_to_image(photo(40, 30), "a", seed=0, **QUICK).images[0].size == (40, 30)
+    assert pipe.image_to_image(photo(1, 1), "a", seed=0, **QUICK).images[0].size == (1, 1)
     for strength in (0.0, 1.1):
         with pytest.raises(ValueError, match="strength is"):
             pipe.image_to_image(image, "a", strength=strength)
@@ -170,12 +171,12 @@ def test_image_to_image_leaves_less_the_stronger_it_is(pipe):
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers, numpy 2
-def test_painting_takes_the_schedulers_that_drawing_takes(pipe):
+def test_painting_works_with_diffusers_schedulers(pipe):
     scheduler = EulerDiscreteScheduler(
         trained_betas=scheduler_betas(pipe.schedules["decoder"]), use_karras_sigmas=True
     )
     options = replace(pipe.options, decoder=replace(pipe.options.decoder, sampler=scheduler))
-    image, marked = picture(16, 16), mask(16, 16, (2, 3, 12, 12))
+    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
     pipe.inpaint(image, marked, "a", painting=PAINTING, options=options, **QUICK)
     pipe.image_to_image(image, "a", options=options, **QUICK)
 
@@ -183,18 +184,20 @@ def test_painting_takes_the_schedulers_that_drawing_takes(pipe):
 def test_every_step_is_reported(pipe):
     steps = []
     marked = mask(16, 16, (2, 3, 12, 12))
-    pipe.inpaint(picture(16, 16), marked, "a", painting=PAINTING, on_step=steps.append, **QUICK)
+    pipe.inpaint(photo(16, 16), marked, "a", painting=PAINTING, on_step=steps.append, **QUICK)
     once = [("prior", i, 3) for i in (1, 2, 3)] + [("decoder", i, 8) for i in range(1, 9)]
     once += [("upsampler_0", i, 3) for i in (1, 2, 3)]
     assert [(p.stage, p.step, p.num_steps) for p in steps] == once
 
 
-def test_edited_pictures_are_drawn_again_from_their_metadata(pipe, tmp_path):
-    image, drawn = picture(20, 16), {"num_images": 2, "seed": 4, **QUICK}
+def test_metadata_regenerates_edited_images(pipe, tmp_path):
+    image, generated = photo(20, 16), {"num_images": 2, "seed": 4, **QUICK}
     results = [
-        pipe.inpaint(image, mask(20, 16, (2, 3, 9, 9)), "a red apple", painting=PAINTING, **drawn),
-        pipe.outpaint(image, right=9, painting=PAINTING, **drawn),
-        pipe.image_to_image(image, "a blue fish", strength=0.5, **drawn),
+        pipe.inpaint(
+            image, mask(20, 16, (2, 3, 9, 9)), "a red apple", painting=PAINTING, **generated
+        ),
+        pipe.outpaint(image, right=9, painting=PAINTING, **generated),
+        pipe.image_to_image(image, "a blue fish", strength=0.5, **generated),
     ]
     for result in results:
         save_png(result.images[1], tmp_path / "a.png", result.metadata[1])
@@ -206,19 +209,19 @@ def test_edited_pictures_are_drawn_again_from_their_metadata(pipe, tmp_path):
         regenerate(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
 
 
-def test_a_picture_too_large_for_metadata_is_left_out(monkeypatch):
+def test_images_too_large_for_metadata_are_omitted(monkeypatch):
     from unclip.pipelines import provenance as recipes
 
     monkeypatch.setattr(recipes, "MAX_TEXT", 100)
     assert encode_image(Image.effect_noise((64, 64), 50)) is None
 
 
-def test_options_that_cannot_go_back_are_refused(pipe):
+def test_unsupported_options_are_rejected(pipe):
     options = replace(pipe.options, decoder=replace(pipe.options.decoder, cache_interval=2))
-    with pytest.raises(ValueError, match="cache_interval above 1"):
-        pipe.image_to_image(picture(16, 16), "a", options=options)
+    with pytest.raises(ValueError, match="cache_interval is above 1"):
+        pipe.image_to_image(photo(16, 16), "a", options=options)
     with pytest.raises(ValueError, match="got 2 images"):
-        pipe.image_to_image([picture(16, 16)] * 2, "a")
+        pipe.image_to_image([photo(16, 16)] * 2, "a")
 
 
 # -- windows
@@ -232,7 +235,7 @@ def covered(hole: np.ndarray, side: int) -> np.ndarray:
     return seen
 
 
-def test_a_small_hole_is_seen_whole_and_in_the_middle():
+def test_a_small_hole_is_centred_in_one_window():
     hole = np.zeros((100, 40), dtype=bool)
     hole[60:70, 5:15] = True
     assert list(windows_over(hole, 40)) == [(0, 45)]
@@ -240,7 +243,7 @@ def test_a_small_hole_is_seen_whole_and_in_the_middle():
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 90), (70, 40), (33, 47)])
-def test_windows_cover_all_that_is_to_be_painted(shape):
+def test_windows_cover_the_hole(shape):
     everything = np.ones(shape, dtype=bool)
     assert covered(everything, 16).all()
     beyond = everything.copy()
@@ -248,23 +251,23 @@ def test_windows_cover_all_that_is_to_be_painted(shape):
     assert (covered(beyond, 16) | ~beyond).all()
 
 
-def test_windows_begin_where_something_is_known():
+def test_the_first_window_contains_known_pixels():
     hole = np.ones((16, 80), dtype=bool)
     hole[:, :16] = False
     windows = list(windows_over(hole, 16))
     assert windows == [(left, 0) for left in range(8, 65, 8)]
 
 
-def test_windows_over_a_thin_hole_are_counted():
+def test_too_many_windows_are_rejected():
     hole = np.zeros((16, 3200), dtype=bool)
     hole[8, : 64 * 16] = True
     assert len(list(windows_over(hole, 16))) <= 64
-    hole[8] = True  # of little area, but long
-    with pytest.raises(ValueError, match="at most 64 windows"):
+    hole[8] = True  # small area, but long
+    with pytest.raises(ValueError, match="expected at most 64"):
         list(windows_over(hole, 16))
 
 
-def test_the_model_sees_nothing_of_the_hole():
+def test_the_content_of_the_hole_is_not_used():
     for side, size in ((16, 16), (64, 16), (8, 16)):
         pixels = np.full((1, side, side, 3), 255, dtype=np.uint8)
         hole = np.zeros((side, side), dtype=bool)
@@ -276,9 +279,9 @@ def test_the_model_sees_nothing_of_the_hole():
         assert to_model(pixels, hole, size, keep=True)[0].min() < -0.9
 
 
-def test_a_large_picture_is_edited_in_place(pipe):
-    """Through the model's small eye, but what is kept is kept at its own size."""
-    image, marked = picture(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
+def test_a_large_image_is_edited_at_full_size(pipe):
+    """The model paints small windows; known pixels keep their full resolution."""
+    image, marked = photo(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
     with pytest.warns(UserWarning, match="3000 x 2000 px is too large for metadata") as told:
         result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
     assert [one.filename for one in told] == [__file__]

@@ -1,4 +1,4 @@
-"""Decoders trained to inpaint: random holes, fine-tuning from a plain decoder, and inpainting."""
+"""The inpainting decoder: random holes, fine-tuning from a plain decoder, and inpainting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text(rows: int) -> TextEncoding:
 
 
 @pytest.mark.parametrize("kind", HOLES)
-def test_a_hole_of_each_kind_leaves_something_to_do(kind):
+def test_holes_of_each_kind_are_not_empty(kind):
     torch.manual_seed(0)
     holes = random_holes(40, 32, HoleConfig(**{name: float(name == kind) for name in HOLES}))
     assert holes.shape == (40, 1, 32, 32) and holes.dtype == torch.bool
@@ -54,7 +54,7 @@ def test_a_hole_of_each_kind_leaves_something_to_do(kind):
     assert len({hole.numpy().tobytes() for hole in holes}) > 30 or kind == "all"
 
 
-def test_kinds_come_as_often_as_they_are_weighted():
+def test_hole_kinds_follow_their_weights():
     torch.manual_seed(0)
     everything = random_holes(400, 8, HoleConfig(box=3, stroke=0, half=0, border=0, all=1)).all(
         dim=(1, 2, 3)
@@ -74,7 +74,7 @@ def disc(rows: int, side: int = 32) -> torch.Tensor:
     return torch.where(far < 0.15, blue, torch.where(far < 0.4, red, 1.0)).expand(rows, -1, -1, -1)
 
 
-def test_things_are_cut_out_of_plain_grounds_only():
+def test_foregrounds_are_cut_out_of_plain_backgrounds_only():
     opaque = foreground_alpha(disc(1))[0, 0]
     assert (
         opaque[16, 16] == 1
@@ -91,19 +91,19 @@ def test_things_are_cut_out_of_plain_grounds_only():
     assert foreground_alpha(noise).mean() > 0.8
 
 
-def test_pasted_things_lie_within_their_holes_and_the_ground_goes_on():
+def test_pasted_foregrounds_lie_within_their_holes():
     torch.manual_seed(0)
     ground = torch.full((20, 3, 32, 32), 0.5) * torch.tensor([1.0, 1, -1]).view(1, 3, 1, 1)
-    pictures, holes = copy_paste(ground, disc(20))
+    photos, holes = copy_paste(ground, disc(20))
     assert holes.shape == (20, 1, 32, 32) and holes.dtype == torch.bool
-    changed = (pictures - ground).abs().amax(dim=1, keepdim=True) > 1e-6
+    changed = (photos - ground).abs().amax(dim=1, keepdim=True) > 1e-6
     assert not (changed & ~holes).any()
     share = (changed & holes).flatten(1).sum(dim=1) / holes.flatten(1).sum(dim=1)
     assert share.min() > 0.05 and share.max() < 0.8
-    assert pictures.abs().max() <= 1 + 1e-6 and not (pictures > 0.9).all(dim=1).any(), (
+    assert photos.abs().max() <= 1 + 1e-6 and not (photos > 0.9).all(dim=1).any(), (
         "no white of the thing's ground"
     )
-    assert (pictures[:, 2].flatten(1).amax(dim=1) > 0.3).all(), "its blue middle is there"
+    assert (photos[:, 2].flatten(1).amax(dim=1) > 0.3).all(), "its blue middle is there"
     assert torch.equal(
         ground, torch.full((20, 3, 32, 32), 0.5) * torch.tensor([1.0, 1, -1]).view(1, 3, 1, 1)
     )
@@ -113,16 +113,16 @@ def test_pasted_things_lie_within_their_holes_and_the_ground_goes_on():
 # -- the network
 
 
-def test_what_is_known_is_told_and_nothing_of_the_hole():
-    picture, hole = torch.rand(2, 3, 4, 4) - 2, torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+def test_masked_images_contain_the_known_pixels_only():
+    photo, hole = torch.rand(2, 3, 4, 4) - 2, torch.zeros(1, 1, 4, 4, dtype=torch.bool)
     hole[..., :2] = True
-    known = masked_image(picture, hole)
+    known = masked_image(photo, hole)
     assert known.shape == (2, 4, 4, 4) and not known[..., :2].any()
-    assert torch.equal(known[:, :3, :, 2:], picture[..., 2:]) and (known[:, 3, :, 2:] == 1).all()
+    assert torch.equal(known[:, :3, :, 2:], photo[..., 2:]) and (known[:, 3, :, 2:] == 1).all()
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_fine_tuning_begins_with_what_the_plain_decoder_draws(tmp_path, patch):
+def test_fine_tuning_starts_from_the_plain_decoder(tmp_path, patch):
     torch.manual_seed(0)
     unet = replace(tiny_unet(3, 3, context_dim=24), patch=patch)
     plain = scrambled(tiny_decoder(unet=unet, learned_variance=False, prediction="v"))
@@ -150,12 +150,12 @@ def test_fine_tuning_begins_with_what_the_plain_decoder_draws(tmp_path, patch):
     assert not torch.equal(decoder(x_t, t, emb, said, known=known), decoder(x_t, t, emb, said))
     save_component(decoder, tmp_path / "tuned")
     again = inpainting(unet=replace(unet, in_channels=7))
-    warm_start(again, tmp_path / "tuned")  # to go on with
+    warm_start(again, tmp_path / "tuned")  # resuming training
     torch.testing.assert_close(again.state_dict(), decoder.state_dict())
     assert load_component(tmp_path / "tuned").config.inpaints
 
 
-def test_contexts_keep_what_is_known():
+def test_contexts_keep_the_known_pixels():
     decoder, emb = inpainting(), torch.randn(3, EMB_DIM)
     known = torch.rand(3, 4, 8, 8)
     context = decoder.condition(emb, text(3), known=known)
@@ -169,7 +169,7 @@ def test_contexts_keep_what_is_known():
     assert not decoder.condition(emb, text(3)).extra_channels.any()
 
 
-def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
+def test_decoders_that_cannot_inpaint_are_rejected(invertible_pipe, tmp_path):
     pipe = invertible_pipe
     with pytest.raises(ValueError, match="needs 7 and 3"):
         inpainting(unet=tiny_unet(3, 3, context_dim=24))
@@ -183,8 +183,8 @@ def test_wrong_decoders_are_refused(invertible_pipe, tmp_path):
         warm_start(inpainting(), tmp_path)
 
 
-def test_it_learns_to_copy_what_is_known():
-    """Also under noise alone, where a decoder that is told nothing can only guess."""
+def test_training_learns_to_copy_known_pixels():
+    """Also from pure noise, where an unconditioned decoder can only guess."""
     torch.manual_seed(0)
     clip, decoder, schedule = (
         tiny_clip().requires_grad_(False),
@@ -202,20 +202,20 @@ def test_it_learns_to_copy_what_is_known():
         optimizer.zero_grad()
         loss(decoder, {"image": plain(16), "caption": ["a"] * 16})["loss"].backward()
         optimizer.step()
-    pictures, noise = plain(64), torch.randn(64, 3, 8, 8)
+    photos, noise = plain(64), torch.randn(64, 3, 8, 8)
     hole = torch.zeros(64, 1, 8, 8, dtype=torch.bool)
     hole[..., 4:] = True
-    told = clip.encode_image(torch.zeros_like(pictures)).float(), clip.encode_text(["a"] * 64)
+    told = clip.encode_image(torch.zeros_like(photos)).float(), clip.encode_text(["a"] * 64)
 
     def miss(known: torch.Tensor | None) -> float:
-        drawn = decoder(noise, torch.full((64,), 999), *told, known=known)
-        return (drawn - pictures).abs()[hole.expand_as(pictures)].mean().item()
+        generated = decoder(noise, torch.full((64,), 999), *told, known=known)
+        return (generated - photos).abs()[hole.expand_as(photos)].mean().item()
 
     with torch.no_grad():
-        assert miss(masked_image(pictures, hole)) < 0.7 * miss(None)
+        assert miss(masked_image(photos, hole)) < 0.7 * miss(None)
 
 
-def test_embeddings_beside_holes_are_of_other_pictures_in_part():
+def test_embeddings_are_mixed_with_those_of_other_images():
     torch.manual_seed(0)
     emb, rows = torch.eye(EMB_DIM).repeat(100, 1), torch.arange(100 * EMB_DIM) % 2 == 0
     turned = mix_embeddings(emb, rows, most=0.5)
@@ -223,13 +223,13 @@ def test_embeddings_beside_holes_are_of_other_pictures_in_part():
     cosine = (turned * emb).sum(dim=1)[rows]
     assert (
         cosine.min() > 0.5**0.5 - 1e-6 and cosine.min() < 0.72 and cosine.max() > 0.99
-    )  # up to an eighth of a circle
+    )  # angles up to an eighth of a circle
     torch.testing.assert_close(turned.square() @ torch.ones(EMB_DIM), torch.ones(len(emb)))
     other = (turned * emb.roll(-1, dims=0)).sum(dim=1)[rows]
     torch.testing.assert_close(cosine**2 + other**2, torch.ones(int(rows.sum())))
 
 
-def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
+def test_only_images_with_known_pixels_have_mixed_embeddings(monkeypatch):
     seen = {}
     decoder, clip = inpainting(), tiny_clip().requires_grad_(False)
     real = decoder.condition
@@ -256,7 +256,7 @@ def test_only_pictures_with_something_known_have_mixed_embeddings(monkeypatch):
     assert not torch.isclose(seen["emb"][told], emb[told]).all(dim=1).any()
 
 
-def test_who_is_shown_a_pasted_thing_is_asked_for_it(monkeypatch):
+def test_pasted_foregrounds_are_in_the_target(monkeypatch):
     torch.manual_seed(0)
     seen = {}
     decoder, clip = inpainting(), tiny_clip().requires_grad_(False)
@@ -287,7 +287,7 @@ def test_who_is_shown_a_pasted_thing_is_asked_for_it(monkeypatch):
     assert torch.equal(batch["image"], disc(64, 8)), "the batch is as it was"
 
 
-def test_training_asks_for_embeddings_that_agree_with_what_is_known(monkeypatch):
+def test_training_guides_embeddings_towards_known_pixels(monkeypatch):
     torch.manual_seed(0)
     unet, layout = (
         replace(tiny_unet(10, 3, context_dim=24), patch=2),
@@ -351,7 +351,7 @@ def scene() -> tuple[Image.Image, Image.Image]:
     return image, mask
 
 
-def test_a_model_that_has_an_inpainter_uses_it(pipe):
+def test_the_inpainter_is_used_by_default(pipe):
     image, mask = scene()
     steps = []
     result = pipe.inpaint(
@@ -376,10 +376,10 @@ def test_a_model_that_has_an_inpainter_uses_it(pipe):
     ]
     assert (
         pipe.image_to_image(image, seed=1, **QUICK).images[0].size == image.size
-    )  # by the plain decoder
+    )  # the plain decoder is used
 
 
-def test_a_decoder_that_inpaints_is_its_own_inpainter(pipe, tmp_path):
+def test_a_decoder_may_be_its_own_inpainter(pipe, tmp_path):
     schedules = {"decoder": ScheduleConfig(shift=3.0)}
     alone = UnCLIPPipeline(
         pipe.clip, pipe.prior, pipe.inpainter, pipe.upsamplers, pipe.options, schedules=schedules
@@ -387,15 +387,15 @@ def test_a_decoder_that_inpaints_is_its_own_inpainter(pipe, tmp_path):
     assert alone.inpainter is alone.decoder and "inpainter" not in alone.networks()
     image, mask = scene()
     steps: list[str] = []
-    drawn = {"prompt": "a red apple", "seed": 1, **QUICK}
-    result = alone.inpaint(image, mask, on_step=lambda p: steps.append(p.stage), **drawn)
+    generated = {"prompt": "a red apple", "seed": 1, **QUICK}
+    result = alone.inpaint(image, mask, on_step=lambda p: steps.append(p.stage), **generated)
     assert "decoder" in steps and result.metadata[0]["arguments"]["painting"]["trained"]
-    assert result.images[0].tobytes() == pipe.inpaint(image, mask, **drawn).images[0].tobytes()
+    assert result.images[0].tobytes() == pipe.inpaint(image, mask, **generated).images[0].tobytes()
     alone.save_pretrained(tmp_path / "model")
     assert UnCLIPPipeline.from_pretrained(tmp_path / "model").inpainter is not None
 
 
-def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):
+def test_inpainting_depends_on_known_pixels_only(pipe):
     image, mask = scene()
     other, painted_over = image.copy(), image.copy()
     other.paste((200, 20, 20), (0, 0, 20, 3))
@@ -410,7 +410,7 @@ def test_what_is_known_matters_and_what_is_in_the_hole_does_not(pipe):
 
 
 @pytest.mark.parametrize("prepared", ["as it is", "int8", "packed", "offloaded"])
-def test_what_is_asked_for_is_bent_to_what_is_kept_if_the_decoder_sees_a_layout(pipe, prepared):
+def test_embeddings_are_guided_if_the_decoder_has_a_layout(pipe, prepared):
     torch.manual_seed(0)
     unet, layout = (
         replace(pipe.inpainter.config.unet, in_channels=10),
@@ -436,7 +436,7 @@ def test_what_is_asked_for_is_bent_to_what_is_kept_if_the_decoder_sees_a_layout(
     assert bent.metadata[0]["arguments"]["painting"]["agreement"] == 10.0
 
 
-def test_an_inpainter_is_saved_loaded_and_told_in_the_metadata(pipe, invertible_pipe, tmp_path):
+def test_an_inpainter_is_saved_and_recorded_in_metadata(pipe, invertible_pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     assert "inpainter" in json.loads((tmp_path / "model/model.json").read_text())["components"]
     again = UnCLIPPipeline.from_pretrained(tmp_path / "model")

@@ -29,7 +29,7 @@ from unclip.types import CodeOptions, StageOptions
         (
             "a",
             {"options": replace(TINY_OPTIONS, prior=StageOptions(1, temperature=0.2))},
-            "temperature is 0.2, but a diffusion prior has none; leave it at 1",
+            "temperature is 0.2; expected 1",
         ),
         ("a", {"num_images": 0}, "num_images is 0; expected a whole number of at least 1"),
         ("a", {"num_images": 1.5}, "num_images is 1.5"),
@@ -70,7 +70,7 @@ def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
         ({"image": torch.zeros(0, 3, 8, 8)}, r"image is of shape \(0, 3, 8, 8\); expected"),
         (
             {"image": torch.zeros(3, 8, 8, dtype=torch.uint8)},
-            r"a tensor of torch.uint8; expected floating-point",
+            r"image is of torch.uint8; expected floating-point",
         ),
         (
             {"image": torch.full((3, 8, 8), 255.0)},
@@ -85,7 +85,7 @@ def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
         ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
         (
             {"image_emb": torch.full((1, 16), torch.nan)},
-            "image_emb contains infinite numbers or nan",
+            "image_emb contains infinity or nan",
         ),
     ],
 )

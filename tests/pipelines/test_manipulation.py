@@ -1,4 +1,4 @@
-"""Inversion, reconstruction, variations, interpolation and text diffs of whole pictures."""
+"""Inversion, reconstruction, variations, interpolation and text diffs."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
-def mean_difference(drawn: list[Image.Image], pictures: list[Image.Image]) -> float:
-    pairs = zip(drawn, pictures, strict=True)
+def mean_difference(generated: list[Image.Image], photos: list[Image.Image]) -> float:
+    pairs = zip(generated, photos, strict=True)
     return float(np.mean([np.abs(np.subtract(a, b, dtype=int)).mean() for a, b in pairs]))
 
 
 def blob(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
-    """Something with an edge and a soft part."""
+    """An image with an edge and a gradient."""
     image = Image.new("RGB", size, "white")
     image.paste(colour, (3, 4, size[0] - 5, size[1] - 3))
     return Image.blend(image, Image.linear_gradient("L").resize(size).convert("RGB"), 0.3)
 
 
-PICTURES = [blob("red"), blob("blue"), blob("green", (24, 20))]
+PHOTOS = [blob("red"), blob("blue"), blob("green", (24, 20))]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def options(pipe):
 
 @pytest.fixture(scope="module")
 def latent(pipe, options) -> Latent:
-    return pipe.invert(PICTURES, options=options, **FEW)
+    return pipe.invert(PHOTOS, options=options, **FEW)
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +68,23 @@ def again(pipe, latent):
     return pipe.reconstruct(latent, **FEW)
 
 
-def test_a_latent_has_two_parts(pipe, latent):
+def test_a_latent_has_an_embedding_and_noise(pipe, latent):
     assert len(latent) == 3
     assert [tuple(x.shape) for x in latent.noise] == [(3, 3, 8, 8), (3, 3, 16, 16)]
     assert latent.image_emb.shape == (3, 16)
-    torch.testing.assert_close(latent.image_emb[:2], pipe.encode_image(PICTURES[:2]))
+    torch.testing.assert_close(latent.image_emb[:2], pipe.encode_image(PHOTOS[:2]))
 
 
-def test_reconstructions_are_the_pictures(again):
-    for drawn, picture in zip(again.images, PICTURES, strict=True):
-        fitted = picture.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS)
-        assert difference(drawn, picture if picture.size == (16, 16) else fitted) <= 12
+def test_reconstructions_match_the_images(again):
+    for generated, photo in zip(again.images, PHOTOS, strict=True):
+        fitted = photo.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.LANCZOS)
+        assert difference(generated, photo if photo.size == (16, 16) else fitted) <= 12
     assert again.seeds == [None] * 3
 
 
 def test_corrections_beat_plain_inversion(pipe, options):
     guided = replace(options, upsamplers=(), decoder=replace(options.decoder, guidance=6.0))
-    small = [picture.resize((8, 8)) for picture in PICTURES[:2]]
+    small = [photo.resize((8, 8)) for photo in PHOTOS[:2]]
 
     def error(iterations: int) -> float:
         result = pipe.reconstruct(
@@ -96,14 +96,14 @@ def test_corrections_beat_plain_inversion(pipe, options):
 
 
 def test_inversion_does_not_depend_on_the_batch(pipe, options, latent):
-    alone = pipe.invert(PICTURES[1], options=options, progress=False)
+    alone = pipe.invert(PHOTOS[1], options=options, progress=False)
     for of_one, of_all in zip(alone.noise, latent[[1]].noise, strict=True):
         torch.testing.assert_close(of_one, of_all, rtol=0, atol=2e-3)
 
 
 def test_every_step_is_reported(pipe, options):
     steps = []
-    pipe.invert(PICTURES, options=options, on_step=steps.append, **FEW)
+    pipe.invert(PHOTOS, options=options, on_step=steps.append, **FEW)
     once = [("decoder", i, 8) for i in range(1, 9)] * 2 + [
         ("upsampler_0", i, 3) for i in range(1, 4)
     ]
@@ -120,7 +120,7 @@ def test_a_latent_is_saved_and_loaded(latent, again, pipe, tmp_path):
         Latent.load(tmp_path / "b.safetensors")
 
 
-def test_rows_of_latents_come_apart_and_together(latent):
+def test_latents_are_indexed_and_concatenated(latent):
     parts = Latent.cat([latent[[2]], latent[:2]])
     assert [one.sources for one in latent] == [(source,) for source in latent.sources]
     assert torch.equal(latent[-1].noise[0], latent.noise[0][2:])
@@ -148,7 +148,7 @@ def test_variations_move_away_as_eta_grows(pipe, latent, again):
     assert distances[0] == 0 and distances == sorted(distances) and len(set(distances)) == 4
 
 
-def test_variations_have_seeds(pipe, latent):
+def test_variations_are_seeded(pipe, latent):
     varied = pipe.vary(latent, eta=0.5, num_images=2, seed=3, **FEW)
     assert (
         varied.seeds == [3, 4, 5, 6, 7, 8]
@@ -160,11 +160,11 @@ def test_variations_have_seeds(pipe, latent):
         pipe.vary(latent, eta=1.5)
 
 
-def test_a_random_latent_is_what_variations_draw(pipe, options):
-    emb = pipe.encode_image(PICTURES[:2])
+def test_a_random_latent_gives_the_images_of_variations(pipe, options):
+    emb = pipe.encode_image(PHOTOS[:2])
     latent = pipe.random_latent(emb, seed=4, options=options)
-    drawn = pipe.variations(image_emb=emb, seed=4, options=options, progress=False)
-    for a, b in zip(pipe.reconstruct(latent, **FEW).images, drawn.images, strict=True):
+    generated = pipe.variations(image_emb=emb, seed=4, options=options, progress=False)
+    for a, b in zip(pipe.reconstruct(latent, **FEW).images, generated.images, strict=True):
         assert difference(a, b) <= 1
     with pytest.raises(ValueError, match=r"image_emb is of shape \(2,\)"):
         pipe.random_latent(torch.ones(2))
@@ -174,7 +174,7 @@ def test_a_random_latent_is_what_variations_draw(pipe, options):
 
 
 @pytest.mark.parametrize("noise", ["slerp", "first", "random"])
-def test_a_path_begins_and_ends_with_the_reconstructions(pipe, latent, again, noise):
+def test_interpolation_starts_and_ends_with_the_reconstructions(pipe, latent, again, noise):
     path = pipe.interpolate(latent[:2], frames=5, noise=noise, seed=1, **FEW)
     assert len(path) == 5 and not path.image_emb.is_inference()
     if noise != "random":
@@ -184,8 +184,8 @@ def test_a_path_begins_and_ends_with_the_reconstructions(pipe, latent, again, no
     torch.testing.assert_close(path.image_emb[[0, -1]], latent.image_emb[:2])
 
 
-def test_frames_are_computed_when_they_are_drawn(pipe, latent, monkeypatch):
-    """So that those of a long path need not all be in memory."""
+def test_frames_are_interpolated_batch_by_batch(pipe, latent, monkeypatch):
+    """The latents of a long path are not in memory together."""
     known = []
 
     def seen(path: Latent, places: list[float]) -> Latent:
@@ -201,10 +201,10 @@ def test_frames_are_computed_when_they_are_drawn(pipe, latent, monkeypatch):
         (2, 1),
         (2, 1),
         (1, 1),
-    ]  # where CLIP looks at small ones, there is no noise of the large
+    ]  # small frames for CLIP need no noise of the upsampler
 
 
-def test_a_path_through_several_runs_evenly_through_each_part(latent):
+def test_a_path_through_several_images_divides_evenly(latent):
     points = along(latent, [k / 8 for k in range(9)])
     for i, place in enumerate((0, 4, 8)):
         torch.testing.assert_close(points.image_emb[place], latent.image_emb[i], rtol=0, atol=0)
@@ -213,14 +213,12 @@ def test_a_path_through_several_runs_evenly_through_each_part(latent):
     steps = (unit[1:] - unit[:-1]).norm(dim=1)
     torch.testing.assert_close(steps[:4], steps[:1].expand(4))
     torch.testing.assert_close(steps[4:], steps[4:5].expand(4))
-    norms = (
-        points.noise[0].flatten(1).norm(dim=1)
-    )  # noise between noises is still as large as noise
+    norms = points.noise[0].flatten(1).norm(dim=1)  # interpolated noise keeps its norm
     torch.testing.assert_close(norms[:5], torch.lerp(norms[0], norms[4], torch.linspace(0, 1, 5)))
 
 
 @pytest.mark.parametrize("noise", ["slerp", "random"])
-def test_even_frames_are_where_steps_are_equal_for_clip(pipe, latent, again, noise):
+def test_even_frames_have_equal_clip_distances(pipe, latent, again, noise):
     def steps(path: GenerationResult) -> torch.Tensor:
         seen = normalise(pipe.encode_image(path.images))
         return (seen[1:] - seen[:-1]).norm(dim=1)
@@ -238,18 +236,18 @@ def test_even_frames_are_where_steps_are_equal_for_clip(pipe, latent, again, noi
     assert [difference(*pair) for pair in zip(again.images, even.images, strict=True)] == [0] * 7
 
 
-def test_even_frames_between_equals_are_where_they_would_be(pipe, latent):
+def test_even_frames_between_equal_images_are_uniform(pipe, latent):
     path = pipe.interpolate(latent[[0, 0]], frames=3, even=True, **FEW)
     assert [entry["arguments"]["frames"] for entry in path.metadata] == [[0.0], [0.5], [1.0]]
 
 
-def test_a_path_between_prompts(pipe, options):
+def test_interpolation_between_prompts(pipe, options):
     path = pipe.interpolate(
         prompts=["a red apple", "a blue fish"], frames=3, seed=5, options=options, **FEW
     )
     ends = pipe.imagine(["a red apple", "a blue fish"], seed=5, options=options, progress=False)
-    drawn = pipe.reconstruct(ends, **FEW)
-    assert [difference(path.images[k], drawn.images[k // 2]) for k in (0, 2)] == [0, 0]
+    generated = pipe.reconstruct(ends, **FEW)
+    assert [difference(path.images[k], generated.images[k // 2]) for k in (0, 2)] == [0, 0]
     torch.testing.assert_close(
         ends.image_emb[1:],
         pipe("a blue fish", seed=6, options=options, progress=False).image_emb,
@@ -275,8 +273,8 @@ def test_a_path_between_prompts(pipe, options):
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
 )
-def test_bad_paths_are_refused(pipe, options, arguments, message, monkeypatch):
-    monkeypatch.setattr(UnCLIPPipeline, "invert", None)  # before hours of it
+def test_invalid_paths_are_rejected(pipe, options, arguments, message, monkeypatch):
+    monkeypatch.setattr(UnCLIPPipeline, "invert", None)  # must fail before the slow inversion
     with pytest.raises(ValueError, match=message):
         pipe.interpolate(**arguments, options=options, progress=False)
 
@@ -284,7 +282,7 @@ def test_bad_paths_are_refused(pipe, options, arguments, message, monkeypatch):
 # -- text diffs
 
 
-def test_a_text_diff_begins_with_the_reconstruction_and_turns_the_embedding(pipe, latent, again):
+def test_text_diff_starts_at_the_reconstruction(pipe, latent, again):
     thetas = [0.0, 0.2, 0.5]
     result = pipe.text_diff(latent[:2], "", "a blue fish", thetas, eta=0.0, **FEW)
     assert len(result) == 6
@@ -308,27 +306,27 @@ def test_a_text_diff_begins_with_the_reconstruction_and_turns_the_embedding(pipe
 
 
 @pytest.mark.parametrize("theta", [np.array([0.1, 0.2]), torch.tensor([0.1, 0.2]), (0.1, 0.2)])
-def test_theta_is_any_sequence_of_numbers(pipe, latent, theta):
+def test_theta_accepts_any_sequence(pipe, latent, theta):
     result = pipe.text_diff(latent[0], "", "a blue fish", theta, **FEW)
     assert [entry["arguments"]["theta"] for entry in result.metadata] == pytest.approx([0.1, 0.2])
 
 
-def test_bad_seeds_are_refused_before_anything_is_inverted(pipe, monkeypatch):
+def test_invalid_seeds_are_rejected_before_inversion(pipe, monkeypatch):
     monkeypatch.setattr(UnCLIPPipeline, "invert", None)
     with pytest.raises(ValueError, match="seed is -1"):
-        pipe.vary(PICTURES, seed=-1)
+        pipe.vary(PHOTOS, seed=-1)
     with pytest.raises(ValueError, match="seed is -1"):
-        pipe.text_diff(PICTURES, "", "a blue fish", seed=-1)
+        pipe.text_diff(PHOTOS, "", "a blue fish", seed=-1)
     with pytest.raises(ValueError, match="same embedding"):
-        pipe.text_diff(PICTURES, "a fish", "a fish")
+        pipe.text_diff(PHOTOS, "a fish", "a fish")
 
 
-def test_a_text_diff_loosens_the_noise(pipe, latent, again):
+def test_text_diff_with_eta_adds_noise(pipe, latent, again):
     chosen = {"theta": [0.0, 0.3], **FEW}
     result = pipe.text_diff(latent[:2], "", "a blue fish", seed=4, **chosen)
     assert result.seeds == [4, 4, 5, 5]
     assert difference(result.images[0], again.images[0]) > 0
-    varied = pipe.vary(latent[:2], eta=0.5, seed=4, **FEW)  # which is what it is at theta 0
+    varied = pipe.vary(latent[:2], eta=0.5, seed=4, **FEW)  # equal to theta 0
     assert [difference(result.images[2 * i], varied.images[i]) for i in range(2)] == [0, 0]
     alone = pipe.text_diff(latent[[1]], "", "a blue fish", seed=5, **chosen)
     assert difference(alone.images[1], result.images[3]) <= 1
@@ -337,7 +335,7 @@ def test_a_text_diff_loosens_the_noise(pipe, latent, again):
 # -- what a picture tells about itself
 
 
-def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, tmp_path):
+def test_metadata_regenerates_manipulated_images(pipe, latent, tmp_path):
     results = [
         pipe.reconstruct(latent, **FEW),
         pipe.vary(latent, eta=0.5, num_images=2, seed=3, **FEW),
@@ -355,10 +353,10 @@ def test_manipulated_pictures_are_drawn_again_from_their_metadata(pipe, latent, 
         (metadata,) = read_metadata(tmp_path / "a.png")
         redrawn = regenerate(pipe, metadata, progress=False, latents=latents)
         assert len(redrawn) == 1 and difference(redrawn.images[0], result.images[1]) <= 2
-    assert len(latents) == 5  # three pictures and two embeddings: nothing was inverted twice
+    assert len(latents) == 5  # three images and two embeddings: nothing is inverted twice
 
 
-def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_again(pipe, latent):
+def test_metadata_keeps_options_of_latents_and_decoding(pipe, latent):
     guided = replace(latent.options, decoder=replace(latent.options.decoder, guidance=6.0))
     latents: dict = {}
     for result in (
@@ -368,7 +366,7 @@ def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_ag
             options=guided,
             **FEW,
         ),
-        pipe.reconstruct(PICTURES, options=guided, **FEW),
+        pipe.reconstruct(PHOTOS, options=guided, **FEW),
     ):
         again = regenerate(
             pipe, json.loads(json.dumps(result.metadata[0])), progress=False, latents=latents
@@ -377,7 +375,7 @@ def test_a_picture_that_is_drawn_under_other_options_than_its_latent_is_drawn_ag
             difference(again.images[0], result.images[0]) <= 2
             and again.metadata[0] == result.metadata[0]
         )
-    assert len(latents) == 3  # of the first picture under either options
+    assert len(latents) == 3  # the first image with each of the options
     assert "options" not in result.metadata[0]["sources"][0]
 
 
@@ -402,36 +400,36 @@ def test_metadata_of_manipulations_is_checked(pipe, again, changes, message):
 # -- options
 
 
-def test_only_deterministic_options_are_inverted(pipe, options):
+def test_stochastic_options_are_rejected(pipe, options):
     for changes in ({"sampler": "unipc"}, {"eta": 0.5}, {"cache_interval": 2}):
         bad = replace(options, decoder=replace(options.decoder, **changes))
-        with pytest.raises(ValueError, match="can be inverted"):
-            pipe.invert(PICTURES[0], options=bad)
+        with pytest.raises(ValueError, match="expected 'ddim'"):
+            pipe.invert(PHOTOS[0], options=bad)
         assert deterministic(bad, 8) == options
-    for source in (PICTURES[0], pipe.random_latent(torch.ones(1, 16), options=options)):
+    for source in (PHOTOS[0], pipe.random_latent(torch.ones(1, 16), options=options)):
         with pytest.raises(ValueError, match="options is a StageOptions"):
             pipe.reconstruct(source, options=options.decoder)
     scheduler = replace(options, decoder=replace(options.decoder, sampler=DDIMScheduler()))
-    with pytest.raises(ValueError, match="the decoder is sampled with 'DDIMScheduler', eta"):
-        pipe.invert(PICTURES[0], options=scheduler)
+    with pytest.raises(ValueError, match="the decoder has sampler 'DDIMScheduler'"):
+        pipe.invert(PHOTOS[0], options=scheduler)
 
 
-def test_noise_of_another_model_is_refused(pipe, latent):
+def test_latents_of_another_model_are_rejected(pipe, latent):
     other = replace(latent, noise=(latent.noise[1], latent.noise[1]))
-    with pytest.raises(ValueError, match="noise of 16, 16 px, but the model generates 8, 16 px"):
+    with pytest.raises(ValueError, match="noise of 16, 16 px; expected 8, 16 px"):
         pipe.reconstruct(other)
     wide = replace(latent, image_emb=torch.ones(3, 17))
-    for drawn in (
+    for generated in (
         pipe.reconstruct,
         pipe.vary,
         pipe.interpolate,
         lambda path: pipe.text_diff(path, "a", "b"),
     ):
-        with pytest.raises(ValueError, match="has embeddings of width 17, but the model's are 16"):
-            drawn(wide)
+        with pytest.raises(ValueError, match="has embeddings of width 17; expected 16"):
+            generated(wide)
 
 
-def test_large_pictures_are_reduced_one_at_a_time(pipe, options, tmp_path, monkeypatch):
+def test_large_images_are_resized_one_at_a_time(pipe, options, tmp_path, monkeypatch):
     for i in range(3):
         Image.effect_noise((90, 70), 50).convert("RGB").save(tmp_path / f"{i}.png")
     files = sorted(tmp_path.iterdir())
@@ -439,22 +437,22 @@ def test_large_pictures_are_reduced_one_at_a_time(pipe, options, tmp_path, monke
 
     def opened(source: Path) -> Image.Image:
         assert all(one() is None for one in alive)
-        alive.append(weakref.ref(picture := open_image(source)))
-        return picture
+        alive.append(weakref.ref(photo := open_image(source)))
+        return photo
 
     monkeypatch.setattr(manipulation, "open_image", opened)
     latent = pipe.invert(files, options=options, **FEW)
     assert len(alive) == 3 and all(map(torch.equal, latent.noise, expected.noise))
 
 
-def test_fewer_stages_give_smaller_pictures(pipe, latent):
+def test_fewer_stages_give_smaller_images(pipe, latent):
     small = pipe.reconstruct(latent, options=replace(latent.options, upsamplers=()), **FEW)
     assert small.images[0].size == (8, 8)
 
 
-def test_pictures_of_any_size_are_inverted(pipe, options):
-    pictures = [Image.new("RGB", size, "red") for size in ((1, 1), (40, 3), (300, 200))]
-    result = pipe.reconstruct(pictures, options=options, **FEW)
+def test_images_of_any_size_are_inverted(pipe, options):
+    photos = [Image.new("RGB", size, "red") for size in ((1, 1), (40, 3), (300, 200))]
+    result = pipe.reconstruct(photos, options=options, **FEW)
     assert [image.size for image in result.images] == [(16, 16)] * 3
     assert all(difference(image, Image.new("RGB", (16, 16), "red")) <= 6 for image in result.images)
     tensor = torch.full((1, 3, 16, 16), -1.0)
@@ -466,8 +464,8 @@ def test_pictures_of_any_size_are_inverted(pipe, options):
     )
 
 
-def test_an_upsampler_with_a_second_network_ends_at_its_timestep(pipe, options):
-    """It was trained for t = 0 alone (Karlo)."""
+def test_a_separate_last_network_runs_at_t_0(pipe, options):
+    """The last network was trained for t = 0 only (Karlo)."""
     from conftest import scrambled, tiny_upsampler
 
     unet = pipe.upsamplers[0].config.unet
@@ -477,15 +475,15 @@ def test_an_upsampler_with_a_second_network_ends_at_its_timestep(pipe, options):
     with torch.inference_mode():
         run = two.upsampler_stages[0].bind(low_res, options.upsamplers[0], end_at_0=True)
     assert run.timesteps[0] == 999 and run.timesteps[-1] == 0
-    picture = PICTURES[0]
-    assert difference(two.reconstruct(picture, options=options, **FEW).images[0], picture) <= 12
+    photo = PHOTOS[0]
+    assert difference(two.reconstruct(photo, options=options, **FEW).images[0], photo) <= 12
 
 
 def test_half_precision(pipe, options):
     half = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
-    latent = half.invert(PICTURES[0], options=options, **FEW)
+    latent = half.invert(PHOTOS[0], options=options, **FEW)
     assert {x.dtype for x in latent.noise} == {torch.float32}
-    assert difference(half.reconstruct(latent, **FEW).images[0], PICTURES[0]) <= 40
+    assert difference(half.reconstruct(latent, **FEW).images[0], PHOTOS[0]) <= 40
 
 
 # -- the bundled model
@@ -496,20 +494,20 @@ def emoji() -> UnCLIPPipeline:
     return unclip.load("emoji", "cpu")
 
 
-def test_the_bundled_model_reconstructs_its_own_picture(emoji):
-    """With guidance on, where plain inversion goes astray; few steps, for the sake of time."""
+def test_the_bundled_model_reconstructs_its_image(emoji):
+    """With guidance, where plain inversion fails; few steps, to save time."""
     from unclip.evaluation.metrics import psnr
     from unclip.image_io import to_tensor
 
     options = replace(deterministic(emoji.options), upsamplers=())
     options = replace(options, decoder=replace(options.decoder, steps=20))
-    drawn = emoji("a red apple", seed=0, options=options, progress=False)
+    generated = emoji("a red apple", seed=0, options=options, progress=False)
 
     def decibels(iterations: int) -> float:
         again = emoji.reconstruct(
-            drawn.images[0], options=options, inversion=InversionOptions(iterations), **FEW
+            generated.images[0], options=options, inversion=InversionOptions(iterations), **FEW
         )
-        return psnr(to_tensor(again.images), to_tensor(drawn.images)).item()
+        return psnr(to_tensor(again.images), to_tensor(generated.images)).item()
 
     better, plain = decibels(10), decibels(0)
     assert better > 25 and better > plain + 10

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def settings(monkeypatch) -> list[dict[int, int]]:
     """The malloc settings that are applied, in order."""
     applied: list[dict[int, int]] = []
-    monkeypatch.setattr(memory, "_enabled", False)
+    monkeypatch.setattr(memory, "enabled", False)
     monkeypatch.setattr(memory, "_set", applied.append)
     return applied
 
@@ -39,8 +39,8 @@ def test_memory_is_kept_only_during_calls(settings):
 
 def test_compile_and_the_command_line_enable_it(settings, monkeypatch, tiny_pipe, capsys):
     unclip.compile(copy.deepcopy(tiny_pipe))
-    assert memory._enabled
-    monkeypatch.setattr(memory, "_enabled", False)
+    assert memory.enabled
+    monkeypatch.setattr(memory, "enabled", False)
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert memory._enabled
+    assert memory.enabled

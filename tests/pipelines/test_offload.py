@@ -1,4 +1,4 @@
-"""One network in memory at a time, and the same pictures."""
+"""Offloading: one network in memory at a time, and the same images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pipe(tiny_pipe) -> UnCLIPPipeline:
-    """With two networks in its upsampler; to be changed."""
+    """A pipeline to modify, with two networks in its upsampler."""
     torch.manual_seed(0)
     networks = [
         copy.deepcopy(module) for module in (tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder)
@@ -34,7 +34,7 @@ def pipe(tiny_pipe) -> UnCLIPPipeline:
     return pipe
 
 
-def draw(pipe, prompts=("a red apple", "a blue fish"), **changes) -> list[bytes]:
+def generate(pipe, prompts=("a red apple", "a blue fish"), **changes) -> list[bytes]:
     return [
         image.tobytes() for image in pipe(list(prompts), seed=3, progress=False, **changes).images
     ]
@@ -49,7 +49,7 @@ def in_memory(modules: list[nn.Module]) -> list[str]:
 
 
 def watched(pipe) -> list[list[str]]:
-    """What of the pipeline is in memory after each change of the network that computes."""
+    """Record which networks are in memory after each change of the active one."""
     modules, seen, use = (
         parts([pipe.clip, *pipe.networks().values()]),
         [],
@@ -66,12 +66,12 @@ def watched(pipe) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_pictures_are_the_same_and_one_network_is_in_memory(pipe, dtype):
-    expected = draw(pipe.to(dtype=dtype))
+def test_offloading_keeps_one_network_in_memory_and_the_images(pipe, dtype):
+    expected = generate(pipe.to(dtype=dtype))
     assert pipe.offload() is pipe and pipe.offloaded
     assert (pipe.device, pipe.dtype) == (CPU, dtype)
     seen = watched(pipe)
-    assert draw(pipe) == expected
+    assert generate(pipe) == expected
     first_call = [
         "CLIP",
         "DiffusionPrior",
@@ -81,26 +81,25 @@ def test_the_pictures_are_the_same_and_one_network_is_in_memory(pipe, dtype):
         "UNet",
         "UNet",
     ]  # "" is encoded once
-    assert seen == [[name] for name in first_call[:-1]]  # the U-Nets are alike
-    assert draw(pipe) == expected and draw(pipe) == expected
+    assert seen == [[name] for name in first_call[:-1]]  # the U-Nets have equal names
+    assert generate(pipe) == expected and generate(pipe) == expected
     assert seen[6:10] == [["CLIP"], ["DiffusionPrior"], ["Decoder"], ["UNet"]]
 
 
-def test_pictures_are_inverted_and_varied_too(pipe, invertible_pipe):
+def test_offloaded_inversion_and_variation(pipe, invertible_pipe):
     still = copy.deepcopy(invertible_pipe)
-    picture = still("a red apple", seed=0, progress=False).images[0]
-    expected = still.reconstruct(still.invert(picture, progress=False), progress=False).images[0]
+    photo = still("a red apple", seed=0, progress=False).images[0]
+    expected = still.reconstruct(still.invert(photo, progress=False), progress=False).images[0]
     still.offload()
     assert (
-        still.reconstruct(still.invert(picture, progress=False), progress=False).images[0]
-        == expected
+        still.reconstruct(still.invert(photo, progress=False), progress=False).images[0] == expected
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_is_offloaded_from_the_beginning(pipe, tmp_path, dtype, monkeypatch):
+def test_loading_with_offload(pipe, tmp_path, dtype, monkeypatch):
     pipe.save_pretrained(tmp_path / "model")
-    expected = draw(unclip.load(tmp_path / "model", "cpu", dtype))
+    expected = generate(unclip.load(tmp_path / "model", "cpu", dtype))
     loaded, add = [], Offloader.add
 
     def watch(self: Offloader, module: nn.Module) -> None:
@@ -111,45 +110,45 @@ def test_a_model_is_offloaded_from_the_beginning(pipe, tmp_path, dtype, monkeypa
 
     monkeypatch.setattr(Offloader, "add", watch)
     offloaded = unclip.load(tmp_path / "model", "cpu", dtype, offload=True)
-    assert loaded == [{torch.float32}] * 5  # cast on their way to the disk, tensor by tensor
+    assert loaded == [{torch.float32}] * 5  # tensors are cast one by one while written
     assert offloaded.offloaded and offloaded.dtype == dtype
-    assert draw(offloaded) == expected
+    assert generate(offloaded) == expected
 
 
-def test_dalle_is_offloaded_too(tiny_dalle, tiny_dalle_folder):
+def test_offloaded_dalle(tiny_dalle, tiny_dalle_folder):
     options = CodeOptions(guidance=2.0)
-    expected = draw(tiny_dalle, options=options, num_images=2, batch_size=2)
+    expected = generate(tiny_dalle, options=options, num_images=2, batch_size=2)
     best = tiny_dalle("a red apple", num_candidates=3, seed=0, progress=False)
     pipe = unclip.load(tiny_dalle_folder, "cpu", offload=True)
     seen = watched(pipe)
-    assert draw(pipe, options=options, num_images=2, batch_size=2) == expected
+    assert generate(pipe, options=options, num_images=2, batch_size=2) == expected
     assert [names[0] for names in seen] == ["DALLE", "DVAE"] * 2 and {
         len(names) for names in seen
     } == {1}
     chosen = pipe("a red apple", num_candidates=3, seed=0, progress=False)
     assert (chosen.images, chosen.scores) == (best.images, best.scores)
-    with pytest.raises(ValueError, match="the bound needs both in memory"):
+    with pytest.raises(ValueError, match="offloaded; compute the bound"):
         pipe.elbo(best.images, ["a red apple"])
 
 
-def test_another_prior_and_back_again(pipe):
+def test_priors_are_exchanged_while_offloaded(pipe):
     torch.manual_seed(7)
     other = scrambled(tiny_prior())
-    first, before = pipe.prior, draw(pipe)
+    first, before = pipe.prior, generate(pipe)
     pipe.prior = copy.deepcopy(other)
-    expected = draw(pipe)
+    expected = generate(pipe)
     assert expected != before
     pipe.prior = first
     pipe.offload()
-    assert draw(pipe) == before
+    assert generate(pipe) == before
     pipe.prior = other
     assert in_memory([first, other]) == []
-    assert draw(pipe) == expected
+    assert generate(pipe) == expected
     pipe.prior = first
-    assert draw(pipe) == before
+    assert generate(pipe) == before
 
 
-def test_files_go_with_the_pipeline(tiny_pipe):
+def test_offload_files_are_deleted_with_the_pipeline(tiny_pipe):
     pipe = copy.deepcopy(tiny_pipe)
     folder = Path(pipe.offload().runtime.offloader._folder.name)
     sizes = {file.stat().st_size for file in folder.iterdir()}
@@ -161,17 +160,15 @@ def test_files_go_with_the_pipeline(tiny_pipe):
     assert not folder.exists()
 
 
-def test_a_file_that_was_cut_off_is_told(tmp_path):
+def test_a_truncated_offload_file_is_an_error(tmp_path):
     module = nn.Linear(4, 4)
     waiting = OnDisk(module, tmp_path / "0", lambda x: x)
     (tmp_path / "0").write_bytes(b"\0" * 70)
-    with pytest.raises(
-        OSError, match="0 has been cut off while the model was in use; load it again"
-    ):
+    with pytest.raises(OSError, match="0 was truncated while in use; load the model again"):
         waiting.fetch()
 
 
-def test_what_an_offloaded_model_cannot_do_is_told(pipe, tmp_path):
+def test_unsupported_calls_on_offloaded_models_are_rejected(pipe, tmp_path):
     pipe.offload()
     assert pipe.offload("cpu") is pipe
     for call, message in {
@@ -191,8 +188,8 @@ def test_what_an_offloaded_model_cannot_do_is_told(pipe, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_what_is_kept_on_the_disk_is_what_was_there():
-    """Layout and dtype of every tensor, whatever the order of its numbers in memory."""
+def test_modules_on_disk_keep_layout_and_dtype():
+    """Every tensor keeps its memory format and dtype."""
     module = DiffusionPrior(tiny_prior().config).bfloat16()
     module.register_parameter(
         "picture", nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last))

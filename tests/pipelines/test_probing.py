@@ -1,4 +1,4 @@
-"""Principal components drawn, and words written on pictures."""
+"""Images of principal components, and typographic attacks."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ COLOURS = ("red", "blue", "green", "white", "black", "orange")
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def photos() -> list[Image.Image]:
     return [Image.new("RGB", (20, 16), colour) for colour in COLOURS]
 
 
 @pytest.fixture(scope="module")
-def folder(pictures, tmp_path_factory):
+def folder(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    for colour, picture in zip(COLOURS, pictures, strict=True):
-        picture.save(folder / f"{colour}.png")
+    for colour, photo in zip(COLOURS, photos, strict=True):
+        photo.save(folder / f"{colour}.png")
         (folder / f"{colour}.txt").write_text(colour)
     return folder
 
 
-def test_embeddings_of_a_dataset(tiny_pipe, pictures, folder, tmp_path):
-    expected = tiny_pipe.encode_image(pictures)
+def test_embeddings_of_a_dataset(tiny_pipe, photos, folder, tmp_path):
+    expected = tiny_pipe.encode_image(photos)
     found = read_embeddings(tiny_pipe, folder, batch_size=4, progress=False)
     torch.testing.assert_close(found[np.argsort(np.argsort(COLOURS))], expected, rtol=0, atol=1e-5)
     with ShardWriter(tmp_path, "train", 4) as shards:
@@ -53,22 +53,20 @@ def test_embeddings_of_a_dataset(tiny_pipe, pictures, folder, tmp_path):
     )
 
 
-def test_components_are_drawn_from_one_seed(tiny_pipe, pictures):
-    pca = PCA.fit(tiny_pipe.encode_image(pictures))
-    assert shown_components(pca) == [
-        5
-    ]  # six pictures span five dimensions, and the paper begins with 20
-    whole = tiny_pipe.encode_image(pictures[:2])
-    results = draw_components(tiny_pipe, pictures[:2], pca, [1, 5], seed=7, progress=False)
+def test_components_share_seeds(tiny_pipe, photos):
+    pca = PCA.fit(tiny_pipe.encode_image(photos))
+    assert shown_components(pca) == [5]  # six images span five dimensions; the paper starts at 20
+    whole = tiny_pipe.encode_image(photos[:2])
+    results = draw_components(tiny_pipe, photos[:2], pca, [1, 5], seed=7, progress=False)
     assert [result.seeds for result in results] == [[7, 8], [7, 8]]
     torch.testing.assert_close(results[0].image_emb, pca.truncate(whole, 1))
     torch.testing.assert_close(
         results[1].image_emb, whole, rtol=0, atol=1e-4
-    )  # all components: nothing is lost
-    figure = components_figure(pictures[:2], [1, 5], results, size=40)
+    )  # all components reconstruct the embedding
+    figure = components_figure(photos[:2], [1, 5], results, size=40)
     assert figure.width == 3 * 44 - 4
     with pytest.raises(ValueError, match="k is 6; expected 0 to 5"):
-        draw_components(tiny_pipe, pictures, pca, [6])
+        draw_components(tiny_pipe, photos, pca, [6])
 
 
 @pytest.mark.parametrize(
@@ -90,38 +88,38 @@ def test_a_word_is_written_across_the_middle(size, word):
         abs(rows.mean() - size[1] / 2) < size[1] / 8
         and abs(columns.mean() - size[0] / 2) < size[0] / 8
     )
-    assert image.getpixel((size[0] // 2, size[1] // 2)) == (0, 128, 0)  # the original is left alone
+    assert image.getpixel((size[0] // 2, size[1] // 2)) == (0, 128, 0)  # the original is unchanged
 
 
 @pytest.mark.parametrize(
     ("word", "lacking"), [("日本", "'日', '本'"), ("café", "'é'"), ("a\nb", r"'\n'")]
 )
-def test_a_word_that_the_font_cannot_write_is_refused(word, lacking):
-    with pytest.raises(ValueError) as told:
+def test_words_with_missing_glyphs_are_rejected(word, lacking):
+    with pytest.raises(ValueError) as error:
         write_word(Image.new("RGB", (64, 64)), word)
-    assert f"cannot be written: the font lacks {lacking}; expected" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert f"the font has no {lacking} of" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_class_probabilities_are_those_of_zero_shot_clip(tiny_pipe, pictures):
+def test_class_probabilities_are_those_of_zero_shot_clip(tiny_pipe, photos):
     classes = ["a red apple", "a blue fish", "a cat"]
-    found = class_probabilities(tiny_pipe, tiny_pipe.encode_image(pictures), classes)
+    found = class_probabilities(tiny_pipe, tiny_pipe.encode_image(photos), classes)
     ids, mask = tiny_pipe.clip.tokenizer(classes)
     with torch.no_grad():
-        image_emb, text_emb, scale = tiny_pipe.clip(pictures, ids, mask)
+        image_emb, text_emb, scale = tiny_pipe.clip(photos, ids, mask)
     torch.testing.assert_close(found, (scale * image_emb @ text_emb.T).softmax(dim=1))
-    with pytest.raises(ValueError, match="1 class is given; probabilities need at least 2"):
+    with pytest.raises(ValueError, match="got 1 class; expected at least 2"):
         class_probabilities(tiny_pipe, image_emb, ["a"])
 
 
-def test_the_attack_shows_both_pictures_and_their_variations(tiny_pipe, pictures):
+def test_typographic_attack_figure(tiny_pipe, photos):
     classes = ["a red apple", "a blue fish"]
     figure, metadata, probabilities = typographic_attack(
-        tiny_pipe, pictures[0], "fish", classes, num_images=2, seed=3, size=48, progress=False
+        tiny_pipe, photos[0], "fish", classes, num_images=2, seed=3, size=48, progress=False
     )
     assert figure.width == 3 * 52 - 4
     assert [entry["seed"] for entry in metadata] == [3, 4, 5, 6]
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2))
-    written = normalise(tiny_pipe.encode_image([pictures[0], write_word(pictures[0], "fish")]))
+    written = normalise(tiny_pipe.encode_image([photos[0], write_word(photos[0], "fish")]))
     assert not torch.allclose(written[0], written[1])
     assert not torch.allclose(probabilities[0], probabilities[1], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Mixtures of prompts and negative prompts, from the words to the pictures."""
+"""Mixtures of prompts and negative prompts."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ def difference(a, b) -> int:
 
 
 @pytest.fixture
-def draw(invertible_pipe):
+def generate(invertible_pipe):
     return lambda *args, **kwargs: invertible_pipe(*args, seed=1, progress=False, **kwargs)
 
 
 # -- words
 
 
-def test_texts_come_first_by_first():
-    wording = PromptBatch.of([{APPLE: 3, FISH: 1}, "a cat", {"x": 1, "y": 1, "z": 2}])
-    assert wording.texts == [APPLE, "a cat", "x", FISH, "a cat", "y", APPLE, "a cat", "z"]
+def test_texts_of_mixtures_are_ordered_by_position():
+    batch = PromptBatch.of([{APPLE: 3, FISH: 1}, "a cat", {"x": 1, "y": 1, "z": 2}])
+    assert batch.texts == [APPLE, "a cat", "x", FISH, "a cat", "y", APPLE, "a cat", "z"]
     expected = torch.tensor([[0.75, 1.0, 0.25], [0.25, 0.0, 0.25], [0.0, 0.0, 0.5]])
-    torch.testing.assert_close(wording.weights, expected)
-    assert wording[1:2].texts == ["a cat"] and wording[1:2].weights is None
-    assert [describe_prompt(prompt) for prompt in wording.prompts[:2]] == [
+    torch.testing.assert_close(batch.weights, expected)
+    assert batch[1:2].texts == ["a cat"] and batch[1:2].weights is None
+    assert [describe_prompt(prompt) for prompt in batch.prompts[:2]] == [
         f"3 {APPLE} + 1 {FISH}",
         "a cat",
     ]
 
 
-def test_negative_prompts_are_one_for_all_or_one_for_each():
+def test_negative_prompts_are_shared_or_one_for_each():
     assert PromptBatch.of([APPLE, FISH], "grey").negative == ["grey", "grey"]
     assert PromptBatch.of([APPLE, FISH], ["a", "b"])[1:].negative == ["b"]
     assert PromptBatch.of(APPLE).metadata() == [{"prompt": APPLE}]
@@ -63,7 +63,7 @@ def test_negative_prompts_are_one_for_all_or_one_for_each():
         ("a", 5, "prompt is a int"),
     ],
 )
-def test_bad_wording_is_refused(prompt, negative, message):
+def test_invalid_prompts_are_rejected(prompt, negative, message):
     with pytest.raises(ValueError, match=message):
         PromptBatch.of(prompt, negative)
 
@@ -71,35 +71,35 @@ def test_bad_wording_is_refused(prompt, negative, message):
 # -- arithmetic
 
 
-def test_mixing_in_the_prior_is_mixing_of_its_predictions(invertible_pipe):
-    """One step from the same noise: the embedding is the mean of those of the two prompts."""
+def test_the_prior_mixes_predictions(invertible_pipe):
+    """After one step from the same noise, the embedding is the mean of both prompts' embeddings."""
     options = StageOptions(steps=1, guidance=2.0)
 
     def emb(texts, weights=None):
         text = invertible_pipe.encode_text(texts)
-        drawn = {
+        generated = {
             "generators": generators_from([3]),
             "options": options,
             "candidates": 1,
             "weights": weights,
         }
-        return invertible_pipe.sample_prior(text, **drawn)
+        return invertible_pipe.sample_prior(text, **generated)
 
     mixed = emb([APPLE, FISH], torch.tensor([[0.25], [0.75]]))
     torch.testing.assert_close(mixed, 0.25 * emb([APPLE]) + 0.75 * emb([FISH]))
 
 
-def test_mixing_in_the_decoder_is_mixing_of_its_predictions(invertible_pipe):
+def test_the_decoder_mixes_predictions(invertible_pipe):
     options, image_emb = StageOptions(steps=1, guidance=2.0), torch.ones(1, 16)
 
-    def picture(texts, weights=None):
+    def photo(texts, weights=None):
         text = invertible_pipe.encode_text(texts)
-        drawn = {"generators": generators_from([3]), "options": options, "weights": weights}
-        return invertible_pipe.decode(image_emb, text, **drawn)
+        generated = {"generators": generators_from([3]), "options": options, "weights": weights}
+        return invertible_pipe.decode(image_emb, text, **generated)
 
-    mixed = picture([APPLE, FISH], torch.tensor([[0.25], [0.75]]))
-    expected = 0.25 * picture([APPLE]) + 0.75 * picture([FISH])
-    inside = expected.abs() < 0.99  # elsewhere the estimates were clipped
+    mixed = photo([APPLE, FISH], torch.tensor([[0.25], [0.75]]))
+    expected = 0.25 * photo([APPLE]) + 0.75 * photo([FISH])
+    inside = expected.abs() < 0.99  # elsewhere estimates are clipped
     torch.testing.assert_close(mixed[inside], expected[inside], rtol=0, atol=1e-4)
     assert inside.any()
 
@@ -107,19 +107,19 @@ def test_mixing_in_the_decoder_is_mixing_of_its_predictions(invertible_pipe):
 # -- pictures
 
 
-def test_a_mixture_of_one_is_the_prompt(draw):
-    plain = draw([APPLE, FISH])
+def test_a_mixture_of_one_equals_the_prompt(generate):
+    plain = generate([APPLE, FISH])
     for prompts in ([{APPLE: 5.0}, FISH], [{APPLE: 1.0, FISH: 0.0}, FISH]):
-        mixed = draw(prompts)
+        mixed = generate(prompts)
         assert max(difference(*pair) for pair in zip(plain.images, mixed.images, strict=True)) <= 2
     assert mixed.prompts == [f"1 {APPLE} + 0 {FISH}", FISH]
 
 
-def test_mixed_pictures_do_not_depend_on_their_batch_and_are_drawn_again(draw, invertible_pipe):
+def test_mixtures_do_not_depend_on_the_batch_and_are_regenerated(generate, invertible_pipe):
     mixture = {APPLE: 1.0, FISH: 1.0}
-    together = draw([mixture, FISH], num_images=3, negative_prompt="an apple")
-    assert difference(together.images[0], draw(APPLE).images[0]) > 0
-    alone = draw([mixture, FISH], num_images=3, negative_prompt="an apple", batch_size=2)
+    together = generate([mixture, FISH], num_images=3, negative_prompt="an apple")
+    assert difference(together.images[0], generate(APPLE).images[0]) > 0
+    alone = generate([mixture, FISH], num_images=3, negative_prompt="an apple", batch_size=2)
     assert max(difference(*pair) for pair in zip(together.images, alone.images, strict=True)) <= 2
     for k in (1, 4):
         again = regenerate(invertible_pipe, together.metadata[k], progress=False)
@@ -130,37 +130,39 @@ def test_mixed_pictures_do_not_depend_on_their_batch_and_are_drawn_again(draw, i
     )
 
 
-def test_the_negative_prompt_stands_in_for_the_null(draw, invertible_pipe):
-    plain = draw(APPLE)
-    assert difference(draw(APPLE, negative_prompt=FISH).images[0], plain.images[0]) > 0
+def test_the_negative_prompt_replaces_the_null(generate, invertible_pipe):
+    plain = generate(APPLE)
+    assert difference(generate(APPLE, negative_prompt=FISH).images[0], plain.images[0]) > 0
     options = invertible_pipe.options
     for stage in ("prior", "decoder"):
         other = "decoder" if stage == "prior" else "prior"
         guided = replace(options, **{other: replace(getattr(options, other), guidance=1.0)})
-        with_negative = draw(APPLE, negative_prompt=FISH, options=guided)
-        assert difference(with_negative.images[0], draw(APPLE, options=guided).images[0]) > 0, stage
+        with_negative = generate(APPLE, negative_prompt=FISH, options=guided)
+        assert difference(with_negative.images[0], generate(APPLE, options=guided).images[0]) > 0, (
+            stage
+        )
 
 
-def test_led_away_from_the_prompt_itself_a_prior_goes_nowhere(invertible_pipe):
+def test_a_negative_prompt_equal_to_the_prompt_cancels_guidance(invertible_pipe):
     """cond + (scale − 1) (cond − negative) is cond where both are the same."""
     text = invertible_pipe.encode_text(APPLE)
 
     def emb(guidance, negative=None):
         options = StageOptions(steps=3, guidance=guidance)
-        drawn = {"generators": generators_from([3]), "options": options, "negative": negative}
-        return invertible_pipe.sample_prior(text, **drawn)
+        generated = {"generators": generators_from([3]), "options": options, "negative": negative}
+        return invertible_pipe.sample_prior(text, **generated)
 
     torch.testing.assert_close(emb(5.0, text), emb(1.0), rtol=1e-4, atol=1e-4)
 
 
-def test_without_guidance_a_negative_prompt_is_refused(draw, invertible_pipe):
+def test_a_negative_prompt_without_guidance_is_rejected(generate, invertible_pipe):
     options = invertible_pipe.options
     stages = {
         stage: replace(getattr(options, stage), guidance=1.0) for stage in ("prior", "decoder")
     }
     with pytest.raises(ValueError, match="guidance is 1 in prior and decoder"):
-        draw(APPLE, negative_prompt=FISH, options=replace(options, **stages))
-    for embedding in ("text", "none"):  # of which the prior has no part
+        generate(APPLE, negative_prompt=FISH, options=replace(options, **stages))
+    for embedding in ("text", "none"):  # which do not use the prior
         unguided = replace(options, decoder=stages["decoder"], embedding=embedding)
         with pytest.raises(ValueError, match="guidance is 1 in decoder; set it higher in decoder"):
-            draw(APPLE, negative_prompt=FISH, options=unguided)
+            generate(APPLE, negative_prompt=FISH, options=unguided)

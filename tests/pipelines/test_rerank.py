@@ -1,4 +1,4 @@
-"""Selection of the best candidates by CLIP equals generating them one by one, in any batches."""
+"""Selection of the best candidates, for every kind of model and batch size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_best_of_all_candidates_are_kept(pipe):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_do_not_matter(pipe, batch_size):
+def test_candidates_do_not_depend_on_the_batch(pipe, batch_size):
     drawing = {"num_candidates": 5, "num_images": 2, "seed": 0, "progress": False}
     together, apart = pipe(PROMPTS, **drawing), pipe(PROMPTS, batch_size=batch_size, **drawing)
     assert apart.seeds == together.seeds and apart.scores == pytest.approx(
@@ -50,7 +50,7 @@ def test_batches_do_not_matter(pipe, batch_size):
     )
 
 
-def test_what_is_kept_can_be_drawn_alone(pipe):
+def test_the_best_image_equals_its_seed_alone(pipe):
     kept = pipe(PROMPTS, num_candidates=6, seed=0, progress=False)
     for k, prompt in enumerate(PROMPTS):
         alone = pipe(prompt, seed=kept.seeds[k], progress=False)
@@ -62,21 +62,21 @@ def test_what_is_kept_can_be_drawn_alone(pipe):
         )
 
 
-def test_the_score_rises_with_the_candidates(pipe):
+def test_scores_increase_with_candidates(pipe):
     scores = [
         pipe(PROMPTS[0], num_candidates=n, seed=0, progress=False).scores[0] for n in (1, 4, 16)
     ]
     assert scores[0] <= scores[1] <= scores[2] and scores[0] < scores[2]
 
 
-def test_as_many_candidates_as_pictures_are_sorted_only(pipe):
+def test_candidates_equal_to_images_are_sorted(pipe):
     every = pipe(PROMPTS[0], num_images=4, seed=0, progress=False)
     kept = pipe(PROMPTS[0], num_candidates=4, num_images=4, seed=0, progress=False)
     assert sorted(kept.seeds) == every.seeds and kept.scores == sorted(kept.scores, reverse=True)
     assert every.scores is None
 
 
-def test_what_belongs_to_a_picture_stays_with_it(tiny_pipe, tiny_dalle):
+def test_results_stay_aligned_with_their_images(tiny_pipe, tiny_dalle):
     kept = tiny_pipe(PROMPTS[0], num_candidates=6, num_images=2, seed=0, progress=False)
     every = tiny_pipe(PROMPTS[0], num_images=6, seed=0, progress=False)
     torch.testing.assert_close(kept.image_emb, every.image_emb[kept.seeds])
@@ -88,11 +88,11 @@ def test_what_belongs_to_a_picture_stays_with_it(tiny_pipe, tiny_dalle):
     ]
 
 
-def test_completions_are_chosen_too(tiny_dalle):
-    picture = tiny_dalle(PROMPTS[1], seed=1, progress=False).images[0]
+def test_completions_are_ranked(tiny_dalle):
+    photo = tiny_dalle(PROMPTS[1], seed=1, progress=False).images[0]
     drawing = {"keep": 0.5, "seed": 0, "progress": False}
-    every = tiny_dalle.complete(picture, PROMPTS[0], num_images=5, **drawing)
-    kept = tiny_dalle.complete(picture, PROMPTS[0], num_candidates=5, **drawing)
+    every = tiny_dalle.complete(photo, PROMPTS[0], num_images=5, **drawing)
+    kept = tiny_dalle.complete(photo, PROMPTS[0], num_candidates=5, **drawing)
     assert kept.seeds == [int(cosines(tiny_dalle, every.images, PROMPTS[0]).argmax())]
     assert (
         regenerate(tiny_dalle, kept.metadata[0], progress=False).images[0].tobytes()
@@ -111,8 +111,8 @@ def test_a_mixture_is_scored_by_all_its_texts(tiny_pipe):
     assert kept.scores[0] == pytest.approx(scores.max().item(), abs=1e-5)
 
 
-def test_only_a_batch_and_the_best_are_in_memory(monkeypatch):
-    """Seven candidates of two prompts with equal scores, in batches of four across prompts."""
+def test_only_a_batch_and_the_best_images_are_in_memory(monkeypatch):
+    """Seven candidates of two prompts each, in batches of four across prompts, with ties."""
     emb = torch.nn.functional.normalize(
         torch.randn(14, 8, generator=torch.Generator().manual_seed(0)), dim=1
     )
@@ -136,7 +136,7 @@ def test_only_a_batch_and_the_best_are_in_memory(monkeypatch):
     for batch in batches():
         best.add(batch)
     result = best.result()
-    assert result.seeds[:2] == [2, 3] and result.seeds[2] == 9  # of equal ones the first
+    assert result.seeds[:2] == [2, 3] and result.seeds[2] == 9  # the first of equal scores
     assert result.scores[:2] == pytest.approx([1, 1]) and max(alive) == 3
     expected = (normalise(emb[7:]) @ text[1]).argsort(descending=True)[:2] + 7
     assert result.seeds[2:] == expected.tolist()
@@ -151,7 +151,7 @@ def test_scores_are_cosines(tiny_dalle):
     )
 
 
-def test_offloaded_networks_are_brought_back(tiny_pipe):
+def test_ranking_with_offloaded_networks(tiny_pipe):
     import copy
 
     pipe = copy.deepcopy(tiny_pipe).offload()
@@ -174,6 +174,6 @@ def test_offloaded_networks_are_brought_back(tiny_pipe):
         ({"num_candidates": 4, "num_images": 0}, "num_images is 0"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(pipe, arguments, message):
+def test_invalid_numbers_of_candidates_are_rejected(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe("a red apple", **arguments)

@@ -212,10 +212,7 @@ def test_deep_features_are_computed_at_every_nth_timestep(interval, calls, compu
 
 def test_cache_interval_needs_a_unet(tiny_pipe):
     options = replace(TINY_OPTIONS, prior=replace(TINY_OPTIONS.prior, cache_interval=2))
-    with pytest.raises(
-        ValueError,
-        match="prior is a DiffusionPrior.*set cache_interval to 1",
-    ):
+    with pytest.raises(ValueError, match="prior is a DiffusionPrior; expected cache_interval 1"):
         tiny_pipe("a red apple", options=options, progress=False)
 
 
@@ -257,10 +254,7 @@ def test_presets_of_other_pipelines(tiny_dalle):
     fast = preset("fast", GLIDEOptions())
     assert (fast.decoder.steps, fast.upsamplers[0].steps) == (40, 16)
     assert tiny_dalle.preset("exact") is tiny_dalle.options
-    with pytest.raises(
-        ValueError,
-        match="'fast' reduces steps of diffusion, but this kind of model has none",
-    ):
+    with pytest.raises(ValueError, match="preset is 'fast'; expected 'exact'"):
         tiny_dalle.preset("fast")
     with pytest.raises(ValueError, match="unknown preset 'faster'; expected one of exact, fast"):
         tiny_dalle.preset("faster")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:  # `unclip --help` must not import torch
-    from unclip.pipelines.base import TextToImage
+    from unclip.pipelines.base import Pipeline
 
 DEFAULT_MODEL = "emoji"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -286,7 +286,7 @@ def given_flags(args: Namespace) -> list[SamplingFlag]:
     return [flag for flag in args.flags if getattr(args, flag.dest) is not None]
 
 
-def check_flags(pipe: TextToImage, args: Namespace) -> None:
+def check_flags(pipe: Pipeline, args: Namespace) -> None:
     """Raise a ValueError if a sampling flag does not exist for this kind of model."""
     for flag in given_flags(args):
         if pipe.kind not in flag.sets:

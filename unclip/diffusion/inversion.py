@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from unclip.config import NonNegative, NonNegativeInt, config
 from unclip.diffusion.samplers import ddim_step
 from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Schedule
@@ -17,22 +17,13 @@ from unclip.diffusion.schedules import Schedule
 # B batch, C channels
 
 
-@dataclass(frozen=True)
+@config
 class InversionOptions:
-    """A DDIM step x_prev = step(x_t) is inverted by solving it for x_t."""
+    """Options of solving each DDIM step x_prev = step(x_t) for x_t."""
 
-    iterations: int = (
-        10  # corrections of x_t per step; 0 = plain DDIM inversion, poor with guidance
-    )
-    tolerance: float = 1e-4  # root mean square of a correction at which x_t is accepted
-
-    def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise ValueError(
-                f"iterations is {self.iterations}; expected 0 (plain DDIM inversion) or more"
-            )
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance is {self.tolerance}; expected 0 or more")
+    # Corrections of x_t per step; 0 = plain DDIM inversion, which is poor with guidance
+    iterations: NonNegativeInt = 10
+    tolerance: NonNegative = 1e-4  # root mean square of a correction at which x_t is accepted
 
 
 @torch.no_grad()
@@ -50,12 +41,8 @@ def invert(
     """
     x_t, eps = x_0, torch.zeros_like(x_0)  # an image contains no noise
     for step, (t_prev, t) in enumerate(pairwise([-1, *reversed(timesteps)]), 1):
-
-        def estimate_at(x: Tensor, t: float = t) -> Tensor:
-            return estimate(x, t)[0]
-
         levels = schedule.level(t), schedule.level(t_prev)
-        x_t, x_0 = inverse_step(estimate_at, x_t, eps, *levels, options)
+        x_t, x_0 = inverse_step(lambda x, t=t: estimate(x, t)[0], x_t, eps, *levels, options)
         eps = (x_t - math.sqrt(levels[0]) * x_0) / math.sqrt(1 - levels[0])
         if on_step is not None:
             on_step(step, len(timesteps), x_0)
@@ -92,10 +79,8 @@ def inverse_step(
         size = correction.square().mean(dims, keepdim=True).sqrt()  # B 1 ...
         found = x_t, x_0, size
         if best is not None:
-            better = size < best[2]
-            found = tuple(
-                torch.where(better, new, old) for new, old in zip(found, best, strict=True)
-            )
+            pairs = zip(found, best, strict=True)
+            found = tuple(torch.where(size < best[2], new, old) for new, old in pairs)
         best = found
         unsolved = best[2] > options.tolerance  # a solved sample stays as it is in any batch
         if i == options.iterations or not unsolved.any():
@@ -108,7 +93,7 @@ def inverse_step(
 
 
 def _anderson(x_t: Tensor, correction: Tensor, last_x_t: Tensor, last_correction: Tensor) -> Tensor:
-    """Return the move to, and the correction at, the point between both x_t with the least."""
+    """Return the move to the point between both x_t with the smallest correction, plus that one."""
     change = correction - last_correction
     dims = tuple(range(1, x_t.ndim))
     norm = change.square().sum(dims, keepdim=True).clamp(min=1e-20)

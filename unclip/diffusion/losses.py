@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from unclip.config import NonNegative, Positive, config
 from unclip.diffusion.schedules import Prediction, Schedule
 
 # B batch, C channels of x
 
 
-@dataclass(frozen=True)
+@config
 class LossConfig:
-    min_snr_gamma: float | None = None  # 2303.09556 recommends 5; None = equal weights
-    vb_weight: float = 1e-3  # λ of L_simple + λ L_vlb (2102.09672, eq. 16), for learned variances
-
-    def __post_init__(self) -> None:
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(
-                f"min_snr_gamma is {self.min_snr_gamma}; expected a number above 0, or None"
-            )
-        if self.vb_weight < 0:
-            raise ValueError(f"vb_weight is {self.vb_weight}; expected 0 or more")
+    min_snr_gamma: Positive | None = None  # 2303.09556 recommends 5; None = equal weights
+    # λ of L_simple + λ L_vlb (2102.09672, eq. 16), for learned variances
+    vb_weight: NonNegative = 1e-3
 
 
 def diffusion_loss(
@@ -38,7 +31,7 @@ def diffusion_loss(
     learned_variance: bool = False,
     config: LossConfig = LossConfig(),
 ) -> dict[str, Tensor]:
-    """Return per-sample losses (B,) in float32 or wider: "loss" to minimise, plain "mse", "vb".
+    """Return losses (B,) in float32 or wider: "loss" to minimise, "mse" unweighted, and "vb".
 
     output is (B, C, ...) or, with learned_variance, (B, 2C, ...) = [prediction, variance]; x_0,
     x_t and noise are (B, C, ...), t is (B,) long. "vb", the variational bound in bits/dim, exists

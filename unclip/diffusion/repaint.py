@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.config import NonNegative, PositiveFraction, PositiveInt, config
 from unclip.diffusion.samplers import ancestral_step
 from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Schedule
@@ -18,28 +18,18 @@ from unclip.diffusion.schedules import Schedule
 # B batch, C channels, h w height and width
 
 
-@dataclass(frozen=True)
+@config
 class PaintOptions:
-    """How the painted part is harmonised with the part that is kept."""
+    """Options of painting a hole consistently with the rest of the image."""
 
-    resamples: int = 4  # times that each stretch of steps is repeated; more leave less of a seam
-    jump: int = 5  # steps in a stretch
-    strength: float = 1.0  # 1 = from noise; less = from the noised image (SDEdit, 2108.01073)
-    # Weight that moves the embedding towards the kept part, 0 = none; needs a decoder with layout.
-    agreement: float = 3.0
+    # How often each stretch of steps is repeated; more repetitions leave less of a seam
+    resamples: PositiveInt = 4
+    jump: PositiveInt = 5  # steps in a stretch
+    # 1 = from noise; less = from the noised image (SDEdit, 2108.01073)
+    strength: PositiveFraction = 1.0
+    # Weight that moves the embedding towards the kept part, 0 = none; needs a decoder with layout
+    agreement: NonNegative = 3.0
     trained: bool | None = None  # use the inpainting decoder (GLIDE 2.4); None = if there is one
-
-    def __post_init__(self) -> None:
-        for name in ("resamples", "jump"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not (math.isfinite(self.agreement) and self.agreement >= 0):
-            raise ValueError(f"agreement is {self.agreement}; expected 0 (none) or more")
-        if not 0.0 < self.strength <= 1.0:
-            raise ValueError(
-                f"strength is {self.strength}; "
-                f"expected more than 0 (nearly unchanged) to 1 (from noise)"
-            )
 
     def steps(self, num_steps: int) -> int:
         """Return how many of a stage's steps remain at this strength, at least one."""

@@ -79,7 +79,7 @@ class Estimator:
 
 
 def guide(cond: Tensor, null: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance (2207.12598) in float32 or wider: null + scale * (cond - null).
+    """Apply guidance (2207.12598) in float32 or wider: null + scale * (cond - null).
 
     rescale in [0, 1] moves the standard deviation of each sample back to that of `cond`
     (2305.08891, section 3.4).
@@ -95,10 +95,7 @@ def guide(cond: Tensor, null: Tensor, scale: float, rescale: float = 0.0) -> Ten
 
 
 def mix(output: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the outputs under K conditions (2206.01714): (K * B, ...) -> (B, ...).
-
-    weights: (K, B).
-    """
+    """Sum outputs under K conditions by weights (K, B) (2206.01714): (K * B, ...) -> (B, ...)."""
     outputs = output.unflatten(0, weights.shape)  # K B ...
     return (outputs * weights.to(outputs).view(*weights.shape, *[1] * (output.ndim - 1))).sum(0)
 
@@ -126,12 +123,11 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Normal noise (B, ...) on `device`; row i comes from generators[i], on its own device."""
+    """Sample normal noise (B, ...) on `device`; row i comes from generators[i], on its device."""
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} samples; give one for each")
-    rows = [
-        torch.randn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generators
-    ]
+    size = (1, *shape[1:])
+    rows = [torch.randn(size, generator=g, device=g.device, dtype=dtype) for g in generators]
     if torch.device(device).type == "cuda":  # a copy from pinned memory does not block the host
         rows = [row.pin_memory() if row.is_cpu else row for row in rows]
         rows = [row.to(device, non_blocking=True) for row in rows]
@@ -186,9 +182,7 @@ def sampling_timesteps(options: StageOptions, schedule: Schedule) -> list[float]
     if steps > T:
         raise ValueError(f"steps is {steps}, but the model has only {T} timesteps")
     if not 0.0 <= options.eta <= 1.0:
-        raise ValueError(
-            f"eta is {options.eta}; expected 0 (deterministic) to 1 (as noisy as ancestral)"
-        )
+        raise ValueError(f"eta is {options.eta}; expected 0 (deterministic) to 1 (ancestral)")
     if options.sampler == "ancestral":
         return [*ancestral_timesteps(steps, T)]
     if options.sampler == "ddim":
@@ -197,7 +191,7 @@ def sampling_timesteps(options: StageOptions, schedule: Schedule) -> list[float]
 
 
 def ancestral_timesteps(num_steps: int, num_timesteps: int) -> list[int]:
-    """num_steps timesteps, evenly from T - 1 down to 0 (as Karlo)."""
+    """Return num_steps timesteps, evenly from T - 1 down to 0 (as Karlo)."""
     if num_steps == 1:
         return [num_timesteps - 1]
     ratio = (num_timesteps - 1) / (num_steps - 1)
@@ -205,7 +199,7 @@ def ancestral_timesteps(num_steps: int, num_timesteps: int) -> list[int]:
 
 
 def ddim_timesteps(num_steps: int, num_timesteps: int) -> list[int]:
-    """num_steps timesteps, evenly from T - 1 down ("trailing" in 2305.08891)."""
+    """Return num_steps timesteps, evenly from T - 1 down ("trailing" in 2305.08891)."""
     return [round(i * num_timesteps / num_steps) - 1 for i in range(num_steps, 0, -1)]
 
 
@@ -244,7 +238,7 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Step of DDIM (2010.02502, eq. 12 and 16). Without noise it may go to a noisier level too."""
+    """Take a DDIM step (2010.02502, eq. 12 and 16); without noise, also to a noisier level."""
     eps = (x_t - math.sqrt(alpha_bar_t) * x_0) / math.sqrt(1 - alpha_bar_t)
     if noise is None:
         return math.sqrt(alpha_bar_prev) * x_0 + math.sqrt(1 - alpha_bar_prev) * eps

@@ -93,18 +93,13 @@ def _prepare(options: StageOptions, schedule: Schedule) -> Any:
     if options.sampler in ("dpm++", "unipc"):
         if steps == T:
             # diffusers spaces one timestep more than it uses: two would be equal.
-            raise ValueError(
-                f"steps is {steps}; {options.sampler} takes at most {T - 1}, "
-                f"one less than the model has timesteps"
-            )
+            raise ValueError(f"steps is {steps}; expected at most {T - 1} with {options.sampler}")
         scheduler = make_scheduler(options.sampler, schedule)
     elif hasattr(options.sampler, "set_timesteps"):
         scheduler = copy.deepcopy(options.sampler)
     else:
-        raise ValueError(
-            f"sampler is {options.sampler!r}; "
-            f"expected 'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
-        )
+        expected = "'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
+        raise ValueError(f"sampler is {options.sampler!r}; expected {expected}")
     _check(scheduler, schedule)
     scheduler.set_timesteps(steps)  # its tables stay on the CPU: no step waits for the device
     return scheduler
@@ -118,9 +113,7 @@ def _check(scheduler: Any, schedule: Schedule) -> None:
     name, levels = type(scheduler).__name__, getattr(scheduler, "alphas_cumprod", None)
     predictions = ("epsilon", "sample", "v_prediction")
     if levels is None or scheduler.config.get("prediction_type") not in predictions:
-        raise ValueError(
-            f"sampler {name} is not for variance-preserving diffusion; this model was trained so"
-        )
+        raise ValueError(f"sampler is {name}; expected one for variance-preserving diffusion")
     levels = levels.cpu().double()
     if levels.shape != schedule.alpha_bar.shape or not torch.allclose(
         levels, schedule.alpha_bar, rtol=0, atol=1e-4

@@ -6,37 +6,29 @@ Tables are float64. Arithmetic on samples is in float32 or wider, whatever the m
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
+
+from unclip.config import Positive, config
 
 # B batch, T timesteps
 
 Prediction = Literal["eps", "x0", "v"]
 
 
-@dataclass(frozen=True)
+@config
 class ScheduleConfig:
-    """Noise level at each timestep (unCLIP, table 3: cosine; linear in the last upsampler)."""
+    """Noise level at each timestep (unCLIP, table 3: cosine, but linear in the last upsampler)."""
 
     kind: Literal["cosine", "linear"] = "cosine"
-    num_timesteps: int = 1000
+    num_timesteps: Annotated[int, Ge(2)] = 1000
     zero_terminal_snr: bool = False  # end in pure noise (2305.08891); needs x0 or v prediction
-    shift: float = 1.0  # divides α/σ; twice the image size needs 2 for the same visible noise
+    shift: Positive = 1.0  # divides α/σ; twice the image size needs 2 for the same visible noise
     precision: Literal["float64", "float32"] = "float64"  # of betas; diffusers uses float32
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("cosine", "linear"):
-            raise ValueError(f"schedule kind is {self.kind!r}; expected 'cosine' or 'linear'")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least 2")
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; expected a positive factor, 1 for none")
-        if self.precision not in ("float64", "float32"):
-            raise ValueError(f"precision is {self.precision!r}; expected 'float64' or 'float32'")
 
 
 class Schedule:
@@ -130,26 +122,15 @@ class Schedule:
         self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction
     ) -> Tensor:
         """Convert the network's output to an estimate of the noise, in float32 or wider."""
-        self.check(prediction)
-        x_t, output = _widen(x_t), _widen(output)
-        if prediction == "eps":
-            return output
-        alpha, sigma = self.at("alpha", t, x_t), self.at("sigma", t, x_t)
-        if prediction == "x0":
-            return (x_t - alpha * output) / sigma
-        return alpha * output + sigma * x_t
+        x_0, x_t = self.predict_x0(output, x_t, t, prediction), _widen(x_t)
+        return (x_t - self.at("alpha", t, x_t) * x_0) / self.at("sigma", t, x_t)
 
     def check(self, prediction: str) -> None:
-        """Raise ValueError unless this prediction type works with this schedule."""
-        if prediction not in get_args(Prediction):
-            raise ValueError(
-                f"prediction is {prediction!r}; expected one of {', '.join(get_args(Prediction))}"
-            )
+        """ValueError unless this prediction type works with this schedule."""
+        if prediction not in (known := get_args(Prediction)):
+            raise ValueError(f"prediction is {prediction!r}; expected one of {', '.join(known)}")
         if prediction == "eps" and self.config.zero_terminal_snr:
-            raise ValueError(
-                "prediction is 'eps' on a schedule with zero_terminal_snr, whose last timestep has "
-                "no signal; predict 'v' or 'x0' instead"
-            )
+            raise ValueError("prediction is 'eps', but zero_terminal_snr needs 'v' or 'x0'")
 
 
 def sample_timesteps(
@@ -186,6 +167,6 @@ def _linear_betas(num_timesteps: int) -> Tensor:
 
 
 def _zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift √alpha_bar to end at 0 and rescale to keep its first value (2305.08891, alg. 1)."""
+    """Shift √alpha_bar to end at 0, and scale it to keep its first value (2305.08891, alg. 1)."""
     first, last = alpha_bar[0].sqrt(), alpha_bar[-1].sqrt()
     return ((alpha_bar.sqrt() - last) * first / (first - last)) ** 2

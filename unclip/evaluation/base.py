@@ -31,7 +31,7 @@ from unclip.evaluation.metrics import (
 )
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.style import train_classifier
-from unclip.pipelines.base import TextToImage
+from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
 from unclip.types import TextEncoding
 
@@ -54,7 +54,7 @@ class ImageGenerator(ABC):
     options: Any
 
     def __init__(
-        self, pipe: TextToImage, options: Any = None, batch_size: int = 32, progress: bool = True
+        self, pipe: Pipeline, options: Any = None, batch_size: int = 32, progress: bool = True
     ) -> None:
         """options: sampling options (default: those of the pipeline)."""
         self.pipe, self.options = pipe, options or pipe.options

@@ -1,27 +1,26 @@
-"""What all text-to-image pipelines share: their interface, metadata, and device handling."""
+"""The base of all text-to-image pipelines: interface, files, metadata and device handling."""
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unclip import __version__
+from unclip import __version__, image_io
 from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.store import load_bundle, save_bundle
-from unclip.config import to_dict
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.pipelines.presets import preset
-from unclip.pipelines.request import ImageInput
+from unclip.pipelines.request import Batch
 from unclip.pipelines.runtime import Runtime
-from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding
+from unclip.types import GenerationResult, StageOptions, TextEncoding
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,8 +29,8 @@ P = ParamSpec("P")
 Output = TypeVar("Output", Tensor, TextEncoding)
 
 
-class TextToImage(Protocol):
-    """The interface of every pipeline that `unclip.load` returns.
+class Pipeline(ABC):
+    """A named model with a runtime: what every pipeline that `unclip.load` returns can do.
 
     A call with seed s gives image k (prompts in order, `num_images` for each) the seed s + k; with
     a list of seeds, one for each image, seed k. The image does not depend on the others of the
@@ -39,48 +38,8 @@ class TextToImage(Protocol):
     """
 
     kind: str
-    name: str
-    licence: str
-    options: Any  # the defaults of this model, a frozen dataclass
-
-    def __call__(
-        self,
-        prompt: Prompt,
-        *,
-        num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
-        options: Any = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult: ...
-
-    def variations(
-        self,
-        image: ImageInput | Sequence[ImageInput] | None = None,
-        *,
-        image_emb: Tensor | None = None,
-        num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
-        options: Any = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult: ...
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None: ...
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> TextToImage: ...
-
-
-class Pipeline:
-    """A named model with a runtime; the base of all pipelines."""
-
-    kind: str
     required: tuple[str, ...]  # components that a checkpoint must have
-    options: Any
+    options: Any  # the defaults of this model, a frozen dataclass
 
     def __init__(self, runtime: Runtime, name: str, licence: str, source: str | None) -> None:
         """source: what `unclip.load` was given, for the metadata of images."""
@@ -88,9 +47,17 @@ class Pipeline:
         self.name, self.licence, self.source = name, licence, source or name
 
     @classmethod
+    @abstractmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> Self:
         """Make a pipeline of the components of a checkpoint."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def __call__(self, prompt: Any, **arguments: Any) -> GenerationResult:
+        """Generate images of prompts. All pipelines take the arguments of a `Request`."""
+
+    @abstractmethod
+    def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:
+        """Generate variations of images, if the model can."""
 
     @classmethod
     def from_pretrained(
@@ -106,27 +73,21 @@ class Pipeline:
     def check_bundle(cls, bundle: Bundle) -> None:
         """ValueError unless the checkpoint is of this kind and complete."""
         if bundle.kind != cls.kind:
-            raise ValueError(
-                f"{bundle.name} is a model of kind {bundle.kind!r}; expected {cls.kind!r}"
-            )
+            raise ValueError(f"{bundle.name} is of kind {bundle.kind!r}; expected {cls.kind!r}")
         if missing := set(cls.required) - bundle.components.keys():
             raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a model folder, weights in `dtype` if given; an existing one is replaced last."""
         self.runtime.check_saveable()
-        stages = self.options.__dict__.values()
-        for stage in [one for value in stages for one in _as_tuple(value)]:
-            if isinstance(stage, StageOptions) and not isinstance(stage.sampler, str):
-                raise ValueError(
-                    f"options contain a {type(stage.sampler).__name__}; "
-                    f"only samplers with a name can be saved"
-                )
+        for value in vars(self.options).values():
+            for stage in value if isinstance(value, tuple) else (value,):
+                if isinstance(stage, StageOptions) and not isinstance(stage.sampler, str):
+                    sampler = type(stage.sampler).__name__
+                    raise ValueError(f"options have a {sampler}; expected samplers with a name")
         schedules = {name: schedule.config for name, schedule in self.schedules.items()}
-        bundle = Bundle(
-            self.kind, self.components(), schedules, self.options, self.name, self.licence
-        )
-        save_bundle(bundle, folder, dtype)
+        about = self.options, self.name, self.licence
+        save_bundle(Bundle(self.kind, self.components(), schedules, *about), folder, dtype)
 
     def components(self) -> dict[str, Any]:
         """Return the parts of a checkpoint by name."""
@@ -203,8 +164,28 @@ class Pipeline:
             "dtype": str(self.dtype).removeprefix("torch."),
             **quantized,
             "version": __version__,
-            "options": to_dict(with_named_samplers(options)),
+            "options": options_metadata(options),
         }
+
+    def make_result(
+        self,
+        x: Tensor,
+        batch: Batch,
+        prompts: Sequence[str | None],
+        entries: Iterable[dict[str, Any]],
+        options: Any,
+        **tensors: Tensor | None,
+    ) -> GenerationResult:
+        """Make the result of a batch of images (B, 3, S, S); entries: metadata of each image."""
+        about = self.describe(options)
+        metadata = [
+            {**entry, "seed": seed, **about}
+            for entry, seed in zip(entries, batch.seeds, strict=True)
+        ]
+        # Clones made outside of inference mode, for the caller to compute with.
+        cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
+        seeds: list[int | None] = [*batch.seeds]
+        return GenerationResult(image_io.to_pil(x), seeds, [*prompts], metadata=metadata, **cloned)
 
 
 def inference(stage: Callable[P, Output]) -> Callable[P, Output]:
@@ -231,28 +212,6 @@ def make_schedules(
     return {stage: Schedule(configs.get(stage, ScheduleConfig())) for stage in stages}
 
 
-def with_named_samplers(options: Any) -> Any:
-    """Replace scheduler objects in options by the names of their classes, for metadata."""
-
-    def named(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(named, value))
-        if isinstance(value, StageOptions) and not isinstance(value.sampler, str):
-            return replace(value, sampler=type(value.sampler).__name__)
-        return value
-
-    return replace(options, **{name: named(value) for name, value in vars(options).items()})
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def encode_array(values: Tensor) -> str:
-    """Encode a vector as base64 of little-endian float32, for metadata."""
-    return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
-
-
-def decode_array(text: str) -> Tensor:
-    """Decode what `encode_array` wrote, as float32."""
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))
+def options_metadata(options: Any) -> dict[str, Any]:
+    """Convert options to JSON types; a scheduler object becomes the name of its class."""
+    return json.loads(json.dumps(asdict(options), default=lambda value: type(value).__name__))

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.image_io import to_pil
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import Pipeline, inference, make_schedules
-from unclip.pipelines.request import Request, check_prompts, random_generators
+from unclip.pipelines.request import (
+    Request,
+    check_options,
+    check_prompts,
+    random_generators,
+)
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.stages import DiffusionStage
 from unclip.tokenizer import GPT2Tokenizer
@@ -32,7 +36,6 @@ class GLIDEPipeline(Pipeline):
     """
 
     kind = "glide"
-    options: GLIDEOptions
     required = ("tokenizer", "decoder")
     options: GLIDEOptions
 
@@ -60,7 +63,7 @@ class GLIDEPipeline(Pipeline):
         ]
         self.options = options or GLIDEOptions(upsamplers=(StageOptions(steps=27),) * len(ups))
         self._check_compatible()
-        self._check_options(self.options)
+        check_options(self.options, GLIDEOptions, len(ups))
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> GLIDEPipeline:
@@ -102,33 +105,22 @@ class GLIDEPipeline(Pipeline):
 
         on_step is called after every step of every batch of at most `batch_size` images.
         """
-        prompts = check_prompts(prompt)
-        options = options or self.options
-        self._check_options(options)
+        prompts, options = check_prompts(prompt), options or self.options
+        check_options(options, GLIDEOptions, len(self.upsamplers))
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         request, results = Request(num_images, seed, on_step, batch_size, progress), []
-        about = self.describe(options)
         for batch in request.batches(len(prompts), steps):
-            captions = [
-                caption for caption in prompts[batch.prompts] for _ in range(batch.num_images)
-            ]
+            captions = [text for text in prompts[batch.prompts] for _ in range(batch.num_images)]
             sampling: dict[str, Any] = {"generators": batch.generators, "on_step": batch.on_step}
             x = self.decode(captions, options=options.decoder, **sampling)
             x = self.upsample(x, captions, options=options.upsamplers, **sampling)
-            metadata = [
-                {"prompt": caption, "seed": one, **about}
-                for caption, one in zip(captions, batch.seeds, strict=True)
-            ]
-            results.append(
-                GenerationResult(to_pil(x), [*batch.seeds], [*captions], metadata=metadata)
-            )
+            entries = ({"prompt": caption} for caption in captions)
+            results.append(self.make_result(x, batch, captions, entries, options))
         return GenerationResult.cat(results)
 
     def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:
         """Raise ValueError: this model has no CLIP."""
-        raise ValueError(
-            f"{self.name} has no image embeddings and cannot vary an image; give it a prompt"
-        )
+        raise ValueError(f"{self.name} has no image embeddings to vary an image; give it a prompt")
 
     @inference
     def decode(
@@ -206,14 +198,3 @@ class GLIDEPipeline(Pipeline):
                     f"gives {tokenizer.context_length} of {tokenizer.vocab_size}"
                 )
             size = config.image_size
-
-    def _check_options(self, options: GLIDEOptions) -> None:
-        if not isinstance(options, GLIDEOptions):
-            raise ValueError(
-                f"options is a {type(options).__name__}; expected GLIDEOptions, as in pipe.options"
-            )
-        if len(options.upsamplers) > len(self.upsamplers):
-            raise ValueError(
-                f"options for {len(options.upsamplers)} upsamplers, but the model has "
-                f"{len(self.upsamplers)}; start from pipe.options"
-            )

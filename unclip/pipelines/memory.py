@@ -24,20 +24,21 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 REUSE = {TRIM_THRESHOLD: 2**31 - 1, MMAP_MAX: 0}
 DEFAULTS = {TRIM_THRESHOLD: 2**26, MMAP_THRESHOLD: 2**25, MMAP_MAX: 2**16}
 
-_lock, _users, _enabled = threading.Lock(), 0, False
+enabled = False
+_lock, _users = threading.Lock(), 0
 
 
 def enable_memory_reuse() -> None:
     """Let pipelines of this process keep freed memory during their calls."""
-    global _enabled
-    _enabled = True
+    global enabled
+    enabled = True
 
 
 @contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Keep freed memory for new tensors within the context, if enabled and `device` is a CPU."""
+    """Keep freed memory for new tensors within the context, if `device` is a CPU."""
     global _users
-    if not _enabled or device.type != "cpu" or _libc() is None:
+    if device.type != "cpu" or _libc() is None:
         yield
         return
     with _lock:

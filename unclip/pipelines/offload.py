@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,8 @@ class Offloader:
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """dtype: of the parameters; None = unchanged."""
         self.device, self.dtype = device, dtype
-        self._folder = (
-            tempfile.TemporaryDirectory(prefix="unclip-offload-") if device.type == "cpu" else None
-        )
+        temporary = partial(tempfile.TemporaryDirectory, prefix="unclip-offload-")
+        self._folder = temporary() if device.type == "cpu" else None
         self._waiting: dict[nn.Module, InMemory | OnDisk] = {}
         self._here: nn.Module | None = None
 
@@ -37,9 +37,8 @@ class Offloader:
             return
         use_kernels(module, self.device)
         if self._folder is None:
-            self._waiting[module] = InMemory(
-                prepare_for_inference(module, self.dtype, self.device), self.device
-            )
+            prepare_for_inference(module, self.dtype, self.device)
+            self._waiting[module] = InMemory(module, self.device)
         else:
             file = Path(self._folder.name) / str(len(self._waiting))
             self._waiting[module] = OnDisk(module, file, parameter_conversion(module, self.dtype))
@@ -73,21 +72,18 @@ class OnDisk:
     """A module whose state is in a file, and in memory after `fetch`."""
 
     def __init__(self, module: nn.Module, file: Path, convert: Callable[[Tensor], Tensor]) -> None:
-        """convert: applied to each parameter in turn, to keep little of a mapped file in memory."""
+        """convert: applied to each parameter in turn, so that little of a file is in memory."""
         self.module, self.file = module, file
-        self.places: dict[
-            str, tuple[int, Tensor]
-        ] = {}  # name -> first byte, and the tensor without its data
+        # Name -> first byte, and the tensor without its data
+        self.places: dict[str, tuple[int, Tensor]] = {}
         with file.open("wb") as out:
             for name in list(module.state_dict()):
                 owner, leaf = self._place(name)
                 tensor = getattr(owner, leaf).detach()
                 if leaf in owner._parameters:
                     tensor = convert(tensor)
-                self.places[name] = (
-                    out.tell(),
-                    tensor.to("meta"),
-                )  # which keeps dtype and memory format
+                # "meta" keeps dtype and memory format.
+                self.places[name] = out.tell(), tensor.to("meta")
                 out.write(_bytes(tensor))
                 del tensor
                 self._give(name, self.places[name][1])
@@ -98,9 +94,7 @@ class OnDisk:
                 tensor = torch.empty_like(like, device="cpu")
                 source.seek(start)
                 if source.readinto(_bytes(tensor)) < tensor.nbytes:
-                    raise OSError(
-                        f"{self.file} has been cut off while the model was in use; load it again"
-                    )
+                    raise OSError(f"{self.file} was truncated while in use; load the model again")
                 self._give(name, tensor)
 
     def drop(self) -> None:

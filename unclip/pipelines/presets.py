@@ -21,9 +21,7 @@ def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
     if name == "exact":
         return options
     if isinstance(options, CodeOptions):
-        raise ValueError(
-            f"preset {name!r} reduces steps of diffusion, but this kind of model has none"
-        )
+        raise ValueError(f"preset is {name!r}; expected 'exact' for a model without diffusion")
     prior = {"prior": _fewer(options.prior, 0.4)} if isinstance(options, UnCLIPOptions) else {}
     separate_last = [*separate_last, *[False] * len(options.upsamplers)]
     return replace(

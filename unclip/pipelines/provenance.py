@@ -10,6 +10,8 @@ import warnings
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from unclip.config import parse, to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.image_io import open_image
-from unclip.pipelines.base import TextToImage, decode_array, encode_array
+from unclip.pipelines.base import Pipeline
 from unclip.pipelines.unclip.latent import Latent
 from unclip.types import GenerationResult, UnCLIPOptions
 
@@ -38,9 +40,9 @@ def edited_source(image: Image.Image, mask: Image.Image | None = None) -> dict[s
     if mask is not None:
         entries["mask"] = encode_image(mask)
     if None in entries.values():
+        size = f"{image.width} x {image.height} px"
         warnings.warn(
-            f"an image of {image.width} x {image.height} px is too large for metadata: "
-            f"the result cannot be regenerated",
+            f"the image of {size} is too large for metadata: results cannot be regenerated",
             stacklevel=4,
         )
     return entries
@@ -57,7 +59,7 @@ def random_source(image_emb: Tensor, seed: int) -> dict[str, Any]:
 
 
 def regenerate(
-    pipe: TextToImage,
+    pipe: Pipeline,
     metadata: dict[str, Any],
     progress: bool = True,
     latents: dict[str, Latent] | None = None,
@@ -67,10 +69,7 @@ def regenerate(
     latents: a cache of inverted latents, to share between calls.
     """
     if missing := {"seed", "options"} - metadata.keys():
-        raise ValueError(
-            f"the metadata has no {' and no '.join(sorted(missing))}; "
-            f"the image cannot be regenerated"
-        )
+        raise _incomplete(f"the metadata has no {' and no '.join(sorted(missing))}")
     if _is_of_another_kind(pipe, metadata):
         raise ValueError(
             f"{pipe.name} is of kind {pipe.kind}, but the image was made by another kind of model; "
@@ -79,24 +78,17 @@ def regenerate(
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     if "operation" in metadata:
         return _repeat(pipe, metadata, options, progress, {} if latents is None else latents)
-    arguments: dict[str, Any] = {
-        "seed": metadata["seed"],
-        "options": options,
-        "progress": progress,
-    }
+    arguments = {"seed": metadata["seed"], "options": options, "progress": progress}
     if metadata.get("prompt") is not None:
         if metadata.get("negative_prompt") is not None:
             arguments["negative_prompt"] = metadata["negative_prompt"]
         return pipe(metadata["prompt"], **arguments)
     if metadata.get("image_emb") is None:
-        raise ValueError(
-            "the metadata has neither a prompt nor an image embedding; "
-            "the image cannot be regenerated"
-        )
+        raise _incomplete("the metadata has neither a prompt nor an image embedding")
     return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **arguments)
 
 
-def _is_of_another_kind(pipe: TextToImage, metadata: dict[str, Any]) -> bool:
+def _is_of_another_kind(pipe: Pipeline, metadata: dict[str, Any]) -> bool:
     """Compare kinds; old metadata without a kind must share an option with the pipeline."""
     options, known = metadata["options"], {option.name for option in fields(pipe.options)}
     if "kind" in metadata:
@@ -105,7 +97,7 @@ def _is_of_another_kind(pipe: TextToImage, metadata: dict[str, Any]) -> bool:
 
 
 def _repeat(
-    pipe: TextToImage,
+    pipe: Pipeline,
     metadata: dict[str, Any],
     options: Any,
     progress: bool,
@@ -116,22 +108,20 @@ def _repeat(
     on_images = IMAGE_OPERATIONS[pipe.kind]
     on_latents = LATENT_OPERATIONS if pipe.kind == "unclip" else ()
     if operation not in (*on_images, *on_latents):
-        raise ValueError(
-            f"the metadata has an unknown operation {operation!r}; the image cannot be regenerated"
-        )
+        raise _incomplete(f"the metadata has an unknown operation {operation!r}")
     if metadata.get("seed") is not None:
         arguments["seed"] = metadata["seed"]
     arguments |= {"options": options, "progress": progress}
     if "painting" in arguments:
-        painting = parse(PaintOptions, arguments["painting"], "painting in the metadata")
-        arguments["painting"] = painting
+        where = "painting in the metadata"
+        arguments["painting"] = parse(PaintOptions, arguments["painting"], where)
     method = getattr(pipe, operation)
     if operation in on_images:
         images = [metadata.get(name) for name in ("picture", "mask") if name in metadata]
         return method(*map(decode_image, images), **arguments)
     sources = metadata.get("sources")
     if not sources:
-        raise ValueError("the metadata has no sources; the image cannot be regenerated")
+        raise _incomplete("the metadata has no sources")
     parts = []
     for source in sources:
         source_options = options
@@ -160,6 +150,16 @@ def _latent(pipe: Any, source: dict[str, Any], options: UnCLIPOptions, progress:
     return pipe.random_latent(image_emb, seed=source["seed"], options=options)
 
 
+def encode_array(values: Tensor) -> str:
+    """Encode a vector as base64 of little-endian float32, for metadata."""
+    return base64.b64encode(values.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def decode_array(text: str) -> Tensor:
+    """Decode the output of `encode_array`, as float32."""
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32))
+
+
 def encode_image(image: Image.Image) -> str | None:
     """Encode an image as base64 of a PNG; None if it is too large for metadata."""
     if image.width * image.height > MAX_PIXELS:
@@ -171,14 +171,14 @@ def encode_image(image: Image.Image) -> str | None:
 
 
 def decode_image(text: str | None) -> Image.Image:
-    """Decode what `encode_image` wrote."""
+    """Decode the output of `encode_image`."""
     if text is None:
-        raise ValueError(
-            "the source image was too large for metadata; the image cannot be regenerated"
-        )
+        raise _incomplete("the source image was too large for metadata")
     try:
         return open_image(Image.open(io.BytesIO(base64.b64decode(text))))
     except (binascii.Error, OSError, ValueError) as error:
-        raise ValueError(
-            f"an image in the metadata is damaged ({error}); the image cannot be regenerated"
-        ) from None
+        raise _incomplete(f"an image in the metadata is damaged ({error})") from None
+
+
+def _incomplete(problem: str) -> ValueError:
+    return ValueError(f"{problem}; the image cannot be regenerated")

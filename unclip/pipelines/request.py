@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.image_io import open_image, to_pil
-from unclip.types import OnStep, Progress, Prompt, UnCLIPOptions
+from unclip.types import OnStep, Progress, Prompt, StageOptions, UnCLIPOptions
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
 
@@ -35,14 +35,11 @@ class Request:
     on_step: OnStep | None = None
     batch_size: int = 16
     progress: bool = True  # show a progress bar
+    options: Any = None  # sampling options of the pipeline; None = the model's own
 
     def __post_init__(self) -> None:
         check_count("num_images", self.num_images)
         check_count("batch_size", self.batch_size)
-
-    def with_images(self, num_images: int) -> Request:
-        """Return the same request for another number of images."""
-        return replace(self, num_images=num_images)
 
     def seeds(self, num_prompts: int) -> list[int]:
         """Return one seed for each image."""
@@ -120,6 +117,22 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
+def check_options(options: Any, expected: type, num_upsamplers: int | None = None) -> None:
+    """ValueError for options of another kind of model, or of more upsamplers than it has."""
+    if not isinstance(options, expected):
+        kinds = f"a {type(options).__name__}; expected {expected.__name__}"
+        raise ValueError(f"options is {kinds}, as in pipe.options")
+    if num_upsamplers is not None:
+        check_upsamplers(options.upsamplers, num_upsamplers)
+
+
+def check_upsamplers(options: Sequence[StageOptions], available: int) -> None:
+    """ValueError for more options than upsamplers; with fewer, images stay smaller."""
+    if len(options) > available:
+        given = f"options for {len(options)} upsamplers, but the model has {available}"
+        raise ValueError(f"{given}; start from pipe.options")
+
+
 def seeds_from(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """Return seed, seed + 1, ..., or one seed for each as given; None = from a random start."""
     if isinstance(seed, Sequence) and not isinstance(seed, str):
@@ -153,9 +166,8 @@ def check_prompts(prompt: Prompt) -> list[str]:
     elif isinstance(prompt, Sequence):
         prompts = list(prompt)
     else:
-        raise ValueError(
-            f"prompt is a {type(prompt).__name__}; expected a string or a list of strings"
-        )
+        kind = type(prompt).__name__
+        raise ValueError(f"prompt is a {kind}; expected a string or a list of strings")
     if not prompts:
         raise ValueError("the list of prompts is empty; expected at least one string")
     for i, text in enumerate(prompts):
@@ -292,13 +304,10 @@ def list_images(images: Images) -> list[Image.Image | str | Path]:
 def check_images(images: Tensor) -> Tensor:
     """Return one image (3, H, W) or several as (B, 3, H, W). ValueError outside of [-1, 1]."""
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
-        raise ValueError(
-            f"image is of shape {tuple(images.shape)}; expected (3, H, W) or (B, 3, H, W)"
-        )
+        shape = tuple(images.shape)
+        raise ValueError(f"image is of shape {shape}; expected (3, H, W) or (B, 3, H, W)")
     if not images.is_floating_point():
-        raise ValueError(
-            f"image is a tensor of {images.dtype}; expected floating-point values in [-1, 1]"
-        )
+        raise ValueError(f"image is of {images.dtype}; expected floating-point values in [-1, 1]")
     if not (images.abs() <= 1).all():
         low, high = (value.item() for value in images.aminmax())
         raise ValueError(f"image has values from {low:g} to {high:g}; expected them in [-1, 1]")

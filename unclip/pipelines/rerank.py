@@ -72,10 +72,8 @@ def check_candidates(num_images: int, num_candidates: int) -> None:
     check_count("num_images", num_images)
     check_count("num_candidates", num_candidates)
     if num_candidates < num_images:
-        raise ValueError(
-            f"num_candidates is {num_candidates}; "
-            f"expected at least num_images, which is {num_images}"
-        )
+        least = f"num_images, which is {num_images}"
+        raise ValueError(f"num_candidates is {num_candidates}; expected at least {least}")
 
 
 def _highest(result: GenerationResult, count: int) -> GenerationResult:

@@ -1,4 +1,4 @@
-"""Device, dtype, offloading, compilation and quantisation of a pipeline's networks."""
+"""Where and how networks compute: device, dtype, offloading, compilation, int8 weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.cpu import int8
+from unclip.pipelines import memory
 from unclip.pipelines.inference import prepare_for_inference
-from unclip.pipelines.memory import kept_memory
 from unclip.pipelines.offload import Offloader, parts
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -132,8 +132,9 @@ class Runtime:
         return self._cache[name][1]
 
     def memory(self) -> contextlib.AbstractContextManager[None]:
-        """Keep freed memory for the next step (see `memory`), unless offloaded to save memory."""
-        return contextlib.nullcontext() if self.offloaded else kept_memory(self.device)
+        """Keep freed memory for the next step if that is enabled, unless offloaded."""
+        reuse = memory.enabled and not self.offloaded
+        return memory.kept_memory(self.device) if reuse else contextlib.nullcontext()
 
     def check_unmodified(self, call: str) -> None:
         """ValueError if networks are offloaded or compiled, and so cannot be changed."""

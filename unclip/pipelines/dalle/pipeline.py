@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
 from unclip.clip import CLIP
-from unclip.image_io import to_pil, to_tensor
+from unclip.image_io import to_tensor
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.bound import JointBound, joint_bound
 from unclip.models.dalle.sampling import (
@@ -32,6 +32,7 @@ from unclip.pipelines.request import (
     Images,
     Request,
     batches_of,
+    check_options,
     check_prompts,
     open_images,
     seeds_from,
@@ -56,27 +57,6 @@ class Task:
     prompts: list[str | None]  # None for no prompt
     metadata: list[dict[str, Any]]
     codes: Tensor | None = None  # the first codes (P, m), or all (P, N) to be sampled again
-
-    @classmethod
-    def on_images(
-        cls,
-        operation: str,
-        images: list[Image.Image],
-        prompts: list[str | None],
-        keep: float,
-        codes: Tensor,
-    ) -> Task:
-        """Continue or vary images, of which `codes` are given."""
-        metadata = [
-            {
-                **({} if prompt is None else {"prompt": prompt}),
-                "operation": operation,
-                "picture": encode_image(image),
-                "arguments": {"prompt": prompt, "keep": keep},
-            }
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        return cls(prompts, metadata, codes)
 
 
 class DallePipeline(Pipeline):
@@ -150,8 +130,8 @@ class DallePipeline(Pipeline):
         """
         prompts = check_prompts(prompt)
         task = Task([*prompts], [{"prompt": text} for text in prompts])
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return self._run(task, request, options, num_candidates)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        return self._run(task, request, num_candidates)
 
     def complete(
         self,
@@ -172,11 +152,9 @@ class DallePipeline(Pipeline):
         image: one or several of the model's size. keep: a fraction in [0, 1). prompt: of all images
         or one for each, or None. The rest is as in a call.
         """
-        images, prompts = self._pair(image, prompt)
-        codes = self.encode(images).flatten(1)[:, : self._num_kept(keep)]
-        task = Task.on_images("complete", images, prompts, keep, codes)
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return self._run(task, request, options, num_candidates)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        task = self._continue("complete", image, prompt, keep, self._num_kept(keep))
+        return self._run(task, request, num_candidates)
 
     def variations(
         self,
@@ -200,11 +178,9 @@ class DallePipeline(Pipeline):
         """
         if image is None or image_emb is not None:
             raise ValueError(f"{self.name} varies images, not CLIP embeddings; give it an image")
-        images, prompts = self._pair(image, prompt)
-        codes = self.encode(images).flatten(1)[:, : self._num_kept(keep) or None]
-        task = Task.on_images("variations", images, prompts, keep, codes)
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return self._run(task, request, options)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        task = self._continue("variations", image, prompt, keep, self._num_kept(keep) or None)
+        return self._run(task, request)
 
     @inference
     def encode(self, images: Images) -> Tensor:
@@ -225,18 +201,14 @@ class DallePipeline(Pipeline):
         `JointBound.bits_per_dim` is an upper bound on the bits per pixel value, caption included.
         """
         if self.offloaded:
-            raise ValueError(
-                "the networks are offloaded, but the bound needs both in memory; "
-                "compute it before offload()"
-            )
+            raise ValueError("the networks are offloaded; compute the bound before offload()")
         dalle = self.dalle
         if not isinstance(dalle, DALLE):
             raise ValueError(f"{self.name} is a {type(dalle).__name__}; elbo needs a joint model")
         opened, captions = self._open(images), check_prompts(captions)
         if len(opened) != len(captions):
-            raise ValueError(
-                f"{len(captions)} captions for {len(opened)} images; expected one for each"
-            )
+            given = f"{len(captions)} captions for {len(opened)} images"
+            raise ValueError(f"{given}; expected one for each")
         generator = torch.Generator(self.device).manual_seed(seeds_from(seed, 1)[0])
         x, tokens = to_tensor(opened).to(self.device), self._tokens(captions)
         bounds = [
@@ -245,29 +217,35 @@ class DallePipeline(Pipeline):
         ]
         return JointBound.cat(bounds)
 
+    def _continue(
+        self, operation: str, image: Images, prompt: Prompt | None, keep: float, kept: int | None
+    ) -> Task:
+        """Make the task of images of which the first `kept` codes are given, or all (None)."""
+        images, prompts = self._pair(image, prompt)
+        metadata = [
+            {
+                **({} if text is None else {"prompt": text}),
+                "operation": operation,
+                "picture": encode_image(one),
+                "arguments": {"prompt": text, "keep": keep},
+            }
+            for one, text in zip(images, prompts, strict=True)
+        ]
+        return Task(prompts, metadata, self.encode(images).flatten(1)[:, :kept])
+
     def _run(
-        self,
-        task: Task,
-        request: Request,
-        options: CodeOptions | None,
-        num_candidates: int | None = None,
+        self, task: Task, request: Request, num_candidates: int | None = None
     ) -> GenerationResult:
         """Return all images of a task, or the best candidates."""
-        options = options or self.options
-        if not isinstance(options, CodeOptions):
-            raise ValueError(
-                f"options is a {type(options).__name__}; expected CodeOptions, as in pipe.options"
-            )
+        options, clip = request.options or self.options, self.clip
+        check_options(options, CodeOptions)
         if num_candidates is None:
             return GenerationResult.cat(list(self._batches(task, request, options)))
         check_candidates(request.num_images, num_candidates)
         if None in task.prompts:
             raise ValueError("candidates are compared with the prompt, but there is none; give one")
-        if self.clip is None:
-            raise ValueError(
-                f"{self.name} has no CLIP to select candidates; leave num_candidates out"
-            )
-        clip = self.clip
+        if clip is None:
+            raise ValueError(f"{self.name} has no CLIP to compare candidates; omit num_candidates")
 
         def encode_images(images: Sequence[Image.Image]) -> Tensor:
             self.runtime.use(clip)
@@ -277,7 +255,7 @@ class DallePipeline(Pipeline):
         with torch.inference_mode():
             text_emb = clip.encode_text([prompt or "" for prompt in task.prompts]).emb
         best = BestOf(encode_images, text_emb, request.num_images, num_candidates)
-        for result in self._batches(task, request.with_images(num_candidates), options):
+        for result in self._batches(task, replace(request, num_images=num_candidates), options):
             best.add(result)
         return best.result()
 
@@ -285,8 +263,8 @@ class DallePipeline(Pipeline):
         self, task: Task, request: Request, options: CodeOptions
     ) -> Iterator[GenerationResult]:
         """Sample batch after batch of a task."""
-        about, dalle = self.describe(options), self.dalle
-        N, given = dalle.config.num_codes, 0 if task.codes is None else task.codes.shape[1]
+        dalle, N = self.dalle, self.dalle.config.num_codes
+        given = 0 if task.codes is None else task.codes.shape[1]
         steps = N - given or 1
         prefix, prefix_of, null = None, None, None
         for batch in request.batches(len(task.prompts), steps):
@@ -319,18 +297,9 @@ class DallePipeline(Pipeline):
                 images = self.decode(codes)
             if given == N:
                 batch.on_step(Progress(STAGE, 1, 1, images))
-            yield GenerationResult(
-                to_pil(images),
-                [*batch.seeds],
-                [prompt for prompt in prompts for _ in range(n)],
-                metadata=[
-                    {**entry, "seed": batch.seeds[k * n + i], **about}
-                    for k, entry in enumerate(task.metadata[rows])
-                    for i in range(n)
-                ],
-                # A clone made outside of inference mode, for the caller to compute with.
-                codes=codes.cpu().clone(),
-            )
+            names = [prompt for prompt in prompts for _ in range(n)]
+            entries = [entry for entry in task.metadata[rows] for _ in range(n)]
+            yield self.make_result(images, batch, names, entries, options, codes=codes)
 
     def _sample_again(
         self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions
@@ -380,9 +349,8 @@ class DallePipeline(Pipeline):
         if len(images) == 1 or len(prompts) == 1:
             return images * len(prompts), prompts * len(images)
         if len(images) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts for {len(images)} images; expected one for each, or one"
-            )
+            given = f"{len(prompts)} prompts for {len(images)} images"
+            raise ValueError(f"{given}; expected one for each, or one")
         return images, prompts
 
     def _tokens(self, prompts: Sequence[str | None]) -> Tensor:
@@ -394,23 +362,18 @@ class DallePipeline(Pipeline):
         opened, size = open_images(images), self.codec.image_size
         for image in opened:
             if image.size != (size, size):
-                raise ValueError(
-                    f"the image is {image.width} x {image.height} px; {self.name} takes "
-                    f"{size} x {size}: crop and resize it first (--fit on the command line)"
-                )
+                given, expected = "{} x {} px".format(*image.size), f"{size} x {size} px"
+                raise ValueError(f"the image is {given}; expected {expected} (command line: --fit)")
         return opened
 
     def _check_compatible(self) -> None:
         """ValueError for components that were not trained for each other."""
         if not isinstance(self.codec, ImageCodec):
-            raise ValueError(
-                f"codec is a {type(self.codec).__name__}; expected an image codec, such as a DVAE"
-            )
+            kind = type(self.codec).__name__
+            raise ValueError(f"codec is a {kind}; expected an image codec, such as a DVAE")
         config, tokenizer = self.dalle.config, self.tokenizer
         config.check_codec(self.codec.vocab_size, self.codec.grid)
-        fits = tokenizer.vocab_size <= config.text_vocab
-        if not fits or tokenizer.context_length != config.context_length:
-            raise ValueError(
-                f"the tokenizer gives {tokenizer.context_length} of {tokenizer.vocab_size} tokens; "
-                f"the transformer expects {config.context_length} of {config.text_vocab}"
-            )
+        length, vocab = tokenizer.context_length, tokenizer.vocab_size
+        if vocab > config.text_vocab or length != config.context_length:
+            expected = f"{config.context_length} of {config.text_vocab}"
+            raise ValueError(f"the tokenizer gives {length} of {vocab} tokens; expected {expected}")

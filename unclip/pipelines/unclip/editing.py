@@ -31,7 +31,7 @@ from unclip.pipelines.unclip.stages import (
     Generators,
     StagedPipeline,
     bind_stage,
-    check_options,
+    check_stages,
     stage_sizes,
 )
 from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
@@ -50,8 +50,12 @@ class Canvas:
     image: Image.Image  # that the canvas was made of
     pixels: np.ndarray  # (H, W, 3) uint8
     hole: np.ndarray  # (H, W) bool
-    side: int  # of the square windows
     metadata: dict[str, Any]  # how it was made
+
+    @property
+    def side(self) -> int:
+        """Side of the square windows, in pixels."""
+        return min(self.image.size)
 
 
 def inpaint(
@@ -60,7 +64,6 @@ def inpaint(
     mask: Image.Image | str | Path,
     prompt: str | None,
     painting: PaintOptions | None,
-    options: UnCLIPOptions | None,
     request: Request,
 ) -> GenerationResult:
     """Paint the white part of a mask of the same size, or the transparent part if it has one.
@@ -74,16 +77,12 @@ def inpaint(
         raise ValueError(f"the mask is {sizes}; expected the same size")
     hole = np.asarray(marked) > 0
     if not hole.any():
-        warnings.warn(
-            "nothing is marked in the mask (black = keep): the image stays as it is", stacklevel=3
-        )
+        warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
     elif hole.all():
-        warnings.warn(
-            "everything is marked in the mask (white = paint): nothing is kept", stacklevel=3
-        )
+        warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
     metadata = {"operation": "inpaint", **edited_source(source, marked)}
-    canvas = Canvas(source, np.asarray(source), hole, min(source.size), metadata)
-    return _paint(pipe, canvas, prompt, painting or PaintOptions(), options, request)
+    canvas = Canvas(source, np.asarray(source), hole, metadata)
+    return _paint(pipe, canvas, prompt, painting or PaintOptions(), request)
 
 
 def outpaint(
@@ -92,7 +91,6 @@ def outpaint(
     prompt: str | None,
     borders: Mapping[str, int],
     painting: PaintOptions | None,
-    options: UnCLIPOptions | None,
     request: Request,
 ) -> GenerationResult:
     """Extend an image by `borders` pixels: "left", "top", "right" and "bottom"."""
@@ -100,20 +98,18 @@ def outpaint(
         if not isinstance(width, int) or width < 0:
             raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
     if not any(borders.values()):
-        raise ValueError(
-            "left, top, right and bottom are all 0; expected pixels to add on at least one side"
-        )
+        raise ValueError("left, top, right and bottom are all 0; expected one above 0")
     source = _open_one(image)
     left, top, right, bottom = (borders[name] for name in ("left", "top", "right", "bottom"))
     width, height = source.width + left + right, source.height + top + bottom
-    side = min(source.size)
-    _check_windows(0, width * height - source.width * source.height, side)  # before allocation
+    added = width * height - source.width * source.height
+    _check_windows(0, added, min(source.size))  # before allocation
     around = ((top, bottom), (left, right))
     pixels = np.pad(np.asarray(source), (*around, (0, 0)))
     hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
     metadata = {"operation": "outpaint", **edited_source(source), "arguments": dict(borders)}
-    canvas = Canvas(source, pixels, hole, side, metadata)
-    return _paint(pipe, canvas, prompt, painting or PaintOptions(), options, request)
+    canvas = Canvas(source, pixels, hole, metadata)
+    return _paint(pipe, canvas, prompt, painting or PaintOptions(), request)
 
 
 def image_to_image(
@@ -121,15 +117,14 @@ def image_to_image(
     image: ImageInput,
     prompt: str | None,
     strength: float,
-    options: UnCLIPOptions | None,
     request: Request,
 ) -> GenerationResult:
     """Repaint the whole image from its noised version (SDEdit, 2108.01073)."""
     source = _open_one(image)
     metadata = {"operation": "image_to_image", **edited_source(source)}
     hole = np.ones(source.size[::-1], dtype=bool)
-    canvas = Canvas(source, np.asarray(source), hole, min(source.size), metadata)
-    result = _paint(pipe, canvas, prompt, replace(ONCE, strength=strength), options, request)
+    canvas = Canvas(source, np.asarray(source), hole, metadata)
+    result = _paint(pipe, canvas, prompt, replace(ONCE, strength=strength), request)
     for entry in result.metadata:
         entry["arguments"] = {"prompt": prompt, "strength": strength}
     return result
@@ -140,19 +135,21 @@ def _paint(
     canvas: Canvas,
     prompt: str | None,
     painting: PaintOptions,
-    options: UnCLIPOptions | None,
     request: Request,
 ) -> GenerationResult:
-    options, painting = options or pipe.options, _choose_decoder(pipe, painting)
-    check_options(pipe, options)
+    """Paint the hole of a canvas window by window, each at the size of the model's images."""
+    options, has_inpainter = request.options or pipe.options, pipe.inpainter_stage is not None
+    if painting.trained and not has_inpainter:
+        raise ValueError("this model has no inpainter: painting.trained must be False or None")
+    if painting.trained is None:
+        painting = replace(painting, trained=has_inpainter)
+    check_stages(pipe, options)
     if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
-        raise ValueError(
-            "cache_interval above 1 cannot be used for painting, which goes back and forth between "
-            "steps; set it to 1"
-        )
-    seeds = request.seeds(1)
-    windows = list(windows_over(canvas.hole, canvas.side))
-    batches, steps = request.rows(len(seeds)), _num_steps(pipe, len(windows), painting, options)
+        raise ValueError("cache_interval is above 1; expected 1 for painting, which repeats steps")
+    seeds, windows = request.seeds(1), list(windows_over(canvas.hole, canvas.side))
+    steps = painting.resamples * painting.steps(options.decoder.steps)
+    steps = len(windows) * (steps + sum(stage.steps for stage in options.upsamplers))
+    batches = request.rows(len(seeds))
     if prompt is not None and pipe.prior_stage is not None:
         steps += pipe.prior_stage.steps(options.prior)
     images, embs = [], []
@@ -176,29 +173,11 @@ def _paint(
                 hole[window] = False
             images += [Image.fromarray(one) for one in pixels]
             embs.append(image_emb.cpu())
-    arguments = {
-        **canvas.metadata.get("arguments", {}),
-        "prompt": prompt,
-        "painting": asdict(painting),
-    }
+    arguments = {"prompt": prompt, "painting": asdict(painting)}
+    arguments = {**canvas.metadata.get("arguments", {}), **arguments}
     about = pipe.describe(options)
     entries = [{**canvas.metadata, "arguments": arguments, "seed": seed, **about} for seed in seeds]
     return GenerationResult(images, [*seeds], [prompt] * len(seeds), torch.cat(embs), entries)
-
-
-def _choose_decoder(pipe: StagedPipeline, painting: PaintOptions) -> PaintOptions:
-    """Set painting.trained if it is None."""
-    has_inpainter = pipe.inpainter_stage is not None
-    if painting.trained and not has_inpainter:
-        raise ValueError("this model has no inpainter: painting.trained must be False or None")
-    return replace(painting, trained=has_inpainter) if painting.trained is None else painting
-
-
-def _num_steps(
-    pipe: StagedPipeline, windows: int, painting: PaintOptions, options: UnCLIPOptions
-) -> int:
-    decoder = painting.resamples * painting.steps(options.decoder.steps)
-    return windows * (decoder + sum(stage.steps for stage in options.upsamplers))
 
 
 def _content(
@@ -276,9 +255,9 @@ def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
 def _check_windows(found: int, area: int, side: int) -> None:
     """ValueError if `area` more pixels certainly need too many windows."""
     if area > (MAX_WINDOWS - found) * side**2:
+        windows = f"windows of {side} x {side} px, the image's shorter side"
         raise ValueError(
-            f"the painted part needs too many windows of {side} x {side} px, the image's shorter "
-            f"side; expected at most {MAX_WINDOWS} windows: paint less at a time"
+            f"the painted part needs too many {windows}; expected at most {MAX_WINDOWS}"
         )
 
 

@@ -36,7 +36,7 @@ class Latent:
         parts = [self.image_emb, *self.noise, *([self.sources] if self.sources else [])]
         if len(lengths := {len(part) for part in parts}) != 1:
             raise ValueError(
-                f"the parts of a latent have {sorted(lengths)} images; expected equal numbers"
+                f"parts of a latent have {sorted(lengths)} images; expected one number"
             )
 
     def __len__(self) -> int:
@@ -63,9 +63,7 @@ class Latent:
         """Concatenate latents. ValueError if their options differ."""
         options = parts[0].options
         if any(part.options != options for part in parts):
-            raise ValueError(
-                "the latents have different options; invert all images with the same ones"
-            )
+            raise ValueError("latents have different options; invert all images with the same ones")
         stages = zip(*(part.noise for part in parts), strict=True)
         return cls(
             torch.cat([part.image_emb for part in parts]),
@@ -89,10 +87,8 @@ class Latent:
             header = (opened.metadata() or {}).get(METADATA_KEY)
         names = [f"noise_{i}" for i in range(len(tensors) - 1)]
         if header is None or tensors.keys() != {"image_emb", *names}:
-            raise ValueError(
-                f"{file} is not a saved latent; expected a file of Latent.save or "
-                f"`unclip reconstruct --save-latent`"
-            )
+            expected = "a file of Latent.save or `unclip reconstruct --save-latent`"
+            raise ValueError(f"{file} is not a saved latent; expected {expected}")
         header = json.loads(header)
         options = parse(UnCLIPOptions, header["options"], f"options in {file}")
         noise = tuple(tensors[name] for name in names)
@@ -116,17 +112,16 @@ def check_invertible(options: UnCLIPOptions) -> None:
     stages |= {f"upsampler {i}": stage for i, stage in enumerate(options.upsamplers)}
     for name, stage in stages.items():
         if stage.sampler != "ddim" or stage.eta != 0 or stage.cache_interval != 1:
-            sampler = stage.sampler
-            sampler = sampler if isinstance(sampler, str) else type(sampler).__name__
+            kind = stage.sampler if isinstance(stage.sampler, str) else type(stage.sampler).__name__
             raise ValueError(
-                f"the {name} is sampled with {sampler!r}, eta {stage.eta} and cache_interval "
-                f"{stage.cache_interval}; only 'ddim', 0 and 1 can be inverted, as in "
+                f"the {name} has sampler {kind!r}, eta {stage.eta} and cache_interval "
+                f"{stage.cache_interval}; expected 'ddim', 0 and 1, as in "
                 f"unclip.pipelines.unclip.latent.deterministic(options)"
             )
 
 
 def path_positions(frames: int | Sequence[float]) -> list[float]:
-    """Return so many positions, evenly from 0 to 1, or the given ones if they are in [0, 1]."""
+    """Return positions in [0, 1]: the given ones, or a number of them, evenly from 0 to 1."""
     if isinstance(frames, Sequence):
         if not frames or not all(0.0 <= position <= 1.0 for position in frames):
             raise ValueError(f"frames is {frames}; expected positions on the path, each in [0, 1]")

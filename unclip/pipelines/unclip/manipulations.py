@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.config import to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.samplers import randn
 from unclip.embeddings import normalise, text_direction
 from unclip.embeddings import text_diff as turn
 from unclip.image_io import fit, open_image, to_pil, to_tensor
-from unclip.pipelines.base import with_named_samplers
+from unclip.pipelines.base import options_metadata
 from unclip.pipelines.provenance import image_source, random_source
 from unclip.pipelines.request import (
     ImageInput,
@@ -45,7 +44,7 @@ from unclip.pipelines.unclip.latent import (
 from unclip.pipelines.unclip.stages import (
     StagedPipeline,
     bind_stage,
-    check_options,
+    check_stages,
     stage_sizes,
 )
 from unclip.types import GenerationResult, Prompt, UnCLIPOptions
@@ -56,7 +55,6 @@ EVEN_ROUNDS = 3  # of sampling frames to find positions with even steps
 def invert(
     pipe: StagedPipeline,
     images: Images,
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> Latent:
@@ -65,17 +63,15 @@ def invert(
     Images are cropped to the central square that the model generates. Each upsampler is inverted
     with the small image that `reconstruct` will give it, so that it corrects its errors.
     """
-    options, inversion = options or deterministic(pipe.options), inversion or InversionOptions()
+    options = request.options or deterministic(pipe.options)
+    inversion = inversion or InversionOptions()
     _check(pipe, options)
     sizes, steps = stage_sizes(pipe, options), _steps(options)
     squares = [fit(open_image(image), sizes[-1]) for image in list_images(images)]  # one at a time
-    batches = request.rows(len(squares))
-    embs: list[Tensor] = []
+    batches, embs = request.rows(len(squares)), []
     noises: list[list[Tensor]] = []  # of each batch, for each stage
-    with (
-        torch.inference_mode(),
-        request.track(len(batches) * (2 * sum(steps) - steps[-1])) as on_step,
-    ):
+    num_steps = len(batches) * (2 * sum(steps) - steps[-1])
+    with torch.inference_mode(), request.track(num_steps) as on_step:
         for rows in batches:
             image_emb, x, noise = pipe.encode_image(squares[rows]), None, []
             for i, size in enumerate(sizes):
@@ -88,9 +84,8 @@ def invert(
             embs.append(image_emb.cpu())
             noises.append(noise)
     sources = tuple(image_source(square, inversion) for square in squares)
-    return Latent(
-        torch.cat(embs), tuple(map(torch.cat, zip(*noises, strict=True))), options, sources
-    )
+    noise = tuple(map(torch.cat, zip(*noises, strict=True)))
+    return Latent(torch.cat(embs), noise, options, sources)
 
 
 def random_latent(
@@ -102,25 +97,17 @@ def random_latent(
     check_embeddings(pipe, image_emb)
     image_emb = image_emb.detach().float().cpu().clone()
     seeds = seeds_from(seed, len(image_emb))
-    generators, shapes = (
-        generators_from(seeds),
-        [(3, size, size) for size in stage_sizes(pipe, options)],
-    )
-    noise = tuple(randn((len(seeds), *shape), generators) for shape in shapes)
+    generators, B, sizes = generators_from(seeds), len(seeds), stage_sizes(pipe, options)
+    noise = tuple(randn((B, 3, size, size), generators) for size in sizes)
     sources = tuple(random_source(*one) for one in zip(image_emb, seeds, strict=True))
     return Latent(image_emb, noise, options, sources)
 
 
-def imagine(
-    pipe: StagedPipeline, prompts: Prompt, options: UnCLIPOptions | None, request: Request
-) -> Latent:
+def imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
     """Combine the prior's embeddings of prompts with random noise."""
-    options, prompts = options or deterministic(pipe.options), check_prompts(prompts)
-    seeds = request.seeds(len(prompts))
-    steps = (
-        options.prior.steps if pipe.prior_stage is None else pipe.prior_stage.steps(options.prior)
-    )
-    with request.track(steps) as on_step:
+    options, prompts = request.options or deterministic(pipe.options), check_prompts(prompts)
+    seeds, stage = request.seeds(len(prompts)), pipe.prior_stage
+    with request.track(0 if stage is None else stage.steps(options.prior)) as on_step:
         image_emb = pipe.sample_prior(
             pipe.encode_text(prompts),
             generators=generators_from(seeds),
@@ -134,21 +121,19 @@ def imagine(
 def reconstruct(
     pipe: StagedPipeline,
     source: Images | Latent,
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
     """Decode the latents of images, or given ones."""
-    latent = _latent(pipe, source, options, inversion, request)
+    latent = _latent(pipe, source, inversion, request)
     entries = [{"sources": [made_of]} for made_of in latent.sources]
-    return _decode(pipe, "reconstruct", latent, options, entries, request)
+    return _decode(pipe, "reconstruct", latent, entries, request)
 
 
 def vary(
     pipe: StagedPipeline,
     source: Images | Latent,
     eta: float,
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
@@ -159,10 +144,9 @@ def vary(
     """
     _check_eta(eta)
     seeds = request.seeds(_count(source))
-    latent = _latent(pipe, source, options, inversion, request)
-    latent = latent.repeat_interleave(request.num_images)
+    latent = _latent(pipe, source, inversion, request).repeat_interleave(request.num_images)
     entries = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
-    return _decode(pipe, "vary", latent, options, entries, request, eta=eta, seeds=seeds)
+    return _decode(pipe, "vary", latent, entries, request, eta=eta, seeds=seeds)
 
 
 def interpolate(
@@ -172,7 +156,6 @@ def interpolate(
     frames: int | Sequence[float],
     even: bool,
     noise: Literal["slerp", "first", "random"],
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
@@ -194,23 +177,21 @@ def interpolate(
     request = replace(request, seed=seed)
     if prompts is not None:
         check_path(len(check_prompts(prompts)))
-        latent = imagine(pipe, prompts, options, request)
+        latent = imagine(pipe, prompts, request)
     else:
         assert path is not None
         check_path(_count(path))
-        latent = _latent(pipe, path, options, inversion, request)
+        latent = _latent(pipe, path, inversion, request)
     if noise != "slerp":
         random = random_latent(pipe, latent.image_emb[:1], seed, latent.options)
         constant = latent[:1] if noise == "first" else random
         latent = replace(latent, noise=constant.repeat_interleave(len(latent)).noise)
     if even:
-        positions = _even_positions(pipe, latent, len(positions), options, request)
+        positions = _even_positions(pipe, latent, len(positions), request)
     sources = {"sources": list(latent.sources)} if latent.sources else {}
     entries = [{**sources, "arguments": {"frames": [one], "noise": noise}} for one in positions]
     seeds = [seed] * len(positions) if noise == "random" else None
-    return _decode(
-        pipe, "interpolate", latent, options, entries, request, positions=positions, seeds=seeds
-    )
+    return _decode(pipe, "interpolate", latent, entries, request, positions=positions, seeds=seeds)
 
 
 def text_diff(
@@ -220,11 +201,10 @@ def text_diff(
     target: str,
     theta: float | Sequence[float],
     eta: float,
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
-    """Rotate embeddings from the text `base` (may be "") to `target`, with the same noise (3.3).
+    """Turn embeddings from the text `base`, which may be "", to `target`, with equal noise (3.3).
 
     theta: how far, from 0 (the image) to 1 (the text alone); the paper uses 0.25 - 0.5. With
     several, each image is decoded at each. eta: as in `vary`. At eta 0, as in the paper, theta 0 is
@@ -240,19 +220,17 @@ def text_diff(
     seeds = None
     if eta > 0:
         seeds = [seed for seed in request.seeds(_count(source)) for _ in thetas]
-    latent = _latent(pipe, source, options, inversion, request)
+    latent = _latent(pipe, source, inversion, request)
     each = thetas * len(latent)
     latent = latent.repeat_interleave(len(thetas))
     turned = turn(latent.image_emb, text_emb, base_emb, torch.tensor(each))
+    texts = {"base": base, "target": target}
     entries = [
-        {
-            "sources": [made_of],
-            "arguments": {"base": base, "target": target, "theta": one, "eta": eta},
-        }
+        {"sources": [made_of], "arguments": {**texts, "theta": one, "eta": eta}}
         for made_of, one in zip(latent.sources, each, strict=False)
     ]
     latent = replace(latent, image_emb=turned)
-    return _decode(pipe, "text_diff", latent, options, entries, request, eta=eta, seeds=seeds)
+    return _decode(pipe, "text_diff", latent, entries, request, eta=eta, seeds=seeds)
 
 
 def check_latent(
@@ -263,16 +241,12 @@ def check_latent(
     _check(pipe, options)
     width, sizes = latent.image_emb.shape[-1], stage_sizes(pipe, options)
     if width != pipe.clip.emb_dim:
-        raise ValueError(
-            f"the latent has embeddings of width {width}, but the model's are {pipe.clip.emb_dim} "
-            f"wide; use the model that it was made with"
-        )
+        expected = f"expected {pipe.clip.emb_dim}, as of the model that it was made with"
+        raise ValueError(f"the latent has embeddings of width {width}; {expected}")
     if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
         given = ", ".join(str(x.shape[-1]) for x in latent.noise)
-        raise ValueError(
-            f"the latent has noise of {given} px, but the model generates "
-            f"{', '.join(map(str, sizes))} px"
-        )
+        expected = ", ".join(map(str, sizes))
+        raise ValueError(f"the latent has noise of {given} px; expected {expected} px")
 
 
 def _steps(options: UnCLIPOptions) -> list[int]:
@@ -280,20 +254,17 @@ def _steps(options: UnCLIPOptions) -> list[int]:
 
 
 def _even_positions(
-    pipe: StagedPipeline,
-    path: Latent,
-    frames: int,
-    options: UnCLIPOptions | None,
-    request: Request,
+    pipe: StagedPipeline, path: Latent, frames: int, request: Request
 ) -> list[float]:
     """Return positions from 0 to 1 with equal steps between them for CLIP, after EVEN_ROUNDS."""
-    options, positions = replace(options or path.options, upsamplers=()), path_positions(frames)
+    options, positions = request.options or path.options, path_positions(frames)
+    request = replace(request, options=replace(options, upsamplers=()))
     embs: dict[float, Tensor] = {}
     for _ in range(EVEN_ROUNDS):
         new = [position for position in dict.fromkeys(positions) if position not in embs]
         if not new:
             break
-        result = _decode(pipe, "interpolate", path, options, [], request, positions=new)
+        result = _decode(pipe, "interpolate", path, [], request, positions=new)
         embs |= zip(new, normalise(pipe.encode_image(result.images).cpu()), strict=True)
         known = sorted(embs)
         steps = torch.stack([embs[position] for position in known]).diff(dim=0).norm(dim=1)
@@ -306,13 +277,12 @@ def _even_positions(
 def _latent(
     pipe: StagedPipeline,
     source: Images | Latent,
-    options: UnCLIPOptions | None,
     inversion: InversionOptions | None,
     request: Request,
 ) -> Latent:
     if not isinstance(source, Latent):
-        return invert(pipe, source, options, inversion, request)
-    check_latent(pipe, source, options)
+        return invert(pipe, source, inversion, request)
+    check_latent(pipe, source, request.options)
     return source
 
 
@@ -320,7 +290,6 @@ def _decode(
     pipe: StagedPipeline,
     operation: str,
     latent: Latent,
-    options: UnCLIPOptions | None,
     entries: Sequence[dict[str, Any]],
     request: Request,
     *,
@@ -329,7 +298,7 @@ def _decode(
     seeds: Sequence[int] | None = None,
 ) -> GenerationResult:
     """Decode latents, or points at some positions along them. entries: of their metadata."""
-    options = options or latent.options
+    options = request.options or latent.options
     _check(pipe, options)
     sizes = stage_sizes(pipe, options)
     latent = replace(latent, noise=latent.noise[: len(sizes)])
@@ -363,7 +332,7 @@ def _with_source_options(entry: dict[str, Any], options: UnCLIPOptions) -> dict[
     """Add the options of the latents to their sources, if they differ from those of decoding."""
     if "sources" not in entry:
         return entry
-    extra = {"options": to_dict(with_named_samplers(options))}
+    extra = {"options": options_metadata(options)}
     return {**entry, "sources": [{**source, **extra} for source in entry["sources"]]}
 
 
@@ -379,7 +348,7 @@ def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:
 
 
 def _check(pipe: StagedPipeline, options: UnCLIPOptions) -> None:
-    check_options(pipe, options)
+    check_stages(pipe, options)
     check_invertible(options)
 
 

@@ -17,11 +17,11 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
-from unclip.image_io import to_pil
 from unclip.models.unclip.prior import DirectPrior
-from unclip.pipelines.base import Pipeline, encode_array, inference, make_schedules
+from unclip.pipelines.base import Pipeline, inference, make_schedules
 from unclip.pipelines.offload import Offloader, parts
 from unclip.pipelines.presets import preset
+from unclip.pipelines.provenance import encode_array
 from unclip.pipelines.request import (
     Batch,
     ImageInput,
@@ -31,6 +31,7 @@ from unclip.pipelines.request import (
     Request,
     check_count,
     check_images,
+    check_upsamplers,
     describe_prompt,
     open_images,
     random_generators,
@@ -48,8 +49,7 @@ from unclip.pipelines.unclip.stages import (
     PriorStage,
     TextEncoder,
     UpsamplerStage,
-    check_options,
-    check_upsamplers,
+    check_stages,
     mix_embeddings,
 )
 from unclip.types import (
@@ -74,7 +74,6 @@ class UnCLIPPipeline(Pipeline):
     """
 
     kind = "unclip"
-    options: UnCLIPOptions
     required = ("clip", "decoder")
     options: UnCLIPOptions
 
@@ -100,9 +99,7 @@ class UnCLIPPipeline(Pipeline):
         """
         ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
         optional = {"prior": prior, "decoder": decoder, "inpainter": inpainter, **ups}
-        networks: dict[str, Any] = {
-            stage: network for stage, network in optional.items() if network is not None
-        }
+        networks: dict[str, Any] = {key: net for key, net in optional.items() if net is not None}
         if inpainter is decoder:
             del networks["inpainter"]
         super().__init__(Runtime({"clip": clip, **networks}, offloader), name, licence, source)
@@ -124,13 +121,11 @@ class UnCLIPPipeline(Pipeline):
             UpsamplerStage(stage, network, made[stage], self.runtime)
             for stage, network in ups.items()
         )
-        self.options = options or UnCLIPOptions(
-            upsamplers=(StageOptions(steps=7),) * len(self.upsampler_stages)
-        )
+        self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(ups))
         # Schedules of former priors, to put them back by `pipe.prior = network`.
         self._prior_schedules: WeakKeyDictionary[Any, ScheduleConfig] = WeakKeyDictionary()
         self._check_compatible(inpainter)
-        check_upsamplers(self, self.options.upsamplers)
+        check_upsamplers(self.options.upsamplers, len(ups))
 
     @classmethod
     def from_bundle(
@@ -183,13 +178,11 @@ class UnCLIPPipeline(Pipeline):
         that CLIP finds closest to the prompt are kept, the best first, with their scores. on_step
         is called after every step of every batch of at most `batch_size` images.
         """
-        prompts = PromptBatch.of(prompt, negative_prompt)
-        options = options or self.options
+        prompts, options = PromptBatch.of(prompt, negative_prompt), options or self.options
         self._check_options(options, prompts)
-        best, results = None, []
+        best, results, count = None, [], num_images
         if num_candidates is not None:
-            best = self._best_of(prompts, num_images, num_candidates)
-        count = num_images if num_candidates is None else num_candidates
+            best, count = self._best_of(prompts, num_images, num_candidates), num_candidates
         request = Request(count, seed, on_step, batch_size, progress)
         for batch in request.batches(len(prompts), self._num_steps(options, prior=True)):
             part, n = prompts[batch.prompts], batch.num_images
@@ -207,11 +200,9 @@ class UnCLIPPipeline(Pipeline):
                     weights=None if weights is None else weights.repeat_interleave(n, dim=1),
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            names: list[str | None] = [
-                describe_prompt(one) for one in part.prompts for _ in range(n)
-            ]
-            metadata = [entry for entry in part.metadata() for _ in range(n)]
-            result = self._result(x, image_emb, batch, names, metadata, options)
+            names = [describe_prompt(one) for one in part.prompts for _ in range(n)]
+            entries = [entry for entry in part.metadata() for _ in range(n)]
+            result = self.make_result(x, batch, names, entries, options, image_emb=image_emb)
             results.append(result) if best is None else best.add(result)
         return GenerationResult.cat(results) if best is None else best.result()
 
@@ -235,9 +226,7 @@ class UnCLIPPipeline(Pipeline):
             image_emb = self.encode_image(image)
         manipulations.check_embeddings(self, image_emb)
         if not image_emb.isfinite().all():
-            raise ValueError(
-                "image_emb contains infinite numbers or nan; expected finite CLIP embeddings"
-            )
+            raise ValueError("image_emb contains infinity or nan; expected finite numbers")
         options = options or self.options
         self._check_options(options)
         emb, results = image_emb.to(self.device, torch.float32), []
@@ -249,15 +238,16 @@ class UnCLIPPipeline(Pipeline):
                     part, None, options.decoder, batch.generators, on_step=batch.on_step
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            metadata = [{"image_emb": encode_array(one)} for one in part]
-            results.append(self._result(x, part, batch, [None] * len(part), metadata, options))
+            entries = ({"image_emb": encode_array(one)} for one in part)
+            names = [None] * len(part)
+            results.append(self.make_result(x, batch, names, entries, options, image_emb=part))
         return GenerationResult.cat(results)
 
     # -- stages
 
     @inference
     def encode_text(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32; prompts beyond CLIP's context are cut with a warning."""
+        """Encode P prompts in float32; one longer than CLIP's context is cut, with a warning."""
         return self.encoder(prompts)
 
     @inference
@@ -345,12 +335,10 @@ class UnCLIPPipeline(Pipeline):
     ) -> Tensor:
         """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), by a stage for each options."""
         options = self.options.upsamplers if options is None else options
-        check_upsamplers(self, options)
-        size = self.decoder_stage.size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"images are of shape {tuple(images.shape)}; expected (B, 3, {size}, {size})"
-            )
+        check_upsamplers(options, len(self.upsampler_stages))
+        size, shape = self.decoder_stage.size, tuple(images.shape)
+        if len(shape) != 4 or shape[1:] != (3, size, size):
+            raise ValueError(f"images are of shape {shape}; expected (B, 3, {size}, {size})")
         generators = generators or random_generators(len(images))
         return self._upsample(images.to(self.device), options, generators, on_step)
 
@@ -367,8 +355,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> Latent:
         """Return the latents of images; see `manipulations.invert`."""
-        request = Request(1, None, on_step, batch_size, progress)
-        return manipulations.invert(self, images, options, inversion, request)
+        request = Request(1, None, on_step, batch_size, progress, options)
+        return manipulations.invert(self, images, inversion, request)
 
     def random_latent(
         self, image_emb: Tensor, *, seed: int | None = None, options: UnCLIPOptions | None = None
@@ -386,8 +374,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> Latent:
         """Return latents of prompts: embeddings of the prior, and random noise."""
-        request = Request(1, seed, on_step, progress=progress)
-        return manipulations.imagine(self, prompts, options, request)
+        request = Request(1, seed, on_step, progress=progress, options=options)
+        return manipulations.imagine(self, prompts, request)
 
     def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
         """ValueError unless this model can decode a latent under `options`, or else its own."""
@@ -404,8 +392,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Decode the latents of images, or given ones."""
-        request = Request(1, None, on_step, batch_size, progress)
-        return manipulations.reconstruct(self, source, options, inversion, request)
+        request = Request(1, None, on_step, batch_size, progress, options)
+        return manipulations.reconstruct(self, source, inversion, request)
 
     def vary(
         self,
@@ -421,8 +409,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Vary images: the more, the larger eta; see `manipulations.vary`."""
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return manipulations.vary(self, source, eta, options, inversion, request)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        return manipulations.vary(self, source, eta, inversion, request)
 
     def interpolate(
         self,
@@ -440,9 +428,9 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Interpolate between images or prompts; see `manipulations.interpolate`."""
-        request = Request(1, seed, on_step, batch_size, progress)
+        request = Request(1, seed, on_step, batch_size, progress, options)
         return manipulations.interpolate(
-            self, path, prompts, frames, even, noise, options, inversion, request
+            self, path, prompts, frames, even, noise, inversion, request
         )
 
     def text_diff(
@@ -461,10 +449,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Turn images from a base text to a target text; see `manipulations.text_diff`."""
-        request = Request(1, seed, on_step, batch_size, progress)
-        return manipulations.text_diff(
-            self, source, base, target, theta, eta, options, inversion, request
-        )
+        request = Request(1, seed, on_step, batch_size, progress, options)
+        return manipulations.text_diff(self, source, base, target, theta, eta, inversion, request)
 
     # -- editing; what is kept is kept bit for bit
 
@@ -483,8 +469,8 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Paint the white or transparent part of the mask; see `editing.inpaint`."""
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return editing.inpaint(self, image, mask, prompt, painting, options, request)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        return editing.inpaint(self, image, mask, prompt, painting, request)
 
     def outpaint(
         self,
@@ -504,9 +490,9 @@ class UnCLIPPipeline(Pipeline):
         progress: bool = True,
     ) -> GenerationResult:
         """Extend an image by so many pixels on each side; see `editing.outpaint`."""
-        request = Request(num_images, seed, on_step, batch_size, progress)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
         borders = {"left": left, "top": top, "right": right, "bottom": bottom}
-        return editing.outpaint(self, image, prompt, borders, painting, options, request)
+        return editing.outpaint(self, image, prompt, borders, painting, request)
 
     def image_to_image(
         self,
@@ -525,8 +511,8 @@ class UnCLIPPipeline(Pipeline):
 
         strength: above 0 (nearly unchanged) to 1 (nothing is left of it).
         """
-        request = Request(num_images, seed, on_step, batch_size, progress)
-        return editing.image_to_image(self, image, prompt, strength, options, request)
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        return editing.image_to_image(self, image, prompt, strength, request)
 
     # -- networks
 
@@ -544,9 +530,8 @@ class UnCLIPPipeline(Pipeline):
         """
         network = prior.network if isinstance(prior, LoadedPrior) else prior
         if not isinstance(network, AnyPrior):
-            raise ValueError(
-                f"prior is a {type(network).__name__}; expected a prior, as from unclip.load_prior"
-            )
+            kind = type(network).__name__
+            raise ValueError(f"prior is a {kind}; expected a prior, as from unclip.load_prior")
         if not isinstance(prior, LoadedPrior):
             prior = LoadedPrior(prior, self._prior_schedules.get(prior))
         self._check_clip("prior", network.config)
@@ -633,24 +618,6 @@ class UnCLIPPipeline(Pipeline):
             x = stage.sample(x, stage_options, generators, on_step)
         return x
 
-    def _result(
-        self,
-        x: Tensor,
-        image_emb: Tensor | None,
-        batch: Batch,
-        prompts: list[str | None],
-        metadata: list[dict[str, Any]],
-        options: UnCLIPOptions,
-    ) -> GenerationResult:
-        about = self.describe(options)
-        entries = [
-            {**entry, "seed": seed, **about}
-            for entry, seed in zip(metadata, batch.seeds, strict=True)
-        ]
-        # A clone made outside of inference mode, for the caller to compute with.
-        emb = None if image_emb is None else image_emb.cpu().clone()
-        return GenerationResult(to_pil(x), [*batch.seeds], prompts, emb, entries)
-
     def _best_of(self, prompts: PromptBatch, num_images: int, num_candidates: int) -> BestOf:
         check_candidates(num_images, num_candidates)
         text_emb = mix_embeddings(self.encode_text(prompts.texts).emb, prompts.weights)
@@ -665,14 +632,12 @@ class UnCLIPPipeline(Pipeline):
 
     def _need_prior(self) -> PriorStage:
         if self.prior_stage is None:
-            raise ValueError(
-                "this model has no prior and cannot generate from text; use variations(image)"
-            )
+            raise ValueError("the model has no prior to generate from text; use variations(image)")
         return self.prior_stage
 
     def _check_options(self, options: UnCLIPOptions, prompts: PromptBatch | None = None) -> None:
         """ValueError unless images of prompts, or of something else, can be sampled with them."""
-        check_options(self, options, of_prompts=prompts is not None)
+        check_stages(self, options, of_prompts=prompts is not None)
         check_count("prior_candidates", options.prior_candidates)
         if prompts is not None:
             prompts.check(options)
@@ -693,16 +658,14 @@ class UnCLIPPipeline(Pipeline):
         for stage in self.upsampler_stages:
             low = stage.network.config.low_size
             if low != size:
-                raise ValueError(
-                    f"{stage.diffusion.name} takes images of {low} px, but gets {size} px"
-                )
+                name = stage.diffusion.name
+                raise ValueError(f"{name} takes images of {low} px, but gets {size} px")
             size = stage.size
 
     def _check_clip(self, stage: str, config: Any) -> None:
-        for name, expected in (
-            ("emb_dim", self.clip.emb_dim),
-            ("text_width", self.clip.text_width),
-        ):
-            given = getattr(config, name)
-            if given not in (expected, None):  # None: it reads no captions
-                raise ValueError(f"{stage} has {name} {given}, but CLIP has {expected}")
+        clip = self.clip
+        if config.emb_dim != clip.emb_dim:
+            raise ValueError(f"{stage} has emb_dim {config.emb_dim}, but CLIP has {clip.emb_dim}")
+        width = config.text_width
+        if width not in (clip.text_width, None):  # None: it reads no captions
+            raise ValueError(f"{stage} has text_width {width}, but CLIP has {clip.text_width}")

@@ -38,10 +38,8 @@ def read_embeddings(
     if isinstance(dataset, EmbeddingDataset):
         emb = dataset.batch(range(len(dataset)))["image_emb"]
         if emb.shape[1] != pipe.clip.emb_dim:
-            raise ValueError(
-                f"{sources[0]} has embeddings of width {emb.shape[1]}; "
-                f"expected CLIP's, {pipe.clip.emb_dim}"
-            )
+            given, expected = emb.shape[1], pipe.clip.emb_dim
+            raise ValueError(f"{sources[0]} has embeddings of width {given}; expected {expected}")
         return emb
     starts = tqdm(range(0, len(dataset), batch_size), "CLIP", disable=not progress, leave=False)
     embs = [
@@ -118,10 +116,7 @@ def write_word(image: Image.Image, word: str) -> Image.Image:
     undefined = _glyph(font, UNDEFINED)
     if lacking := [one for one in dict.fromkeys(word) if _glyph(font, one) == undefined]:
         letters = ", ".join(map(repr, lacking))
-        raise ValueError(
-            f"{word!r} cannot be written: the font lacks {letters}; "
-            f"expected English letters and signs"
-        )
+        raise ValueError(f"the font has no {letters} of {word!r}; expected English letters")
     scale = 0.85 * width / max(1, font.getlength(word))
     font = ImageFont.load_default(max(6, min(height // 5, int(_size(font) * scale))))
     left, top, right, bottom = font.getbbox(word, anchor="mm")
@@ -144,7 +139,7 @@ def _glyph(font: Any, letter: str) -> bytes:
 def class_probabilities(pipe: UnCLIPPipeline, image_emb: Tensor, classes: Sequence[str]) -> Tensor:
     """Return CLIP's zero-shot probabilities of captions: (N, D) -> (N, K)."""
     if len(classes) < 2:
-        raise ValueError(f"{len(classes)} class is given; probabilities need at least 2")
+        raise ValueError(f"got {len(classes)} class; expected at least 2")
     text_emb = pipe.encode_text(check_prompts(list(classes))).emb
     cosines = normalise(image_emb.to(text_emb)) @ normalise(text_emb).T
     return (pipe.clip.logit_scale.float().exp() * cosines).softmax(dim=1).cpu()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,13 @@ from unclip.models.unclip.decoder import Decoder, DecoderContext
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
-from unclip.pipelines.request import Images, check_count, check_prompts, random_generators
+from unclip.pipelines.request import (
+    Images,
+    check_count,
+    check_options,
+    check_prompts,
+    random_generators,
+)
 from unclip.pipelines.runtime import Runtime
 from unclip.types import (
     OnStep,
@@ -49,20 +55,12 @@ AnyDecoder = Decoder | CrossAttentionDecoder
 AnyUpsampler = Upsampler | CrossAttentionUpsampler
 
 
-class Denoiser(Protocol):
-    """A network that a `DiffusionStage` samples with."""
-
-    def denoise(
-        self, x_t: Tensor, t: Tensor | float, context: Any, cache: DenoiserCache | None = None
-    ) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class DiffusionStage:
     """A denoiser with its noise schedule and runtime, without conditioning."""
 
     name: str
-    network: Any  # a Denoiser
+    network: Any  # with a method denoise(x_t, t, context, cache)
     schedule: Schedule
     runtime: Runtime
     prediction: Prediction
@@ -88,65 +86,55 @@ class DiffusionStage:
             without = without.repeat_interleave(len(context) // len(without))
             both = type(context).cat([context, without])
             denoise_both = self.denoiser(both, options, timesteps)
-        return self.bind_denoiser(denoise, options, timesteps, denoise_both, weights, clip)
+        return BoundStage(self, options, timesteps, denoise, denoise_both, weights, clip)
 
     def denoiser(
         self, context: Any, options: StageOptions, timesteps: Sequence[float], last: bool = False
     ) -> Denoise:
         """Return the network as a function of x_t and t; last: the last U-Net of an upsampler."""
         network: Any = self.network
-        part: Any = network
+        module: Any = network
         if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
-            raise ValueError(
-                f"{self.name} is a {type(network).__name__}, which has no deep features to cache; "
-                f"set cache_interval to 1"
-            )
+            kind = type(network).__name__
+            raise ValueError(f"{self.name} is a {kind}; expected cache_interval 1 for it")
         if isinstance(network, Upsampler):
-            part = network.last_unet if last else network.unet
+            module = network.last_unet if last else network.unet
         call: Any = network.denoise_last if last else network.denoise
         cache = DenoiserCache(timesteps, options.cache_interval)
-        return self.runtime.bind(partial(call, context=context, cache=cache), part)
-
-    def bind_denoiser(
-        self,
-        denoise: Denoise,
-        options: StageOptions,
-        timesteps: Sequence[float],
-        denoise_both: Denoise | None = None,
-        weights: Tensor | None = None,
-        clip: float | None = 1.0,
-    ) -> BoundStage:
-        """`bind` with a denoiser."""
-        estimate = Estimator(
-            denoise,
-            self.schedule,
-            options,
-            self.prediction,
-            self.learned_variance,
-            clip,
-            denoise_both,
-            weights,
-            self.runtime.dtype,
-        )
-        return BoundStage(
-            self.name, estimate, self.schedule, options, list(timesteps), self.runtime
-        )
+        return self.runtime.bind(partial(call, context=context, cache=cache), module)
 
 
 @dataclass(frozen=True)
 class BoundStage:
     """A diffusion stage with its conditioning, ready to be sampled, inverted or painted with."""
 
-    name: str
-    estimate: Estimator
-    schedule: Schedule
+    stage: DiffusionStage
     options: StageOptions
     timesteps: list[float]
-    runtime: Runtime
+    denoise: Denoise
+    denoise_both: Denoise | None = None  # of the contexts, then of their nulls; for guidance
+    weights: Tensor | None = None
+    clip: float | None = 1.0
+
+    @cached_property
+    def estimate(self) -> Estimator:
+        """The guided estimate of x_0."""
+        stage = self.stage
+        return Estimator(
+            self.denoise,
+            stage.schedule,
+            self.options,
+            stage.prediction,
+            stage.learned_variance,
+            self.clip,
+            self.denoise_both,
+            self.weights,
+            stage.runtime.dtype,
+        )
 
     def noise(self, shape: Sequence[int], generators: Generators) -> Tensor:
         """Return the initial noise (B, ...), in float32 whatever the dtype of the network."""
-        x_T = randn(shape, generators, self.runtime.device)
+        x_T = randn(shape, generators, self.stage.runtime.device)
         return x_T.to(memory_format=torch.channels_last) if x_T.ndim == 4 else x_T
 
     def sample(
@@ -157,12 +145,13 @@ class BoundStage:
         eta: float | None = None,
     ) -> Tensor:
         """Sample x_0 from the noise x_T (B, ...). eta: instead of the options'."""
-        with self.runtime.memory():
+        options = self.options if eta is None else replace(self.options, eta=eta)
+        with self.stage.runtime.memory():
             return sample(
                 self.estimate,
                 x_T,
-                self.schedule,
-                self.options if eta is None else replace(self.options, eta=eta),
+                self.stage.schedule,
+                options,
                 timesteps=self.timesteps,
                 generators=generators,
                 on_step=self._reporter(on_step),
@@ -170,9 +159,9 @@ class BoundStage:
 
     def invert(self, images: Tensor, options: InversionOptions, on_step: OnStep | None) -> Tensor:
         """Return the noise from which DDIM samples `images`."""
-        report = self._reporter(on_step)
-        with self.runtime.memory():
-            return invert(self.estimate, images, self.schedule, self.timesteps, options, report)
+        schedule, report = self.stage.schedule, self._reporter(on_step)
+        with self.stage.runtime.memory():
+            return invert(self.estimate, images, schedule, self.timesteps, options, report)
 
     def repaint(
         self,
@@ -184,13 +173,11 @@ class BoundStage:
     ) -> Tensor:
         """Paint the hole (1 or B, 1, s, s) of images (B, 3, s, s)."""
 
-        def noise() -> Tensor:
-            return randn(image.shape, generators, self.runtime.device)
-
-        report = self._reporter(on_step)
-        with self.runtime.memory():
+        schedule, report = self.stage.schedule, self._reporter(on_step)
+        noise = partial(randn, image.shape, generators, self.stage.runtime.device)
+        with self.stage.runtime.memory():
             return repaint(
-                self.estimate, image, hole, self.schedule, self.timesteps, noise, options, report
+                self.estimate, image, hole, schedule, self.timesteps, noise, options, report
             )
 
     def _reporter(self, on_step: OnStep | None) -> OnSample | None:
@@ -200,7 +187,7 @@ class BoundStage:
 
         def report(step: int, num_steps: int, x_0: Tensor) -> None:
             preview = x_0 if x_0.ndim == 4 else None
-            on_step(Progress(self.name, step, num_steps, preview))
+            on_step(Progress(self.stage.name, step, num_steps, preview))
 
         return report
 
@@ -212,7 +199,7 @@ class TextEncoder:
         self.clip, self.runtime = clip, runtime
 
     def __call__(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32; prompts beyond CLIP's context are cut with a warning."""
+        """Encode P prompts in float32; one longer than CLIP's context is cut, with a warning."""
         self.runtime.use(self.clip)
         return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
 
@@ -249,9 +236,8 @@ class PriorStage:
         self.network, self.text_encoder, self.source = network, text_encoder, source
         self.runtime, self.diffusion = text_encoder.runtime, None
         if not isinstance(network, DirectPrior):
-            self.diffusion = DiffusionStage(
-                "prior", network, schedule or Schedule(), self.runtime, "x0"
-            )
+            schedule = schedule or Schedule()
+            self.diffusion = DiffusionStage("prior", network, schedule, self.runtime, "x0")
 
     def steps(self, options: StageOptions) -> int:
         """Return how often `on_step` is called; the options choose it for diffusion only."""
@@ -273,10 +259,8 @@ class PriorStage:
         check_count("candidates", candidates)
         K, P = (1, len(text)) if weights is None else weights.shape
         if options.temperature != 1 and self.diffusion is not None:
-            raise ValueError(
-                f"temperature is {options.temperature}, but a diffusion prior has none; "
-                f"leave it at 1"
-            )
+            temperature = options.temperature
+            raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
         each = num_images * candidates
         mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
         # A row of the context for each prompt serves all of its embeddings.
@@ -305,12 +289,13 @@ class PriorStage:
         if negative is not None:
             context = self._condition(self.text_encoder.prepare(negative))
             return context if len(context) == 1 else KeyValues.cat([context] * K)
-        network, clip, cached = self.network, self.text_encoder.clip, self.runtime.cached
-        if network.config.null_text == "learned":
-            return cached("prior null", [network], lambda: self._condition(network.null_text(1)))
-        return cached(
-            "prior null", [clip, network], lambda: self._condition(self.text_encoder.empty())
-        )
+        network, clip = self.network, self.text_encoder.clip
+        learned = network.config.null_text == "learned"
+
+        def condition() -> KeyValues:
+            return self._condition(network.null_text(1) if learned else self.text_encoder.empty())
+
+        return self.runtime.cached("prior null", [clip, network], condition)
 
     def _sample_direct(
         self,
@@ -390,11 +375,8 @@ class DecoderStage:
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`."""
         bound = self.bind(image_emb, text, options, negative=negative, weights=weights)
-        if image_emb is None:
-            assert text is not None  # `bind` has checked it
-            B = len(text) // (1 if weights is None else len(weights))
-        else:
-            B = len(image_emb)
+        rows: Any = text if image_emb is None else image_emb  # `bind` has checked them
+        B = len(rows) // (1 if weights is None or image_emb is not None else len(weights))
         generators = generators or random_generators(B)
         x_T = bound.noise((B, 3, self.size, self.size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
@@ -413,7 +395,7 @@ class DecoderStage:
         K, blind = 1 if weights is None else len(weights), image_emb is None
         if image_emb is None:
             if text is None:
-                raise ValueError("image_emb and text are both None; the decoder needs one of them")
+                raise ValueError("image_emb and text are both None; expected one of them")
             # Replaced by the null.
             image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
         self._check(image_emb, text, K)
@@ -467,13 +449,11 @@ class DecoderStage:
     def _check(self, image_emb: Tensor, text: TextEncoding | None, K: int) -> None:
         width = self.network.config.emb_dim
         if image_emb.ndim != 2 or image_emb.shape[1] != width:
-            raise ValueError(
-                f"image_emb is of shape {tuple(image_emb.shape)}; expected (B, {width})"
-            )
+            shape = tuple(image_emb.shape)
+            raise ValueError(f"image_emb is of shape {shape}; expected (B, {width})")
         if text is not None and len(text) != K * len(image_emb):
-            raise ValueError(
-                f"{len(text)} texts for {len(image_emb)} image embeddings; expected {K} for each"
-            )
+            given = f"{len(text)} texts for {len(image_emb)} image embeddings"
+            raise ValueError(f"{given}; expected {K} for each")
 
 
 class UpsamplerStage:
@@ -512,19 +492,17 @@ class UpsamplerStage:
     def bind(self, images: Tensor, options: StageOptions, end_at_0: bool = False) -> BoundStage:
         """Fix the small images. end_at_0: use timesteps that fit a separate last U-Net."""
         stage, context = self.diffusion, self.network.condition(images.to(self.runtime.device))
-        spacing = (
-            replace(options, sampler="ancestral") if end_at_0 and self.separate_last else options
-        )
+        if not self.separate_last:
+            return stage.bind(context, options)
+        spacing = replace(options, sampler="ancestral") if end_at_0 else options
         timesteps = sampling_timesteps(spacing, stage.schedule)
         denoise = stage.denoiser(context, options, timesteps)
-        if not self.separate_last:
-            return stage.bind_denoiser(denoise, options, timesteps)
         denoise_last = stage.denoiser(context, options, timesteps, last=True)
 
         def denoise_any(x_t: Tensor, t: float) -> Tensor:
             return (denoise_last if t == timesteps[-1] else denoise)(x_t, t)
 
-        return stage.bind_denoiser(denoise_any, options, timesteps)
+        return BoundStage(stage, options, timesteps, denoise_any)
 
 
 def mix_embeddings(emb: Tensor, weights: Tensor | None) -> Tensor:
@@ -573,23 +551,8 @@ def bind_stage(
     return pipe.upsampler_stages[i - 1].bind(x, options.upsamplers[i - 1], end_at_0=True)
 
 
-def check_options(pipe: StagedPipeline, options: UnCLIPOptions, of_prompts: bool = False) -> None:
-    """ValueError unless images of prompts, or of something else, can be sampled with them."""
-    if not isinstance(options, UnCLIPOptions):
-        raise ValueError(
-            f"options is a {type(options).__name__}; expected UnCLIPOptions, such as pipe.options"
-        )
+def check_stages(pipe: StagedPipeline, options: Any, of_prompts: bool = False) -> None:
+    """ValueError unless images of prompts, or of something else, can be sampled with `options`."""
+    check_options(options, UnCLIPOptions, len(pipe.upsampler_stages))
     if options.embedding != "prior" and not of_prompts:
-        raise ValueError(
-            f"embedding is {options.embedding!r}, which is for images of prompts only; set 'prior'"
-        )
-    check_upsamplers(pipe, options.upsamplers)
-
-
-def check_upsamplers(pipe: StagedPipeline, options: Sequence[StageOptions]) -> None:
-    """ValueError for more options than upsamplers; with fewer, images stay smaller."""
-    if len(options) > len(pipe.upsampler_stages):
-        raise ValueError(
-            f"options for {len(options)} upsamplers, but the model has "
-            f"{len(pipe.upsampler_stages)}; start from pipe.options"
-        )
+        raise ValueError(f"embedding is {options.embedding!r}; expected 'prior' without a prompt")
