@@ -13,12 +13,11 @@ import pytest
 from serving_helpers import wait_until
 
 from unclip.serving.config import ServerConfig
+from unclip.serving.replicas import ReplicaConfig, build
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
 httpx = pytest.importorskip("httpx")
-
-from unclip.serving.replicas import ReplicaConfig, build
 
 
 def test_several_replicas_need_shared_storage():
