@@ -223,6 +223,14 @@ def test_any_field_name_can_be_ignored(process, name):
     check(process, Counter())
 
 
+def test_a_long_prompt_is_not_logged(process):
+    connection = http.client.HTTPConnection("127.0.0.1", process[1], timeout=60)
+    body = json.dumps({"prompt": "secret " * 200})
+    connection.request("POST", PATHS[0], body, {"content-type": "application/json"})
+    assert connection.getresponse().status == 200
+    assert "secret" not in process[2].read_text()
+
+
 def test_malformed_requests(process):
     statuses = run_attack(process, count=200, threads=2)
     check(process, statuses)

@@ -87,12 +87,15 @@ def create_app(
             openapi_extra=_schema(operation),
         )
     app.add_api_route("/v1/models", list_models, name="models")
-    app.add_api_route("/v1/models/{name:path}", get_model, name="model")
-    app.add_api_route("/v1/files/{name:path}", get_file, name="file")
+    missing: dict[int | str, dict[str, Any]] = {404: {"description": "There is none"}}
+    app.add_api_route("/v1/models/{name:path}", get_model, name="model", responses=missing)
+    app.add_api_route(
+        "/v1/files/{name:path}", get_file, name="file", responses=missing, response_class=Response
+    )
     app.add_api_route("/v1/files/{name:path}", get_file, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/healthz", healthz)
     app.add_api_route("/readyz", readyz)
-    app.add_api_route("/metrics", get_metrics)
+    app.add_api_route("/metrics", get_metrics, response_class=PlainTextResponse)
     app.include_router(page)
     return app
 

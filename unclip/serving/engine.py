@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,8 @@ class Engine:
         ]
 
     def start(self) -> None:
+        # The warning about a long prompt has the prompt in it, which is not to be logged.
+        warnings.filterwarnings("ignore", "the prompt ")
         for thread in self._threads:
             thread.start()
 
