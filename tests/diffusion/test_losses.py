@@ -15,7 +15,7 @@ def image_and_noise(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randint(
         256, (len(T), 3, 4, 4), generator=generator
-    )  # the bound is on pictures of 256 levels
+    )  # the bound is for images of 256 levels
     x_0 = levels.to(dtype) / 127.5 - 1
     return x_0, torch.randn(x_0.shape, dtype=dtype, generator=generator)
 

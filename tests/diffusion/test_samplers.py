@@ -148,7 +148,7 @@ def test_ancestral_trajectory_equals_unclip_scheduler(learned, prediction, dtype
         generators=generators,
     )
     torch.testing.assert_close(ours, x_t, rtol=0, atol=tolerance)
-    assert torch.equal(generator.get_state(), generators[0].get_state())  # equally many draws
+    assert torch.equal(generator.get_state(), generators[0].get_state())  # equal numbers of draws
 
 
 # -- DDIM
@@ -204,10 +204,10 @@ def test_ddim_with_eta_1_is_ancestral():
 def test_ddim_with_eta_1_is_finite_at_zero_terminal_snr(steps):
     schedule = Schedule(ScheduleConfig(zero_terminal_snr=True))
     x_T, options = randn((1, 3, 4, 4), seeds(0)), StageOptions(steps, eta=1.0)
-    drawn = sample_from(
+    samples = sample_from(
         lambda x, t: 0 * x, x_T, schedule, options, prediction="v", clip=None, generators=seeds(0)
     )
-    assert drawn.isfinite().all()
+    assert samples.isfinite().all()
 
 
 def test_ddim_step_runs_backwards():

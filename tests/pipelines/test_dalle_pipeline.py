@@ -196,10 +196,10 @@ def test_variations_with_keep_0_are_conditioned_on_the_image_codes(tiny_dalle, p
         photo, options=CodeOptions(0, guidance=guidance), seed=0, on_step=steps.append, **drawing
     )
     with torch.no_grad():
-        told, null = (
+        conditioned, null = (
             dalle(tiny_dalle._tokens([text]), codes).codes[0] for text in ("a fish", None)
         )
-    assert torch.equal(cold.codes[0].flatten(), (null + guidance * (told - null)).argmax(-1))
+    assert torch.equal(cold.codes[0].flatten(), (null + guidance * (conditioned - null)).argmax(-1))
     assert [(p.step, p.num_steps, tuple(p.preview.shape)) for p in steps] == [
         (1, 1, (1, 3, 16, 16))
     ]
@@ -210,7 +210,7 @@ def test_variations_with_keep_0_are_conditioned_on_the_image_codes(tiny_dalle, p
     frequencies = tiny_dalle.variations(
         photo, num_images=2000, batch_size=500, seed=0, **drawing
     ).codes.flatten(1)
-    expected = told.softmax(-1)[-1]
+    expected = conditioned.softmax(-1)[-1]
     assert (frequencies[:, -1].bincount(minlength=24) / 2000 - expected).abs().max() < 0.05
 
 

@@ -282,7 +282,7 @@ def test_the_content_of_the_hole_is_not_used():
 def test_a_large_image_is_edited_at_full_size(pipe):
     """The model paints small windows; known pixels keep their full resolution."""
     image, marked = photo(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
-    with pytest.warns(UserWarning, match="3000 x 2000 px is too large for metadata") as told:
+    with pytest.warns(UserWarning, match="3000 x 2000 px is too large for metadata") as warned:
         result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
-    assert [one.filename for one in told] == [__file__]
+    assert [one.filename for one in warned] == [__file__]
     assert difference(result.images[0], image, np.asarray(marked) == 0) == 0

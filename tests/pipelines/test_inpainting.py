@@ -171,7 +171,7 @@ def test_contexts_keep_the_known_pixels():
 
 def test_decoders_that_cannot_inpaint_are_rejected(invertible_pipe, tmp_path):
     pipe = invertible_pipe
-    with pytest.raises(ValueError, match="needs 7 and 3"):
+    with pytest.raises(ValueError, match="expected 7 in"):
         inpainting(unet=tiny_unet(3, 3, context_dim=24))
     with pytest.raises(ValueError, match="not trained to inpaint"):
         tiny_decoder().condition(torch.randn(1, EMB_DIM), text(1), known=torch.rand(1, 4, 8, 8))
@@ -205,10 +205,10 @@ def test_training_learns_to_copy_known_pixels():
     photos, noise = plain(64), torch.randn(64, 3, 8, 8)
     hole = torch.zeros(64, 1, 8, 8, dtype=torch.bool)
     hole[..., 4:] = True
-    told = clip.encode_image(torch.zeros_like(photos)).float(), clip.encode_text(["a"] * 64)
+    conditions = clip.encode_image(torch.zeros_like(photos)).float(), clip.encode_text(["a"] * 64)
 
     def miss(known: torch.Tensor | None) -> float:
-        generated = decoder(noise, torch.full((64,), 999), *told, known=known)
+        generated = decoder(noise, torch.full((64,), 999), *conditions, known=known)
         return (generated - photos).abs()[hole.expand_as(photos)].mean().item()
 
     with torch.no_grad():
@@ -250,10 +250,10 @@ def test_only_images_with_known_pixels_have_mixed_embeddings(monkeypatch):
     )
     emb = torch.randn(64, EMB_DIM)
     loss(decoder, {"image": torch.zeros(64, 3, 8, 8), "image_emb": emb, "caption": ["a"] * 64})
-    told = seen["known"][:, 3].flatten(1).any(dim=1)
-    assert 10 < told.sum() < 54
-    torch.testing.assert_close(seen["emb"][~told], emb[~told])
-    assert not torch.isclose(seen["emb"][told], emb[told]).all(dim=1).any()
+    known = seen["known"][:, 3].flatten(1).any(dim=1)
+    assert 10 < known.sum() < 54
+    torch.testing.assert_close(seen["emb"][~known], emb[~known])
+    assert not torch.isclose(seen["emb"][known], emb[known]).all(dim=1).any()
 
 
 def test_pasted_foregrounds_are_in_the_target(monkeypatch):
@@ -317,9 +317,9 @@ def test_training_guides_embeddings_towards_known_pixels(monkeypatch):
         torch.equal(image_emb[~partly], emb[~partly])
         and image_emb[partly].ne(emb[partly]).any(dim=1).all()
     )
-    truth, told = torch.nn.functional.adaptive_avg_pool2d(known, 4).split([3, 1], dim=1)
+    truth, share = torch.nn.functional.adaptive_avg_pool2d(known, 4).split([3, 1], dim=1)
     misses = [
-        ((decoder.layout(e) * told - truth).square().mean(dim=(1, 2, 3)))[partly]
+        ((decoder.layout(e) * share - truth).square().mean(dim=(1, 2, 3)))[partly]
         for e in (image_emb, emb)
     ]
     assert (misses[0] < misses[1]).float().mean() > 0.9
@@ -367,10 +367,10 @@ def test_the_inpainter_is_used_by_default(pipe):
         *(("upsampler_0", i, 3) for i in (1, 2, 3)),
     ]
     assert {entry["arguments"]["painting"]["trained"] for entry in result.metadata} == {True}
-    free = pipe.inpaint(
+    plain = pipe.inpaint(
         image, mask, "a red apple", seed=1, painting=PaintOptions(trained=False), **QUICK
     )
-    assert free.images[0].tobytes() != result.images[0].tobytes()
+    assert plain.images[0].tobytes() != result.images[0].tobytes()
     assert pipe.outpaint(image, right=8, seed=1, **QUICK).metadata[0]["arguments"]["painting"][
         "trained"
     ]
@@ -428,12 +428,12 @@ def test_embeddings_are_guided_if_the_decoder_has_a_layout(pipe, prepared):
     elif prepared == "offloaded":
         own.offload("cpu")
     (image, mask), asked = scene(), {"prompt": "a red apple", "seed": 1, **QUICK}
-    bent, free = (
+    guided, plain = (
         own.inpaint(image, mask, painting=PaintOptions(agreement=w), **asked) for w in (10.0, 0.0)
     )
-    assert torch.equal(bent.image_emb, free.image_emb), "what was asked for is told as it was"
-    assert bent.images[0].tobytes() != free.images[0].tobytes()
-    assert bent.metadata[0]["arguments"]["painting"]["agreement"] == 10.0
+    assert torch.equal(guided.image_emb, plain.image_emb), "the result keeps the original embedding"
+    assert guided.images[0].tobytes() != plain.images[0].tobytes()
+    assert guided.metadata[0]["arguments"]["painting"]["agreement"] == 10.0
 
 
 def test_an_inpainter_is_saved_and_recorded_in_metadata(pipe, invertible_pipe, tmp_path):

@@ -332,7 +332,7 @@ def test_text_diff_with_eta_adds_noise(pipe, latent, again):
     assert difference(alone.images[1], result.images[3]) <= 1
 
 
-# -- what a picture tells about itself
+# -- metadata
 
 
 def test_metadata_regenerates_manipulated_images(pipe, latent, tmp_path):

@@ -104,7 +104,7 @@ def test_the_decoder_mixes_predictions(invertible_pipe):
     assert inside.any()
 
 
-# -- pictures
+# -- images
 
 
 def test_a_mixture_of_one_equals_the_prompt(generate):

@@ -149,7 +149,7 @@ def sample(
 
     timesteps: decreasing, for "ancestral" and "ddim"; None = `sampling_timesteps`. generators:
     one for each sample, used once a step by stochastic samplers, except at the last step; noise is
-    drawn in the dtype of x_T. A deterministic sampler needs none.
+    sampled in the dtype of x_T. A deterministic sampler needs none.
     """
     ts = sampling_timesteps(options, schedule) if timesteps is None else timesteps
     if generators and len(generators) != len(x_T):

@@ -35,9 +35,8 @@ def compile(pipe: P, **options: Any) -> P:
     (bf16 without AVX-512), weights stay as they are.
     """
     if not isinstance(pipe, Pipeline):
-        raise ValueError(
-            f"compile got a {type(pipe).__name__}; expected a pipeline, as from unclip.load"
-        )
+        kind = type(pipe).__name__
+        raise ValueError(f"compile got a {kind}; expected a pipeline, as from unclip.load")
     if pipe.offloaded:
         raise ValueError("the networks are offloaded, and cannot be compiled; use one or the other")
     if pipe.device.type == "cpu":

@@ -14,12 +14,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import Pipeline, inference, make_schedules
-from unclip.pipelines.request import (
-    Request,
-    check_options,
-    check_prompts,
-    random_generators,
-)
+from unclip.pipelines.request import Request, check_options, check_prompts, random_generators
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.stages import DiffusionStage
 from unclip.tokenizer import GPT2Tokenizer
@@ -188,13 +183,11 @@ class GLIDEPipeline(Pipeline):
             config = stage.network.config
             if config.low_size != size:
                 start = "noise" if size is None else f"images of {size} px"
-                raise ValueError(
-                    f"{stage.name} must start from {start}, but its low_size is {config.low_size}"
-                )
+                given = f"its low_size is {config.low_size}"
+                raise ValueError(f"{stage.name} must start from {start}, but {given}")
             expected = config.text.context_length, config.text.vocab_size
             if expected != (tokenizer.context_length, tokenizer.vocab_size):
-                raise ValueError(
-                    f"{stage.name} reads {expected[0]} of {expected[1]} tokens, but the tokenizer "
-                    f"gives {tokenizer.context_length} of {tokenizer.vocab_size}"
-                )
+                gives = f"{tokenizer.context_length} of {tokenizer.vocab_size}"
+                reads = f"{stage.name} reads {expected[0]} of {expected[1]} tokens"
+                raise ValueError(f"{reads}, but the tokenizer gives {gives}")
             size = config.image_size

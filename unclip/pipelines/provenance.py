@@ -71,10 +71,8 @@ def regenerate(
     if missing := {"seed", "options"} - metadata.keys():
         raise _incomplete(f"the metadata has no {' and no '.join(sorted(missing))}")
     if _is_of_another_kind(pipe, metadata):
-        raise ValueError(
-            f"{pipe.name} is of kind {pipe.kind}, but the image was made by another kind of model; "
-            f"use {metadata.get('model', 'the one that made it')}"
-        )
+        made_by = f"made by another kind of model: {metadata.get('model', 'unknown')}"
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, but the image was {made_by}")
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     if "operation" in metadata:
         return _repeat(pipe, metadata, options, progress, {} if latents is None else latents)
@@ -143,9 +141,8 @@ def _latent(pipe: Any, source: dict[str, Any], options: UnCLIPOptions, progress:
         image = decode_image(source["picture"])
         return pipe.invert(image, options=options, inversion=inversion, progress=progress)
     if not {"image_emb", "seed"} <= source.keys():
-        raise ValueError(
-            f"a source in the metadata has {', '.join(source)}; expected an image or an embedding"
-        )
+        keys = ", ".join(source)
+        raise ValueError(f"a source in the metadata has {keys}; expected an image or an embedding")
     image_emb = decode_array(source["image_emb"])[None]
     return pipe.random_latent(image_emb, seed=source["seed"], options=options)
 

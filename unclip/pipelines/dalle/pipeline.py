@@ -62,7 +62,7 @@ class Task:
 class DallePipeline(Pipeline):
     """A tokenizer, a transformer over codes, an image codec, and optionally a CLIP that selects.
 
-    Each image has a generator, which draws a number for each of the N codes, given ones included.
+    Each image has a generator that is used once for each of the N codes, given ones included.
     """
 
     kind = "dalle"
@@ -124,9 +124,10 @@ class DallePipeline(Pipeline):
     ) -> GenerationResult:
         """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        With num_candidates, so many images of each prompt are sampled, and those that CLIP finds
-        closest to the prompt are kept, the best first, with their scores. on_step is called after
-        every code of every batch of at most `batch_size` images, with a preview after every row.
+        With num_candidates, that number of images is sampled for each prompt, and those that CLIP
+        finds closest to the prompt are kept, the best first, with their scores. on_step is called
+        after every code of every batch of at most `batch_size` images, with a preview after every
+        row.
         """
         prompts = check_prompts(prompt)
         task = Task([*prompts], [{"prompt": text} for text in prompts])

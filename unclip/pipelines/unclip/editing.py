@@ -113,11 +113,7 @@ def outpaint(
 
 
 def image_to_image(
-    pipe: StagedPipeline,
-    image: ImageInput,
-    prompt: str | None,
-    strength: float,
-    request: Request,
+    pipe: StagedPipeline, image: ImageInput, prompt: str | None, strength: float, request: Request
 ) -> GenerationResult:
     """Repaint the whole image from its noised version (SDEdit, 2108.01073)."""
     source = _open_one(image)

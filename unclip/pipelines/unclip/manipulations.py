@@ -41,22 +41,14 @@ from unclip.pipelines.unclip.latent import (
     deterministic,
     path_positions,
 )
-from unclip.pipelines.unclip.stages import (
-    StagedPipeline,
-    bind_stage,
-    check_stages,
-    stage_sizes,
-)
+from unclip.pipelines.unclip.stages import StagedPipeline, bind_stage, check_stages, stage_sizes
 from unclip.types import GenerationResult, Prompt, UnCLIPOptions
 
 EVEN_ROUNDS = 3  # of sampling frames to find positions with even steps
 
 
 def invert(
-    pipe: StagedPipeline,
-    images: Images,
-    inversion: InversionOptions | None,
-    request: Request,
+    pipe: StagedPipeline, images: Images, inversion: InversionOptions | None, request: Request
 ) -> Latent:
     """Compute latents: CLIP's embedding, and the noise by DDIM inversion with it.
 
@@ -162,7 +154,7 @@ def interpolate(
     """Decode points on the path through two or more images, or two or more prompts (unCLIP 3.2).
 
     frames: how many, evenly from end to end, which are the reconstructions; or positions in [0, 1].
-    Embeddings follow great circles. noise: "slerp" likewise, "first" the first image's throughout,
+    Embeddings follow great circles. noise: "slerp" too, "first" the first image's throughout,
     or "random" from the seed. even: find positions with equal steps between them for CLIP, which
     samples small frames first.
     """

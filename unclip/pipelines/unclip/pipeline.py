@@ -52,14 +52,7 @@ from unclip.pipelines.unclip.stages import (
     check_stages,
     mix_embeddings,
 )
-from unclip.types import (
-    GenerationResult,
-    OnStep,
-    Prompt,
-    StageOptions,
-    TextEncoding,
-    UnCLIPOptions,
-)
+from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
 # P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
 
@@ -69,8 +62,8 @@ class UnCLIPPipeline(Pipeline):
 
     Every stage can be called alone. `generators` are one for each image; each is used in this
     order: the prior's noise for candidate 1, 2, ...; at every stochastic step of the prior, noise
-    for candidate 1, 2, ...; then the decoder's first noise and that of its steps, and likewise the
-    upsamplers'.
+    for candidate 1, 2, ...; then the decoder's first noise and that of its steps, and those of the
+    upsamplers.
     """
 
     kind = "unclip"
@@ -174,7 +167,7 @@ class UnCLIPPipeline(Pipeline):
 
         A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder follow all its
         texts at once, by their weights. negative_prompt, one for all or one for each, replaces the
-        null of guidance. With num_candidates, so many images of each prompt are sampled, and those
+        null of guidance. With num_candidates, that number of images is sampled, and those
         that CLIP finds closest to the prompt are kept, the best first, with their scores. on_step
         is called after every step of every batch of at most `batch_size` images.
         """
@@ -489,7 +482,7 @@ class UnCLIPPipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Extend an image by so many pixels on each side; see `editing.outpaint`."""
+        """Extend an image by a number of pixels on each side; see `editing.outpaint`."""
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         borders = {"left": left, "top": top, "right": right, "bottom": bottom}
         return editing.outpaint(self, image, prompt, borders, painting, request)

@@ -40,14 +40,7 @@ from unclip.pipelines.request import (
     random_generators,
 )
 from unclip.pipelines.runtime import Runtime
-from unclip.types import (
-    OnStep,
-    Progress,
-    Prompt,
-    StageOptions,
-    TextEncoding,
-    UnCLIPOptions,
-)
+from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
 Generators = Sequence[torch.Generator]
 AnyPrior = DiffusionPrior | RelativePrior | ARPrior | OneShotPrior
@@ -513,7 +506,7 @@ def mix_embeddings(emb: Tensor, weights: Tensor | None) -> Tensor:
 
 
 class StagedPipeline(Protocol):
-    """What manipulations and editing use of an `UnCLIPPipeline`."""
+    """The part of an `UnCLIPPipeline` that manipulations and editing use."""
 
     clip: CLIP
     options: UnCLIPOptions
