@@ -104,7 +104,7 @@ def test_the_prior_works_in_another_model(model, tiny_pipe):
         unclip.load(model)("a red apple", seed=3, options=QUICK, progress=False)
     )
     with pytest.raises(ValueError, match="prior has text_width 16, but CLIP has 24"):
-        copy.copy(tiny_pipe).prior = prior
+        copy.deepcopy(tiny_pipe).prior = prior
 
 
 def test_half_precision_output_is_close(model):
