@@ -66,6 +66,14 @@ def replace_rows(x: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
     return x if rows is None else torch.where(rows.view(-1, *[1] * (x.ndim - 1)), value, x)
 
 
+def random_rows(
+    sample: Callable[..., Tensor], n: int, generators: Sequence[torch.Generator], like: Tensor
+) -> Tensor:
+    """Sample n numbers from each generator with torch.rand or torch.randn: (B, n)."""
+    rows = [sample(n, generator=g, device=g.device).cpu() for g in generators]
+    return torch.stack(rows).to(like.device)
+
+
 class DotProductAttention(nn.Module):
     """softmax(q k^T / sqrt(d)) v. A module, so that `unclip.models.cpu` can replace the kernel."""
 

@@ -127,17 +127,19 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x))  # B C h w
-        if self.resize == "up":
-            x = upsample_nearest(x)  # conv1 upsamples h
-        elif self.resize == "down":
-            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        x, h = self.resample(x, F.silu(self.norm1(x)))  # B C h w
         h = self.conv1(h)
         if self.scale_shift:
             h = self.norm2(h, *modulation.chunk(2, dim=1))
         else:
             h = self.norm2(h + modulation[:, :, None, None])
         return self.conv2(self.dropout(F.silu(h))) + self.skip(x)
+
+    def resample(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Resize the input and its branch."""
+        if self.resize == "up":
+            return upsample_nearest(x), h  # conv1 upsamples h
+        return (F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)) if self.resize == "down" else (x, h)
 
 
 def upsample_nearest(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unclip.models.dalle.transformer import DALLE
 from unclip.models.layers import DotProductAttention, GroupNorm, LayerKeyValues
 from unclip.models.published.bart_dalle import BartDALLE
-from unclip.models.unet import Attention, ResBlock, upsample_nearest
+from unclip.models.unet import Attention, ResBlock
 
 
 def use_kernels(network: nn.Module, device: torch.device) -> None:
@@ -64,11 +64,7 @@ class InPlaceResBlock(ResBlock):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().forward(x, modulation)
-        h = F.silu(self.norm1(x), inplace=True)
-        if self.resize == "up":
-            x = upsample_nearest(x)
-        elif self.resize == "down":
-            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        x, h = self.resample(x, F.silu(self.norm1(x), inplace=True))
         h = self.conv1(h)
         if self.scale_shift:
             h = self.norm2(h, *modulation.chunk(2, dim=1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.models.dalle.code_transformer import CodeTransformer, Prefix
+from unclip.models.layers import random_rows
 from unclip.types import CodeOptions
 
 Step = Callable[[Tensor, Tensor, Any], Tensor]
@@ -43,8 +44,7 @@ def sample_codes(
     given = torch.empty(B, 0, dtype=torch.long) if prime is None else _checked(dalle, prime, B)
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators were given for {B} images; expected {B}")
-    uniform = [torch.rand(N, generator=g, device=g.device).cpu() for g in generators]
-    uniform = torch.stack(uniform).to(prefix.logits.device)  # B N
+    uniform = random_rows(torch.rand, N, generators, prefix.logits)  # B N
     codes = torch.empty(B, N, dtype=torch.long)
     codes[:, : given.shape[1]] = given
     codes = codes.to(prefix.logits.device)

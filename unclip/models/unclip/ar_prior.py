@@ -17,7 +17,7 @@ from unclip.config import PositiveInt, config
 from unclip.embeddings import PCA
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.dalle.sampling import sample_code
-from unclip.models.layers import KeyValues, timestep_embedding, zeroed
+from unclip.models.layers import KeyValues, random_rows, timestep_embedding, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import CodeOptions, TextEncoding
 
@@ -167,9 +167,7 @@ class ARPrior(DirectPrior):
     ) -> Tensor:
         """See `DirectPrior.sample`; each generator makes K + 1 numbers."""
         K, V, R = self.config.components, self.config.buckets, len(text) // len(generators)
-        uniform = torch.stack(
-            [torch.rand(K + 1, generator=g, device=g.device).cpu() for g in generators]
-        ).to(text.mask.device)  # B K+1
+        uniform = random_rows(torch.rand, K + 1, generators, text.mask)  # B K+1
         options, cache = CodeOptions(temperature=temperature), self.start_cache(text)
         # Each bucket of the dot product holds equally many training pairs.
         token = V // 2 + (uniform[:, 0] * (V - V // 2)).long()  # B

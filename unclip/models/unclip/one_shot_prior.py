@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import config
-from unclip.models.layers import KeyValues, zeroed
+from unclip.models.layers import KeyValues, random_rows, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import TextEncoding
 
@@ -67,10 +67,8 @@ class OneShotPrior(DirectPrior):
         noise = None
         if self.config.query == "noise":
             D, R = self.config.emb_dim, len(text) // len(generators)
-            noise = torch.stack(
-                [torch.randn(D, generator=g, device=g.device).cpu() for g in generators]
-            )  # B D
-            noise = (temperature * noise).to(text.mask.device).repeat(R, 1)
+            noise = temperature * random_rows(torch.randn, D, generators, text.mask)  # B D
+            noise = noise.repeat(R, 1)
         emb = self.denormalize(combine(self.predict(text, noise).float()))
         if on_prediction is not None:
             on_prediction(1)
