@@ -116,9 +116,7 @@ def assemble_dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
     dalle = load_as(parts.dalle, DALLE, "a DALLE of train/dalle.py")
     codec = load_codec(parts.codec)
     if not isinstance(codec, ImageCodec):
-        raise ValueError(
-            f"{parts.codec} contains a {type(codec).__name__}; expected a codec with discrete codes"
-        )
+        raise ValueError(f"{parts.codec} is a {type(codec).__name__}; expected discrete codes")
     file, length = Path(parts.dalle) / TOKENIZER_FILE, dalle.config.context_length
     components: dict[str, Any] = {
         "tokenizer": BPETokenizer.load(file, length, marked=False),

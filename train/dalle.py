@@ -79,9 +79,7 @@ def open_loader(data: DataConfig, codec: ImageCodec) -> Loader:
                 f"{data.path} is read at {size} pixels; expected {codec.image_size}, as the codec"
             )
     elif (dataset.vocab_size, dataset.grid) != (codec.vocab_size, codec.grid):
-        raise ValueError(
-            f"{data.path} contains codes of another codec; encode it again with train/encode.py"
-        )
+        raise ValueError(f"{data.path} has codes of another codec; run train/encode.py again")
     return loader
 
 

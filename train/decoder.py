@@ -79,9 +79,7 @@ def main(run: Run[DecoderTraining]) -> None:
         if config.layout:
             load_weights(decoder.layout, config.layout)
         elif not (run.init or run.resume):
-            raise ValueError(
-                "model.layout is not trained here; set layout to a trained one's folder, or --init"
-            )
+            raise ValueError("model.layout is not trained here; set layout, or give --init")
     if run.init:
         warm_start(decoder, run.init, keep_layout=config.layout is not None)
         run = replace(run, init=None)

@@ -19,242 +19,140 @@ T = TypeVar("T")
 
 
 def _table(text: str) -> dict[str, str]:
-    pairs = (line.split() for line in text.strip().splitlines())
-    return {f"unclip.{old}": f"unclip.{new}" for old, new in pairs}
+    """Parse lines "OLD NEW: name old_name=new_name ..."; "." is the package itself."""
+    table = {}
+    for line in text.strip().splitlines():
+        owners, _, names = line.partition(": ")
+        old, new = (f"unclip.{owner}".rstrip(".") for owner in owners.split())
+        for name in names.split():
+            table[f"{old}.{name.partition('=')[0]}"] = f"{new}.{name.rpartition('=')[2]}"
+    return table
 
 
-# Old module path, new module path. Names that are not in NAMES are looked up in the new module.
+# Old and new package of modules. Names that are not in NAMES are looked up in the new module.
 MODULES = _table("""
-cli cli.main
-pictures image_io
-resize image_io
-latents embeddings
-checkpoints.catalogue checkpoints.folders
-checkpoints.codecs checkpoints.registry
-checkpoints.contents checkpoints.summary
-checkpoints.priors checkpoints.registry
-checkpoints.diffusers checkpoints.diffusers.load
-checkpoints.diffusers_configs checkpoints.diffusers.configs
-checkpoints.diffusers_export checkpoints.diffusers.export
-checkpoints.diffusers_layout checkpoints.diffusers.layout
-checkpoints.diffusers_names checkpoints.diffusers.names
-checkpoints.dalle2_pytorch checkpoints.dalle2_pytorch.load
-checkpoints.dalle2_pytorch_config checkpoints.dalle2_pytorch.configs
-checkpoints.dalle2_pytorch_files checkpoints.dalle2_pytorch.files
-checkpoints.dalle2_pytorch_names checkpoints.dalle2_pytorch.names
-checkpoints.transformers_clip checkpoints.transformers.clip
-checkpoints.transformers_tokenizer checkpoints.transformers.tokenizer
-checkpoints.openai_clip checkpoints.openai.clip
-checkpoints.openai_dvae checkpoints.openai.dvae
-models.prior models.unclip.prior
-models.text_prior models.unclip.prior
-models.ar_prior models.unclip.ar_prior
-models.one_shot_prior models.unclip.one_shot_prior
-models.decoder models.unclip.decoder
-models.upsampler models.unclip.upsampler
-models.layout models.unclip.decoder
-models.embedding_stats models.unclip.prior
-models.embedding_codes models.unclip.ar_prior
-models.dalle models.dalle.transformer
-models.dalle_attention models.dalle.attention
-models.dalle_cache models.dalle.cache
-models.dalle_sampling models.dalle.sampling
-models.dalle_bound models.dalle.bound
-models.dalle_layers models.dalle.layers
-models.dalle_rotary models.dalle.layers
-models.dalle_streams models.dalle.spans
-models.codec models.codecs.codec
-models.dvae models.codecs.dvae
-models.vqvae models.codecs.vqvae
-models.vqgan models.codecs.vqgan
-models.vae models.codecs.vae
-models.quantizers models.codecs.quantizers
-models.discriminator models.codecs.discriminator
-models.plain_dvae models.published.plain_dvae
-models.cross_attention_unet models.published.cross_attention_unet
-models.cross_attention_decoder models.published.cross_attention_decoder
-models.relative_prior models.published.relative_prior
-models.glide models.published.glide
-models.bart_dalle models.published.bart_dalle
-models.packing models.cpu.packing
-models.int8 models.cpu.int8
-pipelines.placement pipelines.runtime
-pipelines.compiling pipelines.compilation
-pipelines.settling pipelines.inference
-pipelines.recipes pipelines.provenance
-pipelines.unclip pipelines.unclip.pipeline
-pipelines.stages pipelines.unclip.stages
-pipelines.networks pipelines.unclip.stages
-pipelines.runs pipelines.unclip.stages
-pipelines.manipulation pipelines.unclip.manipulations
-pipelines.editing pipelines.unclip.editing
-pipelines.latent pipelines.unclip.latent
-pipelines.wording pipelines.request
-pipelines.probing pipelines.unclip.probing
-pipelines.dalle pipelines.dalle.pipeline
-pipelines.dalle_stages pipelines.dalle.pipeline
-pipelines.command_line cli.arguments
-pipelines.arguments cli.arguments
-pipelines.commands cli.manipulate
-pipelines.from_pictures cli.manipulate
-evaluation.commands cli.evaluate
-evaluation.codec_command cli.evaluate
-evaluation.priors_command cli.evaluate
-evaluation.drift evaluation.approximations
-evaluation.manipulation evaluation.manipulations
-evaluation.harness evaluation.base
-evaluation.unclip_harness evaluation.unclip
-evaluation.dalle_harness evaluation.dalle
-evaluation.drawing evaluation.base
+. cli: cli=main
+. .: pictures=image_io resize=image_io latents=embeddings
+checkpoints checkpoints: catalogue=folders codecs=registry contents=summary priors=registry
+checkpoints checkpoints.diffusers: diffusers=load diffusers_configs=configs diffusers_export=export
+checkpoints checkpoints.diffusers: diffusers_layout=layout diffusers_names=names
+checkpoints checkpoints.dalle2_pytorch: dalle2_pytorch=load dalle2_pytorch_config=configs
+checkpoints checkpoints.dalle2_pytorch: dalle2_pytorch_files=files dalle2_pytorch_names=names
+checkpoints checkpoints.transformers: transformers_clip=clip transformers_tokenizer=tokenizer
+checkpoints checkpoints.openai: openai_clip=clip openai_dvae=dvae
+models models.unclip: prior text_prior=prior ar_prior one_shot_prior decoder upsampler
+models models.unclip: layout=decoder embedding_stats=prior embedding_codes=ar_prior
+models models.dalle: dalle=transformer dalle_attention=attention dalle_cache=cache
+models models.dalle: dalle_sampling=sampling dalle_bound=bound dalle_layers=layers
+models models.dalle: dalle_rotary=layers dalle_streams=spans
+models models.codecs: codec dvae vqvae vqgan vae quantizers discriminator
+models models.published: plain_dvae cross_attention_unet cross_attention_decoder relative_prior
+models models.published: glide bart_dalle
+models models.cpu: packing int8
+pipelines pipelines: placement=runtime compiling=compilation settling=inference recipes=provenance
+pipelines pipelines: wording=request
+pipelines pipelines.unclip: unclip=pipeline stages networks=stages runs=stages
+pipelines pipelines.unclip: manipulation=manipulations editing latent probing
+pipelines pipelines.dalle: dalle=pipeline dalle_stages=pipeline
+pipelines cli: command_line=arguments arguments commands=manipulate from_pictures=manipulate
+evaluation cli: commands=evaluate codec_command=evaluate priors_command=evaluate
+evaluation evaluation: drift=approximations manipulation=manipulations harness=base
+evaluation evaluation: unclip_harness=unclip dalle_harness=dalle drawing=base
 """)
 
-# Renamed members: old path, new path.
+# Old and new module of renamed members.
 NAMES = _table("""
-checkpoints.catalogue.ComponentInfo checkpoints.summary.ComponentInfo
-checkpoints.catalogue.ModelInfo checkpoints.summary.ModelInfo
-checkpoints.catalogue.describe checkpoints.summary.describe
-checkpoints.catalogue.lenders checkpoints.folders.shared_from
-checkpoints.catalogue.summary checkpoints.summary.summary
-checkpoints.contents.Contents checkpoints.formats.Format
-checkpoints.contents.foreign_summary checkpoints.summary.summary
-checkpoints.dalle2_pytorch_files.only checkpoints.dalle2_pytorch.files.only_checkpoint
-checkpoints.diffusers_layout.licence checkpoints.folders.card_licence
-checkpoints.diffusers_layout.name checkpoints.folders.folder_name
-checkpoints.diffusers_layout.weight_files checkpoints.folders.weight_files
-checkpoints.diffusers_layout.weights_of checkpoints.folders.weights_index
-checkpoints.folders.read_weights checkpoints.renaming.read_weights
-checkpoints.formats.FORMATS checkpoints.registry.MODELS
-checkpoints.formats.load_any checkpoints.registry.load_any
-checkpoints.hub.wanted checkpoints.hub.select
-checkpoints.karlo.only checkpoints.folders.only_file
-checkpoints.min_dalle.states checkpoints.min_dalle.probe
-checkpoints.openai_dvae.sizes checkpoints.openai.dvae.infer_config
-checkpoints.priors.PriorFormat checkpoints.formats.Format
-checkpoints.renaming.to_here checkpoints.renaming.import_state
-checkpoints.renaming.to_there checkpoints.renaming.export_state
-checkpoints.renaming.under checkpoints.renaming.prefixed
-checkpoints.store.load_kind checkpoints.store.load_as
-checkpoints.taming.sizes checkpoints.taming.infer_config
-clip.NO_TOWER clip.MINIMAL_VISION
-config.Place config.KeyPath
-data.codes.CodeDataset data.precomputed.CodeDataset
-data.loader.PictureReader data.loader.ImageReader
-data.loader.place data.loader.shift_and_scale
-data.precomputed.PartWriter data.precompute.PartWriter
-data.precomputed.caption_rows data.precompute.caption_rows
-data.precomputed.parquet data.precomputed.import_parquet
-data.precomputed.precompute data.precompute.precompute
-data.samples.square data.samples.resize_center_crop
-data.shards.PICTURES data.shards.IMAGES
-diffusion.guidance.guide diffusion.samplers.guide
-diffusion.guidance.threshold diffusion.samplers.threshold
-diffusion.samplers.make_scheduler diffusion.schedulers.make_scheduler
-diffusion.samplers.scheduler_betas diffusion.schedulers.scheduler_betas
-diffusion.samplers.timesteps diffusion.samplers.sampling_timesteps
-evaluation.codec.high_band evaluation.metrics.high_frequency_energy
-evaluation.drawing.DalleDrawer evaluation.dalle.DalleGenerator
-evaluation.drawing.Drawer evaluation.base.ImageGenerator
-evaluation.drawing.Drawn evaluation.base.Samples
-evaluation.drawing.Imagined evaluation.unclip.PredictedEmbeddings
-evaluation.drawing.UnCLIPDrawer evaluation.unclip.UnCLIPGenerator
-evaluation.drift.Drift evaluation.approximations.ApproximationError
-evaluation.manipulation.Manipulations evaluation.manipulations.ManipulationEvaluation
-evaluation.metrics.agreement evaluation.metrics.cosine_gap
-evaluation.pairs.canonical evaluation.pairs.canonical_caption
-evaluation.report.markdown evaluation.report.markdown_table
-evaluation.report.plain evaluation.report.plain_table
-evaluation.report.rows evaluation.report.evaluation_rows
-models.bart_dalle.Texts models.published.bart_dalle.EncodedTexts
-models.dalle.TextPrefix models.dalle.transformer.DALLEPrefix
-models.dalle_cache.Place models.dalle.cache.CacheSlot
-models.dalle_cache.Reading models.dalle.cache.CacheLayout
-models.dalle_cache.reading models.dalle.cache.cache_layout
-models.dalle_sampling.AnyDALLE models.dalle.code_transformer.CodeTransformer
-models.dalle_sampling.draw_code models.dalle.sampling.sample_code
-models.dalle_streams.FromStart models.dalle.spans.FirstTokens
-models.dalle_streams.Run models.dalle.spans.Span
-models.decoder.known_part models.unclip.decoder.masked_image
-models.dvae.pixels_of models.codecs.dvae.logits_to_pixels
-models.int8.Int8Weight models.cpu.int8.Int8Layer
-models.layers.Linear models.cpu.kernels.FewRowsLinear
-models.packing.Packed models.cpu.packing.PackedLayer
-models.text_prior.OnDraw models.unclip.prior.OnPrediction
-models.text_prior.TextPrefix models.layers.KeyValues
-models.unet.double models.unet.upsample_nearest
-pictures.FASTEST image_io.MAX_FPS
-pictures.MOST_TEXT image_io.MAX_METADATA
-pictures.SLOWEST image_io.MIN_FPS
-pictures.TYPES image_io.FIELD_TYPES
-pictures.lacks_picture image_io.lacks_image
-pictures.open_picture image_io.open_image
-pipelines.arguments.Argument cli.arguments.SamplingFlag
-pipelines.arguments.add_arguments cli.arguments.add_sampling
-pipelines.base.Picture pipelines.request.ImageInput
-diffusion.guidance.guide diffusion.samplers.guide
-diffusion.guidance.threshold diffusion.samplers.threshold
-diffusion.samplers.make_scheduler diffusion.schedulers.make_scheduler
-diffusion.samplers.scheduler_betas diffusion.schedulers.scheduler_betas
-diffusion.samplers.timesteps diffusion.samplers.sampling_timesteps
-models.text_prior.OnDraw models.unclip.prior.OnPrediction
-models.text_prior.TextPrefix models.layers.KeyValues
-pipelines.base.check_count pipelines.request.check_count
-pipelines.base.check_images pipelines.request.check_images
-pipelines.base.check_prompts pipelines.request.check_prompts
-pipelines.base.default_dtype pipelines.runtime.default_dtype
-pipelines.base.find_device pipelines.runtime.find_device
-pipelines.base.generators_from pipelines.request.generators_from
-pipelines.base.progress_bar pipelines.request.progress_bar
-pipelines.base.random_generators pipelines.request.random_generators
-pipelines.base.redraw pipelines.provenance.regenerate
-pipelines.base.seeds_from pipelines.request.seeds_from
-pipelines.base.split_batches pipelines.request.split_batches
-pipelines.base.to_pil image_io.to_pil
-pipelines.dalle_stages.DalleStages pipelines.dalle.pipeline.DallePipeline
-pipelines.latent.places_on_path pipelines.unclip.latent.path_positions
-pipelines.networks.UnCLIPNetworks pipelines.unclip.pipeline.UnCLIPPipeline
-pipelines.placement.Placement pipelines.base.Pipeline
-pipelines.recipes.decode_picture pipelines.provenance.decode_image
-pipelines.recipes.encode_picture pipelines.provenance.encode_image
-pipelines.runs.StageRun pipelines.unclip.stages.BoundStage
-pipelines.runs.fit image_io.fit
-pipelines.runs.several pipelines.request.open_images
-pipelines.runs.to_tensor image_io.to_tensor
-pipelines.runs.unopened pipelines.request.list_images
-pipelines.stages.UnCLIPStages pipelines.unclip.pipeline.UnCLIPPipeline
-pipelines.command_line.add_placement cli.arguments.add_runtime
-pipelines.command_line.check_file cli.output.check_file
-pipelines.command_line.check_output cli.output.check_output
-pipelines.command_line.check_writable cli.output.check_json
-pipelines.command_line.columns_of cli.output.columns_of
-pipelines.command_line.load_model cli.loading.load_model
-pipelines.command_line.load_named cli.loading.load_named
-pipelines.command_line.read_prompts cli.arguments.prompts_file
-pipelines.command_line.share cli.arguments.fraction
-pipelines.command_line.slug cli.output.slug
-pipelines.command_line.write cli.output.write_images
-pipelines.command_line.write_figures cli.output.write_json
-pipelines.offload.Residency pipelines.offload.Offloader
-pipelines.recipes.picture_source pipelines.provenance.image_source
-pipelines.settling.settled pipelines.inference.prepare_for_inference
-pipelines.wording.Wording pipelines.request.PromptBatch
-tokenizer.warn_cut tokenizer.warn_truncated
-training.codec.JudgedCodec training.codec.AdversarialCodec
-training.frozen.load_clip training.initialization.load_clip
-training.inpainting.cut_out training.inpainting.foreground_alpha
-training.losses.DropConfig training.losses.ConditionDropout
-training.losses.mixed training.losses.mix_embeddings
-training.losses.noised training.losses.add_embedding_noise
-training.losses.resized training.losses.resize_square
-training.processes.this_process training.launch.this_process
-training.random_state.random_state training.checkpoints.random_state
-training.random_state.set_random_state training.checkpoints.set_random_state
-training.run_state.MAY_CHANGE training.checkpoints.MUTABLE_SETTINGS
-training.run_state.RunState training.checkpoints.RunState
-training.run_state.load_weights training.initialization.load_weights
-training.run_state.read_weights training.initialization.read_weights
-training.stop.StopRequest training.launch.StopRequest
-training.vocabulary.make_tokenizer training.initialization.make_tokenizer
-training.warm_start.warm_start training.initialization.warm_start
+checkpoints.catalogue checkpoints.summary: ComponentInfo ModelInfo describe summary
+checkpoints.catalogue checkpoints.folders: lenders=shared_from
+checkpoints.contents checkpoints.formats: Contents=Format
+checkpoints.contents checkpoints.summary: foreign_summary=summary
+checkpoints.dalle2_pytorch_files checkpoints.dalle2_pytorch.files: only=only_checkpoint
+checkpoints.diffusers_layout checkpoints.folders: licence=card_licence name=folder_name weight_files
+checkpoints.diffusers_layout checkpoints.folders: weights_of=weights_index
+checkpoints.folders checkpoints.renaming: read_weights
+checkpoints.formats checkpoints.registry: FORMATS=MODELS load_any
+checkpoints.hub checkpoints.hub: wanted=select
+checkpoints.karlo checkpoints.folders: only=only_file
+checkpoints.min_dalle checkpoints.min_dalle: states=probe
+checkpoints.openai_dvae checkpoints.openai.dvae: sizes=infer_config
+checkpoints.priors checkpoints.formats: PriorFormat=Format
+checkpoints.renaming checkpoints.renaming: to_here=import_state to_there=export_state under=prefixed
+checkpoints.store checkpoints.store: load_kind=load_as
+checkpoints.taming checkpoints.taming: sizes=infer_config
+clip clip: NO_TOWER=MINIMAL_VISION
+config config: Place=KeyPath
+data.codes data.precomputed: CodeDataset
+data.loader data.loader: PictureReader=ImageReader place=shift_and_scale
+data.precomputed data.precompute: PartWriter caption_rows precompute
+data.precomputed data.precomputed: parquet=import_parquet
+data.samples data.samples: square=resize_center_crop
+data.shards data.shards: PICTURES=IMAGES
+diffusion.guidance diffusion.samplers: guide threshold
+diffusion.samplers diffusion.schedulers: make_scheduler scheduler_betas
+diffusion.samplers diffusion.samplers: timesteps=sampling_timesteps
+evaluation.codec evaluation.metrics: high_band=high_frequency_energy
+evaluation.drawing evaluation.dalle: DalleDrawer=DalleGenerator
+evaluation.drawing evaluation.base: Drawer=ImageGenerator Drawn=Samples
+evaluation.drawing evaluation.unclip: Imagined=PredictedEmbeddings UnCLIPDrawer=UnCLIPGenerator
+evaluation.drift evaluation.approximations: Drift=ApproximationError
+evaluation.manipulation evaluation.manipulations: Manipulations=ManipulationEvaluation
+evaluation.metrics evaluation.metrics: agreement=cosine_gap
+evaluation.pairs evaluation.pairs: canonical=canonical_caption
+evaluation.report evaluation.report: markdown=markdown_table plain=plain_table rows=evaluation_rows
+models.bart_dalle models.published.bart_dalle: Texts=EncodedTexts
+models.dalle models.dalle.transformer: TextPrefix=DALLEPrefix
+models.dalle_cache models.dalle.cache: Place=CacheSlot Reading=CacheLayout reading=cache_layout
+models.dalle_sampling models.dalle.code_transformer: AnyDALLE=CodeTransformer
+models.dalle_sampling models.dalle.sampling: draw_code=sample_code
+models.dalle_streams models.dalle.spans: FromStart=FirstTokens Run=Span
+models.decoder models.unclip.decoder: known_part=masked_image
+models.dvae models.codecs.dvae: pixels_of=logits_to_pixels
+models.int8 models.cpu.int8: Int8Weight=Int8Layer
+models.layers models.cpu.kernels: Linear=FewRowsLinear
+models.packing models.cpu.packing: Packed=PackedLayer
+models.text_prior models.unclip.prior: OnDraw=OnPrediction
+models.text_prior models.layers: TextPrefix=KeyValues
+models.unet models.unet: double=upsample_nearest
+pictures image_io: FASTEST=MAX_FPS MOST_TEXT=MAX_METADATA SLOWEST=MIN_FPS TYPES=FIELD_TYPES
+pictures image_io: lacks_picture=lacks_image open_picture=open_image
+pipelines.arguments cli.arguments: Argument=SamplingFlag add_arguments=add_sampling
+pipelines.base pipelines.request: Picture=ImageInput check_count check_images check_prompts
+pipelines.base pipelines.request: generators_from progress_bar random_generators seeds_from
+pipelines.base pipelines.request: split_batches
+pipelines.base pipelines.runtime: default_dtype find_device
+pipelines.base pipelines.provenance: redraw=regenerate
+pipelines.base image_io: to_pil
+pipelines.dalle_stages pipelines.dalle.pipeline: DalleStages=DallePipeline
+pipelines.latent pipelines.unclip.latent: places_on_path=path_positions
+pipelines.networks pipelines.unclip.pipeline: UnCLIPNetworks=UnCLIPPipeline
+pipelines.placement pipelines.base: Placement=Pipeline
+pipelines.recipes pipelines.provenance: decode_picture=decode_image encode_picture=encode_image
+pipelines.recipes pipelines.provenance: picture_source=image_source
+pipelines.runs pipelines.unclip.stages: StageRun=BoundStage
+pipelines.runs image_io: fit to_tensor
+pipelines.runs pipelines.request: several=open_images unopened=list_images
+pipelines.stages pipelines.unclip.pipeline: UnCLIPStages=UnCLIPPipeline
+pipelines.command_line cli.arguments: add_placement=add_runtime read_prompts=prompts_file
+pipelines.command_line cli.arguments: share=fraction
+pipelines.command_line cli.output: check_file check_output check_writable=check_json columns_of slug
+pipelines.command_line cli.output: write=write_images write_figures=write_json
+pipelines.command_line cli.loading: load_model load_named
+pipelines.offload pipelines.offload: Residency=Offloader
+pipelines.settling pipelines.inference: settled=prepare_for_inference
+pipelines.wording pipelines.request: Wording=PromptBatch
+tokenizer tokenizer: warn_cut=warn_truncated
+training.codec training.codec: JudgedCodec=AdversarialCodec
+training.frozen training.initialization: load_clip
+training.inpainting training.inpainting: cut_out=foreground_alpha
+training.losses training.losses: DropConfig=ConditionDropout mixed=mix_embeddings
+training.losses training.losses: noised=add_embedding_noise resized=resize_square
+training.processes training.launch: this_process
+training.random_state training.checkpoints: random_state set_random_state
+training.run_state training.checkpoints: MAY_CHANGE=MUTABLE_SETTINGS RunState
+training.run_state training.initialization: load_weights read_weights
+training.stop training.launch: StopRequest
+training.vocabulary training.initialization: make_tokenizer
+training.warm_start training.initialization: warm_start
 """)
 
 _CHANGED = {*MODULES, *(name.rpartition(".")[0] for name in NAMES)}

@@ -114,9 +114,7 @@ class CLIP(nn.Module):
         super().__init__()
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
-            raise ValueError(
-                "this open_clip configuration is a captioner (multimodal_cfg); expected a CLIP"
-            )
+            raise ValueError("the configuration is a captioner (multimodal_cfg); expected a CLIP")
         has_hf_text = "hf_model_name" in model_cfg["text_cfg"]
         custom_text = model_cfg.pop("custom_text", False) or has_hf_text
         has_images = bool(model_cfg.get("vision_cfg"))
@@ -147,9 +145,7 @@ class CLIP(nn.Module):
         tag = (open_clip.get_pretrained_cfg(architecture, pretrained) if pretrained else None) or {}
         if pretrained and not tag and not Path(pretrained).is_file():
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-            raise ValueError(
-                f"{architecture} has no pretrained tag or file {pretrained!r}; its tags: {tags}"
-            )
+            raise ValueError(f"{architecture} has no weights {pretrained!r}; its tags: {tags}")
         quick_gelu = model_cfg.get("quick_gelu", False)
         if tag and quick_gelu and not tag.get("quick_gelu", False):
             raise ValueError(
@@ -182,9 +178,7 @@ class CLIP(nn.Module):
         config = CLIPConfig(raw["model_cfg"], raw.get("preprocess_cfg", {}))
         own = folder / TOKENIZER_FILE
         tokenizer = BPETokenizer.load(own, config.context_length) if own.is_file() else None
-        return cls.from_tensors(
-            config, TensorFile(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE, tokenizer
-        )
+        return cls.from_tensors(config, TensorFile(folder / WEIGHTS_FILE), folder, tokenizer)
 
     @classmethod
     def from_tensors(
@@ -292,10 +286,7 @@ class CLIP(nn.Module):
         Raises ValueError if the model has no image tower.
         """
         if self.model.visual is None:
-            raise ValueError(
-                "this model has no image encoder, so it cannot encode images; "
-                "give image_emb or a prompt"
-            )
+            raise ValueError("this model has no image encoder; give image_emb or a prompt")
         cfg, size = self.preprocess, self.image_size
         if not isinstance(images, Tensor):
             if cfg.resize_mode == "shortest":

@@ -241,9 +241,7 @@ def _line_numbers(
         for key, value in node.value:
             name, line = key.value, key.start_mark.line + 1
             if name in first:
-                raise ValueError(
-                    f"{path}:{line}: {name!r} is given twice (first in line {first[name]})"
-                )
+                raise ValueError(f"{path}:{line}: {name!r} is given twice; see line {first[name]}")
             first[name] = line
             yield (*parent, name), line
             yield from _line_numbers(value, path, (*parent, name))

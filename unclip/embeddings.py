@@ -58,9 +58,7 @@ def weighted_sum(parts: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     wide = parts.to(torch.promote_types(parts.dtype, torch.float32))
     weights = torch.as_tensor(weights, dtype=wide.dtype, device=parts.device)
     if weights.shape[-1] != parts.shape[-2]:
-        raise ValueError(
-            f"got {weights.shape[-1]} weights for {parts.shape[-2]} embeddings; expected one each"
-        )
+        raise ValueError(f"{weights.shape[-1]} weights for {parts.shape[-2]} embeddings")
     return (weights.unsqueeze(-1) * wide).sum(dim=-2).to(parts.dtype)
 
 
@@ -73,10 +71,7 @@ def mix(parts: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tenso
     weights = torch.ones(parts.shape[-2]) if weights is None else weights
     total = weighted_sum(normalise(parts), weights)
     if not (total.float().norm(dim=-1) > 1e-6).all():
-        raise ValueError(
-            "the embeddings cancel out under these weights, so their mixture has no direction; "
-            "change the weights"
-        )
+        raise ValueError("the embeddings cancel out under these weights; change the weights")
     return normalise(total) * parts.norm(dim=-1).mean(dim=-1, keepdim=True)
 
 
@@ -87,10 +82,7 @@ def text_direction(text_emb: Tensor, base_emb: Tensor) -> Tensor:
     """
     difference = normalise(text_emb) - normalise(base_emb)
     if not (difference.float().norm(dim=-1) > 1e-6).all():
-        raise ValueError(
-            "the two captions have the same embedding, so their difference has no direction; "
-            "change one of them"
-        )
+        raise ValueError("the two captions have the same embedding; change one of them")
     return normalise(difference)
 
 
@@ -114,9 +106,7 @@ def nearest_captions(
     emb is (N, D); text_emb (M, D) has one row for each caption.
     """
     if len(captions) != len(text_emb):
-        raise ValueError(
-            f"got {len(captions)} captions for {len(text_emb)} embeddings; expected one each"
-        )
+        raise ValueError(f"{len(captions)} captions for {len(text_emb)} embeddings")
     similarity = normalise(emb) @ normalise(text_emb).T  # (N, M)
     cosines, rows = similarity.topk(min(k, len(captions)), dim=1)  # (N, k)
     return [
@@ -142,9 +132,7 @@ class PCA:
         None = all with non-zero variance.
         """
         if emb.ndim != 2 or len(emb) < 2:
-            raise ValueError(
-                f"emb has shape {tuple(emb.shape)}; expected (N, D) with at least 2 embeddings"
-            )
+            raise ValueError(f"emb has shape {tuple(emb.shape)}; expected (N, D) with N > 1")
         wide = emb.double()
         mean = wide.mean(dim=0)
         centred = wide - mean
@@ -156,9 +144,7 @@ class PCA:
         elif isinstance(components, float) and 0 < components < 1:
             components = int((variance.cumsum(0) / variance.sum() < components).sum()) + 1
         if not 1 <= components <= most or int(components) != components:
-            raise ValueError(
-                f"components is {components}; expected 1 to {most}, or a fraction below 1"
-            )
+            raise ValueError(f"components is {components}; expected 1 to {most}, or a fraction")
         kept = slice(int(components))
         vectors = vectors[kept]
         # Eigenvectors have an arbitrary sign; a positive largest entry makes the fit repeatable.
@@ -198,8 +184,5 @@ class PCA:
         """Load a file that `save` wrote."""
         tensors = read_tensors(file)
         if tensors.keys() != cls.__dataclass_fields__.keys():
-            raise ValueError(
-                f"{file} holds {', '.join(sorted(tensors)) or 'nothing'}; "
-                "expected a file that PCA.save wrote"
-            )
+            raise ValueError(f"{file} has {', '.join(sorted(tensors))}; expected a saved PCA")
         return cls(**tensors)

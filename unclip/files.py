@@ -67,9 +67,7 @@ def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
         if path.name in replaced:
             continue
         if (new / path.name).exists():
-            raise ValueError(
-                f"{path} would be overwritten by a new file of that name; move it away"
-            )
+            raise ValueError(f"{path} would be overwritten by a new file; move it away")
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True)
         else:

@@ -95,9 +95,7 @@ def _open(source: str | Path | Image.Image) -> Image.Image:
         reason = error if known else "not a readable image"
         raise ValueError(f"{source}: {reason}; expected a PNG, JPEG, WebP or similar") from None
     if image.mode in ("F", "LAB"):
-        raise ValueError(
-            f"{source}: pixel mode is {image.mode}; expected RGB, grey, CMYK or a palette"
-        )
+        raise ValueError(f"{source}: mode is {image.mode}; expected RGB, grey, CMYK or a palette")
     if not image.mode.startswith("I"):
         return image
     grey = np.asarray(image, np.float64) / 257  # 16 bits, which Pillow would clip at 255
@@ -216,9 +214,7 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
             if isinstance(comment, bytes) and comment.startswith(ASCII_COMMENT):
                 text = comment.removeprefix(ASCII_COMMENT)
     if text is None:
-        raise ValueError(
-            f"{path} has no unclip metadata; expected an image that unclip wrote, unmodified"
-        )
+        raise ValueError(f"{path} has no unclip metadata; expected an image that unclip wrote")
     try:
         data = json.loads(text)
         if "pictures" in data:
@@ -229,9 +225,7 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
             return entries
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         pass
-    raise ValueError(
-        f"{path}: its metadata is damaged; expected an image that unclip wrote, unmodified"
-    )
+    raise ValueError(f"{path}: damaged metadata; expected an image that unclip wrote")
 
 
 def _is_valid(source: dict[str, Any]) -> bool:
@@ -244,9 +238,7 @@ def _is_valid(source: dict[str, Any]) -> bool:
 
 def lacks_image(entry: dict[str, Any]) -> bool:
     """Whether an input image was too large to be stored in this metadata entry."""
-    return any(
-        None in (source.get("picture", ""), source.get("mask", "")) for source in _sources(entry)
-    )
+    return any(None in (part.get("picture", ""), part.get("mask", "")) for part in _sources(entry))
 
 
 def _to_json(metadata: Any, ensure_ascii: bool = False) -> str:
@@ -367,9 +359,7 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
     # All frames share one palette; with a palette each, static areas would flicker.
     sheet = grid(images, columns=len(images), gap=0)
     palette = sheet.quantize(256, dither=Image.Dither.NONE)
-    frames = [
-        image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images
-    ]
+    frames = [x.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for x in images]
     comment = _to_json(metadata, ensure_ascii=True).encode() if metadata is not None else b""
     # In ms; a GIF counts in hundredths of a second.
     ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]

@@ -84,15 +84,11 @@ class BPETokenizer:
     def load(cls, file: str | Path, context_length: int, marked: bool = True) -> BPETokenizer:
         """Load a `tokenizer.json` of the `tokenizers` library."""
         if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"{file} does not exist; expected the tokenizer.json of a model folder"
-            )
+            raise FileNotFoundError(f"{file} is missing; expected a model's tokenizer.json")
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library has no specific type
-            raise ValueError(
-                f"{file} is not a valid tokenizer ({error}); download or export it again"
-            ) from None
+            raise ValueError(f"{file} is not a tokenizer ({error}); download it again") from None
         tokenizer.no_padding()  # transformers saves its last padding settings in the file
         tokenizer.no_truncation()
         return cls(tokenizer, context_length, marked)
@@ -217,9 +213,7 @@ class GPT2Tokenizer:
         except FileNotFoundError:
             raise
         except Exception as error:  # the library has no specific type
-            raise ValueError(
-                f"{file} is not a GPT-2 tokenizer ({error}); download or export it again"
-            ) from None
+            raise ValueError(f"{file} is not a GPT-2 tokenizer ({error}); download it") from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
@@ -267,7 +261,5 @@ def load_tokenizer(folder: str | Path) -> BPETokenizer | GPT2Tokenizer:
     """Load a tokenizer from a folder that `save_pretrained` wrote."""
     kind = read_json(Path(folder) / "config.json").get("type")
     if kind not in TOKENIZERS:
-        raise ValueError(
-            f"{folder}/config.json: type is {kind!r}; expected one of {', '.join(TOKENIZERS)}"
-        )
+        raise ValueError(f"{folder}: type is {kind!r}; expected one of {', '.join(TOKENIZERS)}")
     return TOKENIZERS[kind].from_pretrained(folder)

@@ -126,9 +126,7 @@ def load_strictly(
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     kept = {name for name, _ in module.named_parameters()} if as_stored else set()
-    cast = {
-        name: tensors[name] if name in kept else tensors[name].to(own[name].dtype) for name in own
-    }
+    cast = {n: tensors[n] if n in kept else tensors[n].to(own[n].dtype) for n in own}
     module.load_state_dict(cast, assign=True)
 
 

@@ -129,9 +129,7 @@ def read_config(
     kinds = hparams.get("attn_types") or ("full",)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(
-            f"{source} has attention of type {unknown[0]!r}; supported are {', '.join(KINDS)}"
-        )
+        raise ValueError(f"{source}: attn_type is {unknown[0]!r}; expected {' or '.join(KINDS)}")
     V, L = hparams["num_text_tokens"], hparams["text_seq_len"]
     learned = "text_pos_emb.weight" in state
     if learned:
@@ -242,9 +240,7 @@ def build_codec(
     if any(name.startswith("model.quantize.") for name in state):
         state = without_prefix(state, "model.")
         return taming.build_vqgan(state, taming.infer_config(state, source), source, dtype)
-    raise ValueError(
-        f"{source} has no codec: vae_params is empty and none of its tensors are of a known codec"
-    )
+    raise ValueError(f"{source} has no vae_params and no tensors of a known codec")
 
 
 def read_plain_dvae(params: Mapping[str, Any]) -> PlainDVAEConfig:

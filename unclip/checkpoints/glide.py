@@ -85,9 +85,7 @@ def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
             text = gzip.decompress((folder / MERGES_FILE).read_bytes()).decode("utf-8")
             return GPT2Tokenizer(vocab, parse_merges(text, folder / MERGES_FILE), context_length)
         except Exception as error:  # gzip, json and tokenizers each raise their own
-            raise ValueError(
-                f"{folder / VOCAB_FILE} and {MERGES_FILE} are not a vocabulary: {error}"
-            ) from None
+            raise ValueError(f"{folder / VOCAB_FILE}: not a vocabulary: {error}") from None
     if not (file := folder / TOKENIZER_FILE).is_file():
         from huggingface_hub import hf_hub_download
 

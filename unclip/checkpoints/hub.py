@@ -40,9 +40,7 @@ def select(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str
             if "_mini." not in name or name.replace("_mini.", ".") not in foreign
         ]
         return _one_checkpoint(chosen + mega)
-    components = [
-        name.split("/")[0] for name in names if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", name)
-    ]
+    components = [n.split("/")[0] for n in names if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", n)]
     for component in components:
         if not _matching(chosen, [f"{component}/*.safetensors"]):
             chosen += _matching(names, [f"{component}/*.safetensors", f"{component}/*.bin"])

@@ -115,9 +115,7 @@ def read_prior(file: Path, stats: Path, dtype: torch.dtype = torch.float32) -> D
         case (Tensor() as mean, Tensor() as std):
             state |= {"clip_mean": mean.reshape(1, -1), "clip_std": std.reshape(1, -1)}
         case other:
-            raise ValueError(
-                f"{stats} is a {type(other).__name__}; expected the tensors mean and deviation"
-            )
+            raise ValueError(f"{stats} is a {type(other).__name__}; expected mean and deviation")
     return build(DiffusionPrior, config, [Part(state, prior_rules(config), file)], dtype, DERIVED)
 
 
@@ -174,9 +172,7 @@ def decoder_rules(config: DecoderConfig) -> list[Rule]:
 def read_upsampler(file: Path, dtype: torch.dtype = torch.float32) -> Upsampler:
     """Load an ImprovedSupRes64to256ProgressiveModel: it has another U-Net for the last step."""
     state = read_state(file)
-    first, last = (
-        adm.unet_config(without_prefix(state, f"{name}."), file) for name in UPSAMPLER_UNETS
-    )
+    first, last = (adm.unet_config(without_prefix(state, f"{u}."), file) for u in UPSAMPLER_UNETS)
     config = UpsamplerConfig(first, LOW_SIZE, HIGH_SIZE, last_unet=last)
     return build(Upsampler, config, [Part(state, upsampler_rules(config), file)], dtype)
 

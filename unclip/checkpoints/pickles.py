@@ -105,9 +105,7 @@ def _named_tensors(
     module: Stub, prefix: str, inside: tuple[Stub, ...]
 ) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(module, Stub) or not isinstance(module.state, dict):
-        raise ValueError(
-            f"{prefix.rstrip('.') or 'the checkpoint'} is {_describe(module)}; expected a module"
-        )
+        raise ValueError(f"{prefix[:-1] or 'it'} is {_describe(module)}; expected a module")
     if module in inside:
         raise ValueError(f"{prefix.rstrip('.')} contains itself; expected a module")
     attributes = module.state

@@ -97,9 +97,7 @@ def prefixed(foreign: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
 
 def repeated(foreign: str, ours: str, depth: int, rules: Sequence[Rule]) -> list[Rule]:
     """Apply `rules` to each of `depth` blocks; prefixes are formats such as "layers.{}."."""
-    return [
-        rule for i in range(depth) for rule in prefixed(foreign.format(i), ours.format(i), rules)
-    ]
+    return [r for i in range(depth) for r in prefixed(foreign.format(i), ours.format(i), rules)]
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -211,16 +211,12 @@ def load_bundle(
     model = read_model_json(folder)
     if model["kind"] not in OPTIONS:
         kinds = ", ".join(OPTIONS)
-        raise ValueError(
-            f"{folder / MODEL_FILE}: kind is {model['kind']!r}; expected one of {kinds}"
-        )
+        raise ValueError(f"{folder}: kind is {model['kind']!r}; expected one of {kinds}")
     folders = component_folders(folder)
     readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
     networks = [name for name in folders if name not in readers]
     readers |= dict.fromkeys(networks, partial(load_component, dtype=dtype, mapped=mapped))
-    diffused = [
-        name for name in networks if model["kind"] != "dalle" and is_diffused(folders[name])
-    ]
+    diffused = [n for n in networks if model["kind"] != "dalle" and is_diffused(folders[n])]
     options = folder / OPTIONS_FILE
     return Bundle(
         kind=model["kind"],

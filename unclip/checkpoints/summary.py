@@ -98,9 +98,7 @@ def describe(folder: Path) -> list[ComponentInfo]:
     else:
         folders, shared = component_folders(folder), shared_from(folder)
         folders.pop("tokenizer", None)
-    return [
-        replace(_describe(part), shared_from=shared.get(name)) for name, part in folders.items()
-    ]
+    return [replace(_describe(path), shared_from=shared.get(n)) for n, path in folders.items()]
 
 
 def _describe(folder: Path) -> ComponentInfo:
@@ -123,9 +121,7 @@ def _header(file: Path) -> list[dict[str, Any]]:
         from unclip.checkpoints.pickles import read_state  # late: imports torch
 
         return [{"dtype": str(x.dtype), "shape": x.shape} for x in read_state(file).values()]
-    fault = ValueError(
-        f"{file} is truncated or not a safetensors file; download or export it again"
-    )
+    fault = ValueError(f"{file} is truncated or not a safetensors file; download it again")
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

@@ -83,15 +83,13 @@ def edit(args: Namespace) -> None:
         "options": sampling_options(pipe, args),
         "progress": not args.quiet,
     }
+    if args.mask is not None or args.extend is not None:
+        call["painting"] = PaintOptions(**painting)
     if args.mask is not None:
-        result = pipe.inpaint(
-            image, args.mask, args.prompt, painting=PaintOptions(**painting), **call
-        )
+        result = pipe.inpaint(image, args.mask, args.prompt, **call)
     elif args.extend is not None:
         sides = dict(zip(("left", "top", "right", "bottom"), args.extend, strict=True))
-        result = pipe.outpaint(
-            image, args.prompt, painting=PaintOptions(**painting), **sides, **call
-        )
+        result = pipe.outpaint(image, args.prompt, **sides, **call)
     else:
         result = pipe.image_to_image(image, args.prompt, **painting, **call)
     write_results(result, [args.image.stem], args)

@@ -111,9 +111,7 @@ def evaluate(args: Namespace) -> None:
 
     check_json(args.json)
     evaluation = _make_evaluation(args)
-    results = evaluation.run(
-        args.parts, save=lambda results: write_json(results, args.json, show=False)
-    )
+    results = evaluation.run(args.parts, lambda partial: write_json(partial, args.json, show=False))
     print(report.plain_table([report.HEAD, *report.evaluation_rows(results)]))
     write_json(results, args.json)
     if args.sheets is not None:

@@ -99,9 +99,7 @@ def generate(args: Namespace) -> None:
 
 def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
     if len(prompts) != len(weights):
-        raise ValueError(
-            f"--mix has {len(weights)} weights for {len(prompts)} prompts; expected one for each"
-        )
+        raise ValueError(f"--mix has {len(weights)} weights for {len(prompts)} prompts")
     mixture = dict.fromkeys(prompts, 0.0)
     for prompt, weight in zip(prompts, weights, strict=True):
         mixture[prompt] += weight

@@ -51,9 +51,7 @@ def _image_info(path: Path) -> None:
 
     entries = read_metadata(path)
     for entry in entries:
-        shown = {
-            key: value for key, value in entry.items() if key not in ("options", "mask", *SOURCES)
-        }
+        shown = {k: value for k, value in entry.items() if k not in ("options", "mask", *SOURCES)}
         for key in SOURCES.keys() & entry.keys():
             stored = "is not stored" if lacks_image(entry) else "is stored"
             shown["generated from"] = f"{SOURCES[key]}, which {stored} in this file"

@@ -55,9 +55,7 @@ def _find_table(folder: Path) -> Path | None:
         return folder / "metadata.jsonl"
     tables = sorted(folder.glob("*.csv"))
     if len(tables) > 1:
-        raise ValueError(
-            f"{folder} contains {len(tables)} CSV files; give the path of one, e.g. {tables[0]}"
-        )
+        raise ValueError(f"{folder} has {len(tables)} CSV files; give one, e.g. {tables[0]}")
     return tables[0] if tables else None
 
 

@@ -58,9 +58,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.crop is not None and self.crop > self.image_size:
-            raise ValueError(
-                f"crop is {self.crop}; expected at most image_size = {self.image_size}"
-            )
+            raise ValueError(f"crop is {self.crop}; expected at most image_size, {self.image_size}")
 
 
 def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:

@@ -190,7 +190,4 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     earlier = json.loads(path.read_text(encoding="utf-8"))
     if different := [name for name in settings if settings[name] != earlier.get(name)]:
         changes = (f"{name} {earlier.get(name)!r}, now {settings[name]!r}" for name in different)
-        raise ValueError(
-            f"{path.parent} was started with {', '.join(changes)}; "
-            "use the same settings or another folder"
-        )
+        raise ValueError(f"{path.parent} was started with {', '.join(changes)}; use another folder")

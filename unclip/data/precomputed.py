@@ -34,14 +34,12 @@ class PrecomputedDataset(ABC):
     array_format: str
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = folder = Path(folder)
         first, *optional = self.array_names
         parts = _find_parts(self.folder, first, self.content)
         names = [first, *(name for name in optional if (self.folder / name).is_dir())]
         self._arrays = {name: [self._open(name, part) for part in parts] for name in names}
-        columns = [
-            _read_metadata(self.folder / f"metadata/metadata_{part}.parquet") for part in parts
-        ]
+        columns = [_read_metadata(folder / f"metadata/metadata_{part}.parquet") for part in parts]
         self.captions: list[str] = [text for part in columns for text in part["caption"]]
         self.keys: list[str] = [key for part in columns for key in part["key"]]
         self.weights = np.array([w for part in columns for w in part["weight"]], np.float64)
@@ -90,9 +88,7 @@ class PrecomputedDataset(ABC):
         except (ValueError, OSError, EOFError) as error:
             raise ValueError(f"{path} is not a readable npy array ({error})") from None
         if not self._is_valid(array):
-            raise ValueError(
-                f"{path}: expected {self.array_format}, got {array.dtype} {array.shape}"
-            )
+            raise ValueError(f"{path}: {array.dtype} {array.shape}; expected {self.array_format}")
         return array
 
 
@@ -162,9 +158,7 @@ def _find_parts(folder: Path, name: str, content: str) -> list[str]:
     names = [re.fullmatch(rf"{name}_(\d+)\.npy", path.name) for path in files]
     parts = sorted((match[1] for match in names if match), key=int)
     if not parts:
-        raise FileNotFoundError(
-            f"no {content} in {folder}; expected {name}/{name}_0.npy and its metadata"
-        )
+        raise FileNotFoundError(f"no {content} in {folder}; expected {name}/{name}_0.npy")
     return parts
 
 
@@ -184,9 +178,7 @@ def _read_metadata(path: Path) -> dict[str, list[Any]]:
         if name in table.column_names:
             columns[name] = table[name].to_pylist()
     if wrong := [text for text in columns["caption"] if not isinstance(text, str)]:
-        raise ValueError(
-            f"{path}: {len(wrong)} of {rows} captions are not strings, e.g. {wrong[0]!r}"
-        )
+        raise ValueError(f"{path}: {len(wrong)} captions are not strings, e.g. {wrong[0]!r}")
     try:
         columns["weight"] = [sample_weight({"weight": weight}) for weight in columns["weight"]]
     except ValueError as error:

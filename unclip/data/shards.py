@@ -35,10 +35,7 @@ class ShardWriter:
     def write(self, key: str, files: Mapping[str, bytes | str | dict[str, Any]]) -> None:
         """Add a sample; `files` maps an extension to bytes, text, or a dict written as JSON."""
         if not key or "." in key:
-            raise ValueError(
-                f"sample key is {key!r}; expected a name without dots: "
-                "the extension starts at the first dot"
-            )
+            raise ValueError(f"sample key is {key!r}; expected a name without dots")
         if self.count % self.samples_per_shard == 0:
             self.close()
             number = self.count // self.samples_per_shard

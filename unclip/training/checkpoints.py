@@ -61,9 +61,7 @@ class Checkpoints:
         """Return the folder of "latest" or of a path; FileNotFoundError if there is none."""
         if name == "latest":
             if not (found := self.all()):
-                raise FileNotFoundError(
-                    f"no checkpoint in {self.folder} to resume from; start without --resume"
-                )
+                raise FileNotFoundError(f"no checkpoint in {self.folder}; start without --resume")
             return found[-1]
         if not (Path(name) / "state.json").is_file():
             raise FileNotFoundError(
@@ -206,9 +204,7 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
-    states = {
-        name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state
-    }
+    states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
     tensors = {f"{key}/{name}": t for name, state in states.items() for key, t in state.items()}
     _save_tensors(tensors, file)
 

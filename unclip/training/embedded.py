@@ -30,9 +30,7 @@ class EmbeddedLoader:
 
     def __init__(self, loader: Loader, clip: CLIP) -> None:
         if loader.config.augment != Augment() or loader.config.crop is not None:
-            raise ValueError(
-                "embed_once is true, but images are augmented or cropped; set embed_once: false"
-            )
+            raise ValueError("images are augmented or cropped; set embed_once: false")
         self.loader, self.image_emb = loader, _embed_all(loader, clip)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -66,9 +64,7 @@ def open_loader(
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:
-        raise ValueError(
-            f"{config.path} contains embeddings of width {width}; expected {clip.emb_dim}, as CLIP"
-        )
+        raise ValueError(f"{config.path} has embeddings of width {width}; CLIP's is {clip.emb_dim}")
     return loader
 
 
@@ -105,9 +101,7 @@ def embedding_pairs(
         image_embs.append(image_emb.float().cpu())
         for key, emb in zip(batch["key"], image_embs[-1], strict=True):
             if not emb.isfinite().all():
-                raise ValueError(
-                    f"the image embedding of {key} is not finite; remove it or compute it again"
-                )
+                raise ValueError(f"the image embedding of {key} is not finite; remove it")
         text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
     loader.load_state_dict(position)
     return torch.cat(image_embs), torch.cat(text_embs)

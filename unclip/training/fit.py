@@ -407,7 +407,4 @@ def _enable_gradient_checkpointing(model: nn.Module) -> None:
     for module, flag in found:
         setattr(module, flag, True)
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} does not support gradient checkpointing; "
-            "remove fit.gradient_checkpointing"
-        )
+        raise ValueError(f"{type(model).__name__} does not support fit.gradient_checkpointing")

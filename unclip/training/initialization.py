@@ -77,9 +77,7 @@ def load_clip(folder: str | Path, config: Any, device: torch.device) -> CLIP:
     for prefix, part in (("model", config), ("model.text", getattr(config, "text", None))):
         for name, size in limits.items():
             if (value := getattr(part, name, size)) < size:
-                raise ValueError(
-                    f"{prefix}.{name} is {value}; expected at least {size}, as in the CLIP {folder}"
-                )
+                raise ValueError(f"{prefix}.{name} is {value}; the CLIP {folder} has {size}")
     return clip.to(device).requires_grad_(False)
 
 
@@ -108,9 +106,7 @@ def make_tokenizer(
         return BPETokenizer.train(captions, vocab_size, context_length, marked)
     tokenizer = BPETokenizer.load(file, context_length, marked)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{file} has {tokenizer.vocab_size} tokens; expected at most {vocab_size}, as the model"
-        )
+        raise ValueError(f"{file} has {tokenizer.vocab_size} tokens; expected at most {vocab_size}")
     return tokenizer
 
 

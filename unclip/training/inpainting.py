@@ -60,9 +60,7 @@ def copy_paste(images: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
         hole[:, top:bottom, left:right] = True
         size = max(1, round(min(bottom - top, right - left) * _uniform(0.6, 1)))
         y, x = (int(torch.randint(a, b - size + 1, ())) for a, b in ((top, bottom), (left, right)))
-        small, opaque = (
-            resize(part[None], (size, size), "bilinear")[0] for part in (obj * shape, shape)
-        )
+        small, opaque = (resize(x[None], (size, size), "bilinear")[0] for x in (obj * shape, shape))
         image[:, y : y + size, x : x + size].mul_(1 - opaque).add_(small)
     return images, holes
 

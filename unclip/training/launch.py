@@ -54,12 +54,8 @@ def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = No
     add("--config", required=True, metavar="FILE", help="YAML file with all settings")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override: optim.lr=1e-4")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume", metavar="latest|FOLDER", help="resume a run exactly from a checkpoint"
-    )
-    start.add_argument(
-        "--init", metavar="PATH", help="initial weights (safetensors file or folder)"
-    )
+    start.add_argument("--resume", metavar="latest|FOLDER", help="continue a run from a checkpoint")
+    start.add_argument("--init", metavar="PATH", help="initial weights: safetensors file or folder")
     add("--dry-run", action="store_true", help="print parameters, memory and FLOPs, then exit")
     add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)

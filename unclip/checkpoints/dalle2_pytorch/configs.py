@@ -168,18 +168,13 @@ class DecoderSource:
     def __post_init__(self) -> None:
         for name in ("beta_schedule", "predict_v", "predict_x_start", "sample_timesteps"):
             if len(self.each(name)) != len(self.unets):
-                raise ValueError(
-                    f"{name} has {len(self.each(name))} values for {len(self.unets)} U-Nets"
-                )
+                raise ValueError(f"{name} has {len(self.each(name))} values, not {len(self.unets)}")
         if any(self.each("use_noise_for_lowres_cond")):  # low-resolution images have no noise
             raise ValueError(
                 f"use_noise_for_lowres_cond is {self.use_noise_for_lowres_cond}; expected False"
             )
         if not self.unets or len(self.sizes) != len(self.unets):
-            raise ValueError(
-                f"there are {len(self.unets)} U-Nets for {len(self.sizes)} image_sizes; expected "
-                f"one size for each"
-            )
+            raise ValueError(f"{len(self.unets)} U-Nets have {len(self.sizes)} image_sizes")
 
     def each(self, name: str) -> tuple[Any, ...]:
         """Return a setting for each U-Net; a single value applies to all."""
@@ -285,9 +280,7 @@ def decoder_config(
             f"CLIP's embeddings, different from cond_dim, as there are no image tokens otherwise"
         )
     if unet.cond_on_text_encodings and unet.text_embed_dim is None:
-        raise ValueError(
-            f"{where}.unets.0: text_embed_dim is missing, but the decoder is conditioned on text"
-        )
+        raise ValueError(f"{where}.unets.0: text_embed_dim is missing; the decoder reads text")
     return CrossAttentionDecoderConfig(
         unet=unet_config(unet, source, 0, state, release, where),
         image_size=source.sizes[0],

@@ -54,9 +54,7 @@ def read_file(file: Path, part: str) -> Checkpoint:
     content = read_checkpoint(file)
     state = weights(content)
     if not any(name.startswith(PREFIXES[part]) for name in state):
-        raise ValueError(
-            f"{file} is not a {part} of DALLE2-pytorch: no tensor is named {PREFIXES[part]}*"
-        )
+        raise ValueError(f"{file} is not a {part} of DALLE2-pytorch: it has no {PREFIXES[part]}*")
     header = {} if state is content else content
     config, source = header.get("config"), file
     if config is None:
@@ -68,10 +66,7 @@ def read_file(file: Path, part: str) -> Checkpoint:
             )
         config = read_json(source)
     if not isinstance(config, Mapping) or not isinstance(config.get(part), Mapping):
-        raise ValueError(
-            f"{source}: the configuration has no section {part!r}; expected the whole training "
-            f"configuration"
-        )
+        raise ValueError(f"{source} has no section {part!r}; expected the whole configuration")
     release = release_of(header.get("version")) or release_by_names(state, part)
     return Checkpoint(file, part, state, config[part], f"{source}: {part}", release)
 

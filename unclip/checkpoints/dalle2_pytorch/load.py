@@ -80,9 +80,7 @@ def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     if (folder / "upsampler").is_dir():
         checkpoint = read_file(only_checkpoint(folder / "upsampler"), "decoder")
         if not (found := dict(_upsamplers(checkpoint, dtype))):
-            raise ValueError(
-                f"{checkpoint.file} has no upsampler; expected a U-Net after the first one"
-            )
+            raise ValueError(f"{checkpoint.file} has no upsampler, a U-Net after the first one")
         stages |= found
 
     options: dict[str, Any] = {name: stage.options for name, stage in stages.items()}
@@ -207,9 +205,7 @@ def _unet_schedule(checkpoint: Checkpoint, source: DecoderSource, i: int) -> Sch
 def _schedule(checkpoint: Checkpoint, name: str, kind: str, num_timesteps: int) -> ScheduleConfig:
     """Return the configured schedule; ValueError if the file's own table differs from it."""
     if kind not in ("cosine", "linear"):
-        raise ValueError(
-            f"{checkpoint.where}: beta_schedule is {kind!r}; expected 'cosine' or 'linear'"
-        )
+        raise ValueError(f"{checkpoint.where}: beta_schedule is {kind}; expected cosine or linear")
     config = ScheduleConfig(kind, num_timesteps)
     table, ours = checkpoint.state.get(f"{name}.alphas_cumprod"), Schedule(config).alpha_bar
     if table is not None and (

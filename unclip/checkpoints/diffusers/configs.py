@@ -207,9 +207,7 @@ def read_decoder(
     sizes = {"time_embed_dim": unet.time_width, "cross_attention_dim": unet.context_dim}
     for name, size in sizes.items():
         if proj[name] != size:
-            raise ValueError(
-                f"{text_proj_file}: {name} is {proj[name]}, but the decoder has {size}"
-            )
+            raise ValueError(f"{text_proj_file}: {name} is {proj[name]}, the decoder has {size}")
     config = {
         "unet": to_dict(unet),
         "image_size": image_size,
@@ -256,15 +254,11 @@ def read_unet(file: Path, conditional: bool = False) -> tuple[UNetConfig, int]:
     channels, blocks = values["block_out_channels"], values["layers_per_block"]
     blocks = blocks if isinstance(blocks, list) else [blocks] * len(attention)
     if not len(channels) == len(blocks) == len(attention):
-        raise ValueError(
-            f"{file}: block_out_channels, layers_per_block and down_block_types differ in length"
-        )
+        raise ValueError(f"{file}: channels, layers and types of blocks differ in length")
     head_dims = values["attention_head_dim"]
     head_dims = head_dims if isinstance(head_dims, list) else [head_dims]
     if len(set(head_dims)) > 1:
-        raise ValueError(
-            f"{file}: attention_head_dim is {head_dims}; expected the same for all levels"
-        )
+        raise ValueError(f"{file}: attention_head_dim is {head_dims}; expected equal numbers")
     levels = zip(channels, blocks, attention, strict=True)
     config = {
         "in_channels": values["in_channels"],

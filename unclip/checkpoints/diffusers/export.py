@@ -74,9 +74,7 @@ def save_for_diffusers(
 def reasons_against(bundle: Bundle) -> list[str]:
     """Return why diffusers cannot express a model: one entry for each unsupported component."""
     if bundle.kind != "unclip":
-        return [
-            f"it is a model of kind {bundle.kind!r}; diffusers has a pipeline for 'unclip' only"
-        ]
+        return [f"its kind is {bundle.kind!r}; diffusers has a pipeline for 'unclip' only"]
     found: dict[str, list[str]] = {"clip": _against_clip(bundle)}
     known = {"prior": (DiffusionPrior, _against_prior), "decoder": (Decoder, _against_decoder)}
     for name, module in bundle.components.items():

@@ -99,9 +99,7 @@ def read_upsampler(folder: Path, dtype: torch.dtype) -> Upsampler:
     unet, size = configs.read_unet(first / CONFIG_FILE)
     last_unet, last_size = configs.read_unet(last / CONFIG_FILE)
     if size != last_size:
-        raise ValueError(
-            f"{last / CONFIG_FILE}: sample_size is {last_size}, but super_res_first has {size}"
-        )
+        raise ValueError(f"{last / CONFIG_FILE}: sample_size is {last_size}; expected {size}")
     prediction, variance = scheduler.prediction, scheduler.learned_variance
     try:
         config = UpsamplerConfig(unet, low_size, size, prediction, variance, last_unet=last_unet)

@@ -141,14 +141,10 @@ def read_config(
         return CLIPConfig({**common, "vision_cfg": None, "text_cfg": text_cfg})
     vision, vision_common = _read_tower(vision_file, VISION_DEFAULTS)
     if vision_common != common:
-        pairs = ", ".join(
-            f"{name} {value} and {common[name]}" for name, value in vision_common.items()
-        )
+        pairs = ", ".join(f"{name} {x} and {common[name]}" for name, x in vision_common.items())
         raise ValueError(f"{vision_file} and {text_file} do not fit together: {pairs}")
     if vision.get("num_channels", 3) != 3:
-        raise ValueError(
-            f"{vision_file}: num_channels is {vision['num_channels']}; only 3 is supported"
-        )
+        raise ValueError(f"{vision_file}: num_channels is {vision['num_channels']}; expected 3")
     vision_cfg = {
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],

@@ -59,9 +59,7 @@ def clip_tokenizer(
     for padding: an exclamation mark in a prompt is that token then, not the one for "!" at a word's
     end.
     """
-    model = models.BPE(
-        vocab=vocab, merges=list(merges), unk_token=CLIP_END, end_of_word_suffix=END_OF_WORD
-    )
+    model = models.BPE(vocab, list(merges), unk_token=CLIP_END, end_of_word_suffix=END_OF_WORD)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -46,9 +46,7 @@ class BenchConfig:
         if unknown := [stage for stage in self.stages or () if stage not in known]:
             raise ValueError(f"unknown stage {unknown[0]!r}; expected some of {', '.join(known)}")
         if self.steps_only and self.preset not in (None, "exact"):
-            raise ValueError(
-                f"steps_only needs equal steps, unlike those of preset {self.preset!r}"
-            )
+            raise ValueError(f"steps_only needs equal steps; preset {self.preset!r} has others")
 
     @property
     def has_cold_start(self) -> bool:
