@@ -11,6 +11,7 @@ import difflib
 import functools
 import json
 import math
+import operator
 import re
 import types
 import typing
@@ -100,56 +101,38 @@ def _flat(item: Any) -> Iterable[Any]:
     return item if isinstance(item, Interval) else (item,)
 
 
+# kind of bound -> the name of its limit, as in pydantic's errors too; check; description
+_BOUNDS: dict[type, tuple[str, Callable[[Any, Any], Any], str]] = {
+    Ge: ("ge", operator.ge, "at least {:g}"),
+    Gt: ("gt", operator.gt, "more than {:g}"),
+    Le: ("le", operator.le, "at most {:g}"),
+    Lt: ("lt", operator.lt, "less than {:g}"),
+    MultipleOf: ("multiple_of", lambda value, factor: value % factor == 0, "a multiple of {:g}"),
+    MinLen: ("min_length", lambda value, length: len(value) >= length, "a length of at least {:g}"),
+}
+_PYDANTIC_BOUNDS: dict[str, type] = {  # by pydantic's type of error
+    "greater_than_equal": Ge,
+    "greater_than": Gt,
+    "less_than_equal": Le,
+    "less_than": Lt,
+    "multiple_of": MultipleOf,
+    "too_short": MinLen,
+}
+
+
 def _satisfies(value: Any, bound: Any) -> bool:
     """Compare a value, which may be NaN or of another type, with one bound."""
-    if isinstance(bound, MinLen):
-        return len(value) >= bound.min_length
+    name, check, _ = _BOUNDS[type(bound)]
     try:
-        if not math.isfinite(value):
-            return False
+        finite = isinstance(bound, MinLen) or math.isfinite(value)
+        return finite and bool(check(value, getattr(bound, name)))
     except TypeError:
         return False
-    match bound:
-        case Ge(ge):
-            return bool(value >= ge)
-        case Gt(gt):
-            return bool(value > gt)
-        case Le(le):
-            return bool(value <= le)
-        case Lt(lt):
-            return bool(value < lt)
-        case MultipleOf(multiple_of):
-            return value % multiple_of == 0
-    raise AssertionError(f"bound {bound} is not supported")
 
 
 def _expected(bound: Any) -> str:
-    """Describe a bound, for our own errors and for pydantic's."""
-    match bound:
-        case Ge(limit):
-            return f"at least {limit:g}"
-        case Gt(limit):
-            return f"more than {limit:g}"
-        case Le(limit):
-            return f"at most {limit:g}"
-        case Lt(limit):
-            return f"less than {limit:g}"
-        case MultipleOf(factor):
-            return f"a multiple of {factor:g}"
-        case MinLen(length):
-            return f"at least {length} entr{'y' if length == 1 else 'ies'}"
-    raise AssertionError(f"bound {bound} is not supported")
-
-
-# pydantic's error types -> the bound that was violated
-_PYDANTIC_BOUNDS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "greater_than_equal": lambda ctx: Ge(ctx["ge"]),
-    "greater_than": lambda ctx: Gt(ctx["gt"]),
-    "less_than_equal": lambda ctx: Le(ctx["le"]),
-    "less_than": lambda ctx: Lt(ctx["lt"]),
-    "multiple_of": lambda ctx: MultipleOf(ctx["multiple_of"]),
-    "too_short": lambda ctx: MinLen(ctx["min_length"]),
-}
+    name, _, text = _BOUNDS[type(bound)]
+    return text.format(getattr(bound, name))
 
 
 class _Loader(yaml.SafeLoader):
@@ -216,26 +199,16 @@ def save_json(config: Any, path: str | Path) -> None:
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     """Flatten nested plain data: {"optim.lr": 1e-4, "levels.0.channels": 64}."""
-    if isinstance(data, dict) and data:
-        items = data.items()
-    elif isinstance(data, list) and data:
-        items = enumerate(data)
-    else:
+    if not isinstance(data, (dict, list)) or not data:
         return {prefix: data}
-    return {
-        k: v
-        for name, x in items
-        for k, v in flatten(x, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    flat: dict[str, Any] = {}
+    for name, value in data.items() if isinstance(data, dict) else enumerate(data):
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
 
 
-def _line_numbers(
-    node: yaml.Node, path: str, parent: KeyPath = ()
-) -> Iterator[tuple[KeyPath, int]]:
-    """Yield (key path, line number) of every value.
-
-    A repeated key is a ValueError, because YAML would silently keep only its last value.
-    """
+def _line_numbers(node: yaml.Node, path: str, up: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Yield (key path, line number) of every value; ValueError for a key that is repeated."""
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
@@ -243,12 +216,12 @@ def _line_numbers(
             if name in first:
                 raise ValueError(f"{path}:{line}: {name!r} is given twice; see line {first[name]}")
             first[name] = line
-            yield (*parent, name), line
-            yield from _line_numbers(value, path, (*parent, name))
+            yield (*up, name), line
+            yield from _line_numbers(value, path, (*up, name))
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            yield (*parent, i), value.start_mark.line + 1
-            yield from _line_numbers(value, path, (*parent, i))
+            yield (*up, i), value.start_mark.line + 1
+            yield from _line_numbers(value, path, (*up, i))
 
 
 def _without_aliases(data: Any) -> Any:
@@ -316,14 +289,12 @@ def _messages(
             text = f"{name}: {entry['ctx']['error']}"
         else:
             if kind in _PYDANTIC_BOUNDS:
-                expected = _expected(_PYDANTIC_BOUNDS[kind](entry["ctx"]))
+                limit, _, form = _BOUNDS[_PYDANTIC_BOUNDS[kind]]
+                expected = form.format(entry["ctx"][limit])
             else:
                 expected = entry["msg"].removeprefix("Input should be ")
-                for python_name, yaml_name in (
-                    ("an object", "a mapping"),
-                    ("a valid array", "a list"),
-                ):
-                    expected = expected.replace(python_name, yaml_name)
+                expected = expected.replace("an object", "a mapping")
+                expected = expected.replace("a valid array", "a list")
             text = f"{name} is {_shorten(entry['input'])}; expected {expected}"
         messages[f"{locate(path)}: {text}"] = None
     return list(messages)

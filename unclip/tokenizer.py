@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -107,12 +108,8 @@ class BPETokenizer:
         """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.save(Path(folder) / TOKENIZER_FILE)
-        config = {
-            "type": "BPETokenizer",
-            "context_length": self.context_length,
-            "marked": self.marked,
-        }
-        (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
+        config = {"context_length": self.context_length, "marked": self.marked}
+        _write_config({"type": "BPETokenizer", **config}, folder)
 
     def __call__(
         self, texts: Sequence[str], dropout: float = 0.0
@@ -123,10 +120,8 @@ class BPETokenizer:
         dropout: probability of skipping a merge in training (BPE-dropout, 1910.13267), with random
         numbers from torch's global generator.
         """
-        ids = torch.full((len(texts), self.context_length), self.pad_id)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        room = self.context_length - 2 * self.marked
-        for row, text in enumerate(texts):
+        room, rows = self.context_length - 2 * self.marked, []
+        for text in texts:
             text = " ".join(text.split())
             tokens = self._with_dropout(text, dropout) if dropout else None
             if tokens is None or len(tokens) > room:  # without dropout the text may fit
@@ -134,11 +129,8 @@ class BPETokenizer:
                 if len(code.ids) > room:
                     warn_truncated(text, text[code.offsets[room][0] :], self.context_length)
                 tokens = code.ids[:room]
-            if self.marked:
-                tokens = [self.start_id, *tokens, self.end_id]
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, : len(tokens)] = True
-        return ids, mask
+            rows.append([self.start_id, *tokens, self.end_id] if self.marked else tokens)
+        return _pad(rows, self.context_length, self.pad_id)
 
     def _with_dropout(self, text: str, p: float) -> list[int]:
         """Encode one text with BPE-dropout.
@@ -218,34 +210,38 @@ class GPT2Tokenizer:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
         """Load a folder that `save_pretrained` wrote."""
-        return cls.load(
-            Path(folder) / TOKENIZER_FILE, read_json(Path(folder) / "config.json")["context_length"]
-        )
+        config = read_json(Path(folder) / "config.json")
+        return cls.load(Path(folder) / TOKENIZER_FILE, config["context_length"])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(Path(folder) / TOKENIZER_FILE), pretty=False)
-        config = {"type": "GPT2Tokenizer", "context_length": self.context_length}
-        (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
+        _write_config({"type": "GPT2Tokenizer", "context_length": self.context_length}, folder)
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode B texts: -> ids (B, L) long and mask (B, L) bool, True = a token of the text."""
-        ids = torch.full((len(texts), self.context_length), self.pad_id)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for row, text in enumerate(texts):
+        length, rows = self.context_length, []
+        for text in texts:
             tokens = self.tokenizer.encode(text.lower()).ids
-            if len(tokens) > self.context_length:
-                warn_truncated(
-                    text, self.decode(tokens[self.context_length :]), self.context_length
-                )
-            tokens = tokens[: self.context_length]
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            mask[row, : len(tokens)] = True
-        return ids, mask
+            if len(tokens) > length:
+                warn_truncated(text, self.decode(tokens[length:]), length)
+            rows.append(tokens[:length])
+        return _pad(rows, length, self.pad_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
+
+
+def _pad(rows: Sequence[list[int]], length: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (B, L) and their mask (B, L), True = not padding."""
+    ids = torch.tensor([[*row, *[pad_id] * (length - len(row))] for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids.view(-1, length), torch.arange(length) < lengths[:, None]
+
+
+def _write_config(config: dict[str, Any], folder: str | Path) -> None:
+    (Path(folder) / "config.json").write_text(json.dumps(config) + "\n")
 
 
 def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:

@@ -81,8 +81,7 @@ class TextEncoding(Rows):
     emb: torch.Tensor  # (B, D) projected, not normalised
     states: torch.Tensor  # (B, L, W) after the final LayerNorm
     mask: torch.Tensor  # (B, L) bool, True = a real token
-    # (B, L) token ids, for decoders that have a text transformer of their own
-    ids: torch.Tensor | None = None
+    ids: torch.Tensor | None = None  # (B, L) tokens, for decoders with their own text transformer
 
     def trim(self) -> TextEncoding:
         """Remove the columns that are padding in every row.
@@ -94,9 +93,7 @@ class TextEncoding(Rows):
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
         """Move to `device` and cast the floating-point tensors to `dtype`."""
-        return self._map(
-            lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None)
-        )
+        return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))
 
 
 @renamed_fields(reuse="cache_interval")
@@ -210,10 +207,8 @@ class GenerationResult:
                 return [entry for column in columns for entry in column]
             return None if columns[0] is None else torch.cat(columns)
 
-        names = [part.name for part in fields(GenerationResult)]
-        return GenerationResult(
-            **{name: joined([getattr(result, name) for result in parts]) for name in names}
-        )
+        names = [field.name for field in fields(GenerationResult)]
+        return GenerationResult(**{n: joined([getattr(part, n) for part in parts]) for n in names})
 
 
 OnStep = Callable[[Progress], None]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import nn
@@ -38,50 +38,38 @@ from unclip.checkpoints.renaming import read_weights
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import atomic_folder, keep_others, read_json
-from unclip.models.codecs.dvae import DVAE, DVAEConfig
-from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
-from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
-from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
-from unclip.models.dalle.transformer import DALLE, DALLEConfig
-from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
+from unclip.models.codecs.dvae import DVAE
+from unclip.models.codecs.vae import GaussianVAE
+from unclip.models.codecs.vqgan import VQGAN
+from unclip.models.codecs.vqvae import VQVAE
+from unclip.models.dalle.transformer import DALLE
+from unclip.models.published.bart_dalle import BartDALLE
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
-    CrossAttentionDecoderConfig,
     CrossAttentionUpsampler,
-    CrossAttentionUpsamplerConfig,
 )
-from unclip.models.published.glide import GLIDE, GLIDEConfig
-from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
-from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
-from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.models.unclip.decoder import Decoder, DecoderConfig, Layout, LayoutConfig
-from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.models.unclip.prior import DiffusionPrior, DirectPrior, PriorConfig
-from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.models.published.glide import GLIDE
+from unclip.models.published.plain_dvae import PlainDVAE
+from unclip.models.published.relative_prior import RelativePrior
+from unclip.models.unclip.ar_prior import ARPrior
+from unclip.models.unclip.decoder import Decoder, Layout
+from unclip.models.unclip.one_shot_prior import OneShotPrior
+from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
+from unclip.models.unclip.upsampler import Upsampler
 from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
 M = TypeVar("M", bound=nn.Module)
-NETWORKS: dict[str, tuple[type[nn.Module], type]] = {
-    "DiffusionPrior": (DiffusionPrior, PriorConfig),
-    "ARPrior": (ARPrior, ARPriorConfig),
-    "OneShotPrior": (OneShotPrior, OneShotPriorConfig),
-    "Layout": (Layout, LayoutConfig),  # trained on its own, then part of a decoder
-    "Decoder": (Decoder, DecoderConfig),
-    "Upsampler": (Upsampler, UpsamplerConfig),
-    "GLIDE": (GLIDE, GLIDEConfig),
-    "RelativePrior": (RelativePrior, RelativePriorConfig),
-    "CrossAttentionDecoder": (CrossAttentionDecoder, CrossAttentionDecoderConfig),
-    "CrossAttentionUpsampler": (CrossAttentionUpsampler, CrossAttentionUpsamplerConfig),
-    "DALLE": (DALLE, DALLEConfig),
-    "BartDALLE": (BartDALLE, BartDALLEConfig),
-    "DVAE": (DVAE, DVAEConfig),
-    "PlainDVAE": (PlainDVAE, PlainDVAEConfig),
-    "VQVAE": (VQVAE, VQVAEConfig),
-    "VQGAN": (VQGAN, VQGANConfig),
-    "GaussianVAE": (GaussianVAE, GaussianVAEConfig),
-}
+_NETWORKS: tuple[type[nn.Module], ...] = (
+    *(DiffusionPrior, ARPrior, OneShotPrior, RelativePrior),
+    Layout,  # trained on its own, then part of a decoder
+    *(Decoder, Upsampler, GLIDE, CrossAttentionDecoder, CrossAttentionUpsampler),
+    *(DALLE, BartDALLE),
+    *(DVAE, PlainDVAE, VQVAE, VQGAN, GaussianVAE),
+)
+# type in config.json -> the network and its config
+NETWORKS = {kind.__name__: (kind, get_type_hints(kind.__init__)["config"]) for kind in _NETWORKS}
 OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
 
 

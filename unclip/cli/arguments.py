@@ -173,9 +173,7 @@ def _diffusion(option: str | None) -> dict[str, str | None]:
     return {"unclip": option, "glide": option}
 
 
-STEPS = SamplingFlag(
-    "--steps", COUNT, "number of sampling steps of the decoder", _diffusion("decoder.steps")
-)
+STEPS = SamplingFlag("--steps", COUNT, "steps of the decoder", _diffusion("decoder.steps"))
 GUIDANCE = SamplingFlag(
     "--guidance",
     NUMBER,
@@ -183,10 +181,7 @@ GUIDANCE = SamplingFlag(
     _diffusion("decoder.guidance") | {"dalle": "guidance"},
 )
 UPSAMPLER_STEPS = SamplingFlag(
-    "--upsampler-steps",
-    COUNT,
-    "number of sampling steps of each upsampler",
-    _diffusion("upsamplers.*.steps"),
+    "--upsampler-steps", COUNT, "steps of each upsampler", _diffusion("upsamplers.*.steps")
 )
 DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # for inversion, which requires DDIM
 SAMPLING = (
@@ -206,28 +201,16 @@ SAMPLING = (
         "DALL-E and autoregressive priors: divides the logits; 0 = always the likeliest code",
         {"dalle": "temperature", "unclip": "prior.temperature"},
     ),
+    SamplingFlag("--top-k", COUNT, "DALL-E: use the N likeliest codes only", {"dalle": "top_k"}),
     SamplingFlag(
-        "--top-k", COUNT, "DALL-E: sample among the N likeliest codes", {"dalle": "top_k"}
-    ),
-    SamplingFlag(
-        "--top-p",
-        NUMBER,
-        "DALL-E: sample among the fewest codes with this total probability",
-        {"dalle": "top_p"},
+        "--top-p", NUMBER, "DALL-E: use the fewest codes of this probability", {"dalle": "top_p"}
     ),
 )
 PRIOR = (
+    SamplingFlag("--prior", {"metavar": "NAME"}, "folder or Hub id of a prior", {"unclip": None}),
+    SamplingFlag("--prior-steps", COUNT, "steps of the prior", {"unclip": "prior.steps"}),
     SamplingFlag(
-        "--prior", {"metavar": "NAME"}, "folder or Hub id of another prior", {"unclip": None}
-    ),
-    SamplingFlag(
-        "--prior-steps", COUNT, "number of sampling steps of the prior", {"unclip": "prior.steps"}
-    ),
-    SamplingFlag(
-        "--prior-guidance",
-        NUMBER,
-        "guidance scale of the prior; 1 = no guidance",
-        {"unclip": "prior.guidance"},
+        "--prior-guidance", NUMBER, "guidance scale of the prior", {"unclip": "prior.guidance"}
     ),
     SamplingFlag(
         "--prior-candidates",
@@ -259,17 +242,9 @@ CANDIDATES = SamplingFlag(
     {"unclip": None, "dalle": None},
 )
 FROM_IMAGE = (
+    SamplingFlag("--prompt", {"metavar": "TEXT"}, "DALL-E: caption of the image", {"dalle": None}),
     SamplingFlag(
-        "--prompt",
-        {"metavar": "TEXT"},
-        "DALL-E: caption of the image (default: none)",
-        {"dalle": None},
-    ),
-    SamplingFlag(
-        "--keep",
-        NUMBER,
-        "DALL-E: fraction of the image to keep, from the top (default: 0.4375)",
-        {"dalle": None},
+        "--keep", NUMBER, "DALL-E: fraction to keep, from the top (0.4375)", {"dalle": None}
     ),
 )
 

@@ -23,7 +23,10 @@ def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
     check_flags(pipe, args)
     if args.prior is not None:
-        _replace_prior(pipe, args)
+        from unclip.pipelines import load_prior
+
+        unclip: UnCLIPPipeline = _check_kind(pipe, "unclip", args, "an unCLIP model for --prior")
+        unclip.prior = load_prior(args.prior)
     if args.quantize:
         pipe.quantize(args.quantize)
     if args.compile:
@@ -33,15 +36,6 @@ def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline
     if args.offload:
         pipe.offload()
     return pipe
-
-
-def _replace_prior(pipe: AnyPipeline, args: Namespace) -> None:
-    from unclip.pipelines import load_prior
-    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(_wrong_kind(pipe, args, "an unCLIP model for --prior"))
-    pipe.prior = load_prior(args.prior)
 
 
 def load_named(
@@ -61,26 +55,18 @@ def load_named(
 
 def load_unclip(args: Namespace) -> UnCLIPPipeline:
     """Load --model; raise a ValueError if it is not an unCLIP model."""
-    pipe = load_model(args)
-
-    from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-
-    if not isinstance(pipe, UnCLIPPipeline):
-        raise ValueError(_wrong_kind(pipe, args, "an unCLIP model"))
-    return pipe
+    return _check_kind(load_model(args), "unclip", args, "an unCLIP model")
 
 
 def load_dalle(args: Namespace) -> DallePipeline:
     """Load --model; raise a ValueError if it is not a DALL-E."""
-    pipe = load_model(args)
+    return _check_kind(load_model(args), "dalle", args, "a DALL-E model")
 
-    from unclip.pipelines.dalle.pipeline import DallePipeline
 
-    if not isinstance(pipe, DallePipeline):
-        raise ValueError(_wrong_kind(pipe, args, "a DALL-E model"))
+def _check_kind(pipe: Any, kind: str, args: Namespace, expected: str) -> Any:
+    if pipe.kind != kind:
+        command = args.run.__name__.replace("_", "-")
+        raise ValueError(
+            f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}, see --model"
+        )
     return pipe
-
-
-def _wrong_kind(pipe: AnyPipeline, args: Namespace, expected: str) -> str:
-    command = args.run.__name__.replace("_", "-")
-    return f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}, see --model"

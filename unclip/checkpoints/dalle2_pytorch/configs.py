@@ -27,6 +27,14 @@ from unclip.models.published.relative_prior import RelativePriorConfig
 
 T = TypeVar("T")
 
+# Settings of training, or without an effect on images: accepted with any value.
+UNUSED = frozenset(
+    "attn_dropout base_model_kwargs blur_kernel_size blur_prob blur_sigma clip_adapter_overrides "
+    "clip_denoised clip_x_start ff_dropout image_channels loss_type lowres_downsample_first "
+    "lowres_noise_sample_level p2_loss_weight_gamma p2_loss_weight_k random_crop_sizes "
+    "sampling_final_clamp_l2norm use_blur_for_lowres_cond vb_loss_weight".split()
+)
+
 CLIP_TOKENS = 77  # every caption is padded to this length
 
 
@@ -34,7 +42,6 @@ CLIP_TOKENS = 77  # every caption is padded to this length
 class ClipSource:
     make: str = "openai"
     model: str = "ViT-L/14"
-    base_model_kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,6 @@ class PriorNetSource:
     ff_mult: float = 4
     norm_in: bool = False
     norm_out: bool = True
-    attn_dropout: float = 0.0
-    ff_dropout: float = 0.0
     final_proj: bool = True
     normformer: bool = False
     rotary_emb: bool = True
@@ -67,23 +72,19 @@ class PriorSource:
     image_embed_dim: int
     clip: ClipSource | None = None
     image_size: int | None = None
-    image_channels: int = 3
     timesteps: int = 1000
     sample_timesteps: int | None = None
     cond_drop_prob: float = 0.0
     text_cond_drop_prob: float | None = None
     image_cond_drop_prob: float | None = None
-    loss_type: str = "l2"
     predict_x_start: Literal[True] = True
     predict_v: Literal[False] = False  # the prior predicts x_0
     beta_schedule: str = "cosine"
     condition_on_text_encodings: Literal[True] = True  # the caption's tokens are always used
     sampling_clamp_l2norm: Literal[False] = False  # estimates of x_0 are not normalised
-    sampling_final_clamp_l2norm: bool = False
     training_clamp_l2norm: Literal[False] = False
     init_image_embed_l2norm: Literal[False] = False  # sampling starts from plain noise
     image_embed_scale: None = None  # unit vectors are scaled by the root of their width
-    clip_adapter_overrides: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,32 +137,18 @@ class DecoderSource:
     sample_timesteps: int | tuple[int | None, ...] | None = None
     image_cond_drop_prob: float = 0.1
     text_cond_drop_prob: float = 0.5
-    loss_type: str = "l2"
     beta_schedule: str | tuple[str, ...] | None = None
     predict_x_start: bool | tuple[bool, ...] = False
     predict_v: bool | tuple[bool, ...] = False
     predict_x_start_for_latent_diffusion: Literal[False] = False
-    random_crop_sizes: Any = None
     use_noise_for_lowres_cond: bool | tuple[bool, ...] = False
-    use_blur_for_lowres_cond: Any = None
-    lowres_downsample_first: bool = True
-    blur_prob: float = 0.5
-    blur_sigma: Any = None
-    blur_kernel_size: Any = None
-    lowres_noise_sample_level: float = 0.2
-    clip_denoised: bool = True
-    clip_x_start: bool = True
-    clip_adapter_overrides: dict[str, Any] | None = None
     learned_variance: bool | tuple[bool, ...] = True
     # A learned variance is interpolated without a sigmoid.
     learned_variance_constrain_frac: Literal[False] = False
-    vb_loss_weight: float = 0.001
     unconditional: Literal[False] = False  # images are generated from an image embedding
     auto_normalize_img: Literal[True] = True  # images are scaled to [-1, 1]
     use_dynamic_thres: bool = False
     dynamic_thres_percentile: float = 0.95
-    p2_loss_weight_gamma: Any = 0.0
-    p2_loss_weight_k: Any = 1
     ddim_sampling_eta: float = 0.0
     condition_on_text_encodings: Any = None  # of early releases; each U-Net has its own since
 
@@ -213,29 +200,28 @@ def read(kind: type[T], data: Any, where: str) -> T:
     if kind is UnetSource:
         known = {field.name for field in fields(UnetSource)}
         data = {key: value for key, value in data.items() if key in known}
-    return parse(kind, dict(data), where)
+    return parse(kind, _used(data), where)
+
+
+def _used(data: Mapping[str, Any]) -> dict[str, Any]:
+    used = {name: value for name, value in data.items() if name not in UNUSED}
+    return {name: _used(x) if isinstance(x, Mapping) else x for name, x in used.items()}
 
 
 def prior_config(
     source: PriorSource, state: Mapping[str, Tensor], release: Release, where: str
 ) -> tuple[RelativePriorConfig, int]:
     """Return the prior's configuration and the factor of its position bias."""
+    # Current for some hours in 2022; they compute differently from all others.
     if (0, 16) <= release < (0, 16, 2) or (0, 22, 2) <= release < (0, 23, 3):
-        raise ValueError(
-            f"{where} is of release {dotted(release)}, which is not supported: it was current for "
-            f"some hours in 2022 and computes differently from all others"
-        )
+        raise ValueError(f"{where} is of release {dotted(release)}, which is not supported")
     net, learned = source.net, release >= (0, 23, 3)
     if net.dim != source.image_embed_dim:
-        raise ValueError(
-            f"{where}: net.dim is {net.dim}, but image_embed_dim is {source.image_embed_dim}; "
-            f"expected the same width"
-        )
+        dims = f"net.dim is {net.dim}, but image_embed_dim is {source.image_embed_dim}"
+        raise ValueError(f"{where}: {dims}; expected the same width")
     if net.num_timesteps is not None and net.num_timesteps < source.timesteps:
-        raise ValueError(
-            f"{where}: net.num_timesteps is {net.num_timesteps}; expected at least "
-            f"{source.timesteps}"
-        )
+        expected = f"expected at least {source.timesteps}"
+        raise ValueError(f"{where}: net.num_timesteps is {net.num_timesteps}; {expected}")
     drop = source.text_cond_drop_prob
     drop = source.cond_drop_prob if drop is None else drop
     slots = state.get("net.null_text_encodings", state.get("net.null_text_embed"))  # (1, N, C)
@@ -275,10 +261,9 @@ def decoder_config(
     """Configure the first U-Net, which generates an image from an image embedding."""
     unet = read(UnetSource, source.unets[0], f"{where}.unets.0")
     if unet.image_embed_dim is None or unet.image_embed_dim == (unet.cond_dim or unet.dim):
-        raise ValueError(
-            f"{where}.unets.0: image_embed_dim is {unet.image_embed_dim}; expected the width of "
-            f"CLIP's embeddings, different from cond_dim, as there are no image tokens otherwise"
-        )
+        # If it equals cond_dim, there are no image tokens.
+        expected = "expected the width of CLIP's embeddings, different from cond_dim"
+        raise ValueError(f"{where}.unets.0: image_embed_dim is {unet.image_embed_dim}; {expected}")
     if unet.cond_on_text_encodings and unet.text_embed_dim is None:
         raise ValueError(f"{where}.unets.0: text_embed_dim is missing; the decoder reads text")
     return CrossAttentionDecoderConfig(
@@ -301,10 +286,7 @@ def upsampler_config(
     """Configure U-Net i > 0, which upsamples the image of the one before."""
     unet = read(UnetSource, source.unets[i], f"{where}.unets.{i}")
     if unet.cond_on_text_encodings:
-        raise ValueError(
-            f"{where}.unets.{i} is conditioned on text; expected an upsampler conditioned on the "
-            f"low-resolution image only"
-        )
+        raise ValueError(f"{where}.unets.{i} is conditioned on text, which is not supported")
     return CrossAttentionUpsamplerConfig(
         unet=unet_config(unet, source, i, state, release, where),
         low_size=source.sizes[i - 1],
