@@ -96,10 +96,8 @@ class ApproximationError:
             yield {"name": EXACT, **self._compare(self.exact)}
         if OTHER_SEEDS not in done:
             seed = self.seed + len(self.captions)
-            yield {
-                "name": OTHER_SEEDS,
-                **self._compare(self._generate(OTHER_SEEDS, self.pipe, options, seed)),
-            }
+            images = self._generate(OTHER_SEEDS, self.pipe, options, seed)
+            yield {"name": OTHER_SEEDS, **self._compare(images)}
         for name, approximation in approximations(options, fast).items():
             if name not in done:
                 pipe = self._apply(approximation)

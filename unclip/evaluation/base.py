@@ -118,10 +118,8 @@ class Evaluation(ABC):
         if pipe.clip is None:
             raise ValueError(f"{pipe.name} has no CLIP, which the evaluation needs")
         if baseline is not None and baseline.size != generator.size:
-            raise ValueError(
-                f"{baseline.pipe.name} generates {baseline.size} px and {pipe.name} "
-                f"{generator.size} px; expected the same size for a comparison"
-            )
+            sizes = f"{baseline.size} px and {pipe.name} {generator.size} px"
+            raise ValueError(f"{baseline.pipe.name} generates {sizes}; expected the same size")
         self.pipe, self.generator, self.baseline = pipe, generator, baseline
         self.held_out, self.train, self.seed = held_out, train, seed
         self.results: dict[str, Any] = {}  # of the last `run`
@@ -288,17 +286,13 @@ class Evaluation(ABC):
             pairs = zip(self.held_out.entries, rows.tolist(), strict=True)
             return float(np.mean([pair.concept == train.entries[i].concept for pair, i in pairs]))
 
-        results: dict[str, Any] = {
-            kind: {
-                "median_distance": {
-                    name: found[kind][1].median().item() for name, found in nearest.items()
-                },
-                "same_concept": {
-                    name: same_concept(found[kind][0]) for name, found in nearest.items()
-                },
+        results: dict[str, Any] = {}
+        for kind in ("clip", "pixels"):
+            found = {name: rows[kind] for name, rows in nearest.items()}
+            results[kind] = {
+                "median_distance": {name: x.median().item() for name, (_, x) in found.items()},
+                "same_concept": {name: same_concept(rows) for name, (rows, _) in found.items()},
             }
-            for kind in ("clip", "pixels")
-        }
         to_truth = (self.samples.images - truth).square().mean(dim=(1, 2, 3)).sqrt()  # (N,)
         nearer = to_truth < self.nearest_to_generated["pixels"][1]
         return {**results, "nearer_to_truth": nearer.float().mean().item()}
@@ -336,30 +330,27 @@ class Evaluation(ABC):
         generate = partial(self.pipe, options=self.generator.options, progress=False)
         with ignore_cut_warnings():
             batch, again = generate(prompts, seed=self.seed), generate(prompts, seed=self.seed)
-            alone = [
-                generate(prompt, seed=seed)
-                for prompt, seed in zip(prompts, batch.seeds, strict=True)
-            ]
+            pairs = zip(prompts, batch.seeds, strict=True)
+            alone = [generate(prompt, seed=seed) for prompt, seed in pairs]
             regenerated = regenerate(self.pipe, alone[0].metadata[0], progress=False)
         differences = [
             np.abs(np.asarray(result.images[0], int) - np.asarray(image, int)).max()
             for result, image in zip(alone, batch.images, strict=True)
         ]
         return {
-            "same_seed_same_bytes": all(
-                first.tobytes() == second.tobytes()
-                for first, second in zip(batch.images, again.images, strict=True)
-            ),
+            "same_seed_same_bytes": _same_bytes(batch.images, again.images),
             "batch_and_alone_differ_by": int(max(differences)),  # of 255
-            "from_metadata_same_bytes": (
-                regenerated.images[0].tobytes() == alone[0].images[0].tobytes()
-            ),
+            "from_metadata_same_bytes": _same_bytes(regenerated.images, alone[0].images),
         }
+
+
+def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:
+    return [image.tobytes() for image in images] == [image.tobytes() for image in others]
 
 
 @contextlib.contextmanager
 def ignore_cut_warnings() -> Iterator[None]:
     """Suppress the warning that a prompt was cut to CLIP's context, once per caption otherwise."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the prompt .*this part was cut")
+        warnings.filterwarnings("ignore", message="the prompt .*truncated")
         yield

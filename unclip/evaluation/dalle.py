@@ -95,11 +95,8 @@ class DalleEvaluation(Evaluation):
                 best = scores.view(-1, n).argmax(dim=1) + torch.arange(0, count, n)  # (groups,)
                 emb[n].append(candidate_emb[best])
                 images[n].append(candidates[best[0]])
-        return BestCandidates(
-            rows,
-            {n: torch.stack(values) for n, values in emb.items()},
-            {n: torch.stack(values) for n, values in images.items()},
-        )
+        stacked = ({n: torch.stack(x) for n, x in values.items()} for values in (emb, images))
+        return BestCandidates(rows, *stacked)
 
     def candidates(self) -> dict[str, Any]:
         """Compare the best of n candidates to the caption and, as a check, to the true image."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import PCA, normalise
+from unclip.evaluation import MANIPULATION_PARTS
 from unclip.evaluation.base import ignore_cut_warnings
 from unclip.evaluation.metrics import caption_targets, psnr, recall
 from unclip.evaluation.pairs import Pairs
@@ -77,16 +78,9 @@ class ManipulationEvaluation:
 
     def run(self, part: str) -> dict[str, Any]:
         """Return the results of one of MANIPULATION_PARTS as JSON types."""
-        parts = {
-            "reconstruction": self.reconstruction,
-            "variations": self.variations,
-            "interpolation": self.interpolation,
-            "text_diff": self.text_diff,
-            "pca": self.pca,
-            "inpainting": self.inpainting,
-        }
+        assert part in MANIPULATION_PARTS
         with ignore_cut_warnings():
-            return parts[part]()
+            return getattr(self, part)()
 
     def reconstruction(self) -> dict[str, Any]:
         """Return the PSNR in dB of reconstructions, by inversion method and guidance."""
@@ -96,10 +90,8 @@ class ManipulationEvaluation:
         for guidance in (1.0, decoder.guidance):
             options = replace(self.options, decoder=replace(decoder, guidance=guidance))
             suffix = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
-            for method, inversion in (
-                ("fixed_point", InversionOptions()),
-                ("plain", InversionOptions(iterations=0)),
-            ):
+            methods = {"fixed_point": InversionOptions(), "plain": InversionOptions(iterations=0)}
+            for method, inversion in methods.items():
                 result = self.pipe.reconstruct(
                     images, options=options, inversion=inversion, **self.batching
                 )
@@ -149,10 +141,9 @@ class ManipulationEvaluation:
                     even=name == "even",
                     **{**self.batching, "progress": False},
                 )
-                end_differences += [
-                    _max_difference(result.images[k], reconstructed[row + end])
-                    for k, end in ((0, 0), (-1, 1))
-                ]
+                for k, end in ((0, 0), (-1, 1)):
+                    difference = _max_difference(result.images[k], reconstructed[row + end])
+                    end_differences.append(difference)
                 steps[name].append(_largest_step(self._embed(result)))
                 if name == "plain":
                     embedding_steps.append(_largest_step(_given_emb(result)))

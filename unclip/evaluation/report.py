@@ -67,12 +67,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def evaluation_rows(results: dict[str, Any]) -> list[Row]:
     """Return the rows of `Evaluation.run`; parts that were not run are left out."""
     baseline = results.get("baseline", "")
-    return [
-        row
-        for part, rows in _EVALUATION_ROWS.items()
-        if part in results
-        for row in rows(results[part], baseline)
-    ]
+    parts = [part for part in _EVALUATION_ROWS if part in results]
+    return [row for part in parts for row in _EVALUATION_ROWS[part](results[part], baseline)]
 
 
 def _references(values: dict[str, float], form: str, baseline: str) -> str:
@@ -83,11 +79,9 @@ def _references(values: dict[str, float], form: str, baseline: str) -> str:
 def _prior(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     names = {"matching": "matching captions", "mismatched": "mismatched captions", "gap": "gap"}
     for key, name in names.items():
-        yield Row(
-            f"prior: cosine to the true embedding, {name}",
-            f"{part['cosine'][key]:.3f}",
-            f"text embedding {part['text_cosine'][key]:.3f}",
-        )
+        reference = f"text embedding {part['text_cosine'][key]:.3f}"
+        figure = f"prior: cosine to the true embedding, {name}"
+        yield Row(figure, f"{part['cosine'][key]:.3f}", reference)
     mse = f"{part['normalised_mse']:.3f}"
     yield Row("prior: mean squared error, normalised", mse, "1 for a constant mean")
 
@@ -111,38 +105,28 @@ def _style(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 
 
 def _diversity(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    yield Row(
-        f"CLIP distance between {part['seeds']} images of one prompt ({part['prompts']} prompts)",
-        f"{part['of_one_prompt']:.3f}",
-        f"of different prompts {part['of_different_prompts']:.3f}",
-    )
+    figure = f"CLIP distance between {part['seeds']} images of one prompt"
+    others = f"of different prompts {part['of_different_prompts']:.3f}"
+    yield Row(f"{figure} ({part['prompts']} prompts)", f"{part['of_one_prompt']:.3f}", others)
 
 
 def _nearest(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for kind, unit in {"clip": "CLIP distance", "pixels": "pixel RMS, of 2"}.items():
         median, same = part[kind]["median_distance"], part[kind]["same_concept"]
-        yield Row(
-            f"nearest training image, median {unit}",
-            f"{median['generated']:.3f}",
-            f"true images {median['true']:.3f}",
-        )
-        yield Row(
-            f"... has the same concept ({kind})",
-            f"{same['generated']:.1%}",
-            f"true images {same['true']:.1%}",
-        )
+        figures = f"nearest training image, median {unit}", f"... has the same concept ({kind})"
+        for figure, values, form in zip(figures, (median, same), (".3f", ".1%"), strict=True):
+            reference = f"true images {values['true']:{form}}"
+            yield Row(figure, f"{values['generated']:{form}}", reference)
     figure = "nearer to the unseen true image than to any training image"
     yield Row(figure, f"{part['nearer_to_truth']:.1%}")
 
 
 def _candidates(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for count, values in part["by_count"].items():
+        figure = f"CLIP score, best of {count} ({part['captions']} captions)"
         to_truth = f"cosine to the true image {values['cosine_to_truth']:.3f}"
-        yield Row(
-            f"CLIP score, best of {count} ({part['captions']} captions)",
-            f"{values['clip_score']:.3f}",
-            f"{to_truth}; recall@1 {values['recall@1']:.1%}",
-        )
+        reference = f"{to_truth}; recall@1 {values['recall@1']:.1%}"
+        yield Row(figure, f"{values['clip_score']:.3f}", reference)
 
 
 def _codec(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -157,11 +141,8 @@ def _codec(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 def _bound(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     names = ("pixels", "codes", "text")
     terms = ", ".join(f"{name} {part['bits_of_dim'][name]:.3f}" for name in names)
-    yield Row(
-        "image and caption, upper bound in bits per value of an image",
-        f"{8 + part['bits_per_dim']:.3f}",
-        f"minus 8: {terms}",
-    )
+    figure = "image and caption, upper bound in bits per value of an image"
+    yield Row(figure, f"{8 + part['bits_per_dim']:.3f}", f"minus 8: {terms}")
     yield Row("bits per image code", f"{part['bits_per_code']:.2f}")
     yield Row("bits per text token, including padding", f"{part['bits_per_token']:.2f}")
 
@@ -173,11 +154,9 @@ def _decoder(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 
 
 def _upsampler(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    yield Row(
-        f"upsampler alone, {part['from']} to {part['to']} px: PSNR ({part['images']} images)",
-        f"{part['psnr']['upsampled']:.2f} dB",
-        f"bicubic {part['psnr']['bicubic']:.2f} dB",
-    )
+    psnr, figure = part["psnr"], f"upsampler alone, {part['from']} to {part['to']} px: PSNR"
+    reference = f"bicubic {psnr['bicubic']:.2f} dB"
+    yield Row(f"{figure} ({part['images']} images)", f"{psnr['upsampled']:.2f} dB", reference)
 
 
 def _repeatable(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -208,12 +187,8 @@ _EVALUATION_ROWS = {
 
 def manipulation_rows(results: dict[str, Any]) -> list[Row]:
     """Return the rows of the parts of `ManipulationEvaluation` that were run."""
-    return [
-        row
-        for part, rows in _MANIPULATION_ROWS.items()
-        if part in results
-        for row in rows(results[part])
-    ]
+    parts = [part for part in _MANIPULATION_ROWS if part in results]
+    return [row for part in parts for row in _MANIPULATION_ROWS[part](results[part])]
 
 
 def _by_number(part: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -251,12 +226,10 @@ def _interpolation(part: dict[str, Any]) -> Iterator[Row]:
 
 def _text_diff(part: dict[str, Any]) -> Iterator[Row]:
     for eta, values in _by_number(part):
-        yield Row(
-            f"text diff, eta {eta}: monotone towards the target ({part['cases']} cases)",
-            f"{values['monotone']:.0%}",
-            f"rising steps {values['rising_steps']:.0%}; "
-            f"given embeddings {values['monotone_embeddings']:.0%}",
-        )
+        figure = f"text diff, eta {eta}: monotone towards the target ({part['cases']} cases)"
+        given = f"given embeddings {values['monotone_embeddings']:.0%}"
+        reference = f"rising steps {values['rising_steps']:.0%}; {given}"
+        yield Row(figure, f"{values['monotone']:.0%}", reference)
         for theta, target in values["cosine_to_target"].items():
             source = f"to the source {values['cosine_to_source'][theta]:.3f}"
             yield Row(f"... theta {theta}: cosine to the target", f"{target:.3f}", source)
@@ -265,11 +238,9 @@ def _text_diff(part: dict[str, Any]) -> Iterator[Row]:
 def _pca(part: dict[str, Any]) -> Iterator[Row]:
     for k, values in part["by_count"].items():
         explained = f"{k} components, {values['explained']:.0%} of the variance"
-        yield Row(
-            f"{explained}: recall@1 of {part['captions']} captions",
-            f"{values['recall@1']:.1%}",
-            f"cosine to the full embedding {values['cosine']:.3f}",
-        )
+        figure = f"{explained}: recall@1 of {part['captions']} captions"
+        reference = f"cosine to the full embedding {values['cosine']:.3f}"
+        yield Row(figure, f"{values['recall@1']:.1%}", reference)
     yield Row("the full embedding", f"{part['full']['recall@1']:.1%}")
 
 
@@ -304,28 +275,18 @@ _MANIPULATION_ROWS = {
 
 def prior_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of `PriorComparison` as Markdown."""
-    head = (
-        "embedding from",
-        "parameters",
-        "guidance",
-        "cosine to the true one",
-        "gap to mismatched",
-        "recall@1 of the image",
-        "cosine between 8 seeds",
-        "ms",
-    )
-    formats = {
-        "guidance": "g",
-        "cosine": ".3f",
-        "gap": ".3f",
-        "recall@1": ".1%",
-        "cosine_of_seeds": ".3f",
-        "milliseconds": ".0f",
+    columns = {  # key: head, format
+        "guidance": ("guidance", "g"),
+        "cosine": ("cosine to the true one", ".3f"),
+        "gap": ("gap to mismatched", ".3f"),
+        "recall@1": ("recall@1 of the image", ".1%"),
+        "cosine_of_seeds": ("cosine between 8 seeds", ".3f"),
+        "milliseconds": ("ms", ".0f"),
     }
-    table: list[tuple[str, ...]] = [head]
+    table = [("embedding from", "parameters", *(head for head, _ in columns.values()))]
     for row in rows:
         size = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
-        cells = (format(row[key], form) if key in row else "" for key, form in formats.items())
+        cells = (format(row[key], form) if key in row else "" for key, (_, form) in columns.items())
         table.append((row["name"], size, *cells))
     return markdown_table(table)
 
@@ -347,11 +308,5 @@ def approximation_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def approximation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows of `ApproximationError` as Markdown."""
-    head = (
-        "",
-        "speed-up",
-        "pixel difference, of 255",
-        "CLIP cosine to the exact",
-        "recall@1 of the caption",
-    )
-    return markdown_table([head, *map(approximation_cells, rows)])
+    head = "speed-up", "pixel difference, of 255", "CLIP cosine to the exact"
+    return markdown_table([("", *head, "recall@1 of the caption"), *map(approximation_cells, rows)])
