@@ -37,10 +37,8 @@ def _import_open_clip() -> Any:
                 torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
             import torchvision  # noqa: F401
         except RuntimeError as error:
-            raise ImportError(
-                f"the installed torchvision does not fit torch {torch.__version__} ({error}); "
-                "install torch and torchvision from the same source, as pytorch.org describes"
-            ) from None
+            fault = f"the installed torchvision does not fit torch {torch.__version__} ({error})"
+            raise ImportError(f"{fault}; install both as pytorch.org describes") from None
     import open_clip
 
     return open_clip
@@ -85,9 +83,7 @@ class OpenCLIPTokenizer:
         self.context_length, text_cfg = config.context_length, config.model_cfg["text_cfg"]
         if name := text_cfg.get("hf_tokenizer_name"):
             options = text_cfg.get("tokenizer_kwargs") or {}
-            self.tokenizer = open_clip.tokenizer.HFTokenizer(
-                name, context_length=self.context_length, **options
-            )
+            self.tokenizer = open_clip.tokenizer.HFTokenizer(name, self.context_length, **options)
         else:
             self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=self.context_length)
 
@@ -148,10 +144,9 @@ class CLIP(nn.Module):
             raise ValueError(f"{architecture} has no weights {pretrained!r}; its tags: {tags}")
         quick_gelu = model_cfg.get("quick_gelu", False)
         if tag and quick_gelu and not tag.get("quick_gelu", False):
-            raise ValueError(
-                f"{architecture} computes QuickGELU but {pretrained!r} was trained without it; "
-                f"use {architecture.removesuffix('-quickgelu')!r}"
-            )
+            other = architecture.removesuffix("-quickgelu")
+            fault = f"{architecture} computes QuickGELU but {pretrained!r} was trained without it"
+            raise ValueError(f"{fault}; use {other!r}")
         model_cfg["quick_gelu"] = quick_gelu or tag.get("quick_gelu", False)
         source = open_clip.create_model(
             architecture,
@@ -292,9 +287,8 @@ class CLIP(nn.Module):
             if cfg.resize_mode == "shortest":
                 images = [_center_crop(image, size, cfg.interpolation) for image in images]
             transform = open_clip.transform.image_transform_v2(cfg, is_train=False)
-            return torch.stack([transform(image) for image in images]).to(
-                self.device, self.logit_scale.dtype
-            )
+            pixels = torch.stack([transform(image) for image in images])
+            return pixels.to(self.device, self.logit_scale.dtype)
         x = images.to(self.device)
         if x.shape[-2:] != (size, size):
             if cfg.resize_mode == "longest":
@@ -338,7 +332,5 @@ def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tens
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    loss = open_clip.ClipLoss(
-        local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size
-    )
+    loss = open_clip.ClipLoss(True, gather_with_grad=True, rank=rank, world_size=world_size)
     return loss(image_emb, text_emb, scale)

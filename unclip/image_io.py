@@ -35,12 +35,10 @@ XMP = (
     'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
     f'Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/></rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
 )
+_TEXTS = ("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quantized")
 FIELD_TYPES = {  # of an entry of the metadata and of the sources in it
     **dict.fromkeys(("options", "arguments", "inversion"), dict),
-    **dict.fromkeys(
-        ("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quantized"),
-        (str, type(None)),
-    ),
+    **dict.fromkeys(_TEXTS, (str, type(None))),
     "sources": list,
 }
 MAX_FPS = {".gif": 100, ".mp4": 1000}
@@ -78,10 +76,8 @@ def open_mask(source: str | Path | Image.Image) -> Image.Image:
 def _open(source: str | Path | Image.Image) -> Image.Image:
     """Open an image upright, with 8 bits per channel."""
     if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
-        raise ValueError(
-            f"cannot open an image from a {type(source).__name__}; expected a path or a PIL image "
-            "(for an array: Image.fromarray)"
-        )
+        expected = "expected a path or a PIL image (for an array: Image.fromarray)"
+        raise ValueError(f"cannot open an image from a {type(source).__name__}; {expected}")
     try:
         with warnings.catch_warnings():  # Pillow itself refuses images of twice this size
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -179,11 +175,8 @@ def encode_image(
             text = json.dumps(_with_images(entries, lambda _: None))
         if len(text) <= MAX_EXIF:
             exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII_COMMENT + text.encode()
-    if kind == "webp":
-        file_kind, settings = "WEBP", {"quality": 90 if quality is None else quality}
-    else:
-        file_kind, settings = "JPEG", {"quality": 90 if quality is None else max(1, quality)}
-    image.save(file, file_kind, exif=exif.tobytes(), xmp=XMP.encode(), **settings)
+    quality = 90 if quality is None else max(quality, 1 if kind == "jpeg" else 0)
+    image.save(file, kind, exif=exif.tobytes(), xmp=XMP.encode(), quality=quality)
     return file.getvalue()
 
 
@@ -230,10 +223,9 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
 
 def _is_valid(source: dict[str, Any]) -> bool:
     """Whether a metadata entry, or a source in one, has fields of the expected types."""
-    right = (
-        isinstance(source[name], types) for name, types in FIELD_TYPES.items() if name in source
-    )
-    return isinstance(source, dict) and all(right)
+    if not isinstance(source, dict):
+        return False
+    return all(isinstance(source[n], FIELD_TYPES[n]) for n in FIELD_TYPES.keys() & source.keys())
 
 
 def lacks_image(entry: dict[str, Any]) -> bool:
@@ -380,9 +372,9 @@ def find_ffmpeg() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         if (found := shutil.which("ffmpeg")) is None:
+            advice = "pip install imageio-ffmpeg, or write a .gif"
             raise ValueError(
-                "writing an .mp4 needs ffmpeg, which was not found; "
-                "run `pip install imageio-ffmpeg`, or write a .gif"
+                f"writing an .mp4 needs ffmpeg, which was not found; {advice}"
             ) from None
         return found
 

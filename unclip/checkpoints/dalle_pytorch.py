@@ -27,12 +27,8 @@ from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions
 
-KINDS: dict[str, Kind] = {
-    "full": "full",
-    "axial_row": "own_row",
-    "axial_col": "column",
-    "conv_like": "corner",
-}
+KINDS: dict[str, Kind]
+KINDS = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "corner"}
 KERNEL = 5  # of conv_like; not configurable there
 # A branch is inside wrappers without tensors (shift, cache), named fn, or net if it is reversible.
 BRANCH = re.compile(
@@ -98,10 +94,8 @@ def read_tokenizer(file: Path, config: DALLEConfig) -> BPETokenizer:
     if own.is_file():
         return BPETokenizer.load(own, config.context_length, marked=False)
     if config.text_vocab != CLIP_VOCAB:
-        raise ValueError(
-            f"{file} was trained with {config.text_vocab} text tokens, not CLIP's {CLIP_VOCAB}; "
-            f"put its tokenizer next to it as {TOKENIZER_FILE}"
-        )
+        tokens = f"{config.text_vocab} text tokens, not CLIP's {CLIP_VOCAB}"
+        raise ValueError(f"{file} has {tokens}; put its tokenizer next to it as {TOKENIZER_FILE}")
     from open_clip import SimpleTokenizer  # late: slow to import
 
     tokenizer = clip_tokenizer(*open_clip_vocabulary(SimpleTokenizer()), special=[])
@@ -138,9 +132,8 @@ def read_config(
         side = math.isqrt(state[ANGLES].shape[1] - L - 1)
         grid = side, side
     # LayerScale and PreNorm wrap every MLP; a third wrapper shifts tokens.
-    shift = any(
-        rest.startswith("net.0.") and wrappers.count("fn.") > 2 for *_, wrappers, rest in branches
-    )
+    mlps = [wrappers for *_, wrappers, rest in branches if rest.startswith("net.0.")]
+    shift = any(wrappers.count("fn.") > 2 for wrappers in mlps)
     config = DALLEConfig(
         text_vocab=V,
         context_length=L,

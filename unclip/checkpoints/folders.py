@@ -1,7 +1,6 @@
-"""Model folders on disk: where a model is, what model.json says, which files hold the weights.
+"""Model folders: where a model is, what model.json says, which files hold the weights.
 
-Nothing here imports torch: `unclip models`, `unclip info` and a misspelt model name are answered at
-once.
+Nothing here imports torch, so that `unclip models` and the error for an unknown name are fast.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ def locate(name_or_path: str | Path, files: Sequence[str] = MODEL_FILES) -> Path
     known = f"bundled models: {', '.join(bundled) or 'none'}"
     if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
         return _fetch(name_or_path, files, known)
-    raise ValueError(
-        f"unknown model {str(name_or_path)!r}; {known}; or give a model folder or a Hub id "
-        f"'org/name'"
-    )
+    raise ValueError(f"unknown model {str(name_or_path)!r}; {known}; or give a folder or Hub id")
 
 
 def _fetch(hub_id: str, files: Sequence[str], known: str) -> Path:
@@ -67,10 +63,8 @@ def read_model_json(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {MODEL_FILE}")
     model = read_json(file)
     if (model.get("format"), model.get("version")) != (FORMAT_NAME, VERSION):
-        raise ValueError(
-            f"{file} has format {model.get('format')!r} version {model.get('version')!r}; "
-            f"expected {FORMAT_NAME!r} version {VERSION}"
-        )
+        found = f"format {model.get('format')!r} version {model.get('version')!r}"
+        raise ValueError(f"{file} has {found}; expected {FORMAT_NAME!r} version {VERSION}")
     for key, kind in {"kind": str, "name": str, "licence": str, "components": list}.items():
         if not isinstance(model.get(key), kind):
             raise ValueError(f"{file}: {key} is {model.get(key)!r}; expected a {kind.__name__}")
@@ -81,10 +75,8 @@ def shared_from(folder: Path) -> dict[str, str]:
     """Return component -> bundled model for the components that a folder shares with one."""
     shared = read_model_json(folder).get("borrowed", {})
     if not isinstance(shared, dict) or not all(isinstance(name, str) for name in shared.values()):
-        raise ValueError(
-            f"{folder / MODEL_FILE}: borrowed is {shared!r}; expected a mapping of component names "
-            f"to names of bundled models"
-        )
+        expected = "expected a mapping of components to bundled models"
+        raise ValueError(f"{folder / MODEL_FILE}: borrowed is {shared!r}; {expected}")
     return shared
 
 
@@ -93,10 +85,8 @@ def component_folders(folder: Path) -> dict[str, Path]:
     folders, bundled = {}, bundled_models()
     for name, owner in shared_from(folder).items():
         if owner not in bundled or name not in read_model_json(bundled[owner])["components"]:
-            raise ValueError(
-                f"{folder / MODEL_FILE} takes {name} from {owner!r}, which is not a bundled model "
-                f"with that component; bundled models: {', '.join(bundled) or 'none'}"
-            )
+            known = f"expected a bundled model that has it, of {', '.join(bundled) or 'none'}"
+            raise ValueError(f"{folder / MODEL_FILE} takes {name} from {owner!r}; {known}")
         folders[name] = bundled[owner] / name
     return folders | {name: folder / name for name in read_model_json(folder)["components"]}
 

@@ -93,10 +93,9 @@ def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
             file = Path(hf_hub_download(GPT2, TOKENIZER_FILE))
         except Exception as error:  # offline, or an error class of the Hub's
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{folder} has no {VOCAB_FILE} with {MERGES_FILE} (from GLIDE's repository) and no "
-                f"{TOKENIZER_FILE} (from {GPT2}), and downloading it failed: {reason}"
-            ) from None
+            files = f"{VOCAB_FILE} with {MERGES_FILE} (GLIDE's) and no {TOKENIZER_FILE} ({GPT2})"
+            fault = f"{folder} has no {files}, and downloading it failed: {reason}"
+            raise ValueError(fault) from None
     return GPT2Tokenizer.load(file, context_length)
 
 
@@ -111,10 +110,8 @@ def glide_config(state: Mapping[str, Tensor], source: Path) -> GLIDEConfig:
     """Infer the sizes of a network from its tensors."""
     unet = adm.unet_config(state, source)
     if unet.in_channels not in KINDS:
-        raise ValueError(
-            f"{source} has a U-Net with {unet.in_channels} input channels; GLIDE's have "
-            f"3, 6, 7 or 10"
-        )
+        channels = f"{unet.in_channels} input channels; GLIDE's have 3, 6, 7 or 10"
+        raise ValueError(f"{source} has a U-Net with {channels}")
     low_size, inpaints = KINDS[unet.in_channels]
     with expecting("a network of GLIDE", source):
         vocab_size, width = state["token_embedding.weight"].shape

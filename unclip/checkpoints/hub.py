@@ -34,12 +34,8 @@ def select(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str
     if not {MODEL_FILE, INDEX_FILE} & set(names):
         foreign = _matching(names, FOREIGN_FILES)
         # min-dalle's repository holds two models; the larger one is selected.
-        mega = [
-            name
-            for name in foreign
-            if "_mini." not in name or name.replace("_mini.", ".") not in foreign
-        ]
-        return _one_checkpoint(chosen + mega)
+        mini = [name for name in foreign if name.replace("_mini.", ".") in {*foreign} - {name}]
+        return _one_checkpoint(chosen + [name for name in foreign if name not in mini])
     components = [n.split("/")[0] for n in names if re.fullmatch(rf"[^/]+/{CONFIG_FILE}", n)]
     for component in components:
         if not _matching(chosen, [f"{component}/*.safetensors"]):
@@ -63,10 +59,8 @@ def _one_checkpoint(names: list[str]) -> list[str]:
                 found = named
                 break
         if len(found) > 1:
-            raise ValueError(
-                f"it holds several models ({', '.join(map(str, found))}); download one into a "
-                f"folder and give that instead"
-            )
+            several = ", ".join(map(str, found))
+            raise ValueError(f"it holds several models ({several}); download one into a folder")
         kept.append(str(found[0]))
     return kept
 
@@ -94,9 +88,8 @@ def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:
         pass
     try:
         if names is None:
-            return Path(
-                snapshot_download(hub_id, allow_patterns=list(ALWAYS), local_files_only=True)
-            )
+            cached = snapshot_download(hub_id, allow_patterns=list(ALWAYS), local_files_only=True)
+            return Path(cached)
         return Path(snapshot_download(hub_id, allow_patterns=select(names, files)))
     except LocalEntryNotFoundError:
         raise ValueError(f"{reason}, and nothing of the model is cached") from None

@@ -73,10 +73,8 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     config = infer_config(state, folder)
     codec = read_codec(_detoker(folder), config.grid[0], dtype)
     if config.image_vocab < codec.vocab_size:
-        raise ValueError(
-            f"{folder}: the decoder has {config.image_vocab} codes, the codec {codec.vocab_size}; "
-            f"expected at least as many"
-        )
+        expected = f"expected at least the codec's {codec.vocab_size}"
+        raise ValueError(f"{folder}: the decoder has {config.image_vocab} codes; {expected}")
     rows, config = config.image_vocab + 1, replace(config, image_vocab=codec.vocab_size)
     dalle = build(BartDALLE, config, [Part(state, rules(config, rows), folder)], dtype)
     parts = {"tokenizer": read_tokenizer(folder, ending, config), "codec": codec, "dalle": dalle}
@@ -109,9 +107,7 @@ def _detoker(folder: Path) -> Path:
     for file in files:
         if file.is_file():
             return file
-    raise FileNotFoundError(
-        f"{files[0]} is missing; it decodes the codes, and kuprel/min-dalle on the Hub has it"
-    )
+    raise FileNotFoundError(f"{files[0]} is missing; kuprel/min-dalle on the Hub has it")
 
 
 def read_tokenizer(folder: Path, ending: str, config: BartDALLEConfig) -> BPETokenizer:

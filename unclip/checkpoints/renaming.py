@@ -12,7 +12,7 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -85,11 +85,10 @@ def by_head(foreign: str, ours: str, heads: int, parts: int = 3, trail: int = 0)
 def prefixed(foreign: str, ours: str, rules: Iterable[Rule]) -> list[Rule]:
     """Put a prefix (with its dot) in front of the names of each side."""
     return [
-        Rule(
-            tuple(foreign + name for name in rule.foreign),
-            tuple(ours + name for name in rule.ours),
-            rule.convert,
-            rule.invert,
+        replace(
+            rule,
+            foreign=tuple(foreign + name for name in rule.foreign),
+            ours=tuple(ours + name for name in rule.ours),
         )
         for rule in rules
     ]
@@ -163,11 +162,8 @@ def import_state(
             if dtypes is not None:
                 made = [x.to(dtypes[name]) for name, x in zip(ours, made, strict=False)]
             out |= zip(ours, made, strict=False)
-    unexpected = [
-        name
-        for name in state
-        if name in left and not any(fnmatchcase(name, pattern) for pattern in ignored)
-    ]
+    left = {name for name in left if not any(fnmatchcase(name, ignore) for ignore in ignored)}
+    unexpected = [name for name in state if name in left]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
     assert out.keys() >= shapes.keys(), f"no rule makes {sorted(shapes.keys() - out.keys())}"

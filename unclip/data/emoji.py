@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from unclip.config import save_json
 from unclip.data.shards import ShardWriter
 
 GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
@@ -147,10 +148,8 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
     if not any(next(folder.glob("*.svg"), None) for folder in folders):
         missing.append(str(packages / "svgmoji__<style>" / "svg" / "*.svg"))
     if missing:
-        raise FileNotFoundError(
-            f"{svgmoji} is not a checkout of github.com/svgmoji/svgmoji: "
-            f"missing {', '.join(missing)}"
-        )
+        fault = f"is not a checkout of github.com/svgmoji/svgmoji: missing {', '.join(missing)}"
+        raise FileNotFoundError(f"{svgmoji} {fault}")
     try:
         entries = json.loads(table.read_text(encoding="utf-8"))
         by_hexcode = {entry["hexcode"]: entry for entry in entries if entry["annotation"]}
@@ -168,10 +167,8 @@ def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
             else:
                 unknown += 1
     if not known:
-        raise ValueError(
-            f"{table}: none of the {unknown} SVG files has an entry; "
-            "expected file names like 1F34E.svg"
-        )
+        names = "expected file names like 1F34E.svg"
+        raise ValueError(f"{table}: none of the {unknown} SVG files has an entry; {names}")
     known.sort(key=lambda emoji: digest(emoji.style, emoji.hexcode))
     return known, unknown
 
@@ -234,38 +231,30 @@ def render_all(
         ShardWriter(partial_out, "train") as train,
         ShardWriter(partial_out, "heldout") as heldout,
     ):
-        images = pool.map(
-            partial(_render_or_error, size=size), [emoji.path for emoji in found], chunksize=16
-        )
+        renderer = partial(_render_or_error, size=size)
+        images = pool.map(renderer, [emoji.path for emoji in found], chunksize=16)
+        bar = tqdm(images, total=len(found), unit=" images")
         try:
-            for emoji, image in zip(
-                found, tqdm(images, total=len(found), unit=" images"), strict=True
-            ):
+            for emoji, image in zip(found, bar, strict=True):
                 if isinstance(image, str):
                     broken.append(image)
                     if len(broken) > MAX_BROKEN * len(found):
-                        raise ValueError(
-                            f"over {MAX_BROKEN:.0%} of {len(found)} SVGs are broken, "
-                            f"e.g. {broken[0]}"
-                        )
+                        count = f"over {MAX_BROKEN:.0%} of {len(found)} SVGs"
+                        raise ValueError(f"{count} are broken, e.g. {broken[0]}")
                     continue
                 held_out = is_held_out(emoji.style, emoji.hexcode)
-                (heldout if held_out else train).write(
-                    emoji.key, {"png": image, **_describe(emoji)}
-                )
-                counts["heldout" if held_out else "train"][emoji.style] += 1
+                writer, split = (heldout, "heldout") if held_out else (train, "train")
+                writer.write(emoji.key, {"png": image, **_describe(emoji)})
+                counts[split][emoji.style] += 1
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             shutil.rmtree(partial_out, ignore_errors=True)
             raise
 
     summary = {"size": size, **counts, "without_entry": unnamed, "broken": broken}
-    (partial_out / "dataset.json").write_text(
-        json.dumps(summary, indent=2) + "\n", encoding="utf-8"
-    )
-    (partial_out / "LICENSES.md").write_text(
-        _licences(sorted({emoji.style for emoji in found})), encoding="utf-8"
-    )
+    save_json(summary, partial_out / "dataset.json")
+    licences = _licences(sorted({emoji.style for emoji in found}))
+    (partial_out / "LICENSES.md").write_text(licences, encoding="utf-8")
     if out.exists():
         out.rmdir()
     partial_out.rename(out)
@@ -302,9 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("svgmoji", metavar="SVGMOJI", help="checkout of github.com/svgmoji/svgmoji")
     parser.add_argument("out", metavar="OUT", help="new folder for train-*.tar and heldout-*.tar")
-    parser.add_argument(
-        "--size", type=int, default=256, help="image side in pixels (default: %(default)s)"
-    )
+    parser.add_argument("--size", type=int, default=256, help="image side in pixels (256)")
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
     try:
@@ -315,10 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit("interrupted; nothing was written") from None
     counts = {split: sum(summary[split].values()) for split in ("train", "heldout")}
     print(f"{options.out}: {counts['train']} training images, {counts['heldout']} held out")
-    print(
-        f"{summary['without_entry']} SVGs have no entry in emoji.json, "
-        f"{len(summary['broken'])} are broken"
-    )
+    unnamed, broken = summary["without_entry"], len(summary["broken"])
+    print(f"{unnamed} SVGs have no entry in emoji.json, {broken} are broken")
     for name in summary["broken"]:
         print(f"broken: {name}")
 

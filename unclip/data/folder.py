@@ -66,10 +66,8 @@ def _list_images(folder: Path) -> list[dict[str, Any]]:
     if len(missing) == len(images):
         raise ValueError(f"{folder}: {len(images)} images, no captions; expected {LAYOUTS}")
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(images)} images have no caption, e.g. {missing[0]}; "
-            f"expected {LAYOUTS}"
-        )
+        count = f"{len(missing)} of {len(images)} images"
+        raise ValueError(f"{count} have no caption, e.g. {missing[0]}; expected {LAYOUTS}")
     return [
         {"file_name": path.relative_to(folder).as_posix(), "text": None, "weight": 1.0, "meta": {}}
         for path in images
@@ -100,10 +98,8 @@ def _parse_row(entry: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected an object with file_name and text, got {entry!r}")
     file_name, text = entry.get("file_name"), entry.get("text") or entry.get("caption")
     if not file_name or not text:
-        raise ValueError(
-            f"{where}: file_name or text (or caption) is missing or empty; "
-            f"found {sorted(map(str, entry))}"
-        )
+        found = sorted(map(str, entry))
+        raise ValueError(f"{where}: file_name or text (or caption) is missing; found {found}")
     if not isinstance(file_name, str):
         raise ValueError(f"{where}: file_name is {file_name!r}; expected a string")
     try:

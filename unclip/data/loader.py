@@ -72,10 +72,8 @@ def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
     if place.suffix == ".tar" or any(sign in str(path) for sign in "*?{"):
         return ShardDataset(path)
     if not place.exists():
-        raise FileNotFoundError(
-            f"no data at {path}; expected tar shards, a folder with images and captions, a CSV, "
-            "embeddings, or codes"
-        )
+        expected = "tar shards, a folder with images and captions, a CSV, embeddings, or codes"
+        raise FileNotFoundError(f"no data at {path}; expected {expected}")
     if (place / "img_emb").is_dir():
         return EmbeddingDataset(place)
     if (place / "codes").is_dir():
@@ -134,15 +132,12 @@ class Loader:
         self.broken: dict[int, str] = {}
         self._num_read = 0
         if len(self._order) < num_processes:
-            raise ValueError(
-                f"{config.path}: {len(self._order)} samples per epoch for {num_processes} processes"
-            )
+            count = f"{len(self._order)} samples per epoch"
+            raise ValueError(f"{config.path}: {count} for {num_processes} processes")
         if isinstance(self.dataset, PrecomputedDataset):
             if config.augment != Augment() or config.crop is not None:
-                raise ValueError(
-                    f"{config.path} contains {self.dataset.content}, which cannot be augmented or "
-                    "cropped; use images"
-                )
+                fault = f"{self.dataset.content}, which cannot be augmented or cropped"
+                raise ValueError(f"{config.path} contains {fault}; use images")
         else:
             self._images = ImageReader(self.dataset, config.image_size, config.cache)
 
@@ -181,10 +176,8 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Move to the position `state`. Takes effect at the next `iter`."""
         if not 0 <= state["batch"] < len(self):
-            raise ValueError(
-                f"{self.config.path}: position is batch {state['batch']}, but an epoch has "
-                f"{len(self)} batches; the data has changed"
-            )
+            position = f"position is batch {state['batch']}, but an epoch has {len(self)} batches"
+            raise ValueError(f"{self.config.path}: {position}; the data has changed")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
     def _stream(self, epoch: int, first: int) -> Iterator[tuple[Batch, int, dict[int, str]]]:
@@ -262,10 +255,9 @@ class Loader:
         total = min(max(self._num_read, 1000), len(self.dataset))
         if len(self.broken) > self.config.max_broken * total or not batch:
             examples = "; ".join(list(self.broken.values())[:3])
-            raise ValueError(
-                f"{self.config.path}: {len(self.broken)} broken images, more than max_broken = "
-                f"{self.config.max_broken:.1%} of {total}: {examples}"
-            )
+            limit = f"more than max_broken = {self.config.max_broken:.1%} of {total}"
+            count = f"{len(self.broken)} broken images"
+            raise ValueError(f"{self.config.path}: {count}, {limit}: {examples}")
 
 
 def _own_process_group(worker: int) -> None:
@@ -319,10 +311,8 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
     except (AttributeError, ValueError, OSError):  # not available on every system
         memory = needed
     if needed > memory:
-        raise ValueError(
-            f"caching needs {needed / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f} GiB of "
-            "memory; set cache: false"
-        )
+        sizes = f"{needed / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f} GiB of memory"
+        raise ValueError(f"caching needs {sizes}; set cache: false")
     return np.empty(shape, np.uint8)
 
 

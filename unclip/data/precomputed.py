@@ -67,10 +67,8 @@ class PrecomputedDataset(ABC):
         """Return whether an array has the format that `array_format` describes."""
 
     def _texts(self, indices: Indices) -> dict[str, list[str]]:
-        return {
-            "caption": [self.captions[i] for i in indices],
-            "key": [self.keys[i] for i in indices],
-        }
+        columns = {"caption": self.captions, "key": self.keys}
+        return {name: [column[i] for i in indices] for name, column in columns.items()}
 
     def _rows(self, name: str, indices: Indices) -> np.ndarray:
         parts, numbers = self._arrays[name], np.searchsorted(self._ends, indices, side="right")
@@ -136,10 +134,8 @@ class CodeDataset(PrecomputedDataset):
         """Return {"codes": long (B, h, w), "caption", "key"}; ValueError for codes out of range."""
         codes = self._rows("codes", indices).astype(np.int64)
         if (largest := codes.max(initial=0)) >= self.vocab_size:
-            raise ValueError(
-                f"{self.folder} contains the code {largest}; "
-                f"vocab_size in {CODES_FILE} is {self.vocab_size}"
-            )
+            limit = f"vocab_size in {CODES_FILE} is {self.vocab_size}"
+            raise ValueError(f"{self.folder} contains the code {largest}; {limit}")
         return {"codes": torch.from_numpy(codes), **self._texts(indices)}
 
 

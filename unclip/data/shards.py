@@ -87,9 +87,8 @@ class ShardDataset:
                 weights.append(weight)
         self.weights = np.array(weights, np.float64)
         if not self._index:
-            raise ValueError(
-                f"{source}: no image ({', '.join(IMAGES)}) in {len(self.shards)} shards"
-            )
+            count = f"{len(self.shards)} shards"
+            raise ValueError(f"{source}: no image ({', '.join(IMAGES)}) in {count}")
         if not any("txt" in members or "json" in members for _, _, members in self._index):
             raise ValueError(f"{source}: no captions; expected a .txt or .json for each image")
 
@@ -121,10 +120,8 @@ def find_shards(source: str | Path) -> list[Path]:
         found = sorted(folder.glob("*.tar"))
         held_out = [path for path in found if path.name.startswith("heldout")]
         if 0 < len(held_out) < len(found):
-            raise ValueError(
-                f"{source} contains heldout-*.tar and other shards; "
-                f"select some of them, e.g. {source}/train-*.tar"
-            )
+            choice = f"select some of them, e.g. {source}/train-*.tar"
+            raise ValueError(f"{source} contains heldout-*.tar and other shards; {choice}")
     elif folder.is_file():
         found = [folder]
     else:
@@ -134,7 +131,7 @@ def find_shards(source: str | Path) -> list[Path]:
             raise FileNotFoundError(f"{source}: {len(missing)} missing shards, e.g. {missing[0]}")
     if not found:
         raise FileNotFoundError(
-            f"no shards at {source}; expected a folder with *.tar, a tar, or a pattern of tars"
+            f"no shards at {source}; expected a folder, file or pattern of tars"
         )
     return found
 

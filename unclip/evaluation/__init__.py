@@ -4,8 +4,9 @@ PARTS = {  # of an evaluation, by kind of model
     "unclip": ("prior", "images", "decoder", "upsampler", "repeatable"),
     "dalle": ("images", "candidates", "codec", "bound", "repeatable"),
 }
-MANIPULATION_PARTS = tuple(
-    "reconstruction variations interpolation text_diff pca inpainting".split()
+MANIPULATION_PARTS = (
+    *("reconstruction", "variations", "interpolation"),
+    *("text_diff", "pca", "inpainting"),
 )
 STAGES = {  # timed by a benchmark, by kind of model
     "unclip": ("text", "prior", "decoder", "upsampler"),

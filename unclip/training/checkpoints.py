@@ -113,11 +113,7 @@ class RunState:
                 _save_tensors(self.model.state_dict(), folder / "ema.safetensors")
         for i, state in enumerate(random_states):
             save_json(state, folder / f"rng-{i}.json")
-        versions = {
-            "unclip": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
+        versions = {"unclip": __version__, "torch": torch.__version__}
         state = {
             "step": self.step,
             "hours": self.hours,
@@ -126,7 +122,7 @@ class RunState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "processes": self.processes,
             "settings": self.settings,
-            "versions": versions,
+            "versions": {**versions, "python": platform.python_version()},
         }
         save_json(state, folder / "state.json")
         if self.tokenizer:

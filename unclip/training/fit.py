@@ -136,9 +136,8 @@ class _Trainer:
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         checkpoint = self._checkpoint_to_resume(run)
-        self.accelerator = accelerator = make_accelerator(
-            config.precision, config.trackers, config.output
-        )
+        accelerator = make_accelerator(config.precision, config.trackers, config.output)
+        self.accelerator = accelerator
         if run.init:
             load_weights(model, run.init)
         _configure(model, config, accelerator.device)
@@ -150,16 +149,8 @@ class _Trainer:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
-        self.state = RunState(
-            model,
-            optimizer,
-            self.ema,
-            loader,
-            accelerator.scaler,
-            run.config,
-            accelerator.num_processes,
-            tokenizer,
-        )
+        parts = (model, optimizer, self.ema, loader, accelerator.scaler)
+        self.state = RunState(*parts, run.config, accelerator.num_processes, tokenizer)
         self.resumed_random_state = (
             self.state.restore(checkpoint, accelerator.process_index) if checkpoint else None
         )
@@ -171,15 +162,8 @@ class _Trainer:
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             save_json(state.settings, self.output / "config.json")
-        self.log = Log(
-            accelerator,
-            self.output,
-            state.settings,
-            config.steps,
-            state.step,
-            state.hours,
-            config.progress,
-        )
+        progress = (config.steps, state.step, state.hours)
+        self.log = Log(accelerator, self.output, state.settings, *progress, config.progress)
         batches = self._batches()
         if self.resumed_random_state is None:
             set_seed(config.seed + accelerator.process_index)
@@ -367,10 +351,8 @@ class _Trainer:
         source = self.checkpoints.find(run.resume) if run.resume else None
         kept = self.checkpoints.all()
         if kept and not run.dry_run and (source is None or source.resolve() != kept[-1].resolve()):
-            raise ValueError(
-                f"{self.output} already contains {kept[-1].name}, which would be lost; "
-                "--resume latest, or choose another fit.output"
-            )
+            fault = f"{self.output} already contains {kept[-1].name}, which would be lost"
+            raise ValueError(f"{fault}; --resume latest, or choose another fit.output")
         return source
 
     def _save(self, export: Export | None) -> None:

@@ -111,10 +111,8 @@ def make_accelerator(precision: str, trackers: tuple[str, ...], output: str) -> 
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
     world_size = int(os.environ.get("WORLD_SIZE", 1))  # used by the loaders to split the data
     if (joined := this_process().num_processes) != world_size:
-        raise ValueError(
-            f"WORLD_SIZE is {world_size}, but accelerate trains with {joined} process(es), each "
-            "on its own; start one process, or set ACCELERATE_USE_CPU=1"
-        )
+        fault = f"WORLD_SIZE is {world_size}, but accelerate trains with {joined} process(es)"
+        raise ValueError(f"{fault}; start one process, or set ACCELERATE_USE_CPU=1")
     log_with: list[Any] = [*available_trackers(trackers)]
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
@@ -122,10 +120,8 @@ def make_accelerator(precision: str, trackers: tuple[str, ...], output: str) -> 
         project_config=ProjectConfiguration(output, logging_dir=f"{output}/logs"),
     )
     if accelerator.distributed_type in SHARDED:
-        raise ValueError(
-            f"{accelerator.distributed_type.value} shards the weights, which checkpoints do not "
-            "support; use DDP"
-        )
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"{kind} shards the weights, which checkpoints do not support; use DDP")
     return accelerator
 
 

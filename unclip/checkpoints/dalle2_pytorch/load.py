@@ -211,10 +211,8 @@ def _schedule(checkpoint: Checkpoint, name: str, kind: str, num_timesteps: int) 
     if table is not None and (
         table.shape != ours.shape or not torch.allclose(table.double(), ours, rtol=0, atol=1e-3)
     ):
-        raise ValueError(
-            f"{checkpoint.file}: the table {name}.alphas_cumprod is not the {kind} schedule with "
-            f"{num_timesteps} timesteps that its configuration asks for"
-        )
+        expected = f"the configured {kind} schedule with {num_timesteps} timesteps"
+        raise ValueError(f"{checkpoint.file}: {name}.alphas_cumprod is not {expected}")
     return config
 
 
@@ -227,14 +225,11 @@ def _clip(folder: Path, sources: Sequence[ClipSource | None]) -> CLIP:
     found = {(source.make, source.model) for source in sources if source is not None}
     if [make for make, _ in found] != ["openai"]:
         names = " and ".join(sorted(map(" ".join, found))) or "none"
-        raise FileNotFoundError(
-            f"{own} is missing and cannot be downloaded, as the configurations name {names}; "
-            f"put the CLIP there in open_clip's layout"
-        )
+        fault = f"is missing and cannot be downloaded, as the configurations name {names}"
+        raise FileNotFoundError(f"{own} {fault}; put the CLIP there in open_clip's layout")
     [(_, model)] = found
-    return CLIP.from_open_clip(
-        model.replace("/", "-").replace("@", "-").removesuffix("px"), "openai"
-    )
+    name = model.replace("/", "-").replace("@", "-").removesuffix("px")
+    return CLIP.from_open_clip(name, "openai")
 
 
 FORMAT = Format("DALLE2-pytorch", "unclip", recognise, load_bundle, probe)

@@ -69,10 +69,8 @@ def read_prior(folder: Path, scheduler_file: Path, dtype: torch.dtype) -> Loaded
     """Load a PriorTransformer and its noise schedule."""
     scheduler = configs.read_scheduler(scheduler_file)
     if scheduler.prediction != "x0" or scheduler.learned_variance:
-        raise ValueError(
-            f"{scheduler_file}: expected prediction_type 'sample' and variance_type "
-            f"'fixed_small_log' for a prior"
-        )
+        expected = "prediction_type 'sample' and variance_type 'fixed_small_log'"
+        raise ValueError(f"{scheduler_file}: expected {expected} for a prior")
     config = configs.read_prior(folder / CONFIG_FILE, scheduler.limit)
     prior = build(DiffusionPrior, config, [_part(folder, prior_rules(config))], dtype)
     return LoadedPrior(prior, scheduler.schedule)
@@ -119,10 +117,10 @@ def _part(folder: Path, rules: list[Rule]) -> Part:
 def _image_scheduler(folder: Path) -> configs.Scheduler:
     scheduler = configs.read_scheduler(folder / SCHEDULER_FILE)
     if scheduler.limit != 1.0:
-        clip = (
-            f"clip_sample_range is {scheduler.limit}" if scheduler.limit else "clip_sample is off"
+        clip = f"to {scheduler.limit}" if scheduler.limit else "off"
+        raise ValueError(
+            f"{folder / SCHEDULER_FILE}: clip_sample is {clip}; expected clipping to 1"
         )
-        raise ValueError(f"{folder / SCHEDULER_FILE}: {clip}; expected images to be clipped to 1")
     return scheduler
 
 

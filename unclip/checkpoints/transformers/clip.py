@@ -84,16 +84,6 @@ LOGIT_SCALE = 2.6592  # CLIP's initial value: the towers do not hold it, and sam
 FIRST_EOS = 2  # with this eos_token_id, transformers pools at the highest id, as CLIP does
 
 
-def rules_of_text(depth: int, prefix: str = "") -> list[Rule]:
-    """CLIPTextModelWithProjection -> open_clip's text tower; prefix: of its names."""
-    return prefixed("", prefix, [*TEXT, *_blocks("text_model", depth)])
-
-
-def rules_of_vision(depth: int) -> list[Rule]:
-    """CLIPVisionModelWithProjection -> open_clip's VisionTransformer."""
-    return prefixed("", "visual.", [*VISION, *_blocks("vision_model", depth)])
-
-
 def _blocks(tower: str, depth: int) -> list[Rule]:
     return repeated(tower + ".encoder.layers.{}.", "transformer.resblocks.{}.", depth, BLOCK)
 
@@ -106,10 +96,8 @@ def read_clip(folder: Path, with_images: bool) -> CLIP:
     config = read_config(text / CONFIG_FILE, *image_files)
     tokenizer = read_tokenizer(folder / "tokenizer", config.context_length)
     if tokenizer.vocab_size > (slots := config.model_cfg["text_cfg"]["vocab_size"]):
-        raise ValueError(
-            f"{folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, but the text encoder has "
-            f"embeddings for {slots}"
-        )
+        sizes = f"{tokenizer.vocab_size} tokens, but the text encoder has {slots}"
+        raise ValueError(f"{folder / 'tokenizer'} has {sizes}")
     with torch.device("meta"):
         own = CLIP(config, tokenizer).model.state_dict()
     text_rules, vision_rules = rules(config)
@@ -204,11 +192,17 @@ def read_processor(file: Path, image_size: int) -> dict[str, Any]:
 
 
 def rules(config: CLIPConfig) -> tuple[list[Rule], list[Rule]]:
-    """Return the rules of the text tower and of the image tower, [] if there is none."""
+    """Return the rules of the text tower and of the image tower, [] if there is none.
+
+    They are CLIPTextModelWithProjection and CLIPVisionModelWithProjection in transformers.
+    """
     text, vision = config.model_cfg["text_cfg"], config.model_cfg.get("vision_cfg")
     prefix = "text." if config.model_cfg.get("custom_text") else ""
-    text_rules = rules_of_text(text.get("layers", 12), prefix)
-    return text_rules, rules_of_vision(vision.get("layers", 12)) if vision else []
+    text_rules = prefixed("", prefix, [*TEXT, *_blocks("text_model", text.get("layers", 12))])
+    if not vision:
+        return text_rules, []
+    blocks = _blocks("vision_model", vision.get("layers", 12))
+    return text_rules, prefixed("", "visual.", [*VISION, *blocks])
 
 
 def reasons_against_text(clip: CLIP) -> list[str]:
@@ -218,10 +212,8 @@ def reasons_against_text(clip: CLIP) -> list[str]:
     if not isinstance(clip.tokenizer, (BPETokenizer, OpenCLIPTokenizer)):
         reasons.append(f"its tokenizer is a {type(clip.tokenizer).__name__}")
     elif text.get("pool_type") == "eos" and text.get("eos_id", FIRST_EOS) != end_id(clip.tokenizer):
-        reasons.append(
-            f"its texts end with id {end_id(clip.tokenizer)}, but text_cfg.eos_id is "
-            f"{text.get('eos_id')}"
-        )
+        eos_id = f"text_cfg.eos_id is {text.get('eos_id')}"
+        reasons.append(f"its texts end with id {end_id(clip.tokenizer)}, but {eos_id}")
     return reasons
 
 
@@ -327,9 +319,7 @@ def write_processor(clip: CLIP) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": whole if squash else {"shortest_edge": side},
-        "resample": next(
-            number for number, name in RESAMPLINGS.items() if name == cfg["interpolation"]
-        ),
+        "resample": next(n for n, name in RESAMPLINGS.items() if name == cfg["interpolation"]),
         "do_center_crop": not squash,
         "crop_size": whole,
         "do_rescale": True,

@@ -33,10 +33,8 @@ def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
     """
     settings = read_json(folder / SETTINGS_FILE)
     if (length := settings.get("model_max_length", context_length)) != context_length:
-        raise ValueError(
-            f"{folder / SETTINGS_FILE}: model_max_length is {length}, but the text encoder has "
-            f"{context_length} positions"
-        )
+        expected = f"expected {context_length}, as the text encoder"
+        raise ValueError(f"{folder / SETTINGS_FILE}: model_max_length is {length}; {expected}")
     if not (folder / VOCAB_FILE).is_file():  # transformers 5 writes a single file
         return BPETokenizer.load(folder / WHOLE_FILE, context_length)
     if (folder / SPECIAL_FILE).is_file():
@@ -55,9 +53,8 @@ def clip_tokenizer(
 ) -> Tokenizer:
     """Build a tokenizer from a vocabulary and merges.
 
-    special: tokens that are matched in a text before all others. Karlo's folder has "!" among them,
-    for padding: an exclamation mark in a prompt is that token then, not the one for "!" at a word's
-    end.
+    special: tokens that are matched before all others. Karlo's folder includes its padding "!", so
+    an exclamation mark in a prompt becomes that token, not the one for "!" at the end of a word.
     """
     model = models.BPE(vocab, list(merges), unk_token=CLIP_END, end_of_word_suffix=END_OF_WORD)
     tokenizer = Tokenizer(model)
@@ -116,11 +113,8 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
     if isinstance(tokenizer, BPETokenizer):
         model = json.loads(tokenizer.tokenizer.to_str())["model"]
         vocab, merges = model["vocab"], model["merges"]
-        pad = (
-            CLIP_PAD
-            if tokenizer.pad_id in tokenizer.tokenizer.get_added_tokens_decoder()
-            else CLIP_END
-        )
+        is_special = tokenizer.pad_id in tokenizer.tokenizer.get_added_tokens_decoder()
+        pad = CLIP_PAD if is_special else CLIP_END
     else:
         from unclip.clip import OpenCLIPTokenizer  # late: open_clip is slow to import
 
@@ -129,9 +123,8 @@ def write_tokenizer(tokenizer: Tokenize, folder: Path) -> str:
         pad = CLIP_END  # as the padding token, "!" would get another id
     special = {"bos": CLIP_START, "eos": CLIP_END, "unk": CLIP_END, "pad": pad}
     (folder / VOCAB_FILE).write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / MERGES_FILE).write_text(
-        "\n".join(["#version: 0.2", *map(" ".join, merges), ""]), encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / MERGES_FILE).write_text("\n".join(lines), encoding="utf-8")
     _write_settings(folder, "CLIPTokenizer", tokenizer.context_length, special)
     return "CLIPTokenizer"
 
@@ -160,11 +153,7 @@ def _write_own(own: BPETokenizer, folder: Path) -> str:
 def _write_settings(
     folder: Path, kind: str, context_length: int, special: Mapping[str, str | None]
 ) -> None:
-    tokens: dict[str, Any] = {
-        f"{name}_token": token for name, token in special.items() if token is not None
-    }
-    save_json(
-        {"tokenizer_class": kind, "model_max_length": context_length, **tokens},
-        folder / SETTINGS_FILE,
-    )
+    tokens = {f"{name}_token": token for name, token in special.items() if token is not None}
+    settings = {"tokenizer_class": kind, "model_max_length": context_length, **tokens}
+    save_json(settings, folder / SETTINGS_FILE)
     save_json(tokens, folder / SPECIAL_FILE)
