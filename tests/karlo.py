@@ -25,7 +25,7 @@ from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel 
 from open_clip.tokenizer import SimpleTokenizer  # noqa: E402
 
 EMB_DIM, CONTEXT, CONTEXT_DIM, IMAGE_SIZE = 16, 16, 20, 32
-MERGES = 200  # of CLIP's 48,894: a vocabulary of its own
+MERGES = 200  # of CLIP's 48,894: a smaller vocabulary
 SPECIAL = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",

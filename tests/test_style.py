@@ -133,7 +133,7 @@ def depth(name: str, classes: dict[str, list[str]]) -> int:
 
 
 def is_module(name: str, classes: dict[str, list[str]]) -> bool:
-    """Whether a class inherits from `nn.Module`, by single inheritance."""
+    """Return whether a class inherits from `nn.Module`, by single inheritance."""
     parents = [base for base in classes.get(name, []) if base not in ("ABC", "Generic", "Protocol")]
     return len(parents) == 1 and (parents[0] == "Module" or is_module(parents[0], classes))
 

@@ -71,7 +71,7 @@ class CLIPConfig:
 
     @property
     def plain(self) -> bool:
-        """Whether both towers are open_clip's own rather than from timm or transformers."""
+        """Return whether both towers are open_clip's own rather than from timm or transformers."""
         vision, text = self.model_cfg.get("vision_cfg") or {}, self.model_cfg["text_cfg"]
         return not (vision.get("timm_model_name") or text.get("hf_model_name"))
 

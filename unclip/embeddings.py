@@ -145,11 +145,11 @@ class PCA:
             components = int((variance.cumsum(0) / variance.sum() < components).sum()) + 1
         if not 1 <= components <= most or int(components) != components:
             raise ValueError(f"components is {components}; expected 1 to {most}, or a fraction")
-        kept = slice(int(components))
-        vectors = vectors[kept]
+        selected = slice(int(components))
+        vectors = vectors[selected]
         # Eigenvectors have an arbitrary sign; a positive largest entry makes the fit repeatable.
         vectors = vectors * vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
-        parts = mean, vectors.contiguous(), variance[kept].clone(), variance.sum()
+        parts = mean, vectors.contiguous(), variance[selected].clone(), variance.sum()
         return cls(*(x.float() for x in parts))
 
     def __len__(self) -> int:

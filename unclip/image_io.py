@@ -222,14 +222,14 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _is_valid(source: dict[str, Any]) -> bool:
-    """Whether a metadata entry, or a source in one, has fields of the expected types."""
+    """Return whether a metadata entry, or a source in one, has fields of the expected types."""
     if not isinstance(source, dict):
         return False
     return all(isinstance(source[n], FIELD_TYPES[n]) for n in FIELD_TYPES.keys() & source.keys())
 
 
 def lacks_image(entry: dict[str, Any]) -> bool:
-    """Whether an input image was too large to be stored in this metadata entry."""
+    """Return whether an input image was too large to be stored in this metadata entry."""
     return any(None in (part.get("picture", ""), part.get("mask", "")) for part in _sources(entry))
 
 

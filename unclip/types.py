@@ -124,7 +124,7 @@ class StageOptions:
 
 @config
 class CodeOptions:
-    """Sampling options of a model that generates image codes one after the other."""
+    """Sampling options of a model that generates image codes sequentially."""
 
     temperature: Temperature = 1.0  # divides the logits; 0 = always the likeliest code
     top_k: PositiveInt | None = None  # sample among the k likeliest codes; None = all

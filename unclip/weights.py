@@ -125,8 +125,8 @@ def load_strictly(
     ]
     if missing or unexpected or misshaped:
         raise fit_error(source, missing, unexpected, misshaped)
-    kept = {name for name, _ in module.named_parameters()} if as_stored else set()
-    cast = {n: tensors[n] if n in kept else tensors[n].to(own[n].dtype) for n in own}
+    uncast = {name for name, _ in module.named_parameters()} if as_stored else set()
+    cast = {n: tensors[n] if n in uncast else tensors[n].to(own[n].dtype) for n in own}
     module.load_state_dict(cast, assign=True)
 
 

@@ -94,7 +94,7 @@ def loaded_by_diffusers(folder: Path, kind: Any = karlo.UnCLIPPipeline) -> Any:
 
 
 def own_model(**clip: Any) -> UnCLIPPipeline:
-    """A model of Karlo's structure with a tokenizer, an activation and schedules of its own."""
+    """A model of Karlo's structure with another tokenizer, activation and schedules."""
     texts = ["a red apple", "a blue fish"]
     tokenizer = BPETokenizer.train(texts, vocab_size=270, context_length=12)
     text = {

@@ -1,4 +1,4 @@
-"""DALLE-pytorch's files load, and outputs match recordings of its own code."""
+"""DALLE-pytorch's files load, and outputs match recordings of the original code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLIDE: networks and sampling match recordings of its own code."""
+"""GLIDE: networks and sampling match recordings of the original code."""
 
 from __future__ import annotations
 
@@ -179,13 +179,16 @@ def test_the_pipeline_matches_glides_sampling(folder: Path) -> None:
 
 
 def test_every_prompt_has_its_own_seed(folder: Path) -> None:
-    pipe, seen = small_pipe(folder), []
-    options = {"num_images": 2, "batch_size": 3, "on_step": seen.append, "progress": False}
+    pipe, steps = small_pipe(folder), []
+    options = {"num_images": 2, "batch_size": 3, "on_step": steps.append, "progress": False}
     result = pipe(["a fish", "a dish"], seed=7, **options)
     assert result.seeds == [7, 8, 9, 10]
     assert result.prompts == ["a fish", "a fish", "a dish", "a dish"]
     assert [image.size for image in result.images] == [(16, 16)] * 4
-    assert len(seen) == 2 * (5 + 4) and {step.stage for step in seen} == {"decoder", "upsampler_0"}
+    assert len(steps) == 2 * (5 + 4) and {step.stage for step in steps} == {
+        "decoder",
+        "upsampler_0",
+    }
     alone = pipe("a dish", seed=9, progress=False)
     assert alone.images[0].tobytes() == result.images[2].tobytes()
     assert (

@@ -84,16 +84,16 @@ def test_files_of_other_formats_are_selected():
 def test_a_hub_id_is_downloaded(tiny_folder, monkeypatch):
     import huggingface_hub
 
-    asked = {}
+    requested = {}
 
     def snapshot_download(hub_id, allow_patterns):
-        asked[hub_id] = allow_patterns
+        requested[hub_id] = allow_patterns
         return str(tiny_folder)
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: [*OURS, "a.bin"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/tiny", "cpu").source == "someone/tiny"
-    assert asked == {"someone/tiny": OURS}
+    assert requested == {"someone/tiny": OURS}
 
 
 def test_the_cache_is_used_without_a_network(tiny_folder, tmp_path, monkeypatch):

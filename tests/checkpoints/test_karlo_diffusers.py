@@ -178,7 +178,7 @@ def test_variations_match_diffusers(images, variations: UnCLIPPipeline) -> None:
     small = variations.decode(emb, generators=generators)
     assert_same_image(theirs, variations.upsample(small, generators=generators))
     assert len(variations.variations(image((50, 41)), num_images=2, seed=0, progress=False)) == 2
-    with pytest.raises(ValueError, match="has no prior and cannot draw from text"):
+    with pytest.raises(ValueError, match="has no prior"):
         variations("a red apple")
 
 
@@ -299,10 +299,10 @@ def test_a_hub_snapshot_with_a_bin_component_loads(folder: Path, tmp_path, monke
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     names = [str(file.relative_to(snapshot)) for file in snapshot.rglob("*") if file.is_file()]
-    asked = []
+    requested = []
 
     def snapshot_download(hub_id: str, allow_patterns: list[str]) -> str:
-        asked.extend(allow_patterns)
+        requested.extend(allow_patterns)
         return str(snapshot)
 
     monkeypatch.setattr(
@@ -310,10 +310,10 @@ def test_a_hub_snapshot_with_a_bin_component_loads(folder: Path, tmp_path, monke
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/karlo", "cpu").name == "karlo"
-    assert [name for name in asked if name.endswith(".bin")] == [
+    assert [name for name in requested if name.endswith(".bin")] == [
         "prior/diffusion_pytorch_model.bin"
     ]
-    assert set(asked) == set(names)
+    assert set(requested) == set(names)
 
 
 def test_options_of_the_scheduler_reach_the_prior(folder: Path, tmp_path: Path) -> None:

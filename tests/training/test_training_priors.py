@@ -181,10 +181,10 @@ def test_embedded_batches_equal_those_of_the_loader(clip, images):
     loader, embedded = Loader(data(images)), EmbeddedLoader(Loader(data(images)), clip)
     assert len(loader) == len(embedded) == 3
     for _ in range(2):
-        for seen, batch in zip(loader, embedded, strict=True):
-            assert (seen["key"], seen["caption"]) == (batch["key"], batch["caption"])
+        for expected, batch in zip(loader, embedded, strict=True):
+            assert (expected["key"], expected["caption"]) == (batch["key"], batch["caption"])
             torch.testing.assert_close(
-                batch["image_emb"], clip.encode_image(seen["image"]), rtol=0, atol=1e-5
+                batch["image_emb"], clip.encode_image(expected["image"]), rtol=0, atol=1e-5
             )
 
 

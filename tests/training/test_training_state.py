@@ -112,7 +112,7 @@ def test_a_model_without_trainable_parameters_is_rejected() -> None:
         build_optimizer(nn.Linear(1, 1).requires_grad_(False), OptimConfig())
 
 
-def draws() -> list[float]:
+def random_numbers() -> list[float]:
     return [
         random.random(),
         random.gauss(0, 1),
@@ -123,12 +123,12 @@ def draws() -> list[float]:
 
 
 def test_random_state_is_restored_exactly() -> None:
-    draws()  # an odd number of normals: each library buffers the second of a pair
+    random_numbers()  # an odd number of normals: each library buffers the second of a pair
     state = random_state()
-    first = draws()
-    assert draws() != first
+    first = random_numbers()
+    assert random_numbers() != first
     set_random_state(state)
-    assert draws() == first
+    assert random_numbers() == first
 
 
 def test_a_gpu_build_works_without_a_gpu(monkeypatch) -> None:

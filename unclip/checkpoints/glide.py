@@ -100,7 +100,7 @@ def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
 
 
 def read_network(file: Path, dtype: torch.dtype = torch.float32) -> GLIDE:
-    """Load a base network or an upsampler, for inpainting or not, told apart by input channels."""
+    """Load a base network or an upsampler; its input channels show which, and if it inpaints."""
     state = read_state(file)
     config = glide_config(state, file)
     return build(GLIDE, config, [Part(state, glide_rules(config), file)], dtype)

@@ -49,7 +49,7 @@ def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 def _one_checkpoint(names: list[str]) -> list[str]:
     """Keep one .pth file per folder: the one that `only_checkpoint` in dalle2_pytorch selects."""
-    kept = [name for name in names if not name.endswith(".pth")]
+    selected = [name for name in names if not name.endswith(".pth")]
     checkpoints = [PurePosixPath(name) for name in names if name.endswith(".pth")]
     for part in dict.fromkeys(path.parts[0] for path in checkpoints):
         found = [path for path in checkpoints if path.parts[0] == part]
@@ -61,8 +61,8 @@ def _one_checkpoint(names: list[str]) -> list[str]:
         if len(found) > 1:
             several = ", ".join(map(str, found))
             raise ValueError(f"it holds several models ({several}); download one into a folder")
-        kept.append(str(found[0]))
-    return kept
+        selected.append(str(found[0]))
+    return selected
 
 
 def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:

@@ -1,6 +1,6 @@
 """All checkpoint formats in the order in which they are tried, and loading of any of them.
 
-A new format defines a `Format` in a module of its own and adds one line here.
+A new format defines a `Format` in its own module and adds one line here.
 """
 
 from __future__ import annotations

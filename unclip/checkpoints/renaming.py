@@ -149,10 +149,10 @@ def import_state(
             left.difference_update(foreign)
             given = [state[name] for name in foreign]
             try:
-                made = rule.convert(given)
+                converted = rule.convert(given)
             except (RuntimeError, ValueError):  # rows that cannot be divided
-                made = given
-            if [x.shape for x in made] != [torch.Size(shapes[name]) for name in ours]:
+                converted = given
+            if [x.shape for x in converted] != [torch.Size(shapes[name]) for name in ours]:
                 expected = rule.invert([torch.empty(shapes[name], device="meta") for name in ours])
                 misshaped += [
                     f"{name} is {tuple(x.shape)}, expected {tuple(y.shape)}"
@@ -160,8 +160,8 @@ def import_state(
                     if x.shape != y.shape
                 ]
             if dtypes is not None:
-                made = [x.to(dtypes[name]) for name, x in zip(ours, made, strict=False)]
-            out |= zip(ours, made, strict=False)
+                converted = [x.to(dtypes[name]) for name, x in zip(ours, converted, strict=False)]
+            out |= zip(ours, converted, strict=False)
     left = {name for name in left if not any(fnmatchcase(name, ignore) for ignore in ignored)}
     unexpected = [name for name in state if name in left]
     if missing or unexpected or misshaped:

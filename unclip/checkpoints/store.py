@@ -7,7 +7,7 @@ emoji/
   clip/                    in open_clip's layout (see clip.py)
   prior/                   config.json (type and fields), model.safetensors, schedule.json
                            (no schedule for a prior that is not sampled by diffusion)
-  decoder/  upsampler_0/   likewise; a DALL-E 1 model has codec/ and dalle/ without a schedule
+  decoder/  upsampler_0/   as prior/; a DALL-E 1 model has codec/ and dalle/ without a schedule
   tokenizer/               config.json (type and fields) and tokenizer.json, if it is not CLIP's
 """
 

@@ -75,7 +75,7 @@ class _Stream:
     """Standard output or error, flushed at every write.
 
     Characters that its encoding lacks are escaped. If the reader of a pipe has gone, output is
-    dropped and the command goes on. A full disk is an OSError.
+    dropped and the command continues. A full disk is an OSError.
     """
 
     def __init__(self, stream: TextIO) -> None:

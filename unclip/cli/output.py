@@ -36,7 +36,7 @@ def check_output(args: Namespace, num_images: int) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Raise a ValueError if a file cannot be written at `path`; missing folders will be made."""
+    """Raise a ValueError if a file cannot be written at `path`; missing folders are created."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a file name")
     _check_parents(path)
@@ -117,7 +117,7 @@ def print_path(path: Path, args: Namespace) -> None:
 def check_json(file: Path | None) -> None:
     """Raise a ValueError if the folder of a JSON file does not exist."""
     if file is not None and not file.parent.is_dir():
-        raise ValueError(f"cannot write {file}: there is no folder {file.parent}")
+        raise ValueError(f"cannot write {file}: {file.parent} is not a directory")
 
 
 def write_json(results: dict[str, Any], file: Path | None, show: bool = True) -> None:

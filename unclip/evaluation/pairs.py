@@ -93,18 +93,18 @@ class Pairs:
         Ties go to the earlier row, so the selection is deterministic.
         """
         remaining, selected = list(range(len(self))), []
-        seen: Counter[tuple[str, str | None]] = Counter()
+        counts: Counter[tuple[str, str | None]] = Counter()
 
         def repetition(row: int) -> tuple[int, ...]:
             pair = self.entries[row]
-            style, group = seen["style", pair.style], seen["group", pair.group]
-            return seen["concept", pair.concept], pair.toned, style, group
+            style, group = counts["style", pair.style], counts["group", pair.group]
+            return counts["concept", pair.concept], pair.toned, style, group
 
         while remaining and len(selected) < count:
             selected.append(min(remaining, key=repetition))
             remaining.remove(selected[-1])
             pair = self.entries[selected[-1]]
-            seen.update([("concept", pair.concept), ("style", pair.style), ("group", pair.group)])
+            counts.update([("concept", pair.concept), ("style", pair.style), ("group", pair.group)])
         return selected
 
 

@@ -190,12 +190,12 @@ def _read_json(file: Path) -> Any:
 
 def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     """Write tensors of any device and memory format; a shared storage is written once per name."""
-    written, seen = {}, set()
+    written, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        written[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
+        written[name] = tensor.clone() if memory in storages else tensor
+        storages.add(memory)
     write_safetensors(written, file)
 
 

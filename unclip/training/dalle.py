@@ -45,10 +45,10 @@ class DALLELoss:
         drop = torch.rand(len(ids)) < (self.config.drop_text if training else 0.0)  # (B,)
         tokens = self.dalle.tokens(ids, mask, drop)  # (B, L)
         logits = model(tokens, codes)
-        kept = ~drop.to(tokens.device)
+        used = ~drop.to(tokens.device)
         text_logits = logits.text.float().flatten(0, 1)
         text = F.cross_entropy(text_logits, tokens.flatten(), reduction="none").view_as(tokens)
-        text = (text.mean(dim=1) * kept).sum() / kept.sum().clamp(min=1)
+        text = (text.mean(dim=1) * used).sum() / used.sum().clamp(min=1)
         image = F.cross_entropy(logits.codes.float().flatten(0, 1), codes.flatten())
         loss = self.config.text_weight * text + (1 - self.config.text_weight) * image
         return {"loss": loss, "text": text.detach(), "image": image.detach()}

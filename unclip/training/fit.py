@@ -349,9 +349,10 @@ class _Trainer:
 
     def _checkpoint_to_resume(self, run: Run[Any]) -> Path | None:
         source = self.checkpoints.find(run.resume) if run.resume else None
-        kept = self.checkpoints.all()
-        if kept and not run.dry_run and (source is None or source.resolve() != kept[-1].resolve()):
-            fault = f"{self.output} already contains {kept[-1].name}, which would be lost"
+        existing = self.checkpoints.all()
+        resumed = source is not None and existing and source.resolve() == existing[-1].resolve()
+        if existing and not (run.dry_run or resumed):
+            fault = f"{self.output} already contains {existing[-1].name}, which would be lost"
             raise ValueError(f"{fault}; --resume latest, or choose another fit.output")
         return source
 

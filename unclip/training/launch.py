@@ -84,15 +84,15 @@ def launch(
 def resume_command() -> str:
     """Return the command line of this process with --resume latest."""
     words = iter(sys.argv)
-    kept = []
+    arguments = []
     for word in words:
         if word in ("--resume", "--init"):
             next(words, None)
         elif not word.startswith(("--resume=", "--init=")):
-            kept.append(word)
+            arguments.append(word)
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     launcher = ["accelerate", "launch"] if by_accelerate else ["python"]
-    return shlex.join([*launcher, *kept, "--resume", "latest"])
+    return shlex.join([*launcher, *arguments, "--resume", "latest"])
 
 
 def this_process() -> PartialState:

@@ -22,21 +22,21 @@ from tqdm import tqdm
 DEFAULT_TRACKERS = ("tensorboard",)
 
 
-def available_trackers(wanted: tuple[str, ...]) -> list[str]:
+def available_trackers(trackers: tuple[str, ...]) -> list[str]:
     """Return the installed trackers.
 
     A missing tracker is a ValueError, or a warning if the default was not changed.
     """
     names = {str(t.value) for t in LoggerType} - {"all"}
-    if unknown := [name for name in wanted if name not in names]:
+    if unknown := [name for name in trackers if name not in names]:
         expected = ", ".join(sorted(names))
         raise ValueError(f"unknown tracker {unknown[0]!r}; expected one of {expected}")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
-    if missing and wanted != DEFAULT_TRACKERS:
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing and trackers != DEFAULT_TRACKERS:
         raise ValueError(f"the tracker {missing[0]!r} is not installed; pip install {missing[0]}")
     if missing:
         warnings.warn(f"{missing[0]} is not installed; logging to metrics.jsonl only", stacklevel=2)
-    return [name for name in wanted if name not in missing]
+    return [name for name in trackers if name not in missing]
 
 
 class Log:

@@ -24,7 +24,7 @@ PREFIXES = {"prior": "net.", "decoder": "unets."}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What loading needs from a file."""
+    """The content of a file that loading needs."""
 
     file: Path
     part: str  # "prior" or "decoder"
@@ -121,7 +121,7 @@ def release_by_names(state: Mapping[str, Tensor], part: str) -> Release:
             return (1, 15, 6)  # saved again by someone else
         return (0, 26, 1) if has(r"net\.null_text_embed") else (0, 22, 1)
     if has(r"unets\.\d+\.downs\.0\.[04]\.1\.weight"):
-        return (1, 15, 6)  # likewise
+        return (1, 15, 6)  # saved again, as above
     for name in state:
         if found := re.fullmatch(r"(unets\.[1-9]\d*\.)to_out\.weight", name):
             # Since 0.24 the input image is concatenated in front of the last convolution.

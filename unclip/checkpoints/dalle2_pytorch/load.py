@@ -3,8 +3,8 @@
 A folder:
 
   prior/       best.pth or latest.pth, prior_config.json; without a prior, only variations
-  decoder/     likewise with decoder_config.json; since release 1.0 the .pth holds its configuration
-  upsampler/   likewise, if the upsampler is in another file than the decoder
+  decoder/     the same with decoder_config.json; since release 1.0 the .pth holds its configuration
+  upsampler/   the same, if the upsampler is in another file than the decoder
   clip/        the CLIP in open_clip's layout; without it, the configured one is downloaded
 """
 

@@ -63,7 +63,7 @@ def save_for_diffusers(
             **{name: list(entry) for name, entry in sorted(entries.items())},
         }
         save_json(index, part / INDEX_FILE)
-        if not (folder / CARD_FILE).is_file():  # an existing model card may say more
+        if not (folder / CARD_FILE).is_file():  # do not replace a model card
             licence = json.dumps(bundle.licence, ensure_ascii=False)
             card = f"---\nlicense: {licence}\n---\n\n# {bundle.name}\n"
             (part / CARD_FILE).write_text(card, encoding="utf-8")
@@ -114,7 +114,7 @@ def _against_text(config: PriorConfig | DecoderConfig) -> Iterator[str]:
 
 def _against_decoder(config: DecoderConfig) -> Iterator[str]:
     faults = {
-        "it encodes the text with a transformer of its own": config.text.kind != "clip_states",
+        "it has its own text transformer": config.text.kind != "clip_states",
         "the text embedding is not added to the time embedding": not config.text_emb_in_time,
         "it predicts v": config.prediction == "v",
         "its variance is not learned": not config.learned_variance,

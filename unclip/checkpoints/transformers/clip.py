@@ -89,7 +89,7 @@ def _blocks(tower: str, depth: int) -> list[Rule]:
 
 
 def read_clip(folder: Path, with_images: bool) -> CLIP:
-    """Load a folder's text encoder, tokenizer and, if asked, image encoder as one CLIP."""
+    """Load a folder's text encoder, tokenizer and optionally image encoder as one CLIP."""
     text, vision = folder / "text_encoder", folder / "image_encoder"
     processor = folder / "feature_extractor" / PROCESSOR_FILE
     image_files = (vision / CONFIG_FILE, processor) if with_images else ()

@@ -1,4 +1,4 @@
-"""Speed and memory of a model (`unclip bench`); cold starts run in processes of their own.
+"""Speed and memory of a model (`unclip bench`); cold starts run in separate processes.
 
 This module does not import torch: a child process inherits its parent's peak memory.
 """
@@ -26,7 +26,7 @@ WORKER = "unclip.evaluation.bench.worker"
 
 @config
 class BenchConfig:
-    """What to measure. Sampling options are those of the model, or of `preset`."""
+    """Settings of a benchmark. Sampling options are those of the model, or of `preset`."""
 
     model: str
     dtype: str | None = None  # name in torch, e.g. "bfloat16"; None: default of the device
@@ -50,7 +50,7 @@ class BenchConfig:
 
     @property
     def has_cold_start(self) -> bool:
-        """Whether `unclip generate` runs the same model and options."""
+        """Return whether `unclip generate` runs the same model and options."""
         changed = self.preset or self.compile or self.quantize or self.offload or self.steps_only
         return not changed and self.stages is None and self.model not in RANDOM_MODELS
 
@@ -92,7 +92,7 @@ def bench(config: BenchConfig, progress: bool = True) -> dict[str, Any]:
 
 
 def machine_peak(machine: dict[str, Any]) -> dict[str, float]:
-    """Measure the peak operations per second of the device and dtype in a process of its own."""
+    """Measure the peak operations per second of the device and dtype in a separate process."""
     where = {"device": machine["device"], "dtype": machine["dtype"]}
     with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder:
         return _run_worker("peak", where, Path(folder) / "peak.json")[0]

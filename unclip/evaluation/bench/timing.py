@@ -97,7 +97,7 @@ def count_operations(stage: Stage[T], max_steps: int | None = None) -> StepCosts
 
 
 class _Stop(Exception):
-    """The wanted number of steps is done."""
+    """The requested number of steps is done."""
 
 
 def _run(stage: Stage[T], after_step: Callable[[], None], max_steps: int | None) -> T | None:

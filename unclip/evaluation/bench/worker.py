@@ -1,4 +1,4 @@
-"""Tasks of `unclip bench` that run in a process of their own.
+"""Tasks of `unclip bench` that run in a separate process.
 
     python -m unclip.evaluation.bench.worker measure CONFIG OUT.json   time warm calls
     python -m unclip.evaluation.bench.worker save CONFIG FOLDER        write a random Karlo
@@ -45,7 +45,7 @@ def placement(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
 
 
 def open_model(config: BenchConfig) -> UnCLIPPipeline | DallePipeline:
-    """Load a model, or build a random one with the networks of the wanted stages."""
+    """Load a model, or build a random one with the networks of the selected stages."""
     device, dtype = placement(config)
     if config.model in KARLO:
         return build_karlo(config.model, dtype, device, config.stages or STAGES["unclip"])
@@ -146,10 +146,10 @@ def _stages(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig, options: 
         stages = dalle_stages(pipe, PROMPT, config.batch, options)
     else:
         stages = unclip_stages(pipe, PROMPT, config.batch, options)
-    wanted, known = config.stages or tuple(stages.calls), ", ".join(stages.calls)
-    if missing := [name for name in wanted if name not in stages.calls]:
+    selected, known = config.stages or tuple(stages.calls), ", ".join(stages.calls)
+    if missing := [name for name in selected if name not in stages.calls]:
         raise ValueError(f"{config.model} has no stage {missing[0]!r}; expected some of {known}")
-    return replace(stages, calls={n: call for n, call in stages.calls.items() if n in wanted})
+    return replace(stages, calls={n: call for n, call in stages.calls.items() if n in selected})
 
 
 def _offloaded_parts(pipe: UnCLIPPipeline | DallePipeline) -> dict[str, nn.Module]:
