@@ -170,7 +170,7 @@ def test_the_activation_follows_the_pretrained_weights(monkeypatch):
 def test_unknown_architectures_and_tags_are_errors():
     with pytest.raises(ValueError, match="unknown open_clip architecture 'ViT-X'"):
         CLIP.from_open_clip("ViT-X")
-    with pytest.raises(ValueError, match="no pretrained tag or file 'nowhere'; its tags: openai"):
+    with pytest.raises(ValueError, match="no weights 'nowhere'; its tags: openai"):
         CLIP.from_open_clip("ViT-B-32", "nowhere")
 
 

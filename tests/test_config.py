@@ -151,7 +151,7 @@ def test_override_replaces_one_value(tmp_path: Path, override: str, value: objec
             GOOD + "text: {kind: states, nrom: true}\n",
             "run.yaml:8: text.nrom is unknown; did you mean 'norm'?",
         ),
-        (GOOD + "name: again\n", "run.yaml:8: 'name' is given twice (first in line 1)"),
+        (GOOD + "name: again\n", "run.yaml:8: 'name' is given twice; see line 1"),
         (
             GOOD + "a: [1\n",
             "run.yaml:9: not valid YAML: expected ',' or ']', but got '<stream end>'",
@@ -253,7 +253,7 @@ class Bounded:
         ({"rate": float("nan")}, "rate is nan; expected at least 0"),
         ({"kind": "c"}, "kind is 'c'; expected 'a' or 'b'"),
         ({"grid": (4, 0)}, r"grid\[1\] is 0; expected at least 1"),
-        ({"levels": ()}, r"levels is \(\); expected at least 1 entry"),
+        ({"levels": ()}, r"levels is \(\); expected a length of at least 1"),
         ({"size": 12, "kind": "b"}, "expected at most 10 for kind 'b'"),
     ],
 )

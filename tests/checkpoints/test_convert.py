@@ -286,7 +286,7 @@ def test_every_reason_is_listed(change: Any, reason: str) -> None:
     with pytest.raises(ValueError, match="x cannot be written for diffusers: "):
         diffusers_export.save_for_diffusers(bundle, "nowhere")
     assert diffusers_export.reasons_against(replace(bundle, kind="dalle")) == [
-        "it is a model of kind 'dalle'; diffusers has a pipeline for 'unclip' only"
+        "its kind is 'dalle'; diffusers has a pipeline for 'unclip' only"
     ]
 
 

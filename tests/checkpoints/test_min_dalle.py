@@ -224,7 +224,7 @@ def change(folder: Path, file: str, edit: Callable[[dict[str, torch.Tensor]], ob
         (
             "decoder.pt",
             lambda s: s.update({"embed_tokens.weight": torch.ones(31, 128)}),
-            "has 30 codes, the codec 40",
+            "has 30 codes; expected at least the codec's 40",
         ),
         (
             "detoker.pt",

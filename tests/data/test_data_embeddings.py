@@ -88,8 +88,8 @@ def test_variants_of_clip_retrieval_are_read(tmp_path):
         ({"weight": [1.0, -1.0]}, r"weight is -1\.0; expected a number >= 0"),
         ({"weight": [1.0, float("nan")]}, "weight is nan"),
         ({"weight": [1.0, None]}, "weight is None"),
-        ({"caption": [1, 2]}, r"2 of 2 captions are not strings, e\.g\. 1"),
-        ({"caption": ["a", None]}, r"1 of 2 captions are not strings, e\.g\. None"),
+        ({"caption": [1, 2]}, r"2 captions are not strings, e\.g\. 1"),
+        ({"caption": ["a", None]}, r"1 captions are not strings, e\.g\. None"),
     ],
 )
 def test_errors_in_metadata_name_the_file(tmp_path, column, message):

@@ -281,7 +281,7 @@ def test_open_dataset_recognises_the_layout(tmp_path, config):
     ("change", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"crop": 9}, "crop is 9; expected at most image_size = 8"),
+        ({"crop": 9}, "crop is 9; expected at most image_size, 8"),
         ({"max_broken": 1.0}, "max_broken"),
         ({"seed": -1}, "seed is -1"),
     ],

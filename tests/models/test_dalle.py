@@ -297,7 +297,7 @@ def test_invalid_input_raises():
         replace(CONFIG, kernel=4)
     with pytest.raises(ValueError, match="width is 22; expected a multiple of shifted_parts = 4"):
         replace(CONFIG, width=22, layer=LayerSpec(shift=True))
-    with pytest.raises(ValueError, match=r"attention is \(\); expected at least 1 entry"):
+    with pytest.raises(ValueError, match=r"attention is \(\); expected a length of at least 1"):
         replace(CONFIG, attention=())
     with pytest.raises(ValueError, match="depth is 0; expected at least 1"):
         replace(CONFIG, depth=0)

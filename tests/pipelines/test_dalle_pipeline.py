@@ -298,8 +298,8 @@ def test_the_bound_equals_its_terms(tiny_dalle, photo):
             {"size": (20, 16)},
             r"20 x 16 px; expected 16 x 16",
         ),
-        ({"mode": "F"}, "pixel mode is F; expected RGB"),
-        ({"mode": "LAB"}, "pixel mode is LAB; expected RGB"),
+        ({"mode": "F"}, "mode is F; expected RGB"),
+        ({"mode": "LAB"}, "mode is LAB; expected RGB"),
     ],
 )
 def test_images_of_another_size_are_rejected(tiny_dalle, change, message):

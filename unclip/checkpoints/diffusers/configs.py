@@ -254,7 +254,8 @@ def read_unet(file: Path, conditional: bool = False) -> tuple[UNetConfig, int]:
     channels, blocks = values["block_out_channels"], values["layers_per_block"]
     blocks = blocks if isinstance(blocks, list) else [blocks] * len(attention)
     if not len(channels) == len(blocks) == len(attention):
-        raise ValueError(f"{file}: channels, layers and types of blocks differ in length")
+        names = "block_out_channels, layers_per_block and down_block_types"
+        raise ValueError(f"{file}: {names} differ in length")
     head_dims = values["attention_head_dim"]
     head_dims = head_dims if isinstance(head_dims, list) else [head_dims]
     if len(set(head_dims)) > 1:
