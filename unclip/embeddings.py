@@ -132,7 +132,7 @@ class PCA:
         None = all with non-zero variance.
         """
         if emb.ndim != 2 or len(emb) < 2:
-            raise ValueError(f"emb has shape {tuple(emb.shape)}; expected (N, D) with N > 1")
+            raise ValueError(f"emb has shape {tuple(emb.shape)}; expected (N, D), N at least 2")
         wide = emb.double()
         mean = wide.mean(dim=0)
         centred = wide - mean

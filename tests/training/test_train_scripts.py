@@ -249,9 +249,7 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
     )  # its weights include the layout
     again = read_tensors(workplace / "runs/tiny/shown_again/model/model.safetensors")
     assert all(torch.equal(again[f"layout.{name}"], tensor) for name, tensor in layout.items())
-    with pytest.raises(
-        SystemExit, match="model.layout is not trained here; set layout"
-    ):
+    with pytest.raises(SystemExit, match="model.layout is not trained here; set layout"):
         train("decoder", *settings[2:], *own)
     with pytest.raises(SystemExit, match="model.layout, its config, is missing"):
         train("decoder", settings[0])
