@@ -373,9 +373,7 @@ def find_ffmpeg() -> str:
     except (ImportError, RuntimeError):
         if (found := shutil.which("ffmpeg")) is None:
             advice = "pip install imageio-ffmpeg, or write a .gif"
-            raise ValueError(
-                f"writing an .mp4 needs ffmpeg, which was not found; {advice}"
-            ) from None
+            raise ValueError(f"writing an .mp4 needs ffmpeg, which is missing; {advice}") from None
         return found
 
 

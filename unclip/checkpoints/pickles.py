@@ -111,9 +111,7 @@ def _named_tensors(
     attributes = module.state
     if "_parameters" in attributes:  # an nn.Module
         transient = attributes.get("_non_persistent_buffers_set", ())
-        buffers = {
-            name: x for name, x in attributes.get("_buffers", {}).items() if name not in transient
-        }
+        buffers = {n: x for n, x in attributes.get("_buffers", {}).items() if n not in transient}
         attributes = {**attributes["_parameters"], **buffers, **attributes.get("_modules", {})}
     for name, value in attributes.items():
         if isinstance(value, Tensor):

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.folders import locate
-from unclip.cli.arguments import (
-    COUNT,
-    DTYPES,
-    add_command,
-    add_model,
-    add_quiet,
-    add_runtime,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.output import check_json, write_json
 from unclip.evaluation import STAGES
 from unclip.pipelines.presets import PRESETS
@@ -29,30 +22,28 @@ COMPARISONS = {
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(commands, bench, "measure the speed and the memory of a model")
-    add_model(parser)
+    parser = flags.add_command(commands, bench, "measure the speed and the memory of a model")
+    flags.add_model(parser)
     parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
     about = "number of images in each warm call (default: 1)"
-    parser.add_argument("--batch", default=1, help=about, **COUNT)
+    parser.add_argument("--batch", default=1, help=about, **flags.COUNT)
     about = "number of measurements of each kind (default: 5)"
-    parser.add_argument("--repeat", default=5, help=about, **COUNT)
+    parser.add_argument("--repeat", default=5, help=about, **flags.COUNT)
     unclip, dalle = (",".join(STAGES[kind]) for kind in ("unclip", "dalle"))
     about = f"some of {unclip}, or for a DALL-E of {dalle} (default: all)"
-    parser.add_argument(
-        "--stages", type=lambda text: tuple(text.split(",")), metavar="A,B", help=about
-    )
+    parser.add_argument("--stages", type=lambda x: tuple(x.split(",")), metavar="A,B", help=about)
     about = "also time N images with and without reranking by CLIP"
-    parser.add_argument("--candidates", help=about, **COUNT)
+    parser.add_argument("--candidates", help=about, **flags.COUNT)
     extent = parser.add_mutually_exclusive_group()
     about = "extrapolate each stage from two of its steps (default for karlo-random)"
     extent.add_argument("--steps-only", action="store_true", help=about)
     about = "run all steps and whole calls, also for karlo-random"
     extent.add_argument("--whole", action="store_true", help=about)
     parser.add_argument("--preset", choices=PRESETS, help="sampling options by name")
-    add_runtime(parser)
+    flags.add_runtime(parser)
     about = "write the results to this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
-    add_quiet(parser)
+    flags.add_quiet(parser)
 
 
 def _moved(name: str) -> str:
@@ -72,7 +63,7 @@ def bench(args: Namespace) -> None:
         locate(args.model)  # an unknown name is reported before torch is imported
     if args.model in benchmark.KARLO and not (args.whole or args.preset):
         args.steps_only = True  # all steps take minutes on a CPU
-    args.dtype = args.dtype and DTYPES[args.dtype]
+    args.dtype = args.dtype and flags.DTYPES[args.dtype]
     names = [field.name for field in fields(benchmark.BenchConfig)]
     config = benchmark.BenchConfig(**{name: getattr(args, name) for name in names})
     results = benchmark.bench(config, not args.quiet)

@@ -6,25 +6,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.cli.arguments import (
-    COUNT,
-    DETERMINISTIC,
-    add_command,
-    add_model,
-    add_num_images,
-    add_output,
-    add_sampling,
-    add_seed,
-    fraction,
-    number,
-    sampling_options,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_output, write_results
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         edit,
         "inpaint, outpaint or change an image",
@@ -42,21 +30,21 @@ def add_commands(commands: Any) -> None:
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     area.add_argument("--extend", nargs=4, type=int, metavar=sides, help=about)
     about = "how much may change, above 0 to 1 (default: 1 with --mask, else 0.6)"
-    parser.add_argument("--strength", type=fraction, metavar="FRACTION", help=about)
+    parser.add_argument("--strength", type=flags.fraction, metavar="FRACTION", help=about)
     about = "passes over each group of steps, to harmonise the painted part (default: 4)"
-    parser.add_argument("--resamples", help=about, **COUNT)
+    parser.add_argument("--resamples", help=about, **flags.COUNT)
     about = (
         "how strongly the kept part changes the embedding of the prompt, "
         "for decoders with a layout (default: 3; 0 = not)"
     )
-    parser.add_argument("--agreement", type=number, metavar="WEIGHT", help=about)
+    parser.add_argument("--agreement", type=flags.number, metavar="WEIGHT", help=about)
     about = "use the plain decoder even if the model has one that was trained to inpaint"
     parser.add_argument("--training-free", action="store_true", help=about)
-    add_num_images(parser)
-    add_seed(parser)
-    add_sampling(parser, *DETERMINISTIC)
-    add_model(parser)
-    add_output(parser)
+    flags.add_num_images(parser)
+    flags.add_seed(parser)
+    flags.add_sampling(parser, *flags.DETERMINISTIC)
+    flags.add_model(parser)
+    flags.add_output(parser)
 
 
 def edit(args: Namespace) -> None:
@@ -80,7 +68,7 @@ def edit(args: Namespace) -> None:
     call: dict[str, Any] = {
         "num_images": args.num_images,
         "seed": args.seed,
-        "options": sampling_options(pipe, args),
+        "options": flags.sampling_options(pipe, args),
         "progress": not args.quiet,
     }
     if args.mask is not None or args.extend is not None:

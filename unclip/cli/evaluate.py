@@ -9,20 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.folders import locate
-from unclip.cli.arguments import (
-    COUNT,
-    PRIOR,
-    SAMPLING,
-    add_command,
-    add_model,
-    add_quiet,
-    add_renamed,
-    add_sampling,
-    add_seed,
-    number,
-    prompts_file,
-    sampling_options,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.loading import load_model, load_named, load_unclip
 from unclip.cli.output import check_json, write_json
 from unclip.config import to_dict
@@ -53,14 +40,14 @@ def _add_data(
 ) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="DATA", help=about)
     about = f"use N evenly spaced pairs (default: {limit or 'all'})"
-    parser.add_argument("--limit", default=limit, help=about, **COUNT)
+    parser.add_argument("--limit", default=limit, help=about, **flags.COUNT)
     about = f"images per batch (default: {batch_size})"
-    parser.add_argument("--batch-size", default=batch_size, help=about, **COUNT)
+    parser.add_argument("--batch-size", default=batch_size, help=about, **flags.COUNT)
 
 
 def _add_results(parser: ArgumentParser, about: str = "write the results to this file") -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
-    add_quiet(parser)
+    flags.add_quiet(parser)
 
 
 def _named(parse: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
@@ -80,24 +67,24 @@ def _named(parse: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
 
 def _add_evaluate(commands: Any) -> None:
     about = "evaluate a model on pairs that it was not trained on"
-    parser = add_command(commands, evaluate, about)
-    add_model(parser)
+    parser = flags.add_command(commands, evaluate, about)
+    flags.add_model(parser)
     _add_data(parser, None, 32)
     about = "training pairs, for styles and nearest images"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
     about = "another model, sampled with the same captions and seeds"
     parser.add_argument("--baseline", metavar="NAME", help=about)
-    add_renamed(parser, "--beside", "--baseline")
+    flags.add_renamed(parser, "--beside", "--baseline")
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
-    add_seed(parser, 0)
-    add_sampling(parser, *SAMPLING, *PRIOR)
+    flags.add_seed(parser, 0)
+    flags.add_sampling(parser, *flags.SAMPLING, *flags.PRIOR)
     about = "write sheets of generated images to this folder"
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help=about)
-    add_renamed(parser, "--pictures", "--sheets", type=Path)
+    flags.add_renamed(parser, "--pictures", "--sheets", type=Path)
     about = "prompts for the sheet of samples, one per line"
-    parser.add_argument("--prompts-file", type=prompts_file, metavar="FILE", help=about)
+    parser.add_argument("--prompts-file", type=flags.prompts_file, metavar="FILE", help=about)
     _add_results(parser)
 
 
@@ -136,7 +123,7 @@ def _make_evaluation(args: Namespace) -> Evaluation:
             raise ValueError(f"{model.name} is of kind {model.kind}; expected {' or '.join(kinds)}")
     batching = {"batch_size": args.batch_size, "progress": not args.quiet}
     make_generator, make_evaluation = kinds[pipe.kind]
-    generator = make_generator(pipe, sampling_options(pipe, args), **batching)
+    generator = make_generator(pipe, flags.sampling_options(pipe, args), **batching)
     held_out = load_pairs(args.data, generator.size, args.limit, not args.quiet)
     train = None
     if args.train_data:
@@ -150,17 +137,17 @@ def _make_evaluation(args: Namespace) -> Evaluation:
 
 def _add_evaluate_codec(commands: Any) -> None:
     about = "evaluate the reconstructions and the codebook of an image codec"
-    parser = add_command(commands, evaluate_codec, about)
+    parser = flags.add_command(commands, evaluate_codec, about)
     about = "folder or file of a codec, or a model that has one"
     parser.add_argument("codec", metavar="CODEC", help=about)
     _add_data(parser, None, 32, "images: tars, or a folder")
     about = "image size in pixels (default: that of the training)"
-    parser.add_argument("--size", help=about, **COUNT)
+    parser.add_argument("--size", help=about, **flags.COUNT)
     about = "cpu, cuda, mps (default: cpu)"
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help=about)
     about = "write a sheet of images above their reconstructions"
     parser.add_argument("--sheet", type=Path, metavar="PNG", help=about)
-    add_renamed(parser, "--picture", "--sheet", type=Path)
+    flags.add_renamed(parser, "--picture", "--sheet", type=Path)
     _add_results(parser)
 
 
@@ -191,18 +178,18 @@ def evaluate_codec(args: Namespace) -> None:
 
 def _add_evaluate_priors(commands: Any) -> None:
     about = "compare priors for one decoder on the same held-out captions, and the decoder alone"
-    parser = add_command(commands, evaluate_priors, about)
-    add_model(parser)
+    parser = flags.add_command(commands, evaluate_priors, about)
+    flags.add_model(parser)
     repeated = {"action": "append", "default": []}
     about = "another prior to compare with the model's own (can be repeated)"
     prior = {"type": _named(str), "dest": "priors", "metavar": "NAME=FOLDER"}
     parser.add_argument("--prior", help=about, **prior, **repeated)
     about = "guidance of one prior (default: that of the options; can be repeated)"
-    scale = {"type": _named(number), "dest": "scales", "metavar": "NAME=SCALE"}
+    scale = {"type": _named(flags.number), "dest": "scales", "metavar": "NAME=SCALE"}
     parser.add_argument("--prior-guidance", help=about, **scale, **repeated)
     _add_data(parser, 128, 32)
-    add_seed(parser, 0)
-    add_sampling(parser, *SAMPLING)
+    flags.add_seed(parser, 0)
+    flags.add_sampling(parser, *flags.SAMPLING)
     _add_results(parser)
 
 
@@ -220,7 +207,7 @@ def evaluate_priors(args: Namespace) -> None:
         {name: load_prior(folder) for name, folder in args.priors},
         load_pairs(args.data, pipe.decoder.config.image_size, args.limit, not args.quiet),
         guidance=dict(args.scales),
-        options=sampling_options(pipe, args),
+        options=flags.sampling_options(pipe, args),
         seed=args.seed,
         batch_size=args.batch_size,
         progress=not args.quiet,
@@ -251,8 +238,8 @@ def _resume(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _add_evaluate_manipulations(commands: Any) -> None:
     about = "evaluate inversion, variations, interpolation, text diffs, PCA and inpainting"
-    parser = add_command(commands, evaluate_manipulations, about)
-    add_model(parser)
+    parser = flags.add_command(commands, evaluate_manipulations, about)
+    flags.add_model(parser)
     _add_data(parser, 32, 16)
     about = "images or embeddings to fit the PCA on (default: those of --data)"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
@@ -261,8 +248,8 @@ def _add_evaluate_manipulations(commands: Any) -> None:
         "--parts", nargs="+", choices=MANIPULATION_PARTS, metavar="PART", help=about
     )
     about = "minimum steps of DDIM inversion (default: 50; at most 25 except in reconstruction)"
-    parser.add_argument("--steps", default=50, help=about, **COUNT)
-    add_seed(parser, 0)
+    parser.add_argument("--steps", default=50, help=about, **flags.COUNT)
+    flags.add_seed(parser, 0)
     _add_results(parser, "save each part to this file; the same command then resumes")
 
 
@@ -303,10 +290,10 @@ def evaluate_manipulations(args: Namespace) -> None:
 
 def _add_evaluate_approximations(commands: Any) -> None:
     about = "measure the error and the speed of approximate options against exact results"
-    parser = add_command(commands, evaluate_approximations, about)
-    add_model(parser)
+    parser = flags.add_command(commands, evaluate_approximations, about)
+    flags.add_model(parser)
     _add_data(parser, 128, 16, "captions: tars, or a folder")
-    add_seed(parser, 0)
+    flags.add_seed(parser, 0)
     _add_results(parser, "save each row to this file; the same command then resumes")
 
 

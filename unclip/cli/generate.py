@@ -7,25 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.arguments import (
-    CANDIDATES,
-    DEFAULT_MODEL,
-    DTYPES,
-    FROM_IMAGE,
-    FROM_TEXT,
-    NUMBER,
-    SAMPLING,
-    add_command,
-    add_model,
-    add_num_images,
-    add_output,
-    add_runtime,
-    add_sampling,
-    add_seed,
-    given_flags,
-    prompts_file,
-    sampling_options,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.loading import load_dalle, load_model
 from unclip.cli.output import check_output, slug, write_images
 
@@ -39,39 +21,41 @@ COMPLETION_MODEL = "emoji-dalle1"
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(commands, generate, "generate images from prompts")
+    parser = flags.add_command(commands, generate, "generate images from prompts")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     about = "more prompts, one per line"
-    parser.add_argument("--prompts-file", type=prompts_file, default=[], metavar="FILE", help=about)
+    parser.add_argument(
+        "--prompts-file", type=flags.prompts_file, default=[], metavar="FILE", help=about
+    )
     about = "generate the image in a PNG again, from its metadata"
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
     _add_generation(parser)
     parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
-    add_sampling(parser, *SAMPLING, *FROM_TEXT, CANDIDATES)
+    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.CANDIDATES)
 
-    parser = add_command(commands, variations, "generate variations of an image from its embedding")
+    parser = flags.add_command(commands, variations, "vary an image, from its embedding")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     _add_generation(parser)
-    add_sampling(parser, *SAMPLING, *FROM_IMAGE)
+    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_IMAGE)
     _add_fit(parser)
 
-    parser = add_command(commands, complete, "complete an image from its upper part (DALL-E)")
+    parser = flags.add_command(commands, complete, "complete an image from its upper part (DALL-E)")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     about = "caption of the completed image (default: none)"
     parser.add_argument("caption", nargs="?", metavar="PROMPT", help=about)
     _add_generation(parser, COMPLETION_MODEL)
     about = "fraction of the image to keep, from the top, in [0, 1) (default: 0.4375)"
-    parser.add_argument("--keep", help=about, **NUMBER)
-    add_sampling(parser, *SAMPLING, CANDIDATES)
+    parser.add_argument("--keep", help=about, **flags.NUMBER)
+    flags.add_sampling(parser, *flags.SAMPLING, flags.CANDIDATES)
     _add_fit(parser)
 
 
-def _add_generation(parser: ArgumentParser, model: str = DEFAULT_MODEL) -> None:
-    add_model(parser, model)
-    add_runtime(parser)
-    add_num_images(parser, of=" per prompt or image")
-    add_seed(parser)
-    add_output(parser)
+def _add_generation(parser: ArgumentParser, model: str = flags.DEFAULT_MODEL) -> None:
+    flags.add_model(parser, model)
+    flags.add_runtime(parser)
+    flags.add_num_images(parser, of=" per prompt or image")
+    flags.add_seed(parser)
+    flags.add_output(parser)
 
 
 def _add_fit(parser: ArgumentParser) -> None:
@@ -88,10 +72,10 @@ def generate(args: Namespace) -> None:
     if args.mix is not None:
         prompts = [_mixture(prompts, args.mix)]
     check_output(args, len(prompts) * args.num_images)
-    args.model = args.model or DEFAULT_MODEL
+    args.model = args.model or flags.DEFAULT_MODEL
     pipe = load_model(args)
     given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
-    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     for rows, part in _parts(args, len(prompts), args.candidates):
         result = pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE)
         _write(result.images, result.metadata, args)
@@ -132,7 +116,7 @@ def _parts(
 def _regenerate(args: Namespace) -> None:
     from unclip.image_io import read_metadata
 
-    others = (args.prompts, args.prompts_file, args.num_images > 1, given_flags(args))
+    others = (args.prompts, args.prompts_file, args.num_images > 1, flags.given_flags(args))
     if any(others) or args.seed is not None:
         raise ValueError(
             "--from takes prompts, seed and sampling options from the metadata of the PNG; "
@@ -142,18 +126,16 @@ def _regenerate(args: Namespace) -> None:
     first = entries[0]
     args.grid = args.grid or len(entries) > 1
     check_output(args, len(entries))
-    args.model = args.model or first.get("model") or DEFAULT_MODEL
+    args.model = args.model or first.get("model") or flags.DEFAULT_MODEL
     args.prior = first.get("prior_model")
     args.quantize = args.quantize or first.get("quantized")
-    dtypes = {long: short for short, long in DTYPES.items()}
+    dtypes = {long: short for short, long in flags.DTYPES.items()}
     pipe = load_model(args, dtypes.get(first.get("dtype", "")))
 
     from unclip.pipelines.provenance import regenerate
 
     latents: dict[str, Any] = {}  # each source is inverted once
-    results = [
-        regenerate(pipe, entry, progress=not args.quiet, latents=latents) for entry in entries
-    ]
+    results = [regenerate(pipe, one, progress=not args.quiet, latents=latents) for one in entries]
     _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
 
 
@@ -164,7 +146,7 @@ def variations(args: Namespace) -> None:
     check_output(args, args.num_images)
     pipe = load_model(args)
     given = _given(prompt=args.prompt, keep=args.keep)
-    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
     for _, part in _parts(args):
         result = pipe.variations(image, **part, **given)
@@ -178,7 +160,7 @@ def complete(args: Namespace) -> None:
     check_output(args, args.num_images)
     pipe = load_dalle(args)
     given = _given(keep=args.keep, num_candidates=args.candidates)
-    given |= {"options": sampling_options(pipe, args), "progress": not args.quiet}
+    given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
     for _, part in _parts(args, candidates=args.candidates):
         result = pipe.complete(image, args.caption, **part, **given)

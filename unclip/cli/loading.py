@@ -66,7 +66,5 @@ def load_dalle(args: Namespace) -> DallePipeline:
 def _check_kind(pipe: Any, kind: str, args: Namespace, expected: str) -> Any:
     if pipe.kind != kind:
         command = args.run.__name__.replace("_", "-")
-        raise ValueError(
-            f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}, see --model"
-        )
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}; {command} needs {expected}")
     return pipe

@@ -6,19 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.arguments import (
-    DETERMINISTIC,
-    add_command,
-    add_model,
-    add_num_images,
-    add_output,
-    add_sampling,
-    add_seed,
-    at_least,
-    fraction,
-    given_flags,
-    sampling_options,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_file, check_output, is_png, print_path, slug, write_results
 
@@ -31,7 +19,7 @@ ANIMATIONS = (".gif", ".mp4")
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         reconstruct,
         "invert images into latents and generate the images again from them",
@@ -42,7 +30,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--save-latent", type=Path, metavar="FILE", help=about)
     _add_inversion(parser)
 
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         vary,
         "generate variations of images, as close to them as --eta says",
@@ -50,12 +38,12 @@ def add_commands(commands: Any) -> None:
     )
     _add_sources(parser)
     about = "fraction of fresh noise, from 0 (reconstruction) to 1 (default: 0.5)"
-    parser.add_argument("--eta", type=fraction, default=0.5, metavar="FRACTION", help=about)
-    add_num_images(parser, of=" per source")
-    add_seed(parser)
+    parser.add_argument("--eta", type=flags.fraction, default=0.5, metavar="FRACTION", help=about)
+    flags.add_num_images(parser, of=" per source")
+    flags.add_seed(parser)
     _add_inversion(parser)
 
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         interpolate,
         "interpolate between images or prompts",
@@ -65,7 +53,7 @@ def add_commands(commands: Any) -> None:
     about = "interpolate between prompts instead of images"
     parser.add_argument("--prompts", nargs="+", default=[], metavar="PROMPT", help=about)
     about = "number of frames, both ends included (default: 9)"
-    parser.add_argument("--frames", type=at_least(2), default=9, metavar="N", help=about)
+    parser.add_argument("--frames", type=flags.at_least(2), default=9, metavar="N", help=about)
     about = "space the frames evenly by CLIP similarity, not by interpolation weight"
     parser.add_argument("--even", action="store_true", help=about)
     about = "noise of the frames: interpolated (default), that of the first image, or random"
@@ -73,10 +61,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--noise", choices=choices, default="slerp", help=about)
     about = "frames per second of a .gif or .mp4 (default: 10)"
     parser.add_argument("--fps", type=float, default=10.0, metavar="N", help=about)
-    add_seed(parser)
+    flags.add_seed(parser)
     _add_inversion(parser, "a .gif, .mp4 or .png file, or a folder (default: the current one)")
 
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         diff,
         "edit images by the difference between two captions (text diff)",
@@ -90,14 +78,14 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help=about)
     about = "strength from 0 (unchanged) to 1; several values give several images (default: 0.3)"
     parser.add_argument(
-        "--theta", nargs="+", type=fraction, default=[0.3], metavar="FRACTION", help=about
+        "--theta", nargs="+", type=flags.fraction, default=[0.3], metavar="FRACTION", help=about
     )
     about = (
         "fraction of fresh noise; 0, as in the paper, keeps the noise of the image, "
         "and parts of it remain (default: 0.5)"
     )
-    parser.add_argument("--eta", type=fraction, default=0.5, metavar="FRACTION", help=about)
-    add_seed(parser)
+    parser.add_argument("--eta", type=flags.fraction, default=0.5, metavar="FRACTION", help=about)
+    flags.add_seed(parser)
     _add_inversion(parser)
 
 
@@ -108,10 +96,10 @@ def _add_sources(parser: ArgumentParser, nargs: str = "+") -> None:
 
 def _add_inversion(parser: ArgumentParser, *about_output: str) -> None:
     about = "maximum corrections per step of the inversion; 0 = plain DDIM (default: 10)"
-    parser.add_argument("--iterations", type=at_least(0), metavar="N", help=about)
-    add_sampling(parser, *DETERMINISTIC)
-    add_model(parser)
-    add_output(parser, *about_output)
+    parser.add_argument("--iterations", type=flags.at_least(0), metavar="N", help=about)
+    flags.add_sampling(parser, *flags.DETERMINISTIC)
+    flags.add_model(parser)
+    flags.add_output(parser, *about_output)
 
 
 def reconstruct(args: Namespace) -> None:
@@ -202,13 +190,13 @@ def _check_sources(args: Namespace) -> list[str]:
     from unclip.image_io import open_image
 
     saved, images = _split_sources(args)
-    flags = [flag.name for flag in given_flags(args)]
+    given = [flag.name for flag in flags.given_flags(args)]
     if args.iterations is not None:
-        flags.append("--iterations")
-    if saved and flags:
+        given.append("--iterations")
+    if saved and given:
         raise ValueError(
             f"{saved[0]} stores the options of its inversion; "
-            f"{', '.join(flags)} cannot be given with it"
+            f"{', '.join(given)} cannot be given with it"
         )
     counts = dict.fromkeys(images, 1)
     for path in images:
@@ -246,4 +234,4 @@ def _invert(pipe: UnCLIPPipeline, args: Namespace) -> Latent:
 def _deterministic_options(pipe: UnCLIPPipeline, args: Namespace) -> Any:
     from unclip.pipelines.unclip.latent import deterministic
 
-    return sampling_options(pipe, args, deterministic(pipe.options))
+    return flags.sampling_options(pipe, args, deterministic(pipe.options))

@@ -6,17 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.cli.arguments import (
-    COUNT,
-    DETERMINISTIC,
-    add_command,
-    add_model,
-    add_num_images,
-    add_quiet,
-    add_sampling,
-    add_seed,
-    sampling_options,
-)
+from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_file, is_png, print_path
 
@@ -26,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(
+    parser = flags.add_command(
         commands,
         probe,
         "show what CLIP sees: principal components of images, or a word written on one",
@@ -41,17 +31,17 @@ def add_commands(commands: Any) -> None:
     source.add_argument("--pca", type=Path, metavar="FILE", help="use a saved PCA")
     parser.add_argument("--save-pca", type=Path, metavar="FILE", help="save the PCA")
     about = "numbers of components to decode (default: those of the paper)"
-    parser.add_argument("--components", nargs="+", help=about, **COUNT)
+    parser.add_argument("--components", nargs="+", help=about, **flags.COUNT)
     parser.add_argument("--word", metavar="TEXT", help="write this word on the image")
     about = "captions to classify the image by, with and without the word"
     parser.add_argument("--classes", nargs="+", metavar="CAPTION", help=about)
-    add_num_images(parser, 3, " per embedding, with --word")
-    add_seed(parser, 0)  # fixed, so that only the embeddings differ
-    add_sampling(parser, *DETERMINISTIC)
-    add_model(parser)
+    flags.add_num_images(parser, 3, " per embedding, with --word")
+    flags.add_seed(parser, 0)  # fixed, so that only the embeddings differ
+    flags.add_sampling(parser, *flags.DETERMINISTIC)
+    flags.add_model(parser)
     about = "a .png file (default: components.png or attack.png)"
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
-    add_quiet(parser)
+    flags.add_quiet(parser)
 
 
 def probe(args: Namespace) -> None:
@@ -65,7 +55,7 @@ def probe(args: Namespace) -> None:
 
     sampling = {
         "seed": args.seed,
-        "options": sampling_options(pipe, args),
+        "options": flags.sampling_options(pipe, args),
         "progress": not args.quiet,
     }
     if args.word is not None:

@@ -130,9 +130,7 @@ def find_shards(source: str | Path) -> list[Path]:
         if found and (missing := [pattern for pattern in patterns if not glob.glob(pattern)]):
             raise FileNotFoundError(f"{source}: {len(missing)} missing shards, e.g. {missing[0]}")
     if not found:
-        raise FileNotFoundError(
-            f"no shards at {source}; expected a folder, file or pattern of tars"
-        )
+        raise FileNotFoundError(f"no shards at {source}; expected a folder or pattern of tars")
     return found
 
 

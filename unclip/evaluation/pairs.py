@@ -137,9 +137,8 @@ def load_pairs(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL
         name = f"reading {Path(sources[0]).name}"
-        results = list(
-            tqdm(pool.map(read, indices), name, count, disable=not progress, leave=False)
-        )
+        bar = tqdm(pool.map(read, indices), name, count, disable=not progress, leave=False)
+        results = list(bar)
     loaded = [result for result in results if not isinstance(result, str)]
     errors = [result for result in results if isinstance(result, str)]
     if not loaded:

@@ -384,9 +384,7 @@ def _configure(model: nn.Module, config: FitConfig, device: torch.device) -> Non
 
 def _enable_gradient_checkpointing(model: nn.Module) -> None:
     flags = ("gradient_checkpointing", "grad_checkpointing")  # ours, open_clip's
-    found = [
-        (module, flag) for module in model.modules() for flag in flags if hasattr(module, flag)
-    ]
+    found = [(m, flag) for m in model.modules() for flag in flags if hasattr(m, flag)]
     for module, flag in found:
         setattr(module, flag, True)
     if not found:

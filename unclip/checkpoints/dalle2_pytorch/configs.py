@@ -321,9 +321,7 @@ def unet_config(
     down = "unshuffle" if has("downs.0.0.1.weight") or has("downs.0.4.1.weight") else "conv"
     up = "nearest" if has("ups.0.3.1.weight") else "transposed"
     up = "shuffle" if has("ups.0.3.net.0.weight") else up
-    settings = (
-        each(value) for value in (unet.num_resnet_blocks, unet.self_attn, unet.resnet_groups)
-    )
+    settings = map(each, (unet.num_resnet_blocks, unet.self_attn, unet.resnet_groups))
     levels = zip(unet.dim_mults, *settings, strict=True)
     rest = "linear" if unet.sparse_attn else None
     return CrossAttentionUNetConfig(

@@ -117,10 +117,8 @@ def _part(folder: Path, rules: list[Rule]) -> Part:
 def _image_scheduler(folder: Path) -> configs.Scheduler:
     scheduler = configs.read_scheduler(folder / SCHEDULER_FILE)
     if scheduler.limit != 1.0:
-        clip = f"to {scheduler.limit}" if scheduler.limit else "off"
-        raise ValueError(
-            f"{folder / SCHEDULER_FILE}: clip_sample is {clip}; expected clipping to 1"
-        )
+        limit = scheduler.limit or "off"
+        raise ValueError(f"{folder / SCHEDULER_FILE}: clip_sample_range is {limit}; expected 1")
     return scheduler
 
 

@@ -150,9 +150,7 @@ def _read_tower(file: Path, defaults: dict[str, int]) -> tuple[dict[str, Any], d
         if not isinstance(config[name], int):
             raise ValueError(f"{file}: {name} is {config[name]!r}; expected an integer")
     if (activation := config.get("hidden_act", "quick_gelu")) not in ACTIVATIONS:
-        raise ValueError(
-            f"{file}: hidden_act is {activation!r}; expected {' or '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"{file}: hidden_act is {activation}; expected {' or '.join(ACTIVATIONS)}")
     return config, {"embed_dim": config["projection_dim"], "quick_gelu": ACTIVATIONS[activation]}
 
 
