@@ -264,7 +264,7 @@ def test_unsupported_indices_are_refused(
         (
             "super_res_scheduler",
             {"clip_sample": False},
-            "clip_sample is off; expected images to be clipped to 1",
+            "clip_sample_range is off; expected 1",
         ),
         ("super_res_scheduler", {"_class_name": "DDPMScheduler"}, "expected 'UnCLIPScheduler'"),
     ],
