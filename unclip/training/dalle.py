@@ -20,9 +20,7 @@ Batch = dict[str, Any]  # "caption", and "codes" (B, h, w) or "image" (B, 3, S, 
 
 @config
 class DALLELossConfig:
-    text_weight: ProperFraction = (
-        0.125  # of the text's loss; the image's has the rest (2102.12092, 2.2)
-    )
+    text_weight: ProperFraction = 0.125  # the image's loss has the rest (2102.12092, 2.2)
     drop_text: DropRate = 0.1  # probability of the null caption, for classifier-free guidance
     bpe_dropout: DropRate = 0.1  # probability of skipping a merge, in training (2102.12092, B.2)
 

@@ -8,6 +8,7 @@ several processes; frozen networks and configs are in the loss object.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ class ConditionDropout:
     image: DropRate = 0.1
 
 
+@dataclass(eq=False)
 class CLIPLoss:
     """Symmetric InfoNCE between the images and captions of a batch, over all processes.
 
     CLIP, 2103.00020.
     """
 
-    def __init__(self, clip: CLIP) -> None:
-        self.clip = clip
+    clip: CLIP
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         ids, mask = self.clip.tokenizer(batch["caption"])
@@ -57,19 +58,15 @@ class CLIPLoss:
         return {"loss": contrastive_loss(image_emb, text_emb, scale), "scale": scale.detach()}
 
 
+@dataclass(eq=False)
 class PriorLoss:
     """MSE of the predicted image embedding, in the prior's normalised space (unCLIP 2.2)."""
 
-    def __init__(
-        self,
-        prior: DiffusionPrior,
-        clip: CLIP,
-        schedule: Schedule,
-        drop: ConditionDropout,
-        config: LossConfig,
-    ) -> None:
-        self.prior, self.clip, self.schedule = prior, clip, schedule
-        self.drop, self.config = drop, config
+    prior: DiffusionPrior
+    clip: CLIP
+    schedule: Schedule
+    drop: ConditionDropout
+    config: LossConfig
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
@@ -83,11 +80,13 @@ class PriorLoss:
         return _means(losses)
 
 
+@dataclass(eq=False)
 class ARPriorLoss:
     """Cross-entropy of the codes of an image embedding, in nats per code (unCLIP 2.2)."""
 
-    def __init__(self, prior: ARPrior, clip: CLIP, drop: ConditionDropout) -> None:
-        self.prior, self.clip, self.drop = prior, clip, drop
+    prior: ARPrior
+    clip: CLIP
+    drop: ConditionDropout
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
@@ -105,16 +104,17 @@ class OneShotLossConfig:
     contrastive: NonNegative = 0.2  # weight of InfoNCE, relative to the MSE (ECLIPSE, 2312.04655)
 
 
+@dataclass(eq=False)
 class OneShotPriorLoss:
     """MSE of the normalised image embedding, and InfoNCE with the captions (ECLIPSE, 2312.04655).
 
     InfoNCE uses CLIP's temperature and excludes the rows whose caption is dropped.
     """
 
-    def __init__(
-        self, prior: OneShotPrior, clip: CLIP, drop: ConditionDropout, config: OneShotLossConfig
-    ) -> None:
-        self.prior, self.clip, self.drop, self.config = prior, clip, drop, config
+    prior: OneShotPrior
+    clip: CLIP
+    drop: ConditionDropout
+    config: OneShotLossConfig
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         x_0 = self.prior.normalize(_image_emb(self.clip, batch))
@@ -133,11 +133,13 @@ class OneShotPriorLoss:
         return {"loss": loss, "mse": mse.detach(), "contrastive": infonce.detach()}
 
 
+@dataclass(eq=False)
 class LayoutLoss:
     """MSE of the image at the layout's size, predicted from the embedding plus noise."""
 
-    def __init__(self, layout: Layout, clip: CLIP, emb_noise: float) -> None:
-        self.layout, self.clip, self.emb_noise = layout, clip, emb_noise
+    layout: Layout
+    clip: CLIP
+    emb_noise: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
@@ -167,36 +169,22 @@ def mix_embeddings(image_emb: Tensor, rows: Tensor, most: float) -> Tensor:
     return slerp(image_emb, image_emb.roll(-1, dims=0), weight)
 
 
+@dataclass(eq=False)
 class DecoderLoss:
-    """The decoder's diffusion loss; image and caption are dropped independently (unCLIP 2.1).
+    """The decoder's diffusion loss; image and caption are dropped independently (unCLIP 2.1)."""
 
-    holes       train to inpaint: the decoder is conditioned on images with random holes, and the
-                loss is over the whole image (GLIDE 2.4)
-    copy_paste  fraction of images with holes into which another one's object is pasted: see
-                `copy_paste`. The object is the one that the conditions describe
-    emb_mix     see `mix_embeddings`; for the other images with holes
-    agreement   largest weight of guiding the embedding to the known part, as in inpainting: see
-                `Layout.guide_embedding`; needs a layout
-    emb_noise   see `add_embedding_noise`; needs a layout
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        clip: CLIP,
-        schedule: Schedule,
-        drop: ConditionDropout,
-        config: LossConfig,
-        holes: HoleConfig | None = None,
-        emb_noise: float = 0.0,
-        emb_mix: float = 0.0,
-        copy_paste: float = 0.0,
-        agreement: float = 0.0,
-    ) -> None:
-        self.decoder, self.clip, self.schedule = decoder, clip, schedule
-        self.drop, self.config, self.holes = drop, config, holes
-        self.emb_noise, self.emb_mix = emb_noise, emb_mix
-        self.copy_paste, self.agreement = copy_paste, agreement
+    decoder: Decoder
+    clip: CLIP
+    schedule: Schedule
+    drop: ConditionDropout
+    config: LossConfig
+    # Train to inpaint random holes; the loss is over the whole image (GLIDE 2.4).
+    holes: HoleConfig | None = None
+    emb_noise: float = 0.0  # see `add_embedding_noise`; needs a layout
+    emb_mix: float = 0.0  # see `mix_embeddings`; for images with holes but nothing pasted
+    # Fraction of images with holes that get the object of another image and its conditions.
+    copy_paste: float = 0.0
+    agreement: float = 0.0  # largest weight of `Layout.guide_embedding`; needs a layout
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         config = self.decoder.config
@@ -237,18 +225,14 @@ class DecoderLoss:
         return x_0, image_emb, text, known
 
 
+@dataclass(eq=False)
 class UpsamplerLoss:
     """The upsampler's diffusion loss on crops, its low-resolution input corrupted (unCLIP 2.1)."""
 
-    def __init__(
-        self,
-        upsampler: Upsampler,
-        schedule: Schedule,
-        corruption: CorruptionConfig,
-        config: LossConfig,
-    ) -> None:
-        self.upsampler, self.schedule = upsampler, schedule
-        self.corruption, self.config = corruption, config
+    upsampler: Upsampler
+    schedule: Schedule
+    corruption: CorruptionConfig
+    config: LossConfig
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         config = self.upsampler.config

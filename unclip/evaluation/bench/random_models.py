@@ -76,16 +76,8 @@ class KarloSize:
 
     @property
     def prior(self) -> PriorConfig:
-        heads = self.prior_width // 64
-        return PriorConfig(
-            self.width,
-            self.width,
-            77,
-            self.prior_width,
-            self.prior_depth,
-            heads=heads,
-            null_text="empty_prompt",
-        )
+        sizes = (self.width, self.width, 77, self.prior_width, self.prior_depth)
+        return PriorConfig(*sizes, heads=self.prior_width // 64, null_text="empty_prompt")
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -182,18 +174,10 @@ CODEC_HALVINGS = 3
 def build_dalle(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> DallePipeline:
     """Build a DALL-E pipeline without CLIP."""
     config = DALLE_SIZES[name]
-    tokenizer = BPETokenizer.train(
-        ["a red apple"], config.text_vocab, config.context_length, marked=False
-    )
-    codec = PlainDVAEConfig(
-        image_size=config.grid[0] * 2**CODEC_HALVINGS,
-        vocab_size=config.image_vocab,
-        halvings=CODEC_HALVINGS,
-    )
-    return DallePipeline(
-        tokenizer,
-        random_network(PlainDVAE, codec, dtype, device),
-        random_network(DALLE, config, dtype, device),
-        name=name,
-        licence=LICENCE,
-    )
+    V, L = config.text_vocab, config.context_length
+    tokenizer = BPETokenizer.train(["a red apple"], V, L, marked=False)
+    side = config.grid[0] * 2**CODEC_HALVINGS
+    sizes = {"image_size": side, "vocab_size": config.image_vocab, "halvings": CODEC_HALVINGS}
+    codec = random_network(PlainDVAE, PlainDVAEConfig(**sizes), dtype, device)
+    dalle = random_network(DALLE, config, dtype, device)
+    return DallePipeline(tokenizer, codec, dalle, name=name, licence=LICENCE)

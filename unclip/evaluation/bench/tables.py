@@ -51,17 +51,11 @@ def stage_table(results: dict[str, Any]) -> str:
         table.append((name, *time_cells(seconds), step, f"{flops / TERA:.3g}", share, memory))
 
     for name, seconds in stages.items():
-        steps, step = results["steps"].get(name), ""
-        if steps:
+        figure, step, memory = name, "", _mib(results["stage_memory"].get(name))
+        if steps := results["steps"].get(name):
             step = format_seconds(statistics.median(results["step_seconds"][name]))
-        memory = _mib(results["stage_memory"].get(name))
-        add(
-            f"{name}, {steps} steps" if steps else name,
-            seconds,
-            step,
-            results["flops"][name],
-            memory,
-        )
+            figure = f"{name}, {steps} steps"
+        add(figure, seconds, step, results["flops"][name], memory)
     total = results["seconds"].get("call")
     if total is None and len(stages) > 1:
         total = [sum(round_) for round_ in zip(*stages.values(), strict=True)]
