@@ -176,8 +176,11 @@ def build_dalle(name: str, dtype: torch.dtype, device: torch.device | str = "cpu
     config = DALLE_SIZES[name]
     V, L = config.text_vocab, config.context_length
     tokenizer = BPETokenizer.train(["a red apple"], V, L, marked=False)
-    side = config.grid[0] * 2**CODEC_HALVINGS
-    sizes = {"image_size": side, "vocab_size": config.image_vocab, "halvings": CODEC_HALVINGS}
-    codec = random_network(PlainDVAE, PlainDVAEConfig(**sizes), dtype, device)
+    codec_config = PlainDVAEConfig(
+        image_size=config.grid[0] * 2**CODEC_HALVINGS,
+        vocab_size=config.image_vocab,
+        halvings=CODEC_HALVINGS,
+    )
+    codec = random_network(PlainDVAE, codec_config, dtype, device)
     dalle = random_network(DALLE, config, dtype, device)
     return DallePipeline(tokenizer, codec, dalle, name=name, licence=LICENCE)
