@@ -362,9 +362,7 @@ def test_a_missing_or_damaged_vocabulary_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / glide.VOCAB_FILE).write_bytes(b"{")
-    with pytest.raises(
-        ValueError, match=r"encoder\.json\.gz and vocab\.bpe\.gz are not a vocabulary"
-    ):
+    with pytest.raises(ValueError, match=r"encoder\.json\.gz: not a vocabulary"):
         unclip.load(folder)
     (folder / glide.VOCAB_FILE).unlink()
     monkeypatch.setattr(

@@ -243,7 +243,7 @@ def test_unsupported_indices_are_refused(
         (
             "text_encoder",
             {"max_position_embeddings": 20},
-            "model_max_length is 16, but the text encoder has 20",
+            "model_max_length is 16; expected 20",
         ),
         ("prior_scheduler", {"prediction_type": "epsilon"}, "expected prediction_type 'sample'"),
         (
@@ -284,7 +284,7 @@ def test_unsupported_settings_are_refused(
             {"hidden_act": "gelu"},
             "do not fit together: embed_dim 16 and 16, quick_gelu False and True",
         ),
-        ("image_encoder", {"num_channels": 4}, "num_channels is 4; only 3 is supported"),
+        ("image_encoder", {"num_channels": 4}, "num_channels is 4; expected 3"),
         ("feature_extractor", {"size": {"shortest_edge": 40}}, "size is {'shortest_edge': 40}"),
         (
             "feature_extractor",
@@ -314,7 +314,7 @@ def test_damaged_tokenizers_are_refused(folder: Path) -> None:
     )
     (folder / "tokenizer" / "vocab.json").unlink()
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
-    assert_refused(folder, "tokenizer/tokenizer.json is not a valid tokenizer")
+    assert_refused(folder, "tokenizer/tokenizer.json is not a tokenizer")
 
 
 def test_the_command_line_prints_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

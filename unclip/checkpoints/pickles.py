@@ -104,10 +104,11 @@ def module_state(module: Stub) -> dict[str, Tensor]:
 def _named_tensors(
     module: Stub, prefix: str, inside: tuple[Stub, ...]
 ) -> Iterator[tuple[str, Tensor]]:
+    name = prefix.rstrip(".") or "the checkpoint"
     if not isinstance(module, Stub) or not isinstance(module.state, dict):
-        raise ValueError(f"{prefix[:-1] or 'it'} is {_describe(module)}; expected a module")
+        raise ValueError(f"{name} is {_describe(module)}; expected a module")
     if module in inside:
-        raise ValueError(f"{prefix.rstrip('.')} contains itself; expected a module")
+        raise ValueError(f"{name} contains itself; expected a module")
     attributes = module.state
     if "_parameters" in attributes:  # an nn.Module
         transient = attributes.get("_non_persistent_buffers_set", ())
