@@ -232,7 +232,7 @@ def test_unsupported_indices_are_refused(
         (
             "text_encoder",
             {"hidden_act": "relu"},
-            "hidden_act is 'relu'; expected quick_gelu or gelu",
+            "hidden_act is relu; expected quick_gelu or gelu",
         ),
         ("text_encoder", {"hidden_size": None}, "hidden_size is None; expected an integer"),
         (
