@@ -15,7 +15,7 @@ from PIL import Image
 
 from unclip.cli.main import main
 from unclip.image_io import read_metadata
-from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.pipelines.unclip.stages import DecoderStage
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,15 +141,15 @@ def test_a_truncated_prompt_is_reported_in_one_line(run):
 
 
 def interrupt_the_second_batch(monkeypatch) -> None:
-    decode, calls = UnCLIPPipeline.decode, []
+    sample, calls = DecoderStage.sample, []
 
     def interrupted(self, *args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode(self, *args, **kwargs)
+        return sample(self, *args, **kwargs)
 
-    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+    monkeypatch.setattr(DecoderStage, "sample", interrupted)
 
 
 def test_an_interrupted_command_keeps_finished_images(run, monkeypatch):
@@ -185,7 +185,7 @@ def test_ctrl_c_exits_with_code_130(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(UnCLIPPipeline, "decode", interrupted)
+    monkeypatch.setattr(DecoderStage, "sample", interrupted)
     assert run("generate", "a", "-o", "a.png", "--quiet") == (130, "", "interrupted\n")
     assert not Path("a.png").exists()
 
