@@ -291,18 +291,14 @@ def test_options_of_another_kind_of_model_are_refused(
 
 
 def test_variations_need_a_clip(folder: Path) -> None:
-    with pytest.raises(
-        ValueError, match="has no image embeddings"
-    ):
+    with pytest.raises(ValueError, match="has no image embeddings"):
         small_pipe(folder).variations(image_emb=torch.zeros(1, 16))
 
 
 def test_networks_that_do_not_fit_together_are_refused(folder: Path) -> None:
     base, upsample = (glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample"))
     tokenizer = GPT2Tokenizer(*vocabulary(), context_length=L)
-    with pytest.raises(
-        ValueError, match="decoder must start from noise, but its low_size is 64"
-    ):
+    with pytest.raises(ValueError, match="decoder must start from noise, but its low_size is 64"):
         GLIDEPipeline(tokenizer, upsample)
     with pytest.raises(
         ValueError, match="upsampler_0 must start from images of 64 px, but its low_size is None"
