@@ -120,8 +120,9 @@ pipelines.base pipelines.request: Picture=ImageInput check_count check_images ch
 pipelines.base pipelines.request: generators_from progress_bar random_generators seeds_from
 pipelines.base pipelines.request: split_batches
 pipelines.base pipelines.runtime: default_dtype find_device
-pipelines.base pipelines.provenance: redraw=regenerate
+pipelines.base pipelines.provenance: redraw=regenerate decode_array encode_array
 pipelines.base image_io: to_pil
+pipelines.base pipelines.base: TextToImage=Pipeline
 pipelines.dalle_stages pipelines.dalle.pipeline: DalleStages=DallePipeline
 pipelines.latent pipelines.unclip.latent: places_on_path=path_positions
 pipelines.networks pipelines.unclip.pipeline: UnCLIPNetworks=UnCLIPPipeline
