@@ -33,10 +33,6 @@ class ModelPool:
         model.used = time.monotonic()
         return model
 
-    def names(self) -> list[str]:
-        """Return the names of the models in memory."""
-        return list(self._loaded)
-
     def offload_idle(self) -> list[str]:
         """Drop the models that were not used for idle_seconds; return their names."""
         oldest = time.monotonic() - self._idle_seconds

@@ -7,16 +7,15 @@ import binascii
 import io
 import warnings
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unclip.image_io import open_image
 from unclip.serving.config import ServerConfig
-from unclip.serving.errors import APIError, bad_request
+from unclip.serving.errors import bad_request
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 STRICT_BYTES = 4 * 2**20
 ALPHA_MODES = ("RGBA", "LA", "L")
-MAX_TEXT = 1 << 20
 
 
 def decode_image(data: bytes, param: str, config: ServerConfig) -> Image.Image:
@@ -116,13 +115,7 @@ def edit_mask(
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says."""
-    from PIL import ImageOps
-
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF
-        raise _damaged() from None
-
-
-def _damaged() -> APIError:
-    return bad_request("Uploaded image has damaged metadata.", "image")
+        raise bad_request("Uploaded image has damaged metadata.", "image") from None
