@@ -189,7 +189,5 @@ def test_a_prior_is_not_a_whole_model(tmp_path: Path) -> None:
 
 def test_the_limit_of_x0_is_checked() -> None:
     assert isinstance(tiny_prior(x0_limit=None), DiffusionPrior)
-    with pytest.raises(
-        ValueError, match="x0_limit is 0; expected a positive number, or None for no limit"
-    ):
+    with pytest.raises(ValueError, match="x0_limit is 0; expected more than 0"):
         tiny_prior(x0_limit=0)

@@ -321,7 +321,10 @@ ATTACK = "probe apple.png --word a --classes b c"
         ("edit apple.png --extend 1 0 0 0 --strength 0.5", ("--strength", "--extend")),
         ("edit apple.png --resamples 3", ("--resamples needs --mask or --extend",)),
         ("edit apple.png --agreement 3", ("--agreement needs --mask or --extend",)),
-        ("edit apple.png --mask mask.png --agreement -1", ("agreement is -1.0", "expected 0")),
+        (
+            "edit apple.png --mask mask.png --agreement -1",
+            ("agreement is -1.0", "expected at least 0"),
+        ),
         ("edit apple.png --training-free", ("--training-free needs --mask or --extend",)),
         ("edit apple.png --strength 0", ("strength is 0.0",)),
         ("edit apple.png --strength 2", ("--strength", "'2' is not a number from 0 to 1")),

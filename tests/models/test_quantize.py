@@ -111,9 +111,7 @@ def test_weights_take_a_quarter_of_the_memory_of_float32():
 
 def test_quantized_models_cannot_be_saved(tiny_pipe, tmp_path):
     pipe = copy.deepcopy(tiny_pipe).quantize()
-    with pytest.raises(
-        ValueError, match=r"rounded to 8 bits, which is not to be saved; save before quantize\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"rounded to 8 bits; save .* before quantize\(\)"):
         pipe.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
     with pytest.raises(ValueError, match="unknown kind of weights 'int4'; expected 'int8'"):

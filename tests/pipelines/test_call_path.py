@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 import unclip
+import unclip._deprecated
 from unclip.models.unet import UNet
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
@@ -26,8 +27,8 @@ def trace(pipe: UnCLIPPipeline) -> tuple[set[str], list[str]]:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(PACKAGE):
             return
-        if not code.co_flags & NEW_LOCALS:
-            return
+        if not code.co_flags & NEW_LOCALS or code.co_filename == unclip._deprecated.__file__:
+            return  # a module, a class, or the import hook, as libraries import late
         files.add(code.co_filename)
         if code is UNet.forward.__code__ and frame.f_locals["self"] is unet and not stack:
             at: FrameType | None = frame

@@ -370,10 +370,10 @@ def test_a_saved_clip_is_fine_tuned(workplace):
             "text_width=64",
             r"model\.text_width is 64; expected 32, as in the CLIP runs/tiny/clip/model",
         ),
-        ("prior", "context_length=8", r"model\.context_length is 8; expected at least 16"),
+        ("prior", "context_length=8", r"model\.context_length is 8; the CLIP .* has 16"),
         ("layout", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
         ("decoder", "emb_dim=64", r"model\.emb_dim is 64; expected 32"),
-        ("decoder", f"text={TEXT}", r"model\.text\.vocab_size is 300; expected at least 320"),
+        ("decoder", f"text={TEXT}", r"model\.text\.vocab_size is 300; the CLIP .* has 320"),
         (
             "clip",
             "model_cfg.text_cfg.vocab_size=200",
@@ -406,7 +406,7 @@ def test_unsuitable_data_is_rejected(workplace, tmp_path):
         SystemExit, match="codes contains image codes; expected images or embeddings"
     ):
         train("prior", f"--set=data.path={tmp_path}/codes", output)
-    with pytest.raises(SystemExit, match="wide contains embeddings of width 48; expected 32"):
+    with pytest.raises(SystemExit, match="wide has embeddings of width 48; .* 32"):
         train("prior", f"--set=data.path={tmp_path}/wide", output)
     with pytest.raises(
         SystemExit, match="emb contains embeddings, which cannot be augmented or cropped"

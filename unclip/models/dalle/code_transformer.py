@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-
-from unclip.types import Rows
+from typing_extensions import Self
 
 
 class CodeGrid:
@@ -33,11 +32,18 @@ class CodeGrid:
             )
 
 
-@dataclass(frozen=True)
-class Prefix(Rows):
-    """Texts processed once by `CodeTransformer.condition`, with one row for each image."""
+class Prefix(Protocol):
+    """Texts processed once by `CodeTransformer.condition`: `Rows` with one row for each image."""
 
-    logits: Tensor  # of the first code, (B, K)
+    @property
+    def logits(self) -> Tensor: ...  # of the first code, (B, K)
+
+    def __len__(self) -> int: ...
+
+    def repeat_interleave(self, n: int) -> Self: ...
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self: ...
 
 
 class CodeTransformer(nn.Module, ABC):

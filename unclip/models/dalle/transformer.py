@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Kind, Pattern
 from unclip.models.dalle.cache import CodeCache
-from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, Prefix, check_text
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
 from unclip.models.dalle.layers import Layer, LayerSpec, rotary_angles
 from unclip.models.dalle.spans import FirstCodes, FirstTokens, Kernel, NextCode, Span
 from unclip.models.layers import DotProductAttention, ModuleList
+from unclip.types import Rows
 
 
 @config
@@ -59,7 +60,10 @@ class DALLEConfig(CodeGrid):
 
 
 @dataclass(frozen=True)
-class DALLEPrefix(Prefix):
+class DALLEPrefix(Rows):
+    """Texts processed once, with one row for each image."""
+
+    logits: Tensor  # of the first code, (B, K)
     kv: Tensor  # keys and values of the text in every layer, (B, layers, 2, H, T, d)
 
     def repeat_interleave(self, n: int) -> DALLEPrefix:

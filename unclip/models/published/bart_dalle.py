@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from unclip.config import PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Pattern
 from unclip.models.dalle.cache import CodeCache
-from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, Prefix, check_text
+from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
 from unclip.models.dalle.spans import Attend, FirstCodes, FirstTokens, NextCode, Span
 from unclip.models.layers import DotProductAttention, ModuleList
+from unclip.types import Rows
 
 AttendSelf = Callable[[Tensor, Tensor], Tensor]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
 AttendText = Callable[[Tensor], Tensor]  # q (B, H, m, d) -> (B, H, m, d)
@@ -153,7 +154,10 @@ class EncodedTexts:
 
 
 @dataclass(frozen=True)
-class BartPrefix(Prefix):
+class BartPrefix(Rows):
+    """Texts processed once, with one row for each image."""
+
+    logits: Tensor  # of the first code, (B, K)
     start_kv: Tensor  # keys and values of the start in every layer, (B, layers, 2, H, 1, d)
     texts: tuple[EncodedTexts, ...]  # of B images in all
 
