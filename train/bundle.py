@@ -28,6 +28,7 @@ from unclip.models.published.cross_attention_decoder import (
 )
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.dalle.pipeline import DallePipeline
@@ -71,7 +72,7 @@ class DalleParts:
 
 
 ROLES = {  # component: accepted classes, name in error messages
-    "prior": ((DiffusionPrior, DirectPrior, RelativePrior), "a prior"),
+    "prior": ((DiffusionPrior, MLPPrior, DirectPrior, RelativePrior), "a prior"),
     "decoder": ((Decoder, CrossAttentionDecoder), "a decoder"),
     "inpainter": (Decoder, "a decoder"),
     "upsampler": ((Upsampler, CrossAttentionUpsampler), "an upsampler"),

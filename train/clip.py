@@ -16,6 +16,11 @@ from unclip.training.initialization import load_weights, make_tokenizer
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
 from unclip.training.optim import OptimConfig
+from unclip.training.reconstruction import (
+    ReconstructingCLIP,
+    ReconstructingCLIPLoss,
+    ReconstructionConfig,
+)
 
 
 @config
@@ -25,6 +30,7 @@ class CLIPTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
+    reconstruction: ReconstructionConfig | None = None  # a head that predicts a small image
     tokenizer: str | None = None  # a tokenizer.json; null: train one on the captions
 
 
@@ -37,15 +43,20 @@ def main(run: Run[CLIPTraining]) -> None:
     if run.init and (weights := Path(run.init) / WEIGHTS_FILE).is_file():  # a saved CLIP
         load_weights(clip.model, weights)
         run = replace(run, init=None)
+    if config.reconstruction is None:
+        network, loss, export = clip, CLIPLoss(clip), CLIP.save_pretrained
+    else:
+        network = ReconstructingCLIP(clip, config.reconstruction)
+        loss, export = ReconstructingCLIPLoss(network), ReconstructingCLIP.save
     fit(
-        clip,
-        CLIPLoss(clip),
+        network,
+        loss,
         loader,
         config.fit,
         config.optim,
         run=run,
         val_loader=open_data(config.val_data) if config.val_data else None,
-        export=lambda model, folder: model.save_pretrained(folder),
+        export=export,
         tokenizer=tokenizer,
     )
 

@@ -9,10 +9,11 @@ from dataclasses import field
 from functools import partial
 
 from unclip.checkpoints.store import save_component
-from unclip.config import PositiveInt, config
+from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
@@ -25,7 +26,7 @@ from unclip.training.optim import OptimConfig
 @config
 class PriorTraining:
     clip: str  # folder of a trained CLIP
-    model: PriorConfig
+    model: PriorConfig | MLPPriorConfig  # `kind: mlp` selects the second
     data: DataConfig
     optim: OptimConfig
     fit: FitConfig
@@ -33,6 +34,8 @@ class PriorTraining:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
+    noises: PositiveInt = 1  # noised copies of each embedding in a batch; its caption is read once
+    emb_noise: NonNegative = 0.0  # std of noise on the normalised embeddings that are predicted
     embed_once: bool = False  # embed all images before the training; for small datasets
     stats_batches: PositiveInt = 100  # batches for the mean and std of the image embeddings
 
@@ -41,10 +44,12 @@ def main(run: Run[PriorTraining]) -> None:
     config = run.config
     clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
-    prior = DiffusionPrior(config.model).to(run.device)
+    is_mlp = isinstance(config.model, MLPPriorConfig)
+    prior = (MLPPrior if is_mlp else DiffusionPrior)(config.model).to(run.device)
     if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
-    loss = PriorLoss(prior, clip, Schedule(config.schedule), config.drop, config.loss)
+    schedule, noise = Schedule(config.schedule), (config.noises, config.emb_noise)
+    loss = PriorLoss(prior, clip, schedule, config.drop, config.loss, *noise)
     val_data = config.val_data
     fit(
         prior,

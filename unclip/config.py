@@ -308,8 +308,11 @@ def _relevant(errors: Sequence[Any]) -> list[Any]:
     """
     mismatched: dict[KeyPath, Any] = {}  # location of a union member -> the error of its kind
     kinds = ("literal_error", "missing", "missing_argument")
+    unknown = ("unexpected_keyword_argument", "extra_forbidden")  # a member without a kind
     for error in errors:
-        if error["loc"][-1] in ("kind", "type") and error["type"] in kinds:
+        *parents, name = error["loc"]
+        in_union = bool(parents) and str(parents[-1])[:1].isupper()  # pydantic adds its class
+        if name in ("kind", "type") and error["type"] in kinds + unknown * in_union:
             mismatched[error["loc"][:-1]] = error
     relevant: list[Any] = []
     for error in errors:

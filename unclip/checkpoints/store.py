@@ -53,6 +53,7 @@ from unclip.models.published.plain_dvae import PlainDVAE
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout
+from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
@@ -62,7 +63,7 @@ from unclip.weights import TensorFile, load_strictly, write_tensors
 
 M = TypeVar("M", bound=nn.Module)
 _NETWORKS: tuple[type[nn.Module], ...] = (
-    *(DiffusionPrior, ARPrior, OneShotPrior, RelativePrior),
+    *(DiffusionPrior, MLPPrior, ARPrior, OneShotPrior, RelativePrior),
     Layout,  # trained on its own, then part of a decoder
     *(Decoder, Upsampler, GLIDE, CrossAttentionDecoder, CrossAttentionUpsampler),
     *(DALLE, BartDALLE),
@@ -229,7 +230,8 @@ def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrior:
     folder = path / "prior" if recognise(path) else path
     if not folder.is_dir():
         raise ValueError(f"{path} is a model without a prior")
-    prior = load_as(folder, (DiffusionPrior, RelativePrior, DirectPrior), "a prior", dtype=dtype)
+    kinds = (DiffusionPrior, MLPPrior, RelativePrior, DirectPrior)
+    prior = load_as(folder, kinds, "a prior", dtype=dtype)
     return LoadedPrior(prior, load_schedule(folder) if is_diffused(folder) else None)
 
 

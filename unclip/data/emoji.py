@@ -1,6 +1,14 @@
-"""Render a checkout of github.com/svgmoji/svgmoji to captioned tar shards, train and held out.
+"""Render emoji and icon sets to captioned tar shards, train and held out.
 
-python -m unclip.data.emoji SVGMOJI OUT
+python -m unclip.data.emoji svgmoji data/emoji
+python -m unclip.data.emoji svgmoji fluent=fluent-emoji-flat emojione/icons.json data/emoji
+python -m unclip.data.emoji my_icons.json data/icons
+
+A source is a checkout of github.com/svgmoji/svgmoji, or an icon set in Iconify's JSON format: its
+icons.json, or the folder that contains it, as in @iconify-json packages. STYLE=PATH sets the style
+word in the captions of a set; the default is the set's prefix. The names of icons are matched to
+the emoji of the checkout. An icon without a match is captioned by its name, so that any set can be
+rendered, with or without a checkout.
 """
 
 from __future__ import annotations
@@ -12,17 +20,22 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from unclip.config import save_json
+from unclip.data.colours import main_colour
+from unclip.data.duplicates import find_duplicates, thumbnail
+from unclip.data.everyday import everyday_captions, synonyms, with_article
+from unclip.data.iconify import EmojiNames, find_icons, named_entry, read_icons
 from unclip.data.shards import ShardWriter
 
 GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
@@ -52,16 +65,23 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class Emoji:
-    """An SVG file of one style and its entry in emoji.json."""
+    """An SVG of one style and its entry in emoji.json."""
 
     style: str
-    path: Path
-    entry: dict[str, Any]
+    svg: Path | str  # a file, or the SVG text itself
+    entry: Mapping[str, Any]
     weight: float
+    synonyms: tuple[str, ...] = ()
+    rank: int = 0  # of its source; of duplicates, those of the lowest rank are kept
 
     @property
     def hexcode(self) -> str:
-        return self.path.stem
+        return self.entry["hexcode"]
+
+    @property
+    def name(self) -> str:
+        """Name in error messages."""
+        return str(self.svg) if isinstance(self.svg, Path) else self.key
 
     @property
     def key(self) -> str:
@@ -78,15 +98,6 @@ def is_held_out(style: str, hexcode: str) -> bool:
     return digest(style, hexcode)[0] < 13
 
 
-def with_article(noun: str) -> str:
-    """Add an article: "a red apple". Plurals, proper names and numbers are unchanged."""
-    plural = noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
-    if plural or not noun[0].islower():
-        return noun
-    vowel_sound = noun[0] in "aeiou" and not noun.startswith(("uni", "us", "ut", "eu", "one"))
-    return f"{'an' if vowel_sound else 'a'} {noun}"
-
-
 def phrase(annotation: str) -> str:
     """Turn an annotation into a phrase: "man: white hair" -> "a man with white hair"."""
     head, _, rest = annotation.partition(": ")
@@ -101,7 +112,7 @@ def phrase(annotation: str) -> str:
     return annotation
 
 
-def captions(entry: dict[str, Any], style: str) -> list[str]:
+def captions(entry: Mapping[str, Any], style: str) -> list[str]:
     """Return all captions, without duplicates; the canonical one, for evaluation, is first."""
     annotation, tags = entry["annotation"], entry.get("tags", [])
     text = phrase(annotation)
@@ -139,50 +150,114 @@ def concept_weights(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {entry["hexcode"]: weight(entry) for entry in entries}
 
 
-def find_emoji(svgmoji: str | Path) -> tuple[list[Emoji], int]:
-    """Return the SVGs with an entry in emoji.json, shuffled by hash, and the number without."""
-    packages = Path(svgmoji) / "packages"
+def find_emoji(*sources: str | Path) -> tuple[list[Emoji], int]:
+    """Return all images of the sources, shuffled by hash, and the number of SVGs without an entry.
+
+    A source is a checkout of svgmoji, or an Iconify set as PATH or STYLE=PATH. Files of a checkout
+    without an entry in emoji.json are left out; icons of a set get an entry of their own. Raises
+    FileNotFoundError or ValueError for sources in another format and for a repeated style.
+    """
+    found, entries, unknown = [], [], 0
+    for source in sources:
+        if _icon_source(source) is None:
+            images, table, without = _read_checkout(Path(source))
+            found, entries, unknown = found + images, entries + table, unknown + without
+    weights, tags, names = concept_weights(entries), synonyms(entries), EmojiNames(entries)
+    for rank, source in enumerate(sources, start=1):
+        if icon_source := _icon_source(source):
+            icons = _read_set(*icon_source, names, weights, tags)
+            found += [replace(icon, rank=rank) for icon in icons]
+    keys = Counter(emoji.key for emoji in found)
+    if repeated := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(
+            f"two sources contain {repeated[0]}; expected different styles, set with STYLE=PATH"
+        )
+    found.sort(key=lambda emoji: digest(emoji.style, emoji.hexcode))
+    return found, unknown
+
+
+def _icon_source(source: str | Path) -> tuple[str | None, Path] | None:
+    """Return the style (None = the set's prefix) and the icons.json of a set; else None."""
+    style, equals, path = str(source).partition("=")
+    if equals and (file := find_icons(path)):
+        return style, file
+    file = find_icons(source)
+    return (None, file) if file else None
+
+
+def _read_checkout(svgmoji: Path) -> tuple[list[Emoji], list[dict[str, Any]], int]:
+    """Return the images with an entry in emoji.json, all entries, and the number without one."""
+    packages = svgmoji / "packages"
     table = packages / "svgmoji" / "emoji.json"
     folders = sorted(packages.glob("svgmoji__*/svg"))
     missing = [str(table)] if not table.is_file() else []
     if not any(next(folder.glob("*.svg"), None) for folder in folders):
         missing.append(str(packages / "svgmoji__<style>" / "svg" / "*.svg"))
     if missing:
-        fault = f"is not a checkout of github.com/svgmoji/svgmoji: missing {', '.join(missing)}"
-        raise FileNotFoundError(f"{svgmoji} {fault}")
+        raise FileNotFoundError(
+            f"{svgmoji} is neither a checkout of github.com/svgmoji/svgmoji nor an Iconify set: "
+            f"missing icons.json, or {', '.join(missing)}"
+        )
     try:
         entries = json.loads(table.read_text(encoding="utf-8"))
-        by_hexcode = {entry["hexcode"]: entry for entry in entries if entry["annotation"]}
+        entries = [entry for entry in entries if entry["annotation"]]
+        by_hexcode = {entry["hexcode"]: entry for entry in entries}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{table}: expected a list of entries with hexcode and annotation ({error!r})"
         ) from None
-    weights = concept_weights(entries)
+    weights, tags = concept_weights(entries), synonyms(entries)
     known, unknown = [], 0
     for folder in folders:
         style = folder.parent.name.removeprefix("svgmoji__")
         for path in folder.glob("*.svg"):
-            if entry := by_hexcode.get(path.stem):
-                known.append(Emoji(style, path, entry, weights[path.stem]))
+            if entry := by_hexcode.get(code := path.stem):
+                known.append(Emoji(style, path, entry, weights[code], tuple(tags.get(code, ()))))
             else:
                 unknown += 1
     if not known:
-        names = "expected file names like 1F34E.svg"
-        raise ValueError(f"{table}: none of the {unknown} SVG files has an entry; {names}")
-    known.sort(key=lambda emoji: digest(emoji.style, emoji.hexcode))
-    return known, unknown
+        raise ValueError(
+            f"{table}: none of the {unknown} SVG files has an entry; "
+            "expected file names like 1F34E.svg"
+        )
+    return known, entries, unknown
 
 
-def render(path: str | Path, size: int) -> bytes:
-    """Render an SVG to a square RGB PNG, centered on white; ValueError if it is broken.
+def _read_set(
+    style: str | None,
+    file: Path,
+    names: EmojiNames,
+    weights: Mapping[str, float],
+    tags: Mapping[str, Sequence[str]],
+) -> list[Emoji]:
+    """Return the icons of an Iconify set; of several with the same emoji, the first."""
+    icons = read_icons(file)
+    found: dict[str, Emoji] = {}
+    for name, svg in icons.icons.items():
+        entry = names.find(name, icons.aliases.get(name, ()), icons.hexcodes.get(name))
+        entry = entry or named_entry(name)
+        code, prefix = entry["hexcode"], style or icons.prefix
+        emoji = Emoji(prefix, svg, entry, weights.get(code, 1.0), tuple(tags.get(code, ())))
+        found.setdefault(code, emoji)
+    return list(found.values())
+
+
+def render(svg: str | Path, size: int) -> bytes:
+    """Render an SVG, a file or text, to a square RGB PNG on white; ValueError if it is broken.
 
     No fonts are used, so that the output does not depend on the machine. Text elements, which 1 %
     of the files have, are not rendered.
     """
     import resvg_py
 
+    is_file = isinstance(svg, Path)
     rendered = resvg_py.svg_to_bytes(
-        svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
+        svg_string=None if is_file else svg,
+        svg_path=str(svg) if is_file else None,
+        width=size,
+        height=size,
+        background="#ffffff",
+        skip_system_fonts=True,
     )
     image = Image.open(io.BytesIO(rendered)).convert("RGB")
     if image.size != (size, size):  # resvg keeps the proportions
@@ -195,18 +270,22 @@ def render(path: str | Path, size: int) -> bytes:
     return png.getvalue()
 
 
-def _render_or_error(path: Path, size: int) -> bytes | str:
+def _render_or_error(emoji: Emoji, size: int) -> bytes | str:
     try:
-        return render(path, size)
+        return render(emoji.svg, size)
     except (ValueError, OSError) as error:
-        return f"{path}: {error}"
+        return f"{emoji.name}: {error}"
 
 
 def render_all(
-    svgmoji: str | Path, out: str | Path, size: int = 256, jobs: int | None = None
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    size: int = 256,
+    jobs: int | None = None,
 ) -> dict[str, Any]:
-    """Render every emoji into `out`, which appears when it is complete; return dataset.json.
+    """Render all images into `out`, which appears when it is complete; return dataset.json.
 
+    sources: one or several, see `find_emoji`. Duplicates are left out: see duplicates.py.
     Raises FileNotFoundError or ValueError for a wrong layout, an existing `out`, or over 1 % broken
     SVGs.
     """
@@ -215,7 +294,8 @@ def render_all(
         raise ValueError(f"--size is {size}; expected at least 8 pixels")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; remove it or choose another folder")
-    found, unnamed = find_emoji(svgmoji)
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
+    found, unnamed = find_emoji(*sources)
     try:
         import resvg_py  # noqa: F401
     except ImportError:
@@ -224,36 +304,22 @@ def render_all(
     partial_out = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)
     partial_out.mkdir(parents=True)
-    counts: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
-    broken: list[str] = []
-    with (
-        ProcessPoolExecutor(jobs or os.cpu_count()) as pool,
-        ShardWriter(partial_out, "train") as train,
-        ShardWriter(partial_out, "heldout") as heldout,
-    ):
-        renderer = partial(_render_or_error, size=size)
-        images = pool.map(renderer, [emoji.path for emoji in found], chunksize=16)
-        bar = tqdm(images, total=len(found), unit=" images")
-        try:
-            for emoji, image in zip(found, bar, strict=True):
-                if isinstance(image, str):
-                    broken.append(image)
-                    if len(broken) > MAX_BROKEN * len(found):
-                        count = f"over {MAX_BROKEN:.0%} of {len(found)} SVGs"
-                        raise ValueError(f"{count} are broken, e.g. {broken[0]}")
-                    continue
-                held_out = is_held_out(emoji.style, emoji.hexcode)
-                writer, split = (heldout, "heldout") if held_out else (train, "train")
-                writer.write(emoji.key, {"png": image, **_describe(emoji)})
-                counts[split][emoji.style] += 1
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            shutil.rmtree(partial_out, ignore_errors=True)
-            raise
+    try:
+        rendered, broken = _render_each(found, size, jobs)
+        counts, duplicates = _write(rendered, partial_out)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
 
-    summary = {"size": size, **counts, "without_entry": unnamed, "broken": broken}
+    summary = {
+        "size": size,
+        **counts,
+        "without_entry": unnamed,
+        "duplicates": duplicates,
+        "broken": broken,
+    }
     save_json(summary, partial_out / "dataset.json")
-    licences = _licences(sorted({emoji.style for emoji in found}))
+    licences = _licences(sorted({emoji.style for emoji in found}), sources)
     (partial_out / "LICENSES.md").write_text(licences, encoding="utf-8")
     if out.exists():
         out.rmdir()
@@ -261,15 +327,65 @@ def render_all(
     return summary
 
 
-def _describe(emoji: Emoji) -> dict[str, Any]:
-    entry, texts = emoji.entry, captions(emoji.entry, emoji.style)
+def _render_each(
+    found: Sequence[Emoji], size: int, jobs: int | None
+) -> tuple[list[tuple[Emoji, bytes]], list[str]]:
+    """Return the emoji with their PNGs, and the errors of broken SVGs; ValueError above 1 %."""
+    images: list[tuple[Emoji, bytes]] = []
+    broken: list[str] = []
+    with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+        results = pool.map(partial(_render_or_error, size=size), found, chunksize=16)
+        try:
+            for emoji, result in zip(
+                found, tqdm(results, total=len(found), unit=" images"), strict=True
+            ):
+                if isinstance(result, bytes):
+                    images.append((emoji, result))
+                    continue
+                broken.append(result)
+                if len(broken) > MAX_BROKEN * len(found):
+                    raise ValueError(
+                        f"over {MAX_BROKEN:.0%} of {len(found)} SVGs are broken, e.g. {broken[0]}"
+                    )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return images, broken
+
+
+def _write(
+    rendered: Sequence[tuple[Emoji, bytes]], out: Path
+) -> tuple[dict[str, Counter[str]], int]:
+    """Write the shards; return the images of each split by style, and the number of duplicates."""
+    held_out = [is_held_out(emoji.style, emoji.hexcode) for emoji, _ in rendered]
+    codes, ranks = [emoji.hexcode for emoji, _ in rendered], [emoji.rank for emoji, _ in rendered]
+    left_out = find_duplicates(codes, ranks, held_out, [thumbnail(image) for _, image in rendered])
+    counts: dict[str, Counter[str]] = {"train": Counter(), "heldout": Counter()}
+    with ShardWriter(out, "train") as train, ShardWriter(out, "heldout") as heldout:
+        for index, (emoji, image) in enumerate(rendered):
+            if index not in left_out:
+                writer = heldout if held_out[index] else train
+                writer.write(emoji.key, {"png": image, **_describe(emoji, image)})
+                counts["heldout" if held_out[index] else "train"][emoji.style] += 1
+    return counts, len(left_out)
+
+
+def _describe(emoji: Emoji, image: bytes) -> dict[str, Any]:
+    entry, style, annotation = emoji.entry, emoji.style, emoji.entry["annotation"]
+    colour = None
+    if "tone" not in entry:  # else the captions name the colour of the skin
+        small = Image.open(io.BytesIO(image)).convert("RGB").resize((32, 32))
+        colour = main_colour(np.asarray(small))
+    texts = captions(entry, style)
+    texts += everyday_captions(phrase(annotation), annotation, style, colour, emoji.synonyms)
     return {
         "txt": texts[0],
         "json": {
-            "captions": texts,
-            "style": emoji.style,
+            "captions": list(dict.fromkeys(texts)),
+            "style": style,
             "hexcode": emoji.hexcode,
-            "annotation": entry["annotation"],
+            "annotation": annotation,
+            "colour": colour,
             "group": GROUPS[entry["group"]] if "group" in entry else None,
             "subgroup": entry.get("subgroup"),  # emojibase's number
             "tone": entry.get("tone"),
@@ -278,32 +394,51 @@ def _describe(emoji: Emoji) -> dict[str, Any]:
     }
 
 
-def _licences(styles: Sequence[str]) -> str:
-    lines = [f"- {style}: {LICENCES.get(style, 'see its source')}" for style in styles]
-    source = "Images rendered from the vector files of https://github.com/svgmoji/svgmoji:"
+def _licences(styles: Sequence[str], sources: Sequence[str | Path]) -> str:
+    licences = dict(LICENCES)
+    for style, file in filter(None, map(_icon_source, sources)):
+        icons = read_icons(file)
+        licences[style or icons.prefix] = icons.licence
+    lines = [f"- {style}: {licences.get(style, 'see its source')}" for style in styles]
+    source = (
+        "Images rendered from the vector files of https://github.com/svgmoji/svgmoji and of "
+        "Iconify's sets:"
+    )
     names = "Names and tags: emojibase (MIT), after Unicode CLDR (Unicode License)."
     return "\n".join(["# Licences and attribution", "", source, "", *lines, "", names, ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m unclip.data.emoji", description="Render the emoji of svgmoji."
+        prog="python -m unclip.data.emoji",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("svgmoji", metavar="SVGMOJI", help="checkout of github.com/svgmoji/svgmoji")
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="checkout of github.com/svgmoji/svgmoji, or [STYLE=]PATH of an Iconify set",
+    )
     parser.add_argument("out", metavar="OUT", help="new folder for train-*.tar and heldout-*.tar")
-    parser.add_argument("--size", type=int, default=256, help="image side in pixels (256)")
+    parser.add_argument(
+        "--size", type=int, default=256, help="image side in pixels (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
     try:
-        summary = render_all(options.svgmoji, options.out, options.size, options.jobs)
+        summary = render_all(options.sources, options.out, options.size, options.jobs)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing was written") from None
     counts = {split: sum(summary[split].values()) for split in ("train", "heldout")}
     print(f"{options.out}: {counts['train']} training images, {counts['heldout']} held out")
-    unnamed, broken = summary["without_entry"], len(summary["broken"])
-    print(f"{unnamed} SVGs have no entry in emoji.json, {broken} are broken")
+    print(f"{summary['duplicates']} duplicates of another style are left out")
+    print(
+        f"{summary['without_entry']} SVGs have no entry in emoji.json, "
+        f"{len(summary['broken'])} are broken"
+    )
     for name in summary["broken"]:
         print(f"broken: {name}")
 

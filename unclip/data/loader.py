@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,25 +19,29 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config
+from unclip.data.augment import recolour
 from unclip.data.folder import FolderDataset
-from unclip.data.order import BATCH, EpochOrder
+from unclip.data.order import BATCH, RECOLOUR, EpochOrder
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.samples import Dataset, resize_center_crop
 from unclip.data.shards import ShardDataset
 
 Batch = dict[str, Any]
-Example = tuple[np.ndarray, list[str], str]  # image, uint8 (S, S, 3); captions; key
+Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
+Example = tuple[np.ndarray, list[str], str, Mapping[str, Any]]  # image, uint8 (S, S, 3); as above
 
 
 @config
 class Augment:
-    """Random shift and scale on a white background, as fractions of the image side.
+    """Random shift and scale on white, as fractions of the image side, and random colours.
 
     There are no flips: images may contain text.
     """
 
     shift: ProperFraction = 0.0  # largest shift in x and in y, in whole pixels
     scale: ProperFraction = 0.0  # largest relative change in size
+    # probability of another hue, for images with one main colour; captions name the new colour
+    recolour: ProperFraction = 0.0
 
 
 @config
@@ -217,18 +221,23 @@ class Loader:
     def _collate(self, examples: Sequence[Example], draws: np.ndarray) -> Batch:
         """Augment, crop and stack; draws (at least B, 6) are uniform in [0, 1)."""
         config, images, texts = self.config, [], []
-        for (image, captions, _), draw in zip(examples, draws, strict=False):
+        for (image, captions, _, meta), draw in zip(examples, draws, strict=False):
+            text = captions[int(draw[0] * len(captions)) if config.captions == "any" else 0]
             if config.augment != Augment():
                 image = shift_and_scale(image, config.augment, draw[1:4])
+            if config.augment.recolour:  # its own generator: `draws` are the same without it
+                rng = np.random.default_rng([RECOLOUR, *draw.view(np.uint64)[:2].tolist()])
+                if rng.random() < config.augment.recolour:
+                    image, text = recolour(image, text, meta, rng)
             if config.crop is not None:
                 image = crop(image, config.crop, draw[4:6])
             images.append(image)
-            texts.append(captions[int(draw[0] * len(captions)) if config.captions == "any" else 0])
+            texts.append(text)
         # In NumPy, on one thread: torch would wait for threads that a training keeps busy.
         pixels = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32, order="C")
         pixels /= 127.5
         pixels -= 1  # (B, 3, S, S)
-        keys = [key for *_, key in examples]
+        keys = [key for _, _, key, _ in examples]
         return {"image": torch.from_numpy(pixels), "caption": texts, "key": keys}
 
     def _read_first(
@@ -286,12 +295,12 @@ class ImageReader:
         self.dataset, self.size, self.cache = dataset, size, cache
         if cache:
             self._pixels = _allocate((len(dataset), size, size, 3))
-            self._texts: list[tuple[list[str], str] | None] = [None] * len(dataset)
+            self._descriptions: list[Description | None] = [None] * len(dataset)
 
     def __getitem__(self, index: int) -> Example:
         """Raises ValueError or OSError, with the sample's key, if the image is broken."""
-        if self.cache and (texts := self._texts[index]) is not None:
-            return self._pixels[index], *texts
+        if self.cache and (description := self._descriptions[index]) is not None:
+            return self._pixels[index], *description
         sample = self.dataset[index]
         try:
             pixels = resize_center_crop(sample.image, self.size)
@@ -299,8 +308,8 @@ class ImageReader:
             raise ValueError(f"{sample.key}: {error}") from None
         if self.cache:
             self._pixels[index] = pixels
-            self._texts[index] = sample.captions, sample.key
-        return pixels, sample.captions, sample.key
+            self._descriptions[index] = sample.captions, sample.key, sample.meta
+        return pixels, sample.captions, sample.key, sample.meta
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:

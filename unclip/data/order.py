@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER, BATCH = 1, 2  # first word of a seed: separates the streams of epochs and of batches
+# First word of a seed: separates the streams of epochs, batches and images.
+ORDER, BATCH, RECOLOUR = 1, 2, 3
 UNIT = 1 << 20  # fixed-point unit of a weight
 
 

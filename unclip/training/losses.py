@@ -25,6 +25,7 @@ from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout, masked_image
+from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DiffusionPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
@@ -62,20 +63,24 @@ class CLIPLoss:
 class PriorLoss:
     """MSE of the predicted image embedding, in the prior's normalised space (unCLIP 2.2)."""
 
-    prior: DiffusionPrior
+    prior: DiffusionPrior | MLPPrior
     clip: CLIP
     schedule: Schedule
     drop: ConditionDropout
     config: LossConfig
+    noises: int = 1  # noised copies of each embedding; its caption is encoded once
+    emb_noise: float = 0.0  # std of noise on the normalised embeddings, in training only
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
-        x_0 = self.prior.normalize(image_emb)
+        x_0 = self.prior.normalize(image_emb).repeat_interleave(self.noises, dim=0)
+        if self.emb_noise and model.training:
+            x_0 = x_0 + self.emb_noise * torch.randn_like(x_0)
         t = sample_timesteps(len(x_0), self.schedule, device=x_0.device)
         noise = torch.randn_like(x_0)
         x_t = self.schedule.add_noise(x_0, noise, t)
-        output = model(x_t, t, text, drop_text)  # (B, D)
+        output = model(x_t, t, text, drop_text)  # (B * noises, D)
         losses = diffusion_loss(output, x_0, x_t, noise, t, self.schedule, "x0", config=self.config)
         return _means(losses)
 

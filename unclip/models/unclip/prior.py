@@ -128,8 +128,8 @@ class TextPrior(EmbeddingStats):
         mask = emb.new_ones(batch, 1, dtype=torch.bool)
         return TextEncoding(emb, self.null_state.expand(batch, 1, -1), mask)
 
-    def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
-        """Compute keys and values of the L + 1 text positions in every block.
+    def text_tokens(self, text: TextEncoding, drop: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the tokens of the text, (B, L + 1, C), the embedding last, and their mask.
 
         The null replaces the text where `drop` (B,) bool is True.
         """
@@ -143,10 +143,18 @@ class TextPrior(EmbeddingStats):
         # The embedding keeps its position whatever the length of the text.
         positions = torch.cat([self.positions[:L], self.positions[slots : slots + 1]])
         x = torch.cat(tokens, dim=1) + positions  # B L+1 C
-        mask = F.pad(text.mask, (0, 1), value=True)  # B L+1
-        visible = torch.ones(L + 1, L + 1, dtype=torch.bool, device=mask.device)
+        return x, F.pad(text.mask, (0, 1), value=True)  # B L+1
+
+    def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
+        """Compute keys and values of the L + 1 text positions in every block.
+
+        The null replaces the text where `drop` (B,) bool is True.
+        """
+        x, mask = self.text_tokens(text, drop)
+        N = mask.shape[1]  # L + 1
+        visible = torch.ones(N, N, dtype=torch.bool, device=mask.device)
         # Padding attends to itself, else its softmax would be 0 / 0; no other token sees it.
-        visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 L+1 L+1
+        visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 N N
         ks, vs = [], []
         for i, block in enumerate(self.blocks):
             q, k, v = block.project(x)  # B H L+1 d
