@@ -162,7 +162,7 @@ class Progress:
     stage: str  # "prior", "decoder", "inpainter", "upsampler_0", ...; "dalle"
     step: int  # 1 .. num_steps
     num_steps: int
-    # Of the preview: itself, or a function that makes it when it is first read.
+    # The preview, or a function that computes it on first access.
     source: torch.Tensor | Callable[[], torch.Tensor] | None = None
 
     @cached_property

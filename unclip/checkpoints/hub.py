@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 MODEL_FILE, INDEX_FILE, CONFIG_FILE = "model.json", "model_index.json", "config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "README.md")
 VARIANTS = ("*.fp16.*", "*.fp16-*")  # of weights that are also there in full precision
-# Of models in neither our own nor diffusers' layout. DALLE2-pytorch's repositories hold other
+# Files of models in neither our own nor diffusers' layout. DALLE2-pytorch's repositories hold other
 # experiments too, outside of these folders.
 FOREIGN_FILES = (
     *("*.pt", "*.ckpt", "*.th", "*.json.gz", "*.bpe.gz"),

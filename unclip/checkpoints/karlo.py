@@ -29,7 +29,7 @@ CLIP_FILE, STATS_FILE = "ViT-L-14.pt", "ViT-L-14_stats.th"
 PRIOR_FILE, ANY_PRIOR_FILE = "prior-ckpt*.ckpt", "prior*.ckpt"  # the latter fits Kandinsky's too
 DECODER_FILE, UPSAMPLER_FILE = "decoder-ckpt*.ckpt", "improved-sr-ckpt*.ckpt"
 LOW_SIZE, HIGH_SIZE = 64, 256
-# Of diffusers' port. Karlo's own is more precise, but both layouts have to give the same images.
+# The precision of diffusers' port: Karlo's own is higher, but both layouts give the same images.
 SCHEDULE = ScheduleConfig(precision="float32")
 PRIOR_RULES = (
     move("time_embed.0", "time.fc1"),

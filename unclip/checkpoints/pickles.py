@@ -22,7 +22,7 @@ from torch import Tensor
 # First object in a file of PyTorch before 1.6, which is a sequence of pickles and raw storages.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
-# Of a zip entry: the lengths of name and extra field, which precede the data.
+# Lengths of the name and extra field of a zip entry, which precede its data.
 LOCAL_HEADER = struct.Struct("<26xHH")
 
 

@@ -83,7 +83,7 @@ def add_command(
         epilog=example and f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # What `load_model` and `sampling_options` read, for commands without these flags.
+    # Defaults for `load_model` and `sampling_options` in commands without these flags.
     parser.set_defaults(offload=False, compile=False, quantize=None, prior=None, preset=None)
     parser.set_defaults(run=run, flags=())
     return parser

@@ -1,4 +1,4 @@
-"""What happens around every request: key, host, body limit, request id, headers, metrics, log."""
+"""Middleware of every request: key, host, body limit, request id, headers, metrics, log."""
 
 from __future__ import annotations
 
