@@ -10,6 +10,7 @@ from typing import Any
 import unclip
 import unclip._deprecated
 from unclip.models.unet import UNet
+from unclip.pipelines import memory
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 PACKAGE = str(Path(unclip.__file__).parent)
@@ -45,7 +46,8 @@ def trace(pipe: UnCLIPPipeline) -> tuple[set[str], list[str]]:
     return files, stack
 
 
-def test_the_path_from_a_prompt_to_the_unet_is_short(tiny_pipe):
+def test_the_path_from_a_prompt_to_the_unet_is_short(tiny_pipe, monkeypatch):
+    monkeypatch.setattr(memory, "enabled", False)  # the default; other tests run the command line
     pipe = UnCLIPPipeline(
         tiny_pipe.clip, tiny_pipe.prior, tiny_pipe.decoder, tiny_pipe.upsamplers, tiny_pipe.options
     )
