@@ -1,29 +1,120 @@
-"""JSON files, and folders that are written atomically."""
+"""Bounded reading of files from anywhere, and folders that are written atomically.
+
+Whatever is read may be damaged or hostile: `open_regular` opens nothing that blocks or never ends,
+`parse_json` bounds memory, and `printable` keeps a text of a file on one line of a message.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+
+MAX_TEXT = 4 * 2**20  # bytes of a text file; an index or header of 30,000 tensors has 3 MB
+MAX_NESTED = 100_000  # objects and arrays in a JSON text, which take 20 times its size in memory
+LFS_POINTER = b"version https://git-lfs"
+LONGEST = 500  # characters that a message shows of a file's content
+# Control characters, line separators, marks that reorder text, and lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; FileNotFoundError or ValueError names the file."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
+def printable(text: object, most: int = LONGEST) -> str:
+    """Escape what breaks a line or controls a terminal, as "\\n" and "\\x1b"; shorten the text."""
+    text = str(text)
+    text = text if len(text) <= most else f"{text[:most]}..."
+    return _UNPRINTABLE.sub(lambda x: x[0].encode("unicode_escape").decode(), text)
+
+
+def open_regular(file: str | Path, max_bytes: int | None = None) -> BinaryIO:
+    """Open a file for reading.
+
+    FileNotFoundError if there is none. ValueError for a folder, a pipe or a device, which may block
+    or never end, for a pointer of Git LFS, and for a file of more than `max_bytes`.
+    """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        status = os.stat(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise ValueError(f"{file} is {kind}; expected a file")
+    if max_bytes is not None and status.st_size > max_bytes:
+        limit = f"expected at most {max_bytes:,}"
+        raise ValueError(f"{file} is too large: {status.st_size:,} bytes; {limit}")
+    stream = open(file, "rb")
+    if stream.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+        stream.close()
+        raise ValueError(f"{file} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+    return stream
+
+
+def read_bytes(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
+    """Read a whole file; errors as in `open_regular`."""
+    with open_regular(file, max_bytes) as stream:
+        return stream.read()
+
+
+def read_text(file: str | Path, max_bytes: int = MAX_TEXT) -> str:
+    """Read UTF-8, without a byte order mark; errors as in `open_regular`, ValueError otherwise."""
+    try:
+        return read_bytes(file, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; ValueError, without a file's name, if it is not valid or nested too much."""
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if (nested := sum(map(text.count, brackets))) > MAX_NESTED:  # type: ignore[arg-type]
+        raise ValueError(f"{nested:,} objects and arrays; expected at most {MAX_NESTED:,}")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(printable(error)) from None
+
+
+def read_json(file: Path, max_bytes: int = MAX_TEXT) -> dict[str, Any]:
+    """Read a JSON object; FileNotFoundError or ValueError names the file."""
+    try:
+        text = read_text(file, max_bytes)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    try:
+        data = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; expected a JSON object")
     return data
+
+
+def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:
+    """Open a safetensors file; its header is validated, and no tensor is read.
+
+    FileNotFoundError, or ValueError if the file is truncated or of another format.
+    """
+    with open_regular(file) as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    advice = "download or export it again"
+    if header > MAX_TEXT:
+        raise ValueError(f"{file} is not a safetensors file: its header is too long; {advice}")
+    try:
+        return safe_open(file, framework)
+    except Exception as error:  # SafetensorError, and others for odd headers
+        reason = f"truncated or not a safetensors file ({printable(error)})"
+        raise ValueError(f"{file} is {reason}; {advice}") from None
 
 
 @contextlib.contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-T = TypeVar("T")
+from unclip.files import open_safetensors, printable
 
 MAX_MAPPED = 2**26  # bytes
 
@@ -29,14 +28,17 @@ class TensorFile(Mapping[str, Tensor]):
         self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in names}
 
     def _open(self) -> None:
-        self._opened, self._read = _checked(self.file, lambda: safe_open(self.file, "pt")), 0
+        self._opened, self._read = open_safetensors(self.file), 0
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
         if self._read > MAX_MAPPED:
             self._open()  # the pages that were read count as memory until the file is closed
-        tensor = self._opened.get_tensor(name)
+        try:
+            tensor = self._opened.get_tensor(name)
+        except SafetensorError as error:  # a data type that torch does not have
+            raise ValueError(f"{self.file}: tensor {printable(name)}: {error}") from None
         self._read += tensor.nbytes
         return tensor if self.mapped else tensor.clone()
 
@@ -52,18 +54,7 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
 
     FileNotFoundError, or ValueError if the file is truncated or of another format.
     """
-    return _checked(file, lambda: load_file(file))
-
-
-def _checked(file: str | Path, read: Callable[[], T]) -> T:
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no weights at {file}; expected a safetensors file")
-    try:
-        return read()
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} is truncated or not a safetensors file ({error}); download or export it again"
-        ) from None
+    return dict(TensorFile(file, mapped=True))
 
 
 def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -141,4 +132,4 @@ def fit_error(
 
 def _some(names: list[str], most: int = 8) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return ", ".join(map(printable, names[:most])) + rest

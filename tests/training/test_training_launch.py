@@ -54,7 +54,7 @@ def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
             "error: --set fit.stepps=3: fit.stepps is unknown; did you mean",
         ),
         (["--config", config, "--resume", "latest"], "error: no checkpoint in"),
-        (["--config", config, "--init", "nowhere"], "error: no weights at nowhere"),
+        (["--config", config, "--init", "nowhere"], "error: nowhere does not exist"),
     ]:
         with pytest.raises(SystemExit) as stop:
             launch(main, Script, None, argv)
