@@ -55,7 +55,7 @@ from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout
 from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
-from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
+from unclip.models.unclip.prior import DenoisingPrior, DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
@@ -230,7 +230,7 @@ def load_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrior:
     folder = path / "prior" if recognise(path) else path
     if not folder.is_dir():
         raise ValueError(f"{path} is a model without a prior")
-    kinds = (DiffusionPrior, MLPPrior, RelativePrior, DirectPrior)
+    kinds = (DenoisingPrior, RelativePrior, DirectPrior)
     prior = load_as(folder, kinds, "a prior", dtype=dtype)
     return LoadedPrior(prior, load_schedule(folder) if is_diffused(folder) else None)
 

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_map
 
 from unclip.models.cpu.kernels import remove_kernels
 from unclip.models.cpu.packing import can_pack, pack
-from unclip.models.unclip.mlp_prior import MLPPrior
-from unclip.models.unclip.prior import DiffusionPrior
+from unclip.models.unclip.prior import DenoisingPrior
 from unclip.models.unet import UNet
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.dalle.pipeline import DallePipeline
@@ -61,7 +60,7 @@ def compile(pipe: P, **options: Any) -> P:
 def _compile_steps(network: nn.Module, options: dict[str, Any]) -> None:
     remove_kernels(network)  # torch.compile fuses operations itself
     for module in network.modules():
-        if isinstance(module, UNet | DiffusionPrior | MLPPrior):
+        if isinstance(module, UNet | DenoisingPrior):
             name = "forward" if isinstance(module, UNet) else "predict"
             setattr(module, name, _compiled(getattr(module, name), options))
 

@@ -25,9 +25,8 @@ from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout, masked_image
-from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
-from unclip.models.unclip.prior import DiffusionPrior, EmbeddingStats
+from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
@@ -63,7 +62,7 @@ class CLIPLoss:
 class PriorLoss:
     """MSE of the predicted image embedding, in the prior's normalised space (unCLIP 2.2)."""
 
-    prior: DiffusionPrior | MLPPrior
+    prior: DenoisingPrior
     clip: CLIP
     schedule: Schedule
     drop: ConditionDropout

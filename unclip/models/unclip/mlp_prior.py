@@ -18,16 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import Positive, PositiveInt, config
-from unclip.models.layers import (
-    DenoiserCache,
-    KeyValues,
-    ModuleList,
-    TimeMLP,
-    Timestep,
-    per_row,
-    zeroed,
-)
-from unclip.models.unclip.prior import TextPrior, TextPriorConfig
+from unclip.models.layers import KeyValues, ModuleList, TimeMLP, zeroed
+from unclip.models.unclip.prior import DenoisingPrior, TextPriorConfig
 from unclip.types import TextEncoding
 
 
@@ -59,7 +51,7 @@ class ModulatedBlock(nn.Module):
         return x + gate * self.fc2(self.dropout(F.silu(self.fc1(h))))
 
 
-class MLPPrior(TextPrior):
+class MLPPrior(DenoisingPrior):
     """Predicts x_0 from x_t, t and a summary of the caption: the transformer's last output."""
 
     def __init__(self, config: MLPPriorConfig) -> None:
@@ -74,11 +66,6 @@ class MLPPrior(TextPrior):
         self.out_norm = nn.LayerNorm(M)
         self.head = zeroed(nn.Linear(M, D))
 
-    @property
-    def x0_limit(self) -> float | None:
-        """Bound of |x_0| in sampling."""
-        return self.config.x0_limit
-
     def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
         """Summarise each text as one key without a value, (B, 1, 1, M).
 
@@ -90,29 +77,10 @@ class MLPPrior(TextPrior):
         summary = self.summary(self.norm(x[:, -1]))  # B M
         return KeyValues((summary[:, None, None],), (), mask.new_ones(len(x), 1))
 
-    def denoise(
-        self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
-    ) -> Tensor:
-        """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
-
-        Each row of `context`, from `condition`, serves an equal share of B.
-        """
-        if cache is None:
-            time = self.time(per_row(t, x_t))  # B M
-        else:
-            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1 M
-        return self.predict(x_t, time, context)
-
     def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
-        """`denoise` from the time embedding (B or 1, M) on."""
         summary = context.k[0][:, 0, 0]  # B or fewer rows, M
         condition = F.silu(time + summary.repeat_interleave(len(x_t) // len(summary), dim=0))
         x = self.x_proj(x_t.to(summary.dtype))  # B M
         for block in self.mlp:
             x = block(x, condition)
         return self.head(self.out_norm(x))
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(text, drop))

@@ -180,13 +180,46 @@ class TextPrior(EmbeddingStats):
         return TextEncoding(*(replace_rows(x, drop, x_null) for x, x_null in pairs))
 
 
+class DenoisingPrior(TextPrior, ABC):
+    """A prior that predicts the normalised embedding x_0 from x_t, t and the text."""
+
+    time: TimeMLP
+
+    @property
+    def x0_limit(self) -> float | None:
+        """Bound of |x_0| in sampling."""
+        return self.config.x0_limit
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
+        """`denoise` from the time embedding (B or 1, width of `self.time`) on."""
+
+    def denoise(
+        self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
+    ) -> Tensor:
+        """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
+
+        Each row of `context`, from `condition`, serves an equal share of B.
+        """
+        if cache is None:
+            time = self.time(per_row(t, x_t))  # B, width
+        else:
+            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1, width
+        return self.predict(x_t, time, context)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
+    ) -> Tensor:
+        return self.denoise(x_t, t, self.condition(text, drop))
+
+
 @config
 class PriorConfig(TextPriorConfig):
     # clip x_0 to ± this, in standard deviations (Karlo); None = not
     x0_limit: Positive | None = 5.0
 
 
-class DiffusionPrior(TextPrior):
+class DiffusionPrior(DenoisingPrior):
     """Own tokens [t, x_t, query]; the prediction of x_0 is read from the query."""
 
     def __init__(self, config: PriorConfig) -> None:
@@ -197,35 +230,11 @@ class DiffusionPrior(TextPrior):
         self.query = nn.Parameter(torch.randn(C) * 0.02)
         self.head = zeroed(nn.Linear(C, D))
 
-    @property
-    def x0_limit(self) -> float | None:
-        """Bound of |x_0| in sampling."""
-        return self.config.x0_limit
-
-    def denoise(
-        self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
-    ) -> Tensor:
-        """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
-
-        Each row of `context`, from `condition`, serves an equal share of B.
-        """
-        if cache is None:
-            time = self.time(per_row(t, x_t))  # B C
-        else:
-            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1 C
-        return self.predict(x_t, time, context)
-
     def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
-        """`denoise` from the time embedding (B or 1, C) on."""
         B = len(x_t)
         x = self.x_proj(x_t.to(self.query.dtype))  # B C
         tokens = torch.stack([time.expand(B, -1), x, self.query.expand(B, -1)], dim=1)  # B 3 C
         return self.head(self.norm(self.transform(tokens + self.positions[-3:], context)[:, -1]))
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(text, drop))
 
 
 class DirectPrior(TextPrior, ABC):

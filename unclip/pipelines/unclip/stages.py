@@ -29,9 +29,8 @@ from unclip.models.published.cross_attention_decoder import (
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, DecoderContext
-from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
-from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
+from unclip.models.unclip.prior import DenoisingPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.request import (
     Images,
@@ -44,7 +43,7 @@ from unclip.pipelines.runtime import Runtime
 from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
 Generators = Sequence[torch.Generator]
-AnyPrior = DiffusionPrior | MLPPrior | RelativePrior | ARPrior | OneShotPrior
+AnyPrior = DenoisingPrior | RelativePrior | ARPrior | OneShotPrior
 AnyDecoder = Decoder | CrossAttentionDecoder
 AnyUpsampler = Upsampler | CrossAttentionUpsampler
 
