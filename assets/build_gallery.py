@@ -30,6 +30,7 @@ from unclip.checkpoints.folders import CONFIG_FILE, locate, read_model_json
 from unclip.cli.main import main as run_unclip
 from unclip.evaluation.report import HEAD, manipulation_rows, markdown_table, upgrade
 from unclip.files import read_json
+from unclip.image_io import identify
 
 DEFAULT_MODEL = "emoji"
 MAX_WIDTH, MAX_HEIGHT = 900, 400  # of a figure, in pixels
@@ -136,7 +137,8 @@ def webp_name(name: str) -> str:
 
 def shrink(source: Path, target: Path) -> None:
     """Write a small WebP of an image or an animation."""
-    with Image.open(source) as image:
+    with source.open("rb") as file:
+        image = identify(file)
         if source.suffix == ".gif":
             size = (ANIMATION_SIZE, ANIMATION_SIZE)
             frames = [frame.convert("RGB").resize(size) for frame in ImageSequence.Iterator(image)]

@@ -19,6 +19,7 @@ import uvicorn
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from unclip.image_io import open_image
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
 
@@ -44,7 +45,7 @@ def start_server() -> str:
 
 def save(page: Page, name: str) -> None:
     """Write what is visible, with the largest palette that keeps the file small."""
-    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    image = open_image(io.BytesIO(page.screenshot()))
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.png"
     for colors in (256, 192, 128, 96, 64):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import stat
 import struct
+import subprocess
 import sys
 import warnings
 from unittest import mock
@@ -81,9 +84,39 @@ def test_large_images_open_without_a_warning_and_decompression_bombs_are_errors(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(path).size == (400, 400)
+    monkeypatch.setattr(image_io, "MAX_DECODED", 4 * 400 * 400)
+    assert open_image(path).size == (400, 400)
+    deep = saved(Image.new("I;16", (400, 400)), tmp_path / "deep.png")
+    with pytest.raises(
+        ValueError, match=r"deep\.png: .* 400 x 400 pixels; .* 80,000 pixels .* I;16"
+    ):
+        open_image(deep)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(ValueError, match=r"large\.png: Image size .* exceeds limit"):
         open_image(path)
+
+
+@pytest.mark.parametrize("name", ["evil.png", "a.jpg", "a.eps"])
+def test_postscript_is_refused_under_any_name(tmp_path, monkeypatch, name):
+    """Pillow would start Ghostscript on it."""
+    monkeypatch.setattr(subprocess, "Popen", mock.Mock(side_effect=AssertionError))
+    path = tmp_path / name
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    for read in (open_image, open_mask, read_metadata, image_io.read_source_type):
+        with pytest.raises(
+            ValueError, match=rf"{name}: not a readable image; expected .*\(PNG, JPEG"
+        ):
+            read(path)
+    with pytest.raises(ValueError, match="the image: not a readable image"):
+        open_image(io.BytesIO(path.read_bytes()))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match="(a pipe or a device|a folder); expected"):
+            open_image(path)
 
 
 def test_floating_point_pixels_are_an_error(tmp_path):

@@ -33,7 +33,7 @@ def printable(text: object, most: int = LONGEST) -> str:
     return _UNPRINTABLE.sub(lambda x: x[0].encode("unicode_escape").decode(), text)
 
 
-def open_regular(file: str | Path, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading.
 
     FileNotFoundError if there is none. ValueError for a folder, a pipe or a device, which may block

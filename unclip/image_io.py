@@ -13,14 +13,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from unclip.files import open_regular, parse_json, printable
+
 if TYPE_CHECKING:  # the command line reads metadata without importing torch
     from torch import Tensor
 
+ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image
+
+# Formats that Pillow decodes by itself.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_DECODED = 2**29  # bytes of an image in memory: 134 million pixels of 8 bits per channel
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
 XMP_KEY = "XML:com.adobe.xmp"
 EXIF_IFD, USER_COMMENT, ASCII_COMMENT = 0x8769, 0x9286, b"ASCII\0\0\0"
@@ -46,20 +53,20 @@ MIN_FPS = 0.1
 MAX_METADATA = 60_000_000  # characters; Pillow refuses PNG files with more than 64 MB of text
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
+def open_image(source: ImageSource) -> Image.Image:
     """Open an image as upright 8-bit RGB, composited on white; the first frame of an animation.
 
-    Raises FileNotFoundError, or ValueError if the file is not an image, is truncated, or has more
-    than Pillow's limit of 178 million pixels.
+    Raises FileNotFoundError, or ValueError if the file is not an image of one of `FORMATS`, is
+    damaged, or takes more than `MAX_DECODED` bytes in memory.
     """
     image = _open(source)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def open_mask(source: str | Path | Image.Image) -> Image.Image:
+def open_mask(source: ImageSource) -> Image.Image:
     """Open an inpainting mask in mode L: 255 where the image is painted, 0 where it is kept.
 
     The painted area is the transparent part of the file; without one, its pixels above mid-grey.
@@ -73,29 +80,69 @@ def open_mask(source: str | Path | Image.Image) -> Image.Image:
     return image.convert("L").point([0] * 128 + [255] * 128)
 
 
-def _open(source: str | Path | Image.Image) -> Image.Image:
-    """Open an image upright, with 8 bits per channel."""
-    if not isinstance(source, (str, os.PathLike, Image.Image)) and not hasattr(source, "read"):
+def identify(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an encoded image; its pixels are decoded on `load()`, while `file` must stay open.
+
+    Everything is opened here: Pillow starts other programs for some formats (EPS), wherever a file
+    of any name holds them. ValueError for too large an image, else the errors of Pillow.
+    """
+    with warnings.catch_warnings():  # Pillow warns of images that `MAX_DECODED` allows
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=formats)  # noqa: TID251
+    width, height = image.size
+    pixel = 8 if image.mode.startswith("I") else 4  # bytes; 16 bits are converted in 32
+    if width * height * pixel > MAX_DECODED:
+        expected = f"expected at most {MAX_DECODED // pixel:,} pixels in mode {image.mode}"
+        raise ValueError(f"the image has {width} x {height} pixels; {expected}")
+    return image
+
+
+def _read(source: ImageSource) -> Image.Image:
+    """Decode a file with all its metadata; errors name it."""
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, (str, os.PathLike, io.IOBase)):
         expected = "expected a path or a PIL image (for an array: Image.fromarray)"
         raise ValueError(f"cannot open an image from a {type(source).__name__}; {expected}")
+    name = "the image" if isinstance(source, io.IOBase) else printable(source)
     try:
-        with warnings.catch_warnings():  # Pillow itself refuses images of twice this size
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(source)
-            image = ImageOps.exif_transpose(image)
+        if isinstance(source, io.IOBase):
+            image = identify(source)  # type: ignore[arg-type]
+            image.load()
+            return image
+        with open_regular(source) as file:
+            image = identify(file)
+            image.load()  # text may follow the pixels
+            return image
     except FileNotFoundError:
-        raise FileNotFoundError(f"image file {source} does not exist") from None
+        raise FileNotFoundError(f"image file {name} does not exist") from None
     except Exception as error:  # Pillow raises almost any type for damaged files
-        specific = (OSError, SyntaxError, Image.DecompressionBombError)
-        known = isinstance(error, specific) and not isinstance(error, UnidentifiedImageError)
-        reason = error if known else "not a readable image"
-        raise ValueError(f"{source}: {reason}; expected a PNG, JPEG, WebP or similar") from None
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    known = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
+    unidentified = isinstance(error, UnidentifiedImageError)
+    reason = printable(error) if known and not unidentified else "not a readable image"
+    reason = reason.removeprefix(f"{name} is ")  # of `open_regular`
+    return ValueError(f"{name}: {reason}; expected an image ({', '.join(FORMATS)})")
+
+
+def _open(source: ImageSource) -> Image.Image:
+    """Open an image upright, with 8 bits per channel."""
+    image = _read(source)
+    name = "the image" if isinstance(source, (Image.Image, io.IOBase)) else printable(source)
+    is_ours = not isinstance(source, Image.Image)
+    try:
+        image = ImageOps.exif_transpose(image, in_place=is_ours) or image
+    except Exception as error:
+        raise _unreadable(name, error) from None
     if image.mode in ("F", "LAB"):
-        raise ValueError(f"{source}: mode is {image.mode}; expected RGB, grey, CMYK or a palette")
+        raise ValueError(f"{name}: mode is {image.mode}; expected RGB, grey, CMYK or a palette")
     if not image.mode.startswith("I"):
         return image
-    grey = np.asarray(image, np.float64) / 257  # 16 bits, which Pillow would clip at 255
-    return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    # Pillow would clip 16 bits at 255.
+    return image.convert("I").point([round(value / 257) for value in range(2**16)], "L")
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -182,9 +229,8 @@ def encode_image(
 
 def read_source_type(path: str | Path) -> str | None:
     """Read the IPTC DigitalSourceType in the XMP of an image, such as "trainedAlgorithmicMedia"."""
-    with Image.open(path) as image:
-        image.load()
-        xmp = image.info.get("xmp") or image.info.get(XMP_KEY) or b""
+    image = _read(path)
+    xmp = image.info.get("xmp") or image.info.get(XMP_KEY) or b""
     text = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
     found = re.search(r"digitalsourcetype/(\w+)", text)
     return found and found[1]
@@ -195,30 +241,35 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
 
     Raises ValueError if the file is not an image, has no such metadata, or has damaged metadata.
     """
-    open_image(path)
-    with Image.open(path) as image:
-        image.load()  # text chunks may follow the pixels
-        text = getattr(image, "text", {}).get(METADATA_KEY)
-        comment = image.info.get("comment", b"") if image.format == "GIF" else b""
-        if comment.startswith((b"[", b'{"pictures":')):
-            text = comment
-        if image.format in ("JPEG", "WEBP"):
-            comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
-            if isinstance(comment, bytes) and comment.startswith(ASCII_COMMENT):
-                text = comment.removeprefix(ASCII_COMMENT)
+    image = _read(path)
+    text = image.info.get(METADATA_KEY) if image.format == "PNG" else None
+    if image.format == "GIF":
+        comment = image.info.get("comment", b"")
+        text = comment if comment.startswith((b"[", b'{"pictures":')) else None
+    elif image.format in ("JPEG", "WEBP"):
+        comment = _user_comment(image)
+        text = comment.removeprefix(ASCII_COMMENT) if comment.startswith(ASCII_COMMENT) else None
     if text is None:
         raise ValueError(f"{path} has no unclip metadata; expected an image that unclip wrote")
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         if "pictures" in data:
             pictures = data["pictures"]
             data = _with_images(data["entries"], lambda i: None if i is None else pictures[i])
         entries = data if isinstance(data, list) else [data]
         if entries and all(_is_valid(source) for entry in entries for source in _sources(entry)):
             return entries
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         pass
     raise ValueError(f"{path}: damaged metadata; expected an image that unclip wrote")
+
+
+def _user_comment(image: Image.Image) -> bytes:
+    try:
+        comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
+    except Exception:  # Pillow raises almost any type for damaged EXIF
+        return b""
+    return comment if isinstance(comment, bytes) else b""
 
 
 def _is_valid(source: dict[str, Any]) -> bool:
@@ -336,7 +387,7 @@ def save_animation(
     path = Path(path)
     check_animation(path, fps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # ffmpeg infers the format from the suffix
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         if path.suffix.lower() == ".gif":
             _write_gif(images, part, fps, metadata)
@@ -379,12 +430,13 @@ def find_ffmpeg() -> str:
 
 def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
     width, height = images[0].size
+    # ffmpeg would take "tcp://host/a.mp4" or "concat:a.mp4" for a protocol, but no absolute path.
     # H.264 with subsampled colours needs an even width and height.
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()
-    target = f"-vf {even} -pix_fmt yuv420p -movflags +faststart".split()
+    target = f"-vf {even} -pix_fmt yuv420p -movflags +faststart -f mp4".split()
     done = subprocess.run(
-        [find_ffmpeg(), "-loglevel", "error", "-y", *source, *target, str(path)],
+        [find_ffmpeg(), "-loglevel", "error", "-y", *source, *target, os.path.abspath(path)],
         input=b"".join(image.tobytes() for image in images),
         capture_output=True,
     )

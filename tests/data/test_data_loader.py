@@ -207,7 +207,7 @@ def test_few_samples_make_one_smaller_batch(config):
 def test_a_broken_image_is_replaced_counted_and_reported(tmp_path):
     path = write_shard(tmp_path / "data", 120, broken=(7,))
     loader = Loader(DataConfig(path, image_size=8, batch_size=120))
-    with pytest.warns(UserWarning, match="k7: not a PNG") as warned:
+    with pytest.warns(UserWarning, match="k7: the image: not a readable image") as warned:
         batches = take(loader, 3)
     assert len(warned) == 1 and list(loader.broken) == [7]
     for batch in batches:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.config import Fraction, PositiveInt, config
-from unclip.image_io import resize
+from unclip.image_io import open_image, resize
 
 RESIZE_MODES = ("bilinear", "bicubic", "nearest-exact")
 
@@ -148,7 +148,7 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
     pixels = (image[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
-    decoded = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    decoded = torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)[None]  # (1, 3, H, W)
     return decoded.to(image) / 127.5 - 1
 
 

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from unclip.image_io import open_image
+
 SIDE = 32  # of the thumbnails that are compared
 THRESHOLD = 0.08  # root mean square difference of duplicates, for colours in [-1, 1]
 
 
 def thumbnail(image: bytes) -> np.ndarray:
     """Convert an encoded image to (SIDE, SIDE, 3) float32 in [-1, 1]."""
-    rgb = Image.open(io.BytesIO(image)).convert("RGB")
+    rgb = open_image(io.BytesIO(image))
     small = rgb.resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(small, np.float32) / 127.5 - 1
 

@@ -37,6 +37,7 @@ from unclip.data.duplicates import find_duplicates, thumbnail
 from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.iconify import EmojiNames, find_icons, named_entry, read_icons
 from unclip.data.shards import ShardWriter
+from unclip.image_io import open_image
 
 GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
     "smileys & emotion",
@@ -259,7 +260,7 @@ def render(svg: str | Path, size: int) -> bytes:
         background="#ffffff",
         skip_system_fonts=True,
     )
-    image = Image.open(io.BytesIO(rendered)).convert("RGB")
+    image = open_image(io.BytesIO(rendered))
     if image.size != (size, size):  # resvg keeps the proportions
         image.thumbnail((size, size))
         square = Image.new("RGB", (size, size), "white")
@@ -374,7 +375,7 @@ def _describe(emoji: Emoji, image: bytes) -> dict[str, Any]:
     entry, style, annotation = emoji.entry, emoji.style, emoji.entry["annotation"]
     colour = None
     if "tone" not in entry:  # else the captions name the colour of the skin
-        small = Image.open(io.BytesIO(image)).convert("RGB").resize((32, 32))
+        small = open_image(io.BytesIO(image)).resize((32, 32))
         colour = main_colour(np.asarray(small))
     texts = captions(entry, style)
     texts += everyday_captions(phrase(annotation), annotation, style, colour, emoji.synonyms)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import warnings
 
 from PIL import Image, ImageOps
 
-from unclip.image_io import open_image
+from unclip.image_io import identify, open_image
 from unclip.serving.config import ServerConfig
 from unclip.serving.errors import bad_request
 
@@ -27,9 +26,7 @@ def decode_image(data: bytes, param: str, config: ServerConfig) -> Image.Image:
     if not data or len(data) > limit:
         raise bad_request(wrong, param)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=formats)  # reads the header only
+        image = identify(io.BytesIO(data), formats)  # reads the header only
     except Exception:  # Pillow raises almost any type for damaged files
         raise bad_request(wrong, param) from None
     _check_size(image, param, config)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from unclip.config import parse, to_dict
 from unclip.embeddings import slerp
+from unclip.files import open_safetensors, parse_json
 from unclip.pipelines.request import check_count
 from unclip.types import StageOptions, UnCLIPOptions
 from unclip.weights import read_tensors, save_tensors
@@ -83,16 +83,18 @@ class Latent:
     def load(cls, file: str | Path) -> Latent:
         """Read a file of `save`. ValueError if it contains anything else."""
         tensors = read_tensors(file)
-        with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get(METADATA_KEY)
+        header = (open_safetensors(file).metadata() or {}).get(METADATA_KEY)
         names = [f"noise_{i}" for i in range(len(tensors) - 1)]
         if header is None or tensors.keys() != {"image_emb", *names}:
             expected = "a file of Latent.save or `unclip reconstruct --save-latent`"
             raise ValueError(f"{file} is not a saved latent; expected {expected}")
-        header = json.loads(header)
-        options = parse(UnCLIPOptions, header["options"], f"options in {file}")
-        noise = tuple(tensors[name] for name in names)
-        return cls(tensors["image_emb"], noise, options, tuple(header["sources"]))
+        try:
+            header = parse_json(header)
+            options, sources = header["options"], tuple(header["sources"])
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{file}: damaged metadata; save the latent again") from None
+        options = parse(UnCLIPOptions, options, f"options in {file}")
+        return cls(tensors["image_emb"], tuple(tensors[name] for name in names), options, sources)
 
 
 def deterministic(options: UnCLIPOptions, steps: int = 50) -> UnCLIPOptions:
