@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -164,6 +164,9 @@ class Progress:
     num_steps: int
     # The preview, or a function that computes it on first access.
     source: torch.Tensor | Callable[[], torch.Tensor] | None = None
+    # Indices of images of the batch. `on_step` may add some (for all: raise an exception) that are
+    # not wanted any more: networks no longer compute them, and their pixels are undefined.
+    dropped: set[int] = field(default_factory=set)
 
     @cached_property
     def preview(self) -> torch.Tensor | None:
@@ -212,4 +215,21 @@ class GenerationResult:
 
 
 OnStep = Callable[[Progress], None]
+
+
+class BatchReporter:
+    """An `on_step` for all stages of one batch, which share the images that it drops."""
+
+    def __init__(self, on_step: OnStep, num_images: int) -> None:
+        self.on_step, self.num_images = on_step, num_images
+        self.dropped: set[int] = set()
+
+    def __call__(self, progress: Progress) -> None:
+        self.on_step(replace(progress, dropped=self.dropped))
+
+    def kept(self) -> list[int]:
+        """Return the indices of the images that are still wanted."""
+        return [i for i in range(self.num_images) if i not in self.dropped]
+
+
 Prompt = str | Sequence[str]

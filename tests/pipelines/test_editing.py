@@ -221,7 +221,29 @@ def test_unsupported_options_are_rejected(pipe):
     with pytest.raises(ValueError, match="cache_interval is above 1"):
         pipe.image_to_image(photo(16, 16), "a", options=options)
     with pytest.raises(ValueError, match="got 2 images"):
-        pipe.image_to_image([photo(16, 16)] * 2, "a")
+        pipe.outpaint([photo(16, 16)] * 2, "a", left=4)
+    with pytest.raises(ValueError, match="1 masks for 2 images"):
+        pipe.inpaint([photo(16, 16)] * 2, mask(16, 16, (0, 0, 4, 4)), "a")
+    with pytest.raises(ValueError, match="2 prompts for 1 images"):
+        pipe.image_to_image(photo(16, 16), ["a", "b"])
+
+
+@pytest.mark.parametrize("prompts", [None, ["a", "b", "c"]])
+def test_several_images_are_edited_as_each_alone(pipe, prompts):
+    sizes = ((16, 16), (40, 24), (32, 32))  # the second one needs two windows
+    images = [photo(*size) for size in sizes]
+    masks = [mask(16, 16, (0, 0, 4, 9)), mask(40, 24, (2, 3, 38, 20)), Image.new("L", (32, 32))]
+    with pytest.warns(UserWarning, match="nothing is marked"):
+        result = pipe.inpaint(images, masks, prompts, num_images=2, seed=5, **QUICK)
+        for k, image in enumerate(images):
+            prompt = prompts[k] if isinstance(prompts, list) else prompts
+            alone = pipe.inpaint(image, masks[k], prompt, num_images=2, seed=5 + 2 * k, **QUICK)
+            assert alone.seeds == result.seeds[2 * k : 2 * k + 2]
+            assert alone.metadata == result.metadata[2 * k : 2 * k + 2]
+            for ours, theirs in zip(result.images[2 * k :], alone.images, strict=False):
+                difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs))
+                assert difference.max() <= 2
+                assert (np.asarray(ours) == np.asarray(image))[np.asarray(masks[k]) == 0].all()
 
 
 # -- windows

@@ -10,13 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from serving_helpers import CONFIG, load, wait_until
+from PIL import Image
+from serving_helpers import CONFIG, load, opened, png, wait_until
 
 from unclip.serving.engine import Done, Engine, Started, Step
 from unclip.serving.errors import APIError
 from unclip.serving.metrics import Metrics
 from unclip.serving.queue import Job, JobQueue, QueueFull
-from unclip.serving.tasks import Settings, Task
+from unclip.serving.tasks import Settings, Task, generate
 
 TASK = Task("generations", "tiny", n=1, seed=0, prompt="a red apple")
 
@@ -28,6 +29,7 @@ class Recorder:
         self.pipe, self.calls, self.fail, self.gate = pipe, [], None, None
         self.kind, self.name, self.options = pipe.kind, pipe.name, pipe.options
         self.decoder, self.upsamplers, self.clip = pipe.decoder, pipe.upsamplers, pipe.clip
+        self.encode_image = pipe.encode_image
 
     def __call__(self, prompts, **arguments):
         self.calls.append(prompts)
@@ -36,6 +38,14 @@ class Recorder:
         if self.fail is not None:
             self.fail(prompts, arguments)
         return self.pipe(prompts, **arguments)
+
+    def inpaint(self, images, masks, prompts, **arguments):
+        self.calls.append(prompts)
+        return self.pipe.inpaint(images, masks, prompts, **arguments)
+
+    def variations(self, *, image_emb, **arguments):
+        self.calls.append(image_emb)
+        return self.pipe.variations(image_emb=image_emb, **arguments)
 
 
 class Client:
@@ -116,6 +126,32 @@ def test_equal_requests_are_generated_together_and_equal_those_alone(make, recor
         assert result.seeds == alone.seeds
     client.outcome(other)
     assert recorder.calls == [["first"], [*"abbcccd"], ["a red apple"]]
+
+
+def image_of(k, size=16):
+    return opened(png(size, seed=k))
+
+
+EDIT = {"operation": "edits", "mask": Image.new("L", (16, 16), 255)}
+EDIT["mask"].paste(0, (0, 0, 9, 16))
+
+
+@pytest.mark.parametrize("changes", [EDIT, {"operation": "variations", "prompt": None}])
+def test_edits_and_variations_are_generated_together(make, recorder, changes):
+    client = make()
+    blocked(client, recorder)
+    jobs = [client.submit(images=(image_of(k),), seed=k, n=1 + k, **changes) for k in range(3)]
+    wide = client.submit(**{**EDIT, "mask": EDIT["mask"].resize((32, 16))}, images=(
+        image_of(3).resize((32, 16)),
+    ))  # fmt: skip
+    recorder.gate.set()
+    together = [client.outcome(job).result for job in [*jobs, wide]]
+    assert [len(call) for call in recorder.calls] == [1, 6, 1]  # wide images need several windows
+    for job, result in zip(jobs, together, strict=False):
+        (alone,) = generate(recorder, [job.task], lambda _: None, 16)
+        assert alone.seeds == result.seeds
+        for ours, theirs in zip(result.images, alone.images, strict=True):
+            assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 2
 
 
 def test_a_batch_is_bounded_by_images(make, recorder):
@@ -242,7 +278,13 @@ def test_cancelling_one_of_a_batch_leaves_the_pixels_of_the_others(make, recorde
 
     gone = Job(replace(TASK, prompt="b", seed=2), "", cancel)
     client.engine.submit(gone)
+    rows, unet = [], tiny_pipe.decoder.unet
+    hook = unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     recorder.gate.set()
+    client.outcome(kept[1])
+    hook.remove()
+    steps = tiny_pipe.options.decoder.steps
+    assert rows[-steps:] == [4] * steps  # two of three images, with guidance: `gone` left its place
     for job, text, seed in zip(kept, "ac", (1, 3), strict=True):
         (alone,) = tiny_pipe(text, seed=seed, progress=False).images
         assert np.abs(client.image(job) - np.asarray(alone)).max() <= 2

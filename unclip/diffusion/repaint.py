@@ -73,7 +73,7 @@ def repaint(
                 x_t = torch.where(hole, painted, kept)
                 done += 1
                 if on_step is not None:
-                    on_step(done, total, x_0)
+                    estimate = on_step(done, total, x_0) or estimate
     return x_0
 
 

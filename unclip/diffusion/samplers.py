@@ -172,7 +172,7 @@ def sample(
         else:
             x_t = ddim_step(x_t, x_0, *levels, options.eta, noise)
         if on_step is not None:
-            on_step(step, len(ts), x_0)
+            estimate = on_step(step, len(ts), x_0) or estimate
     return x_t
 
 

@@ -19,8 +19,11 @@ from unclip.types import StageOptions
 Estimate = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
 """x_t (B, C, ...) and t -> estimate of x_0 (B, C, ...), raw learned variance or None."""
 
-OnSample = Callable[[int, int, Tensor], None]
-"""Called with the step 1 .. num_steps, num_steps, and the estimate of x_0 (B, C, ...)."""
+OnSample = Callable[[int, int, Tensor], Estimate | None]
+"""Called with the step 1 .. num_steps, num_steps, and the estimate of x_0 (B, C, ...).
+
+It may return another estimate, to go on with.
+"""
 
 
 def sample(
@@ -55,7 +58,7 @@ def sample(
             extra["prev_timestep"] = ts[step] if step < len(ts) else None
         x_t = scheduler.step(output, t_scheduler, x_t, **extra).prev_sample
         if on_step is not None:
-            on_step(step, len(ts), x_0)
+            estimate = on_step(step, len(ts), x_0) or estimate
     return x_t
 
 

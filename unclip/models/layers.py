@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,6 +249,13 @@ class DenoiserCache:
         # Guidance on an interval and going back in time leave steps out.
         age = self.steps.get(t, math.inf) - self._deep_step
         return self._deep if 0 < age < self.interval else None
+
+    def select(self, rows: Tensor) -> DenoiserCache:
+        """Return the cache of some rows of the context."""
+        selected = copy.copy(self)
+        selected._time = {}
+        selected._deep = None if self._deep is None else self._deep[rows]
+        return selected
 
     def store(self, t: Timestep, deep_features: Tensor) -> None:
         """Keep the deep features of t, unless they are reused ones."""

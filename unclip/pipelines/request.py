@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.image_io import open_image, to_pil
-from unclip.types import OnStep, Progress, Prompt, StageOptions, UnCLIPOptions
+from unclip.types import BatchReporter, OnStep, Progress, Prompt, StageOptions, UnCLIPOptions
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
 
@@ -52,7 +52,7 @@ class Request:
         with self.track(len(batches) * num_steps) as on_step:
             for rows, n in batches:
                 count = n * len(range(num_prompts)[rows])
-                yield Batch(rows, n, seeds[:count], on_step)
+                yield Batch(rows, n, seeds[:count], BatchReporter(on_step, count))
                 seeds = seeds[count:]
 
     def rows(self, count: int) -> list[slice]:
@@ -71,7 +71,7 @@ class Batch:
     prompts: slice  # of the call's prompts
     num_images: int  # of each of these
     seeds: list[int]  # of all images
-    on_step: OnStep
+    on_step: BatchReporter
 
     @cached_property
     def generators(self) -> list[torch.Generator]:

@@ -54,7 +54,7 @@ Event = Started | Step | Done | APIError
 
 
 class Cancelled(Exception):
-    """Every job of a batch was cancelled."""
+    """All jobs of a batch are cancelled."""
 
 
 class Engine:
@@ -108,7 +108,7 @@ class Engine:
         self.metrics.queue_images.set(self.queue.images)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job; a batch stops at its next step if all of its jobs are cancelled."""
+        """Drop a job: its images leave a running batch at the next step."""
         if not job.cancelled:
             job.cancelled = True
             self.queue.remove(job)
@@ -280,7 +280,7 @@ class Engine:
     def _reporter(
         self, model: LoadedModel, jobs: Sequence[Job], image: int | None = None
     ) -> Callable[[Progress], None]:
-        """Report steps to the jobs; stop the call when all of them are cancelled.
+        """Report steps to the jobs; drop the images of those that are cancelled.
 
         image: the index of the only image of this call, of the only job.
         """
@@ -295,6 +295,10 @@ class Engine:
             last[0] = now
             if all(job.cancelled for job in jobs):
                 raise Cancelled
+            if image is None:
+                for job, end in zip(jobs, ends, strict=True):
+                    if job.cancelled:
+                        progress.dropped.update(range(end - job.cost, end))
             position = (
                 stage_index(progress.stage) + progress.step / progress.num_steps
             ) / num_stages

@@ -63,11 +63,21 @@ class Task:
     @property
     def batch_key(self) -> Hashable:
         """Tasks with equal keys can be generated together."""
-        if self.operation == "edits":
-            return id(self)
         kind = "embedding" if self.embedding is not None else self.operation
+        if self.operation == "edits":
+            (image,) = self.images
+            if image.width != image.height:  # it may need several windows
+                return id(self)
+            kind = self.operation, self.mask is None, self.strength
         selection = None if self.candidates is None else (self.candidates, self.n)
-        return kind, self.model, self.settings, selection, self.negative is None
+        return (
+            kind,
+            self.model,
+            self.settings,
+            selection,
+            self.prompt is None,
+            self.negative is None,
+        )
 
     def alone(self, k: int) -> Task:
         """Return the task of image k only."""
@@ -89,17 +99,17 @@ def generate(
     shared: dict[str, Any] = {
         "options": options, "on_step": on_step, "batch_size": batch_size, "progress": False,
     }  # fmt: skip
-    if first.operation == "edits":
-        return [_edit(pipe, first, shared)]
-    each = {task.n for task in tasks}
     # Tasks with the same n share the encoding of a prompt among its images.
-    repeats = [1 if len(each) == 1 else task.n for task in tasks]
-    shared["num_images"] = first.n if len(each) == 1 else 1
+    same = len({task.n for task in tasks}) == 1
+    inputs = [task for task in tasks for _ in range(1 if same else task.n)]
+    shared["num_images"] = first.n if same else 1
     shared["seed"] = [task.seed + k for task in tasks for k in range(task.cost)]
-    if first.embedding is not None or first.operation == "variations":
-        result = _vary(pipe, tasks, repeats, shared)
+    if first.operation == "edits":
+        result = _edit(pipe, inputs, shared)
+    elif first.embedding is not None or first.operation == "variations":
+        result = _vary(pipe, inputs, shared)
     else:
-        result = _imagine(pipe, tasks, repeats, shared)
+        result = _imagine(pipe, inputs, shared)
     ends = itertools.accumulate(task.n for task in tasks)
     return [result.pick(range(end - task.n, end)) for task, end in zip(tasks, ends, strict=True)]
 
@@ -114,37 +124,28 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     return replace(pipe.options, **given)
 
 
-def _imagine(
-    pipe: Any, tasks: Sequence[Task], repeats: Sequence[int], shared: dict[str, Any]
-) -> GenerationResult:
-    prompts = [task.prompt for task, r in zip(tasks, repeats, strict=True) for _ in range(r)]
+def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
     extra: dict[str, Any] = {}
     if tasks[0].negative is not None:
         if pipe.kind != "unclip":
             raise ValueError(f"negative_prompt is not supported by the model '{tasks[0].model}'")
-        extra["negative_prompt"] = [
-            task.negative for task, r in zip(tasks, repeats, strict=True) for _ in range(r)
-        ]
+        extra["negative_prompt"] = [task.negative for task in tasks]
     if tasks[0].candidates is not None:
         if pipe.kind == "glide":
             raise ValueError(f"num_candidates is not supported by the model '{tasks[0].model}'")
         extra["num_candidates"] = tasks[0].candidates
-    return pipe(prompts, **extra, **shared)
+    return pipe([task.prompt for task in tasks], **extra, **shared)
 
 
-def _vary(
-    pipe: Any, tasks: Sequence[Task], repeats: Sequence[int], shared: dict[str, Any]
-) -> GenerationResult:
+def _vary(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
     if pipe.kind != "unclip":
         if any(len(task.images) != 1 for task in tasks):
             raise ValueError(f"The model '{tasks[0].model}' varies a single image.")
         S = model_size(pipe)
         images = [ImageOps.fit(task.images[0], (S, S), Image.Resampling.LANCZOS) for task in tasks]
-        images = [one for one, r in zip(images, repeats, strict=True) for _ in range(r)]
         return pipe.variations(images, **shared)
-    rows = [_embedding(pipe, task) for task in tasks]
-    image_emb = torch.cat([row.expand(r, -1) for row, r in zip(rows, repeats, strict=True)])
-    return pipe.variations(image_emb=image_emb, **shared)
+    rows = {task: _embedding(pipe, task) for task in dict.fromkeys(tasks)}
+    return pipe.variations(image_emb=torch.cat([rows[task] for task in tasks]), **shared)
 
 
 def _embedding(pipe: Any, task: Task) -> Tensor:
@@ -166,14 +167,15 @@ def _embedding(pipe: Any, task: Task) -> Tensor:
     return mix(emb, weights)[None]
 
 
-def _edit(pipe: Any, task: Task, shared: dict[str, Any]) -> GenerationResult:
-    (image,) = task.images
-    shared = {**shared, "num_images": task.n, "seed": task.seed}
-    if task.mask is None:
-        assert task.strength is not None
-        return pipe.image_to_image(image, task.prompt, strength=task.strength, **shared)
-    painting = PaintOptions() if task.strength is None else PaintOptions(strength=task.strength)
-    return pipe.inpaint(image, task.mask, task.prompt, painting=painting, **shared)
+def _edit(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
+    images, strength = [task.images[0] for task in tasks], tasks[0].strength
+    prompts = None if tasks[0].prompt is None else [task.prompt for task in tasks]
+    if tasks[0].mask is None:
+        assert strength is not None
+        return pipe.image_to_image(images, prompts, strength=strength, **shared)
+    painting = PaintOptions() if strength is None else PaintOptions(strength=strength)
+    masks = [task.mask for task in tasks]
+    return pipe.inpaint(images, masks, prompts, painting=painting, **shared)
 
 
 def model_size(pipe: Any) -> int:

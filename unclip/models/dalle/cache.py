@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -69,9 +70,18 @@ class LayerCache:
         self.text, self.slots = T, layout.slots
         self.window = text_kv.new_zeros(B, 2, H, T + layout.max_visible, d)
         self.window[:, :, :, :T] = text_kv
+        self.separate = layout.gather is not None
         self.store = self.window[:, :, :, T:]  # (B, 2, H, R, d)
-        if layout.gather is not None:
+        if self.separate:
             self.store = text_kv.new_zeros(B, 2, H, layout.slots, d)
+
+    def select(self, rows: Tensor) -> LayerCache:
+        """Return the cache of some streams."""
+        selected = copy.copy(self)
+        selected.window = self.window[rows]
+        codes = selected.window[:, :, :, self.text :]
+        selected.store = self.store[rows] if self.separate else codes
+        return selected
 
     @property
     def text_kv(self) -> Tensor:
@@ -135,6 +145,13 @@ class CodeCache:
         }
         self._counts = {kind: layout.count.tolist() for kind, layout in layouts.items()}
         self._numbers = torch.arange(len(layouts[patterns[0].kind].count), device=text_kv.device)
+
+    def select(self, rows: Tensor) -> CodeCache:
+        """Return the cache of some streams."""
+        selected = copy.copy(self)
+        selected.layers = [layer.select(rows) for layer in self.layers]
+        selected.shifts = [[ShiftCache(one.row[rows]) for one in pair] for pair in self.shifts]
+        return selected
 
     def index(self, position: int | Tensor) -> Tensor:
         """Convert an int or a tensor () to a tensor (1,) on the device."""

@@ -65,7 +65,7 @@ class CodeTransformer(nn.Module, ABC):
 
     @abstractmethod
     def start_cache(self, prefix: Any) -> Any:
-        """Create a cache without codes for each row of the prefix."""
+        """Create a cache without codes for each row of the prefix; `select` gives that of some."""
 
     @abstractmethod
     def extend(self, codes: Tensor, cache: Any) -> Tensor:

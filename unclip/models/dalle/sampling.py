@@ -15,7 +15,11 @@ from unclip.models.layers import random_rows
 from unclip.types import CodeOptions
 
 Step = Callable[[Tensor, Tensor, Any], Tensor]
-OnCode = Callable[[int, Tensor], None]  # number of codes so far, n; those codes (B, n)
+OnCode = Callable[[int, Tensor], "list[int] | None"]
+"""Called with the number of codes so far, n, and those codes (B, n).
+
+It may return the images that are still wanted; codes of the others stay 0 from then on.
+"""
 
 # Lower temperatures could overflow the logits, and select the most likely code anyway.
 MIN_TEMPERATURE = 1e-6
@@ -45,7 +49,7 @@ def sample_codes(
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators were given for {B} images; expected {B}")
     uniform = random_rows(torch.rand, N, generators, prefix.logits)  # B N
-    codes = torch.empty(B, N, dtype=torch.long)
+    codes = torch.zeros(B, N, dtype=torch.long)
     codes[:, : given.shape[1]] = given
     codes = codes.to(prefix.logits.device)
 
@@ -55,26 +59,30 @@ def sample_codes(
             null = dalle.condition(dalle.null_tokens(1))
         prefix = prefix.cat([prefix, null.repeat_interleave(B)])
 
-    def for_both(codes: Tensor) -> Tensor:  # with text, and without
-        return codes.repeat(2, *[1] * (codes.ndim - 1)) if guided else codes
+    def for_both(rows: Tensor) -> Tensor:  # with text, and without
+        return torch.cat([rows, rows]) if guided else rows
 
     cache, logits, first = dalle.start_cache(prefix), prefix.logits, given.shape[1]
     del prefix  # the cache has its own copy
     if first:
         logits = dalle.extend(for_both(codes[:, :first]), cache)
-    positions = torch.arange(N, device=codes.device)
+    positions, wanted = torch.arange(N, device=codes.device), torch.arange(B, device=codes.device)
     for n in range(first, N):
         if n > first:
-            last = for_both(codes[:, n - 1])
+            last = for_both(codes[wanted, n - 1])
             if compiled_step is None:
                 logits = dalle.step(last, n - 1, cache)
             else:
                 logits = compiled_step(last, positions[n - 1], cache)
         if guided:
             logits = guide(logits, options.guidance)
-        codes[:, n] = sample_code(logits, uniform[:, n], options)
-        if on_code is not None:
-            on_code(n + 1, codes[:, : n + 1])
+        codes[wanted, n] = sample_code(logits, uniform[wanted, n], options)
+        still = None if on_code is None else on_code(n + 1, codes[:, : n + 1])
+        if still is not None and len(still) < len(wanted) and compiled_step is None:
+            left = torch.tensor([i for i, k in enumerate(wanted.tolist()) if k in still])
+            left = left.to(codes.device)
+            cache = cache.select(torch.cat([left, left + len(wanted)]) if guided else left)
+            wanted = wanted[left]
     return codes.unflatten(1, dalle.config.grid)
 
 

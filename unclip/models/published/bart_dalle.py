@@ -145,6 +145,13 @@ class EncodedTexts:
         """P * n."""
         return len(self.kv) * self.images
 
+    def select(self, rows: Tensor) -> EncodedTexts:
+        """Return the texts of some images, in order; shared if each keeps equally many."""
+        at, counts = (rows // self.images).unique_consecutive(return_counts=True)
+        if (counts != counts[0]).any():
+            at, counts = rows // self.images, counts.new_ones(1)
+        return EncodedTexts(self.kv[at], self.mask[at], int(counts[0]))
+
     def attend(self, dot_product: Attend, layer: int, q: Tensor) -> Tensor:
         """Queries (P * n, H, m, d), grouped by text -> the same shape."""
         n, m = self.images, q.shape[2]
@@ -181,6 +188,15 @@ class BartPrefix(Rows):
 class BartCache:
     texts: tuple[EncodedTexts, ...]
     codes: CodeCache
+
+    def select(self, rows: Tensor) -> BartCache:
+        """Return the cache of some images, in order."""
+        texts, start = [], 0
+        for text in self.texts:
+            own = rows[(start <= rows) & (rows < start + text.batch)] - start
+            texts += [text.select(own)] if len(own) else []
+            start += text.batch
+        return BartCache(tuple(texts), self.codes.select(rows))
 
 
 class BartLogits(NamedTuple):

@@ -324,13 +324,14 @@ class DallePipeline(Pipeline):
         """Report every code; previews show the complete rows of codes, and white below."""
         (h, w), size = self.dalle.config.grid, self.codec.image_size
 
-        def report(n: int, codes: Tensor) -> None:
+        def report(n: int, codes: Tensor) -> list[int]:
             def rows() -> Tensor:
                 decoded = self.decode(codes.unflatten(1, (n // w, w)))
                 return F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
 
             source = rows if preview and n % w == 0 else None
             batch.on_step(Progress(STAGE, n - given, h * w - given, source))
+            return batch.on_step.kept()
 
         return report
 

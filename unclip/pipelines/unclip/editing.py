@@ -1,15 +1,18 @@
 """Inpainting, outpainting and image-to-image, with any decoder, trained for it or not.
 
-Functions over a pipeline. They return `num_images` images; image k has the seed `seed` + k. What is
-kept is kept bit for bit. The prompt describes the whole image; without one, it keeps its meaning.
+Functions over a pipeline. They return `num_images` images of each input; image k has the seed
+`seed` + k. What is kept is kept bit for bit. The prompt, one for all or one for each, describes the
+whole image; without one, it keeps its meaning.
 An image of any size is painted through square windows of its shorter side, which the model sees at
 its own size. A model with an inpainter uses it, unless painting.trained is False.
 """
 
-# B images, H W height and width of the canvas, S size of the model's images, s of a stage's
+# P inputs, n images of each, B batch (P * n), H W height and width of a canvas, S size of the
+# model's images, s of a stage's
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,21 +29,28 @@ from unclip.diffusion.repaint import PaintOptions, fill, paste
 from unclip.image_io import open_mask, to_pil, to_tensor
 from unclip.models.unclip.decoder import masked_image
 from unclip.pipelines.provenance import edited_source
-from unclip.pipelines.request import ImageInput, Request, generators_from, open_images
+from unclip.pipelines.request import (
+    Batch,
+    ImageInput,
+    Images,
+    Request,
+    check_prompts,
+    open_images,
+)
 from unclip.pipelines.unclip.stages import (
-    Generators,
     StagedPipeline,
     bind_stage,
     check_stages,
     stage_sizes,
 )
-from unclip.types import GenerationResult, OnStep, TextEncoding, UnCLIPOptions
+from unclip.types import GenerationResult, Prompt, TextEncoding, UnCLIPOptions
 
 ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers: their input is harmonious
 MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
 MAX_WINDOWS = 64
 
 Window = tuple[int, int]  # left, top
+Mask = Image.Image | str | Path
 
 
 @dataclass(frozen=True)
@@ -60,29 +70,35 @@ class Canvas:
 
 def inpaint(
     pipe: StagedPipeline,
-    image: ImageInput,
-    mask: Image.Image | str | Path,
-    prompt: str | None,
+    image: Images,
+    mask: Mask | Sequence[Mask],
+    prompt: Prompt | None,
     painting: PaintOptions | None,
     request: Request,
 ) -> GenerationResult:
     """Paint the white part of a mask of the same size, or the transparent part if it has one.
 
-    With painting.strength below 1, the old content shines through. Warns if nothing or everything
-    is marked.
+    Several images have a mask each. With painting.strength below 1, the old content shines
+    through. Warns if nothing or everything is marked.
     """
-    source, marked = _open_one(image), open_mask(mask)
-    if marked.size != source.size:
-        sizes = "{} x {} px, but the image is {} x {}".format(*marked.size, *source.size)
-        raise ValueError(f"the mask is {sizes}; expected the same size")
-    hole = np.asarray(marked) > 0
-    if not hole.any():
-        warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
-    elif hole.all():
-        warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
-    metadata = {"operation": "inpaint", **edited_source(source, marked)}
-    canvas = Canvas(source, np.asarray(source), hole, metadata)
-    return _paint(pipe, canvas, prompt, painting or PaintOptions(), request)
+    sources = open_images(image)
+    masks = [mask] if isinstance(mask, Image.Image | str | Path) else mask
+    if len(masks) != len(sources):
+        given = f"{len(masks)} masks for {len(sources)} images"
+        raise ValueError(f"{given}; expected one for each")
+    canvases = []
+    for source, marked in zip(sources, map(open_mask, masks), strict=True):
+        if marked.size != source.size:
+            sizes = "{} x {} px, but the image is {} x {}".format(*marked.size, *source.size)
+            raise ValueError(f"the mask is {sizes}; expected the same size")
+        hole = np.asarray(marked) > 0
+        if not hole.any():
+            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
+        elif hole.all():
+            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
+        metadata = {"operation": "inpaint", **edited_source(source, marked)}
+        canvases.append(Canvas(source, np.asarray(source), hole, metadata))
+    return _paint(pipe, canvases, prompt, painting or PaintOptions(), request)
 
 
 def outpaint(
@@ -109,31 +125,32 @@ def outpaint(
     hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
     metadata = {"operation": "outpaint", **edited_source(source), "arguments": dict(borders)}
     canvas = Canvas(source, pixels, hole, metadata)
-    return _paint(pipe, canvas, prompt, painting or PaintOptions(), request)
+    return _paint(pipe, [canvas], prompt, painting or PaintOptions(), request)
 
 
 def image_to_image(
-    pipe: StagedPipeline, image: ImageInput, prompt: str | None, strength: float, request: Request
+    pipe: StagedPipeline, image: Images, prompt: Prompt | None, strength: float, request: Request
 ) -> GenerationResult:
-    """Repaint the whole image from its noised version (SDEdit, 2108.01073)."""
-    source = _open_one(image)
-    metadata = {"operation": "image_to_image", **edited_source(source)}
-    hole = np.ones(source.size[::-1], dtype=bool)
-    canvas = Canvas(source, np.asarray(source), hole, metadata)
-    result = _paint(pipe, canvas, prompt, replace(ONCE, strength=strength), request)
+    """Repaint whole images from their noised versions (SDEdit, 2108.01073)."""
+    canvases = []
+    for source in open_images(image):
+        metadata = {"operation": "image_to_image", **edited_source(source)}
+        hole = np.ones(source.size[::-1], dtype=bool)
+        canvases.append(Canvas(source, np.asarray(source), hole, metadata))
+    result = _paint(pipe, canvases, prompt, replace(ONCE, strength=strength), request)
     for entry in result.metadata:
-        entry["arguments"] = {"prompt": prompt, "strength": strength}
+        entry["arguments"] = {"prompt": entry["arguments"]["prompt"], "strength": strength}
     return result
 
 
 def _paint(
     pipe: StagedPipeline,
-    canvas: Canvas,
-    prompt: str | None,
+    canvases: Sequence[Canvas],
+    prompt: Prompt | None,
     painting: PaintOptions,
     request: Request,
 ) -> GenerationResult:
-    """Paint the hole of a canvas window by window, each at the size of the model's images."""
+    """Paint the holes of canvases window by window, each at the size of the model's images."""
     options, has_inpainter = request.options or pipe.options, pipe.inpainter_stage is not None
     if painting.trained and not has_inpainter:
         raise ValueError("this model has no inpainter: painting.trained must be False or None")
@@ -142,62 +159,107 @@ def _paint(
     check_stages(pipe, options)
     if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
         raise ValueError("cache_interval is above 1; expected 1 for painting, which repeats steps")
-    seeds, windows = request.seeds(1), list(windows_over(canvas.hole, canvas.side))
+    prompts = _prompts(prompt, len(canvases))
+    windows = [list(windows_over(canvas.hole, canvas.side)) for canvas in canvases]
+    rounds = max(map(len, windows))
     steps = painting.resamples * painting.steps(options.decoder.steps)
-    steps = len(windows) * (steps + sum(stage.steps for stage in options.upsamplers))
-    batches = request.rows(len(seeds))
-    if prompt is not None and pipe.prior_stage is not None:
+    steps = rounds * (steps + sum(stage.steps for stage in options.upsamplers))
+    if prompts is not None and pipe.prior_stage is not None:
         steps += pipe.prior_stage.steps(options.prior)
-    images, embs = [], []
-    with torch.inference_mode(), request.track(len(batches) * steps) as on_step:
-        for rows in batches:
-            generators = generators_from(seeds[rows])
-            image_emb, text = _content(pipe, canvas.image, prompt, generators, options, on_step)
-            pixels = np.repeat(canvas.pixels[None], len(generators), axis=0)
-            hole = canvas.hole.copy()
-            for left, top in windows:
-                window = np.s_[top : top + canvas.side, left : left + canvas.side]
-                view = pixels[(slice(None), *window)]  # (B, side, side, 3)
-                size, keep = stage_sizes(pipe, options)[-1], painting.strength < 1
-                known, marked = to_model(view, hole[window], size, keep)
+    results = []
+    for batch in request.batches(len(canvases), steps):
+        part, n = canvases[batch.prompts], batch.num_images
+        texts = None if prompts is None else prompts[batch.prompts]
+        with torch.inference_mode():
+            image_emb, text = _content(pipe, part, texts, batch, options)
+            painted = [Painted.of(canvas, n) for canvas in part]
+            size, keep = stage_sizes(pipe, options)[-1], painting.strength < 1
+            for window in itertools.zip_longest(*windows[batch.prompts], fillvalue=(0, 0)):
+                views = [one.view(at) for one, at in zip(painted, window, strict=True)]
+                known, marked = zip(*(to_model(*view, size, keep) for view in views), strict=True)
+                marked = [one.expand(n, -1, -1, -1) for one in marked]
                 x = _paint_window(
-                    pipe, known, marked, image_emb, text, generators, options, painting, on_step
-                )
-                for pixel, painted in zip(view, to_pil(x), strict=True):
-                    painted = painted.resize((canvas.side, canvas.side), Image.Resampling.LANCZOS)
-                    pixel[hole[window]] = np.asarray(painted)[hole[window]]
-                hole[window] = False
-            images += [Image.fromarray(one) for one in pixels]
-            embs.append(image_emb.cpu())
-    arguments = {"prompt": prompt, "painting": asdict(painting)}
-    arguments = {**canvas.metadata.get("arguments", {}), **arguments}
-    about = pipe.describe(options)
-    entries = [{**canvas.metadata, "arguments": arguments, "seed": seed, **about} for seed in seeds]
-    return GenerationResult(images, [*seeds], [prompt] * len(seeds), torch.cat(embs), entries)
+                    pipe, torch.cat(known), torch.cat(marked), image_emb, text, batch, options,
+                    painting,
+                )  # fmt: skip
+                for (pixels, hole), new in zip(views, x.split(n), strict=True):
+                    paste_window(pixels, hole, new)
+        about, entries = pipe.describe(options), []
+        for k, seed in enumerate(batch.seeds):
+            metadata = part[k // n].metadata
+            arguments = {
+                **metadata.get("arguments", {}),
+                "prompt": None if texts is None else texts[k // n],
+                "painting": asdict(painting),
+            }
+            entries.append({**metadata, "arguments": arguments, "seed": seed, **about})
+        images = [Image.fromarray(pixels) for one in painted for pixels in one.pixels]
+        names = [entry["arguments"]["prompt"] for entry in entries]
+        emb = image_emb.cpu()
+        results.append(GenerationResult(images, [*batch.seeds], names, emb, entries))
+    return GenerationResult.cat(results)
+
+
+@dataclass(frozen=True)
+class Painted:
+    """The images that are painted on one canvas."""
+
+    pixels: np.ndarray  # (n, H, W, 3) uint8
+    hole: np.ndarray  # (H, W) bool, what is still to be painted
+    side: int  # of the windows
+
+    @classmethod
+    def of(cls, canvas: Canvas, n: int) -> Painted:
+        return cls(np.repeat(canvas.pixels[None], n, axis=0), canvas.hole.copy(), canvas.side)
+
+    def view(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pixels (n, side, side, 3) and the hole (side, side) in a window."""
+        left, top = window
+        at = np.s_[top : top + self.side, left : left + self.side]
+        return self.pixels[(slice(None), *at)], self.hole[at]
+
+
+def paste_window(pixels: np.ndarray, hole: np.ndarray, x: Tensor) -> None:
+    """Write painted images x (n, 3, S, S) to the hole of a window, which is closed then."""
+    for pixel, new in zip(pixels, to_pil(x), strict=True):
+        new = new.resize(hole.shape, Image.Resampling.LANCZOS)
+        pixel[hole] = np.asarray(new)[hole]
+    hole[:] = False
+
+
+def _prompts(prompt: Prompt | None, count: int) -> list[str] | None:
+    """Return a prompt for each of `count` inputs, or None."""
+    if prompt is None:
+        return None
+    prompts = check_prompts(prompt)
+    if len(prompts) not in (1, count):
+        given = f"{len(prompts)} prompts for {count} images"
+        raise ValueError(f"{given}; expected one for each, or one for all")
+    return prompts * (count // len(prompts))
 
 
 def _content(
     pipe: StagedPipeline,
-    image: Image.Image,
-    prompt: str | None,
-    generators: Generators,
+    canvases: Sequence[Canvas],
+    prompts: list[str] | None,
+    batch: Batch,
     options: UnCLIPOptions,
-    on_step: OnStep,
 ) -> tuple[Tensor, TextEncoding | None]:
-    """Return image embeddings (B, D) of the prompt or the image, and B encodings of the prompt."""
-    B = len(generators)
-    if prompt is None:
-        return pipe.encode_image(image).expand(B, -1), None
-    text = pipe.encode_text(prompt)
+    """Return image embeddings (B, D) of prompts or images, and B encodings of the prompts."""
+    n = batch.num_images
+    if prompts is None:
+        image_emb = pipe.encode_image([canvas.image for canvas in canvases])
+        return image_emb.repeat_interleave(n, dim=0), None
+    text = pipe.encode_text(prompts)
     image_emb = pipe.sample_prior(
         text,
-        num_images=B,
-        generators=generators,
+        num_images=n,
+        generators=batch.generators,
         options=options.prior,
         candidates=options.prior_candidates,
-        on_step=on_step,
+        on_step=batch.on_step,
     )
-    return image_emb, text.repeat_interleave(B)
+    return image_emb, text.repeat_interleave(n)
 
 
 def _paint_window(
@@ -206,12 +268,11 @@ def _paint_window(
     hole: Tensor,
     image_emb: Tensor,
     text: TextEncoding | None,
-    generators: Sequence[torch.Generator],
+    batch: Batch,
     options: UnCLIPOptions,
     painting: PaintOptions,
-    on_step: OnStep,
 ) -> Tensor:
-    """Paint the hole (1, 1, S, S) of known (B, 3, S, S) at each stage's size in turn."""
+    """Paint the holes (B, 1, S, S) of known (B, 3, S, S) at each stage's size in turn."""
     device = pipe.runtime.device
     known, hole, x = known.to(device), hole.to(device), None
     for i, size in enumerate(stage_sizes(pipe, options)):
@@ -228,7 +289,7 @@ def _paint_window(
             )
         else:
             stage, how = bind_stage(pipe, i, options, image_emb, x), ONCE
-        painted = stage.repaint(image, marked, generators, how, on_step)
+        painted = stage.repaint(image, marked, batch.generators, how, batch.on_step)
         x = paste(painted, image, marked, radius=max(1, size // 32)).clamp(-1, 1)
     assert x is not None
     return x

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
@@ -449,19 +447,19 @@ class UnCLIPPipeline(Pipeline):
 
     def inpaint(
         self,
-        image: ImageInput,
-        mask: Image.Image | str | Path,
-        prompt: str | None = None,
+        image: Images,
+        mask: editing.Mask | Sequence[editing.Mask],
+        prompt: Prompt | None = None,
         *,
         painting: PaintOptions | None = None,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Paint the white or transparent part of the mask; see `editing.inpaint`."""
+        """Paint the white or transparent part of each image's mask; see `editing.inpaint`."""
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         return editing.inpaint(self, image, mask, prompt, painting, request)
 
@@ -489,18 +487,18 @@ class UnCLIPPipeline(Pipeline):
 
     def image_to_image(
         self,
-        image: ImageInput,
-        prompt: str | None = None,
+        image: Images,
+        prompt: Prompt | None = None,
         *,
         strength: float = 0.6,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Repaint the whole image from its noised version (SDEdit, 2108.01073).
+        """Repaint whole images from their noised versions (SDEdit, 2108.01073).
 
         strength: above 0 (nearly unchanged) to 1 (nothing is left of it).
         """

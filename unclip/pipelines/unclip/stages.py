@@ -17,8 +17,8 @@ from torch import Tensor
 from unclip.clip import CLIP
 from unclip.diffusion.inversion import InversionOptions, invert
 from unclip.diffusion.repaint import PaintOptions, repaint
-from unclip.diffusion.samplers import Denoise, Estimator, randn, sample, sampling_timesteps
-from unclip.diffusion.schedulers import OnSample
+from unclip.diffusion.samplers import Estimator, randn, sample, sampling_timesteps
+from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Prediction, Schedule, ScheduleConfig
 from unclip.models.layers import DenoiserCache, KeyValues
 from unclip.models.published.cross_attention_decoder import (
@@ -40,7 +40,15 @@ from unclip.pipelines.request import (
     random_generators,
 )
 from unclip.pipelines.runtime import Runtime
-from unclip.types import OnStep, Progress, Prompt, StageOptions, TextEncoding, UnCLIPOptions
+from unclip.types import (
+    BatchReporter,
+    OnStep,
+    Progress,
+    Prompt,
+    StageOptions,
+    TextEncoding,
+    UnCLIPOptions,
+)
 
 Generators = Sequence[torch.Generator]
 AnyPrior = DenoisingPrior | RelativePrior | ARPrior | OneShotPrior
@@ -82,19 +90,17 @@ class DiffusionStage:
         return BoundStage(self, options, timesteps, denoise, denoise_both, weights, clip)
 
     def denoiser(
-        self, context: Any, options: StageOptions, timesteps: Sequence[float], last: bool = False
-    ) -> Denoise:
-        """Return the network as a function of x_t and t; last: the last U-Net of an upsampler."""
+        self, context: Any, options: StageOptions, timesteps: Sequence[float]
+    ) -> partial[Tensor]:
+        """Return the network as a function of x_t and t, with its context and cache."""
         network: Any = self.network
-        module: Any = network
         if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
             kind = type(network).__name__
             raise ValueError(f"{self.name} is a {kind}; expected cache_interval 1 for it")
-        if isinstance(network, Upsampler):
-            module = network.last_unet if last else network.unet
-        call: Any = network.denoise_last if last else network.denoise
+        module = network.unet if isinstance(network, Upsampler) else network
+        denoise = self.runtime.bind(network.denoise, module)
         cache = DenoiserCache(timesteps, options.cache_interval)
-        return self.runtime.bind(partial(call, context=context, cache=cache), module)
+        return partial(denoise, context=context, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,8 @@ class BoundStage:
     stage: DiffusionStage
     options: StageOptions
     timesteps: list[float]
-    denoise: Denoise
-    denoise_both: Denoise | None = None  # of the contexts, then of their nulls; for guidance
+    denoise: partial[Tensor]  # with the keyword arguments `context` and `cache`
+    denoise_both: partial[Tensor] | None = None  # of contexts, then their nulls; for guidance
     weights: Tensor | None = None
     clip: float | None = 1.0
 
@@ -139,20 +145,21 @@ class BoundStage:
     ) -> Tensor:
         """Sample x_0 from the noise x_T (B, ...). eta: instead of the options'."""
         options = self.options if eta is None else replace(self.options, eta=eta)
+        estimate, report = self._start(on_step)
         with self.stage.runtime.memory():
             return sample(
-                self.estimate,
+                estimate,
                 x_T,
                 self.stage.schedule,
                 options,
                 timesteps=self.timesteps,
                 generators=generators,
-                on_step=self._reporter(on_step),
+                on_step=report,
             )
 
     def invert(self, images: Tensor, options: InversionOptions, on_step: OnStep | None) -> Tensor:
         """Return the noise from which DDIM samples `images`."""
-        schedule, report = self.stage.schedule, self._reporter(on_step)
+        schedule, (_, report) = self.stage.schedule, self._start(on_step)
         with self.stage.runtime.memory():
             return invert(self.estimate, images, schedule, self.timesteps, options, report)
 
@@ -165,24 +172,78 @@ class BoundStage:
         on_step: OnStep | None,
     ) -> Tensor:
         """Paint the hole (1 or B, 1, s, s) of images (B, 3, s, s)."""
-
-        schedule, report = self.stage.schedule, self._reporter(on_step)
+        schedule, (estimate, report) = self.stage.schedule, self._start(on_step)
         noise = partial(randn, image.shape, generators, self.stage.runtime.device)
         with self.stage.runtime.memory():
-            return repaint(
-                self.estimate, image, hole, schedule, self.timesteps, noise, options, report
-            )
+            return repaint(estimate, image, hole, schedule, self.timesteps, noise, options, report)
 
-    def _reporter(self, on_step: OnStep | None) -> OnSample | None:
-        """Convert a callback of `Progress` to one of unclip.diffusion."""
+    def select(self, rows: Tensor) -> BoundStage:
+        """Return the stage bound to some of its contexts; `estimate` then takes their samples."""
+
+        def some(denoise: partial[Tensor]) -> partial[Tensor]:
+            context, cache = denoise.keywords["context"], denoise.keywords["cache"]
+            parts = torch.arange(0, len(context), self.num_contexts, device=rows.device)
+            at = (parts[:, None] + rows).flatten()
+            return partial(denoise.func, context=context[at], cache=cache.select(at))
+
+        both = None if self.denoise_both is None else some(self.denoise_both)
+        weights = self.weights
+        if weights is not None:
+            weights = weights.unflatten(1, (self.num_contexts, -1))[:, rows].flatten(1)
+        return replace(self, denoise=some(self.denoise), denoise_both=both, weights=weights)
+
+    @property
+    def num_contexts(self) -> int:
+        """Number of contexts, each of an equal share of the samples; in a mixture K times."""
+        K = 1 if self.weights is None else len(self.weights)
+        return len(self.denoise.keywords["context"]) // K
+
+    def _start(self, on_step: OnStep | None) -> tuple[Estimate, OnSample | None]:
+        """Return the estimate of x_0, and a callback of unclip.diffusion that calls `on_step`."""
         if on_step is None:
-            return None
+            return self.estimate, None
+        of_wanted = None
+        if isinstance(on_step, BatchReporter) and not self.stage.runtime.compiled:
+            of_wanted = WantedEstimate(self, on_step)
 
-        def report(step: int, num_steps: int, x_0: Tensor) -> None:
+        def estimate() -> Estimate:
+            return of_wanted if of_wanted and of_wanted.reporter.dropped else self.estimate
+
+        def report(step: int, num_steps: int, x_0: Tensor) -> Estimate:
             preview = x_0 if x_0.ndim == 4 else None
             on_step(Progress(self.stage.name, step, num_steps, preview))
+            return estimate()
 
-        return report
+        return estimate(), report
+
+
+class WantedEstimate:
+    """The estimate of x_0 of the images that are not dropped; zeros for the others."""
+
+    def __init__(self, bound: BoundStage, reporter: BatchReporter) -> None:
+        self.bound, self.reporter, self.num_contexts = bound, reporter, bound.num_contexts
+        self.contexts = torch.arange(bound.num_contexts)  # that are left, of num_contexts
+
+    def __call__(self, x_t: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+        rows = self._select(len(x_t)).to(x_t.device)
+        x_0, variance = self.bound.estimate(x_t[rows], t)
+
+        def spread(x: Tensor) -> Tensor:
+            return torch.zeros_like(x_t, dtype=x.dtype).index_copy(0, rows, x)
+
+        return spread(x_0), None if variance is None else spread(variance)
+
+    def _select(self, num_rows: int) -> Tensor:
+        """Drop contexts without a wanted image; return the samples of the others."""
+        wanted = torch.zeros(self.reporter.num_images, dtype=torch.bool)
+        wanted[self.reporter.kept()] = True
+        samples = torch.arange(num_rows).view(self.num_contexts, -1)
+        wanted = wanted.repeat_interleave(num_rows // len(wanted)).view_as(samples).any(dim=1)
+        still = wanted[self.contexts]
+        if not still.all():
+            rows = still.nonzero()[:, 0].to(self.bound.stage.runtime.device)
+            self.bound, self.contexts = self.bound.select(rows), self.contexts[still]
+        return samples[self.contexts].flatten()
 
 
 class TextEncoder:
@@ -484,18 +545,22 @@ class UpsamplerStage:
 
     def bind(self, images: Tensor, options: StageOptions, end_at_0: bool = False) -> BoundStage:
         """Fix the small images. end_at_0: use timesteps that fit a separate last U-Net."""
-        stage, context = self.diffusion, self.network.condition(images.to(self.runtime.device))
+        stage, network = self.diffusion, self.network
+        context = network.condition(images.to(self.runtime.device))
         if not self.separate_last:
             return stage.bind(context, options)
         spacing = replace(options, sampler="ancestral") if end_at_0 else options
         timesteps = sampling_timesteps(spacing, stage.schedule)
         denoise = stage.denoiser(context, options, timesteps)
-        denoise_last = stage.denoiser(context, options, timesteps, last=True)
+        assert isinstance(network, Upsampler) and network.last_unet is not None
+        denoise_last = self.runtime.bind(network.denoise_last, network.last_unet)
 
-        def denoise_any(x_t: Tensor, t: float) -> Tensor:
-            return (denoise_last if t == timesteps[-1] else denoise)(x_t, t)
+        def denoise_any(x_t: Tensor, t: float, context: Tensor, cache: DenoiserCache) -> Tensor:
+            if t == timesteps[-1]:  # once, without a cache
+                return denoise_last(x_t, t, context)
+            return denoise.func(x_t, t, context=context, cache=cache)
 
-        return BoundStage(stage, options, timesteps, denoise_any)
+        return BoundStage(stage, options, timesteps, partial(denoise_any, **denoise.keywords))
 
 
 def mix_embeddings(emb: Tensor, weights: Tensor | None) -> Tensor:
