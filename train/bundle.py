@@ -51,6 +51,7 @@ class UnCLIPParts:
     prior: str | None = None
     inpainter: str | None = None  # a decoder trained with the task "inpaint"
     upsamplers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()  # adapters, which are merged into the weights
     options: UnCLIPOptions = field(default_factory=UnCLIPOptions)  # default sampling options
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"  # of the stored weights
     kind: Literal["unclip"] = "unclip"
@@ -84,7 +85,10 @@ Parts = UnCLIPParts | DalleParts  # selected by `kind`
 def main(parts: Parts) -> None:
     dtype = DTYPES[parts.dtype]
     if isinstance(parts, UnCLIPParts):
-        assemble_unclip(parts).save_pretrained(parts.output, dtype)
+        pipe = assemble_unclip(parts)
+        for path in parts.loras:
+            pipe.load_lora(path, merge=True)
+        pipe.save_pretrained(parts.output, dtype)
     else:
         shared = {"clip": parts.clip} if parts.clip in bundled_models() else {}
         save_bundle(assemble_dalle(parts, copy_clip=not shared), parts.output, dtype, shared)

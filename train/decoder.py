@@ -6,7 +6,7 @@ accelerate launch train/decoder.py --config configs/tiny/inpaint.yaml --init run
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import field
 from functools import partial
 from typing import Literal
 
@@ -15,9 +15,10 @@ from unclip.config import Fraction, NonNegative, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import load_clip, load_weights, warm_start
+from unclip.training.initialization import initialize, load_clip, load_weights, warm_start
 from unclip.training.inpainting import HoleConfig
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, DecoderLoss
@@ -33,6 +34,7 @@ class DecoderTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
+    lora: LoRAConfig | None = None  # train an adapter of the decoder in --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=lambda: ConditionDropout(text=0.5, image=0.1))
@@ -80,9 +82,8 @@ def main(run: Run[DecoderTraining]) -> None:
             load_weights(decoder.layout, config.layout)
         elif not (run.init or run.resume):
             raise ValueError("model.layout is not trained here; set layout, or give --init")
-    if run.init:
-        warm_start(decoder, run.init, keep_layout=config.layout is not None)
-        run = replace(run, init=None)
+    warm = partial(warm_start, keep_layout=config.layout is not None)
+    run = initialize(decoder, run, config.lora, warm)
     schedule = Schedule(config.schedule)
     holes = config.holes if config.task == "inpaint" else None
     loss = DecoderLoss(
@@ -107,7 +108,7 @@ def main(run: Run[DecoderTraining]) -> None:
         run=run,
         val_loader=val_loader,
         preview=decoder_preview(clip, schedule, val_loader, holes=holes) if val_loader else None,
-        export=partial(save_component, schedule=config.schedule),
+        export=save_lora if config.lora else partial(save_component, schedule=config.schedule),
     )
 
 

@@ -13,11 +13,12 @@ from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.training.embedded import measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import load_clip
+from unclip.training.initialization import initialize, load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, PriorLoss
 from unclip.training.optim import OptimConfig
@@ -31,6 +32,7 @@ class PriorTraining:
     optim: OptimConfig
     fit: FitConfig
     val_data: DataConfig | None = None
+    lora: LoRAConfig | None = None  # train an adapter of the prior in --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
@@ -48,6 +50,7 @@ def main(run: Run[PriorTraining]) -> None:
     prior = (MLPPrior if is_mlp else DiffusionPrior)(config.model).to(run.device)
     if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
+    run = initialize(prior, run, config.lora)
     schedule, noise = Schedule(config.schedule), (config.noises, config.emb_noise)
     loss = PriorLoss(prior, clip, schedule, config.drop, config.loss, *noise)
     val_data = config.val_data
@@ -59,7 +62,7 @@ def main(run: Run[PriorTraining]) -> None:
         config.optim,
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
-        export=partial(save_component, schedule=config.schedule),
+        export=save_lora if config.lora else partial(save_component, schedule=config.schedule),
     )
 
 

@@ -9,6 +9,7 @@ from diffusers import PriorTransformer
 from parity import load_from_diffusers, randomize
 
 from unclip.checkpoints.diffusers.names import prior_rules
+from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, KeyValues, PriorConfig
 from unclip.types import TextEncoding
 
@@ -213,3 +214,33 @@ def test_karlo_size() -> None:
     # diffusers counts the statistics among the parameters
     parameters = sum(p.numel() for p in prior.parameters())
     assert parameters + prior.emb_mean.numel() + prior.emb_std.numel() == 1_022_030_080
+
+
+@pytest.mark.parametrize("kind", [DiffusionPrior, MLPPrior])
+def test_gradient_checkpointing_keeps_gradients(kind: type, text: TextEncoding) -> None:
+    torch.manual_seed(0)
+    options = {**vars(CONFIG), "dropout": 0.1}
+    config = PriorConfig(**options)
+    if kind is MLPPrior:
+        config = MLPPriorConfig(**options, kind="mlp", mlp_width=16, mlp_depth=1)
+    prior, (x_t, t) = randomize(kind(config)).double(), make_noised()
+    gradients, saved = [], []
+    for prior.gradient_checkpointing in (False, True):
+        sizes: list[int] = []
+        torch.manual_seed(3)  # of the dropout
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, id):
+            loss = prior(x_t, t, text).square().mean()
+        torch.manual_seed(3)
+        gradients.append(
+            torch.autograd.grad(prior(x_t, t, text).square().mean(), [*trained(prior)])
+        )
+        saved.append(sum(sizes))
+        del loss
+    assert saved[1] < 0.6 * saved[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=1e-12)
+
+
+def trained(prior: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters that the output without dropped captions depends on."""
+    return [p for name, p in prior.named_parameters() if not name.startswith("null_")]

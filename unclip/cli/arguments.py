@@ -65,6 +65,15 @@ def prompts_file(text: str) -> list[str]:
     return prompts
 
 
+def lora(text: str) -> tuple[str, float]:
+    """Parse PATH or PATH:SCALE; a colon in the path is not taken for one before a scale."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, number(scale)) if colon and path else (text, 1.0)
+    except ArgumentTypeError:
+        return text, 1.0
+
+
 COUNT = {"type": at_least(1), "metavar": "N"}
 NUMBER = {"type": number, "metavar": "X"}
 
@@ -84,7 +93,8 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # Defaults for `load_model` and `sampling_options` in commands without these flags.
-    parser.set_defaults(offload=False, compile=False, quantize=None, prior=None, preset=None)
+    parser.set_defaults(offload=False, compile=False, quantize=None)
+    parser.set_defaults(prior=None, preset=None, lora=None)
     parser.set_defaults(run=run, flags=())
     return parser
 
@@ -218,6 +228,12 @@ PRIOR = (
         "number of embeddings sampled per image; only the best is decoded",
         {"unclip": "prior_candidates"},
     ),
+)
+LORA = SamplingFlag(
+    "--lora",
+    {"action": "append", "type": lora, "metavar": "PATH[:SCALE]"},
+    "folder of a LoRA adapter; can be repeated",
+    {"unclip": None},
 )
 FROM_TEXT = (
     *PRIOR,

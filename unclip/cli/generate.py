@@ -31,12 +31,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
     _add_generation(parser)
     parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
-    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.CANDIDATES)
+    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
 
     parser = flags.add_command(commands, variations, "vary an image, from its embedding")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     _add_generation(parser)
-    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_IMAGE)
+    flags.add_sampling(parser, *flags.SAMPLING, flags.LORA, *flags.FROM_IMAGE)
     _add_fit(parser)
 
     parser = flags.add_command(commands, complete, "complete an image from its upper part (DALL-E)")
@@ -116,7 +116,8 @@ def _parts(
 def _regenerate(args: Namespace) -> None:
     from unclip.image_io import read_metadata
 
-    others = (args.prompts, args.prompts_file, args.num_images > 1, flags.given_flags(args))
+    given = [flag for flag in flags.given_flags(args) if flag is not flags.LORA]
+    others = (args.prompts, args.prompts_file, args.num_images > 1, given)
     if any(others) or args.seed is not None:
         raise ValueError(
             "--from takes prompts, seed and sampling options from the metadata of the PNG; "
@@ -128,6 +129,10 @@ def _regenerate(args: Namespace) -> None:
     check_output(args, len(entries))
     args.model = args.model or first.get("model") or flags.DEFAULT_MODEL
     args.prior = first.get("prior_model")
+    stored = [(one["path"], one["scale"]) for one in first.get("lora", ())]
+    if len(stored) != len(args.lora or ()):
+        loras = " ".join(f"--lora {path}:{scale:g}" for path, scale in stored)
+        raise ValueError(f"the image was generated with {loras or 'no --lora'}; give the same")
     args.quantize = args.quantize or first.get("quantized")
     dtypes = {long: short for short, long in flags.DTYPES.items()}
     pipe = load_model(args, dtypes.get(first.get("dtype", "")))

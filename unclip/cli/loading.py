@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # `unclip --help` must not import torch
 
 
 def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline:
-    """Load --model with --prior, and offload, quantize or compile it as the flags say."""
-    offload_at_once = args.offload and not args.quantize
+    """Load --model with --prior and --lora, and offload, quantize or compile it as the flags say."""
+    offload_at_once = args.offload and not (args.quantize or args.lora)
     dtype = args.dtype or default_dtype
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
     check_flags(pipe, args)
@@ -27,6 +27,9 @@ def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline
 
         unclip: UnCLIPPipeline = _check_kind(pipe, "unclip", args, "an unCLIP model for --prior")
         unclip.prior = load_prior(args.prior)
+    for path, scale in args.lora or ():
+        adapted: UnCLIPPipeline = _check_kind(pipe, "unclip", args, "an unCLIP model for --lora")
+        adapted.load_lora(path, scale, merge=True)
     if args.quantize:
         pipe.quantize(args.quantize)
     if args.compile:

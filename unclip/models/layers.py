@@ -107,6 +107,11 @@ class TransformerBlock(nn.Module):
         """Compute queries, keys and values: (B, S, C) -> (B, H, S, d) each."""
         return split_heads(self.qkv(self.norm1(x)), 3, self.heads)
 
+    def read(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Process tokens (B, S, C); return also their keys and values (B, H, S, d)."""
+        q, k, v = self.project(x)
+        return self(x, q, k, v, mask), k, v
+
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Tokens (B, S, C), their queries, all keys and values (B, H, N, d), mask -> (B, S, C)."""
         return self._finish(x, self.attend(q, k, v, mask))

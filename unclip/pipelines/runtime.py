@@ -108,6 +108,11 @@ class Runtime:
         first = {key: self.networks[key] for key in ("clip",) if key in self.networks}
         self.networks = {**first, name: network, **self.networks} | {name: network}
 
+    def refresh(self, network: nn.Module) -> None:
+        """Prepare a network again after its layers were changed in place."""
+        prepare_for_inference(network.to(self.device), self.dtype, self.device)
+        self._cache.clear()
+
     def use(self, module: nn.Module) -> None:
         """Bring a network to the device if it is offloaded (of an upsampler: one of its U-Nets)."""
         if self.offloader is not None:

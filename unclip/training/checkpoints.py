@@ -201,7 +201,11 @@ def _save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Path) -> None:
     states = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
-    tensors = {f"{key}/{name}": t for name, state in states.items() for key, t in state.items()}
+    tensors = {
+        f"{key}/{name}": torch.as_tensor(value)  # a step may be a number
+        for name, state in states.items()
+        for key, value in state.items()
+    }
     _save_tensors(tensors, file)
 
 
@@ -215,13 +219,15 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, file: Pa
     state = {}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         if names[p] in saved:  # a parameter without a gradient has no moments
-            state[i] = {kind: _like(p, tensor) for kind, tensor in saved[names[p]].items()}
+            state[i] = {kind: _restored(p, value) for kind, value in saved[names[p]].items()}
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _like(parameter: Tensor, moment: Tensor) -> Tensor:
+def _restored(parameter: Tensor, moment: Tensor) -> Tensor | int:
     """Copy a moment to the parameter's memory format; step counts have another shape."""
+    if moment.ndim == 0 and moment.dtype == torch.int64:  # bitsandbytes counts steps with an int
+        return int(moment)
     if moment.shape != parameter.shape:
         return moment.clone()
     return torch.empty_like(parameter, dtype=moment.dtype, requires_grad=False).copy_(moment)

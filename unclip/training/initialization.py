@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.clip import CLIP
+from unclip.models.lora import LoRAConfig, add_lora
 from unclip.models.unclip.decoder import Decoder
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
 from unclip.training.checkpoints import Checkpoints
@@ -17,6 +19,25 @@ from unclip.training.launch import Run
 from unclip.weights import load_strictly, read_tensors
 
 STEM = "unet.stem.weight"
+
+
+def initialize(
+    network: nn.Module,
+    run: Run[Any],
+    lora: LoRAConfig | None = None,
+    load: Callable[[Any, str], None] | None = None,
+) -> Run[Any]:
+    """Load the weights of --init with `load` (default: `load_weights`), and add an adapter.
+
+    Returns `run` without --init. ValueError for an adapter of a network with random weights.
+    """
+    if run.init:
+        (load or load_weights)(network, run.init)
+    if lora is not None:
+        if not (run.init or run.resume or run.dry_run):
+            raise ValueError("lora adapts a trained network; give its weights with --init")
+        add_lora(network, lora)
+    return replace(run, init=None)
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ TABLES = ("positions", "positional_embedding", "padding", "no_token", "codebook"
 class OptimConfig:
     """AdamW with decoupled weight decay, linear warm-up, then a constant or cosine schedule."""
 
+    # "adamw8bit" keeps its state in 8 bits: 2 bytes a parameter instead of 8; needs bitsandbytes
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
     lr: Positive = 1e-4  # the peak
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -45,8 +47,11 @@ class OptimConfig:
         return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Create AdamW over the trainable parameters, fused where the device supports it."""
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Create AdamW over the trainable parameters, fused where the device supports it.
+
+    ValueError if there are none, or if an 8-bit optimizer is not installed.
+    """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     tables |= {id(p) for name, p in model.named_parameters() if name.rpartition(".")[2] in TABLES}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -58,10 +63,19 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-        fused=all(p.device.type in ("cpu", "cuda") for p in trained),
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if optim.kind == "adamw8bit":
+        return _import_bitsandbytes().optim.AdamW8bit(groups, **options)
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    return torch.optim.AdamW(groups, **options, fused=fused)
+
+
+def _import_bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            'optim.kind "adamw8bit" needs bitsandbytes; pip install bitsandbytes'
+        ) from None
+    return bitsandbytes

@@ -73,7 +73,7 @@ class MLPPrior(DenoisingPrior):
         """
         x, mask = self.text_tokens(text, drop)
         for block in self.blocks:
-            x = block(x, *block.project(x), mask[:, None, None])  # B L+1 C
+            x, _, _ = self.run(block.read, x, mask[:, None, None])  # B L+1 C
         summary = self.summary(self.norm(x[:, -1]))  # B M
         return KeyValues((summary[:, None, None],), (), mask.new_ones(len(x), 1))
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unclip.config import DropRate, Positive, PositiveInt, check_multiple, config
 from unclip.models.layers import (
@@ -101,6 +102,8 @@ class TextPriorConfig:
 class TextPrior(EmbeddingStats):
     """Transformer over [text states, text embedding | own tokens]; own tokens come last."""
 
+    gradient_checkpointing = False
+
     def __init__(self, config: TextPriorConfig, own_tokens: int) -> None:
         super().__init__(config.emb_dim)
         self.config: Any = config  # of the subclass's own config class
@@ -156,13 +159,13 @@ class TextPrior(EmbeddingStats):
         # Padding attends to itself, else its softmax would be 0 / 0; no other token sees it.
         visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 N N
         ks, vs = [], []
-        for i, block in enumerate(self.blocks):
-            q, k, v = block.project(x)  # B H L+1 d
+        *blocks, last = self.blocks
+        for block in blocks:
+            x, k, v = self.run(block.read, x, visible)  # k, v: B H L+1 d
             ks.append(k)
             vs.append(v)
-            if i + 1 < len(self.blocks):  # the output of the last block is not needed
-                x = block(x, q, k, v, visible)
-        return KeyValues(tuple(ks), tuple(vs), mask)
+        _, k, v = last.project(x)  # its output is not needed
+        return KeyValues((*ks, k), (*vs, v), mask)
 
     def transform(self, x: Tensor, text: KeyValues) -> Tensor:
         """Apply all blocks to the first n own tokens: (B, n, C) -> (B, n, C).
@@ -170,8 +173,14 @@ class TextPrior(EmbeddingStats):
         Each sees the text and its predecessors. Each row of `text` serves an equal share of B.
         """
         for block, (k, v, mask) in zip(self.blocks, text.layers(), strict=True):
-            x = block.extend(x, k, v, mask)
+            x = self.run(block.extend, x, k, v, mask)
         return x
+
+    def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call a part of the network; with gradient checkpointing, recompute it backwards."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *tensors, use_reentrant=False)
+        return function(*tensors)
 
     def _replace_by_null(self, text: TextEncoding, drop: Tensor) -> TextEncoding:
         null = self.null_text(len(text))

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from unclip.checkpoints.formats import Bundle
 from unclip.clip import CLIP
@@ -37,6 +38,7 @@ from unclip.pipelines.request import (
 from unclip.pipelines.rerank import BestOf, check_candidates
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip import editing, manipulations
+from unclip.pipelines.unclip.adapters import Adapters
 from unclip.pipelines.unclip.latent import Latent
 from unclip.pipelines.unclip.stages import (
     AnyDecoder,
@@ -115,6 +117,7 @@ class UnCLIPPipeline(Pipeline):
         self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(ups))
         # Schedules of former priors, to put them back by `pipe.prior = network`.
         self._prior_schedules: WeakKeyDictionary[Any, ScheduleConfig] = WeakKeyDictionary()
+        self.adapters = Adapters(self.runtime)
         self._check_compatible(inpainter)
         check_upsamplers(self.options.upsamplers, len(ups))
 
@@ -557,6 +560,28 @@ class UnCLIPPipeline(Pipeline):
         stages = stages if prior is None else [prior, *stages]
         return {stage.name: stage.schedule for stage in stages}
 
+    def load_lora(
+        self,
+        path: str | Path,
+        scale: float = 1.0,
+        *,
+        component: str | None = None,
+        merge: bool = False,
+    ) -> Self:
+        """Apply a LoRA adapter, a folder in peft's layout, to the first network that it fits.
+
+        Several adapters add up. Loading one again changes its scale. component: "prior", "decoder",
+        ... merge: add it to the weights, which costs nothing afterwards and cannot be undone.
+        ValueError if it fits no network, or if networks are offloaded, compiled or quantized.
+        """
+        self.adapters.load(path, scale, component, merge)
+        return self
+
+    def unload_lora(self, path: str | Path | None = None) -> Self:
+        """Remove an adapter, or all: the networks compute what they did before."""
+        self.adapters.unload(path)
+        return self
+
     def preset(self, name: str) -> UnCLIPOptions:
         """Return options by name: "exact", the model's own, or "fast", cheaper and approximate."""
         return preset(name, self.options, [up.separate_last for up in self.upsampler_stages])
@@ -565,7 +590,12 @@ class UnCLIPPipeline(Pipeline):
         """Return the metadata about the model that every image gets."""
         source = None if self.prior_stage is None else self.prior_stage.source
         prior = {} if source is None else {"prior_model": source}
-        return {**super().describe(options), **prior}
+        return {**super().describe(options), **prior, **self.adapters.metadata()}
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a model folder; see `Pipeline.save_pretrained`. Adapters must be merged."""
+        self.adapters.check_saveable()
+        super().save_pretrained(folder, dtype)
 
     def prior_steps(self, options: StageOptions) -> int:
         """Return how often the prior calls `on_step`; the options choose it for diffusion only."""
