@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # `unclip --help` must not import torch
 
 
 def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline:
-    """Load --model with --prior and --lora, and offload, quantize or compile it as the flags say."""
+    """Load --model with --prior and --lora; offload, quantize or compile it as the flags say."""
     offload_at_once = args.offload and not (args.quantize or args.lora)
     dtype = args.dtype or default_dtype
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)

@@ -50,7 +50,7 @@ class Adapter:
         """Return a reason why the adapter does not fit `network`, or None."""
         modules = dict(network.named_modules())
         for name in self.layers:
-            layer = modules.get(name)
+            layer: Any = modules.get(name)
             layer = layer.get_base_layer() if is_lora(layer) else layer
             if not isinstance(layer, nn.Linear):
                 return f"there is no linear layer {name}"
