@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import partial
 from typing import Literal
 
-from unclip.checkpoints.store import save_component
+from unclip.checkpoints.store import save_component, with_base
 from unclip.config import Fraction, NonNegative, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
@@ -29,10 +29,11 @@ from unclip.training.preview import decoder_preview
 @config
 class DecoderTraining:
     clip: str  # folder of a trained CLIP
-    model: DecoderConfig
     data: DataConfig  # at CLIP's image size, if that is larger than the decoder's
     optim: OptimConfig
     fit: FitConfig
+    model: DecoderConfig | None = None
+    base: str | None = None  # instead of model: folder of a decoder to fine-tune, with its schedule
     val_data: DataConfig | None = None
     lora: LoRAConfig | None = None  # train an adapter of the decoder in --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -50,6 +51,8 @@ class DecoderTraining:
     def __post_init__(self) -> None:
         if self.task == "draw":
             object.__setattr__(self, "task", "generate")
+        if self.model is None:  # these checks follow in `with_base`
+            return
         inpaint = self.task == "inpaint"
         if self.model.inpaints != inpaint:
             raise ValueError(
@@ -73,17 +76,17 @@ class DecoderTraining:
 
 
 def main(run: Run[DecoderTraining]) -> None:
-    config = run.config
+    config = with_base(run.config, Decoder)
     clip = load_clip(config.clip, config.model, run.device)
     decoder = Decoder(config.model).to(run.device)
     if decoder.layout is not None:
         decoder.layout.requires_grad_(False)
         if config.layout:
             load_weights(decoder.layout, config.layout)
-        elif not (run.init or run.resume):
+        elif not (run.init or run.resume or run.config.base):
             raise ValueError("model.layout is not trained here; set layout, or give --init")
     warm = partial(warm_start, keep_layout=config.layout is not None)
-    run = initialize(decoder, run, config.lora, warm)
+    run = initialize(decoder, run, warm)
     schedule = Schedule(config.schedule)
     holes = config.holes if config.task == "inpaint" else None
     loss = DecoderLoss(

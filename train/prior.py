@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import field
 from functools import partial
 
-from unclip.checkpoints.store import save_component
+from unclip.checkpoints.store import save_component, with_base
 from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
@@ -27,10 +27,11 @@ from unclip.training.optim import OptimConfig
 @config
 class PriorTraining:
     clip: str  # folder of a trained CLIP
-    model: PriorConfig | MLPPriorConfig  # `kind: mlp` selects the second
     data: DataConfig
     optim: OptimConfig
     fit: FitConfig
+    model: PriorConfig | MLPPriorConfig | None = None  # `kind: mlp` selects the second
+    base: str | None = None  # instead of model: folder of a prior to fine-tune, with its schedule
     val_data: DataConfig | None = None
     lora: LoRAConfig | None = None  # train an adapter of the prior in --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -43,14 +44,16 @@ class PriorTraining:
 
 
 def main(run: Run[PriorTraining]) -> None:
-    config = run.config
+    config = with_base(run.config, (DiffusionPrior, MLPPrior))
     clip = load_clip(config.clip, config.model, run.device)
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     is_mlp = isinstance(config.model, MLPPriorConfig)
     prior = (MLPPrior if is_mlp else DiffusionPrior)(config.model).to(run.device)
-    if not (run.resume or run.init):  # else the statistics are loaded with the weights
+    if not (
+        run.resume or run.init or run.config.base
+    ):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
-    run = initialize(prior, run, config.lora)
+    run = initialize(prior, run)
     schedule, noise = Schedule(config.schedule), (config.noises, config.emb_noise)
     loss = PriorLoss(prior, clip, schedule, config.drop, config.loss, *noise)
     val_data = config.val_data

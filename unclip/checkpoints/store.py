@@ -14,6 +14,7 @@ emoji/
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -61,6 +62,7 @@ from unclip.tokenizer import load_tokenizer
 from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
+C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 _NETWORKS: tuple[type[nn.Module], ...] = (
     *(DiffusionPrior, MLPPrior, ARPrior, OneShotPrior, RelativePrior),
@@ -90,6 +92,18 @@ def save_component(
     write_tensors(module, folder / WEIGHTS_FILE, dtype)
 
 
+def component_config(folder: str | Path) -> tuple[type[nn.Module], Any]:
+    """Read the class and the config of the network in a folder; ValueError as `load_component`."""
+    file = Path(folder) / CONFIG_FILE
+    config = read_json(file)
+    kind = config.pop("type", None)
+    if kind not in NETWORKS:
+        names = ", ".join(NETWORKS)
+        raise ValueError(f"{file}: type is {kind!r}; expected one of {names}")
+    network, config_type = NETWORKS[kind]
+    return network, parse(config_type, config, str(file))
+
+
 def load_component(
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -105,20 +119,15 @@ def load_component(
     unexpected or misshaped tensors, and a truncated file.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG_FILE)
-    kind = config.pop("type", None)
-    if kind not in NETWORKS:
-        names = ", ".join(NETWORKS)
-        raise ValueError(f"{folder / CONFIG_FILE}: type is {kind!r}; expected one of {names}")
-    network, config_type = NETWORKS[kind]
+    network, config = component_config(folder)
     with torch.device("meta"):
-        module = network(parse(config_type, config, str(folder / CONFIG_FILE)))
+        module = network(config)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     file = folder / WEIGHTS_FILE
     load_strictly(module, TensorFile(file, mapped), file, as_stored=mapped)
     unsaved = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    assert not unsaved, f"{kind} has buffers that are not saved: {unsaved}"
+    assert not unsaved, f"{network.__name__} has buffers that are not saved: {unsaved}"
     return module.to(device).eval()
 
 
@@ -133,6 +142,28 @@ def load_as(
     if not isinstance(module, kinds):
         raise ValueError(f"{folder} is a {type(module).__name__}; expected {expected}")
     return module
+
+
+def with_base(config: C, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> C:
+    """Complete a training config whose `base` is the folder of a trained network.
+
+    `model` and `schedule` become the network's own. ValueError unless it is one of `kinds`, and
+    if neither or both of `base` and `model` are given.
+    """
+    settings: Any = config
+    if (settings.base is None) == (settings.model is None):
+        raise ValueError(
+            "expected either model (sizes) or base (a trained network), one of the two"
+        )
+    if settings.base is None:
+        return config
+    network, model = component_config(settings.base)
+    if not issubclass(network, kinds):
+        names = " or ".join(
+            kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+        )
+        raise ValueError(f"base: {settings.base} is a {network.__name__}; expected {names}")
+    return replace(settings, base=None, model=model, schedule=load_schedule(settings.base))
 
 
 def is_diffused(folder: str | Path) -> bool:

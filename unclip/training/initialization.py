@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.clip import CLIP
-from unclip.models.lora import LoRAConfig, add_lora
+from unclip.models.lora import add_lora
 from unclip.models.unclip.decoder import Decoder
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
 from unclip.training.checkpoints import Checkpoints
@@ -24,19 +24,20 @@ STEM = "unet.stem.weight"
 def initialize(
     network: nn.Module,
     run: Run[Any],
-    lora: LoRAConfig | None = None,
     load: Callable[[Any, str], None] | None = None,
 ) -> Run[Any]:
-    """Load the weights of --init with `load` (default: `load_weights`), and add an adapter.
+    """Load the weights of --init or of the config's `base`, and add the config's adapter.
 
-    Returns `run` without --init. ValueError for an adapter of a network with random weights.
+    load: `load_weights` by default. Returns `run` without --init. ValueError for an adapter of a
+    network with random weights.
     """
-    if run.init:
-        (load or load_weights)(network, run.init)
-    if lora is not None:
-        if not (run.init or run.resume or run.dry_run):
-            raise ValueError("lora adapts a trained network; give its weights with --init")
-        add_lora(network, lora)
+    config = run.config
+    if not run.resume and (source := run.init or config.base):
+        (load or load_weights)(network, source)
+    if config.lora is not None:
+        if not (run.init or config.base or run.resume or run.dry_run):
+            raise ValueError("lora adapts a trained network; set base, or give --init")
+        add_lora(network, config.lora)
     return replace(run, init=None)
 
 
