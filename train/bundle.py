@@ -79,11 +79,23 @@ ROLES = {  # component: accepted classes, name in error messages
     "upsampler": ((Upsampler, CrossAttentionUpsampler), "an upsampler"),
 }
 
+SCRIPTS = {  # that train a component
+    "clip": "train/clip.py",
+    "prior": "train/prior.py, train/ar_prior.py or train/one_shot_prior.py",
+    "decoder": "train/decoder.py",
+    "inpainter": "train/decoder.py and task: inpaint",
+    "upsampler": "train/upsampler.py",
+    "lora": "train/prior.py or train/decoder.py, and lora: {rank: 16}",
+    "codec": "train/codec.py",
+    "dalle": "train/dalle.py",
+}
+
 Parts = UnCLIPParts | DalleParts  # selected by `kind`
 
 
 def main(parts: Parts) -> None:
     dtype = DTYPES[parts.dtype]
+    _check_folders(parts)
     if isinstance(parts, UnCLIPParts):
         pipe = assemble_unclip(parts)
         for path in parts.loras:
@@ -95,6 +107,20 @@ def main(parts: Parts) -> None:
     size = sum(file.stat().st_size for file in Path(parts.output).rglob("*.safetensors"))
     components = ", ".join(component_folders(Path(parts.output)))
     print(f"{parts.output}: {components}; {size / 1e6:.1f} MB of weights in {parts.dtype}")
+
+
+def _check_folders(parts: Parts) -> None:
+    """Raise FileNotFoundError with the scripts that make missing components."""
+    folders: dict[str, str | None] = {name: getattr(parts, name, None) for name in SCRIPTS}
+    folders |= {f"upsampler {i}": path for i, path in enumerate(getattr(parts, "upsamplers", ()))}
+    folders |= {f"lora {i}": path for i, path in enumerate(getattr(parts, "loras", ()))}
+    missing = [
+        f"{name} {path}: train it with {SCRIPTS[name.split()[0]]}"
+        for name, path in folders.items()
+        if path and path not in bundled_models() and not Path(path).is_dir()
+    ]
+    if missing:
+        raise FileNotFoundError(f"missing {'; '.join(missing)}")
 
 
 def assemble_unclip(parts: UnCLIPParts) -> UnCLIPPipeline:

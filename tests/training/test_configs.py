@@ -14,7 +14,7 @@ import torch
 from scripts import ROOT, load_script, run_script
 from torch import nn
 
-from unclip.checkpoints.store import NETWORKS
+from unclip.checkpoints.store import NETWORKS, load_component
 from unclip.clip import CLIP
 from unclip.config import load_config, to_dict
 from unclip.models.unclip.upsampler import Upsampler
@@ -37,7 +37,7 @@ CONFIG_CLASSES = {
     "dalle": ("dalle", "DALLETraining"),
     "model": ("bundle", "Parts"),
 }
-STACKS = sorted({Path(name).parent.name for name in CONFIGS})
+STACKS = sorted({Path(name).parent.name for name in CONFIGS} - {"finetune"})
 PROCESSES = 64  # configs/paper and configs/karlo are written for this number
 
 PARAMETERS = {
@@ -221,7 +221,10 @@ def config(name: str) -> Any:
 @cache
 def network(name: str) -> nn.Module:
     """Build a config's network on the meta device."""
-    networks, model = {config: network for network, config in NETWORKS.values()}, config(name).model
+    networks, settings = {config: network for network, config in NETWORKS.values()}, config(name)
+    if getattr(settings, "base", None):
+        return load_component(ROOT / settings.base)
+    model = settings.model
     with torch.device("meta"):
         return (
             CLIP(model, tokenizer=lambda texts: None)
@@ -412,3 +415,27 @@ def test_a_last_unet_without_weights_is_rejected():
 
 def train(script: str, name: str, *arguments: str) -> None:
     run_script(ROOT / f"train/{script}.py", "--config", str(ROOT / "configs" / name), *arguments)
+
+
+def test_a_fine_tuned_model_has_the_parts_of_the_bundled_one():
+    prior, decoder, model = (
+        config(f"finetune/{name}.yaml") for name in ("prior", "decoder", "model")
+    )
+    assert (prior.base, prior.clip, decoder.clip) == (model.prior, model.clip, model.clip)
+    assert model.decoder == f"{decoder.fit.output}/model"
+    assert model.loras == (f"{prior.fit.output}/model",)
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "message"),
+    [
+        ("prior", ["base=assets/emoji/prior"], "either model .* or base .*, one of the two"),
+        ("prior", ["model=null"], "either model .* or base .*, one of the two"),
+        ("prior", ["model=null", f"base={ROOT}/assets/emoji/decoder"], "decoder is a Decoder; exp"),
+        ("prior", ["model=null", "base=nowhere"], "nowhere/config.json is missing"),
+        ("decoder", ["model=null", f"base={ROOT}/assets/emoji/prior"], "expected Decoder"),
+    ],
+)
+def test_errors_of_base(script, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        train(script, f"tiny/{script}.yaml", *(f"--set={setting}" for setting in settings))

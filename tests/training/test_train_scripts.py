@@ -95,6 +95,23 @@ def test_the_bundle_generates_images(workplace):
     assert again.images[0].size == (32, 32)
 
 
+@pytest.mark.parametrize(
+    ("config", "setting", "message"),
+    [
+        ("model", "prior=runs/p/model", "prior runs/p/model: train it with train/prior.py,"),
+        ("model", "upsamplers=[runs/u]", "upsampler 0 runs/u: train it with train/upsampler.py"),
+        ("model", "loras=[runs/l]", "lora 0 runs/l: train it with train/prior.py or"),
+        ("model_dalle", "codec=runs/c", "codec runs/c: train it with train/codec.py"),
+    ],
+)
+def test_the_script_of_a_missing_component_is_named(workplace, config, setting, message):
+    with pytest.raises(SystemExit, match=f"error: missing {message}"):
+        run_script(
+            ROOT / "train/bundle.py",
+            *("--config", str(ROOT / f"configs/tiny/{config}.yaml"), "--set", setting),
+        )
+
+
 @pytest.mark.parametrize("clip", [None, "runs/tiny/clip/model", "shared"])
 def test_a_dalle_is_bundled_with_its_own_a_shared_or_no_clip(workplace, clip, monkeypatch):
     models = {"shared": workplace / "runs/tiny/model"}

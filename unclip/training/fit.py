@@ -31,7 +31,7 @@ from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.initialization import load_weights
 from unclip.training.launch import Run, StopRequest, make_accelerator, resume_command
-from unclip.training.log import DEFAULT_TRACKERS, Log
+from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.weights import write_tensors
 
@@ -61,7 +61,8 @@ class FitConfig:
     preview_every: NonNegativeInt = 1000
     save_every: NonNegativeInt = 1000
     keep: PositiveInt = 2  # number of checkpoints
-    trackers: tuple[str, ...] = DEFAULT_TRACKERS  # any that accelerate supports
+    # any that accelerate supports: [tensorboard, wandb], or with options {wandb: {entity: me}}
+    trackers: Trackers = DEFAULT_TRACKERS
     progress: bool = True  # a bar if standard output is a terminal
 
 
@@ -163,7 +164,9 @@ class _Trainer:
             self.output.mkdir(parents=True, exist_ok=True)
             save_json(state.settings, self.output / "config.json")
         progress = (config.steps, state.step, state.hours)
-        self.log = Log(accelerator, self.output, state.settings, *progress, config.progress)
+        self.log = Log(
+            accelerator, self.output, state.settings, *progress, config.progress, config.trackers
+        )
         batches = self._batches()
         if self.resumed_random_state is None:
             set_seed(config.seed + accelerator.process_index)

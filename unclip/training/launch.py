@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
 
 from unclip.config import load_config
-from unclip.training.log import available_trackers
+from unclip.training.log import Trackers, available_trackers
 
 C = TypeVar("C")
 
@@ -105,7 +105,7 @@ def this_process() -> PartialState:
     return PartialState(cpu=cpu)
 
 
-def make_accelerator(precision: str, trackers: tuple[str, ...], output: str) -> Accelerator:
+def make_accelerator(precision: str, trackers: Trackers, output: str) -> Accelerator:
     """Create the Accelerator of a run; ValueError for what the machine or a checkpoint lacks."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")

@@ -14,29 +14,43 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import LoggerType
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+Trackers = tuple[str, ...] | dict[str, dict[str, Any]]
 DEFAULT_TRACKERS = ("tensorboard",)
 
 
-def available_trackers(trackers: tuple[str, ...]) -> list[str]:
-    """Return the installed trackers.
+def available_trackers(trackers: Trackers) -> list[str]:
+    """Return the names of the installed trackers; accelerate's, or registered with it.
 
     A missing tracker is a ValueError, or a warning if the default was not changed.
     """
-    names = {str(t.value) for t in LoggerType} - {"all"}
-    if unknown := [name for name in trackers if name not in names]:
-        expected = ", ".join(sorted(names))
+    if unknown := [name for name in trackers if name not in LOGGER_TYPE_TO_CLASS]:
+        expected = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
         raise ValueError(f"unknown tracker {unknown[0]!r}; expected one of {expected}")
-    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    packages = {str(kind.value) for kind in LoggerType}
+    missing = [n for n in trackers if n in packages and importlib.util.find_spec(n) is None]
     if missing and trackers != DEFAULT_TRACKERS:
         raise ValueError(f"the tracker {missing[0]!r} is not installed; pip install {missing[0]}")
     if missing:
         warnings.warn(f"{missing[0]} is not installed; logging to metrics.jsonl only", stacklevel=2)
     return [name for name in trackers if name not in missing]
+
+
+def _start_trackers(accelerator: Accelerator, project: str, trackers: Trackers) -> None:
+    options = dict(trackers) if isinstance(trackers, dict) else {}
+    try:
+        accelerator.init_trackers(project, init_kwargs=options)
+    except Exception as error:  # each tracker raises its own types, for options or a missing login
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"a tracker of fit.trackers, {', '.join(trackers)}, did not start with its options: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
 
 
 class Log:
@@ -54,6 +68,7 @@ class Log:
         step: int,
         hours: float,
         progress: bool,
+        trackers: Trackers = (),
     ) -> None:
         self._accelerator, self._folder, self._steps = accelerator, folder, steps
         self._is_main = accelerator.is_main_process
@@ -65,7 +80,7 @@ class Log:
         self._file = folder / "metrics.jsonl"
         if self._is_main:
             _drop_rows_after(self._file, step)
-        accelerator.init_trackers(folder.name)
+        _start_trackers(accelerator, folder.name, trackers)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # it would add a folder for them at every start
                 tracker.store_init_configuration(settings)
