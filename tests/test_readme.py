@@ -109,7 +109,7 @@ def evaluate(words: list[str]) -> None:
     fast = ["--parts", "codec"]
     if folders.read_model_json(folder)["kind"] == "unclip":
         fast = ["--parts", "prior", "--prior-steps=2", "--steps=2"]
-    assert main([*words[1:], *fast, "--limit=4", "--quiet"]) == 0
+    assert main([*words[1:], *fast, "--limit=4", "--judge-steps=1", "--quiet"]) == 0
 
 
 def bench(words: list[str]) -> None:

@@ -69,8 +69,9 @@ def test_samples_are_the_images_of_the_pipeline(evaluation, tiny_pipe):
 def test_results_are_json_and_have_all_parts(evaluation):
     results = evaluation.run()
     assert json.loads(json.dumps(results)) == results
-    assert results["held_out"] == {"pairs": 4, "broken": 0}
-    assert results["train"] == {"pairs": 8, "broken": 0}
+    assert results["held_out"].items() >= {"pairs": 4, "broken": 0}.items()
+    assert results["train"].items() >= {"pairs": 8, "broken": 0}.items()
+    assert results["sha256"].keys() == results["parameters"].keys()
     assert results["options"]["decoder"]["steps"] == 3
     assert results["parameters"].keys() >= {"clip", "prior", "decoder"}
     groups = results["recall"]["groups"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.evaluation.base import Evaluation
+    from unclip.evaluation.judge import Judge
+    from unclip.evaluation.pairs import Pairs
 
 RECONSTRUCTED = 12  # images on the sheet of `evaluate-codec`
 
@@ -75,6 +78,12 @@ def _add_evaluate(commands: Any) -> None:
     about = "another model, sampled with the same captions and seeds"
     parser.add_argument("--baseline", metavar="NAME", help=about)
     flags.add_renamed(parser, "--beside", "--baseline")
+    about = "let this judge name concept and style of the images (needs torchmetrics)"
+    parser.add_argument("--judge", type=Path, metavar="FILE", help=about)
+    about = "train a judge on the training and held-out images first, and write it to this file"
+    parser.add_argument("--train-judge", type=Path, metavar="FILE", help=about)
+    about = "updates of its training (default: 1500)"
+    parser.add_argument("--judge-steps", default=1500, help=about, **flags.COUNT)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
@@ -85,6 +94,8 @@ def _add_evaluate(commands: Any) -> None:
     flags.add_renamed(parser, "--pictures", "--sheets", type=Path)
     about = "prompts for the sheet of samples, one per line"
     parser.add_argument("--prompts-file", type=flags.prompts_file, metavar="FILE", help=about)
+    about = "write the table to this file, in Markdown"
+    parser.add_argument("--table", type=Path, metavar="FILE", help=about)
     _add_results(parser)
 
 
@@ -97,10 +108,15 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
     check_json(args.json)
+    check_json(args.table)
     evaluation = _make_evaluation(args)
     results = evaluation.run(args.parts, lambda partial: write_json(partial, args.json, show=False))
-    print(report.plain_table([report.HEAD, *report.evaluation_rows(results)]))
+    rows = [report.HEAD, *report.evaluation_rows(results)]
+    print(report.plain_table(rows))
     write_json(results, args.json)
+    if args.table is not None:
+        args.table.write_text(report.markdown_table(rows) + "\n", encoding="utf-8")
+        print(args.table)
     if args.sheets is not None:
         for path in write_sheets(evaluation, args.sheets, args.prompts_file or PROMPTS):
             print(path)
@@ -129,7 +145,27 @@ def _make_evaluation(args: Namespace) -> Evaluation:
     if args.train_data:
         train = load_pairs(args.train_data, generator.size, None, not args.quiet)
     other = None if baseline is None else kinds[baseline.kind][0](baseline, **batching)
-    return make_evaluation(generator, held_out, train, baseline=other, seed=args.seed)
+    judge = _find_judge(args, [held_out] if train is None else [train, held_out])
+    return make_evaluation(generator, held_out, train, baseline=other, judge=judge, seed=args.seed)
+
+
+def _find_judge(args: Namespace, pairs: list[Pairs]) -> Judge | None:
+    """Load the judge, or train it on the pairs and save it."""
+    file = args.judge or args.train_judge
+    if file is None:
+        return None
+    if args.judge and args.train_judge:
+        raise ValueError("got --judge and --train-judge; expected one of them")
+    if find_spec("torchmetrics") is None:
+        raise ValueError("judging needs torchmetrics: pip install 'unclip[eval]'")
+
+    from unclip.evaluation.judge import Judge, train_judge
+
+    if args.judge:
+        return Judge.load(file)
+    judge = train_judge(pairs, args.judge_steps, progress=not args.quiet)
+    judge.save(file)
+    return judge
 
 
 # -- evaluate-codec

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from unclip import __version__
 from unclip.config import to_dict
 from unclip.evaluation import PARTS
+from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
     caption_targets,
+    distribution_distances,
     diversity,
+    interval,
     nearest_by_cosine,
     nearest_by_pixels,
     recall,
@@ -109,9 +113,13 @@ class Evaluation(ABC):
         train: Pairs | None = None,
         *,
         baseline: ImageGenerator | None = None,
+        judge: Judge | None = None,
         seed: int = 0,
     ) -> None:
-        """baseline: another model with images of the same size, embedded by the same CLIP."""
+        """baseline: another model with images of the same size, embedded by the same CLIP.
+
+        judge: names what the images show, see judge.py.
+        """
         pipe = generator.pipe
         if len(held_out) < 2:
             raise ValueError("got only one held-out pair; an evaluation needs at least 2")
@@ -121,7 +129,7 @@ class Evaluation(ABC):
             sizes = f"{baseline.size} px and {pipe.name} {generator.size} px"
             raise ValueError(f"{baseline.pipe.name} generates {sizes}; expected the same size")
         self.pipe, self.generator, self.baseline = pipe, generator, baseline
-        self.held_out, self.train, self.seed = held_out, train, seed
+        self.held_out, self.train, self.judge, self.seed = held_out, train, judge, seed
         self.results: dict[str, Any] = {}  # of the last `run`
 
     def run(
@@ -146,10 +154,11 @@ class Evaluation(ABC):
             },
             "options": to_dict(self.generator.options),
             "seed": self.seed,
-            "held_out": {"pairs": len(self.held_out), "broken": self.held_out.broken},
+            "sha256": {name: hash_weights(network) for name, network in networks.items()},
+            "held_out": _describe(self.held_out),
         }
         if self.train is not None:
-            results["train"] = {"pairs": len(self.train), "broken": self.train.broken}
+            results["train"] = _describe(self.train)
         if self.baseline is not None:
             results["baseline"] = self.baseline.pipe.name
         for part in known:
@@ -164,8 +173,10 @@ class Evaluation(ABC):
         """Return the results of one part by name; empty if the model has no such stage."""
 
     def images(self) -> dict[str, Any]:
-        """Evaluate the generated images: recall, diversity, nearest training images and style."""
+        """Evaluate the generated images: recall, judge, diversity, nearest images and style."""
         results = {"recall": self.recall(), "diversity": self.diversity()}
+        if self.judge is not None:
+            results |= {"judge": self.judged(self.judge), "realism": self.realism(self.judge)}
         if self.train is not None:
             results["nearest"] = self.nearest(self.train)
             if len(self.train.styles) > 1:
@@ -220,6 +231,35 @@ class Evaluation(ABC):
             "clip": nearest_by_cosine(self.generated_emb, self.train_emb),
             "pixels": nearest_by_pixels(self.samples.images, self.train.images),
         }
+
+    @cached_property
+    def measured_images(self) -> dict[str, Tensor]:
+        """The generated, baseline and true images, (N, 3, s, s) in [-1, 1] each."""
+        images = {"generated": self.samples.images}
+        if self.baseline is not None:
+            images["baseline"] = self.baseline_samples.images
+        return {**images, "true": self.held_out.floats()}
+
+    def judged(self, judge: Judge) -> dict[str, Any]:
+        """Let the judge name concept and style of each image; means with 95 % intervals."""
+        verdicts = {
+            name: judge.judge(images, self.held_out.entries).figures()
+            for name, images in self.measured_images.items()
+        }
+        return {
+            name: {
+                figure: {"mean": hits.float().mean().item(), "interval": interval(hits, self.seed)}
+                for figure, hits in verdict.items()
+            }
+            for name, verdict in verdicts.items()
+        }
+
+    def realism(self, judge: Judge) -> dict[str, Any]:
+        """Compare the distributions of generated and true images in the judge's features."""
+        images = self.measured_images
+        features = {name: judge.embed(part) for name, part in images.items()}
+        true = features.pop("true")
+        return {name: distribution_distances(own, true) for name, own in features.items()}
 
     def recall(self) -> dict[str, Any]:
         """Retrieve the caption of each image among all held-out captions."""
@@ -342,6 +382,23 @@ class Evaluation(ABC):
             "batch_and_alone_differ_by": int(max(differences)),  # of 255
             "from_metadata_same_bytes": _same_bytes(regenerated.images, alone[0].images),
         }
+
+
+def hash_weights(network: nn.Module) -> str:
+    """Return the SHA-256 of names and values of a network's parameters and buffers, as loaded."""
+    total = hashlib.sha256()
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    for name, tensor in sorted(tensors.items()):
+        total.update(name.encode())
+        total.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _describe(pairs: Pairs) -> dict[str, Any]:
+    """Return the numbers of pairs and of broken images, and the SHA-256 of captions and images."""
+    total = hashlib.sha256("\n".join(pairs.captions).encode())
+    total.update(pairs.images.numpy().tobytes())
+    return {"pairs": len(pairs), "broken": pairs.broken, "sha256": total.hexdigest()}
 
 
 def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:

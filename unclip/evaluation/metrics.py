@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.embeddings import normalise
 
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+KID_SUBSET = 100  # images
 
 
 def cosine_gap(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
@@ -80,6 +81,51 @@ def nearest_by_pixels(
         row = torch.where(distance < best, nearest + start, row)
         best = torch.minimum(distance, best)
     return row, best / queries.shape[1] ** 0.5
+
+
+def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of values (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(values), (draws, len(values)), generator=generator)
+    low, high = values.float()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def precision_and_recall(features: Tensor, true: Tensor, k: int = 3) -> tuple[float, float]:
+    """Return the improved precision and recall of 1904.06991; features (N, D) and (M, D).
+
+    Precision is the fraction of generated images within the manifold of the true ones, the union of
+    balls that reach to the k-th nearest neighbour; recall exchanges the two.
+    """
+
+    def covered(queries: Tensor, centers: Tensor) -> float:
+        radii = torch.cdist(centers, centers).kthvalue(k + 1, dim=1).values  # the first is itself
+        return (torch.cdist(queries, centers) <= radii).any(dim=1).float().mean().item()
+
+    if min(len(features), len(true)) <= k:
+        raise ValueError(f"got {len(features)} and {len(true)} images; expected more than k = {k}")
+    return covered(features, true), covered(true, features)
+
+
+def distribution_distances(features: Tensor, true: Tensor) -> dict[str, float]:
+    """Return Fréchet and kernel distance, precision and recall; features (N, D) and (M, D)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    class Given(nn.Identity):  # torchmetrics extracts features from images; these are given
+        num_features = features.shape[1]
+
+    size = min(len(features), len(true), KID_SUBSET)
+    fid = FrechetInceptionDistance(Given())
+    kid = KernelInceptionDistance(Given(), subset_size=size)
+    for metric in (fid, kid):
+        metric.update(true, real=True)
+        metric.update(features, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the subsets
+        kernel = kid.compute()[0].item()
+    precision, covered = precision_and_recall(features, true)
+    return {"fd": fid.compute().item(), "kd": kernel, "precision": precision, "recall": covered}
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:

@@ -98,6 +98,28 @@ def _recall(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     yield Row("CLIP cosine to the caption", f"{cosine['generated']:.3f}", reference)
 
 
+def _judge(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    def with_interval(value: dict[str, Any]) -> str:
+        low, high = value["interval"]
+        return f"{value['mean']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+    names = {"concept@1": "concept", "concept@5": "concept among five", "style": "style"}
+    for figure in part["generated"]:
+        references = [f"true images {part['true'][figure]['mean']:.1%}"]
+        if "baseline" in part:
+            references.insert(0, f"{baseline} {with_interval(part['baseline'][figure])}")
+        value = with_interval(part["generated"][figure])
+        yield Row(f"judge: {names[figure]}", value, "; ".join(references))
+
+
+def _realism(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    names = {"fd": "Fréchet distance", "kd": "kernel distance"}
+    names |= {"precision": "precision", "recall": "recall"}
+    for key, name in names.items():
+        reference = f"{baseline} {part['baseline'][key]:.3f}" if "baseline" in part else ""
+        yield Row(f"judge's features: {name}", f"{part['generated'][key]:.3f}", reference)
+
+
 def _style(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     for name, group in part.items():
         figure = f"style as in the prompt, {name} ({group['images']} images)"
@@ -170,6 +192,8 @@ def _repeatable(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 _EVALUATION_ROWS = {
     "prior": _prior,
     "recall": _recall,
+    "judge": _judge,
+    "realism": _realism,
     "style": _style,
     "diversity": _diversity,
     "nearest": _nearest,
