@@ -189,6 +189,6 @@ def is_lora(module: Any) -> bool:
 def _peft() -> Any:
     try:
         import peft
-    except ImportError:
-        raise ValueError("LoRA needs peft; pip install peft") from None
+    except ImportError as error:
+        raise ValueError(f"LoRA needs peft; pip install peft ({error})") from None
     return peft

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,33 +27,17 @@ def describe(
     batch: dict[str, Any],
     *,
     accumulate: int = 1,
-    ema: bool = True,
+    **state: Any,
 ) -> str:
-    """Run `loss` and its backward pass once and describe the cost of a step in this process."""
+    """Run `loss` and its backward pass once and describe the cost of a step in this process.
+
+    state: the other arguments of `step_memory`.
+    """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    saved: dict[int, int] = {}  # storage -> bytes kept for the backward pass
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    values: list[Tensor] = []
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            value = loss()
-        value.backward()
-    model.zero_grad(set_to_none=True)
-
-    memory = {
-        "weights": sum(p.numel() * p.element_size() for p in parameters),
-        "gradients": 4 * trained,
-        "AdamW": 8 * trained,
-        "EMA": 4 * trained if ema else 0,
-        "activations": sum(saved.values()),
-    }
+        memory = step_memory(model, lambda: values.append(loss()) or values[0], **state)
     parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if size)
     samples = len(next(iter(batch.values())))
     per_sample = flops.get_total_flops() / samples
@@ -64,9 +48,52 @@ def describe(
             f"batch        {samples} samples x {accumulate}, per process",
             f"memory       {_size(sum(memory.values()))}: {parts}",
             f"FLOPs        {per_step:.3e} per step, {per_sample:.3e} per sample",
-            f"loss         {value.item():.4g} before training",
+            f"loss         {values[0].item():.4g} before training",
         ]
     )
+
+
+def step_memory(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    ema: bool = True,
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw",
+    frozen: Sequence[nn.Module] = (),
+) -> dict[str, int]:
+    """Run `loss` and its backward pass once; return the bytes that a training step needs.
+
+    Also on the meta device, for networks that do not fit here. With gradient checkpointing, the
+    part that is being recomputed is not counted. frozen: other networks that the loss uses.
+    """
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    own = {_storage(p) for p in parameters}
+    others = {p for network in frozen for p in network.parameters()} - {*parameters}
+    saved: dict[int, int] = {}  # storage -> bytes kept for the backward pass
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        value = loss()
+    value.backward()
+    model.zero_grad(set_to_none=True)
+    return {
+        "weights": sum(p.nbytes for p in parameters),
+        "frozen networks": sum(p.nbytes for p in others),
+        "gradients": 4 * trained,
+        "AdamW": (2 if optimizer == "adamw8bit" else 8) * trained,
+        "EMA": 4 * trained if ema else 0,
+        "activations": sum(saved.values()),
+    }
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identify a tensor's memory, which has no address on the meta device."""
+    return tensor.untyped_storage()._cdata
 
 
 def _size(size: float) -> str:

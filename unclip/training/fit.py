@@ -297,6 +297,8 @@ class _Trainer:
                 batch,
                 accumulate=config.accumulate,
                 ema=config.ema is not None,
+                optimizer=self.optim.kind,
+                frozen=[x for x in vars(self.loss_fn).values() if isinstance(x, nn.Module)],
             )
         self.accelerator.print(text)
         raise SystemExit(0)
