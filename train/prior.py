@@ -39,6 +39,8 @@ class PriorTraining:
     drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
     noises: PositiveInt = 1  # noised copies of each embedding in a batch; its caption is read once
     emb_noise: NonNegative = 0.0  # std of noise on the normalised embeddings that are predicted
+    # largest noise on text embeddings, in their std; captions then generalise to similar ones
+    text_noise: NonNegative = 0.0
     embed_once: bool = False  # embed all images before the training; for small datasets
     stats_batches: PositiveInt = 100  # batches for the mean and std of the image embeddings
 
@@ -54,8 +56,16 @@ def main(run: Run[PriorTraining]) -> None:
     ):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
     run = initialize(prior, run)
-    schedule, noise = Schedule(config.schedule), (config.noises, config.emb_noise)
-    loss = PriorLoss(prior, clip, schedule, config.drop, config.loss, *noise)
+    loss = PriorLoss(
+        prior,
+        clip,
+        Schedule(config.schedule),
+        config.drop,
+        config.loss,
+        noises=config.noises,
+        emb_noise=config.emb_noise,
+        text_noise=config.text_noise,
+    )
     val_data = config.val_data
     fit(
         prior,

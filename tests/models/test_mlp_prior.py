@@ -15,7 +15,7 @@ from unclip.config import load_config
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.layers import DenoiserCache
-from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
+from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig, embedding_only
 from unclip.training.losses import ConditionDropout, PriorLoss
 from unclip.types import TextEncoding
 
@@ -112,6 +112,45 @@ def test_embedding_noise_is_added_in_training_only():
     assert loss_fn(prior, batch)["mse"].item() == pytest.approx(0.25, rel=0.2)  # its output is zero
     prior.eval()
     assert loss_fn(prior, batch)["mse"].item() == 0
+
+
+def test_text_states_can_be_ignored(text):
+    prior = randomize(MLPPrior(replace(CONFIG, text_states=False))).double().eval()
+    x_t, t = noisy()
+    expected, drop = prior(x_t, t, text), torch.tensor([True, False, False])
+    others = replace(text, states=text.states + 1, mask=~text.mask)
+    torch.testing.assert_close(prior(x_t, t, others), expected, rtol=0, atol=0)
+    torch.testing.assert_close(prior(x_t, t, embedding_only(text.emb, 16)), expected)
+    null = prior.denoise(x_t, t, prior.condition(prior.null_text(B)))
+    torch.testing.assert_close(prior(x_t, t, text, drop)[0], null[0])
+    assert (prior(x_t, t, replace(text, emb=text.emb + 1)) - expected).abs().min() > 1e-6
+
+
+def test_precomputed_text_embeddings_replace_the_text_tower(monkeypatch):
+    torch.manual_seed(0)
+    clip = tiny_clip().requires_grad_(False).eval()
+    sizes, captions = (
+        (clip.emb_dim, clip.text_width, clip.context_length),
+        ["a fish", "a red apple"],
+    )
+    config = MLPPriorConfig(*sizes, 32, 1, 2, kind="mlp", text_states=False)
+    prior = randomize(MLPPrior(config))
+    loss_fn = PriorLoss(
+        prior, clip, Schedule(), ConditionDropout(0.5), LossConfig(), text_noise=0.1
+    )
+    batch = {"image_emb": torch.randn(2, clip.emb_dim), "caption": captions}
+
+    def loss(batch):
+        torch.manual_seed(0)
+        return loss_fn(prior, batch)["mse"].item()
+
+    expected = loss(batch)
+    batch["text_emb"] = clip.encode_text(captions).emb
+    monkeypatch.setattr(clip, "encode_text", None)
+    assert loss(batch) == pytest.approx(expected, rel=1e-5)
+    assert loss(batch | {"text_emb": batch["text_emb"] + 1}) != pytest.approx(expected, rel=1e-3)
+    unused = {name for name, p in prior.named_parameters() if not p.requires_grad}
+    assert unused == {"state_proj.weight", "state_proj.bias", "null_state"}
 
 
 def test_invalid_sizes_are_errors():

@@ -8,7 +8,7 @@ several processes; frozen networks and configs are in the loss object.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout, masked_image
+from unclip.models.unclip.mlp_prior import MLPPrior, embedding_only
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
@@ -69,10 +70,15 @@ class PriorLoss:
     config: LossConfig
     noises: int = 1  # noised copies of each embedding; its caption is encoded once
     emb_noise: float = 0.0  # std of noise on the normalised embeddings, in training only
+    text_noise: float = 0.0  # largest noise on text embeddings, in their std; in training only
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
-        text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
+        text, drop_text = self._text(batch)
+        if self.text_noise and model.training:
+            scale = self.text_noise * torch.rand(len(text), 1, device=text.emb.device)
+            noise = scale * text.emb.std() * torch.randn_like(text.emb)
+            text = replace(text, emb=text.emb + noise)
         x_0 = self.prior.normalize(image_emb).repeat_interleave(self.noises, dim=0)
         if self.emb_noise and model.training:
             x_0 = x_0 + self.emb_noise * torch.randn_like(x_0)
@@ -82,6 +88,15 @@ class PriorLoss:
         output = model(x_t, t, text, drop_text)  # (B * noises, D)
         losses = diffusion_loss(output, x_0, x_t, noise, t, self.schedule, "x0", config=self.config)
         return _means(losses)
+
+    def _text(self, batch: Batch) -> tuple[TextEncoding, Tensor | None]:
+        """Return captions and the rows to null; precomputed, if their embeddings are enough."""
+        config = self.prior.config
+        known = "text_emb" in batch and config.null_text == "learned"
+        if not (known and isinstance(self.prior, MLPPrior) and not config.text_states):
+            return _text(self.clip, batch, self.drop.text, config.null_text)[:2]
+        text = embedding_only(batch["text_emb"].to(self.clip.device).float(), config.text_width)
+        return text, (torch.rand(len(text)) < self.drop.text).to(self.clip.device)
 
 
 @dataclass(eq=False)

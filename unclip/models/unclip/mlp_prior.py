@@ -31,7 +31,14 @@ class MLPPriorConfig(TextPriorConfig):
     kind: Literal["mlp"]
     mlp_width: PositiveInt = 512
     mlp_depth: PositiveInt = 4  # residual blocks
+    text_states: bool = True  # False: of a caption, only CLIP's text embedding is read
     x0_limit: Positive | None = 5.0  # as in PriorConfig
+
+
+def embedding_only(emb: Tensor, text_width: int) -> TextEncoding:
+    """Return captions of which only CLIP's embedding (B, D) is known, without text states."""
+    states = emb.new_zeros(len(emb), 0, text_width)
+    return TextEncoding(emb, states, states.new_zeros(len(emb), 0, dtype=torch.bool))
 
 
 class ModulatedBlock(nn.Module):
@@ -65,12 +72,18 @@ class MLPPrior(DenoisingPrior):
         )
         self.out_norm = nn.LayerNorm(M)
         self.head = zeroed(nn.Linear(M, D))
+        if not config.text_states:
+            self.state_proj.requires_grad_(False)
+            if config.null_text == "learned":
+                self.null_state.requires_grad_(False)
 
     def condition(self, text: TextEncoding, drop: Tensor | None = None) -> KeyValues:
         """Summarise each text as one key without a value, (B, 1, 1, M).
 
         The null replaces the text where `drop` (B,) bool is True.
         """
+        if not self.config.text_states:
+            text = embedding_only(text.emb, self.config.text_width)
         x, mask = self.text_tokens(text, drop)
         for block in self.blocks:
             x, _, _ = self.run(block.read, x, mask[:, None, None])  # B L+1 C
