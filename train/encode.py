@@ -9,10 +9,10 @@ import argparse
 from typing import Any
 
 from unclip.checkpoints.store import load_as
-from unclip.data.codes import encode
-from unclip.data.precompute import add_arguments, run_command
-from unclip.data.precomputed import CodeDataset
-from unclip.data.samples import Dataset
+from unclip.data.codes import code_settings, encoder
+from unclip.data.job_command import add_arguments, run_command
+from unclip.data.precompute import Compute
+from unclip.data.precomputed import CODES_FILE
 from unclip.models.codecs.codec import ImageCodec
 
 
@@ -22,14 +22,15 @@ def main() -> None:
     )
     add_arguments(parser, "codes and captions", part_size=100_000)
     parser.add_argument("--codec", required=True, metavar="FOLDER", help="a trained codec")
-    options = parser.parse_args()
+    run_command(parser.parse_args(), load_encoder, CODES_FILE)
 
-    def compute(dataset: Dataset, device: str, out: str, **sizes: Any) -> dict[int, str]:
-        codec = load_as(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
-        source = {"data": options.data, "codec": options.codec}
-        return encode(dataset, codec, out, source=source, **sizes)
 
-    run_command(options, compute, CodeDataset)
+def load_encoder(options: argparse.Namespace, device: str) -> tuple[Compute, dict[str, Any]]:
+    """Load --codec; return its computation and the settings of the command line."""
+    codec = load_as(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
+    settings = code_settings(codec, options.all_captions)
+    source = {"data": options.data, "codec": options.codec}
+    return encoder(codec, options.all_captions), settings | source
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ clip clip: NO_TOWER=MINIMAL_VISION
 config config: Place=KeyPath
 data.codes data.precomputed: CodeDataset
 data.loader data.loader: PictureReader=ImageReader place=shift_and_scale
-data.precomputed data.precompute: PartWriter caption_rows precompute
+data.precomputed data.precompute: caption_rows precompute
+data.precomputed data.parts: PartWriter
 data.precomputed data.precomputed: parquet=import_parquet
 data.samples data.samples: square=resize_center_crop
 data.shards data.shards: PICTURES=IMAGES

@@ -17,7 +17,7 @@ import unclip
 from unclip.checkpoints import folders
 from unclip.checkpoints.registry import load_codec
 from unclip.data.embeddings import EmbeddingWriter
-from unclip.data.precompute import PartWriter
+from unclip.data.parts import PartWriter
 from unclip.weights import read_tensors
 
 NETWORKS = (

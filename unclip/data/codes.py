@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from unclip.data.precompute import Arrays, Columns, caption_rows, precompute
+from unclip.data.precompute import Arrays, Columns, Compute, caption_rows, precompute
 from unclip.data.precomputed import CODES_FILE
 from unclip.data.samples import Dataset, Sample, resize_center_crop
 from unclip.models.codecs.codec import ImageCodec
@@ -26,12 +27,20 @@ def encode(
     batch_size: int = 64,
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
-) -> dict[int, str]:
+) -> dict[str, str]:
     """Encode a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
     A sample has one row for its canonical caption, or with `all_captions` one for each caption.
     `source` (paths of the data and the codec) is stored with the settings.
     """
+    settings = {**code_settings(codec, all_captions), **(source or {})}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
+    compute = encoder(codec, all_captions)
+    return precompute(dataset, compute, out, CODES_FILE, settings, **sizes)
+
+
+def encoder(codec: ImageCodec, all_captions: bool) -> Compute:
+    """Return the computation of a batch's codes."""
     device, dtype = next(codec.parameters()).device, np.min_scalar_type(codec.vocab_size - 1)
 
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
@@ -42,11 +51,13 @@ def encode(
         codes = codec.encode(batch).cpu().numpy().astype(dtype)  # (B, h, w)
         return columns, {"codes": codes.repeat(repeats, axis=0)}  # (N, h, w)
 
-    settings = {
+    return compute
+
+
+def code_settings(codec: ImageCodec, all_captions: bool) -> dict[str, Any]:
+    """Return the settings of codes, which readers need too."""
+    return {
         "vocab_size": codec.vocab_size,
         "grid": list(codec.grid),
         "captions": "all" if all_captions else "canonical",
-        **(source or {}),
     }
-    sizes = {"batch_size": batch_size, "part_size": part_size}
-    return precompute(dataset, compute, out, CODES_FILE, settings, **sizes)

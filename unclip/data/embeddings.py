@@ -18,17 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip import CLIP
+from unclip.data.job_command import add_arguments, run_command
+from unclip.data.parts import PartWriter
 from unclip.data.precompute import (
     Arrays,
     Columns,
-    PartWriter,
-    add_arguments,
+    Compute,
     caption_rows,
     precompute,
-    run_command,
 )
-from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.samples import Dataset, Sample
+
+SETTINGS_FILE = "embeddings.json"
 
 
 class EmbeddingWriter(PartWriter):
@@ -51,12 +52,20 @@ def embed(
     batch_size: int = 64,
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
-) -> dict[int, str]:
+) -> dict[str, str]:
     """Embed a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
     A sample has one row for its canonical caption, or with `all_captions` one for each caption.
     `source` (paths of the data and CLIP) is stored with the settings.
     """
+    settings = {**_settings(all_captions), **(source or {})}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
+    compute = embedder(clip, all_captions)
+    return precompute(dataset, compute, out, SETTINGS_FILE, settings, **sizes)
+
+
+def embedder(clip: CLIP, all_captions: bool) -> Compute:
+    """Return the computation of a batch's embeddings."""
 
     @torch.inference_mode()
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
@@ -67,9 +76,11 @@ def embed(
         text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
         return columns, {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
 
-    settings = {"captions": "all" if all_captions else "canonical", **(source or {})}
-    sizes = {"batch_size": batch_size, "part_size": part_size}
-    return precompute(dataset, compute, out, "embeddings.json", settings, **sizes)
+    return compute
+
+
+def _settings(all_captions: bool) -> dict[str, str]:
+    return {"captions": "all" if all_captions else "canonical"}
 
 
 def _to_numpy(emb: Tensor) -> np.ndarray:
@@ -83,14 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_arguments(parser, "img_emb, text_emb and metadata", part_size=10_000)
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
-    options = parser.parse_args(arguments)
+    run_command(parser.parse_args(arguments), load_embedder, SETTINGS_FILE)
 
-    def compute(dataset: Dataset, device: str, out: str, **sizes: Any) -> dict[int, str]:
-        clip = CLIP.from_pretrained(options.clip).to(device)
-        source = {"data": options.data, "clip": options.clip}
-        return embed(dataset, clip, out, source=source, **sizes)
 
-    run_command(options, compute, EmbeddingDataset)
+def load_embedder(options: argparse.Namespace, device: str) -> tuple[Compute, dict[str, Any]]:
+    """Load --clip; return its computation and the settings of the command line."""
+    clip = CLIP.from_pretrained(options.clip).to(device)
+    settings = _settings(options.all_captions) | {"data": options.data, "clip": options.clip}
+    return embedder(clip, options.all_captions), settings
 
 
 if __name__ == "__main__":

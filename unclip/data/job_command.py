@@ -1,0 +1,71 @@
+"""The command line of `python -m unclip.data.embeddings` and train/encode.py."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from unclip.data.loader import open_dataset
+from unclip.data.on_ray import precompute_on_ray
+from unclip.data.parts import MANIFEST, PartWriter, SampleParts, ShardParts
+from unclip.data.precompute import Load, find_device, precompute
+from unclip.data.precomputed import PrecomputedDataset, import_parquet
+from unclip.data.samples import Dataset
+from unclip.files import read_json
+
+
+def add_arguments(parser: ArgumentParser, content: str, part_size: int) -> None:
+    """Add the arguments shared by the commands that precompute `content`."""
+    add = parser.add_argument
+    add("data", metavar="DATA", help="tar shards (quote a pattern), a folder of images, or a CSV")
+    add("out", metavar="OUT", help=f"output folder for {content}")
+    add("--all-captions", action="store_true", help="one row per caption, not only the first")
+    add("--batch-size", type=int, default=64, help="images per batch (default: %(default)s)")
+    add("--part-size", type=int, default=part_size, help="images per file (default: %(default)s)")
+    add("--device", help="default: cuda if available, else cpu")
+    add("--tasks", type=int, metavar="N", help="processes that share the job; a part per tar shard")
+    add("--task", type=int, default=0, metavar="I", help="number of this process, from 0")
+    add("--verify", action="store_true", help="compute parts again whose files were changed")
+    add("--ray", type=int, metavar="N", help="N workers on a Ray cluster; a part per tar shard")
+
+
+def run_command(options: Namespace, load: Load, settings_file: str) -> None:
+    """Open the data, compute the parts of this process or start Ray, and print a summary.
+
+    Raises SystemExit with a one-line message on an error.
+    """
+    try:
+        import_parquet()
+        source = _open(options)
+        if options.ray:
+            broken = precompute_on_ray(options, load, settings_file)
+        else:
+            compute, settings = load(options, find_device(options))
+            names = ("batch_size", "part_size", "task", "verify")
+            sizes = {name: getattr(options, name) for name in names}
+            tasks = options.tasks or 1
+            broken = precompute(
+                source, compute, options.out, settings_file, settings, tasks=tasks, **sizes
+            )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; rerun to resume after the last complete part") from None
+    parts = source if isinstance(source, ShardParts) else SampleParts(source, options.part_size)
+    writer = PartWriter(options.out)
+    if not (manifest := writer.folder / MANIFEST).is_file():
+        done = sum(writer.has(part) for part in range(len(parts)))
+        print(f"{options.out}: {done} of {len(parts)} parts; the other tasks have not ended")
+    else:
+        counts = read_json(manifest)
+        print(f"{options.out}: {counts['rows']} rows, {counts['broken']} broken images skipped")
+    for reason in broken.values():
+        print(f"broken: {reason}")
+
+
+def _open(options: Namespace) -> Dataset | ShardParts:
+    if options.tasks or options.ray:
+        return ShardParts(options.data)
+    dataset = open_dataset(options.data)
+    if isinstance(dataset, PrecomputedDataset):
+        raise ValueError(f"{options.data} already contains {dataset.content}; expected images")
+    return dataset
