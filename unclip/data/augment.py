@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from unclip.data.colours import CHROMATIC, COLOURS, main_colour, recolour_caption, rotate_hue
+from unclip.data.compose import is_held_out
 
 MIN_ROTATION = 40  # degrees of hue
+HELD_OUT_COLOURS = 13  # of 256 combinations of a colour and an annotation
 EXCLUDED_GROUPS = ("flags",)  # their colours have a meaning
 PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z '-]*")
 
@@ -41,14 +43,16 @@ def recolour(
 ) -> tuple[np.ndarray, str]:
     """Rotate the hues by a random angle and name the new main colour in the caption.
 
-    Image and caption are returned unchanged if `can_recolour` is False or the new image has no main
-    colour.
+    Image and caption are returned unchanged if `can_recolour` is False, the new image has no main
+    colour, or the combination of colour and annotation is held out for evaluation.
     """
     if not can_recolour(meta):
         return image, caption
     rotated = rotate_hue(image, rng.uniform(MIN_ROTATION, 360 - MIN_ROTATION))
     colour = main_colour(rotated)
     if colour not in CHROMATIC:
+        return image, caption
+    if is_held_out(colour, meta["annotation"], share=HELD_OUT_COLOURS):
         return image, caption
     old = (_colours_in(meta["annotation"]) or [meta["colour"]])[0]
     return rotated, recolour_caption(caption, meta["annotation"], old, colour)

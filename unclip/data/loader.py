@@ -20,8 +20,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config
 from unclip.data.augment import recolour
+from unclip.data.compose import change_background, compose, name_object, repeat
 from unclip.data.folder import FolderDataset
-from unclip.data.order import BATCH, RECOLOUR, EpochOrder
+from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.samples import Dataset, resize_center_crop
 from unclip.data.shards import ShardDataset
@@ -33,7 +34,7 @@ Example = tuple[np.ndarray, list[str], str, Mapping[str, Any]]  # image, uint8 (
 
 @config
 class Augment:
-    """Random shift and scale on white, as fractions of the image side, and random colours.
+    """Random shift and scale on white, as fractions of the image side, colours, compositions.
 
     There are no flips: images may contain text.
     """
@@ -42,6 +43,10 @@ class Augment:
     scale: ProperFraction = 0.0  # largest relative change in size
     # probability of another hue, for images with one main colour; captions name the new colour
     recolour: ProperFraction = 0.0
+    # probability of a second object of the batch in a relation, or of several copies of an object;
+    # captions say so: "an apple above a dog", "three apples"
+    compose: ProperFraction = 0.0
+    background: ProperFraction = 0.0  # probability of a coloured background
 
 
 @config
@@ -221,7 +226,8 @@ class Loader:
     def _collate(self, examples: Sequence[Example], draws: np.ndarray) -> Batch:
         """Augment, crop and stack; draws (at least B, 6) are uniform in [0, 1)."""
         config, images, texts = self.config, [], []
-        for (image, captions, _, meta), draw in zip(examples, draws, strict=False):
+        others = [*examples[1:], *examples[:1]]
+        for (image, captions, _, meta), other, draw in zip(examples, others, draws, strict=False):
             text = captions[int(draw[0] * len(captions)) if config.captions == "any" else 0]
             if config.augment != Augment():
                 image = shift_and_scale(image, config.augment, draw[1:4])
@@ -229,6 +235,9 @@ class Loader:
                 rng = np.random.default_rng([RECOLOUR, *draw.view(np.uint64)[:2].tolist()])
                 if rng.random() < config.augment.recolour:
                     image, text = recolour(image, text, meta, rng)
+            if config.augment.compose or config.augment.background:
+                rng = np.random.default_rng([COMPOSE, *draw.view(np.uint64)[:2].tolist()])
+                image, text = recompose(image, text, meta, other, config.augment, rng)
             if config.crop is not None:
                 image = crop(image, config.crop, draw[4:6])
             images.append(image)
@@ -267,6 +276,27 @@ class Loader:
             limit = f"more than max_broken = {self.config.max_broken:.1%} of {total}"
             count = f"{len(self.broken)} broken images"
             raise ValueError(f"{self.config.path}: {count}, {limit}: {examples}")
+
+
+def recompose(
+    image: np.ndarray,
+    caption: str,
+    meta: Mapping[str, Any],
+    other: Example,
+    augment: Augment,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, str]:
+    """Compose an image with another example and change its background, with `augment`'s odds."""
+    if rng.random() < augment.compose:
+        names = name_object(caption, meta), name_object(other[1][0], other[3])
+        if rng.random() < 0.25:
+            composed = repeat(image, names[0], rng)
+        else:
+            composed = compose((image, other[0]), names, rng)
+        image, caption = composed or (image, caption)
+    if rng.random() < augment.background:
+        image, caption = change_background(image, caption, rng)
+    return image, caption
 
 
 def _own_process_group(worker: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # First word of a seed: separates the streams of epochs, batches and images.
-ORDER, BATCH, RECOLOUR = 1, 2, 3
+ORDER, BATCH, RECOLOUR, COMPOSE = 1, 2, 3, 4
 UNIT = 1 << 20  # fixed-point unit of a weight
 
 
