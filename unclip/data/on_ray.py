@@ -47,8 +47,6 @@ def precompute_on_ray(options: Namespace, load: Load, settings_file: str) -> dic
             compute=workers,
             fn_constructor_args=(options, load),
             num_gpus=gpus,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
         ray.data.DataContext.get_current().enable_progress_bars = False
         try:
