@@ -22,7 +22,8 @@ COMPARISONS = {
 
 
 def add_commands(commands: Any) -> None:
-    parser = flags.add_command(commands, bench, "measure the speed and the memory of a model")
+    about = "measure the speed and the memory of a model, or the speed of data"
+    parser = flags.add_command(commands, bench, about)
     flags.add_model(parser)
     parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
     about = "number of images in each warm call (default: 1)"
@@ -44,6 +45,23 @@ def add_commands(commands: Any) -> None:
     about = "write the results to this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     flags.add_quiet(parser)
+    about = "measure a data loader instead: a path, as data.path in a training config"
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="PATH", help=about)
+    about = "side of the images (default: 64)"
+    data.add_argument("--image-size", default=64, help=about, **flags.COUNT)
+    about = "images of a batch (default: 64)"
+    data.add_argument("--batch-size", default=64, help=about, **flags.COUNT)
+    about = "numbers of worker processes to compare (default: 0,1,2)"
+    data.add_argument("--workers", type=_numbers, default=(0, 1, 2), metavar="A,B", help=about)
+    about = "batches to load (default: 50)"
+    data.add_argument("--batches", default=50, help=about, **flags.COUNT)
+    about = "seconds of a training step, which runs while workers load (default: 0)"
+    data.add_argument("--step", type=flags.number, default=0.0, metavar="X", help=about)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(flags.at_least(0)(part) for part in text.split(","))
 
 
 def _moved(name: str) -> str:
@@ -54,6 +72,8 @@ def _moved(name: str) -> str:
 
 
 def bench(args: Namespace) -> None:
+    if args.data is not None:
+        return _bench_data(args)
     from unclip.evaluation import bench as benchmark
     from unclip.evaluation.bench import tables
     from unclip.evaluation.report import Row, plain_table
@@ -78,3 +98,22 @@ def bench(args: Namespace) -> None:
         print(line)
     print(f"\n{tables.stage_table(results)}")
     write_json(results, args.json)
+
+
+def _bench_data(args: Namespace) -> None:
+    from dataclasses import asdict
+
+    from unclip.data.bench import measure
+    from unclip.data.loader import DataConfig
+
+    check_json(args.json)
+    config = DataConfig(args.data, args.image_size, args.batch_size)
+    results = []
+    print(f"{'workers':>7}  {'images/s':>9}  {'per worker':>10}  {'wait per step':>13}")
+    for workers in args.workers:
+        speed = measure(config, workers, args.batches, args.step)
+        each = speed.images_per_second / max(1, workers)
+        wait = f"{1000 * speed.wait:.1f} ms"
+        print(f"{workers:>7}  {speed.images_per_second:>9.0f}  {each:>10.0f}  {wait:>13}")
+        results.append(asdict(speed))
+    write_json({"data": args.data, "step": args.step, "loader": results}, args.json)

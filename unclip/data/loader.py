@@ -22,8 +22,10 @@ from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config
 from unclip.data.augment import recolour
 from unclip.data.compose import change_background, compose, name_object, repeat
 from unclip.data.folder import FolderDataset
+from unclip.data.hub import SCHEME, HubDataset
 from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
+from unclip.data.remote import is_url
 from unclip.data.samples import Dataset, resize_center_crop
 from unclip.data.shards import ShardDataset
 
@@ -73,11 +75,16 @@ class DataConfig:
 def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
     """Open a dataset by the content of its path.
 
-    tar shards            a folder, a file or a pattern
+    tar shards            a folder, a file or a pattern, also at a URL that fsspec can open
+    datasets              "datasets:NAME" or "datasets:NAME:SPLIT"
     captioned images      a folder, a .csv or a .jsonl
     precomputed data      a folder of embeddings or codes
     """
     place = Path(path)
+    if str(path).startswith(SCHEME):
+        return HubDataset(str(path))
+    if is_url(path):
+        return ShardDataset(path)
     if place.suffix == ".tar" or any(sign in str(path) for sign in "*?{"):
         return ShardDataset(path)
     if not place.exists():

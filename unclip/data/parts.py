@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from unclip.data.precomputed import import_parquet
+from unclip.data.remote import is_url
 from unclip.data.samples import Dataset
-from unclip.data.shards import ShardDataset, find_shards
+from unclip.data.shards import ShardDataset, find_shards, shard_urls
 from unclip.files import read_json
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,10 @@ class ShardParts:
     samples = None  # unknown before all shards are read
 
     def __init__(self, source: str) -> None:
-        self.shards = find_shards(source)
+        # Remote shards are downloaded by the process that opens them.
+        self.shards = shard_urls(source) if is_url(source) else find_shards(source)
+        if not self.shards:
+            raise FileNotFoundError(f"no shards at {source}")
         self.settings = {"shards": len(self.shards)}
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unclip.data.remote import find_urls, is_url, local_copies
 from unclip.data.samples import Sample, caption_list, sample_weight
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
@@ -111,12 +112,14 @@ class ShardDataset:
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """Return the sorted tar files of a folder, file or pattern.
+    """Return the sorted tar files of a folder, file, pattern or URL; remote ones are downloaded.
 
     Raises FileNotFoundError if there are none, or if a shard of a numbered range is missing.
     """
     folder = Path(source)
-    if folder.is_dir():
+    if is_url(source):
+        found = local_copies(shard_urls(source))
+    elif folder.is_dir():
         found = sorted(folder.glob("*.tar"))
         held_out = [path for path in found if path.name.startswith("heldout")]
         if 0 < len(held_out) < len(found):
@@ -132,6 +135,11 @@ def find_shards(source: str | Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no shards at {source}; expected a folder or pattern of tars")
     return found
+
+
+def shard_urls(source: str | Path) -> list[str]:
+    """Return the URLs of the shards of a remote folder, file or pattern."""
+    return [url for pattern in _expand_range(str(source)) for url in find_urls(pattern)]
 
 
 def _expand_range(pattern: str) -> list[str]:

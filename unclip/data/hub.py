@@ -1,0 +1,83 @@
+"""Captioned images of a `datasets` dataset: "datasets:NAME" or "datasets:NAME:SPLIT".
+
+NAME is an id on the Hub, or a local folder that `datasets` can load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unclip.data.samples import Sample, caption_list
+
+SCHEME = "datasets:"
+CAPTIONS = ("text", "caption", "captions", "prompt")
+
+
+class HubDataset:
+    """Rows of a map-style dataset: its image column, and the first column of CAPTIONS."""
+
+    def __init__(self, source: str) -> None:
+        rows, split = _load(source)
+        self.broken: Mapping[str, str] = {}
+        self.left_out: Counter[str] = Counter()
+        kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
+        images = [name for name, kind in kinds.items() if kind == "Image"]
+        captions = [name for name in CAPTIONS if name in kinds]
+        if len(images) != 1 or not captions:
+            found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            raise ValueError(
+                f"{source} has the columns {found}; expected one Image and one of {CAPTIONS}"
+            )
+        self.image, self.caption = images[0], captions[0]
+        images_only = _datasets().Image(decode=False)  # decoded by our own reader
+        self.rows = rows.cast_column(self.image, images_only)
+        self.split, self.weights = split, np.ones(len(rows), np.float64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        key = f"{self.split}-{index}"
+        try:
+            captions = caption_list(row[self.caption])
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        return Sample(key, captions, partial(_encoded, key, row[self.image]))
+
+
+def _encoded(key: str, image: Mapping[str, Any] | None) -> bytes:
+    """Return the bytes of an image that is stored in the row or in a file."""
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise ValueError(f"{key}: no image")
+    return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def _load(source: str) -> tuple[Any, str]:
+    """Return the rows and the name of the split; ValueError in one line."""
+    datasets = _datasets()
+    name, _, split = source.removeprefix(SCHEME).partition(":")
+    split = split or "train"
+    try:
+        if (Path(name) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(name)[split], split
+        if (Path(name) / "dataset_info.json").is_file():
+            return datasets.load_from_disk(name), split
+        return datasets.load_dataset(name, split=split), split
+    except Exception as error:  # network, format and split errors of many types
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: {type(error).__name__}: {reason[:300]}") from None
+
+
+def _datasets() -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(f"datasets: needs a package; pip install datasets ({error})") from None
+    return datasets

@@ -1,0 +1,104 @@
+"""Tar shards at any fsspec URL (s3://, gs://, hf://, https://): copied once into a local cache.
+
+The readers see local files only, so that order and position in the data are those of local shards.
+The cache is `$UNCLIP_CACHE`, or `~/.cache/unclip`; it may be deleted at any time between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+from tqdm import tqdm
+
+THREADS = 8
+ATTEMPTS = 5
+FIRST_WAIT = 1.0  # seconds; doubled after each attempt
+BLOCK = 1 << 22  # bytes
+
+
+def is_url(source: str | Path) -> bool:
+    return "://" in str(source)
+
+
+def find_urls(pattern: str) -> list[str]:
+    """Return the sorted URLs of the tars that a URL, a pattern with `*` or a folder stands for."""
+    if pattern.endswith(".tar") and "*" not in pattern or "?" in pattern:  # signed URLs have a "?"
+        return [pattern]
+    fs, path = _filesystem(pattern)
+    path = path if "*" in path else f"{path.rstrip('/')}/*.tar"
+    found = _retry(pattern, lambda: fs.glob(path))
+    return sorted(fs.unstrip_protocol(name) for name in found)
+
+
+def local_copies(urls: Sequence[str]) -> list[Path]:
+    """Return local copies of shards, downloaded unless they are in the cache.
+
+    Several processes may ask for the same shards. OSError names the URL that failed after several
+    attempts; without a network, cached shards are used as they are.
+    """
+    missing = [url for url in urls if not _place(url).is_file()]
+    with ThreadPoolExecutor(THREADS) as pool:
+        copies = pool.map(_local_copy, urls)
+        bar = tqdm(copies, "shards", len(urls), disable=not missing, leave=False, unit=" shards")
+        return list(bar)
+
+
+def _local_copy(url: str) -> Path:
+    place = _place(url)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        fs, path = _filesystem(url)
+        try:
+            size = _retry(url, lambda: fs.info(path).get("size"))
+        except OSError:
+            if place.is_file():
+                return place
+            raise
+        if not place.is_file() or size not in (None, place.stat().st_size):
+            _retry(url, lambda: _download(fs, path, place, size))
+    return place
+
+
+def _download(fs: Any, path: str, place: Path, size: int | None) -> None:
+    part = place.with_suffix(".part")
+    with fs.open(path, "rb", block_size=BLOCK) as source, open(part, "wb") as copy:
+        while block := source.read(BLOCK):
+            copy.write(block)
+    if size not in (None, part.stat().st_size):
+        raise OSError(f"{part.stat().st_size:,} of {size:,} bytes were received")
+    part.replace(place)
+
+
+def _retry(url: str, call: Any) -> Any:
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{url} does not exist") from None
+        except Exception as error:  # storage clients raise their own types
+            if attempt == ATTEMPTS - 1:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise OSError(f"{url}: {reason} ({ATTEMPTS} attempts)") from None
+            time.sleep(FIRST_WAIT * 2**attempt)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{url} cannot be opened: {reason}") from None
+
+
+def _place(url: str) -> Path:
+    cache = Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip")
+    name = PurePosixPath(url.partition("?")[0]).name
+    return cache / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
