@@ -155,4 +155,4 @@ def test_the_speed_of_a_loader_is_measured(shards, tmp_path, capsys):
     assert [line.split()[0] for line in lines[:3]] == ["workers", "0", "1"]
     plain, _ = json.loads((tmp_path / "speed.json").read_text())["loader"]
     # Without workers a step waits for all of the loading.
-    assert plain["wait"] == pytest.approx(4 / plain["images_per_second"], rel=0.3)
+    assert 0.3 < plain["wait"] * plain["images_per_second"] / 4 <= 1

@@ -18,11 +18,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config
+from unclip.config import NonNegativeInt, Positive, PositiveInt, ProperFraction, config
 from unclip.data.augment import recolour
 from unclip.data.compose import change_background, compose, name_object, repeat
 from unclip.data.folder import FolderDataset
 from unclip.data.hub import SCHEME, HubDataset
+from unclip.data.mixture import Mixture
 from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.remote import is_url
@@ -55,7 +56,7 @@ class Augment:
 class DataConfig:
     """Location of the data and the construction of batches."""
 
-    path: str  # see `open_dataset`
+    path: str | dict[str, Positive]  # see `open_dataset`; several with weights: {a: 2, b: 0.5}
     image_size: PositiveInt  # side: the shorter side is resized to it, the center is cropped
     batch_size: PositiveInt  # per process
     captions: Literal["canonical", "any"] = "any"
@@ -72,14 +73,16 @@ class DataConfig:
             raise ValueError(f"crop is {self.crop}; expected at most image_size, {self.image_size}")
 
 
-def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
-    """Open a dataset by the content of its path.
+def open_dataset(path: str | Path | Mapping[str, float]) -> Dataset | PrecomputedDataset:
+    """Open a dataset by the content of its path, or several with weights.
 
     tar shards            a folder, a file or a pattern, also at a URL that fsspec can open
     datasets              "datasets:NAME" or "datasets:NAME:SPLIT"
     captioned images      a folder, a .csv or a .jsonl
     precomputed data      a folder of embeddings or codes
     """
+    if isinstance(path, Mapping):
+        return _open_mixture(path)
     place = Path(path)
     if str(path).startswith(SCHEME):
         return HubDataset(str(path))
@@ -97,6 +100,20 @@ def open_dataset(path: str | Path) -> Dataset | PrecomputedDataset:
     if next(place.glob("*.tar"), None):
         return ShardDataset(place)
     return FolderDataset(place)
+
+
+def _open_mixture(sources: Mapping[str, float]) -> Mixture:
+    datasets = []
+    for path in sources:
+        dataset = open_dataset(path)
+        if isinstance(dataset, PrecomputedDataset):
+            raise ValueError(
+                f"{path} contains {dataset.content}, which cannot be mixed; use images"
+            )
+        datasets.append(dataset)
+    if not datasets:
+        raise ValueError("path is empty; expected at least one source")
+    return Mixture(datasets, list(sources.values()))
 
 
 def open_data(config: DataConfig, *precomputed: type[PrecomputedDataset]) -> Loader:

@@ -42,13 +42,7 @@ class ShardWriter:
             number = self.count // self.samples_per_shard
             self._tar = tarfile.open(self.folder / f"{self.prefix}-{number:05d}.tar", "w")
         assert self._tar is not None
-        for extension, content in files.items():
-            if isinstance(content, dict):
-                content = json.dumps(content, ensure_ascii=False)
-            data = content.encode() if isinstance(content, str) else content
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+        add_members(self._tar, key, files)
         self.count += 1
 
     def close(self) -> None:
@@ -62,6 +56,19 @@ class ShardWriter:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def add_members(
+    tar: tarfile.TarFile, key: str, files: Mapping[str, bytes | str | dict[str, Any]]
+) -> None:
+    """Add the files of a sample, without a date; see `ShardWriter.write`."""
+    for extension, content in files.items():
+        if isinstance(content, dict):
+            content = json.dumps(content, ensure_ascii=False)
+        data = content.encode() if isinstance(content, str) else content
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
 
 
 class _Member(NamedTuple):

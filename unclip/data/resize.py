@@ -1,0 +1,103 @@
+"""Make tar shards of small images from large ones: decoding large JPEGs dominates a training.
+
+python -m unclip.data.resize "data/large/train-*.tar" data/train64 --size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from unclip.data.parts import ShardParts
+from unclip.data.samples import Dataset, resize_center_crop
+from unclip.data.shards import add_members
+
+MAX_BROKEN = 0.01
+
+
+def resize_shard(
+    dataset: Dataset, indices: range, out: Path, size: int, options: Mapping[str, Any]
+) -> dict[str, str]:
+    """Write the samples to the tar `out`, which appears when it is complete.
+
+    Images are resized and cropped as in training; captions, weight and metadata stay. options: of
+    `Image.save`. Returns the reasons for samples that cannot be read, by key.
+    """
+    broken, part = {}, out.with_suffix(".part")
+    with tarfile.open(part, "w") as tar:
+        for index in indices:
+            key = str(index)
+            try:
+                sample = dataset[index]
+                key = sample.key
+                pixels = resize_center_crop(sample.image, size)
+            except (ValueError, OSError) as error:
+                broken[key] = str(error)
+                continue
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, **options)
+            meta = {**sample.meta, "captions": sample.captions, "weight": sample.weight}
+            extension = options["format"].lower()
+            add_members(tar, key, {extension: file.getvalue(), "json": meta})
+    part.replace(out)
+    return broken
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m unclip.data.resize",
+        description="Write tar shards with images of one size. Rerun to resume.",
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", help="tar shards: a folder, a pattern or a URL")
+    add("out", metavar="OUT", type=Path, help="output folder; shards keep their names")
+    add("--size", type=int, required=True, metavar="N", help="side of the images")
+    add("--format", choices=("png", "jpeg", "webp"), default="png", help="default: %(default)s")
+    add("--quality", type=int, default=95, metavar="N", help="of jpeg and webp (default: 95)")
+    add("--tasks", type=int, default=1, metavar="N", help="processes that share the shards")
+    add("--task", type=int, default=0, metavar="I", help="number of this process, from 0")
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; rerun to resume after the last complete shard") from None
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.size < 1 or not 0 <= options.task < options.tasks:
+        raise ValueError(
+            f"size {options.size}, task {options.task} of {options.tasks}; "
+            "expected a size of at least 1, and a task from 0 to tasks - 1"
+        )
+    parts = ShardParts(options.data)
+    names = [Path(str(shard).partition("?")[0]).name for shard in parts.shards]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{options.data}: several shards have one name; resize each folder alone")
+    options.out.mkdir(parents=True, exist_ok=True)
+    save = {"format": options.format.upper()}
+    if options.format != "png":
+        save["quality"] = options.quality
+    broken, images = {}, 0
+    for number in tqdm(range(options.task, len(parts), options.tasks), unit=" shards"):
+        out = options.out / names[number]
+        if not out.exists():
+            dataset, indices = parts.open(number)
+            broken |= resize_shard(dataset, indices, out, options.size, save)
+            images += len(indices)
+    if len(broken) > MAX_BROKEN * max(images, 1000):
+        example = next(iter(broken.items()))
+        raise ValueError(f"{len(broken)} broken samples, e.g. {example[0]}: {example[1]}")
+    print(f"{options.out}: {images} images in this run, {len(broken)} broken images skipped")
+
+
+if __name__ == "__main__":
+    main()
