@@ -81,7 +81,7 @@ def test_the_interval_contains_the_mean_and_shrinks():
     hits = torch.arange(400) % 4 == 0
     low, high = interval(hits)
     assert low < 0.25 < high and high - low == pytest.approx(4 * 0.0217, rel=0.2)
-    assert interval(torch.ones(5)) == (1.0, 1.0)
+    assert interval(torch.ones(5)) == [1.0, 1.0]
 
 
 def test_precision_and_recall_tell_quality_from_coverage():

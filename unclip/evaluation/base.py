@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from unclip import __version__
 from unclip.config import to_dict
+from unclip.data.shapes import read_scene
 from unclip.evaluation import PARTS
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
@@ -34,6 +35,7 @@ from unclip.evaluation.metrics import (
     recall,
 )
 from unclip.evaluation.pairs import Pairs
+from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
@@ -175,6 +177,8 @@ class Evaluation(ABC):
     def images(self) -> dict[str, Any]:
         """Evaluate the generated images: recall, judge, diversity, nearest images and style."""
         results = {"recall": self.recall(), "diversity": self.diversity()}
+        if any(pair.scene for pair in self.held_out.entries):
+            results["axes"] = self.axes()
         if self.judge is not None:
             results |= {"judge": self.judged(self.judge), "realism": self.realism(self.judge)}
         if self.train is not None:
@@ -240,6 +244,25 @@ class Evaluation(ABC):
             images["baseline"] = self.baseline_samples.images
         return {**images, "true": self.held_out.floats()}
 
+    def axes(self) -> dict[str, Any]:
+        """Score images of shapes by an exact program; means with 95 % intervals, by axis."""
+        rows = [row for row, pair in enumerate(self.held_out.entries) if pair.scene]
+        pairs = [self.held_out.entries[row] for row in rows]
+        scenes = [read_scene(pair.scene, pair.caption) for pair in pairs if pair.scene]
+        results: dict[str, Any] = {}
+        for name, images in self.measured_images.items():
+            pixels = images[rows].add(1).mul(127.5).round().clamp(0, 255).byte()
+            arrays = pixels.permute(0, 2, 3, 1).numpy()
+            hits = [is_correct(array, scene) for array, scene in zip(arrays, scenes, strict=True)]
+            by_axis: dict[str, list[bool]] = {}
+            for hit, scene in zip(hits, scenes, strict=True):
+                by_axis.setdefault(scene.axis, []).append(hit)
+            results[name] = {
+                axis: {"images": len(own), **_mean_and_interval(torch.tensor(own), self.seed)}
+                for axis, own in sorted(by_axis.items())
+            }
+        return results
+
     def judged(self, judge: Judge) -> dict[str, Any]:
         """Let the judge name concept and style of each image; means with 95 % intervals."""
         verdicts = {
@@ -247,10 +270,7 @@ class Evaluation(ABC):
             for name, images in self.measured_images.items()
         }
         return {
-            name: {
-                figure: {"mean": hits.float().mean().item(), "interval": interval(hits, self.seed)}
-                for figure, hits in verdict.items()
-            }
+            name: {figure: _mean_and_interval(hits, self.seed) for figure, hits in verdict.items()}
             for name, verdict in verdicts.items()
         }
 
@@ -399,6 +419,10 @@ def _describe(pairs: Pairs) -> dict[str, Any]:
     total = hashlib.sha256("\n".join(pairs.captions).encode())
     total.update(pairs.images.numpy().tobytes())
     return {"pairs": len(pairs), "broken": pairs.broken, "sha256": total.hexdigest()}
+
+
+def _mean_and_interval(hits: Tensor, seed: int) -> dict[str, Any]:
+    return {"mean": hits.float().mean().item(), "interval": interval(hits, seed)}
 
 
 def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:

@@ -83,12 +83,11 @@ def nearest_by_pixels(
     return row, best / queries.shape[1] ** 0.5
 
 
-def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> list[float]:
     """Return the 95 % bootstrap interval of the mean of values (N,)."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(values), (draws, len(values)), generator=generator)
-    low, high = values.float()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+    return values.float()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def precision_and_recall(features: Tensor, true: Tensor, k: int = 3) -> tuple[float, float]:

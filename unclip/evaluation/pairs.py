@@ -8,10 +8,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Pair:
     style: str | None  # from the metadata, or from a caption that ends in ", STYLE emoji"
     group: str | None
     toned: bool  # a skin-tone variant of its concept
+    scene: Mapping[str, Any] | None = None  # of images that unclip.data.shapes wrote
 
     @classmethod
     def from_sample(cls, sample: Sample) -> Pair:
@@ -54,6 +56,7 @@ class Pair:
             style=meta.get("style") or (parsed["style"] if parsed else None),
             group=meta.get("group"),
             toned=bool(meta.get("tone")),
+            scene=meta.get("scene"),
         )
 
 

@@ -98,18 +98,29 @@ def _recall(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     yield Row("CLIP cosine to the caption", f"{cosine['generated']:.3f}", reference)
 
 
-def _judge(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    def with_interval(value: dict[str, Any]) -> str:
-        low, high = value["interval"]
-        return f"{value['mean']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+def _with_interval(value: dict[str, Any]) -> str:
+    low, high = value["interval"]
+    return f"{value['mean']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
+
+def _means(part: dict[str, Any], figure: str, baseline: str) -> tuple[str, str]:
+    """Return the generated images' mean with its interval, and the references."""
+    references = [f"true images {part['true'][figure]['mean']:.1%}"]
+    if "baseline" in part:
+        references.insert(0, f"{baseline} {_with_interval(part['baseline'][figure])}")
+    return _with_interval(part["generated"][figure]), "; ".join(references)
+
+
+def _axes(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    for axis, value in part["generated"].items():
+        figure = f"shapes as in the caption: {axis} ({value['images']} images)"
+        yield Row(figure, *_means(part, axis, baseline))
+
+
+def _judge(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     names = {"concept@1": "concept", "concept@5": "concept among five", "style": "style"}
     for figure in part["generated"]:
-        references = [f"true images {part['true'][figure]['mean']:.1%}"]
-        if "baseline" in part:
-            references.insert(0, f"{baseline} {with_interval(part['baseline'][figure])}")
-        value = with_interval(part["generated"][figure])
-        yield Row(f"judge: {names[figure]}", value, "; ".join(references))
+        yield Row(f"judge: {names[figure]}", *_means(part, figure, baseline))
 
 
 def _realism(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -192,6 +203,7 @@ def _repeatable(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 _EVALUATION_ROWS = {
     "prior": _prior,
     "recall": _recall,
+    "axes": _axes,
     "judge": _judge,
     "realism": _realism,
     "style": _style,
