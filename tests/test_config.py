@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_override_replaces_one_value(tmp_path: Path, override: str, value: objec
             GOOD + "text: {kind: states, nrom: true}\n",
             "run.yaml:8: text.nrom is unknown; did you mean 'norm'?",
         ),
-        (GOOD + "name: again\n", "run.yaml:8: 'name' is given twice; see line 1"),
+        (GOOD + "name: again\n", "run.yaml:8: not valid YAML: 'name' is given twice; see line 1"),
         (
             GOOD + "a: [1\n",
             "run.yaml:9: not valid YAML: expected ',' or ']', but got '<stream end>'",
@@ -197,6 +198,47 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
 def test_yaml_merge_keys_are_supported(tmp_path: Path) -> None:
     text = "name: a\nlevels: [&level {channels: 4}, {<<: *level, attention: true}]\n"
     assert load_config(write_config(tmp_path, text), Config).levels == (Level(4), Level(4, True))
+
+
+LAUGHS = "\n".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a0: &a0 [x]\n" + LAUGHS, "more values than a config can have"),
+        ("a0: &a0 {x: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"), "more values"),
+        ("a: &a [*a]", "a value contains itself"),
+        ("[" * 60_000, "nested too deeply"),
+        ("- " * 30_000, "nested too deeply"),
+        ("a: 1\nb: \0", r"run.yaml:2: .*'\\x00' is not allowed"),
+        ("a: !!int", "'' is not a valid int"),
+        ("a: !!bool foo", "'foo' is not a valid bool"),
+        ("a: 2020-13-45", "'2020-13-45' is not a valid timestamp"),
+        ("a: 0x" + "f" * 9000, "run.yaml:1: Exceeds the limit"),
+        ('"\\ud800": 1', "run.yaml:1: Invalid JSON"),
+        ("[1]: 2", "a key is a sequence; expected text"),
+        ("{a: b}: 2", "a key is a mapping; expected text"),
+        ("2001-01-01: 2", "a key is '2001-01-01'; expected text"),
+        ("a: !!python/object/apply:os.abort []", "could not determine a constructor"),
+        ("\xe9".encode("latin-1"), "run.yaml is not UTF-8 text: .* at byte 0"),
+        ("a: 1\n" * 20_000, "too large: 100,000 bytes"),
+    ],
+)
+def test_hostile_yaml_is_refused_at_once_in_one_line(
+    tmp_path: Path, text: str | bytes, fault: str
+) -> None:
+    (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    started = time.process_time()
+    with pytest.raises(ValueError, match=rf"run\.yaml.*{fault}") as error:
+        load_config(tmp_path / "run.yaml", Config)
+    assert time.process_time() - started < 1
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_control_characters_of_a_config_are_escaped(tmp_path: Path) -> None:
+    message = error_message(tmp_path, GOOD + '"\\e[31mname\\n2": 1\n')
+    assert message == r"run.yaml:8: \x1b[31mname\n2 is unknown; did you mean 'name'?"
 
 
 def test_an_override_does_not_change_other_uses_of_an_anchor(tmp_path: Path) -> None:

@@ -24,8 +24,16 @@ import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf
 from typing_extensions import dataclass_transform
 
+from unclip.files import printable, read_text
+
 T = TypeVar("T")
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+MAX_CONFIG = 2**16  # bytes
+MAX_VALUES = 20_000  # in a config, with those behind aliases
+MAX_DEPTH, TOO_DEEP = 50, "nested too deeply"
+MAX_ERRORS = 20  # that are reported
+KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 KeyPath = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
 
@@ -138,6 +146,22 @@ def _expected(bound: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads 1e-4 as a number (valid in YAML 1.2; YAML 1.1 needs 1.0e-4)."""
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level > MAX_DEPTH:  # time grows with its square
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, TypeError, OverflowError):  # "!!int x", 2001-99-99
+            kind = node.tag.rpartition(":")[-1]
+            raise _fault(node, f"{_shorten(node.value)} is not a valid {kind}") from None
+
+
+def _fault(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -154,20 +178,9 @@ def load_config(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -
     error, naming the file, line and dotted key.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"config file {path} does not exist")
-    loader = _Loader(path.read_text(encoding="utf-8"))
-    try:
-        node = loader.get_single_node()
-        lines = dict(_line_numbers(node, str(path))) if node else {}
-        data = _without_aliases(loader.construct_document(node)) if node else {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ValueError(f"{path}{line}: not valid YAML: {problem}") from None
-    finally:
-        loader.dispose()
+    data, lines = parse_yaml(read_text(path, MAX_CONFIG), str(path))
     overridden = {_override(data, override): f"--set {override}" for override in overrides}
 
     def locate(key_path: KeyPath) -> str:
@@ -207,21 +220,63 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _line_numbers(node: yaml.Node, path: str, up: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    """Yield (key path, line number) of every value; ValueError for a key that is repeated."""
+def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
+    """Return the plain data in a YAML text from anywhere, and the line of each value in it.
+
+    ValueError of one line, which starts with `where` and the line, for a text that is not valid,
+    repeats a key, has a key that is not text, or expands to more than `MAX_VALUES` by its aliases.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        if (node := loader.get_single_node()) is None:
+            return {}, {}
+        _count(node, {})
+        lines = dict(_line_numbers(node))
+        return _without_aliases(loader.construct_document(node)), lines
+    except yaml.reader.ReaderError as error:  # a character that YAML excludes
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character {chr(error.character)!r} is not allowed"
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problem = printable(error.problem)
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        problem = TOO_DEEP
+    raise ValueError(f"{where}:{line}: not valid YAML: {problem}")
+
+
+def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Return the number of values in a node, those behind aliases each time."""
+    if node not in counts:
+        counts[node] = 0  # until its children are counted
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        children = node.value if isinstance(node, yaml.SequenceNode) else sum(pairs, ())
+        counts[node] = 1 + sum(_count(child, counts) for child in children)
+    if not 0 < counts[node] <= MAX_VALUES:
+        fault = "more values than a config can have" if counts[node] else "a value contains itself"
+        raise _fault(node, fault)
+    return counts[node]
+
+
+def _line_numbers(node: yaml.Node, up: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
+    """Yield (key path, line number) of every value; an error for a wrong or repeated key."""
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
             name, line = key.value, key.start_mark.line + 1
+            if key.tag not in KEY_TAGS:
+                given = _shorten(name) if isinstance(name, str) else f"a {key.id}"
+                raise _fault(key, f"a key is {given}; expected text, in quotes if need be")
             if name in first:
-                raise ValueError(f"{path}:{line}: {name!r} is given twice; see line {first[name]}")
+                raise _fault(key, f"{_shorten(name)} is given twice; see line {first[name]}")
             first[name] = line
             yield (*up, name), line
-            yield from _line_numbers(value, path, (*up, name))
+            yield from _line_numbers(value, (*up, name))
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
             yield (*up, i), value.start_mark.line + 1
-            yield from _line_numbers(value, path, (*up, i))
+            yield from _line_numbers(value, (*up, i))
 
 
 def _without_aliases(data: Any) -> Any:
@@ -238,8 +293,8 @@ def _override(data: Any, override: str) -> KeyPath:
     if not equals or not all(keys):
         raise ValueError(f"--set {override!r}: expected KEY=VALUE, such as optim.lr=1e-4")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value, _ = parse_yaml(text, name) if text.strip() else (None, {})
+    except ValueError:
         raise ValueError(f"--set {override!r}: {text!r} is not a valid YAML value") from None
     path: KeyPath = ()
     for name in keys[:-1]:
@@ -266,7 +321,10 @@ def _validate(cls: type[T], data: Any, locate: Callable[[KeyPath], str]) -> T:
     # Strict JSON mode: 3 is a valid float and a list a valid tuple, but "3" is not a valid int.
     # The list around cls passes the pydantic config on to a standard dataclass.
     try:
-        text = json.dumps(data, default=str)
+        try:
+            text = json.dumps(data, default=str)
+        except (ValueError, TypeError, RecursionError) as error:  # a number of 5,000 digits
+            raise ValueError(f"{locate(())}: {printable(error)}") from None
         adapter = pydantic.TypeAdapter[list[T]](list[cls], config=_STRICT)  # type: ignore[valid-type]
         return adapter.validate_json(f"[{text}]", strict=True)[0]
     except pydantic.ValidationError as error:
@@ -278,9 +336,12 @@ def _messages(
 ) -> list[str]:
     """Format each error as one line: its location, dotted key, given value and expectation."""
     messages: dict[str, None] = {}  # an ordered set
-    for entry in _relevant(error.errors(include_url=False)):
+    entries = error.errors(include_url=False)[:MAX_ERRORS]
+    if entries[0]["type"] == "json_invalid":  # half of a surrogate pair, which JSON can spell
+        return [f"{locate(())}: {entries[0]['msg']}"]
+    for entry in _relevant(entries):
         path, owner = _resolve(cls, data, entry["loc"][1:])
-        name, kind = ".".join(map(str, path)) or "the config", entry["type"]
+        name, kind = printable(".".join(map(str, path))) or "the config", entry["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             text = f"{name} is unknown{_suggestion(str(path[-1]), owner)}"
         elif kind in ("missing", "missing_argument"):

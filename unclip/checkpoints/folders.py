@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unclip.checkpoints import hub
 from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES
-from unclip.files import read_json
+from unclip.config import MAX_CONFIG, parse_yaml
+from unclip.files import printable, read_json, read_text
 
 OPTIONS_FILE, SCHEDULE_FILE = "options.json", "schedule.json"
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
@@ -149,10 +148,9 @@ def folder_name(folder: Path) -> str:
 def card_licence(folder: Path) -> str:
     """Return the licence in the header of the model card, or ""."""
     card = folder / CARD_FILE
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
     try:
-        found = re.match(r"---\n(.*?)\n---", text, re.S)
-        header = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
-        header = None
-    return str(header.get("license") or "") if isinstance(header, dict) else ""
+        found = re.match(r"---\n(.*?)\n---", read_text(card), re.S)
+        header, _ = parse_yaml(found[1][:MAX_CONFIG], str(card)) if found else ({}, {})
+    except (ValueError, OSError):
+        return ""
+    return printable(header.get("license") or "") if isinstance(header, dict) else ""

@@ -2,28 +2,43 @@
 
 A pickle is a program that names callables and their arguments. This reader never imports a name:
 the names that tensors are made of map to functions defined here (`_ALLOWED`), every other name
-becomes a class that only records its arguments.
+becomes a class that only records its arguments. Time and memory are bounded by the file's size: see
+`_Budget`.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import mmap
 import pickle
 import struct
+import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from unclip.files import MAX_TEXT, open_regular, printable
+
+Data = mmap.mmap | bytearray
 # First object in a file of PyTorch before 1.6, which is a sequence of pickles and raw storages.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_VERSION = 1001
 # Lengths of the name and extra field of a zip entry, which precede its data.
 LOCAL_HEADER = struct.Struct("<26xHH")
+MAX_PICKLE = 16 * 2**20  # bytes of data.pkl
+MAX_OPCODES = 5_000_000  # 40 for a tensor
+MAX_LINE = 2**16  # bytes of a number or name
+MAX_AXES = 64  # of a tensor, as in NumPy
+MAX_NUMBERS = 2**20  # of an expanded tensor, which may be larger than its storage
+MAX_MODULES, MAX_DEPTH = 100_000, 100  # in a pickled module
 
 
 def read_checkpoint(file: str | Path) -> Any:
@@ -33,17 +48,17 @@ def read_checkpoint(file: str | Path) -> Any:
     are mapped from the file if possible (copy on write): the file must not change while they are in
     use. ValueError for a file that is truncated or of another format.
     """
-    file = Path(file)
-    if not file.is_file():
+    if not Path(file).exists():
         raise FileNotFoundError(f"no checkpoint at {file}")
-    try:
-        with file.open("rb") as stream:
-            return _read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY))
-    except Exception as error:  # a damaged file can raise anything in the unpickler
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{file} is truncated or not a PyTorch checkpoint ({reason}); download it again"
-        ) from None
+    with open_regular(file) as stream:
+        try:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            return _read(stream, data, _Budget.of(len(data)))
+        except Exception as error:  # a damaged file can raise anything in the unpickler
+            reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+            raise ValueError(
+                f"{file} is truncated or not a PyTorch checkpoint ({reason}); download it again"
+            ) from None
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
@@ -52,8 +67,9 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     state = module_state(content) if isinstance(content, Stub) else content
-    if isinstance(state, dict) and state and all(isinstance(x, Tensor) for x in state.values()):
-        return state
+    if isinstance(state, dict) and state:
+        if all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
+            return state
     raise ValueError(f"{file} holds {_describe(content)}; expected a state dict (name -> tensor)")
 
 
@@ -98,34 +114,39 @@ def module_state(module: Stub) -> dict[str, Tensor]:
 
     TorchScript does not distinguish buffers from plain attributes: all its tensors are included.
     """
-    return dict(_named_tensors(module, "", ()))
+    return dict(_named_tensors(module, "", itertools.count()))
 
 
 def _named_tensors(
-    module: Stub, prefix: str, inside: tuple[Stub, ...]
+    module: Stub, prefix: str, visits: Iterator[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    name = prefix.rstrip(".") or "the checkpoint"
-    if not isinstance(module, Stub) or not isinstance(module.state, dict):
-        raise ValueError(f"{name} is {_describe(module)}; expected a module")
-    if module in inside:
-        raise ValueError(f"{name} contains itself; expected a module")
-    attributes = module.state
-    if "_parameters" in attributes:  # an nn.Module
-        transient = attributes.get("_non_persistent_buffers_set", ())
-        buffers = {n: x for n, x in attributes.get("_buffers", {}).items() if n not in transient}
-        attributes = {**attributes["_parameters"], **buffers, **attributes.get("_modules", {})}
+    where = printable(prefix.rstrip(".")) or "the checkpoint"
+    attributes = module.state if isinstance(module, Stub) else None
+    if isinstance(attributes, dict) and "_parameters" in attributes:  # an nn.Module
+        parameters, buffers, modules = (
+            attributes.get(name) or {} for name in ("_parameters", "_buffers", "_modules")
+        )
+        if all(isinstance(part, dict) for part in (parameters, buffers, modules)):
+            transient = attributes.get("_non_persistent_buffers_set", ())
+            if isinstance(transient, (set, dict)):
+                buffers = {n: x for n, x in buffers.items() if n not in transient}
+            attributes = {**parameters, **buffers, **modules}
+    if not isinstance(attributes, dict):
+        raise ValueError(f"{where} is {_describe(module)}; expected a module")
+    if next(visits) > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+        raise ValueError("the checkpoint contains itself or too many modules; expected a module")
     for name, value in attributes.items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
         elif isinstance(value, Stub):
-            yield from _named_tensors(value, f"{prefix}{name}.", (*inside, module))
+            yield from _named_tensors(value, f"{prefix}{name}.", visits)
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Stub):
-        return f"a {value.type_name}"
+        return printable(f"a {value.type_name}")
     keys = f" of {', '.join(map(str, list(value)[:4]))}" if isinstance(value, dict) else ""
-    return f"a {type(value).__name__}{keys}"
+    return printable(f"a {type(value).__name__}{keys}")
 
 
 class _Dict(dict):
@@ -148,14 +169,13 @@ class _Call:
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("it modifies a function")
-
 
 def _tensor(
     flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2; as_strided checks the bounds."""
+    if len(size) > MAX_AXES or math.prod(size) > max(flat.numel(), MAX_NUMBERS):
+        raise pickle.UnpicklingError("a tensor is larger than its storage")
     return flat.as_strided(size, stride, offset)
 
 
@@ -164,26 +184,32 @@ def _tensor_of_dtype(
 ) -> Tensor:
     """torch._utils._rebuild_tensor_v3: an untyped storage with a dtype."""
     _grad, _hooks, dtype, *_ = more
-    return flat.view(dtype).as_strided(size, stride, offset)
+    return _tensor(flat.view(dtype), offset, size, stride)
 
 
 def _of_type(call: _Call, type_: Any, args: tuple[Any, ...], state: Any) -> Any:
     """torch._tensor._rebuild_from_type_v2: the plain tensor of a Tensor subclass."""
     if not isinstance(call, _Call):
-        raise pickle.UnpicklingError(f"it builds a tensor with {call}")
+        raise pickle.UnpicklingError(f"it builds a tensor with a {type(call).__name__}")
     return call(*args)
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """_codecs.encode: bytes in protocol 2."""
     if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
+        raise pickle.UnpicklingError("it encodes text as something other than latin1")
     return text.encode("latin1")
 
 
-def _load_from_bytes(data: bytes) -> Any:
-    """torch.storage._load_from_bytes: in a plain pickle, a storage is an embedded file."""
-    return _read(io.BytesIO(data), bytearray(data))
+def _hashable(items: Iterable[Any]) -> list[Any]:
+    """Return keys, or elements of a set, which are quick to hash: no deep tuple, no huge number."""
+    items = list(items)
+    for key in items:
+        for part in key if isinstance(key, tuple) and len(key) <= 8 else (key,):
+            is_huge = isinstance(part, int) and part.bit_length() > 64
+            if is_huge or isinstance(part, (tuple, frozenset)):
+                raise pickle.UnpicklingError("a key is too large")
+    return items
 
 
 def _first(value: Any, *_: Any) -> Any:
@@ -199,7 +225,11 @@ _STORAGES = (
     "Double:float64 Float:float32 Half:float16 BFloat16:bfloat16 Long:int64 Int:int32 Short:int16 "
     "Char:int8 Byte:uint8 Bool:bool ComplexDouble:complex128 ComplexFloat:complex64 Untyped:uint8"
 )
-_BUILTINS = {"set": set, "frozenset": frozenset, "complex": complex}
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    "set": lambda items=(): set(_hashable(items)),
+    "frozenset": lambda items=(): frozenset(_hashable(items)),
+    "complex": complex,
+}
 _ALLOWED: dict[str, Any] = {
     **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
     **{
@@ -217,7 +247,7 @@ _ALLOWED: dict[str, Any] = {
         for kind in ("int", "double", "bool", "tensor")
     },
     "torch.jit._pickle.restore_type_tag": _Call(_first),
-    "collections.OrderedDict": _Call(_Dict),
+    "collections.OrderedDict": _Call(lambda items=(): _Dict(_pairs(items))),
     "_codecs.encode": _Call(_encode),
     "torch.Size": _Call(tuple),
     "torch.device": _Call(lambda *args: ":".join(map(str, args))),
@@ -227,26 +257,176 @@ _ALLOWED: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _Call(_first),
     "torch._utils._rebuild_parameter_with_state": _Call(_first),
     "torch._tensor._rebuild_from_type_v2": _Call(_of_type),
-    "torch.storage._load_from_bytes": _Call(_load_from_bytes),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Resolves names to `_ALLOWED` or stubs, and references to storages to flat tensors."""
+@dataclass
+class _Budget:
+    """What reading a file may cost, so that a small file is not a bomb."""
+
+    opcodes: int  # of all its pickles; each may make an object
+    copied: int  # bytes
+
+    @classmethod
+    def of(cls, size: int) -> _Budget:
+        return cls(min(300_000 + size // 32, MAX_OPCODES), 2 * size)
+
+    def spend(self, opcodes: int = 0, copied: int = 0) -> None:
+        self.opcodes -= opcodes
+        self.copied -= copied
+        if self.opcodes < 0 or self.copied < 0:
+            raise pickle.UnpicklingError("it makes too many objects for its size")
+
+
+class _Stream:
+    """A file that reads no endless line, and at most `most` bytes at once."""
+
+    def __init__(self, stream: BinaryIO, most: int) -> None:
+        self.stream, self.most = stream, most
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, n: int = -1) -> bytes:
+        if n > self.most:
+            raise ValueError(f"{n:,} bytes at once; expected at most {self.most:,}")
+        return self.stream.read(n)
+
+    def readline(self) -> bytes:
+        line = self.stream.readline(MAX_LINE)
+        if not line.endswith(b"\n"):
+            raise EOFError("a line does not end")
+        return line
+
+
+class _Opcodes(dict[int, Callable[..., None]]):
+    """Opcode -> method of the unpickler; counts how often it is used."""
+
+    def __init__(self, methods: Any, budget: _Budget) -> None:
+        super().__init__(methods)
+        self.budget = budget
+
+    def __getitem__(self, code: int) -> Callable[..., None]:
+        self.budget.opcodes -= 1
+        if self.budget.opcodes < 0:
+            self.budget.spend()
+        return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Any:
+        raise pickle.UnpicklingError(f"it has the unknown opcode {code}")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Resolves names to `_ALLOWED` or stubs, and references to storages to flat tensors.
+
+    Python's own implementation, not the one in C: its memo is a dict rather than an array of any
+    size, and its methods can be replaced. They call, and change, only what this module defines.
+    """
+
+    stack: list[Any]  # inherited, as are the next three
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(
-        self, stream: BinaryIO, storage: Callable[[str, torch.dtype, int], Tensor]
+        self,
+        stream: BinaryIO,
+        storage: Callable[[str, torch.dtype, int], Tensor],
+        budget: _Budget,
     ) -> None:
-        super().__init__(stream, encoding="utf-8")
-        self.storage = storage
+        super().__init__(_Stream(stream, sys.maxsize), encoding="utf-8")
+        self.storage, self.budget = storage, budget
         self.storages: dict[str, Tensor] = {}
         self.stubs: dict[str, type[Stub]] = {}
+        self.dispatch: Any = _Opcodes(_METHODS, budget)  # type: ignore[misc]
+
+    def call(self, function: Any, args: Any, kwargs: Any = None) -> Any:
+        """Call one of our functions, or make a stub."""
+        is_stub = isinstance(function, type) and issubclass(function, Stub)
+        if not (is_stub or isinstance(function, _Call)) or not isinstance(args, tuple):
+            raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
+        containers = [x for x in args if isinstance(x, (tuple, list, dict, set, frozenset))]
+        texts = [x for x in args if isinstance(x, (str, bytes, bytearray))]
+        self.budget.spend(3 + len(args) + sum(map(len, containers)), sum(map(len, texts)))
+        return function(*args, **(kwargs or {}))
+
+    def put(self, items: Iterable[Any], *kinds: type) -> None:
+        """Add elements to the container on top of the stack."""
+        target: Any = self.stack[-1]
+        if not isinstance(target, (*kinds, Stub)):
+            raise pickle.UnpicklingError(f"it modifies a {type(target).__name__}")
+        if isinstance(target, dict):
+            target.update(_pairs(items))
+        elif isinstance(target, set):
+            target.update(_hashable(items))
+        else:
+            target.extend(items)
+
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args)
+
+    load_newobj = load_reduce
+
+    def load_newobj_ex(self) -> None:
+        kwargs, args = self.stack.pop(), self.stack.pop()
+        self.stack[-1] = self.call(self.stack[-1], args, kwargs)
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self.call(klass, tuple(args)))
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, (Stub, _Dict)):
+            kind = "function" if isinstance(target, _Call) else type(target).__name__
+            raise pickle.UnpicklingError(f"it modifies a {kind}")
+        target.__setstate__(state)
+
+    def load_append(self) -> None:
+        self.put([self.stack.pop()], list)
+
+    def load_appends(self) -> None:
+        self.put(self.pop_mark(), list)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.put([(key, value)], dict)
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self.put(zip(items[::2], items[1::2], strict=True), dict)
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(dict(_pairs(zip(items[::2], items[1::2], strict=True))))
+
+    def load_additems(self) -> None:
+        self.put(self.pop_mark(), set)
+
+    def load_empty_set(self) -> None:
+        self.budget.spend(opcodes=3)  # it takes three times the memory of a dict
+        self.append(set())
+
+    def load_frozenset(self) -> None:
+        self.append(frozenset(_hashable(self.pop_mark())))
+
+    def load_bytearray8(self) -> None:
+        self.append(bytearray(self.read(*struct.unpack("<Q", self.read(8)))))
+
+    def get_extension(self, code: int) -> None:
+        raise pickle.UnpicklingError("it uses the registry of extensions")
+
+    def load_bytes_file(self, data: bytes) -> Any:
+        """torch.storage._load_from_bytes: in a plain pickle, a storage is an embedded file."""
+        # A bytearray is writable, as `torch.frombuffer` expects.
+        return _read(io.BytesIO(data), bytearray(data), self.budget)
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         if full in _ALLOWED:
             return _ALLOWED[full]
+        if full == "torch.storage._load_from_bytes":
+            return _Call(self.load_bytes_file)
         if full not in self.stubs:
+            self.budget.spend(opcodes=20)  # a class takes more memory than other objects
             self.stubs[full] = type(name, (Stub,), {"type_name": full})
         return self.stubs[full]
 
@@ -255,9 +435,14 @@ class _Unpickler(pickle.Unpickler):
         match reference:
             case ("module", type_, *_):
                 return type_
-            case ("storage", torch.dtype() as dtype, key, _location, int() as count, *view) if (
-                count >= 0
-            ):
+            case (
+                "storage",
+                torch.dtype() as dtype,
+                str() | int() as key,
+                _location,
+                int() as count,
+                *view,
+            ) if count >= 0:
                 if (key := str(key)) not in self.storages:
                     self.storages[key] = self.storage(key, dtype, count)
                 whole = self.storages[key]
@@ -268,34 +453,48 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something other than a storage")
 
 
-def _read(stream: BinaryIO, data: mmap.mmap | bytearray) -> Any:
+def _pairs(items: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return (key, value) pairs whose keys are quick to hash."""
+    pairs = [(key, value) for key, value in items]
+    _hashable(key for key, _ in pairs)
+    return pairs
+
+
+# Our methods and the inherited ones, by opcode.
+_METHODS = {
+    code: getattr(_Unpickler, method.__name__)
+    for code, method in pickle._Unpickler.dispatch.items()
+}
+
+
+def _read(stream: BinaryIO, data: Data, budget: _Budget) -> Any:
     """Return the object in a file of any of PyTorch's formats; `data` are the bytes of `stream`."""
     if data[:4] == b"PK\x03\x04":
-        return _read_zip(stream, data)
-    start = _Unpickler(stream, _no_storage).load()
-    return _read_legacy(stream, len(data)) if start == LEGACY_MAGIC else start
+        return _read_zip(stream, data, budget)
+    start = _Unpickler(stream, _no_storage, budget).load()
+    is_legacy = isinstance(start, int) and start == LEGACY_MAGIC
+    return _read_legacy(stream, budget) if is_legacy else start
 
 
-def _read_legacy(stream: BinaryIO, length: int) -> Any:
-    version, _system = (_Unpickler(stream, _no_storage).load() for _ in range(2))
+def _read_legacy(stream: BinaryIO, budget: _Budget) -> Any:
+    version, _system = (_Unpickler(stream, _no_storage, budget).load() for _ in range(2))
     if version != LEGACY_VERSION:
-        raise ValueError(f"version {version} of PyTorch's legacy format, expected {LEGACY_VERSION}")
+        raise ValueError(f"another version of PyTorch's legacy format than {LEGACY_VERSION}")
 
     def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return an empty storage; its values come later in the file."""
-        if count * dtype.itemsize > length:
-            raise EOFError(f"storage {key} is truncated")
+        budget.spend(copied=count * dtype.itemsize)
         return torch.empty(count, dtype=dtype)
 
-    unpickler = _Unpickler(stream, storage)
+    unpickler = _Unpickler(stream, storage, budget)
     content, storages = unpickler.load(), unpickler.storages
-    keys = _Unpickler(stream, _no_storage).load()
-    if set(keys) != storages.keys():
+    keys = _Unpickler(stream, _no_storage, budget).load()
+    if not isinstance(keys, list) or set(_hashable(keys)) != storages.keys():
         raise ValueError("its storages are not the ones that its tensors refer to")
     for key in keys:
         flat, (count,) = storages[key], struct.unpack("<q", stream.read(8))
-        raw = bytearray(stream.read(count * flat.element_size()))
-        if count != flat.numel() or len(raw) != count * flat.element_size():
+        raw = bytearray(stream.read(flat.nbytes))
+        if count != flat.numel() or len(raw) != flat.nbytes:
             raise EOFError(f"storage {key} is truncated")
         if count:
             flat.copy_(torch.frombuffer(raw, dtype=flat.dtype))
@@ -306,27 +505,45 @@ def _no_storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
     raise pickle.UnpicklingError("a plain pickle refers to an external storage")
 
 
-def _read_zip(stream: BinaryIO, data: mmap.mmap | bytearray) -> Any:
-    with zipfile.ZipFile(stream) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        found = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(found) != 1:
-            raise ValueError("a zip file without data.pkl")
-        root = found[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in entries and archive.read(f"{root}byteorder").strip() != b"little":
-            raise ValueError("written on a big-endian machine")
+def _read_zip(stream: BinaryIO, data: Data, budget: _Budget) -> Any:
+    directory: Any = _Stream(stream, MAX_TEXT)  # which `ZipFile` reads at once
+    entries = {entry.filename: entry for entry in zipfile.ZipFile(directory).infolist()}
+    found = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(found) != 1:
+        raise ValueError("a zip file without data.pkl")
+    root = found[0].removesuffix("data.pkl")
 
-        def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
-            entry, size = entries.get(f"{root}data/{key}"), count * dtype.itemsize
-            if entry is None or entry.file_size != size:
-                there = "missing" if entry is None else f"{entry.file_size} bytes, expected {size}"
-                raise EOFError(f"storage {key} is {there}")
-            if not count:
-                return torch.empty(0, dtype=dtype)
-            name, extra = LOCAL_HEADER.unpack_from(data, entry.header_offset)
-            start = entry.header_offset + LOCAL_HEADER.size + name + extra
-            if entry.compress_type == zipfile.ZIP_STORED and start % dtype.itemsize == 0:
-                return torch.frombuffer(data, dtype=dtype, count=count, offset=start)
-            return torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)
+    def content(entry: zipfile.ZipInfo) -> slice:
+        """Return where the bytes of a file are; PyTorch compresses none, but a bomb would."""
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise ValueError(f"{entry.filename} is compressed; save it with torch.save")
+        name, extra = LOCAL_HEADER.unpack_from(data, entry.header_offset)
+        start = entry.header_offset + LOCAL_HEADER.size + name + extra
+        if start + entry.file_size > len(data):
+            raise EOFError(f"{entry.filename} is truncated")
+        return slice(start, start + entry.file_size)
 
-        return _Unpickler(io.BytesIO(archive.read(found[0])), storage).load()
+    order = entries.get(f"{root}byteorder")
+    if order is not None and (order.file_size > 9 or data[content(order)].strip() != b"little"):
+        raise ValueError("written on a big-endian machine")
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Tensor:
+        entry, size = entries.get(f"{root}data/{key}"), count * dtype.itemsize
+        if entry is None or entry.file_size != size:
+            there = "missing" if entry is None else f"{entry.file_size} bytes, expected {size}"
+            raise EOFError(f"storage {key} is {there}")
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        where = content(entry)
+        if where.start % dtype.itemsize == 0:
+            return torch.frombuffer(data, dtype=dtype, count=count, offset=where.start)
+        budget.spend(copied=size)
+        return torch.frombuffer(bytearray(data[where]), dtype=dtype)
+
+    pickled = entries[found[0]]
+    if pickled.file_size > MAX_PICKLE:
+        raise ValueError(f"data.pkl has more than {MAX_PICKLE:,} bytes")
+    program = data[content(pickled)]
+    if zlib.crc32(program) != pickled.CRC:
+        raise ValueError("data.pkl is damaged")
+    return _Unpickler(io.BytesIO(program), storage, budget).load()

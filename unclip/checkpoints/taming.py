@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from unclip.checkpoints.formats import Format, States
 from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, fuse, move, prefixed
+from unclip.config import MAX_CONFIG, parse_yaml
+from unclip.files import read_text
 from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.unet import LevelSpec
@@ -136,9 +137,9 @@ def _image_size(checkpoint: Path) -> int:
     for file in (checkpoint.with_suffix(".yaml"), checkpoint.with_name("model.yaml")):
         if file.is_file():
             try:
-                config = yaml.safe_load(file.read_text(encoding="utf-8"))
+                config, _ = parse_yaml(read_text(file, MAX_CONFIG), str(file))
                 return int(config["model"]["params"]["ddconfig"]["resolution"])
-            except (yaml.YAMLError, KeyError, TypeError, ValueError):
+            except (LookupError, TypeError, ValueError, OverflowError):
                 raise ValueError(
                     f"{file} has no model.params.ddconfig.resolution; correct or remove the file"
                 ) from None
