@@ -173,6 +173,12 @@ def test_strict_refuses_unknown_fields(load):
         assert "JPEG" not in error_of(
             client.post(VARIATIONS, files={"image": png(kind="JPEG")}), 400, "image"
         )
+        for declared, status in (("image/png", 200), ("application/octet-stream", 400)):
+            files = {"image": ("image.png", png(16), declared)}
+            response = client.post(VARIATIONS, files=files)
+            assert response.status_code == status
+        message = error_of(response, 400, "image", "unsupported_file_mimetype")
+        assert "'application/octet-stream'" in message
         message = error_of(vary(client, png(16), png(16)), 400, "image", "invalid_type")
         assert "image" in message
         assert generate(client).status_code == 200

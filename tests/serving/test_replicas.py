@@ -13,7 +13,7 @@ import pytest
 from serving_helpers import wait_until
 
 from unclip.serving.config import ServerConfig
-from unclip.serving.replicas import ReplicaConfig, build
+from unclip.serving.replicas import ReplicaConfig, build, start
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
@@ -36,13 +36,14 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = ServerConfig(models=(str(tiny_folder),), storage=str(tmp_path / "results"))
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
+    results = str(tmp_path / "results")
+    config = ServerConfig(models=(str(tiny_folder),), port=port, storage=results)
+    memory = {"object_store_memory": 100 * 2**20}
+    start(config, address="local", num_cpus=2, include_dashboard=False, **memory)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(config, ReplicaConfig(2, 2, num_cpus=0.5)), name="unclip")
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 60)
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
         answers, urls, stop = Counter(), [], threading.Event()
 
         def client():
@@ -56,19 +57,17 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
         threads = [threading.Thread(target=client) for _ in range(4)]
         for thread in threads:
             thread.start()
-        wait_until(lambda: answers[200] >= 20, 60)
+        wait_until(lambda: answers[200] >= 20, 240)
         pids = replica_pids()
         assert len(pids) == 2
         os.kill(pids[0], signal.SIGKILL)
         before = answers[200]
-        wait_until(lambda: answers[200] >= before + 20, 60)
+        wait_until(lambda: answers[200] >= before + 20, 240)
         stop.set()
         for thread in threads:
             thread.join(timeout=60)
             assert not thread.is_alive()
-        print(dict(answers))
-        assert set(answers) <= {200, 500, 502, 503}
-        assert answers[200] > 40 and sum(answers.values()) - answers[200] <= 4
+        assert set(answers) == {200} and answers[200] > 40, dict(answers)
         statuses = Counter(httpx.get(one).status_code for one in urls)
         assert statuses == {200: len(urls)}
     finally:

@@ -22,7 +22,7 @@ from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
 from unclip.serving.errors import APIError, bad_request, not_found, unavailable
-from unclip.serving.jobs import ClientGone, EventStream, RunningJob, rejection, stream, submit
+from unclip.serving.jobs import ClientGone, EventStream, RunningJob, stream, submit
 from unclip.serving.metrics import Metrics
 from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
@@ -74,7 +74,7 @@ def create_app(
     )
     app.state.config, app.state.engine, app.state.storage = config, engine, storage
     app.state.decoding = asyncio.Semaphore(DECODERS)
-    app.add_middleware(Guard, config=config, metrics=metrics)
+    app.add_middleware(Guard, engine=engine)
     app.add_exception_handler(APIError, _handle_api_error)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
@@ -116,9 +116,7 @@ def _images_route(operation: str) -> Callable[..., Any]:
     async def images(request: Request) -> Response:
         state = request.app.state
         engine: Engine = state.engine
-        if engine.queue.full and not engine.closing:  # before the body is read
-            raise rejection(engine)
-        fields, files = await read_body(request)
+        fields, files = await read_body(request, state.config.strict)
         if files or operation != "generations":
             async with state.decoding:
                 parsed = await run_in_threadpool(parse, operation, fields, files, state.config)

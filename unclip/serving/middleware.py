@@ -14,9 +14,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from unclip.serving.config import ServerConfig, is_loopback
+from unclip.serving.config import is_loopback
+from unclip.serving.engine import Engine
 from unclip.serving.errors import APIError, failed, too_large, unauthorized
-from unclip.serving.metrics import Metrics
+from unclip.serving.jobs import rejection
+from unclip.serving.requests import BODIES
 
 log = logging.getLogger("unclip.serving")
 
@@ -24,6 +26,7 @@ OPENAI_VERSION = "2020-10-01"
 DISCARDED = 64 * 2**20  # bytes that are read above the limit, so that the client sees the answer
 BODY_SECONDS = 60.0  # without a byte
 PROBES = ("/healthz", "/readyz", "/metrics")
+IMAGES = frozenset(f"/v1/images/{operation}" for operation in BODIES)
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -35,8 +38,9 @@ SECURITY_HEADERS = {
 class Guard:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
-        self.app, self.config, self.metrics = app, config, metrics
+    def __init__(self, app: ASGIApp, engine: Engine) -> None:
+        self.app, self.engine = app, engine
+        self.config, self.metrics = engine.config, engine.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,6 +65,7 @@ class Guard:
         try:
             try:
                 self._check(scope)
+                self._admit(scope)
                 limited = LimitedBody(scope, receive, self.config.max_body)
                 await limited.check_length()
                 await self.app(scope, limited.receive, send_with_headers)
@@ -96,6 +101,12 @@ class Guard:
             scope["state"]["client"] = digest.hex()[:16]
         scope["state"].setdefault("client", "")
 
+    def _admit(self, scope: Scope) -> None:
+        """APIError for images if the queue is full, before a part of the request is read."""
+        if scope["method"] == "POST" and scope["path"] in IMAGES and not self.engine.closing:
+            if self.engine.queue.full:
+                raise rejection(self.engine)
+
     def _check_origin(self, headers: Headers) -> None:
         """Refuse other web sites, which can reach a loopback address through the user's browser."""
         url, host = self.config.public_base_url, headers.get("host", "")
@@ -107,7 +118,8 @@ class Guard:
             raise APIError(403, "Requests of other web sites are refused.", code="wrong_origin")
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        route = getattr(scope.get("route"), "path", "other")
+        path = scope["path"]
+        route = path if path in IMAGES else getattr(scope.get("route"), "path", "other")
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.latency.labels(route).observe(seconds)
         about = scope["state"].get("log", {})

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from fastapi import FastAPI
+
+from unclip.serving import retries
 from unclip.serving.app import create_app, load_pipeline
 from unclip.serving.config import ServerConfig
+from unclip.serving.server import configure_process
+
+NAME = "unclip"  # of the application and its deployment
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,20 @@ def build(
         "target_ongoing_requests": 2 * config.max_batch,
     }
 
+    def make_app() -> FastAPI:  # in the replica: an application cannot be pickled
+        configure_process()
+        return create_app(config, load)
+
     @serve.deployment(
-        name="unclip",
+        name=NAME,
         autoscaling_config=scaling,
         # Above the queue of the engine, which refuses requests in OpenAI's form.
         max_ongoing_requests=4 * (config.max_queue + config.max_batch),
         ray_actor_options={"num_cpus": replicas.num_cpus, "num_gpus": replicas.num_gpus},
         graceful_shutdown_timeout_s=config.drain_seconds,
+        health_check_period_s=2,
     )
-    @serve.ingress(lambda: create_app(config, load))  # made in the replica: it cannot be pickled
+    @serve.ingress(make_app)
     class Replica:
         """The server; its engine starts and stops with the replica."""
 
@@ -63,8 +77,23 @@ def build(
 
 
 def serve(config: ServerConfig, replicas: ReplicaConfig) -> None:
-    """Serve until interrupted."""
+    """Serve until SIGTERM or SIGINT."""
     ray, ray_serve = import_module("ray"), import_module("ray.serve")
-    ray.init(ignore_reinit_error=True)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    start(config)
+    ray_serve.run(build(config, replicas), name=NAME, route_prefix="/")
+    stop.wait()
+    ray_serve.delete(NAME)  # answers what was accepted
+    ray.shutdown()
+
+
+def start(config: ServerConfig, **options: Any) -> None:
+    """Start Ray, or join the cluster of this machine, with the HTTP proxy of `retries`.
+
+    options: of `ray.init`.
+    """
+    ray, ray_serve = import_module("ray"), import_module("ray.serve")
+    ray.init(runtime_env={"env_vars": {PROXY_CALLBACK: retries.CALLBACK}}, **options)
     ray_serve.start(http_options={"host": config.host, "port": config.port})
-    ray_serve.run(build(config, replicas), name="unclip", route_prefix="/", blocking=True)

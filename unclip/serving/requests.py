@@ -122,11 +122,14 @@ class Delivery:
 Files = Mapping[str, list[bytes]]
 
 
-async def read_body(request: Request) -> tuple[dict[str, Any], Files]:
-    """Return the fields of a JSON or multipart body, and its files. APIError if it is malformed."""
+async def read_body(request: Request, strict: bool) -> tuple[dict[str, Any], Files]:
+    """Return the fields of a JSON or multipart body, and its files.
+
+    APIError if it is malformed, or, when strict, declares files to be other than PNG.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _read_form(request)
+        return await _read_form(request, strict)
     if kind and kind != "application/json" and not kind.endswith("+json"):
         raise bad_request(
             f"Invalid Content-Type header ({kind!r}), expected application/json or "
@@ -141,13 +144,15 @@ async def read_body(request: Request) -> tuple[dict[str, Any], Files]:
     return {name: value for name, value in fields.items() if value is not None}, {}
 
 
-async def _read_form(request: Request) -> tuple[dict[str, Any], Files]:
+async def _read_form(request: Request, strict: bool) -> tuple[dict[str, Any], Files]:
     fields: dict[str, Any] = {}
     files: dict[str, list[bytes]] = {}
     try:
         async with request.form(max_files=MAX_IMAGES + 1, max_fields=100) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
+                    if strict and value.content_type != "image/png" and not name.endswith("[]"):
+                        raise _unsupported_type(name, value.content_type)
                     files.setdefault(name, []).append(await value.read())
                 elif name in fields and name.endswith("[]"):
                     fields[name] += "," + value
@@ -163,6 +168,16 @@ async def _read_form(request: Request) -> tuple[dict[str, Any], Files]:
     if "weights[]" in fields:
         fields["weights"] = fields.pop("weights[]")
     return fields, files
+
+
+def _unsupported_type(name: str, given: str | None) -> APIError:
+    name = _printable(name)
+    return bad_request(
+        f"Invalid file '{name}': unsupported mimetype ('{_printable(given or '')}'). "
+        f"Supported file formats are 'image/png'.",
+        name,
+        "unsupported_file_mimetype",
+    )
 
 
 def parse(

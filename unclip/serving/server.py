@@ -58,10 +58,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT. OSError if the port is taken."""
+def configure_process() -> None:
+    """Prepare a process that runs an application alone: logs, and turns of its threads."""
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
+
+
+def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT. OSError if the port is taken."""
+    configure_process()
     app = create_app(config)
     settings = uvicorn.Config(
         app,

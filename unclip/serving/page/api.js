@@ -3,45 +3,39 @@
 /**
  * @typedef {Object} Settings what the user chose for one call
  * @property {"generate"|"edit"|"vary"} mode
- * @property {string} [model]
- * @property {string} [prompt]
- * @property {string} [negative_prompt]
- * @property {number} [n] @property {number} [seed] @property {number} [steps]
- * @property {number} [guidance] @property {string} [sampler] @property {number} [num_candidates]
- * @property {number} [strength] of an edit
- * @property {number} [weight] share of the second image, 0 to 1
+ * @property {number} n and, where given, those of SETTINGS: prompt, seed, ...
  * @property {string} [image_embedding] base64, in place of the image of a variation
  * @property {Blob} [image] @property {Blob} [second] @property {Blob} [mask]
- * @property {Grid} [grid]
- *
- * @typedef {Object} Grid @property {Axis} x @property {Axis} [y]
- * @typedef {Object} Axis @property {string} name @property {Array<string|number>} values
- *
- * @typedef {Object} Result
- * @property {Blob} blob @property {number} seed @property {number} index of the image or grid cell
- *
- * @typedef {Object} Call a request in the API's terms
- * @property {string} path @property {Object} fields @property {Array<[string, Blob, string]>} files
+ * @property {{x: Axis, y: Axis=}} [grid]
+ * @typedef {{name: string, values: Array<string|number>}} Axis
+ * @typedef {{blob: Blob, seed: number, index: number}} Result index: of the image or grid cell
+ * @typedef {{path: string, fields: Object, files: Array<[string, Blob, string]>}} Call
  */
 
 const BASE = new URL("v1/", document.baseURI);
-const NUMBERS = ["n", "seed", "steps", "guidance"];
-const FIELDS = {
-  generate: ["model", "prompt", "negative_prompt", ...NUMBERS, "sampler", "num_candidates"],
-  edit: ["model", "prompt", ...NUMBERS, "sampler", "strength"],
-  vary: ["model", ...NUMBERS, "sampler", "image_embedding"],
+const ALL = "generate edit vary";
+/** The settings with a field in the form; text: not a number, share: a number from 0 to 1. */
+export const SETTINGS = {
+  prompt: { label: "Prompt", modes: "generate edit", text: true },
+  negative_prompt: { label: "Negative prompt", modes: "generate", text: true },
+  seed: { label: "Seed", modes: ALL },
+  steps: { label: "Steps", modes: ALL },
+  guidance: { label: "Guidance", modes: ALL },
+  sampler: { label: "Sampler", modes: ALL, text: true },
+  strength: { label: "Strength", modes: "edit", share: true },
+  weight: { label: "Share of second", modes: "vary", share: true },
+  num_candidates: { label: "Candidates", modes: "generate" },
+  model: { label: "Model", modes: ALL, text: true },
 };
 const PATHS = { generate: "images/generations", edit: "images/edits", vary: "images/variations" };
+const MORE = { n: { modes: ALL }, image_embedding: { modes: "vary" } };
+const METHODS = { generate: "generate", edit: "edit", vary: "create_variation" };
 const OPENAI_FIELDS = ["model", "prompt", "n", "response_format"];
 const BUSY = [429, 503];
 
-/** An error that the API answered, or that kept it from answering. */
-export class APIError extends Error {
-  constructor(message, status = 0, param = null, retryAfter = null) {
-    super(message);
-    Object.assign(this, { status, param, retryAfter });
-  }
-}
+/** Make the error that the API answered, or that kept it from answering. */
+const failure = (message, status = 0, param = null, retryAfter = null) =>
+  Object.assign(new Error(message), { status, param, retryAfter });
 
 export const apiKey = {
   get: () => sessionStorage.getItem("key") ?? localStorage.getItem("key"),
@@ -52,7 +46,7 @@ export const apiKey = {
   },
 };
 
-/** Fetch from the API. APIError unless it succeeds. */
+/** Fetch from the API, or fail. */
 async function request(path, options = {}) {
   const key = apiKey.get();
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
@@ -61,15 +55,14 @@ async function request(path, options = {}) {
     response = await fetch(new URL(path, BASE), { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new APIError("The server does not answer. Check that it is running.");
+    throw failure("The server does not answer. Check that it is running.");
   }
-  if (response.ok) return response;
+  const { ok, status } = response;
+  if (ok) return response;
   const { error } = await response.json().catch(() => ({}));
-  const wait = BUSY.includes(response.status)
-    ? Number(response.headers.get("retry-after") ?? 5)
-    : null;
-  const message = error?.message ?? `The server answered with status ${response.status}.`;
-  throw new APIError(message, response.status, error?.param, wait);
+  const wait = BUSY.includes(status) ? Number(response.headers.get("retry-after") ?? 5) : null;
+  const message = error?.message ?? `The server answered with status ${status}.`;
+  throw failure(message, status, error?.param, wait);
 }
 
 /** Return the served models; the first is the default. */
@@ -78,31 +71,25 @@ export const models = async () => (await (await request("models")).json()).data;
 /** Translate settings into a request. @returns {Call} */
 export function call(settings) {
   const fields = {};
-  for (const name of FIELDS[settings.mode]) {
-    if (settings[name] !== undefined && settings[name] !== "") fields[name] = settings[name];
+  for (const [name, { modes }] of Object.entries({ ...SETTINGS, ...MORE })) {
+    const given = settings[name] !== undefined && settings[name] !== "" && name !== "weight";
+    if (given && modes.includes(settings.mode)) fields[name] = settings[name];
   }
   const files = [];
-  if (settings.mode === "vary" && settings.second && !settings.image_embedding) {
-    files.push(
-      ["image[]", settings.image, "first.png"],
-      ["image[]", settings.second, "second.png"],
-    );
-    fields.weights = `${round(1 - settings.weight)},${round(settings.weight)}`;
-  } else if (settings.mode !== "generate" && settings.image && !settings.image_embedding) {
-    files.push(["image", settings.image, "image.png"]);
+  const { mode, image, second, mask, weight } = settings;
+  if (mode === "vary" && second && !settings.image_embedding) {
+    files.push(["image[]", image, "first.png"], ["image[]", second, "second.png"]);
+    fields.weights = [1 - weight, weight].map((share) => Number(share.toFixed(4))).join(",");
+  } else if (mode !== "generate" && image && !settings.image_embedding) {
+    files.push(["image", image, "image.png"]);
   }
-  if (settings.mode === "edit" && settings.mask) files.push(["mask", settings.mask, "mask.png"]);
-  if (fields.strength === 1 && settings.mask) delete fields.strength;
-  return { path: PATHS[settings.mode], fields, files };
+  if (mode === "edit" && mask) files.push(["mask", mask, "mask.png"]);
+  if (mask && fields.strength === 1) delete fields.strength;
+  return { path: PATHS[mode], fields, files };
 }
 
-const round = (value) => Number(value.toFixed(4));
-
 /**
- * Generate images; events arrive at the handlers. APIError, or AbortError once `signal` is aborted,
- * which cancels the job on the server.
- * @param {Settings} settings
- * @param {AbortSignal} signal
+ * Generate images; aborting the signal cancels the job on the server. @param {Settings} settings
  * @param {{progress: function(Object), partial: function(Blob, number), done: function(Result)}} on
  */
 export async function generate(settings, signal, on) {
@@ -123,7 +110,7 @@ export async function generate(settings, signal, on) {
     if (line.startsWith(": {")) on.progress(JSON.parse(line.slice(2)));
     if (!line.startsWith("data: {")) continue;
     const event = JSON.parse(line.slice(6));
-    if (event.error) throw new APIError(event.error.message, 500, event.error.param);
+    if (event.error) throw failure(event.error.message, 500, event.error.param);
     const blob = decode(event.b64_json, event.output_format);
     const index = event.image_index ?? completed;
     if (event.type.endsWith(".partial_image")) on.partial(blob, index);
@@ -132,8 +119,7 @@ export async function generate(settings, signal, on) {
       on.done({ blob, index, seed: event.seed });
     }
   }
-  if (completed < fields.n)
-    throw new APIError("The connection ended before the images were complete.");
+  if (completed < fields.n) throw failure("The connection ended before all images came.");
 }
 
 async function* lines(body) {
@@ -149,13 +135,14 @@ async function* lines(body) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new APIError("The connection to the server was lost.");
+    throw failure("The connection to the server was lost.");
   }
 }
 
-function decode(base64, format) {
+/** Decode an image. */
+export function decode(base64, format = "png") {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  return new Blob([bytes], { type: `image/${format ?? "png"}` });
+  return new Blob([bytes], { type: `image/${format}` });
 }
 
 // -- the same request for other programs
@@ -169,68 +156,56 @@ export function asCurl(settings) {
   if (apiKey.get()) parts.push('-H "Authorization: Bearer $OPENAI_API_KEY"');
   fields.response_format = "b64_json";
   if (files.length) {
-    for (const [name, value] of Object.entries(fields)) {
-      parts.push(`--form-string ${quote(`${name}=${value}`)}`);
-    }
-    for (const [name, , filename] of files) parts.push(`-F ${quote(`${name}=@${filename}`)}`);
+    const entries = Object.entries(fields);
+    parts.push(...entries.map(([name, value]) => `--form-string ${quote(`${name}=${value}`)}`));
+    parts.push(...files.map(([name, , filename]) => `-F ${quote(`${name}=@${filename}`)}`));
   } else {
     parts.push("-H 'Content-Type: application/json'", `-d ${quote(JSON.stringify(fields))}`);
   }
   return parts.join(" \\\n  ");
 }
 
-/** Return Python code that makes the call with the `openai` package and saves the images. */
+/** Return Python code that makes the call and saves the images: with `openai`, or, for several
+ * images, which its method does not take, with `httpx`. */
 export function asPython(settings) {
   const { path, fields, files } = call(settings);
-  const base = JSON.stringify(BASE.href.replace(/\/$/, ""));
+  const python = JSON.stringify; // there are no booleans
+  const base = python(BASE.href.replace(/\/$/, ""));
   const key = apiKey.get() ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
-  const mixed = files.some(([name]) => name === "image[]");
-  const imports = ["import base64", ...(apiKey.get() ? ["import os"] : [])];
-  if (mixed) {
-    // the SDK sends one image only
-    const list = files.map(([name, , file]) => `("${name}", open("${file}", "rb"))`).join(", ");
-    return [
-      ...imports,
-      "",
-      "import httpx",
-      "",
-      "response = httpx.post(",
-      `    ${base} + "/${path}",`,
+  fields.response_format = "b64_json";
+  const opened = files.map(([name, , file]) => [name, `open("${file}", "rb")`]);
+  let library, lines;
+  if (files.some(([name]) => name === "image[]")) {
+    library = "import httpx";
+    lines = [
+      `response = httpx.post(\n    ${base} + "/${path}",`,
       `    headers={"Authorization": "Bearer " + ${key}},`,
-      `    data=${python({ ...fields, response_format: "b64_json" })},`,
-      `    files=[${list}],`,
-      "    timeout=600,",
-      ")",
-      'for i, image in enumerate(response.raise_for_status().json()["data"]):',
-      '    with open(f"image-{i}.png", "wb") as file:',
-      '        file.write(base64.b64decode(image["b64_json"]))',
-      "",
-    ].join("\n");
+      `    data=${python(fields)},`,
+      `    files=[${opened.map(([name, file]) => `("${name}", ${file})`).join(", ")}],`,
+      "    timeout=600,\n)",
+      'images = [image["b64_json"] for image in response.raise_for_status().json()["data"]]',
+    ];
+  } else {
+    library = "from openai import OpenAI";
+    const extra = {};
+    const known = [];
+    for (const [name, value] of Object.entries(fields)) {
+      if (OPENAI_FIELDS.includes(name)) known.push([name, python(value)]);
+      else extra[name] = value;
+    }
+    if (Object.keys(extra).length) opened.push(["extra_body", python(extra)]);
+    lines = [
+      `client = OpenAI(base_url=${base}, api_key=${key})`,
+      `response = client.images.${METHODS[settings.mode]}(`,
+      ...[...known, ...opened].map(([name, value]) => `    ${name}=${value},`),
+      ")\nimages = [image.b64_json for image in response.data]",
+    ];
   }
-  const known = OPENAI_FIELDS;
-  const entries = Object.entries({ ...fields, response_format: "b64_json" });
-  const lines = entries
-    .filter(([name]) => known.includes(name))
-    .map(([name, value]) => `    ${name}=${python(value)},`);
-  for (const [name, , file] of files) lines.push(`    ${name}=open("${file}", "rb"),`);
-  const extra = Object.fromEntries(entries.filter(([name]) => !known.includes(name)));
-  if (Object.keys(extra).length) lines.push(`    extra_body=${python(extra)},`);
-  const method = { generate: "generate", edit: "edit", vary: "create_variation" }[settings.mode];
-  return [
-    ...imports,
-    "",
-    "from openai import OpenAI",
-    "",
-    `client = OpenAI(base_url=${base}, api_key=${key})`,
-    `response = client.images.${method}(`,
-    ...lines,
-    ")",
-    "for i, image in enumerate(response.data):",
+  const save = [
+    "for i, image in enumerate(images):",
     '    with open(f"image-{i}.png", "wb") as file:',
-    "        file.write(base64.b64decode(image.b64_json))",
-    "",
-  ].join("\n");
+    "        file.write(base64.b64decode(image))\n",
+  ];
+  const imports = ["import base64", ...(apiKey.get() ? ["import os"] : [])];
+  return [...imports, "", library, "", ...lines, ...save].join("\n");
 }
-
-/** Write a value of JSON types without booleans, whose syntax Python shares. */
-const python = (value) => JSON.stringify(value);

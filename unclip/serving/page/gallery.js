@@ -2,22 +2,18 @@
 
 import * as history from "./history.js";
 import { blobURL, byId, el, iconButton, toast } from "./ui.js";
-import { axisLabel } from "./form.js";
-import { cancel, expected, settingsOf } from "./jobs.js";
+import { SETTINGS } from "./api.js";
+import { cancel, expected, range, settingsOf } from "./jobs.js";
 
 const PAGE = 30;
 const STATES = { cancelled: "Cancelled.", interrupted: "Interrupted when the page was closed." };
 
 /** @type {import("./history.js").Entry[]} newest first */
 export const entries = [];
+const cards = new Map(); // id -> element
 let handlers = {};
 
-const cards = new Map(); // id -> element
-
-/**
- * Connect the gallery.
- * @param {{open: function(Entry, Result), reuse: function(Settings), again: function(Entry)}} on
- */
+/** Connect the gallery. `on` has open(entry, result), reuse(settings) and again(entry). */
 export function prepare(on) {
   handlers = on;
   byId("older").onclick = loadOlder;
@@ -51,8 +47,8 @@ export function add(entry) {
 export function refresh(entry) {
   const old = cards.get(entry.id);
   if (!old?.isConnected) return;
-  const focused =
-    old.contains(document.activeElement) && document.activeElement.getAttribute("aria-label");
+  const active = document.activeElement;
+  const focused = old.contains(active) && active.getAttribute("aria-label");
   const replaced = card(entry);
   old.replaceWith(replaced);
   if (focused) replaced.querySelector(`[aria-label="${CSS.escape(focused)}"]`)?.focus();
@@ -86,15 +82,8 @@ async function clear() {
   toast("History cleared.", "Undo", () => restore([...removed, ...older]));
 }
 
-async function restore(removed) {
-  removed.forEach(add);
-  await history.save(...removed);
-}
-
-function update() {
-  byId("empty").hidden = entries.length > 0;
-  byId("clear").hidden = entries.length === 0;
-}
+const restore = (removed) => (removed.forEach(add), history.save(...removed));
+const update = () => (byId("clear").hidden = !(byId("empty").hidden = entries.length > 0));
 
 // -- cards
 
@@ -106,110 +95,73 @@ export function titleOf(settings) {
 
 /** Return settings as names and texts. */
 export function factsOf(settings) {
-  const percent = (value) => value !== undefined && `${Math.round(value * 100)} %`;
-  const facts = {
-    "Negative prompt": settings.negative_prompt,
-    Seed: settings.seed,
-    Steps: settings.steps,
-    Guidance: settings.guidance,
-    Sampler: settings.sampler,
-    Strength: settings.mode === "edit" && percent(settings.strength),
-    "Share of second": settings.second && percent(settings.weight),
-    Candidates: settings.num_candidates,
-    Model: settings.model,
-  };
-  return Object.entries(facts).filter(([, value]) => value !== undefined && value !== false);
+  const facts = [];
+  for (const [name, { label, modes, share }] of Object.entries(SETTINGS)) {
+    const value = settings[name];
+    if (name === "prompt" || value === undefined || !modes.includes(settings.mode)) continue;
+    facts.push([label, share ? `${Math.round(value * 100)} %` : value]);
+  }
+  return facts;
 }
 
 function card(entry) {
   const { settings, status } = entry;
   const { grid } = settings;
-  const varied = grid ? [grid.x.name, grid.y?.name] : [];
-  const facts = factsOf(settings).filter(
-    ([name]) => !varied.some((axis) => axis && axisLabel(axis) === name),
-  );
+  const varied = grid ? [grid.x.name, grid.y?.name].filter(Boolean) : [];
   const title = varied.includes("prompt") ? "Prompts" : titleOf(settings);
-  const meta = el(
-    "p.meta",
-    {},
-    el("time", { dateTime: new Date(entry.id).toISOString() }, timeOf(entry.id)),
-  );
-  for (const [name, value] of facts) meta.append(el("span", {}, `${name} ${value}`));
-  const head = el("div.entry-head", {}, el("div", {}, el("h3", {}, title), meta));
-  const buttons = el("div.row");
-  buttons.append(
+  const labels = varied.map((name) => SETTINGS[name].label);
+  const facts = factsOf(settings).filter(([label]) => !labels.includes(label));
+  const time = el("time", { dateTime: new Date(entry.id).toISOString() }, timeOf(entry.id));
+  const meta = el("p.meta", time, ...facts.map(([name, value]) => el("span", `${name} ${value}`)));
+  const buttons = el(
+    "div.row",
     iconButton("reuse", `Use settings of: ${title}`, () => handlers.reuse(settings)),
     iconButton("trash", `Delete: ${title}`, () => remove(entry)),
   );
-  head.append(buttons);
-  const single = !grid && expected(settings) === 1;
-  const element = el(
-    single ? "article.entry" : "article.entry.wide",
-    { "aria-label": title, "data-status": status },
-    head,
-  );
+  const wide = grid || expected(settings) > 1 ? ".wide" : "";
+  const element = el(`article.entry${wide}`, { "aria-label": title, "data-status": status });
+  element.append(el("div.entry-head", el("div", el("h3", title), meta), buttons));
   if (status === "running") {
-    element.append(
-      el(
-        "div.progress",
-        {},
-        el("progress", { "aria-label": "Progress" }),
-        el("p", {}, "Waiting"),
-        el("button", { onclick: () => cancel(entry.id) }, "Cancel"),
-      ),
-    );
+    const bar = el("progress", { "aria-label": "Progress" });
+    const stop = el("button", { onclick: () => cancel(entry.id) }, "Cancel");
+    element.append(el("div.progress", bar, el("p", "Waiting"), stop));
   }
-  if (status === "running" || entry.results.length)
-    element.append(grid ? table(entry) : tiles(entry));
+  if (status === "running" || entry.results.length) element.append((grid ? table : tiles)(entry));
   if (status !== "running" && status !== "done") {
-    const message = el("p", {}, STATES[status] ?? entry.error);
-    element.append(
-      el(
-        "div.state",
-        {},
-        message,
-        el("button", { onclick: () => handlers.again(entry) }, "Run again"),
-      ),
-    );
+    const again = el("button", { onclick: () => handlers.again(entry) }, "Run again");
+    element.append(el("div.state", el("p", STATES[status] ?? entry.error), again));
   }
   cards.set(entry.id, element);
   return element;
 }
 
 function tiles(entry) {
-  const count = entry.status === "running" ? expected(entry.settings) : entry.results.length;
-  const all = Array.from({ length: count }, (_, i) =>
-    tile(entry, entry.status === "running" ? i : entry.results[i].index),
-  );
-  return el("div.tiles", {}, ...all);
+  const running = entry.status === "running";
+  const shown = running ? range(expected(entry.settings)) : entry.results.map((one) => one.index);
+  return el("div.tiles", ...shown.map((index) => tile(entry, index)));
 }
 
 function table(entry) {
   const { x, y } = entry.settings.grid;
-  const corner = y ? `${axisLabel(y.name)} / ${axisLabel(x.name)}` : axisLabel(x.name);
-  const columns = x.values.map((value) => el("th", { scope: "col" }, String(value)));
+  const corner = [y, x].filter(Boolean).map(({ name }) => SETTINGS[name].label).join(" / ");
+  const columns = [corner, ...x.values].map((value) => el("th", { scope: "col" }, String(value)));
   const rows = (y?.values ?? [""]).map((value, row) => {
-    const cells = x.values.map((_, column) =>
-      el("td", {}, tile(entry, row * x.values.length + column)),
-    );
-    return el("tr", {}, el("th", { scope: "row" }, String(value)), ...cells);
+    const cells = x.values.map((_, i) => el("td", tile(entry, row * x.values.length + i)));
+    return el("tr", el("th", { scope: "row" }, String(value)), ...cells);
   });
-  const header = el("thead", {}, el("tr", {}, el("th", { scope: "col" }, corner), ...columns));
   const scroller = { tabIndex: 0, role: "region", "aria-label": "Parameter grid" };
-  return el("div.grid-table", scroller, el("table", {}, header, el("tbody", {}, ...rows)));
+  const head = el("thead", el("tr", ...columns));
+  return el("div.grid-table", scroller, el("table", head, el("tbody", ...rows)));
 }
 
 function tile(entry, index) {
   const result = entry.results.find((one) => one.index === index);
   if (!result) return el("div.tile.pending", { "data-index": index });
-  const alt = `${titleOf(settingsOf(entry, result))}, seed ${result.seed}`;
-  const label = `Open image ${index + 1}: ${alt}`;
-  const open = {
-    "data-index": index,
-    "aria-label": label,
-    onclick: () => handlers.open(entry, result),
-  };
-  return el("button.tile", open, el("img", { src: blobURL(result.blob), alt: "" }));
+  const title = titleOf(settingsOf(entry, result));
+  const label = `Open image ${index + 1}: ${title}, seed ${result.seed}`;
+  const onclick = () => handlers.open(entry, result);
+  const image = el("img", { src: blobURL(result.blob), alt: "" });
+  return el("button.tile", { "data-index": index, "aria-label": label, onclick }, image);
 }
 
 /** Show the progress of a running entry. */
@@ -234,8 +186,6 @@ export function showPartial(entry, blob, index) {
 function timeOf(id) {
   const date = new Date(id);
   const today = date.toDateString() === new Date().toDateString();
-  return date.toLocaleString(
-    undefined,
-    today ? { timeStyle: "short" } : { dateStyle: "medium", timeStyle: "short" },
-  );
+  const options = today ? {} : { dateStyle: "medium" };
+  return date.toLocaleString(undefined, { timeStyle: "short", ...options });
 }

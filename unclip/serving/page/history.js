@@ -2,11 +2,9 @@
 
 /**
  * @typedef {Object} Entry
- * @property {number} id milliseconds since 1970, unique
- * @property {import("./api.js").Settings} settings
+ * @property {number} id milliseconds since 1970, unique @property {string} [error]
  * @property {"running"|"done"|"failed"|"cancelled"|"interrupted"} status
- * @property {import("./api.js").Result[]} results
- * @property {string} [error]
+ * @property {import("./api.js").Settings} settings @property {import("./api.js").Result[]} results
  */
 
 const STORE = "entries";
@@ -22,14 +20,10 @@ const store = (mode) => database.transaction(STORE, mode).objectStore(STORE);
 
 /** Open the database. False if the history will not survive a reload. */
 export async function open() {
-  try {
-    const request = indexedDB.open("unclip", 1);
-    request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
-    database = await result(request);
-    return true;
-  } catch {
-    return false;
-  }
+  const request = indexedDB.open("unclip", 1);
+  request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
+  database = await result(request).catch(() => null);
+  return database !== null;
 }
 
 /** Add or replace entries. False if there is no room. @param {...Entry} entries */
@@ -42,26 +36,13 @@ export async function save(...entries) {
   }
 }
 
-export async function remove(id) {
-  if (database) await result(store("readwrite").delete(id));
-}
-
-export async function clear() {
-  if (database) await result(store("readwrite").clear());
-}
+export const remove = async (id) => database && result(store("readwrite").delete(id));
+export const clear = async () => database && result(store("readwrite").clear());
 
 /** Return up to `limit` entries from before `id`, newest first. @returns {Promise<Entry[]>} */
 export async function before(id, limit) {
   if (!database) return [];
-  const entries = [];
-  const request = store("readonly").openCursor(IDBKeyRange.upperBound(id, true), "prev");
-  return new Promise((resolve, reject) => {
-    request.onerror = () => reject(request.error);
-    request.onsuccess = () => {
-      const cursor = request.result;
-      if (!cursor || entries.length === limit) return resolve(entries);
-      entries.push(cursor.value);
-      cursor.continue();
-    };
-  });
+  const keys = await result(store("readonly").getAllKeys(IDBKeyRange.upperBound(id, true)));
+  const latest = keys.slice(-limit).reverse();
+  return Promise.all(latest.map((key) => result(store("readonly").get(key))));
 }

@@ -11,23 +11,20 @@ let free = CONNECTIONS;
 const waiting = []; // functions that start the next call
 
 export const cancel = (id) => running.get(id)?.abort();
-/** Cancel the job that was started last. False if none runs. */
-export function cancelLatest() {
-  const last = [...running.keys()].pop();
-  cancel(last);
-  return last !== undefined;
-}
+/** Cancel the job that was started last. */
+export const cancelLatest = () => cancel([...running.keys()].pop());
+
+export const range = (length) => Array.from({ length }, (_, i) => i);
 
 /** Return the number of images that an entry will have. */
-export function expected({ grid, n }) {
-  return grid ? grid.x.values.length * (grid.y?.values.length ?? 1) : n;
-}
+export const expected = ({ grid, n }) =>
+  grid ? grid.x.values.length * (grid.y?.values.length ?? 1) : n;
 
 /** Return the settings that generate one image of an entry alone. */
 export function settingsOf(entry, result) {
   const { grid, ...settings } = entry.settings;
-  if (!grid) return { ...settings, n: 1, num_candidates: undefined, seed: result.seed };
-  return cell(entry.settings, result.index);
+  if (grid) return cell(entry.settings, result.index);
+  return { ...settings, n: 1, num_candidates: undefined, seed: result.seed };
 }
 
 function cell({ grid, ...settings }, index) {
@@ -39,23 +36,21 @@ function cell({ grid, ...settings }, index) {
 
 /**
  * Run an entry; its status, results and error are set in place.
- * @param {import("./history.js").Entry} entry
- * @param {{progress: function(string, number), partial: function(Blob, number), done: function()}} on
+ * @param {{progress: function(string, number), partial: function(Blob, number), done: function}} on
  */
 export async function run(entry, on) {
   const { settings } = entry;
   const controller = new AbortController();
   running.set(entry.id, controller);
   const total = expected(settings);
-  const cells = settings.grid
-    ? Array.from({ length: total }, (_, i) => cell(settings, i))
-    : [settings];
+  const cells = settings.grid ? range(total).map((i) => cell(settings, i)) : [settings];
   const generate = async (one, first) => {
     await connect(controller.signal);
     try {
       await patiently(one, controller.signal, {
-        progress: (event) =>
-          on.progress(...describe(event, settings.grid && entry.results.length, total)),
+        progress(event) {
+          on.progress(...describe(event, settings.grid && entry.results.length, total));
+        },
         partial: (blob, index) => on.partial(blob, first + index),
         done(result) {
           entry.results.push({ ...result, index: first + result.index });
@@ -80,21 +75,19 @@ export async function run(entry, on) {
   }
 }
 
+/** Wait until `start(resolve)` resolves; when the signal is aborted, call `stop` and reject. */
+const orAborted = (signal, start, stop) =>
+  new Promise((resolve, reject) => {
+    const started = start(resolve);
+    const abort = () => (stop(started), reject(signal.reason));
+    signal.addEventListener("abort", abort, { once: true });
+  });
+
 async function connect(signal) {
   signal.throwIfAborted();
   if (free > 0) return (free -= 1);
-  return new Promise((resolve, reject) => {
-    waiting.push(resolve);
-    signal.addEventListener(
-      "abort",
-      () => {
-        const place = waiting.indexOf(resolve);
-        if (place >= 0) waiting.splice(place, 1);
-        reject(signal.reason);
-      },
-      { once: true },
-    );
-  });
+  const leave = (place) => waiting.splice(waiting.indexOf(place) >>> 0, 1);
+  return orAborted(signal, (resolve) => (waiting.push(resolve), resolve), leave);
 }
 
 function disconnect() {
@@ -112,12 +105,8 @@ async function patiently(settings, signal, on) {
     } catch (error) {
       if (!error.retryAfter || Date.now() - started > MAX_WAIT) throw error;
       on.progress({ wait: error.retryAfter });
-      await new Promise((resolve, reject) => {
-        const timer = setTimeout(resolve, error.retryAfter * 1000);
-        signal.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), {
-          once: true,
-        });
-      });
+      const wait = (resolve) => setTimeout(resolve, error.retryAfter * 1000);
+      await orAborted(signal, wait, clearTimeout);
     }
   }
 }
@@ -126,13 +115,8 @@ async function patiently(settings, signal, on) {
 function describe(event, finished, total) {
   if (finished) return [`${finished} of ${total} images`, finished / total];
   if (event.wait) return [`The server is busy; trying again in ${event.wait} s`, 0];
-  if (event.queue_position !== undefined) {
-    const ahead = event.queue_position;
-    return [ahead ? `Waiting, ${ahead} ahead` : "Waiting", 0];
-  }
-  const stage = event.stage.replace(/_\d+$/, "");
-  return [
-    `${stage[0].toUpperCase()}${stage.slice(1)}, step ${event.step} of ${event.num_steps}`,
-    event.step / event.num_steps,
-  ];
+  const { queue_position: ahead, step, num_steps: total_steps } = event;
+  if (ahead !== undefined) return [ahead ? `Waiting, ${ahead} ahead` : "Waiting", 0];
+  const stage = event.stage[0].toUpperCase() + event.stage.slice(1).replace(/_\d+$/, "");
+  return [`${stage}, step ${step} of ${total_steps}`, step / total_steps];
 }

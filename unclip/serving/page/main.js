@@ -15,12 +15,8 @@ let lastId = 0;
 
 // -- jobs
 
-function submit() {
-  const settings = form.read();
-  if (settings) start(settings);
-}
-
-async function start(settings) {
+async function start(settings = form.read()) {
+  if (!settings) return;
   lastId = Math.max(Date.now(), lastId + 1);
   settings.seed ??= Math.floor(Math.random() * MAX_SEED); // the history needs it
   const entry = { id: lastId, settings, status: "running", results: [] };
@@ -28,16 +24,14 @@ async function start(settings) {
   keep(entry);
   if (innerWidth < 800) byId("entries").scrollIntoView({ behavior: "smooth" });
   const partials = new Map();
+  const showPartial = (blob, index) => gallery.showPartial(entry, blob, index);
   try {
     await jobs.run(entry, {
       progress: (text, fraction) => gallery.showProgress(entry, text, fraction),
-      partial(blob, index) {
-        partials.set(index, blob);
-        gallery.showPartial(entry, blob, index);
-      },
+      partial: (blob, index) => (partials.set(index, blob), showPartial(blob, index)),
       done() {
         gallery.refresh(entry);
-        for (const [index, blob] of partials) gallery.showPartial(entry, blob, index);
+        partials.forEach(showPartial);
         keep(entry);
       },
     });
@@ -60,14 +54,11 @@ function showFailure(error, entry) {
   if (field && byId(`${field}-error`)) showError(field, error.message);
 }
 
-function again(entry) {
-  gallery.forget(entry);
-  start(entry.settings);
-}
+const again = (entry) => (gallery.forget(entry), start(entry.settings));
 
 async function keep(entry) {
-  if (!(await history.save(entry)))
-    notify("This browser has no room for the history. Delete some images.");
+  if (await history.save(entry)) return;
+  notify("This browser has no room for the history. Delete some images.");
 }
 
 // -- the server
@@ -88,7 +79,7 @@ async function loadModels() {
 
 function notify(message, action = null, onclick = null) {
   const box = byId("notice");
-  box.replaceChildren(el("p", {}, message), ...(action ? [el("button", { onclick }, action)] : []));
+  box.replaceChildren(el("p", message), ...(action ? [el("button", { onclick }, action)] : []));
   box.hidden = false;
 }
 
@@ -106,11 +97,16 @@ function askForKey(message, then) {
 
 // -- files
 
+function reuse(settings) {
+  form.write(settings);
+  byId("composer").scrollIntoView({ block: "start" });
+  toast("Settings loaded");
+}
+
 async function loadSettings(file) {
   if (!file) return;
   try {
-    form.write(await readSettings(file));
-    toast("Settings loaded");
+    reuse(await readSettings(file));
   } catch (error) {
     showError("form", error.message);
     byId("form-error").scrollIntoView({ block: "nearest" });
@@ -121,44 +117,38 @@ function connect() {
   prepareDocument();
   form.prepare();
   viewer.prepare();
-  gallery.prepare({ open: viewer.open, reuse: reuse, again });
-  byId("composer").addEventListener("submit", (event) => (event.preventDefault(), submit()));
+  gallery.prepare({ open: viewer.open, reuse, again });
+  byId("composer").addEventListener("submit", (event) => (event.preventDefault(), start()));
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    submit();
+    start();
   });
   addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !document.querySelector("dialog[open]")) jobs.cancelLatest();
   });
-  for (const [name, write] of [
-    ["curl", api.asCurl],
-    ["python", api.asPython],
-  ]) {
-    byId(`copy-${name}`).onclick = () => {
-      const { grid, ...settings } = form.read() ?? {};
-      if (settings.mode)
-        copy(write(settings), name === "curl" ? "the curl command" : "the Python code");
-    };
-  }
+  const copyAs = (write, what) => () => {
+    const { grid, ...settings } = form.read() ?? {};
+    if (settings.mode) copy(write(settings), what);
+  };
+  byId("copy-curl").onclick = copyAs(api.asCurl, "the curl command");
+  byId("copy-python").onclick = copyAs(api.asPython, "the Python code");
   byId("load-png").onclick = async () => loadSettings(await chooseFile("image/png"));
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
     loadSettings(event.dataTransfer.files[0]);
   });
+  addEventListener("paste", ({ clipboardData, target }) => {
+    const image = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
+    const typing = target.closest("textarea, input") && clipboardData.types.includes("text/plain");
+    if (image && !typing && !document.querySelector("dialog[open]")) form.paste(image);
+  });
   byId("key-button").onclick = () => askForKey("", loadModels);
+  const example = (prompt) => (form.write({ mode: "generate", prompt }), start());
   byId("examples").append(
-    ...EXAMPLES.map((prompt) =>
-      el("button", { onclick: () => (form.write({ mode: "generate", prompt }), submit()) }, prompt),
-    ),
+    ...EXAMPLES.map((prompt) => el("button", { onclick: () => example(prompt) }, prompt)),
   );
-}
-
-function reuse(settings) {
-  form.write(settings);
-  byId("composer").scrollIntoView({ block: "start" });
-  toast("Settings loaded");
 }
 
 connect();

@@ -17,7 +17,7 @@ let cursor = null; // image pixels
 let keyboard = false; // whether keys move the brush, which is then always visible
 let pointers = new Map(); // id -> canvas pixels
 let stroke = null; // the last point of the present stroke
-let scheduled = false;
+let frame = 0; // that is requested
 let finish = () => {};
 
 /** Let the user paint. The uploaded form of the mask, or null if nothing is painted or changed. */
@@ -54,10 +54,8 @@ const radius = () => Math.max(1, (byId("brush-size").value / 100) * (image.width
 // -- drawing
 
 function draw() {
-  if (scheduled) return;
-  scheduled = true;
-  requestAnimationFrame(() => {
-    scheduled = false;
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
     if (dialog.open) render();
   });
 }
@@ -71,17 +69,12 @@ function render() {
   screen.globalAlpha = 0.85;
   screen.drawImage(checkered(painted), 0, 0);
   screen.globalAlpha = 1;
-  if (cursor && tool() !== "pan") {
-    for (const [color, width] of [
-      ["#000", 3],
-      ["#fff", 1.5],
-    ]) {
-      screen.strokeStyle = color;
-      screen.lineWidth = (width * devicePixelRatio) / view.scale;
-      screen.beginPath();
-      screen.arc(cursor.x, cursor.y, radius(), 0, 2 * Math.PI);
-      screen.stroke();
-    }
+  for (const width of cursor && tool() !== "pan" ? [3, 1.5] : []) { // black around white
+    screen.strokeStyle = width === 3 ? "#000" : "#fff";
+    screen.lineWidth = (width * devicePixelRatio) / view.scale;
+    screen.beginPath();
+    screen.arc(cursor.x, cursor.y, radius(), 0, 2 * Math.PI);
+    screen.stroke();
   }
   byId("zoom-fit").textContent = `${Math.round((100 * view.scale) / fittingScale())} %`;
   byId("mask-undo").disabled = undone.length === 0;
@@ -98,10 +91,8 @@ function paint(from, to, erase) {
   context.stroke();
 }
 
-function remember() {
-  const pixels = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
-  undone = [...undone.slice(1 - MAX_UNDO), pixels];
-}
+const pixels = () => painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
+const remember = () => (undone = [...undone.slice(1 - MAX_UNDO), pixels()]);
 
 function undo() {
   if (undone.length) painted.getContext("2d").putImageData(undone.pop(), 0, 0);
@@ -141,28 +132,20 @@ function zoom(factor, x = canvas.width / 2, y = canvas.height / 2) {
 
 // -- pointers
 
-function onCanvas(event) {
-  const box = canvas.getBoundingClientRect();
-  return {
-    x: (event.clientX - box.left) * devicePixelRatio,
-    y: (event.clientY - box.top) * devicePixelRatio,
-  };
+function onCanvas({ clientX, clientY }) {
+  const { left, top } = canvas.getBoundingClientRect();
+  return { x: (clientX - left) * devicePixelRatio, y: (clientY - top) * devicePixelRatio };
 }
 
-const onImage = (point) => ({
-  x: (point.x - view.x) / view.scale,
-  y: (point.y - view.y) / view.scale,
-});
+const onImage = ({ x, y }) => ({ x: (x - view.x) / view.scale, y: (y - view.y) / view.scale });
 
 canvas.addEventListener("pointerdown", (event) => {
   canvas.setPointerCapture(event.pointerId);
   pointers.set(event.pointerId, onCanvas(event));
   keyboard = false;
-  if (pointers.size > 1) {
-    // a pinch; the stroke of the first finger was none
+  if (pointers.size > 1) { // a pinch; the stroke of the first finger was none
     if (stroke) undo();
-    stroke = null;
-    return;
+    return (stroke = null);
   }
   if (tool() === "pan" || event.button === 1) return;
   remember();
@@ -183,7 +166,7 @@ canvas.addEventListener("pointermove", (event) => {
       stroke = next;
     }
   } else if (last && pointers.size === 2) {
-    const [other] = [...pointers].filter(([id]) => id !== event.pointerId).map(([, at]) => at);
+    const [, other] = [...pointers].find(([id]) => id !== event.pointerId);
     const distance = (at) => Math.hypot(at.x - other.x, at.y - other.y) || 1;
     zoom(distance(point) / distance(last), (point.x + other.x) / 2, (point.y + other.y) / 2);
     view = { ...view, x: view.x + (point.x - last.x) / 2, y: view.y + (point.y - last.y) / 2 };
@@ -204,31 +187,28 @@ for (const name of ["pointerup", "pointercancel", "pointerleave"]) {
 }
 
 canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-canvas.addEventListener(
-  "wheel",
-  (event) => {
-    event.preventDefault();
-    const { x, y } = onCanvas(event);
-    zoom(Math.exp(-event.deltaY / 400), x, y);
-  },
-  { passive: false },
-);
+const onWheel = (event) => {
+  event.preventDefault();
+  const { x, y } = onCanvas(event);
+  zoom(Math.exp(-event.deltaY / 400), x, y);
+};
+canvas.addEventListener("wheel", onWheel, { passive: false });
 
 // -- keys and buttons
 
-const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const MOVES = { ...ARROWS, " ": [0, 0] };
 
 canvas.addEventListener("keydown", (event) => {
   const move = MOVES[event.key];
-  if (!move && event.key !== " ") return;
+  if (!move) return;
   event.preventDefault();
   keyboard = true;
   cursor ??= { x: image.width / 2, y: image.height / 2 };
-  if (move) {
-    const step = image.width / (event.shiftKey ? 10 : 40);
-    const inside = (value) => Math.min(image.width, Math.max(0, value));
-    cursor = { x: inside(cursor.x + move[0] * step), y: inside(cursor.y + move[1] * step) };
-  } else {
+  const step = image.width / (event.shiftKey ? 10 : 40);
+  const moved = (value, by) => Math.min(image.width, Math.max(0, value + by * step));
+  cursor = { x: moved(cursor.x, move[0]), y: moved(cursor.y, move[1]) };
+  if (event.key === " ") {
     remember();
     paint(cursor, cursor, tool() === "eraser");
   }
@@ -264,8 +244,7 @@ addEventListener("resize", () => dialog.open && fit());
 dialog.addEventListener("close", () => finish(null));
 
 byId("mask-done").onclick = async () => {
-  const { data } = painted.getContext("2d").getImageData(0, 0, painted.width, painted.height);
-  if (!data.some((value, i) => i % 4 === 3 && value >= 128)) {
+  if (!pixels().data.some((value, i) => i % 4 === 3 && value >= 128)) {
     return toast("Paint the part of the image that is to change");
   }
   finish(await maskPNG(painted));

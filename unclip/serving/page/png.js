@@ -1,5 +1,7 @@
 /** Settings from the metadata of PNG files that unclip wrote, and square images for uploads. */
 
+import { decode } from "./api.js";
+
 const KEYWORD = "unclip";
 
 /** Return the metadata of a PNG, one entry for each image. Error with one line if it has none. */
@@ -19,9 +21,8 @@ async function readMetadata(file) {
     }
     at = end + 4;
   }
-  throw new Error(
-    `${file.name || "The file"} has no unclip settings. Choose a PNG made by unclip.`,
-  );
+  const name = file.name || "The file";
+  throw new Error(`${name} has no unclip settings. Choose a PNG made by unclip.`);
 }
 
 async function inflate(bytes, compressed) {
@@ -32,43 +33,31 @@ async function inflate(bytes, compressed) {
 
 /** Replace the indices of images that several entries share. */
 function withPictures(entry, pictures) {
-  if (!pictures) return entry;
-  const resolved = { ...entry };
-  for (const name of ["picture", "mask"]) {
-    if (Number.isInteger(entry[name])) resolved[name] = pictures[entry[name]];
-  }
-  return resolved;
+  const image = (value) => (Number.isInteger(value) ? pictures?.[value] : value);
+  return { ...entry, picture: image(entry.picture), mask: image(entry.mask) };
 }
 
 /** Return the settings that a PNG was made with. @returns {Promise<import("./api.js").Settings>} */
 export async function readSettings(file) {
   const [entry] = await readMetadata(file);
   const { decoder = entry.options ?? {} } = entry.options ?? {};
-  const settings = {
-    mode: "generate",
-    n: 1,
-    model: entry.model ?? undefined,
-    seed: entry.seed,
-    steps: decoder.steps,
-    guidance: decoder.guidance,
-    sampler: decoder.sampler,
-  };
+  const { steps, guidance, sampler } = decoder;
+  const { seed, model } = entry;
+  const settings = { mode: "generate", n: 1, model: model ?? undefined, seed };
+  Object.assign(settings, { steps, guidance, sampler });
   if (typeof entry.prompt === "string") settings.prompt = entry.prompt;
   if (typeof entry.negative_prompt === "string") settings.negative_prompt = entry.negative_prompt;
   if (["inpaint", "image_to_image"].includes(entry.operation)) {
     settings.mode = "edit";
     settings.prompt = entry.prompt ?? entry.arguments?.prompt;
     settings.strength = entry.arguments?.strength ?? entry.arguments?.painting?.strength;
-    if (entry.picture) settings.image = fromBase64(entry.picture);
-    if (entry.mask) settings.mask = await alphaMask(fromBase64(entry.mask));
+    if (entry.picture) settings.image = decode(entry.picture);
+    const painted = entry.mask && (await paintedPart(decode(entry.mask)));
+    if (painted) settings.mask = await maskPNG(painted);
   } else if (entry.image_emb) {
     Object.assign(settings, { mode: "vary", image_embedding: entry.image_emb });
   }
   return settings;
-}
-
-function fromBase64(text) {
-  return new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: "image/png" });
 }
 
 /** Draw an image or a part of it on a new canvas. */
@@ -80,12 +69,9 @@ export function canvasOf(image, width, height, ...source) {
   return canvas;
 }
 
-export const toPNG = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+const toPNG = (canvas) => new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
 
-/**
- * Return an image that the API takes: a square PNG as it is, anything else cropped to one.
- * Error with one line if it cannot be read.
- */
+/** Return an image that the API takes: a square PNG as it is, anything else cropped to one. */
 export async function squarePNG(file) {
   let image;
   try {
@@ -129,13 +115,9 @@ export function checkered(painted) {
   const side = Math.max(1, Math.round(painted.width / 48));
   const board = canvasOf(null, 2 * side, 2 * side);
   const pen = board.getContext("2d");
-  for (const [color, x, y, size] of [
-    ["#fff", 0, 0, 2],
-    ["#aaa", 0, 0, 1],
-    ["#aaa", 1, 1, 1],
-  ]) {
+  for (const [color, at, size] of [["#fff", 0, 2], ["#aaa", 0, 1], ["#aaa", 1, 1]]) {
     pen.fillStyle = color;
-    pen.fillRect(x * side, y * side, size * side, size * side);
+    pen.fillRect(at * side, at * side, size * side, size * side);
   }
   const canvas = canvasOf(painted, painted.width, painted.height);
   const context = canvas.getContext("2d");
@@ -155,9 +137,4 @@ export function maskPNG(painted) {
   }
   context.putImageData(pixels, 0, 0);
   return toPNG(canvas);
-}
-
-async function alphaMask(file) {
-  const painted = await paintedPart(file);
-  return painted ? maskPNG(painted) : undefined;
 }

@@ -15,7 +15,7 @@ const ICONS = {
   image: "M4 5h16v14H4zM4 16l5-5 4 4 3-3 4 4M15.5 9h.01",
 };
 
-/** Draw one of our own icons, with the width of the text's line. */
+/** Draw an icon. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
@@ -29,11 +29,12 @@ export function icon(name) {
 /**
  * Create an element.
  * @param {string} tag such as "button" or "button.quiet"
- * @param {Object} [properties] set on the element; names with a dash become attributes
- * @param {...(Node|string)} children
+ * @param {...(Object|Node|string)} parts children, after properties to set if the first is a plain
+ * object; properties with a dash in their name become attributes
  */
-export function el(tag, properties = {}, ...children) {
+export function el(tag, ...parts) {
   const [name, ...classes] = tag.split(".");
+  const properties = parts[0]?.constructor === Object ? parts.shift() : {};
   const element = document.createElement(name);
   element.classList.add(...classes);
   if (name === "button") element.type = "button";
@@ -41,7 +42,7 @@ export function el(tag, properties = {}, ...children) {
     if (key.includes("-") || key === "role") element.setAttribute(key, value);
     else element[key] = value;
   }
-  element.append(...children);
+  element.append(...parts);
   return element;
 }
 
@@ -87,8 +88,7 @@ export function showError(field, message) {
 /** Remove all errors of a form. */
 export function clearErrors(form) {
   for (const place of form.querySelectorAll(".error")) place.textContent = "";
-  for (const field of form.querySelectorAll("[aria-invalid]"))
-    field.removeAttribute("aria-invalid");
+  for (const one of form.querySelectorAll("[aria-invalid]")) one.removeAttribute("aria-invalid");
 }
 
 const urls = new WeakMap();
@@ -110,15 +110,12 @@ export function chooseFile(accept = "image/png,image/jpeg,image/webp") {
 }
 
 /** Save a blob as a file. */
-export function download(blob, name) {
-  el("a", { href: blobURL(blob), download: name }).click();
-}
+export const download = (blob, name) => el("a", { href: blobURL(blob), download: name }).click();
 
 export async function copy(text, what) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch {
-    // no secure context
+  } catch { // no secure context
     const area = el("textarea", { value: text });
     (document.querySelector("dialog[open]") ?? document.body).append(area);
     area.select();

@@ -26,13 +26,13 @@ async function show(item) {
   byId("viewer-image").src = blobURL(item.result.blob);
   byId("viewer-image").alt = `${titleOf(settings)}, seed ${item.result.seed}`;
   byId("viewer-title").textContent = titleOf(settings);
-  const stored = await readSettings(item.result.blob).catch(() => ({})); // also the model's defaults
+  const stored = await readSettings(item.result.blob).catch(() => ({})); // with defaults
   if (shown !== item) return;
   const given = Object.entries(settings).filter(([, value]) => value !== undefined);
   const facts = factsOf({ ...stored, ...Object.fromEntries(given) });
   facts.push(["Made", new Date(item.entry.id).toLocaleString()]);
   byId("viewer-facts").replaceChildren(
-    ...facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
+    ...facts.map(([name, value]) => el("div", el("dt", name), el("dd", String(value)))),
   );
 }
 
