@@ -170,9 +170,8 @@ def test_strict_refuses_unknown_fields(load):
         message = error_of(generate(client, quality="hd"), 400, "quality", "unknown_parameter")
         assert message == "Unknown parameter: 'quality'."
         assert "longer" in error_of(generate(client, prompt="a" * 1001), 400, "prompt")
-        assert "JPEG" not in error_of(
-            client.post(VARIATIONS, files={"image": png(kind="JPEG")}), 400, "image"
-        )
+        files = {"image": ("image.png", png(kind="JPEG"), "image/png")}
+        assert "JPEG" not in error_of(client.post(VARIATIONS, files=files), 400, "image")
         for declared, status in (("image/png", 200), ("application/octet-stream", 400)):
             files = {"image": ("image.png", png(16), declared)}
             response = client.post(VARIATIONS, files=files)

@@ -53,7 +53,7 @@ def api(tiny_pipe):
 
 
 QUICK = hypothesis.settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
+    max_examples=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(hypothesis.HealthCheck),
 )  # fmt: skip
 
