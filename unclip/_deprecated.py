@@ -149,10 +149,12 @@ training.inpainting training.inpainting: cut_out=foreground_alpha
 training.losses training.losses: DropConfig=ConditionDropout mixed=mix_embeddings
 training.losses training.losses: noised=add_embedding_noise resized=resize_square
 training.processes training.launch: this_process
-training.random_state training.checkpoints: random_state set_random_state
-training.run_state training.checkpoints: MAY_CHANGE=MUTABLE_SETTINGS RunState
+training.checkpoints training.random_state: random_state set_random_state
+training.checkpoints training.run_state: MUTABLE_SETTINGS RunState
+training.launch training.stopping: StopRequest resume_command
+training.run_state training.run_state: MAY_CHANGE=MUTABLE_SETTINGS
 training.run_state training.initialization: load_weights read_weights
-training.stop training.launch: StopRequest
+training.stop training.stopping: StopRequest
 training.vocabulary training.initialization: make_tokenizer
 training.warm_start training.initialization: warm_start
 """)

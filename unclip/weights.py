@@ -26,6 +26,7 @@ class TensorFile(Mapping[str, Tensor]):
         self._open()
         names = self._opened.keys()  # not iterable itself
         self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in names}
+        self.metadata: dict[str, str] = self._opened.metadata() or {}
 
     def _open(self) -> None:
         self._opened, self._read = open_safetensors(self.file), 0
@@ -41,6 +42,10 @@ class TensorFile(Mapping[str, Tensor]):
             raise ValueError(f"{self.file}: tensor {printable(name)}: {error}") from None
         self._read += tensor.nbytes
         return tensor if self.mapped else tensor.clone()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a tensor; only these are read."""
+        return self._opened.get_slice(name)[start:stop]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

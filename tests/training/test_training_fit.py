@@ -207,14 +207,6 @@ def test_a_resumed_run_may_change_only_some_settings(tmp_path: Path) -> None:
         run_fit(fit_config(tmp_path, 4))
 
 
-def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
-    run_fit(fit_config(tmp_path, 2))
-    file = tmp_path / "checkpoints" / "step-0000002" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"optimizer\.safetensors is truncated"):
-        run_fit(fit_config(tmp_path, 4), start={"resume": "latest"})
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_a_checkpoint_and_exits_0(
     tmp_path: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from conftest import tiny_clip, tiny_prior
 from safetensors.torch import save_file
 from torch import nn
 
+from unclip.config import to_dict
 from unclip.files import atomic_folder
 from unclip.models.codecs.quantizers import NearestConfig, VectorQuantizer
-from unclip.training.checkpoints import Checkpoints, random_state, set_random_state
+from unclip.training.checkpoints import Checkpoints, SavedState
 from unclip.training.ema import EMA
 from unclip.training.initialization import load_weights
 from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.random_state import random_state, set_random_state
 
 
 def test_the_ema_decay_warms_up() -> None:
@@ -159,17 +162,25 @@ def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def write_empty_checkpoint(folder: Path) -> None:
+    for name in ("model", "optimizer"):
+        save_file({}, folder / f"{name}.safetensors")
+    (folder / "rng-0.json").write_text("{}")
+    state = SavedState(1, 0.0, {}, None, None, 1, {}, {})
+    (folder / "state.json").write_text(json.dumps(to_dict(state)))
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     (tmp_path / ".step-0000009.new").mkdir()  # left by a killed run
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         checkpoints.find("latest")
-    for step in (1, 2, 10):
+    for step in (9, 9_999_999, 10_000_000):
         with checkpoints.writing(step) as folder:
-            (folder / "state.json").write_text("{}")
-    assert [p.name for p in checkpoints.all()] == ["step-0000002", "step-0000010"]
-    assert checkpoints.find("latest").name == "step-0000010"
-    assert checkpoints.find(str(tmp_path / "step-0000002")).name == "step-0000002"
+            write_empty_checkpoint(folder)
+    assert [p.name for p in checkpoints.all()] == ["step-9999999", "step-10000000"]
+    assert checkpoints.find("latest").name == "step-10000000"
+    assert checkpoints.find(str(tmp_path / "step-9999999")).name == "step-9999999"
     with pytest.raises(
         FileNotFoundError, match="nowhere is not a checkpoint; expected a folder such as"
     ):

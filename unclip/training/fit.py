@@ -21,25 +21,42 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object, set_seed
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from unclip.config import NonNegativeInt, PositiveInt, ProperFraction, config, save_json, to_dict
-from unclip.files import atomic_folder
+from unclip.config import (
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    ProperFraction,
+    config,
+    save_json,
+    to_dict,
+)
 from unclip.models.cpu.kernels import use_kernels
 from unclip.tokenizer import BPETokenizer
-from unclip.training.checkpoints import Checkpoints, RunState, random_state, set_random_state
+from unclip.training import sharding
+from unclip.training.checkpoints import Checkpoints, fault
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.initialization import load_weights
-from unclip.training.launch import Run, StopRequest, make_accelerator, resume_command
+from unclip.training.launch import Run, make_accelerator
+from unclip.training.lock import locked
 from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
+from unclip.training.multiprocess import any_process, on_main, rank
 from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.random_state import random_state, set_random_state
+from unclip.training.run_state import RunState, restore_random_state
+from unclip.training.saving import Export, Saver
+from unclip.training.stopping import Interrupted, StopRequest, resume_command
 from unclip.weights import write_tensors
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 Preview = Callable[[nn.Module], Image.Image]
-Export = Callable[[nn.Module, Path], None]
 BeforeStep = Callable[[int], None]
+
+VALIDATION, PREVIEW = "validation", "preview"
 
 
 @config
@@ -61,6 +78,8 @@ class FitConfig:
     preview_every: NonNegativeInt = 1000
     save_every: NonNegativeInt = 1000
     keep: PositiveInt = 2  # number of checkpoints
+    async_save: bool = False  # go on while a checkpoint is written; needs memory for a copy of it
+    max_hours: Positive | None = None  # save and exit after this time, to be resumed
     # any that accelerate supports: [tensorboard, wandb], or with options {wandb: {entity: me}}
     trackers: Trackers = DEFAULT_TRACKERS
     progress: bool = True  # a bar if standard output is a terminal
@@ -102,17 +121,21 @@ def fit(
     before_step(step)       is called before each update, for losses that change over time.
     tokenizer               is stored in the checkpoints.
 
-    Raises SystemExit(0) after a dry run, and after SIGTERM or Ctrl-C once a checkpoint is saved;
-    FloatingPointError before an update with a loss or gradient that is not finite; ValueError for
-    settings that do not fit; OSError for a full disk.
+    export(model, folder)   must use this model: it is an unsharded copy on the CPU.
+
+    Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
+    is saved; FloatingPointError before an update with a loss or gradient that is not finite;
+    ValueError for settings that do not fit and for a run folder in use; OSError for a full disk.
     """
     run = run or Run({"fit": to_dict(config), "optim": to_dict(optim)})
     for name, data in (("training", loader), ("validation", val_loader)):
         if data is not None and len(data) < 1:
             raise ValueError(f"the {name} data has no batch; is the batch larger than the data?")
+    lock = contextlib.nullcontext() if run.dry_run or rank() else locked(Path(config.output))
     try:
-        trainer = _Trainer(model, loss_fn, loader, config, optim, run, before_step, tokenizer)
-        return trainer.train(val_loader, preview, export)
+        with lock:
+            trainer = _Trainer(model, loss_fn, loader, config, optim, run, before_step, tokenizer)
+            return trainer.train(val_loader, preview, export)
     finally:  # process-wide singletons: the next fit may need another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -136,62 +159,70 @@ class _Trainer:
         self.loss_fn, self.before_step = loss_fn, before_step
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
-        checkpoint = self._checkpoint_to_resume(run)
         accelerator = make_accelerator(config.precision, config.trackers, config.output)
         self.accelerator = accelerator
+        checkpoint = on_main(accelerator, lambda: self._checkpoint_to_resume(run))
         if run.init:
             load_weights(model, run.init)
-        _configure(model, config, accelerator.device)
+        self.skeleton = sharding.skeleton(model)
+        self.sharded = sharding.requested() and not run.dry_run
+        _configure(model, config, accelerator.device, self.sharded)
         self.unwrapped = model.to(accelerator.device).train()
         if run.dry_run:
             self._dry_run()
-        self.model = accelerator.prepare_model(model)  # wrapped for several processes
-        optimizer = build_optimizer(model, optim)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        if self.sharded:
+            mesh = sharding.make_mesh(accelerator.device.type, accelerator.num_processes)
+            sharding.shard(model, mesh, config.precision)
+            self.model, self.optimizer = model, build_optimizer(model, optim)
+        else:
+            self.model = accelerator.prepare_model(model)  # wrapped for several processes
+            self.optimizer = accelerator.prepare_optimizer(build_optimizer(model, optim))
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
-        parts = (model, optimizer, self.ema, loader, accelerator.scaler)
-        self.state = RunState(*parts, run.config, accelerator.num_processes, tokenizer)
-        self.resumed_random_state = (
-            self.state.restore(checkpoint, accelerator.process_index) if checkpoint else None
+        self.state = RunState(
+            model,
+            getattr(self.optimizer, "optimizer", self.optimizer),
+            self.ema,
+            loader,
+            accelerator.scaler,
+            run.config,
+            accelerator.num_processes,
+            accelerator.process_index,
+            tokenizer,
         )
+        self.saved, self.saved_random_state = None, None
+        if checkpoint:
+            self.saved = self.state.restore(checkpoint)
+            self.saved_random_state = restore_random_state(checkpoint, accelerator.process_index)
 
     def train(
         self, val_loader: Loader | None, preview: Preview | None, export: Export | None
     ) -> Path:
         config, accelerator, state = self.config, self.accelerator, self.state
         if accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
             save_json(state.settings, self.output / "config.json")
         progress = (config.steps, state.step, state.hours)
         self.log = Log(
             accelerator, self.output, state.settings, *progress, config.progress, config.trackers
         )
-        batches = self._batches()
-        if self.resumed_random_state is None:
-            set_seed(config.seed + accelerator.process_index)
-        else:
-            set_random_state(self.resumed_random_state)
+        self.saver = Saver(
+            accelerator,
+            self.checkpoints,
+            self.output,
+            self.skeleton,
+            export or _export_weights,
+            config.async_save,
+        )
+        self._restore_process()
         try:
-            with StopRequest() as stop:
-                while state.step < config.steps:
-                    self._update(batches)
-                    if self._due(config.log_every):
-                        self._report()
-                    if val_loader is not None and self._due(config.val_every):
-                        self._validate(val_loader)
-                    if preview is not None and self._due(config.preview_every):
-                        self._preview(preview)
-                    stopping = self._any(stop.requested)
-                    if stopping or self._due(config.save_every) or state.step == config.steps:
-                        self._save(export)
-                    if stopping and state.step < config.steps:
-                        command = resume_command()
-                        self.log.print(f"stopped after step {state.step}; to resume: {command}")
-                        raise SystemExit(0)
-            if not (self.output / "model").is_dir():  # resumed from the last checkpoint
-                self._save(export)
+            with StopRequest(config.max_hours) as self.stop:
+                self._loop(val_loader, preview)
+                self.saver.finish()
+            if state.step < config.steps:
+                self.log.print(f"stopped after step {state.step}; to resume: {resume_command()}")
+                raise SystemExit(0)
         finally:
+            self.saver.close()
             self.log.close()
             # Without this the model would stay under autocast.
             self.model = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -199,21 +230,44 @@ class _Trainer:
             accelerator.end_training()
         return self.output / "model"
 
+    def _restore_process(self) -> None:
+        """Set the random state of this process and the sums of its next report."""
+        rank = self.accelerator.process_index
+        if self.saved_random_state is not None:
+            set_random_state(self.saved_random_state)
+        else:
+            set_seed(self.config.seed + rank)
+        if self.saved and self.saved.processes == self.accelerator.num_processes:
+            for sums in self.saved.reports[rank : rank + 1]:
+                self.log.restore(sums)
+
+    def _loop(self, val_loader: Loader | None, preview: Preview | None) -> None:
+        """Train up to the last step or a request to stop, which is followed by a checkpoint."""
+        config, state, batches = self.config, self.state, self._batches()
+        if self._evaluate(val_loader, preview):  # what was pending at the end of the last run
+            return
+        stopping = False
+        while state.step < config.steps and not stopping:
+            stopping = self._update(batches)
+            if self._due(config.log_every):
+                self._report()
+            if val_loader is not None and self._due(config.val_every):
+                state.pending.append(VALIDATION)
+            if preview is not None and self._due(config.preview_every):
+                state.pending.append(PREVIEW)
+            stopping = stopping or self._evaluate(val_loader, preview)
+            if stopping or self._due(config.save_every) or state.step == config.steps:
+                self._save()
+        if not (self.output / "model").is_dir():  # resumed from the last checkpoint
+            self._save()
+
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.config.steps)
 
-    def _any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process: all must stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.accelerator.device)
-        total: Any = self.accelerator.reduce(value)
-        return bool(total > 0)
-
     # -- one step
 
-    def _update(self, batches: Iterator[Batch]) -> None:
-        """Update the weights once, from `accumulate` batches."""
+    def _update(self, batches: Iterator[Batch]) -> bool:
+        """Update the weights once, from `accumulate` batches; return whether to stop."""
         accelerator, config = self.accelerator, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self.optim.lr_at(self.state.step, config.steps)
@@ -222,8 +276,7 @@ class _Trainer:
         used, losses = [], []
         for i in range(config.accumulate):
             batch = next(batches)
-            is_last = i == config.accumulate - 1  # gradients are averaged over processes only then
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+            with self._averaging(i == config.accumulate - 1):
                 with accelerator.autocast():
                     terms = self.loss_fn(self.model, batch)
                 accelerator.backward(terms["loss"] / config.accumulate)
@@ -232,38 +285,74 @@ class _Trainer:
             self.log.count(terms, samples=len(next(iter(batch.values()))))
         norm = accelerator.clip_grad_norm_(self.params, self.optim.clip_norm or math.inf)
         assert norm is not None  # only DeepSpeed returns None
-        self._check_finite(torch.stack(losses), norm, used)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # The only synchronisation with the device, and between the processes, per step.
+        bad, stopping, saving = any_process(
+            accelerator,
+            ~torch.isfinite(torch.stack(losses).sum() + self._checked_norm(norm)),
+            self.stop.requested,
+            self.saver.is_busy,
+        )
+        if bad:
+            raise FloatingPointError(self._describe_fault(losses, norm, used))
+        if not saving:
+            self.saver.finish()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema and not self._overflowed(norm):
             self.ema.update()
         self.state.step += 1
         self.log.advance(norm)
+        return stopping
+
+    def _averaging(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        """Average gradients over the processes in `with`: after the last batch of an update."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(wanted)
+        elif not wanted:
+            return self.accelerator.no_sync(self.model)
+        return contextlib.nullcontext()
 
     def _overflowed(self, norm: Tensor) -> bool:
         """Return whether fp16's loss scale was too large and the optimizer skipped the update."""
         return self.accelerator.scaler is not None and not torch.isfinite(norm)
 
-    def _check_finite(self, losses: Tensor, norm: Tensor, batches: list[Batch]) -> None:
+    def _checked_norm(self, norm: Tensor) -> Tensor:
+        """Return the norm, or 0 in fp16: an overflow adjusts the loss scale, it is no error."""
         scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() >= 1:
-            norm = torch.zeros_like(norm)  # an overflow adjusts the loss scale; it is not an error
-        if torch.isfinite(losses.sum() + norm):  # the only synchronisation with the device per step
-            return
+        return torch.zeros_like(norm) if scaler and scaler.get_scale() >= 1 else norm
+
+    def _describe_fault(self, losses: list[Tensor], norm: Tensor, batches: list[Batch]) -> str:
+        """Say which process had a value that is not finite, and in which samples or weights."""
         bad = [b for b, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
+        found = [text for batch in batches for text in _not_finite(batch)]
         keys = [str(key) for batch in bad or batches for key in batch.get("key", ())]
-        grads = [
-            name
-            for name, p in self.unwrapped.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
-        raise FloatingPointError(
-            f"step {self.state.step + 1}: loss {losses.mean().item():g}, "
-            f"gradient norm {norm.item():g}"
-            + (f" (in {grads[0]} and {len(grads) - 1} more)" if grads else "")
-            + f"; batch: {', '.join(keys) or 'no keys'}. "
-            "The weights were not updated, nothing was saved"
-        )
+        text = f"loss {torch.stack(losses).mean().item():g}, gradient norm {norm.item():g}"
+        faulty = bool(bad or found)
+        if not faulty and self.accelerator.num_processes > 1:
+            faulty = self._gradient_is_bad(batches)
+        if found:
+            text += f"; not finite: {', '.join(found)}"
+        else:
+            grads = [name for name, p in self.unwrapped.named_parameters() if _is_bad(p.grad)]
+            if grads:
+                text += f" (in {grads[0]} and {len(grads) - 1} more)"
+            text += f"; batch: {', '.join(keys) or 'no keys'}"
+        step, index = self.state.step + 1, self.accelerator.process_index
+        reports = gather_object([(index, faulty, text)])
+        if len(reports) > 1:
+            culprits = [report for report in reports if report[1]] or reports
+            text = "; ".join(f"process {index}: {text}" for index, _, text in culprits)
+        return f"step {step}: {text}. The weights were not updated, nothing was saved"
+
+    def _gradient_is_bad(self, batches: list[Batch]) -> bool:
+        """Return whether the gradient of this process alone, before averaging, is not finite."""
+        if self.sharded:
+            return False
+        params = [p for p in self.unwrapped.parameters() if p.requires_grad]
+        with self.accelerator.autocast():
+            losses = [self.loss_fn(self.unwrapped, batch)["loss"] for batch in batches]
+        return any(map(_is_bad, torch.autograd.grad(losses, params, allow_unused=True)))
 
     def _batches(self) -> Iterator[Batch]:
         while True:
@@ -315,6 +404,18 @@ class _Trainer:
             values["broken"] = len(self.loader.broken)
         self.log.training(self.state.step, values)
 
+    def _evaluate(self, val_loader: Loader | None, preview: Preview | None) -> bool:
+        """Do what is pending; return whether to stop, which leaves the rest to the resumed run."""
+        pending, stopping = self.state.pending, False
+        while pending and not stopping:
+            if pending[0] == VALIDATION and val_loader is not None:
+                stopping = not self._validate(val_loader)
+            elif pending[0] == PREVIEW and preview is not None:
+                stopping = not self._preview(preview)
+            if not stopping:
+                pending.pop(0)
+        return stopping
+
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Use averaged weights, eval mode and fixed noise, and leave the training unchanged."""
@@ -332,7 +433,8 @@ class _Trainer:
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.ema.swapped_in() if self.ema else contextlib.nullcontext()
 
-    def _validate(self, loader: Loader) -> None:
+    def _validate(self, loader: Loader) -> bool:
+        """Report the mean losses; return False, without a report, on a request to stop."""
         loader.load_state_dict({"epoch": 0, "batch": 0})
         sums: dict[str, Tensor] = {}
         count = 0
@@ -340,50 +442,89 @@ class _Trainer:
             for count, batch in enumerate(loader, start=1):
                 for name, value in self.loss_fn(self.unwrapped, self._to_device(batch)).items():
                     sums[name] = sums.get(name, 0) + value.float()
+                if any_process(self.accelerator, self.stop.requested)[0]:
+                    return False
                 if count == self.config.val_batches:
                     break
         self.log.validation(self.state.step, {name: x / count for name, x in sums.items()})
+        return True
 
-    def _preview(self, preview: Preview) -> None:
-        if self.accelerator.is_main_process:
-            with self._evaluating():
-                self.log.image(self.state.step, preview(self.unwrapped))
-        self.accelerator.wait_for_everyone()
+    def _preview(self, preview: Preview) -> bool:
+        """Write a preview; return False, without one, on a request to stop."""
+        weights = self._averaged_weights() if self.sharded else {}
+        with contextlib.suppress(Interrupted):
+            if self.accelerator.is_main_process:
+                with self._evaluating(), self.stop.interruptible():
+                    image = preview(self._filled_skeleton(weights) if weights else self.unwrapped)
+                self.log.image(self.state.step, image)
+        if weights:
+            sharding.fill(self.skeleton, weights, "meta")
+        return not any_process(self.accelerator, self.stop.requested)[0]
+
+    def _averaged_weights(self) -> dict[str, Tensor]:
+        """Return the averaged weights, whole, on the CPU of the main process."""
+        self.saver.finish()  # it uses the skeleton
+        with self._averaged():
+            return sharding.gather(self.unwrapped, self.accelerator.is_main_process)
+
+    def _filled_skeleton(self, weights: dict[str, Tensor]) -> nn.Module:
+        sharding.fill(self.skeleton, weights, self.accelerator.device)
+        return self.skeleton.eval()
 
     # -- checkpoints
 
     def _checkpoint_to_resume(self, run: Run[Any]) -> Path | None:
+        """Return the checkpoint to start from; the damaged ones after it are renamed."""
         source = self.checkpoints.find(run.resume) if run.resume else None
-        existing = self.checkpoints.all()
-        resumed = source is not None and existing and source.resolve() == existing[-1].resolve()
-        if existing and not (run.dry_run or resumed):
-            fault = f"{self.output} already contains {existing[-1].name}, which would be lost"
-            raise ValueError(f"{fault}; --resume latest, or choose another fit.output")
+        newer = self.checkpoints.newer(source) if source else self.checkpoints.all()
+        if run.dry_run:
+            return source
+        damaged = {path: reason for path in newer if source and (reason := fault(path))}
+        if whole := [path for path in newer if path not in damaged]:
+            reason = f"{self.output} already contains {whole[-1].name}, which would be lost"
+            raise ValueError(f"{reason}; --resume latest, or choose another fit.output")
+        for path, reason in damaged.items():
+            renamed = self.checkpoints.set_aside(path)
+            print(f"{path} is damaged: {reason}. It is now {renamed.name}", flush=True)
+        if damaged:
+            print(f"resuming from {source}, the newest whole checkpoint", flush=True)
         return source
 
-    def _save(self, export: Export | None) -> None:
-        random_states = gather_object([random_state()])  # one per process
+    def _save(self) -> None:
+        weights = self._averaged_weights()
+        random_states = gather_object([random_state()])  # one per process, as the sums
+        reports = gather_object([self.log.sums()])
         self.state.hours = self.log.hours()
-        if self.accelerator.is_main_process:
-            with self.checkpoints.writing(self.state.step) as folder:
-                self.state.save(folder, random_states)
-            with atomic_folder(self.output / "model") as folder, torch.no_grad(), self._averaged():
-                if export is not None:
-                    export(self.unwrapped, folder)
-                else:
-                    write_tensors(self.unwrapped, folder / "model.safetensors")
-        self.accelerator.wait_for_everyone()
+        snapshot = self.state.snapshot(random_states, reports, copy=self.config.async_save)
+        self.saver.save(self.state.step, snapshot, weights)
         self.log.restart_clock()
 
 
-def _configure(model: nn.Module, config: FitConfig, device: torch.device) -> None:
+def _export_weights(model: nn.Module, folder: Path) -> None:
+    write_tensors(model, folder / "model.safetensors")
+
+
+def _is_bad(gradient: Tensor | None) -> bool:
+    return gradient is not None and not sharding.local(gradient).isfinite().all()
+
+
+def _not_finite(batch: Batch) -> Iterator[str]:
+    """Yield "image of <key>" for each tensor and sample with a value that is not finite."""
+    keys = batch.get("key", ())
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and len(value) == len(keys):
+            rows = value.flatten(1).isfinite().all(dim=1).tolist()
+            yield from (f"{name} of {key}" for key, ok in zip(keys, rows, strict=True) if not ok)
+
+
+def _configure(model: nn.Module, config: FitConfig, device: torch.device, sharded: bool) -> None:
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.gradient_checkpointing:
         _enable_gradient_checkpointing(model)
     if config.compile:
         model.compile()
-    else:
+    elif not sharded:
         use_kernels(model, device)
 
 

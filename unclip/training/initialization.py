@@ -16,6 +16,7 @@ from unclip.models.unclip.decoder import Decoder
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
 from unclip.training.checkpoints import Checkpoints
 from unclip.training.launch import Run
+from unclip.training.tensors import SavedTensors
 from unclip.weights import load_strictly, read_tensors
 
 STEM = "unet.stem.weight"
@@ -51,11 +52,11 @@ def read_weights(source: str | Path) -> tuple[Path, dict[str, Tensor]]:
     """Return the file that `load_weights` reads and its tensors."""
     path = Path(source)
     if path.is_dir():
-        files = [path / name for name in ("ema.safetensors", "model.safetensors")]
-        files = [file for file in files if file.is_file()]
-        if not files:
+        kinds = [kind for kind in ("ema", "model") if next(path.glob(f"{kind}*.safetensors"), None)]
+        if not kinds:
             raise FileNotFoundError(f"no ema.safetensors or model.safetensors in {path}")
-        path = files[0]
+        saved = SavedTensors(path, kinds[0])
+        return saved.source, dict(saved)
     # Copies, not the mapped file: trained weights must not depend on a file that may be replaced.
     return path, {name: tensor.clone() for name, tensor in read_tensors(path).items()}
 
@@ -119,7 +120,7 @@ def make_tokenizer(
     config = run.config
     if run.resume:
         checkpoints = Checkpoints(Path(config.fit.output) / "checkpoints", config.fit.keep)
-        file = _tokenizer_file(checkpoints.find(run.resume))
+        file = _tokenizer_file(checkpoints.find(run.resume, only=TOKENIZER_FILE))
     elif config.tokenizer:
         file = Path(config.tokenizer)
     elif run.init:

@@ -1,16 +1,12 @@
-"""Start and stop of a training script: command line, accelerate, signals, one-line errors."""
+"""Start of a training script: command line, accelerate, one-line errors."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import signal
-import sys
-import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,11 +14,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
 
 from unclip.config import load_config
+from unclip.training import sharding
+from unclip.training.lock import check_unlocked
 from unclip.training.log import Trackers, available_trackers
+from unclip.training.multiprocess import fail, lost_connection, rank, world_size
 
 C = TypeVar("C")
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -70,29 +69,27 @@ def launch(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run a script's `main`; a user error, a full disk or a NaN exits with one line and code 1."""
-    run = None
+    """Run a script's `main`; a user error, a full disk or a NaN exits with one line and code 1.
+
+    Of several processes, the first one that fails prints its message; the others end silently.
+    """
+    run: Run[Any] | None = None
     try:
         run = setup(cls, description, argv)
+        if not run.dry_run:
+            check_unlocked(Path(run.config.fit.output))
         main(run)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
         if run is not None and run.traceback:
             raise
-        sys.exit(f"error: {error}")
-
-
-def resume_command() -> str:
-    """Return the command line of this process with --resume latest."""
-    words = iter(sys.argv)
-    arguments = []
-    for word in words:
-        if word in ("--resume", "--init"):
-            next(words, None)
-        elif not word.startswith(("--resume=", "--init=")):
-            arguments.append(word)
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    launcher = ["accelerate", "launch"] if by_accelerate else ["python"]
-    return shlex.join([*launcher, *arguments, "--resume", "latest"])
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            fail(str(error))
+        if lost_connection(error):
+            reason = " ".join(str(error).split())
+            fail(f"process {rank()} lost the connection to another one ({reason})", wait=2.0)
+        if world_size() > 1:
+            fail(f"process {rank()}: {traceback.format_exc()}")
+        raise
 
 
 def this_process() -> PartialState:
@@ -109,40 +106,18 @@ def make_accelerator(precision: str, trackers: Trackers, output: str) -> Acceler
     """Create the Accelerator of a run; ValueError for what the machine or a checkpoint lacks."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))  # used by the loaders to split the data
-    if (joined := this_process().num_processes) != world_size:
-        fault = f"WORLD_SIZE is {world_size}, but accelerate trains with {joined} process(es)"
+    # WORLD_SIZE is used by the loaders to split the data
+    if (joined := this_process().num_processes) != world_size():
+        fault = f"WORLD_SIZE is {world_size()}, but accelerate trains with {joined} process(es)"
         raise ValueError(f"{fault}; start one process, or set ACCELERATE_USE_CPU=1")
     log_with: list[Any] = [*available_trackers(trackers)]
+    if precision == "fp16" and sharding.requested():
+        raise ValueError("precision fp16 does not work with FSDP; use bf16 or fp32")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with=log_with or None,
         project_config=ProjectConfiguration(output, logging_dir=f"{output}/logs"),
     )
-    if accelerator.distributed_type in SHARDED:
-        kind = accelerator.distributed_type.value
-        raise ValueError(f"{kind} shards the weights, which checkpoints do not support; use DDP")
+    if accelerator.distributed_type in UNSUPPORTED:
+        raise ValueError(f"{accelerator.distributed_type.value} is not supported; use FSDP2 or DDP")
     return accelerator
-
-
-class StopRequest:
-    """Inside `with`, the first SIGTERM or Ctrl-C sets `requested`; a second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -88,6 +88,22 @@ class Log:
         self._reset_sums()
         self.restart_clock()
 
+    def sums(self) -> dict[str, Any]:
+        """Return the sums since the last report, of this process, for `restore`."""
+        return {
+            "losses": {name: float(value) for name, value in self._sums.items()},
+            "norms": float(self._norms),
+            "batches": self._batches,
+            "updates": self._updates,
+        }
+
+    def restore(self, sums: Mapping[str, Any]) -> None:
+        """Go on from the sums that `sums` returned, so that the next report covers them."""
+        device = self._accelerator.device
+        self._sums = {n: torch.tensor(x, device=device) for n, x in sums["losses"].items()}
+        self._norms = torch.tensor(sums["norms"], device=device)
+        self._batches, self._updates = sums["batches"], sums["updates"]
+
     def hours(self) -> float:
         """Return the training time in hours, including the time before a resume."""
         return self._hours_before + (time.perf_counter() - self._started) / 3600
@@ -180,14 +196,24 @@ def _drop_rows_after(file: Path, step: int) -> None:
     """Remove the rows that a resumed run will write again."""
     if not file.exists():
         return
-    rows: list[str] = []
-    for row in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(row)["step"] <= step:
-                rows.append(row + "\n")
-        except ValueError:
-            continue  # the incomplete last row of a killed run
-    file.write_text("".join(rows), encoding="utf-8")
+    kept = [
+        row + "\n"
+        for row in file.read_text(encoding="utf-8", errors="replace").splitlines()
+        if (number := _step_of(row)) is not None and number <= step
+    ]
+    part = file.with_name(f".{file.name}.part")  # a kill here must not lose the other rows
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
+
+
+def _step_of(row: str) -> float | None:
+    """Return the step of a row; None for a damaged one, such as the last row of a killed run."""
+    try:
+        values = json.loads(row)
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, (int, float)) else None
 
 
 def _line(values: dict[str, float]) -> str:

@@ -1,0 +1,63 @@
+"""A lock of the run folder: two runs in one folder would mix their checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where run folders are not locked
+    fcntl = None
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, which is created; ValueError names the process that has it.
+
+    It is a POSIX record lock: the system releases it when the process ends, however it ends, and
+    NFS knows it too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _acquire(folder)
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        file.close()
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def check_unlocked(folder: Path) -> None:
+    """ValueError if another process holds the lock of `folder`; nothing is created."""
+    if (folder / LOCK_FILE).is_file():
+        _acquire(folder).close()
+
+
+def _acquire(folder: Path) -> IO[str]:
+    while True:
+        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = " ".join(file.read(200).split()) or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} is in use by {owner}; stop that run, or choose another fit.output"
+            ) from None
+        if os.fstat(file.fileno()).st_nlink:  # else the other run ended and removed this file
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            return file
+        file.close()
