@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run
 from unclip.training.optim import OptimConfig
 from unclip.weights import read_tensors
+
+# `fit` ends with a garbage collection, which would visit all that was imported: seconds per test.
+gc.freeze()
 
 OPTIM = OptimConfig(lr=1e-2, warmup=2)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 from pathlib import Path
+from typing import Any
 
 from unclip.checkpoints.folders import locate
 from unclip.checkpoints.store import save_component
@@ -60,10 +61,15 @@ def main(run: Run[CodecTraining]) -> None:
     features = None
     if config.perceptual:
         features = frozen_clip(config.perceptual.network).to(run.device).image_features
-    loss = CodecLoss(codec, config.anneal, features, config.perceptual, config.adversarial)
+    adversarial = config.adversarial
+
+    def trained_codec(model: Any) -> Any:
+        return model.codec if adversarial else model
+
+    loss = CodecLoss(codec, config.anneal, features, config.perceptual, adversarial)
     model = codec
-    if config.adversarial:
-        model = AdversarialCodec(codec, config.adversarial).to(run.device)
+    if adversarial:
+        model = AdversarialCodec(codec, adversarial).to(run.device)
         if run.init:  # weights of a codec, without a discriminator
             load_weights(codec, run.init)
             run = replace(run, init=None)
@@ -76,8 +82,8 @@ def main(run: Run[CodecTraining]) -> None:
         config.optim,
         run=run,
         val_loader=val_loader,
-        preview=codec_preview(codec, val_loader) if val_loader else None,
-        export=lambda _, folder: save_component(codec, folder),
+        preview=codec_preview(trained_codec, val_loader) if val_loader else None,
+        export=lambda model, folder: save_component(trained_codec(model), folder),
         before_step=loss.before_step,
     )
 

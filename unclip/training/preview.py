@@ -102,11 +102,14 @@ def upsampler_preview(
     return preview
 
 
-def codec_preview(codec: Autoencoder, loader: Batches, count: int = 12) -> Preview:
-    """Show validation images above their reconstructions by `codec`."""
+def codec_preview(
+    codec_of: Callable[[nn.Module], Autoencoder], loader: Batches, count: int = 12
+) -> Preview:
+    """Show validation images above their reconstructions by the codec in the trained model."""
     images = next(iter(loader))["image"][:count]
 
-    def preview(_: nn.Module) -> Image.Image:
+    def preview(model: nn.Module) -> Image.Image:
+        codec = codec_of(model)
         return sheet([images, codec.reconstruct(images.to(codec.last_layer.device))])
 
     return preview

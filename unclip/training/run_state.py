@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,8 @@ class Snapshot:
         """Write the tensors of this process and return the entries of the manifest."""
         for name, tensors in self.tensors.items():
             write_rows(tensors, folder / name)
+            with (folder / name).open("rb+") as file:  # on this machine, which may not be the main
+                os.fsync(file.fileno())
         return {name: file_entry(folder / name) for name in self.tensors}
 
     def write_documents(self, folder: Path) -> None:
