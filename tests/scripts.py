@@ -10,7 +10,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -42,24 +41,21 @@ def run_script(script: Path, *arguments: str) -> None:
                 raise
 
 
-def run_in_two_processes(
-    script: Path | str, *arguments: str, environment: Mapping[str, str] | None = None
-) -> str:
+def run_in_two_processes(script: Path | str, *arguments: str) -> str:
     """Run a script with torchrun in two CPU processes and return its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    variables = {
+    environment = {
         **os.environ,
-        **(environment or {}),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     done = subprocess.run(
         [*launcher, f"--master_port={port}", str(script), *arguments],
-        env=variables,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,

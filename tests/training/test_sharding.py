@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fitting import OPTIM, TinyLoader, fit_config, plain_loss
-from scripts import run_in_two_processes
+from forks import FSDP, fork, wait
 from torch import Tensor, nn
 
-from unclip.training.fit import FitConfig, fit
-from unclip.training.launch import Run, launch
-from unclip.training.optim import OptimConfig
+from unclip.training.fit import fit
+from unclip.training.initialization import read_weights
+from unclip.training.launch import Run
 from unclip.training.tensors import SavedTensors
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
-    "FSDP_MIN_NUM_PARAMS": "20",
-}
 HSDP = {**FSDP, "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
 
 
-@dataclass(frozen=True)
-class Script:
-    fit: FitConfig
-    optim: OptimConfig = OPTIM
+class SampleLoader(TinyLoader):
+    """40 samples per epoch; batch n of P processes has the samples that one would get in P."""
+
+    def __len__(self) -> int:
+        return 40 // (self.size * self.processes)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            epoch, number = (int(x) for x in batch["key"][0][1:].partition("i")[0].split("b"))
+            samples = torch.randn(40, 3, 4, 4, generator=torch.Generator().manual_seed(epoch))
+            first = number * self.size * self.processes
+            rows = slice(first + self.rank, first + self.size * self.processes, self.processes)
+            yield {**batch, "image": samples[rows]}
 
 
 class Scaled(nn.Module):
@@ -51,34 +53,19 @@ class Scaled(nn.Module):
         return self.frozen(self.linear(h) * self.scale.exp() - self.mean)
 
 
-def main(run: Run[Script]) -> None:
-    config = run.config
-    loader = TinyLoader(
-        rank=int(os.environ.get("RANK", 0)), processes=int(os.environ.get("WORLD_SIZE", 1))
-    )
-    fit(
-        Scaled().to(run.device),
-        plain_loss,
-        loader,
-        config.fit,
-        config.optim,
-        run=run,
-        val_loader=loader if config.fit.val_every else None,
-    )
+def start(output: Path, processes: int, env: dict[str, str] | None = None, **settings: Any) -> None:
+    """Train in forks, on eight batches of four samples in each update, and wait for them."""
+    resume = "latest" if output.is_dir() else None
+    values = {"steps": 4, "precision": "fp32", "log_every": 1, "accumulate": 4 // processes}
+    config = fit_config(output, **{**values, **settings})
 
+    def train(rank: int) -> None:
+        loader = SampleLoader(rank=rank, processes=processes)
+        run = Run({"fit": vars(config)}, resume=resume)
+        validation = {"val_loader": SampleLoader()} if config.val_every else {}
+        fit(Scaled(), plain_loss, loader, config, OPTIM, run=run, **validation)
 
-def start(folder: Path, *arguments: str, env: dict[str, str] | None, **settings: Any) -> Path:
-    """Run this script in two processes with the environment of a launch config, or here."""
-    folder.mkdir(exist_ok=True)
-    values = {**vars(fit_config(folder / "run", 4, precision="fp32")), **settings}
-    file = folder / "run.yaml"
-    file.write_text(json.dumps({"fit": values}))
-    argv = ["--config", str(file), *arguments]
-    if env is None:
-        launch(main, Script, None, argv)
-    else:
-        run_in_two_processes(__file__, *argv, environment=env)
-    return folder / "run"
+    assert wait(fork(train, processes, env), 300) == [0] * processes
 
 
 def saved(run: Path, step: int) -> dict[str, Tensor]:
@@ -96,31 +83,33 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
 def test_a_sharded_run_equals_one_process_and_resumes_with_any_number(tmp_path: Path) -> None:
-    """One process takes two batches for each batch of two processes."""
-    one = start(tmp_path / "one", env=None, accumulate=4, log_every=1)
-    settings = {"accumulate": 2, "log_every": 1, "val_every": 2, "val_batches": 1}
-    two = start(tmp_path / "two", env=FSDP, **settings, steps=2, async_save=True)
+    one, two = tmp_path / "one", tmp_path / "two"
+    start(one, 1)
+    start(two, 2, FSDP, steps=2, async_save=True, val_every=2, val_batches=1)
     shards = sorted(p.name for p in (two / "checkpoints/step-0000002").glob("model*"))
     assert shards == ["model-00000.safetensors", "model-00001.safetensors"]
-    settings["val_every"] = 0
-    start(tmp_path / "two", "--resume=latest", env=None, **{**settings, "accumulate": 4}, steps=3)
-    start(tmp_path / "two", "--resume=latest", env=FSDP, **settings, steps=4)
+    start(two, 1, steps=3)
+    start(two, 2, FSDP)
     assert_close(saved(two, 4), saved(one, 4))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     state = json.loads((two / "checkpoints/step-0000004/state.json").read_text())
-    assert state["data"] == {"epoch": 1, "batch": 3}
-    rows = [
-        [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (one, two)
-    ]
-    losses, sharded = ([row["loss"] for row in r if "loss" in row] for r in rows)
-    assert sharded == pytest.approx(losses, rel=1e-5)
+    assert state["data"] == {"epoch": 1, "batch": 3}  # 4 updates of 16 samples
     exported = SavedTensors(two / "model", "model")
-    assert all(
-        torch.equal(exported[name], SavedTensors(two / "checkpoints/step-0000004", "ema")[name])
-        for name in exported
-    )
+    _, averages = read_weights(two / "checkpoints/step-0000004")  # as for --init
+    assert all(torch.equal(exported[name], averages[name]) for name in averages)
 
 
-if __name__ == "__main__":
-    launch(main, Script, None)
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [None, HSDP], ids=["DDP", "HSDP"])
+def test_other_kinds_of_parallelism_equal_one_process(
+    tmp_path: Path, env: dict[str, str] | None
+) -> None:
+    start(tmp_path / "one", 1, steps=3)
+    start(tmp_path / "four", 4, env, steps=3)
+    assert_close(saved(tmp_path / "four", 3), saved(tmp_path / "one", 3))

@@ -38,7 +38,7 @@ def describe(
     values: list[Tensor] = []
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
         memory = step_memory(model, lambda: values.append(loss()) or values[0], **state)
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if size)
+    parts = ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
     samples = len(next(iter(batch.values())))
     per_sample = flops.get_total_flops() / samples
     per_step = flops.get_total_flops() * accumulate
@@ -46,7 +46,7 @@ def describe(
         [
             f"parameters   {sum(p.numel() for p in parameters):,} ({trained:,} trained)",
             f"batch        {samples} samples x {accumulate}, per process",
-            f"memory       {_size(sum(memory.values()))}: {parts}",
+            f"memory       {size(sum(memory.values()))}: {parts}",
             f"FLOPs        {per_step:.3e} per step, {per_sample:.3e} per sample",
             f"loss         {values[0].item():.4g} before training",
         ]
@@ -96,5 +96,5 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _size(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+def size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

@@ -39,6 +39,7 @@ from unclip.training import sharding
 from unclip.training.checkpoints import Checkpoints, fault
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
+from unclip.training.estimate import enable_gradient_checkpointing
 from unclip.training.initialization import load_weights
 from unclip.training.launch import Run, make_accelerator
 from unclip.training.lock import locked
@@ -165,7 +166,8 @@ class _Trainer:
         if run.init:
             load_weights(model, run.init)
         self.skeleton = sharding.skeleton(model)
-        self.sharded = sharding.requested() and not run.dry_run
+        several = accelerator.num_processes > 1
+        self.sharded = several and sharding.requested() and not run.dry_run
         _configure(model, config, accelerator.device, self.sharded)
         self.unwrapped = model.to(accelerator.device).train()
         if run.dry_run:
@@ -173,15 +175,17 @@ class _Trainer:
         if self.sharded:
             mesh = sharding.make_mesh(accelerator.device.type, accelerator.num_processes)
             sharding.shard(model, mesh, config.precision)
-            self.model, self.optimizer = model, build_optimizer(model, optim)
+            self.model, optimizer = model, build_optimizer(model, optim)
+            self.optimizer: torch.optim.Optimizer = optimizer
         else:
             self.model = accelerator.prepare_model(model)  # wrapped for several processes
-            self.optimizer = accelerator.prepare_optimizer(build_optimizer(model, optim))
+            optimizer = build_optimizer(model, optim)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
         self.state = RunState(
             model,
-            getattr(self.optimizer, "optimizer", self.optimizer),
+            optimizer,
             self.ema,
             loader,
             accelerator.scaler,
@@ -521,17 +525,8 @@ def _configure(model: nn.Module, config: FitConfig, device: torch.device, sharde
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if config.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model)
     if config.compile:
         model.compile()
     elif not sharded:
         use_kernels(model, device)
-
-
-def _enable_gradient_checkpointing(model: nn.Module) -> None:
-    flags = ("gradient_checkpointing", "grad_checkpointing")  # ours, open_clip's
-    found = [(m, flag) for m in model.modules() for flag in flags if hasattr(m, flag)]
-    for module, flag in found:
-        setattr(module, flag, True)
-    if not found:
-        raise ValueError(f"{type(model).__name__} does not support fit.gradient_checkpointing")

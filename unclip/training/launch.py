@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_f
 
 from unclip.config import load_config
 from unclip.training import sharding
+from unclip.training.estimate import describe_sharded
 from unclip.training.lock import check_unlocked
 from unclip.training.log import Trackers, available_trackers
 from unclip.training.multiprocess import fail, lost_connection, rank, world_size
@@ -33,6 +34,7 @@ class Run(Generic[C]):
     init: str | None = None  # initial weights, with a new optimizer: a safetensors file or a folder
     dry_run: bool = False
     traceback: bool = False
+    pretended: int | None = None  # number of processes to describe in a dry run without data
 
     @property
     def device(self) -> torch.device:
@@ -55,12 +57,14 @@ def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = No
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="latest|FOLDER", help="continue a run from a checkpoint")
     start.add_argument("--init", metavar="PATH", help="initial weights: safetensors file or folder")
-    add("--dry-run", action="store_true", help="print parameters, memory and FLOPs, then exit")
+    cost = "print parameters, memory and FLOPs, then exit; PROCESSES: sharded over so many"
+    add("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help=cost)
     add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     config: Any = load_config(args.config, cls, args.set)
     torch.manual_seed(config.fit.seed)  # initial weights; `fit` seeds each process again
-    return Run(config, args.resume, args.init, args.dry_run, args.traceback)
+    dry_run = args.dry_run is not None
+    return Run(config, args.resume, args.init, dry_run, args.traceback, args.dry_run or None)
 
 
 def launch(
@@ -76,6 +80,9 @@ def launch(
     run: Run[Any] | None = None
     try:
         run = setup(cls, description, argv)
+        if run.pretended:
+            print(describe_sharded(run.config, run.pretended))
+            return
         if not run.dry_run:
             check_unlocked(Path(run.config.fit.output))
         main(run)

@@ -242,10 +242,10 @@ def _check_names(saved: SavedTensors, own: dict[str, Tensor]) -> None:
 
 
 def _moment(saved: SavedTensors, key: str, parameter: Tensor) -> Tensor | int:
-    """Return a moment in the memory format of its parameter, or a step count, which is a scalar."""
-    if saved.shapes[key] == () != tuple(parameter.shape) or key.startswith("step/"):
-        step = saved[key].clone()
-        return int(step) if step.dtype == torch.int64 else step  # bitsandbytes counts with an int
+    """Return a moment in the memory format of its parameter; ValueError for another shape."""
+    if not key.startswith("exp_avg"):  # a step count, or a part of bitsandbytes' 8-bit state
+        value = saved[key].clone()
+        return int(value) if value.dtype == torch.int64 and value.ndim == 0 else value
     rows = saved.rows(key, parameter)
     moment = torch.empty_like(parameter, dtype=rows.dtype, requires_grad=False)
     local(moment).copy_(rows)

@@ -1,0 +1,237 @@
+"""Kill training runs at random moments and in the middle of saves, and resume them.
+
+PYTHONPATH=.:tests python tests/faults/kills.py --kills 200
+
+Each case trains a tiny network once without and once with kills. All processes are forks of this
+one, so that a start costs no imports. Weights, averages, moments and metrics must be identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import tiny_clip, tiny_decoder, tiny_prior
+from fitting import OPTIM, TinyLoader, fit_config
+from forks import FSDP, fork, wait
+from torch import nn
+
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.schedules import Schedule
+from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.dalle.transformer import DALLE, DALLEConfig
+from unclip.tokenizer import BPETokenizer
+from unclip.training.codec import CodecLoss
+from unclip.training.dalle import DALLELoss, DALLELossConfig
+from unclip.training.fit import fit
+from unclip.training.launch import Run
+from unclip.training.losses import CLIPLoss, ConditionDropout, DecoderLoss, PriorLoss
+from unclip.training.tensors import SavedTensors
+
+STEPS = 12
+CAPTIONS = ["a red apple", "a blue fish"]
+
+
+@dataclass(frozen=True)
+class Case:
+    network: str
+    processes: int = 1
+    sharded: bool = False
+    async_save: bool = False
+
+    def __str__(self) -> str:
+        kind = "FSDP2" if self.sharded else "DDP"
+        parts = [self.network, f"{self.processes} processes, {kind}" if self.processes > 1 else ""]
+        return ", ".join(filter(None, [*parts, "async saves" if self.async_save else ""]))
+
+
+CASES = (
+    *map(Case, ("prior", "decoder", "clip", "codec", "dalle")),
+    Case("prior", async_save=True),
+    Case("decoder", processes=2),
+    Case("prior", processes=2, sharded=True),
+    Case("clip", processes=2, sharded=True, async_save=True),
+)
+
+
+class Captioned(TinyLoader):
+    """Images of 16 pixels with captions."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            image = batch["image"].repeat(1, 1, 4, 4).clamp(-1, 1)
+            yield {**batch, "image": image, "caption": CAPTIONS * (len(image) // 2)}
+
+
+def build(network: str) -> tuple[nn.Module, Callable[..., Any]]:
+    torch.manual_seed(0)
+    if network in ("prior", "decoder"):
+        clip, drop, loss = tiny_clip().requires_grad_(False), ConditionDropout(), LossConfig()
+        if network == "prior":
+            prior = tiny_prior()
+            return prior, PriorLoss(prior, clip, Schedule(), drop, loss)
+        decoder = tiny_decoder()
+        return decoder, DecoderLoss(decoder, clip, Schedule(), drop, loss)
+    if network == "clip":
+        clip = tiny_clip()
+        return clip, CLIPLoss(clip)
+    codec = DVAE(
+        DVAEConfig(image_size=16, vocab_size=24, width=8, groups=3, blocks=1, code_width=8)
+    )
+    if network == "codec":
+        return codec, CodecLoss(codec, {})
+    tokenizer = BPETokenizer.train(CAPTIONS, 270, 8, marked=False)
+    sizes = {"width": 24, "depth": 3, "heads": 2, "head_dim": 8, "kernel": 3}
+    dalle = DALLE(DALLEConfig(tokenizer.vocab_size, 8, 24, (4, 4), **sizes))
+    frozen = codec.requires_grad_(False).eval()
+    return dalle, DALLELoss(dalle, tokenizer, frozen, DALLELossConfig())
+
+
+def train(case: Case, output: Path) -> None:
+    model, loss_fn = build(case.network)
+    rank, processes = int(os.environ.get("RANK", 0)), case.processes
+    settings = {"save_every": 2, "log_every": 3, "async_save": case.async_save, "progress": False}
+    config = fit_config(output, STEPS, precision="fp32", **settings)
+    resume = "latest" if next(output.glob("checkpoints/step-*"), None) else None
+    run = Run({"fit": vars(config)}, resume=resume)
+    fit(model, loss_fn, Captioned(rank=rank, processes=processes), config, OPTIM, run=run)
+
+
+def start(case: Case, output: Path, kill: Callable[[], None] | None) -> list[int]:
+    """Start the processes of a run; `kill` is called in one of them before it trains."""
+    victim = random.randrange(case.processes)
+
+    def run(rank: int) -> None:
+        if kill is not None and rank == victim:
+            kill()
+        train(case, output)
+
+    return fork(run, case.processes, FSDP if case.sharded else None)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_save() -> None:
+    """Kill this process at a random write of a save: a flush or a rename."""
+    left = random.SystemRandom().randrange(40)  # forks share the state of other generators
+
+    def counted(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                die()
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, Path.rename = counted(os.fsync), counted(Path.rename)
+
+
+def kill_at_random(longest: float) -> Callable[[], None]:
+    delay = random.uniform(0, longest)
+
+    def begin() -> None:
+        timer = threading.Timer(delay, die)
+        timer.daemon = True
+        timer.start()
+
+    return begin
+
+
+def result(output: Path) -> dict[str, Any]:
+    """Return everything that must be identical: all tensors, and metrics without times."""
+    checkpoint = output / f"checkpoints/step-{STEPS:07d}"
+    found: dict[str, Any] = {
+        f"{kind}/{name}": tensor
+        for kind in ("model", "ema", "optimizer")
+        for name, tensor in SavedTensors(checkpoint, kind).items()
+    }
+    for name, tensor in SavedTensors(output / "model", "model").items():
+        found[f"export/{name}"] = tensor
+    rows = [json.loads(row) for row in (output / "metrics.jsonl").read_text().splitlines()]
+    times = {"hours", "samples_per_s"}
+    found["metrics"] = [{k: v for k, v in row.items() if k not in times} for row in rows]
+    return found
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    if one.keys() != other.keys():
+        return sorted(one.keys() ^ other.keys())
+    return [
+        name
+        for name, x in one.items()
+        if not (torch.equal(x, other[name]) if isinstance(x, torch.Tensor) else x == other[name])
+    ]
+
+
+@dataclass
+class Outcome:
+    kills: int = 0
+    in_saves: int = 0
+    different: int = 0
+
+
+def survive(case: Case, kills: int, folder: Path, longest_wait: float = 30.0) -> Outcome:
+    """Train once whole and, as often as needed for that many kills, with kills; compare."""
+    outcome = Outcome()
+    started = time.monotonic()
+    assert set(wait(start(case, folder / "whole", None), 600)) == {0}, case
+    seconds, whole = time.monotonic() - started, result(folder / "whole")
+    while outcome.kills < kills:
+        output = folder / "killed"
+        shutil.rmtree(output, ignore_errors=True)
+        finished = False
+        while not finished:
+            kill, in_save = None, random.random() < 0.5
+            if outcome.kills < kills:
+                kill = kill_in_save if in_save else kill_at_random(seconds)
+            codes = wait(start(case, output, kill), 10 * seconds + longest_wait)
+            finished = set(codes) == {0}
+            killed = -signal.SIGKILL in codes
+            assert finished or killed, f"{case}: exit codes {codes}"
+            outcome.kills += killed
+            outcome.in_saves += killed and in_save
+        if names := differences(result(output), whole):
+            print(f"{case}: different: {', '.join(names[:5])}")
+            outcome.different += 1
+    return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    torch.set_num_threads(1)
+    total = Outcome()
+    for i, case in enumerate(CASES):
+        share = args.kills * (i + 1) // len(CASES) - args.kills * i // len(CASES)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = survive(case, share, Path(folder))
+        print(f"{case}: {outcome}", flush=True)
+        total.kills += outcome.kills
+        total.in_saves += outcome.in_saves
+        total.different += outcome.different
+    print(f"{total.kills} kills, {total.in_saves} in a save; {total.different} runs differ")
+    sys.exit(total.different > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Processes of a run as forks of this one, so that a start costs no imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+
+from unclip.training.multiprocess import lost_connection
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "20",
+}
+
+
+def fork(
+    function: Callable[[int], None],
+    processes: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> list[int]:
+    """Call function(rank) in new processes, connected if there are several; return their ids.
+
+    The exit code is 0, or 3 if only the connection to another process was lost.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(processes):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            os.environ |= {"ACCELERATE_USE_CPU": "true", **(environment or {})}
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            function(rank)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException as error:
+            code = 3 if lost_connection(error) else 1
+            if code == 1:
+                traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pids
+
+
+def wait(pids: list[int], seconds: float) -> list[int]:
+    """Return the exit codes; TimeoutError if a process outlives `seconds`."""
+    codes, end = {}, time.monotonic() + seconds
+    while len(codes) < len(pids):
+        for pid in pids:
+            if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(done[1])
+        if time.monotonic() > end:
+            for pid in set(pids) - set(codes):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise TimeoutError(f"a process ran for more than {seconds:g} s")
+        time.sleep(0.01)
+    return [codes[pid] for pid in pids]
