@@ -49,6 +49,9 @@ class TinyLoader:
                 self.epoch, self.batch = epoch + 1, 0
             yield {"image": image, "key": [f"{key}i{i}" for i in range(self.size)]}
 
+    def samples_hash(self) -> str:
+        return f"{self.batches} batches of {self.size}"
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}
 

@@ -15,12 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import TinyLoader, checkpoint_tensors, denoising_loss, fit_config, run_fit
+from fitting import (
+    OPTIM,
+    TinyLoader,
+    checkpoint_tensors,
+    denoising_loss,
+    fit_config,
+    run_fit,
+    tiny_model,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scripts import ROOT
 from torch import nn
 
+from unclip.training.fit import fit
+from unclip.training.launch import Run
 from unclip.training.lock import check_unlocked, locked
 
 CASES = ROOT.parent / "shared/cases/run_folders"
@@ -195,6 +205,8 @@ def test_a_time_limit_saves_and_exits_0(tmp_path: Path, capsys: pytest.CaptureFi
 HOLDER = """
 import sys
 from pathlib import Path
+from unclip.training.fit import fit
+from unclip.training.launch import Run
 from unclip.training.lock import locked
 with locked(Path(sys.argv[1])):
     print("locked", flush=True)
@@ -257,3 +269,26 @@ def test_a_nan_in_the_data_names_its_sample(tmp_path: Path) -> None:
 
     with pytest.raises(FloatingPointError, match=r"step 2: .*; not finite: image of e0b1i2\. The"):
         run_fit(fit_config(tmp_path), loader=Damaged())
+
+
+class MovedLoader(TinyLoader):
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.content = content
+
+    def samples_hash(self) -> str:
+        return self.content
+
+
+def test_data_may_move_but_not_change(tmp_path: Path) -> None:
+    config = fit_config(tmp_path, 3)
+
+    def resume(path: str, content: str, **start: Any) -> None:
+        settings = {"fit": vars(config), "data": {"path": path}}
+        loader, run = MovedLoader(content), Run(settings, **start)
+        fit(tiny_model(), denoising_loss, loader, config, OPTIM, run=run)
+
+    resume("old", "apples")
+    with pytest.raises(ValueError, match=r"data\.path was old, is new"):
+        resume("new", "pears", resume="latest")
+    resume("new", "apples", resume="latest")

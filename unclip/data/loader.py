@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from unclip.config import NonNegativeInt, Positive, PositiveInt, ProperFraction, config
 from unclip.data.augment import recolour
 from unclip.data.compose import change_background, compose, name_object, repeat
+from unclip.data.fingerprint import samples_hash
 from unclip.data.folder import FolderDataset
 from unclip.data.hub import SCHEME, HubDataset
 from unclip.data.mixture import Mixture
@@ -201,6 +202,10 @@ class Loader:
             except (ValueError, OSError):
                 continue
             yield from captions[:1] if self.config.captions == "canonical" else captions
+
+    def samples_hash(self) -> str:
+        """Return a hash of the samples, which does not depend on their place."""
+        return samples_hash(self.dataset)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position of the next batch; batches prefetched by workers do not count."""

@@ -45,6 +45,9 @@ class EmbeddedLoader:
     def broken(self) -> dict[int, str]:
         return self.loader.broken
 
+    def samples_hash(self) -> str:
+        return self.loader.samples_hash()
+
     def state_dict(self) -> dict[str, int]:
         return self.loader.state_dict()
 

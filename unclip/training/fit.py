@@ -93,6 +93,7 @@ class Loader(Protocol):
     def broken(self) -> Mapping[Any, str]: ...  # images that could not be read, and why
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...  # batches per epoch
+    def samples_hash(self) -> str: ...  # equal for data that has only moved
     def state_dict(self) -> dict[str, int]: ...  # the position after the batches returned so far
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
@@ -193,6 +194,7 @@ class _Trainer:
             accelerator.num_processes,
             accelerator.process_index,
             tokenizer,
+            loader.samples_hash(),
         )
         self.saved, self.saved_random_state = None, None
         if checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
 
     In bf16 the units are gathered in bf16 and their gradients reduced in fp32.
     """
+    # No network here changes the output of a unit in place, which is what torch warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     whole = {p for p in model.parameters() if p.ndim == 0 or not p.requires_grad}
     bf16 = MixedPrecisionPolicy(
