@@ -61,9 +61,9 @@ def test_the_resume_command_is_the_launch_line(monkeypatch: pytest.MonkeyPatch) 
     script = ["train/prior.py", "--config", "c.yaml"]
     monkeypatch.setattr("sys.argv", [*script, "--init", "x"])
     for prefix, expected in [
-        (["/usr/bin/python3", "/bin/accelerate", "launch", "-m8"], "accelerate launch -m8"),
-        (["/usr/bin/python3", "/bin/torchrun", "--nnodes=2"], "torchrun --nnodes=2"),
-        (["/usr/bin/python3", "-m", "torch.distributed.run"], "python -m torch.distributed.run"),
+        (["python3", "bin/accelerate", "launch", "-m8"], "accelerate launch -m8"),
+        (["python3", "bin/torchrun", "--nnodes=2"], "torchrun --nnodes=2"),
+        (["python3", "-m", "torch.distributed.run"], "python -m torch.distributed.run"),
     ]:
         command = resume_command([*prefix, *script, "--init", "x"])
         assert command == f"{expected} {' '.join(script)} --resume latest"
