@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -142,8 +141,8 @@ def test_a_killed_job_gives_the_same_bytes(clip, tmp_path, shards, kills):
     print(f"{shards} shards, killed {killed} times: identical")
 
 
-class Group:
-    """A job on Ray in a process group of its own, with all its workers."""
+class Session:
+    """A job on Ray in a session of its own, with all its workers."""
 
     def __init__(self, arguments: list[str]) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -159,7 +158,7 @@ class Group:
         return self.process.poll() is None
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-s", str(self.process.pid)], check=True)
 
     def join(self) -> None:
         self.process.wait()
@@ -172,7 +171,7 @@ def test_a_job_on_ray_gives_the_same_bytes(clip, tmp_path, shards, kills):
     data, out = write_shards(tmp_path / "data", shards, broken=1), tmp_path / "out"
     main(command(data, tmp_path / "whole", clip))
     arguments = command(data, out, clip, "--ray", "2")
-    killed = kill_while_running(lambda: Group(arguments), out, kills, shards)
+    killed = kill_while_running(lambda: Session(arguments), out, kills, shards)
     assert killed >= kills // 2
     assert snapshot(out) == snapshot(tmp_path / "whole")
     print(f"{shards} shards on Ray, killed {killed} times: identical")

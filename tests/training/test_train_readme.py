@@ -31,7 +31,8 @@ from scripts import (
 
 from unclip import types
 from unclip.cli.main import main as unclip_cli
-from unclip.data import embeddings
+from unclip.data import embeddings, resize
+from unclip.data.shards import ShardWriter
 
 PAGE = ROOT / "train/README.md"
 SECTION = re.compile(r"(?<=<!-- settings -->\n).*(?=<!-- /settings -->)", re.DOTALL)
@@ -154,7 +155,13 @@ def test_every_setting_is_listed_with_its_default():
 def folder(tmp_path, monkeypatch):
     """A working directory with the images of `data/tiny`, the configs and the bundled models."""
     pytest.importorskip("pyarrow")
-    write_shape_images(tmp_path / "data/tiny")
+    for name in ("tiny", "style"):
+        captions = write_shape_images(tmp_path / "data" / name)
+    (tmp_path / "data/shards").mkdir()
+    with ShardWriter(tmp_path / "data/shards", "train", 6) as writer:
+        for i, caption in enumerate(captions):
+            image = (tmp_path / f"data/tiny/{i}.png").read_bytes()
+            writer.write(str(i), {"png": image, "txt": caption})
     for name in ("assets", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -164,8 +171,9 @@ def folder(tmp_path, monkeypatch):
 def run(words: list[str]) -> None:
     """Run a command of the page as its section "What is tested" says."""
     launcher, *rest = words
-    if words[:3] == ["python", "-m", "unclip.data.embeddings"]:
-        embeddings.main(words[3:])
+    modules = {"unclip.data.embeddings": embeddings, "unclip.data.resize": resize}
+    if words[:2] == ["python", "-m"]:
+        modules[words[2]].main(words[3:])
     elif launcher == "unclip":
         assert unclip_cli([*rest, "--quiet"]) == 0
     elif "--num_processes" in words or launcher == "torchrun":
@@ -176,6 +184,8 @@ def run(words: list[str]) -> None:
         script, *arguments = rest[1:] if launcher == "accelerate" else rest
         if any("assets/" in word for word in arguments):
             arguments += [f"--set={setting}" for setting in ONE_STEP]
+        elif script != "train/bundle.py" and any("finetune" in word for word in arguments):
+            arguments += ["--set=fit.steps=1", "--set=data.batch_size=2"]
         try:
             run_script(ROOT / script, *arguments)
         except SystemExit as stop:
