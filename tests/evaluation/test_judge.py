@@ -13,6 +13,7 @@ from unclip.cli.main import main
 from unclip.evaluation.judge import Judge, augment, judged_concept, train_judge
 from unclip.evaluation.metrics import interval, precision_and_recall
 from unclip.evaluation.pairs import Pair, Pairs, load_pairs
+from unclip.evaluation.unclip import UnCLIPEvaluation, UnCLIPGenerator
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +113,25 @@ def test_the_command_trains_a_judge_and_uses_it_again(tiny_folder, data, tmp_pat
     assert 0 <= low <= results["judge"]["true"]["concept@5"]["mean"] <= high <= 1
     assert results["realism"]["generated"].keys() == {"fd", "kd", "precision", "recall"}
 
+    assert results["variations"]["images"] == round(
+        8 * results["judge"]["true"]["concept@1"]["mean"]
+    )
+
     assert main(f"{arguments} --judge {file}".split()) == 0
     again = json.loads((tmp_path / "e.json").read_text())
     assert again == results
     assert len({*results["sha256"].values(), results["held_out"]["sha256"]}) > 3
+
+
+def test_variations_are_judged(tiny_pipe, judge, pairs, monkeypatch):
+    """A decoder that returns the true images, and one that returns those of other concepts."""
+    held_out = pairs[1]
+    generator = UnCLIPGenerator(tiny_pipe, progress=False)
+    evaluation = UnCLIPEvaluation(generator, held_out, judge=judge)
+    monkeypatch.setattr(generator, "vary", lambda emb, seed: held_out.floats())
+    assert evaluation.variations() == {"images": 4, "mean": 1.0, "interval": [1.0, 1.0]}
+    monkeypatch.setattr(generator, "vary", lambda emb, seed: held_out.floats().roll(1, dims=0))
+    assert evaluation.variations() == {"images": 4, "mean": 0.0, "interval": [0.0, 0.0]}
 
 
 @pytest.mark.parametrize(

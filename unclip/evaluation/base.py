@@ -258,7 +258,7 @@ class Evaluation(ABC):
             for hit, scene in zip(hits, scenes, strict=True):
                 by_axis.setdefault(scene.axis, []).append(hit)
             results[name] = {
-                axis: {"images": len(own), **_mean_and_interval(torch.tensor(own), self.seed)}
+                axis: {"images": len(own), **mean_and_interval(torch.tensor(own), self.seed)}
                 for axis, own in sorted(by_axis.items())
             }
         return results
@@ -270,7 +270,7 @@ class Evaluation(ABC):
             for name, images in self.measured_images.items()
         }
         return {
-            name: {figure: _mean_and_interval(hits, self.seed) for figure, hits in verdict.items()}
+            name: {figure: mean_and_interval(hits, self.seed) for figure, hits in verdict.items()}
             for name, verdict in verdicts.items()
         }
 
@@ -421,7 +421,8 @@ def _describe(pairs: Pairs) -> dict[str, Any]:
     return {"pairs": len(pairs), "broken": pairs.broken, "sha256": total.hexdigest()}
 
 
-def _mean_and_interval(hits: Tensor, seed: int) -> dict[str, Any]:
+def mean_and_interval(hits: Tensor, seed: int) -> dict[str, Any]:
+    """Return the fraction of hits (N,) bool and its 95 % interval, as JSON types."""
     return {"mean": hits.float().mean().item(), "interval": interval(hits, seed)}
 
 

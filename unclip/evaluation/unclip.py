@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.samplers import randn
-from unclip.evaluation.base import Evaluation, ImageGenerator, Samples
+from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, mean_and_interval
 from unclip.evaluation.metrics import cosine_gap, psnr
 from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.request import generators_from, progress_bar
@@ -85,6 +85,21 @@ class UnCLIPGenerator(ImageGenerator):
             ]
         return Samples(predicted.captions, torch.cat(images), generators)
 
+    def vary(self, image_emb: Tensor, seed: int) -> Tensor:
+        """Return an image (N, 3, s, s) of each CLIP embedding (N, D), without text."""
+        options, generators = (
+            self.options.decoder,
+            generators_from(range(seed, seed + len(image_emb))),
+        )
+        with self._progress(len(image_emb), options.steps) as on_step:
+            images = [
+                self.pipe.decode(
+                    image_emb[part], generators=generators[part], options=options, on_step=on_step
+                ).cpu()
+                for part in self.batches(len(image_emb))
+            ]
+        return torch.cat(images)
+
     def generate(self, captions: Sequence[str], seed: int) -> Samples:
         return self.decode(self.predict_embeddings(captions, seed))
 
@@ -126,6 +141,26 @@ class UnCLIPEvaluation(Evaluation):
     @cached_property
     def samples(self) -> Samples:
         return self.generator.decode(self.predicted)
+
+    def images(self) -> dict[str, Any]:
+        """Evaluate the generated images, and with a judge also variations of the true ones."""
+        results = super().images()
+        return results if self.judge is None else {**results, "variations": self.variations()}
+
+    def variations(self) -> dict[str, Any]:
+        """Decode the true images' embeddings without text: does the judge name the same concept?
+
+        Only images that the judge names right count.
+        """
+        assert self.judge is not None
+        true, entries = self.held_out.floats(), self.held_out.entries
+        right = self.judge.judge(true, entries).concept
+        rows = right.nonzero().flatten().tolist()
+        if not rows:
+            return {"images": 0}
+        images = self.generator.vary(self.true_emb[rows], self.seed)
+        kept = self.judge.judge(images, [entries[row] for row in rows])
+        return {"images": len(rows), **mean_and_interval(kept.concept, self.seed)}
 
     def prior(self) -> dict[str, Any]:
         """Compare predicted embeddings to those of the images; text embeddings are a reference."""
