@@ -20,6 +20,7 @@ from unclip.checkpoints.registry import load_codec
 from unclip.checkpoints.store import is_diffused, load_as, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import config, load_config
+from unclip.files import error_text
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.transformer import DALLE
 from unclip.models.published.cross_attention_decoder import (
@@ -173,4 +174,4 @@ if __name__ == "__main__":
     try:
         main(load_config(args.config, Parts, args.set))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error_text(error)}")

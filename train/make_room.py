@@ -14,6 +14,7 @@ import torch
 
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig, open_data
+from unclip.files import error_text
 from unclip.training.room import make_room, pool_by_attention
 
 BATCH = 600  # the pooling is fitted to one batch
@@ -53,4 +54,4 @@ if __name__ == "__main__":
     try:
         main(args.clip, args.data, args.out, args.images, args.keep)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error_text(error)}")

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from unclip.checkpoints.store import load_as, load_schedule, save_component
+from unclip.files import error_text
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unet import LevelSpec
 
@@ -65,7 +66,7 @@ def main() -> None:
         schedule = load_schedule(args.small)
         save_component(large, args.out, schedule=replace(schedule, shift=2 * schedule.shift))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error_text(error)}")
     print(f"{args.out}: {large.config.image_size} pixels, levels {large.config.unet.levels}")
 
 

@@ -33,6 +33,11 @@ def printable(text: object, most: int = LONGEST) -> str:
     return _UNPRINTABLE.sub(lambda x: x[0].encode("unicode_escape").decode(), text)
 
 
+def error_text(error: object) -> str:
+    """Return the lines of an error or a warning, which may quote a file, each printable."""
+    return "\n".join(printable(line, 4 * LONGEST) for line in str(error).split("\n"))
+
+
 def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading.
 

@@ -35,7 +35,18 @@ def test_dalle_generates_files_and_regenerates_them(run):
     names = ["a-red-apple-5", "a-red-apple-6", "ein-fisch-7", "ein-fisch-8"]
     assert code == 0 and out.split() == [f"out/{name}.png" for name in names]
     assert "/16" in err  # the progress bar
-    assert run("generate", "--from", "out/ein-fisch-8.png", "-o", "again.png", model=None)[0] == 0
+    assert (
+        run(
+            "generate",
+            "--from",
+            "out/ein-fisch-8.png",
+            "-o",
+            "again.png",
+            "--trust-model",
+            model=None,
+        )[0]
+        == 0
+    )
     assert not (pixels("again.png") - pixels("out/ein-fisch-8.png")).any()
 
 
@@ -73,7 +84,12 @@ def test_complete(run):
     (metadata,) = read_metadata(first)
     assert (metadata["prompt"], metadata["operation"]) == ("a fish", "complete")
     assert metadata["candidates"] == 4
-    assert run("generate", "--from", first, "-o", "again.png", "--quiet", model=None)[0] == 0
+    assert (
+        run("generate", "--from", first, "-o", "again.png", "--quiet", "--trust-model", model=None)[
+            0
+        ]
+        == 0
+    )
     assert not (pixels("again.png") - pixels(first)).any()
     shown = run("info", "again.png", model=None)[1]
     assert "generated from: another image, which is stored in this file" in shown
@@ -148,7 +164,9 @@ def test_images_of_a_quantized_model_are_regenerated(run):
         run(*generate, f"{name}.png", *flags, model="unclip")
     assert (pixels("int8.png") - pixels("plain.png")).any()
     assert "quantized: int8\n" in run("info", "int8.png", model=None)[1]
-    done = run("generate", "--from", "int8.png", "-o", "again.png", "--quiet", model=None)
+    done = run(
+        "generate", "--from", "int8.png", "-o", "again.png", "--quiet", "--trust-model", model=None
+    )
     assert done == (0, "", "")
     assert not (pixels("again.png") - pixels("int8.png")).any()
 

@@ -107,14 +107,25 @@ def test_variations_and_their_regeneration(run):
     args = ["variations", "apple.png", "-n", "2", "--seed", "7", "--steps", "2", "-o", "more"]
     code, out, _ = run(*args)
     assert code == 0 and out.split() == ["more/apple-7.png", "more/apple-8.png"]
-    run("generate", "--from", "more/apple-8.png", "-o", "again.png", "--quiet", model=None)
+    run(
+        "generate",
+        "--from",
+        "more/apple-8.png",
+        "-o",
+        "again.png",
+        "--quiet",
+        "--trust-model",
+        model=None,
+    )
     assert np.abs(pixels("again.png") - pixels("more/apple-8.png")).max() <= 2
     assert "generated from: a CLIP image embedding" in run("info", "again.png", model=None)[1]
 
 
 def test_a_grid_is_regenerated(run):
     run("generate", "a", "b", "-n", "2", "--seed", "0", "--grid", "-o", "sheet.png", "--quiet")
-    run("generate", "--from", "sheet.png", "-o", "again.png", "--quiet", model=None)
+    run(
+        "generate", "--from", "sheet.png", "-o", "again.png", "--quiet", "--trust-model", model=None
+    )
     assert np.abs(pixels("again.png") - pixels("sheet.png")).max() <= 2
 
 

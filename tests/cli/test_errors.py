@@ -12,6 +12,7 @@ from PIL import Image
 import unclip
 from unclip.checkpoints import folders
 from unclip.cli.main import main
+from unclip.image_io import save_png
 
 
 @pytest.fixture
@@ -27,7 +28,16 @@ def here(tiny_folder, tmp_path, monkeypatch) -> Path:
     (tmp_path / "partial" / "decoder" / "schedule.json").unlink()
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "latin.txt").write_bytes("Äpfel".encode("latin-1"))
-    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    plain = Image.new("RGB", (4, 4))
+    plain.save(tmp_path / "plain.png")
+    (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "cut.safetensors").write_bytes(bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"[]")
+    for name, model in {
+        "model": {"model": "evil/\x1bmodel"},
+        "prior": {"prior_model": "x"},
+    }.items():
+        save_png(plain, tmp_path / f"{name}.png", {"seed": 1, "options": {}, **model})
     return tmp_path
 
 
@@ -67,11 +77,20 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
         ("generate a --from plain.png", NOT_WITH_FROM),
         ("generate --from plain.png --seed 1", NOT_WITH_FROM),
         ("generate --from plain.png", ("plain.png", "metadata")),
+        ("generate --from evil.png", ("evil.png", "not a readable image")),
+        ("generate --from model.png", (r"'evil/\x1bmodel'", "--model NAME", "--trust-model")),
+        ("generate --from prior.png --model emoji", ("the prior 'x'", "--trust-model")),
+        ("generate --from /dev/zero", ("/dev/zero", "device")),
+        ("generate --prompts-file /dev/zero", ("/dev/zero", "device")),
+        ("variations evil.png", ("evil.png", "not a readable image")),
         ("variations none.png", ("none.png",)),
         ("variations empty.txt", ("empty.txt", "image")),
         ("variations plain.png --candidates 2", ("unrecognized arguments: --candidates 2",)),
         ("info nothing", ("'nothing'", *UNKNOWN_MODEL)),
         ("info plain.png", ("plain.png", "metadata")),
+        ("info evil.png", ("evil.png", "not a readable image")),
+        ("info lfs.safetensors", ("lfs.safetensors", "Git LFS")),
+        ("info cut.safetensors", ("cut.safetensors", "truncated")),
         ("info assets", ("assets", "model, codec or prior")),
     ],
 )

@@ -84,6 +84,9 @@ def _probe(path: Path) -> ModelInfo:
                 components.append(_component(name, tensors, size))
             licence = card_licence(path if path.is_dir() else path.parent)
             return ModelInfo(folder_name(path), format.kind, licence, components, {}, format.name)
+    if path.is_file():  # a damaged file is reported as such, and so are weights without a config
+        tensors = len(_header(path))
+        raise ValueError(f"{path} has {tensors} tensors of no known model; give a model's folder")
     names = ", ".join(dict.fromkeys(format.name for format in formats))
     raise ValueError(f"{path} is not a model, codec or prior of a known format ({names})")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unclip.files import read_text
 from unclip.pipelines.presets import PRESETS
 
 if TYPE_CHECKING:  # `unclip --help` must not import torch
@@ -56,9 +57,9 @@ def fraction(text: str) -> float:
 def prompts_file(text: str) -> list[str]:
     """Read the prompts in a UTF-8 file, one per line; a byte order mark is allowed."""
     try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ArgumentTypeError(f"{text} is not UTF-8 text; expected one prompt per line") from None
+        lines = read_text(text).splitlines()
+    except (ValueError, OSError) as error:
+        raise ArgumentTypeError(f"{error}; expected one prompt per line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ArgumentTypeError(f"{text} has no prompts; expected one per line")

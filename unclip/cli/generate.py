@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unclip.checkpoints.folders import bundled_models
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_dalle, load_model
 from unclip.cli.output import check_output, slug, write_images
@@ -29,6 +30,8 @@ def add_commands(commands: Any) -> None:
     )
     about = "generate the image in a PNG again, from its metadata"
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
+    about = "with --from: load the models that the PNG names, although they are not bundled"
+    parser.add_argument("--trust-model", action="store_true", help=about)
     _add_generation(parser)
     parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
     flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
@@ -127,6 +130,7 @@ def _regenerate(args: Namespace) -> None:
     first = entries[0]
     args.grid = args.grid or len(entries) > 1
     check_output(args, len(entries))
+    _check_trust(args, first)
     args.model = args.model or first.get("model") or flags.DEFAULT_MODEL
     args.prior = first.get("prior_model")
     stored = [(one["path"], one["scale"]) for one in first.get("lora", ())]
@@ -142,6 +146,21 @@ def _regenerate(args: Namespace) -> None:
     latents: dict[str, Any] = {}  # each source is inverted once
     results = [regenerate(pipe, one, progress=not args.quiet, latents=latents) for one in entries]
     _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
+
+
+def _check_trust(args: Namespace, entry: dict[str, Any]) -> None:
+    """Raise a ValueError if a file makes us load a model, which the user has not chosen."""
+    named = {"model": None if args.model else entry.get("model"), "prior": entry.get("prior_model")}
+    bundled = bundled_models()
+    unknown = [
+        f"the {part} {name!r}" for part, name in named.items() if name and name not in bundled
+    ]
+    if unknown and not args.trust_model:
+        choice = "" if args.model else "give --model NAME, or "
+        raise ValueError(
+            f"{args.source} asks for {' and '.join(unknown)}, which the package does not bundle; "
+            f"{choice}add --trust-model if you trust the file"
+        )
 
 
 def variations(args: Namespace) -> None:

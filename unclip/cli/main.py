@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 
 from unclip import __version__
 from unclip.cli import bench, edit, evaluate, generate, manipulate, models, probe, serve
+from unclip.files import error_text
 from unclip.pipelines.memory import enable_memory_reuse
 
 GROUPS = (generate, manipulate, edit, probe, models, serve, evaluate, bench)
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out, err = (stream and cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
     enable_memory_reuse()
     with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(
+            f"warning: {error_text(message)}", file=sys.stderr
+        )
         try:
             args = build_parser().parse_args(
                 _new_name(list(sys.argv[1:] if argv is None else argv))
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("interrupted", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error_text(error)}", file=sys.stderr)
             return 2
     return 0
 

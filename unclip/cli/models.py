@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from unclip.cli.arguments import DTYPES, add_command
+from unclip.files import printable
 
 LAYOUTS = ("unclip", "diffusers")
-CHECKPOINTS = (".pt", ".pth", ".ckpt")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 # Keys of the metadata that hold what an image was generated from.
 SOURCES = {
     "image_emb": "a CLIP image embedding",
@@ -47,6 +48,7 @@ def info(args: Namespace) -> None:
 def _image_info(path: Path) -> None:
     import shlex
 
+    from unclip.checkpoints.folders import bundled_models
     from unclip.image_io import lacks_image, read_metadata, read_source_type
 
     entries = read_metadata(path)
@@ -56,14 +58,17 @@ def _image_info(path: Path) -> None:
             stored = "is not stored" if lacks_image(entry) else "is stored"
             shown["generated from"] = f"{SOURCES[key]}, which {stored} in this file"
         for key, value in (shown | entry.get("options", {})).items():
-            print(f"{key}: {_one_line(value)}")
+            print(f"{printable(key)}: {_one_line(value)}")
         print()
     if (source_type := read_source_type(path)) is not None:
         print(f"digital source type: {source_type}\n")
     if any(map(lacks_image, entries)):
         print("It cannot be generated again: its source image was too large for the metadata.")
     else:
-        print(f"generate it again: unclip generate --from {shlex.quote(str(path))} -o again.png")
+        named = {entries[0].get(key) for key in ("model", "prior_model")} - {None}
+        trust = "" if named <= bundled_models().keys() else " --trust-model"
+        source = shlex.quote(str(path))
+        print(f"generate it again: unclip generate --from {source} -o again.png{trust}")
 
 
 def _model_info(name: str) -> None:
@@ -73,8 +78,8 @@ def _model_info(name: str) -> None:
     folder = locate(name)
     model = summary(folder)
     layout = "" if model.format == FORMAT_NAME else f" (format: {model.format})"
-    print(f"{model.name}: {model.kind} in {folder}{layout}")
-    print(f"licence: {model.licence or 'unknown'}\n")
+    print(printable(f"{model.name}: {model.kind} in {folder}{layout}"))
+    print(f"licence: {printable(model.licence) or 'unknown'}\n")
     for part in model.components:
         shared = f", from {part.shared_from}" if part.shared_from else ""
         print(_size_line(part.name, part.parameters, part.size), " + ".join(part.dtypes) + shared)
@@ -83,14 +88,14 @@ def _model_info(name: str) -> None:
     if model.options:
         print("\ndefault options:")
     for key, value in model.options.items():
-        print(f"  {key}: {_one_line(value)}")
+        print(f"  {printable(key)}: {_one_line(value)}")
 
 
 def _one_line(value: Any) -> str:
     if isinstance(value, dict):
         items = ((key, item) for key, item in value.items() if item is not None)
-        return ", ".join(f"{key} {_one_line(item)}" for key, item in items)
-    return "; ".join(map(_one_line, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{printable(key)} {_one_line(item)}" for key, item in items)
+    return "; ".join(map(_one_line, value)) if isinstance(value, list) else printable(value)
 
 
 def _size_line(name: str, parameters: int, size: int) -> str:

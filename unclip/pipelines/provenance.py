@@ -17,6 +17,7 @@ from torch import Tensor
 from unclip.config import parse, to_dict
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
+from unclip.files import printable
 from unclip.image_io import open_image
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.unclip.latent import Latent
@@ -65,8 +66,18 @@ def regenerate(
 ) -> GenerationResult:
     """Generate an image again from the metadata in its PNG.
 
-    latents: a cache of inverted latents, to share between calls.
+    latents: a cache of inverted latents, to share between calls. ValueError for metadata that is
+    incomplete, damaged or of another kind of model.
     """
+    try:
+        return _regenerate(pipe, metadata, progress, {} if latents is None else latents)
+    except (TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise _incomplete(f"damaged metadata: {printable(error)}") from error
+
+
+def _regenerate(
+    pipe: Pipeline, metadata: dict[str, Any], progress: bool, latents: dict[str, Latent]
+) -> GenerationResult:
     if missing := {"seed", "options"} - metadata.keys():
         raise _incomplete(f"the metadata has no {' and no '.join(sorted(missing))}")
     if _is_of_another_kind(pipe, metadata):
@@ -74,7 +85,7 @@ def regenerate(
         raise ValueError(f"{pipe.name} is of kind {pipe.kind}, but the image was {made_by}")
     options = parse(type(pipe.options), metadata["options"], "options in the metadata")
     if "operation" in metadata:
-        return _repeat(pipe, metadata, options, progress, {} if latents is None else latents)
+        return _repeat(pipe, metadata, options, progress, latents)
     arguments = {"seed": metadata["seed"], "options": options, "progress": progress}
     if metadata.get("prompt") is not None:
         if metadata.get("negative_prompt") is not None:

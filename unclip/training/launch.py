@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_from_env
 
 from unclip.config import load_config
+from unclip.files import error_text
 from unclip.training import sharding
 from unclip.training.estimate import describe_sharded
 from unclip.training.lock import check_unlocked
@@ -90,7 +91,7 @@ def launch(
         if run is not None and run.traceback:
             raise
         if isinstance(error, (ValueError, OSError, FloatingPointError)):
-            fail(str(error))
+            fail(error_text(error))
         if lost_connection(error):
             reason = " ".join(str(error).split())
             fail(f"process {rank()} lost the connection to another one ({reason})", wait=2.0)
