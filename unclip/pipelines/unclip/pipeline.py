@@ -591,7 +591,8 @@ class UnCLIPPipeline(Pipeline):
         """Return the metadata about the model that every image gets."""
         source = None if self.prior_stage is None else self.prior_stage.source
         prior = {} if source is None else {"prior_model": source}
-        return {**super().describe(options), **prior, **self.adapters.metadata()}
+        adapters = self.adapters.metadata() if self.adapters.loaded else {}
+        return {**super().describe(options), **prior, **adapters}
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a model folder; see `Pipeline.save_pretrained`. Adapters must be merged."""
