@@ -18,6 +18,7 @@ from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
+from unclip.training import sharding
 from unclip.training.codec import (
     AdversarialCodec,
     AdversarialConfig,
@@ -57,6 +58,8 @@ class CodecTraining:
 
 def main(run: Run[CodecTraining]) -> None:
     config = run.config
+    if config.adversarial and sharding.requested():
+        raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
     codec = CODECS[type(config.model)](config.model).to(run.device)
     features = None
     if config.perceptual:

@@ -56,7 +56,7 @@ def main(run: Run[Script]):
 launch(main, Script, None)
 """
 LAUNCHERS = {
-    "accelerate": (["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"], 1),
+    "accelerate": (["-m", "accelerate.commands.launch", "--num_processes=1", "--cpu"], 1),
     "torchrun": (["-m", "torch.distributed.run", "--nproc_per_node=2"], 2),
     "torchrun, one process": (["-m", "torch.distributed.run", "--nproc_per_node=1"], 1),
 }

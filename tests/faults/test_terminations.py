@@ -63,7 +63,7 @@ def test_the_resume_command_is_the_launch_line(monkeypatch: pytest.MonkeyPatch) 
     for prefix, expected in [
         (["python3", "bin/accelerate", "launch", "-m8"], "accelerate launch -m8"),
         (["python3", "bin/torchrun", "--nnodes=2"], "torchrun --nnodes=2"),
-        (["python3", "-m", "torch.distributed.run"], "python -m torch.distributed.run"),
+        (["python3", "-m", "torch.distributed.run", "-q"], "torchrun -q"),
     ]:
         command = resume_command([*prefix, *script, "--init", "x"])
         assert command == f"{expected} {' '.join(script)} --resume latest"

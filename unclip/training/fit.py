@@ -242,7 +242,7 @@ class _Trainer:
         if self.saved_random_state is not None:
             set_random_state(self.saved_random_state)
         else:
-            set_seed(self.config.seed + rank)
+            set_seed(self.config.seed + rank + self.state.step)  # a resumed run has more processes
         if self.saved and self.saved.processes == self.accelerator.num_processes:
             for sums in self.saved.reports[rank : rank + 1]:
                 self.log.restore(sums)
@@ -335,7 +335,7 @@ class _Trainer:
         keys = [str(key) for batch in bad or batches for key in batch.get("key", ())]
         text = f"loss {torch.stack(losses).mean().item():g}, gradient norm {norm.item():g}"
         faulty = bool(bad or found)
-        if not faulty and self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not any_process(self.accelerator, faulty)[0]:
             faulty = self._gradient_is_bad(batches)
         if found:
             text += f"; not finite: {', '.join(found)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -55,6 +56,9 @@ def _acquire(folder: Path) -> IO[str]:
             raise ValueError(
                 f"{folder} is in use by {owner}; stop that run, or choose another fit.output"
             ) from None
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be locked: {error}", stacklevel=5)
+            return file
         if os.fstat(file.fileno()).st_nlink:  # else the other run ended and removed this file
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

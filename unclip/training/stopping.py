@@ -98,6 +98,10 @@ def _parent_command() -> list[str]:
         return []
 
 
+_COMMANDS = {  # of modules that are launchers
+    "accelerate.commands.launch": ["accelerate", "launch"],
+    "torch.distributed.run": ["torchrun"],
+}
 _LAUNCHER = _parent_command() if launched() else []  # read now: it may end before this process
 
 
@@ -118,6 +122,6 @@ def resume_command(launcher: Sequence[str] = _LAUNCHER) -> str:
         prefix = ["accelerate", "launch"] if launched() else ["python"]
     elif len(prefix) > 1 and Path(prefix[1]).name in ("accelerate", "torchrun"):
         prefix = [Path(prefix[1]).name, *prefix[2:]]  # without the interpreter of the script
-    elif prefix[1:3] == ["-m", "torch.distributed.run"]:
-        prefix[0] = "python"
+    elif prefix[1:2] == ["-m"] and (command := _COMMANDS.get(prefix[2])):
+        prefix = [*command, *prefix[3:]]
     return shlex.join([*prefix, *arguments, "--resume", "latest"])
