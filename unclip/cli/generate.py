@@ -133,10 +133,7 @@ def _regenerate(args: Namespace) -> None:
     _check_trust(args, first)
     args.model = args.model or first.get("model") or flags.DEFAULT_MODEL
     args.prior = first.get("prior_model")
-    stored = [(one["path"], one["scale"]) for one in first.get("lora", ())]
-    if len(stored) != len(args.lora or ()):
-        loras = " ".join(f"--lora {path}:{scale:g}" for path, scale in stored)
-        raise ValueError(f"the image was generated with {loras or 'no --lora'}; give the same")
+    _check_lora(args, first.get("lora") or [])
     args.quantize = args.quantize or first.get("quantized")
     dtypes = {long: short for short, long in flags.DTYPES.items()}
     pipe = load_model(args, dtypes.get(first.get("dtype", "")))
@@ -146,6 +143,15 @@ def _regenerate(args: Namespace) -> None:
     latents: dict[str, Any] = {}  # each source is inverted once
     results = [regenerate(pipe, one, progress=not args.quiet, latents=latents) for one in entries]
     _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
+
+
+def _check_lora(args: Namespace, stored: Any) -> None:
+    """Raise a ValueError unless as many adapters are given as the metadata names."""
+    if not isinstance(stored, list) or len(stored) != len(args.lora or ()):
+        raise ValueError(
+            f"{args.source} was generated with the LoRA adapters {stored}; "
+            "give the same with --lora PATH:SCALE"
+        )
 
 
 def _check_trust(args: Namespace, entry: dict[str, Any]) -> None:
