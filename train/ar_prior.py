@@ -6,6 +6,7 @@ accelerate launch train/ar_prior.py --config configs/emoji/ar_prior.yaml
 from __future__ import annotations
 
 from dataclasses import field, replace
+from functools import partial
 
 from accelerate.utils import broadcast_object_list
 
@@ -15,7 +16,7 @@ from unclip.config import PositiveFraction, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.embeddings import PCA
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.training.embedded import embedding_pairs, open_loader
+from unclip.training.embedded import data_notes, embedding_pairs, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -59,7 +60,7 @@ def main(run: Run[ARPriorTraining]) -> None:
         config.optim,
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
-        export=save_component,
+        export=partial(save_component, notes=data_notes(loader)),
     )
 
 

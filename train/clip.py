@@ -12,7 +12,7 @@ from unclip.clip import CLIP, WEIGHTS_FILE, CLIPConfig
 from unclip.config import config
 from unclip.data.loader import DataConfig, open_data
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import load_weights, make_tokenizer
+from unclip.training.initialization import load_weights, make_tokenizer, report_long_captions
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
 from unclip.training.optim import OptimConfig
@@ -38,7 +38,11 @@ def main(run: Run[CLIPTraining]) -> None:
     config = run.config
     loader = open_data(config.data)
     vocab_size = config.model.model_cfg["text_cfg"]["vocab_size"]
+    if loader.samples_per_step < 2:
+        given = f"a batch has {loader.samples_per_step} image"
+        raise ValueError(f"{given}; CLIP compares images, so that it needs at least 2")
     tokenizer = make_tokenizer(run, loader.captions(), vocab_size, config.model.context_length)
+    report_long_captions(tokenizer, loader, config.model.context_length)
     clip = CLIP(config.model, tokenizer)
     if run.init and (weights := Path(run.init) / WEIGHTS_FILE).is_file():  # a saved CLIP
         load_weights(clip.model, weights)

@@ -20,7 +20,7 @@ from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.tokenizer import TOKENIZER_FILE
 from unclip.training.dalle import DALLELoss, DALLELossConfig
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import make_tokenizer
+from unclip.training.initialization import make_tokenizer, report_long_captions
 from unclip.training.launch import Run, launch
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import dalle_preview
@@ -48,6 +48,7 @@ def main(run: Run[DALLETraining]) -> None:
     val_loader = open_loader(config.val_data, codec) if config.val_data else None
     captions = loader.captions()
     tokenizer = make_tokenizer(run, captions, model.text_vocab, model.context_length, marked=False)
+    report_long_captions(tokenizer, loader, model.context_length)
     dalle = DALLE(model).to(run.device)
     dalle.attention_kernel = config.attention_kernel
 

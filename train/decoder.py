@@ -18,7 +18,13 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import initialize, load_clip, load_weights, warm_start
+from unclip.training.initialization import (
+    initialize,
+    load_clip,
+    load_weights,
+    report_long_captions,
+    warm_start,
+)
 from unclip.training.inpainting import HoleConfig
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, DecoderLoss
@@ -101,11 +107,13 @@ def main(run: Run[DecoderTraining]) -> None:
         copy_paste=config.copy_paste,
         agreement=config.agreement,
     )
+    loader = open_data(config.data)
+    report_long_captions(clip.tokenizer, loader, clip.context_length)
     val_loader = open_data(config.val_data) if config.val_data else None
     fit(
         decoder,
         loss,
-        open_data(config.data),
+        loader,
         config.fit,
         config.optim,
         run=run,

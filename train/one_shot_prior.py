@@ -6,12 +6,13 @@ accelerate launch train/one_shot_prior.py --config configs/emoji/one_shot_prior.
 from __future__ import annotations
 
 from dataclasses import field
+from functools import partial
 
 from unclip.checkpoints.store import save_component
 from unclip.config import PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.training.embedded import measure_stats, open_loader
+from unclip.training.embedded import data_notes, measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -49,7 +50,7 @@ def main(run: Run[OneShotPriorTraining]) -> None:
         config.optim,
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
-        export=save_component,
+        export=partial(save_component, notes=data_notes(loader)),
     )
 
 

@@ -16,7 +16,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
-from unclip.training.embedded import measure_stats, open_loader
+from unclip.training.embedded import data_notes, measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import initialize, load_clip
 from unclip.training.launch import Run, launch
@@ -67,6 +67,7 @@ def main(run: Run[PriorTraining]) -> None:
         text_noise=config.text_noise,
     )
     val_data = config.val_data
+    export = partial(save_component, schedule=config.schedule, notes=data_notes(loader))
     fit(
         prior,
         loss,
@@ -75,7 +76,7 @@ def main(run: Run[PriorTraining]) -> None:
         config.optim,
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
-        export=save_lora if config.lora else partial(save_component, schedule=config.schedule),
+        export=save_lora if config.lora else export,
     )
 
 

@@ -92,9 +92,10 @@ class OpenCLIPTokenizer:
         if isinstance(self.tokenizer, open_clip.tokenizer.HFTokenizer):
             return ids, ids != self.tokenizer.tokenizer.pad_token_id
         room = self.context_length - 2
-        for text in texts:
-            if len(tokens := self.tokenizer.encode(text)) > room:
-                warn_truncated(text, self.tokenizer.decode(tokens[room:]), self.context_length)
+        tokenized = [(text, self.tokenizer.encode(text)) for text in texts]
+        long = [(text, tokens[room:]) for text, tokens in tokenized if len(tokens) > room]
+        truncated = [(text, self.tokenizer.decode(rest)) for text, rest in long]
+        warn_truncated(truncated, self.context_length)
         # CLIP pads with 0, which is also the token "!"; only the first end token delimits the text.
         end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=-1, keepdim=True)
         return ids, torch.arange(ids.shape[1]) <= end

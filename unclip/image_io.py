@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageDraw,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    features,
+)
 
 from unclip.files import open_regular, parse_json, printable
 
@@ -27,6 +35,8 @@ ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image
 
 # Formats that Pillow decodes by itself.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+if "avif" in features.modules and features.check_module("avif"):
+    FORMATS = (*FORMATS, "AVIF")
 MAX_DECODED = 2**29  # bytes of an image in memory: 134 million pixels of 8 bits per channel
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
 XMP_KEY = "XML:com.adobe.xmp"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,15 +23,61 @@ TOKENIZER_FILE = "tokenizer.json"
 PAD, START, END = "<pad>", "<start>", "<end>"
 CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
 BART = ("<pad>", "<s>", "</s>")
+QUOTED = 60  # characters of a prompt in a message
+MAX_WORD = 256  # characters; what is longer is learned and merged in pieces
 
 
-def warn_truncated(text: str, cut: str, context_length: int) -> None:
-    """Warn that a prompt was truncated, with the part that was cut."""
-    warnings.warn(
-        f"the prompt {text[:40]!r}... has more than {context_length} tokens; "
-        f"it was truncated by {cut.strip()!r}",
-        stacklevel=3,
-    )
+class TruncationWarning(UserWarning):
+    """Texts that are longer than the context: `truncated` has each with the part that was cut."""
+
+    def __init__(self, message: str, truncated: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.truncated = truncated
+
+
+def warn_truncated(truncated: Sequence[tuple[str, str]], context_length: int) -> None:
+    """Warn once of prompts that were truncated: (text, the part that was cut) each."""
+    if not truncated:
+        return
+    text, cut = max(truncated, key=lambda pair: len(pair[1]))
+    cut = cut.strip()
+    cut = cut if len(cut) <= QUOTED else f"{cut[:QUOTED]}..."
+    others = f"{len(truncated)} prompts, such as" if len(truncated) > 1 else "the prompt"
+    have = "have" if len(truncated) > 1 else "has"
+    message = f"{others} {text[:40]!r}... {have} more than {context_length} tokens"
+    warning = TruncationWarning(f"{message}; it was truncated by {cut!r}", truncated)
+    warnings.warn(warning, stacklevel=3)
+
+
+class TruncationCount:
+    """Counts captions that are longer than the context, instead of a warning for each batch."""
+
+    def __init__(self) -> None:
+        self.captions = self.truncated = 0
+        self._longest = ""
+
+    @contextlib.contextmanager
+    def counting(self, captions: int) -> Iterator[None]:
+        """Count the truncation of `captions` captions that are tokenized inside `with`."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", TruncationWarning)
+            yield
+        self.captions += captions
+        for warning in caught:
+            if isinstance(warning.message, TruncationWarning):
+                texts = [text for text, _ in warning.message.truncated]
+                self.truncated += len(texts)
+                self._longest = max(self._longest, *texts, key=len)
+            else:
+                warnings.warn(warning.message, stacklevel=3)
+
+    def report(self, context_length: int) -> None:
+        """Warn of the captions that are cut, if there are any."""
+        if self.truncated:
+            count = f"{self.truncated:,} of {self.captions:,} captions"
+            end = f"the longest ends {self._longest[-QUOTED:]!r}"
+            fault = f"{count} are longer than {context_length} tokens and are cut; {end}"
+            warnings.warn(fault, stacklevel=3)
 
 
 class BPETokenizer:
@@ -78,7 +125,7 @@ class BPETokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(captions, trainer)
+        tokenizer.train_from_iterator(map(_split_long_words, captions), trainer)
         return cls(tokenizer, context_length, marked)
 
     @classmethod
@@ -120,29 +167,36 @@ class BPETokenizer:
         dropout: probability of skipping a merge in training (BPE-dropout, 1910.13267), with random
         numbers from torch's global generator.
         """
-        room, rows = self.context_length - 2 * self.marked, []
+        room, rows, truncated = self.context_length - 2 * self.marked, [], []
         for text in texts:
             text = " ".join(text.split())
-            tokens = self._with_dropout(text, dropout) if dropout else None
+            tokens = self._with_dropout(text, dropout, room) if dropout else None
             if tokens is None or len(tokens) > room:  # without dropout the text may fit
                 code = self.tokenizer.encode(text, add_special_tokens=False)
                 if len(code.ids) > room:
-                    warn_truncated(text, text[code.offsets[room][0] :], self.context_length)
+                    truncated.append((text, text[code.offsets[room][0] :]))
                 tokens = code.ids[:room]
             rows.append([self.start_id, *tokens, self.end_id] if self.marked else tokens)
+        warn_truncated(truncated, self.context_length)
         return _pad(rows, self.context_length, self.pad_id)
 
-    def _with_dropout(self, text: str, p: float) -> list[int]:
-        """Encode one text with BPE-dropout.
+    def _with_dropout(self, text: str, p: float, room: int) -> list[int]:
+        """Encode one text with BPE-dropout, up to a word that exceeds `room`.
 
         The implementation of `tokenizers` cannot be seeded, so a resumed run would differ.
         """
         text = self.tokenizer.normalizer.normalize_str(text)
         words = self.tokenizer.pre_tokenizer.pre_tokenize_str(text)
         end = self.tokenizer.model.end_of_word_suffix or ""  # CLIP has one
-        letters = ([*word[:-1], word[-1] + end] for word, _ in words)
-        vocab = self._vocab
-        return [vocab[part] for parts in letters for part in self._merge(parts, p)]
+        tokens: list[int] = []
+        for word, _ in words:
+            letters = [*word[:-1], word[-1] + end]
+            for start in range(0, len(letters), MAX_WORD):
+                parts = self._merge(letters[start : start + MAX_WORD], p)
+                tokens += [self._vocab[part] for part in parts]
+                if len(tokens) > room:
+                    return tokens
+        return tokens
 
     def _merge(self, parts: list[str], p: float) -> list[str]:
         """Apply the best merge of two neighbours repeatedly, skipping each with probability p."""
@@ -221,16 +275,26 @@ class GPT2Tokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode B texts: -> ids (B, L) long and mask (B, L) bool, True = a token of the text."""
-        length, rows = self.context_length, []
+        length, rows, truncated = self.context_length, [], []
         for text in texts:
             tokens = self.tokenizer.encode(text.lower()).ids
             if len(tokens) > length:
-                warn_truncated(text, self.decode(tokens[length:]), length)
+                truncated.append((text, self.decode(tokens[length:])))
             rows.append(tokens[:length])
+        warn_truncated(truncated, length)
         return _pad(rows, length, self.pad_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids))
+
+
+def _split_long_words(text: str) -> str:
+    """Cut words that no text has into pieces: learning merges takes the square of their length."""
+    words = text.split()
+    if all(len(word) <= MAX_WORD for word in words):
+        return text
+    pieces = (word[i : i + MAX_WORD] for word in words for i in range(0, len(word), MAX_WORD))
+    return " ".join(pieces)
 
 
 def _pad(rows: Sequence[list[int]], length: int, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from itertools import chain, repeat
 
 import numpy as np
@@ -85,19 +86,47 @@ def test_variants_of_clip_retrieval_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ({"weight": [1.0, -1.0]}, r"weight is -1\.0; expected a number >= 0"),
-        ({"weight": [1.0, float("nan")]}, "weight is nan"),
-        ({"weight": [1.0, None]}, "weight is None"),
-        ({"caption": [1, 2]}, r"2 captions are not strings, e\.g\. 1"),
-        ({"caption": ["a", None]}, r"1 captions are not strings, e\.g\. None"),
+        ({"weight": [1.0, -1.0, 2.0]}, "weight is -1.0; expected a number from 0 to 10,000"),
+        ({"weight": [1.0, float("nan"), 2.0]}, "weight is nan; expected a number"),
+        ({"weight": [1.0, None, 2.0]}, "weight is None; expected a number"),
+        ({"caption": ["a", None, "c"]}, "no caption"),
+        ({"caption": ["a", " ", "c"]}, "no caption"),
+        ({"caption": [b"a", b"caf\xe9", b"c"]}, "character 3 of the caption is '\\udce9'"),
+        ({"caption": [["a"], [], ["c"]]}, None),
     ],
 )
-def test_errors_in_metadata_name_the_file(tmp_path, column, message):
-    EmbeddingWriter(tmp_path).write(
-        0, torch.ones(2, 4), torch.ones(2, 4), {"caption": ["a", "b"], **column}
-    )
-    with pytest.raises(ValueError, match=rf"metadata_0\.parquet: {message}"):
-        EmbeddingDataset(tmp_path)
+def test_broken_rows_are_left_out_and_named(tmp_path, column, message):
+    import pyarrow
+
+    emb = torch.arange(6.0)[:, None].repeat(1, 4)
+    columns = {"caption": ["a", "b", "c"], **column}
+    if isinstance(columns["caption"][0], bytes):
+        data = pyarrow.array(columns["caption"], pyarrow.binary())
+        columns["caption"] = pyarrow.Array.from_buffers(
+            pyarrow.string(), 3, data.buffers()
+        )  # as a writer that does not check
+        EmbeddingWriter(tmp_path).write(0, emb[:3], emb[:3], {"caption": ["", "", ""]})
+        pyarrow.parquet.write_table(
+            pyarrow.table(columns), tmp_path / "metadata/metadata_0.parquet"
+        )
+    else:
+        EmbeddingWriter(tmp_path).write(0, emb[:3], emb[:3], columns)
+    EmbeddingWriter(tmp_path).write(1, emb[3:], emb[3:], {"caption": ["d", "e", "f"]})
+    dataset = EmbeddingDataset(tmp_path)
+    row = f"{tmp_path}/metadata/metadata_0.parquet: row 1"
+    if message is None:  # lists of captions, which have no embedding each
+        assert len(dataset) == 3 and len(dataset.broken) == 3
+        return
+    assert list(dataset.broken) == [row] and dataset.broken[row].startswith(message)
+    batch = dataset.batch(range(5))
+    assert batch["image_emb"][:, 0].tolist() == [0, 2, 3, 4, 5]
+    assert batch["caption"] == ["a", "c", "d", "e", "f"] and batch["key"][1] == "0-2"
+    assert dataset.weights.tolist()[2:] == [1, 1, 1]
+    config = DataConfig(str(tmp_path), image_size=8, batch_size=2)
+    with pytest.raises(ValueError, match="1 of 6 samples are broken and left out, more than"):
+        Loader(config)
+    with pytest.warns(UserWarning, match=r"1 of 6 samples are broken.*metadata_0\.parquet: row 1"):
+        assert len(Loader(replace(config, max_broken=0.5)).broken) == 1
 
 
 def test_the_loader_returns_embeddings_and_resumes(tmp_path):

@@ -1,9 +1,13 @@
 import json
+import os
+import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from unclip.data.folder import FolderDataset
+from unclip.data.text import ColumnNames
 
 
 @pytest.fixture
@@ -55,24 +59,36 @@ def test_missing_captions_name_the_three_layouts(folder):
     with pytest.raises(ValueError, match=r"no captions; expected.*name\.txt.*metadata\.jsonl.*CSV"):
         FolderDataset(folder)
     (folder / "b.txt").write_text("b")
-    with pytest.raises(ValueError, match=r"2 of 3 images have no caption, e\.g\. .*a\.JPG"):
-        FolderDataset(folder)
+    dataset = FolderDataset(folder)
+    assert as_pairs(dataset) == [("b", ["b"])]
+    missing = [str(folder / name) for name in ("a.JPG", "sub/c.webp")]
+    assert dataset.broken == dict.fromkeys(missing, "no caption")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "entry 2"),
-        ('{"file_name": "b.png"}', "entry 2: file_name or text"),
-        ("[1]", "entry 2: expected an object"),
-        ('{"file_name": 5, "text": "b"}', "entry 2: file_name is 5; expected a string"),
-        ('{"file_name": "b.png", "text": "b", "weight": -1}', "entry 2: weight is -1"),
+        (b"{", "not valid JSON"),
+        (b'{"file_name": "b.png"}', r"the columns are \['file_name'\]; .*data\.columns"),
+        (b"[1]", r"expected an object, got \[1\]"),
+        (b'{"file_name": 5, "text": "b"}', "file_name is 5; expected the name of a file"),
+        (b'{"file_name": "b.png", "text": "b", "weight": -1}', "weight is -1"),
+        (b'{"file_name": "b.png", "text": "b", "weight": ' + b"9" * 4000 + b"}", "weight is 9999"),
+        (b'{"file_name": "b.png", "text": null}', "no caption"),
+        (b'{"file_name": "b.png", "text": " "}', "no caption"),
+        (b'{"file_name": "b.png", "text": ["a", 5]}', "the caption is 5; expected a string"),
+        (rb'{"file_name": "b.png", "text": "x\ud83d"}', r"character 1 .*\\ud83d.*UTF-8"),
+        (b'{"file_name": "b.png", "text": "caf\xe9"}', "byte 0xe9 at .*save the file as UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
-def test_errors_in_rows_name_the_entry(folder, line, message):
-    (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "b"}\n' + line)
-    with pytest.raises(ValueError, match=rf"metadata\.jsonl: {message}"):
-        FolderDataset(folder)
+def test_broken_rows_are_named_with_their_line(folder, line, message):
+    good = b'{"file_name": "b.png", "text": "b"}\n'
+    (folder / "metadata.jsonl").write_bytes(good + b"\n" + line + b"\n" + good)
+    dataset = FolderDataset(folder)
+    assert len(dataset) == 2 and list(dataset.broken) == [f"{folder}/metadata.jsonl: line 3"]
+    (reason,) = dataset.broken.values()
+    assert re.search(message, reason) and len(reason) < 200 and reason.isprintable()
 
 
 def test_errors_name_the_file(folder):
@@ -85,12 +101,109 @@ def test_errors_name_the_file(folder):
     with pytest.raises(ValueError, match="is empty"):
         FolderDataset(folder)
     (folder / "metadata.jsonl").unlink()
-    (folder / "a.txt").write_text(" ")
-    for name in ("b", "sub/c"):
-        (folder / f"{name}.txt").write_text("b")
-    with pytest.raises(ValueError, match=r"a\.JPG: no caption"):
-        FolderDataset(folder)[0]
+    contents = {"a": b" \n", "b": b"caf\xe9", "sub/c": "x".encode("utf-16")}
+    for name, content in contents.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    for index, message in enumerate(("no caption", "0xe9 .*save the file as UTF-8", "is UTF-16")):
+        with pytest.raises(ValueError, match=rf"(a\.JPG|b\.png|c\.webp): .*{message}"):
+            FolderDataset(folder)[index]
     for name in ("x.csv", "y.csv"):
         (folder / name).write_text("file_name,text\n")
-    with pytest.raises(ValueError, match=r"2 CSV files.*x\.csv"):
+    with pytest.raises(ValueError, match=r"2 CSV or TSV files.*x\.csv"):
         FolderDataset(folder)
+
+
+def test_hidden_and_foreign_files_are_skipped(folder):
+    junk = ("._a.JPG", ".DS_Store", "Thumbs.db", "__MACOSX/x.png", ".ipynb_checkpoints/x.png")
+    for name in ("a.txt", "b.txt", "sub/c.txt", *junk):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    dataset = FolderDataset(folder)
+    assert [sample.key for sample in dataset] == ["a", "b", "sub/c"]
+    assert not dataset.broken and not dataset.left_out
+
+
+def test_other_files_are_counted_with_their_kind(folder):
+    for name in ("a.txt", "b.txt", "sub/c.txt", "d.svg", "e.svg", "README", "lonely.txt"):
+        (folder / name).write_bytes(b"x")
+    os.mkfifo(folder / "fifo.png")
+    (folder / "broken.png").symlink_to("nowhere.png")
+    assert FolderDataset(folder).left_out == {
+        ".svg files": 2,
+        "files without suffix": 1,
+        "captions without image": 1,
+        "broken links and devices": 2,
+    }
+
+
+def test_each_line_of_a_text_file_is_a_caption(folder):
+    (folder / "a.txt").write_text("a circle\r\n\n  a disc \n")
+    (folder / "b.json").write_text('{"caption": ["one", null, "two"], "weight": 2}')
+    (folder / "sub/c.txt").write_text("c")
+    dataset = FolderDataset(folder)
+    assert [sample.captions for sample in dataset] == [
+        ["a circle", "a disc"],
+        ["one", "two"],
+        ["c"],
+    ]
+    assert dataset.weights.tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.tsv", "path\ttitle\tweight\nb.png\ta, b\t7\n"),
+        ("t.csv", "path;title;weight\nb.png;a, b;7\n"),
+        ("t.csv", '\ufeff path , title,weight\r\nb.png,"a, b",7\r\n'),
+        ("t.jsonl", '{"path": "b.png", "title": "a, b", "w": 7}\n'),
+    ],
+)
+def test_columns_can_be_chosen(folder, name, content):
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line \d: the columns are .*title.*data\.columns"):
+        FolderDataset(folder / name)
+    columns = ColumnNames(image="path", caption="title")
+    dataset = FolderDataset(folder / name, columns)
+    # A column named weight may have another meaning: it is used on demand.
+    assert as_pairs(dataset) == [("b", ["a, b"])] and dataset.weights.tolist() == [1]
+    weighted = replace(columns, weight="w" if name == "t.jsonl" else "weight")
+    assert FolderDataset(folder / name, weighted).weights.tolist() == [7]
+
+
+def test_paths_may_be_written_on_windows(folder):
+    (folder / "t.csv").write_bytes(b'file_name,text\r\nsub\\c.webp,"two\nlines"\r\n')
+    (sample,) = FolderDataset(folder)
+    assert sample.key == "sub/c" and sample.captions == ["two\nlines"]
+    assert sample.image.size == (4, 4)
+
+
+def test_names_that_are_not_utf_8(folder):
+    name = os.fsdecode(b"caf\xe9")
+    (folder / "b.png").rename(folder / f"{name}.png")
+    for text in ("a", name, "sub/c"):
+        (folder / f"{text}.txt").write_text("x")
+    sample = FolderDataset(folder)[1]
+    assert sample.key == r"caf\udce9" and sample.image.size == (4, 4)
+    (folder / "t.csv").write_bytes(b"file_name,text\ncaf\xe9.png,good\nb.png,caf\xe9\n")
+    dataset = FolderDataset(folder)
+    assert dataset[0].image.size == (4, 4) and list(dataset.broken) == [f"{folder}/t.csv: line 3"]
+
+
+def test_links_to_folders_are_followed_without_cycles(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    Image.new("RGB", (4, 4)).save(other / "d.png")
+    for path in (folder / "a.txt", folder / "b.txt", folder / "sub/c.txt", other / "d.txt"):
+        path.write_text("x")
+    (folder / "linked").symlink_to(other)
+    (folder / "sub/up").symlink_to(folder)
+    (other / "back").symlink_to(folder)
+    keys = [sample.key for sample in FolderDataset(folder)]
+    assert keys == ["a", "b", "linked/d", "sub/c"]
+
+
+def test_a_git_lfs_pointer_is_recognised(folder):
+    for name in ("a", "b", "sub/c"):
+        (folder / f"{name}.txt").write_text("x")
+    (folder / "b.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="Git LFS pointer.*git lfs pull"):
+        FolderDataset(folder)[1].image  # noqa: B018

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip.data.samples import caption_list, decode, resize_center_crop, sample_weight
+from unclip.data.samples import decode, resize_center_crop
+from unclip.data.text import caption_list, quote, readable, sample_weight
 
 
 def encoded(image, format="PNG", **options):
@@ -77,10 +78,22 @@ def test_formats_that_start_programs_are_rejected():
 
 def test_captions_and_weights_are_checked():
     assert caption_list(" a fox ") == ["a fox"] and caption_list(["a", " ", "b"]) == ["a", "b"]
-    for empty in ("", None, [], [1], " "):
+    for empty in ("", None, [], [None, ""], " "):
         with pytest.raises(ValueError, match="no caption"):
             caption_list(empty)
+    for wrong in (1, [1], ["a", {}], "x\ud83d", ["a", "\udce9"], "a\0"):
+        with pytest.raises(ValueError, match="caption"):
+            caption_list(wrong)
     assert sample_weight({}) == 1 and sample_weight({"weight": "0.5"}) == 0.5
-    for wrong in (-1, "much", float("nan"), None):
+    for wrong in (-1, "much", float("nan"), None, 1e9, 1e300, 10**400, "9" * 9999, [1]):
         with pytest.raises(ValueError, match="weight"):
             sample_weight({"weight": wrong})
+
+
+def test_messages_are_short_and_on_one_line():
+    assert readable("a\nb\x1b[31m\udce9\u2028é") == r"a\nb\x1b[31m\udce9\u2028é"
+    nested = []
+    for _ in range(10_000):
+        nested = [nested]
+    for value in ("x" * 500, "\x1b" * 500, 10**5000, nested):
+        assert len(quote(value)) <= 60 and quote(value).isprintable()

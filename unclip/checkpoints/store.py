@@ -81,14 +81,20 @@ def save_component(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     schedule: ScheduleConfig | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save one network: its config, its weights (in `dtype` if given) and its noise schedule."""
+    """Save one network: its config, its weights (in `dtype` if given) and its noise schedule.
+
+    notes: facts about the training, written to notes.json for readers.
+    """
     assert type(module).__name__ in NETWORKS, f"{type(module).__name__} is not in NETWORKS"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json({"type": type(module).__name__, **to_dict(module.config)}, folder / CONFIG_FILE)
     if schedule is not None:
         save_json(schedule, folder / SCHEDULE_FILE)
+    if notes:
+        save_json(notes, folder / "notes.json")
     write_tensors(module, folder / WEIGHTS_FILE, dtype)
 
 

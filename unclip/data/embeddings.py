@@ -8,6 +8,7 @@ python -m unclip.data.embeddings DATA OUT --clip MODEL_FOLDER
 from __future__ import annotations
 
 import argparse
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from unclip.data.precompute import (
     precompute,
 )
 from unclip.data.samples import Dataset, Sample
+from unclip.tokenizer import TruncationCount
 
 SETTINGS_FILE = "embeddings.json"
 
@@ -66,6 +68,7 @@ def embed(
 
 def embedder(clip: CLIP, all_captions: bool) -> Compute:
     """Return the computation of a batch's embeddings."""
+    count = TruncationCount()
 
     @torch.inference_mode()
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
@@ -73,9 +76,11 @@ def embedder(clip: CLIP, all_captions: bool) -> Compute:
         texts, step = columns["caption"], len(samples)
         chunks = [texts[start : start + step] for start in range(0, len(texts), step)]
         image_emb = _to_numpy(clip.encode_image(images)).repeat(repeats, axis=0)  # (N, D)
-        text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
+        with count.counting(len(texts)):
+            text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
         return columns, {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
 
+    weakref.finalize(compute, count.report, clip.context_length)  # once, when all is done
     return compute
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from unclip.data.samples import Sample, caption_list
+from unclip.data.samples import Sample
+from unclip.data.text import ColumnNames, caption_list
 
 SCHEME = "datasets:"
 CAPTIONS = ("text", "caption", "captions", "prompt")
@@ -22,13 +23,14 @@ CAPTIONS = ("text", "caption", "captions", "prompt")
 class HubDataset:
     """Rows of a map-style dataset: its image column, and the first column of CAPTIONS."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, columns: ColumnNames | None = None) -> None:
         rows, split = _load(source)
-        self.broken: Mapping[str, str] = {}
+        self.broken: dict[str, str] = {}
         self.left_out: Counter[str] = Counter()
         kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
-        images = [name for name, kind in kinds.items() if kind == "Image"]
-        captions = [name for name in CAPTIONS if name in kinds]
+        names = columns or ColumnNames()
+        images = [n for n, kind in kinds.items() if kind == "Image" and names.image in (None, n)]
+        captions = [n for n in ([names.caption] if names.caption else CAPTIONS) if n in kinds]
         if len(images) != 1 or not captions:
             found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
             raise ValueError(

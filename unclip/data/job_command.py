@@ -10,6 +10,7 @@ from unclip.data.parts import MANIFEST, PartWriter, SampleParts, ShardParts
 from unclip.data.precompute import Load, find_device, precompute
 from unclip.data.precomputed import PrecomputedDataset, import_parquet
 from unclip.data.samples import Dataset
+from unclip.data.text import ColumnNames
 from unclip.files import read_json
 
 
@@ -21,6 +22,8 @@ def add_arguments(parser: ArgumentParser, content: str, part_size: int) -> None:
     add("--all-captions", action="store_true", help="one row per caption, not only the first")
     add("--batch-size", type=int, default=64, help="images per batch (default: %(default)s)")
     add("--part-size", type=int, default=part_size, help="images per file (default: %(default)s)")
+    add("--caption", metavar="NAME", help="column, or key in JSON, of the captions")
+    add("--image", metavar="NAME", help="column of the files' names in a table")
     add("--device", help="default: cuda if available, else cpu")
     add("--tasks", type=int, metavar="N", help="processes that share the job; a part per tar shard")
     add("--task", type=int, default=0, metavar="I", help="number of this process, from 0")
@@ -63,9 +66,10 @@ def run_command(options: Namespace, load: Load, settings_file: str) -> None:
 
 
 def _open(options: Namespace) -> Dataset | ShardParts:
+    columns = ColumnNames(options.image, options.caption)
     if options.tasks or options.ray:
-        return ShardParts(options.data)
-    dataset = open_dataset(options.data)
+        return ShardParts(options.data, columns)
+    dataset = open_dataset(options.data, columns)
     if isinstance(dataset, PrecomputedDataset):
         raise ValueError(f"{options.data} already contains {dataset.content}; expected images")
     return dataset

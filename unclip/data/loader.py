@@ -26,10 +26,12 @@ from unclip.data.folder import FolderDataset
 from unclip.data.hub import SCHEME, HubDataset
 from unclip.data.mixture import Mixture
 from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
+from unclip.data.paths import WILDCARDS, is_foreign
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.remote import is_url
-from unclip.data.samples import Dataset, resize_center_crop
+from unclip.data.samples import Dataset, count_left_out, resize_center_crop
 from unclip.data.shards import ShardDataset
+from unclip.data.text import ColumnNames
 
 Batch = dict[str, Any]
 Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
@@ -57,7 +59,8 @@ class Augment:
 class DataConfig:
     """Location of the data and the construction of batches."""
 
-    path: str | dict[str, Positive]  # see `open_dataset`; several with weights: {a: 2, b: 0.5}
+    # see `open_dataset`; a list of shards, or several sources with weights: {a: 2, b: 0.5}
+    path: str | tuple[str, ...] | dict[str, Positive]
     image_size: PositiveInt  # side: the shorter side is resized to it, the center is cropped
     batch_size: PositiveInt  # per process
     captions: Literal["canonical", "any"] = "any"
@@ -67,46 +70,58 @@ class DataConfig:
     cache: bool = False  # keep decoded images in memory, image_size^2 * 3 bytes each; no workers
     workers: NonNegativeInt = 0  # processes that decode images; batches do not depend on it
     seed: NonNegativeInt = 0
-    max_broken: ProperFraction = 0.01  # loading stops above this fraction of broken images
+    max_broken: ProperFraction = 0.01  # loading stops above this fraction of broken samples
+    columns: ColumnNames = field(default_factory=ColumnNames)  # names of columns and JSON keys
+    # factor of precomputed image embeddings; null: 1, or measured where it is not (see README)
+    emb_scale: Positive | None = None
 
     def __post_init__(self) -> None:
         if self.crop is not None and self.crop > self.image_size:
             raise ValueError(f"crop is {self.crop}; expected at most image_size, {self.image_size}")
 
 
-def open_dataset(path: str | Path | Mapping[str, float]) -> Dataset | PrecomputedDataset:
+def open_dataset(
+    path: str | Path | Sequence[str | Path] | Mapping[str, float],
+    columns: ColumnNames | None = None,
+) -> Dataset | PrecomputedDataset:
     """Open a dataset by the content of its path, or several with weights.
 
-    tar shards            a folder, a file or a pattern, also at a URL that fsspec can open
+    A path that exists is not read as a pattern.
+
+    tar shards            a folder, a file, a pattern, a URL that fsspec can open, or a list
     datasets              "datasets:NAME" or "datasets:NAME:SPLIT"
-    captioned images      a folder, a .csv or a .jsonl
+    captioned images      a folder, a .csv, a .tsv or a .jsonl
     precomputed data      a folder of embeddings or codes
     """
     if isinstance(path, Mapping):
-        return _open_mixture(path)
+        return _open_mixture(path, columns)
+    if not isinstance(path, (str, Path)):
+        if len(path) != 1:
+            return ShardDataset(path, columns)
+        (path,) = path
     place = Path(path)
     if str(path).startswith(SCHEME):
-        return HubDataset(str(path))
-    if is_url(path):
-        return ShardDataset(path)
-    if place.suffix == ".tar" or any(sign in str(path) for sign in "*?{"):
-        return ShardDataset(path)
-    if not place.exists():
-        expected = "tar shards, a folder with images and captions, a CSV, embeddings, or codes"
+        return HubDataset(str(path), columns)
+    exists = os.path.lexists(place)
+    is_pattern = not exists and any(sign in str(path) for sign in WILDCARDS)
+    if is_url(path) or place.suffix == ".tar" or is_pattern:
+        return ShardDataset(path, columns)
+    if not exists:
+        expected = "tar shards, a folder with images and captions, a table, embeddings, or codes"
         raise FileNotFoundError(f"no data at {path}; expected {expected}")
     if (place / "img_emb").is_dir():
-        return EmbeddingDataset(place)
+        return EmbeddingDataset(place, columns)
     if (place / "codes").is_dir():
-        return CodeDataset(place)
-    if next(place.glob("*.tar"), None):
-        return ShardDataset(place)
-    return FolderDataset(place)
+        return CodeDataset(place, columns)
+    if place.is_dir() and any(not is_foreign(tar.name) for tar in place.glob("*.tar")):
+        return ShardDataset(place, columns)
+    return FolderDataset(place, columns)
 
 
-def _open_mixture(sources: Mapping[str, float]) -> Mixture:
+def _open_mixture(sources: Mapping[str, float], columns: ColumnNames | None) -> Mixture:
     datasets = []
     for path in sources:
-        dataset = open_dataset(path)
+        dataset = open_dataset(path, columns)
         if isinstance(dataset, PrecomputedDataset):
             raise ValueError(
                 f"{path} contains {dataset.content}, which cannot be mixed; use images"
@@ -141,10 +156,11 @@ class Loader:
     last, smaller batch is dropped unless it is the only one. With P processes, batch n of a process
     is every P-th sample of the batch n that one process would get with batch_size * P.
 
-    A broken image is replaced by the next one in the order, reported once, and collected in
-    `broken` (index -> name and reason). Raises ValueError if the broken images exceed `max_broken`
-    of those read so far (at least 1,000, or the whole dataset), and for precomputed data that is to
-    be augmented or cropped.
+    What the dataset left out when it was opened is reported at the start. An image that turns out
+    to be broken is replaced by the next one in the order and reported once. Both are collected in
+    `broken`: index, or place in the data -> name and reason. Raises ValueError if the broken ones
+    exceed `max_broken` of those read so far (at least 1,000, or the whole dataset), and for
+    precomputed data that is to be augmented or cropped.
     """
 
     def __init__(
@@ -159,12 +175,14 @@ class Loader:
         if process_index is None:
             process_index = int(os.environ.get("RANK", 0))
         self.config, self.num_processes, self.process_index = config, num_processes, process_index
-        self.dataset = open_dataset(config.path) if dataset is None else dataset
+        self.dataset = open_dataset(config.path, config.columns) if dataset is None else dataset
         weights = self.dataset.weights if config.weighted else np.ones(len(self.dataset))
         self._order = EpochOrder(weights, config.seed)
         self.epoch, self.batch = 0, 0  # of the next batch
-        self.broken: dict[int, str] = {}
-        self._num_read = 0
+        self.broken: dict[int | str, str] = {}
+        self._num_read, self._max_broken = 0, config.max_broken
+        if dataset is None:
+            self._report_left_out()
         if len(self._order) < num_processes:
             count = f"{len(self._order)} samples per epoch"
             raise ValueError(f"{config.path}: {count} for {num_processes} processes")
@@ -179,6 +197,12 @@ class Loader:
         """Number of batches per epoch."""
         return max(1, len(self._order) // (self.config.batch_size * self.num_processes))
 
+    @property
+    def samples_per_step(self) -> int:
+        """Number of samples of a batch, over all processes."""
+        total = len(self._order) // self.num_processes * self.num_processes
+        return min(self.config.batch_size * self.num_processes, total)
+
     def __iter__(self) -> Iterator[Batch]:
         epoch = self.epoch
         for batch, num_read, broken in self._stream(epoch, self.batch):
@@ -188,15 +212,17 @@ class Loader:
                 self.epoch, self.batch = epoch + 1, 0
             yield batch
 
-    def captions(self) -> Iterator[str]:
+    def captions(self, limit: int | None = None) -> Iterator[str]:
         """Iterate over the captions of all samples, or the canonical ones, as the config says.
 
-        Broken samples are skipped.
+        Broken samples are skipped. limit: of that many samples, evenly spaced.
         """
+        count = min(limit or len(self.dataset), len(self.dataset))
+        indices = (number * len(self.dataset) // count for number in range(count))
         if isinstance(self.dataset, PrecomputedDataset):
-            yield from self.dataset.captions
+            yield from (self.dataset.captions[index] for index in indices)
             return
-        for index in range(len(self.dataset)):
+        for index in indices:
             try:
                 captions = self.dataset[index].captions
             except (ValueError, OSError):
@@ -288,9 +314,27 @@ class Loader:
                 return self._images[index]
             except (ValueError, OSError) as error:
                 broken[index] = str(error)
-            if len(broken) > self.config.max_broken * len(self.dataset):
+            if len(broken) > self._max_broken * len(self.dataset):
                 break
         return None
+
+    def _report_left_out(self) -> None:
+        """Report what is left out; ValueError if too many samples are broken."""
+        dataset, config = self.dataset, self.config
+        if dataset.broken:
+            self.broken |= {place: f"{place}: {why}" for place, why in dataset.broken.items()}
+            total = len(dataset) + len(self.broken)
+            count = f"{len(self.broken)} of {total} samples are broken and left out"
+            examples = "; ".join(list(self.broken.values())[:3])
+            if len(self.broken) > config.max_broken * total:
+                limit = f"more than max_broken = {config.max_broken:.1%}"
+                raise ValueError(f"{config.path}: {count}, {limit}: {examples}")
+            self._max_broken -= len(self.broken) / total
+            if self.process_index == 0:
+                warnings.warn(f"{config.path}: {count}: {examples}", stacklevel=4)
+        if left_out := count_left_out(dataset.left_out):
+            if self.process_index == 0:
+                warnings.warn(f"{config.path}: left out {left_out}", stacklevel=4)
 
     def _report(self, batch: Batch, num_read: int, broken: dict[int, str]) -> None:
         """Warn of each broken image once; ValueError above `max_broken`."""
@@ -300,10 +344,11 @@ class Loader:
                 self.broken[index] = reason
                 warnings.warn(f"skipped a broken image: {reason}", stacklevel=3)
         total = min(max(self._num_read, 1000), len(self.dataset))
-        if len(self.broken) > self.config.max_broken * total or not batch:
-            examples = "; ".join(list(self.broken.values())[:3])
+        found = {index: why for index, why in self.broken.items() if isinstance(index, int)}
+        if len(found) > self._max_broken * total or not batch:
+            examples = "; ".join(list(found.values())[:3])
             limit = f"more than max_broken = {self.config.max_broken:.1%} of {total}"
-            count = f"{len(self.broken)} broken images"
+            count = f"{len(found)} broken images"
             raise ValueError(f"{self.config.path}: {count}, {limit}: {examples}")
 
 
@@ -361,10 +406,7 @@ class ImageReader:
         if self.cache and (description := self._descriptions[index]) is not None:
             return self._pixels[index], *description
         sample = self.dataset[index]
-        try:
-            pixels = resize_center_crop(sample.image, self.size)
-        except ValueError as error:
-            raise ValueError(f"{sample.key}: {error}") from None
+        pixels = resize_center_crop(sample.image, self.size)
         if self.cache:
             self._pixels[index] = pixels
             self._descriptions[index] = sample.captions, sample.key, sample.meta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ class Mixture:
         self.datasets = datasets
         scaled = [w * data.weights for data, w in zip(datasets, weights, strict=True)]
         self.weights = np.concatenate(scaled)
+        self.broken = {place: why for data in datasets for place, why in data.broken.items()}
+        self.left_out = sum((data.left_out for data in datasets), Counter[str]())
         self._ends = np.cumsum([len(dataset) for dataset in datasets])
 
     def __len__(self) -> int:

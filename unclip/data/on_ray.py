@@ -7,6 +7,7 @@ from typing import Any
 
 from unclip.data.parts import PartWriter, ShardParts
 from unclip.data.precompute import Job, Load, complete, find_device, start
+from unclip.data.text import ColumnNames
 
 
 class Worker:
@@ -15,7 +16,8 @@ class Worker:
     def __init__(self, options: Namespace, load: Load) -> None:
         compute, _ = load(options, find_device(options))
         writer = PartWriter(options.out)
-        self.job = Job(ShardParts(options.data), compute, writer, options.batch_size)
+        parts = ShardParts(options.data, ColumnNames(options.image, options.caption))
+        self.job = Job(parts, compute, writer, options.batch_size)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for part in batch["part"]:
@@ -33,7 +35,7 @@ def precompute_on_ray(options: Namespace, load: Load, settings_file: str) -> dic
         import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f"--ray needs Ray Data; pip install 'ray[data]' ({error})") from None
-    parts = ShardParts(options.data)
+    parts = ShardParts(options.data, ColumnNames(options.image, options.caption))
     _, settings = load(options, "cpu")
     writer = start(options.out, settings_file, {**parts.settings, **settings})
     todo = [n for n in range(len(parts)) if not complete(writer, n, options.verify)]

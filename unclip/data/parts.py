@@ -22,6 +22,7 @@ from unclip.data.precomputed import import_parquet
 from unclip.data.remote import is_url
 from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset, find_shards, shard_urls
+from unclip.data.text import ColumnNames
 from unclip.files import read_json
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,8 @@ class ShardParts:
 
     samples = None  # unknown before all shards are read
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, columns: ColumnNames | None = None) -> None:
+        self.columns = columns
         # Remote shards are downloaded by the process that opens them.
         self.shards = shard_urls(source) if is_url(source) else find_shards(source)
         if not self.shards:
@@ -61,7 +63,7 @@ class ShardParts:
 
     def open(self, number: int) -> tuple[Dataset, range]:
         """Return a dataset and the indices of the samples of a part."""
-        dataset = ShardDataset(self.shards[number])
+        dataset = ShardDataset(self.shards[number], self.columns)
         return dataset, range(len(dataset))
 
 
@@ -90,11 +92,12 @@ class PartWriter:
         part: int,
         arrays: Mapping[str, np.ndarray],
         columns: Mapping[str, Sequence[Any]],
-        broken: Mapping[int, str] | None = None,
+        broken: Mapping[int | str, str] | None = None,
     ) -> None:
         """Write arrays of N rows and columns of N values, including `caption`.
 
-        broken: reason for each sample without rows, by index. Without columns there are no files.
+        broken: reason for each sample without rows, by index or place. Without columns there are
+        no files.
         """
         parquet = import_parquet()
         import pyarrow

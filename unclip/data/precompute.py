@@ -42,6 +42,7 @@ class Job:
     writer: PartWriter
     batch_size: int
     broken: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # broken when they were opened
     num_read: int = 0
 
     def run(self, part: int, advance: Callable[[int], Any] | None = None) -> None:
@@ -50,6 +51,7 @@ class Job:
         advance: called with the number of samples after each batch.
         """
         dataset, indices = self.parts.open(part)
+        left_out = self._check_left_out(dataset) if part == 0 or self.parts.samples is None else {}
         batches, broken = [], {}
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
@@ -63,8 +65,17 @@ class Job:
             part,
             {name: np.concatenate([rows[name] for rows in arrays]) for name in arrays[0]},
             {name: [x for rows in columns for x in rows[name]] for name in columns[0]},
-            broken,
+            {**broken, **left_out},
         )
+
+    def _check_left_out(self, dataset: Dataset) -> dict[str, str]:
+        """Return the samples that were broken when they were opened; ValueError if too many."""
+        self.left_out |= {place: f"{place}: {why}" for place, why in dataset.broken.items()}
+        total = self.parts.samples or max(1000, self.num_read + len(dataset))
+        if len(self.left_out) > MAX_BROKEN * (total + len(self.left_out)):
+            count, example = len(self.left_out), next(iter(self.left_out.values()))
+            raise ValueError(f"{count} broken samples, over {MAX_BROKEN:.0%}, e.g. {example}")
+        return {place: self.left_out[place] for place in dataset.broken}
 
     def _read(
         self, dataset: Dataset, indices: Sequence[int], broken: dict[int, str], part: int
@@ -120,7 +131,7 @@ def precompute(
         for number in numbers:
             job.run(number, bar.update)
     writer.write_manifest(len(parts))
-    return job.broken
+    return {**job.left_out, **job.broken}
 
 
 def start(out: str | Path, settings_file: str, settings: Mapping[str, Any]) -> PartWriter:

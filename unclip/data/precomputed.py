@@ -11,14 +11,22 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from unclip.data.samples import sample_weight
+from unclip.data.text import (
+    ColumnNames,
+    caption_list,
+    check_content,
+    quote,
+    readable,
+    sample_weight,
+)
 from unclip.files import read_json
 
 CODES_FILE = "codes.json"
@@ -33,19 +41,19 @@ class PrecomputedDataset(ABC):
     content: str  # for error messages, as is `array_format`
     array_format: str
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, columns: ColumnNames | None = None) -> None:
         self.folder = folder = Path(folder)
         first, *optional = self.array_names
         parts = _find_parts(self.folder, first, self.content)
         names = [first, *(name for name in optional if (self.folder / name).is_dir())]
         self._arrays = {name: [self._open(name, part) for part in parts] for name in names}
-        columns = [_read_metadata(folder / f"metadata/metadata_{part}.parquet") for part in parts]
-        self.captions: list[str] = [text for part in columns for text in part["caption"]]
-        self.keys: list[str] = [key for part in columns for key in part["key"]]
-        self.weights = np.array([w for part in columns for w in part["weight"]], np.float64)
+        self.broken: dict[str, str] = {}  # place -> reason
+        self.left_out: Counter[str] = Counter()
+        files = [folder / f"metadata/metadata_{part}.parquet" for part in parts]
+        metadata = [_read_metadata(file, columns or ColumnNames(), self.broken) for file in files]
         for i, part in enumerate(parts):
             rows = {name: len(arrays[i]) for name, arrays in self._arrays.items()}
-            rows["metadata"] = len(columns[i]["caption"])
+            rows["metadata"] = metadata[i].num_rows
             if len(set(rows.values())) > 1:
                 raise ValueError(f"{self.folder}: part {part} has unequal numbers of rows: {rows}")
         shapes = [array.shape[1:] for array in self._arrays[first]]
@@ -53,9 +61,20 @@ class PrecomputedDataset(ABC):
             raise ValueError(f"{self.folder}: parts differ in shape: {shapes}")
         self.shape: tuple[int, ...] = shapes[0]  # of a row of the first array
         self._ends = np.cumsum([len(array) for array in self._arrays[first]])
+        starts = [0, *self._ends[:-1]]
+        # The rows that are not broken, counted over all parts.
+        self._valid = np.concatenate(
+            [s + part.rows for s, part in zip(starts, metadata, strict=True)]
+        )
+        if not len(self._valid):
+            reasons = [f"{place}: {why}" for place, why in list(self.broken.items())[:3]]
+            raise ValueError(f"{self.folder}: no usable row ({'; '.join(reasons)})")
+        self.captions: list[str] = [text for part in metadata for text in part.captions]
+        self.keys: list[str] = [key for part in metadata for key in part.keys]
+        self.weights = np.array([w for part in metadata for w in part.weights], np.float64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._valid)
 
     @abstractmethod
     def batch(self, indices: Indices) -> dict[str, Any]:
@@ -71,15 +90,15 @@ class PrecomputedDataset(ABC):
         return {name: [column[i] for i in indices] for name, column in columns.items()}
 
     def _rows(self, name: str, indices: Indices) -> np.ndarray:
-        parts, numbers = self._arrays[name], np.searchsorted(self._ends, indices, side="right")
+        rows = self._valid[np.asarray(indices)]
+        parts, numbers = self._arrays[name], np.searchsorted(self._ends, rows, side="right")
         # i - ends[n] is negative: it counts from the end of part n
-        return np.stack(
-            [parts[n][i - self._ends[n]] for n, i in zip(numbers, indices, strict=True)]
-        )
+        return np.stack([parts[n][i - self._ends[n]] for n, i in zip(numbers, rows, strict=True)])
 
     def _open(self, name: str, part: str) -> np.ndarray:
         path = self.folder / name / f"{name}_{part}.npy"
         try:
+            check_content(_head(path))
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
@@ -96,6 +115,10 @@ class EmbeddingDataset(PrecomputedDataset):
     array_names, content = ("img_emb", "text_emb"), "embeddings"
     array_format = "floating-point numbers (N, D)"
 
+    def __init__(self, folder: str | Path, columns: ColumnNames | None = None) -> None:
+        super().__init__(folder, columns)
+        self.scales: dict[str, float] = {}  # factors of "image_emb" and "text_emb"
+
     @staticmethod
     def _is_valid(array: np.ndarray) -> bool:
         return array.ndim == 2 and array.dtype.kind == "f"
@@ -104,7 +127,8 @@ class EmbeddingDataset(PrecomputedDataset):
         """Return {"image_emb": (B, D), "text_emb": (B, D) if there are any, "caption", "key"}."""
         keys = {"img_emb": "image_emb", "text_emb": "text_emb"}
         rows = {keys[name]: self._rows(name, indices).astype(np.float32) for name in self._arrays}
-        tensors = {key: torch.from_numpy(array) for key, array in rows.items()}
+        scales = self.scales
+        tensors = {key: torch.from_numpy(rows[key] * scales.get(key, 1.0)) for key in rows}
         return {**tensors, **self._texts(indices)}
 
 
@@ -114,8 +138,8 @@ class CodeDataset(PrecomputedDataset):
     array_names, content = ("codes",), "image codes"
     array_format = "unsigned integers (N, h, w)"
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str | Path, columns: ColumnNames | None = None) -> None:
+        super().__init__(folder, columns)
         file = self.folder / CODES_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; it states the codec's vocabulary size")
@@ -158,25 +182,61 @@ def _find_parts(folder: Path, name: str, content: str) -> list[str]:
     return parts
 
 
-def _read_metadata(path: Path) -> dict[str, list[Any]]:
+class _Metadata(NamedTuple):
+    """The rows of a part that are not broken."""
+
+    num_rows: int  # with the broken ones
+    rows: np.ndarray
+    captions: list[str]
+    keys: list[str]
+    weights: list[float]
+
+
+def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _Metadata:
+    """Read a part's metadata; add the rows without a usable caption or weight to `broken`."""
     parquet = import_parquet()
     try:
+        check_content(_head(path))
         table = parquet.read_table(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error})") from None
-    if "caption" not in table.column_names:
-        raise ValueError(f"{path}: no column 'caption', only {table.column_names}")
-    part, rows = path.stem.removeprefix("metadata_"), table.num_rows
-    columns = {"key": [f"{part}-{row}" for row in range(rows)], "weight": [1.0] * rows}
-    for name in ("caption", "key", "weight"):
+        reason = readable(str(error).splitlines()[0])
+        raise ValueError(f"{path} is not a readable parquet file ({reason})") from None
+    caption, weight = names.caption or "caption", names.weight or "weight"
+    if caption not in table.column_names:
+        fault = f"no column {caption!r}, only {table.column_names}"
+        raise ValueError(f"{path}: {fault} (set data.columns.caption)")
+    part, count = path.stem.removeprefix("metadata_"), table.num_rows
+    columns = {"key": [f"{part}-{row}" for row in range(count)], weight: [1.0] * count}
+    for name in (caption, "key", weight):
         if name in table.column_names:
-            columns[name] = table[name].to_pylist()
-    if wrong := [text for text in columns["caption"] if not isinstance(text, str)]:
-        raise ValueError(f"{path}: {len(wrong)} captions are not strings, e.g. {wrong[0]!r}")
+            columns[name] = _to_python(table[name])
+    found = _Metadata(count, np.empty(0, np.int64), [], [], [])
+    rows = []
+    for row, text in enumerate(columns[caption]):
+        try:
+            caption_list(text)
+            if isinstance(text, list):
+                raise ValueError(f"the caption is {quote(text)}; expected a string")
+            found.weights.append(sample_weight({weight: columns[weight][row]}, weight))
+            found.captions.append(text)
+            found.keys.append(readable(str(columns["key"][row])))
+            rows.append(row)
+        except ValueError as error:
+            broken[f"{path}: row {row}"] = str(error)
+    return found._replace(rows=np.array(rows, np.int64))
+
+
+def _to_python(column: Any) -> list[Any]:
+    """Convert a column; strings that are not UTF-8 get surrogates, which are no valid captions."""
     try:
-        columns["weight"] = [sample_weight({"weight": weight}) for weight in columns["weight"]]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return columns
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast("binary").to_pylist()
+        return [v if v is None else v.decode("utf-8", "surrogateescape") for v in values]
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(256)

@@ -91,6 +91,7 @@ def _run(options: argparse.Namespace) -> None:
         out = options.out / names[number]
         if not out.exists():
             dataset, indices = parts.open(number)
+            broken |= dataset.broken
             broken |= resize_shard(dataset, indices, out, options.size, save)
             images += len(indices)
     if len(broken) > MAX_BROKEN * max(images, 1000):

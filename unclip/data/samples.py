@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,29 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from unclip.image_io import open_image
+from unclip.data.text import (
+    MAX_TEXT,
+    ColumnNames,
+    caption_list,
+    check_content,
+    decode_text,
+    first_of,
+    parse_bounded,
+    quote,
+    sample_weight,
+)
+from unclip.image_io import FORMATS, open_image
+
+SUFFIXES = {
+    "PNG": ("png",),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "WEBP": ("webp",),
+    "BMP": ("bmp",),
+    "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+    "AVIF": ("avif",),
+}
+EXTENSIONS = tuple(suffix for name in FORMATS for suffix in SUFFIXES[name])
 
 
 @dataclass(frozen=True)
@@ -22,17 +45,23 @@ class Sample:
     read: Callable[[], bytes] = field(repr=False)  # returns the encoded image
     weight: float = 1.0  # expected number of occurrences in an epoch
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    where: str = ""  # the file, and the key in a shard, for messages
 
     @property
     def image(self) -> Image.Image:
         """Decode the image: see `decode`. Raises ValueError or OSError if it cannot be read."""
-        return decode(self.read())
+        try:
+            return decode(self.read())
+        except ValueError as error:
+            raise ValueError(f"{self.where or self.key}: {error}") from None
 
 
 class Dataset(Protocol):
-    """Random access to samples; `weights` (N,) float64 are known without reading any sample."""
+    """Random access to samples; what is not a usable sample is left out when it is opened."""
 
-    weights: np.ndarray
+    weights: np.ndarray  # (N,) float64, known without reading any sample
+    broken: dict[str, str]  # samples that were left out: place -> reason
+    left_out: Counter[str]  # other files that were left out: kind -> number
 
     def __len__(self) -> int: ...
 
@@ -43,6 +72,7 @@ class Dataset(Protocol):
 
 def decode(data: bytes) -> Image.Image:
     """Decode an image to upright RGB, transparency on white; ValueError if it is damaged."""
+    check_content(data)
     return open_image(io.BytesIO(data))
 
 
@@ -51,21 +81,39 @@ def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def caption_list(value: Any) -> list[str]:
-    """Strip a caption or list of captions and drop empty ones; ValueError if none is left."""
-    values = value if isinstance(value, list) else [value]
-    captions = [text.strip() for text in values if isinstance(text, str) and text.strip()]
-    if not captions:
-        raise ValueError("no caption")
-    return captions
+def describe(
+    files: Mapping[str, bytes], columns: ColumnNames
+) -> tuple[list[str], Mapping[str, Any]]:
+    """Return the captions and metadata in the "json" and "txt" files of a sample.
+
+    Captions are those of the JSON, else the lines of the text. ValueError if there is none.
+    """
+    meta = parse_bounded(files["json"]) if "json" in files else {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"the JSON is {quote(meta)}; expected an object")
+    value = first_of(meta, (columns.caption,) if columns.caption else ("captions", "caption"))
+    if not value and not columns.caption and "txt" in files:
+        if len(files["txt"]) > MAX_TEXT:
+            raise ValueError(f"a caption file of more than {MAX_TEXT:,} bytes")
+        value = decode_text(files["txt"]).splitlines()
+    return caption_list(value), meta
 
 
-def sample_weight(meta: Mapping[str, Any]) -> float:
-    """Return `weight` from a sample's metadata (default 1); ValueError unless it is >= 0."""
+def json_weight(data: bytes, columns: ColumnNames) -> float:
+    """Return the weight in a sample's JSON, 1 if it is damaged, which reading the sample reports.
+
+    ValueError for a weight that is not a number in the expected range.
+    """
+    name = columns.weight or "weight"
+    if name.encode() not in data:  # most have none: parsing would take most of the time
+        return 1.0
     try:
-        weight = float(meta.get("weight", 1.0))
-    except (TypeError, ValueError):
-        weight = -1.0
-    if not 0 <= weight < float("inf"):
-        raise ValueError(f"weight is {meta['weight']!r}; expected a number >= 0")
-    return weight
+        meta = parse_bounded(data)
+    except ValueError:
+        return 1.0
+    return sample_weight(meta, name) if isinstance(meta, dict) else 1.0
+
+
+def count_left_out(left_out: Mapping[str, int]) -> str:
+    """Describe files that are not samples: "2 .svg files, 1 captions without image"."""
+    return ", ".join(f"{count} {kind}" for kind, count in left_out.items() if count)

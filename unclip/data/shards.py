@@ -1,28 +1,29 @@
 """WebDataset tar shards on local disk: a writer and a reader with random access.
 
 A sample is a sequence of consecutive members with the same name up to the first dot of the base
-name: `fox.png`, `fox.txt`, `fox.json`.
+name: `fox.png`, `fox.txt`, `fox.json`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import glob
 import io
 import json
-import re
+import math
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
+from unclip.data.paths import expand, expand_braces, is_foreign
 from unclip.data.remote import find_urls, is_url, local_copies
-from unclip.data.samples import Sample, caption_list, sample_weight
-
-IMAGES = ("png", "jpg", "jpeg", "webp")
-EXTENSIONS = (*IMAGES, "txt", "json")  # other members are ignored; nothing is ever unpickled
+from unclip.data.samples import EXTENSIONS, Sample, count_left_out, describe, json_weight
+from unclip.data.tars import EndMark, Loss, Member, read_members
+from unclip.data.text import MAX_JSON, ColumnNames, readable
 
 
 class ShardWriter:
@@ -65,40 +66,53 @@ def add_members(
     for extension, content in files.items():
         if isinstance(content, dict):
             content = json.dumps(content, ensure_ascii=False)
-        data = content.encode() if isinstance(content, str) else content
+        # Lone surrogates become escapes, as in JSON.
+        data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
         member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
-
-
-class _Member(NamedTuple):
-    offset: int
-    size: int
 
 
 class ShardDataset:
     """Samples of local tar shards, in file order. No file stays open, so workers can share it.
 
     `source` is a folder, a tar, a pattern (`train-*.tar`, `train-{00000..00009}.tar`), or a list of
-    these. The captions are `captions` (a list) or `caption` in the JSON member, else the txt
-    member. The JSON may contain a `weight`.
+    these. The captions are `captions` (a list) or `caption` in the JSON member, else the lines of
+    the txt member. The JSON may contain a `weight`.
+
+    Samples that lost a member to a damaged header are left out and named in `broken`; other members
+    are counted in `left_out`.
     """
 
-    def __init__(self, source: str | Path | Sequence[str | Path]) -> None:
+    def __init__(
+        self, source: str | Path | Sequence[str | Path], columns: ColumnNames | None = None
+    ) -> None:
         sources = [source] if isinstance(source, (str, Path)) else source
+        self.columns = columns or ColumnNames()
         self.shards = [shard for one in sources for shard in find_shards(one)]
-        self._index: list[tuple[int, str, dict[str, _Member]]] = []  # shard, key, extension: member
-        weights: list[float] = []
+        self.broken: dict[str, str] = {}  # place -> reason
+        self.left_out: Counter[str] = Counter()  # kind -> number of members
+        # number of the shard, key, kind ("image", "txt", "json"): member
+        self._index: list[tuple[int, str, dict[str, Member]]] = []
+        self._usual: tuple[str, ...] = ()  # extensions of a sample
+        weights, unreadable = [], []
         for number, shard in enumerate(self.shards):
-            for key, members, weight in _read_index(shard):
-                self._index.append((number, key, members))
-                weights.append(weight)
+            try:
+                for key, members, weight in self._read_index(shard):
+                    self._index.append((number, key, members))
+                    weights.append(weight)
+            except (ValueError, OSError) as error:
+                unreadable.append(str(error))
+        if unreadable:
+            count = f"{len(unreadable)} of {len(self.shards)} shards cannot be read"
+            raise ValueError(f"{count}: {'; '.join(unreadable[:3])}")
         self.weights = np.array(weights, np.float64)
         if not self._index:
-            count = f"{len(self.shards)} shards"
-            raise ValueError(f"{source}: no image ({', '.join(IMAGES)}) in {count}")
-        if not any("txt" in members or "json" in members for _, _, members in self._index):
-            raise ValueError(f"{source}: no captions; expected a .txt or .json for each image")
+            reasons = [f"{place}: {why}" for place, why in list(self.broken.items())[:3]]
+            reasons += [count_left_out(self.left_out)] if self.left_out else []
+            found = f"no usable sample in {len(self.shards)} shards ({'; '.join(reasons)})"
+            expected = f"images ({', '.join(EXTENSIONS)}) with a .txt or .json of the same name"
+            raise ValueError(f"{source}: {found}; expected {expected}")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -106,16 +120,159 @@ class ShardDataset:
     def __getitem__(self, index: int) -> Sample:
         number, key, members = self._index[index]
         shard = self.shards[number]
+        where = f"{readable(str(shard))}: {key}"
+        files = {kind: _read(shard, members[kind]) for kind in members if kind != "image"}
         try:
-            meta = json.loads(_read(shard, members["json"])) if "json" in members else {}
-            text = meta.get("captions") or meta.get("caption") if isinstance(meta, dict) else None
-            if not text and "txt" in members:
-                text = _read(shard, members["txt"]).decode("utf-8-sig")
-            captions, weight = caption_list(text), sample_weight(meta)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{shard}: {key}: {error}") from None
-        image = next(members[extension] for extension in IMAGES if extension in members)
-        return Sample(key, captions, partial(_read, shard, image), weight, meta)
+            captions, meta = describe(files, self.columns)
+            weight = json_weight(files.get("json", b""), self.columns)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        image = partial(_read, shard, members["image"], None)
+        return Sample(key, captions, image, weight, meta, where)
+
+    def _read_index(self, shard: Path) -> Iterator[tuple[str, dict[str, Member], float]]:
+        """Yield key, members and weight of each sample; fill `broken` and `left_out`."""
+        name = readable(str(shard))
+        for groups in self._archives(read_members(shard), name):
+            usual = self._usual = _usual_members(groups, self._usual)
+            for group, following in zip(groups, [*groups[1:], _Group("")], strict=True):
+                if group.members:
+                    try:
+                        if members := self._select(group, usual):
+                            weight = 1.0
+                            if "json" in members:
+                                weight = json_weight(_read(shard, members["json"]), self.columns)
+                            yield group.key, members, weight
+                    except ValueError as error:
+                        self.broken[f"{name}: {group.key}"] = f"{error}{_damage(group)}"
+                for loss, number in _lost_samples(group, following, usual):
+                    place = f"{name}: byte {loss.offset:,}"
+                    self.broken[f"{place}, sample {number}"] = "lost: its headers are damaged"
+
+    def _archives(
+        self, items: Iterable[Member | Loss | EndMark], shard: str
+    ) -> Iterator[list[_Group]]:
+        """Yield the members of each archive by key, after a group without members."""
+        groups, losses = [_Group("")], []
+        for item in items:
+            if isinstance(item, EndMark):
+                groups[-1].after = losses
+                yield groups
+                groups, losses = [_Group("")], []
+            elif isinstance(item, Loss):
+                losses.append(item)
+                if not item.count:
+                    self.left_out[
+                        f"regions without a member (byte {item.offset:,} of {shard})"
+                    ] += 1
+            elif is_foreign(item.name) or not PurePosixPath(item.name).name:
+                continue
+            elif item.size < 0:
+                self.left_out["links, sparse files and devices"] += 1
+            else:
+                key, extension = _split_name(item.name)
+                group = groups[-1]
+                if key == group.key and extension not in group.members:
+                    group.inside += losses
+                else:
+                    group.after = losses
+                    group = _Group(key, before=losses)
+                    groups.append(group)
+                group.members[extension] = item
+                losses = []
+        groups[-1].after = losses
+        yield groups
+
+    def _select(self, group: _Group, usual: Sequence[str]) -> dict[str, Member] | None:
+        """Return the image and the captions of a sample; None for one that is not an image.
+
+        Raises ValueError for a sample without a caption, or whose image is lost.
+        """
+        ranks = {
+            name: (name.count("."), EXTENSIONS.index(kind))
+            for name in group.members
+            if (kind := _kind(name)) in EXTENSIONS
+        }
+        if not ranks:
+            if _damage(group) and any(_kind(name) in EXTENSIONS for name in usual):
+                raise ValueError("no image")
+            names = ", ".join(f".{name}" for name in sorted(group.members))
+            self.left_out[f"samples without an image, only {names}"] += 1
+            return None
+        image = min(ranks, key=lambda name: ranks[name])
+        selected = {"image": group.members[image]}
+        prefix = image[: len(image) - len(_kind(image))]  # "seg." of fox.seg.png
+        for kind in ("txt", "json"):
+            for name in (kind, f"{prefix}{kind}"):
+                if name in group.members:
+                    selected[kind] = group.members[name]
+        if len(selected) == 1:
+            raise ValueError("no caption")
+        others = set(group.members) - {image, "txt", "json", f"{prefix}txt", f"{prefix}json"}
+        for name in others:
+            further = "images besides the first of a sample" if name in ranks else "members"
+            self.left_out[f".{name} {further}"] += 1
+        if _damage(group) and set(usual) - set(group.members):
+            self.left_out[f"members lost from samples that are usable{_damage(group)}"] += 1
+        return selected
+
+
+@dataclass
+class _Group:
+    """Consecutive members of one sample, and the damage before, between and after them."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)  # by extension
+    before: list[Loss] = field(default_factory=list)
+    inside: list[Loss] = field(default_factory=list)
+    after: list[Loss] = field(default_factory=list)
+
+
+def _damage(group: _Group) -> str:
+    """Describe the damage next to the members of a group: "" if there is none."""
+    losses = [loss for loss in (*group.before, *group.inside, *group.after) if loss.count]
+    return f" (damaged header at byte {losses[0].offset:,})" if losses else ""
+
+
+def _usual_members(groups: Sequence[_Group], earlier: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the extensions of a sample, in order: those of most whole samples of an archive.
+
+    earlier: those of the archive before, for one in which each sample is next to damage.
+    """
+    patterns = Counter(tuple(group.members) for group in groups if not _damage(group))
+    if any(patterns):
+        return max(patterns, key=lambda pattern: patterns[pattern] * bool(pattern))
+    longest = max((tuple(group.members) for group in groups), key=len)
+    return earlier if set(longest) <= set(earlier) else longest
+
+
+def _lost_samples(
+    group: _Group, following: _Group, usual: Sequence[str]
+) -> Iterator[tuple[Loss, int]]:
+    """Yield (loss, number) for each sample between two groups of which no member is left.
+
+    Of the lost members, those that the two groups lack, by the usual members of the shard, are
+    theirs.
+    """
+    lost = sum(loss.count for loss in group.after)
+    present = [usual.index(name) for name in group.members if name in usual]
+    lost -= len(usual) - 1 - max(present) if present else 0
+    present = [usual.index(name) for name in following.members if name in usual]
+    lost -= min(present) if present else 0
+    for number in range(1, math.ceil(max(0, lost) / max(1, len(usual))) + 1):
+        yield group.after[0], number
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Split "a/fox.seg.PNG" into the key "a/fox" and the extension "seg.png"."""
+    path = PurePosixPath(name)
+    stem, _, extension = path.name.partition(".")
+    return readable(path.with_name(stem).as_posix()), extension.lower()
+
+
+def _kind(extension: str) -> str:
+    """Return the last part of an extension."""
+    return extension.rpartition(".")[2]
 
 
 def find_shards(source: str | Path) -> list[Path]:
@@ -127,18 +284,13 @@ def find_shards(source: str | Path) -> list[Path]:
     if is_url(source):
         found = local_copies(shard_urls(source))
     elif folder.is_dir():
-        found = sorted(folder.glob("*.tar"))
+        found = [path for path in sorted(folder.glob("*.tar")) if not is_foreign(path.name)]
         held_out = [path for path in found if path.name.startswith("heldout")]
         if 0 < len(held_out) < len(found):
             choice = f"select some of them, e.g. {source}/train-*.tar"
             raise ValueError(f"{source} contains heldout-*.tar and other shards; {choice}")
-    elif folder.is_file():
-        found = [folder]
     else:
-        patterns = _expand_range(str(source))
-        found = [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern))]
-        if found and (missing := [pattern for pattern in patterns if not glob.glob(pattern)]):
-            raise FileNotFoundError(f"{source}: {len(missing)} missing shards, e.g. {missing[0]}")
+        found = expand(str(source))
     if not found:
         raise FileNotFoundError(f"no shards at {source}; expected a folder or pattern of tars")
     return found
@@ -146,60 +298,11 @@ def find_shards(source: str | Path) -> list[Path]:
 
 def shard_urls(source: str | Path) -> list[str]:
     """Return the URLs of the shards of a remote folder, file or pattern."""
-    return [url for pattern in _expand_range(str(source)) for url in find_urls(pattern)]
+    return [url for pattern in expand_braces(str(source)) for url in find_urls(pattern)]
 
 
-def _expand_range(pattern: str) -> list[str]:
-    """Expand "a-{000..002}.tar" to three names."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not match:
-        return [pattern]
-    first, last = match.groups()
-    head, tail, digits = pattern[: match.start()], pattern[match.end() :], len(first)
-    return [f"{head}{n:0{digits}d}{tail}" for n in range(int(first), int(last) + 1)]
-
-
-def _read(shard: Path, member: _Member) -> bytes:
+def _read(shard: Path, member: Member, limit: int | None = MAX_JSON + 1) -> bytes:
+    """Read a member, at most `limit` bytes of it."""
     with open(shard, "rb") as file:
         file.seek(member.offset)
-        return file.read(member.size)
-
-
-def _read_index(shard: Path) -> list[tuple[str, dict[str, _Member], float]]:
-    """Return key, members and weight of each sample that contains an image."""
-    samples: list[tuple[str, dict[str, _Member], float]] = []
-    key, members, weight = "", {}, 1.0
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                head, _, base = info.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                if not stem:  # a hidden file, such as macOS adds for each member
-                    continue
-                name = f"{head}/{stem}" if head else stem
-                if name != key:
-                    samples.append((key, members, weight))
-                    key, members, weight = name, {}, 1.0
-                extension = extension.lower()
-                if not info.isreg() or extension not in EXTENSIONS:
-                    continue
-                members[extension] = _Member(info.offset_data, info.size)
-                if extension == "json":
-                    reader = tar.extractfile(info)
-                    assert reader is not None  # a regular file
-                    weight = _json_weight(reader.read())
-            end = _read(shard, _Member(tar.offset, tarfile.BLOCKSIZE))
-            if end != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"damaged or truncated at byte {tar.offset:,}")
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{shard} is not a readable, uncompressed tar ({error})") from None
-    samples.append((key, members, weight))
-    return [sample for sample in samples if any(extension in sample[1] for extension in IMAGES)]
-
-
-def _json_weight(text: bytes) -> float:
-    """Return the weight in a sample's JSON; 1 if it is damaged, which reading it reports."""
-    try:
-        return sample_weight(json.loads(text)) if b'"weight"' in text else 1.0
-    except (ValueError, AttributeError):
-        return 1.0
+        return file.read(member.size if limit is None else min(member.size, limit))

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, resize_center_crop
-from unclip.data.shards import ShardDataset
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 
@@ -123,7 +122,7 @@ def load_pairs(
     raises ValueError if none can be read.
     """
     sources = [source] if isinstance(source, (str, Path)) else list(source)
-    dataset = open_dataset(sources[0]) if len(sources) == 1 else ShardDataset(sources)
+    dataset = open_dataset(sources)
     if isinstance(dataset, PrecomputedDataset):
         raise ValueError(f"{sources[0]} contains precomputed data; evaluation needs images")
     if limit is not None and limit < 1:

@@ -4,21 +4,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from unclip.clip import CLIP
 from unclip.data.loader import Augment, DataConfig, Loader, open_data
-from unclip.data.precomputed import EmbeddingDataset
+from unclip.data.precomputed import EmbeddingDataset, PrecomputedDataset
+from unclip.data.samples import Dataset
 from unclip.models.unclip.prior import EmbeddingStats
+from unclip.training.initialization import report_long_captions
 
 CHUNK = 64  # images per call of CLIP
+TOLERANCE = 0.02  # relative difference of lengths that does not matter
+SAME_CLIP = 0.98  # cosine of stored text embeddings to CLIP's own, which precision changes a little
 
 
 class EmbeddedLoader:
@@ -42,7 +50,11 @@ class EmbeddedLoader:
         return len(self.loader)
 
     @property
-    def broken(self) -> dict[int, str]:
+    def dataset(self) -> Dataset | PrecomputedDataset:
+        return self.loader.dataset
+
+    @property
+    def broken(self) -> dict[int | str, str]:
         return self.loader.broken
 
     def samples_hash(self) -> str:
@@ -64,11 +76,83 @@ def open_loader(
     embeddings of another width than CLIP's.
     """
     loader = open_data(config) if images_only else open_data(config, EmbeddingDataset)
+    if not images_only:
+        report_long_captions(clip.tokenizer, loader, clip.context_length)
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:
         raise ValueError(f"{config.path} has embeddings of width {width}; CLIP's is {clip.emb_dim}")
+    scales = embedding_scales(loader.dataset, clip, config.emb_scale)
+    loader.dataset.scales = scales
+    if set(scales.values()) - {1.0} and loader.process_index == 0:
+        factors = ", ".join(f"{name} by {scale:.4g}" for name, scale in scales.items())
+        reason = "to have the length of this CLIP's own (data.emb_scale sets another factor)"
+        warnings.warn(f"{config.path}: {factors} is multiplied {reason}", stacklevel=2)
     return loader
+
+
+@torch.no_grad()
+def embedding_scales(
+    dataset: EmbeddingDataset, clip: CLIP, image_scale: float | None = None
+) -> dict[str, float]:
+    """Return the factors that give stored embeddings the length of CLIP's own.
+
+    Image embeddings that were normalised, as clip-retrieval does, get the root mean square length
+    of those of drawn images; others get the factor of the text embeddings, if that is one number.
+    Raises ValueError if the stored text embeddings are not those that CLIP computes from the
+    captions.
+    """
+    rows = np.linspace(0, len(dataset) - 1, min(len(dataset), CHUNK)).astype(int)
+    stored = dataset.batch(rows)
+    advice = "compute them with this CLIP (python -m unclip.data.embeddings)"
+    is_unit = bool(((stored["image_emb"].norm(dim=1) - 1).abs() < 0.01).all())
+    scales = {"image_emb": image_scale or 1.0}
+    if "text_emb" in stored:
+        text_emb = clip.encode_text(stored["caption"]).emb.float().cpu()
+        cosine = F.cosine_similarity(text_emb, stored["text_emb"]).median().item()
+        if not cosine > SAME_CLIP:
+            fault = f"their cosine to those of the captions is {cosine:.2f}; expected 1"
+            raise ValueError(
+                f"{dataset.folder} has text embeddings of another CLIP: {fault}; {advice}"
+            )
+        ratios = text_emb.norm(dim=1) / stored["text_emb"].norm(dim=1)
+        ratio = ratios.median().item()
+        if abs(ratio - 1) < TOLERANCE:
+            return {**scales, "text_emb": 1.0}
+        scales["text_emb"] = ratio
+        if not is_unit and not image_scale:
+            if ratios.std(correction=0).item() > TOLERANCE * ratio:
+                fault = f"has embeddings of another length than CLIP's, about 1/{ratio:.3g}"
+                raise ValueError(f"{dataset.folder} {fault}; {advice}, or set data.emb_scale")
+            scales["image_emb"] = ratio
+    if is_unit and not image_scale:
+        if clip.model.visual is None:
+            fault = (
+                "has embeddings of length 1, and this CLIP has no image tower to measure its own"
+            )
+            raise ValueError(f"{dataset.folder} {fault}; set data.emb_scale")
+        drawn = clip.encode_image([draw_noise(seed) for seed in range(CHUNK)]).float().cpu()
+        length = drawn.norm(dim=1).square().mean().sqrt().item()
+        scales["image_emb"] = length if abs(length - 1) > TOLERANCE else 1.0
+    return scales
+
+
+def data_notes(loader: Loader | EmbeddedLoader) -> dict[str, Any]:
+    """Return what a saved prior should say about its data: the factors of stored embeddings."""
+    dataset = loader.dataset
+    scales = dataset.scales if isinstance(dataset, EmbeddingDataset) else {}
+    return {"embedding_scales": scales} if set(scales.values()) - {1.0} else {}
+
+
+def draw_noise(seed: int, size: int = 64) -> Image.Image:
+    """Draw an image whose detail falls off with its frequency, as in photographs."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((size, size, 3))
+    for cells in (2, 4, 8, 16, 32):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        pixels += np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC)) / cells
+    pixels -= pixels.min()
+    return Image.fromarray((pixels * 255 / pixels.max()).astype(np.uint8))
 
 
 @torch.no_grad()
@@ -115,4 +199,7 @@ def measure_stats(
 ) -> None:
     """Set a network's mean and std of image embeddings from the first `batches` batches."""
     image_emb, _ = embedding_pairs(clip, loader, batches)
+    if len(image_emb) < 2 or (image_emb == image_emb[0]).all():
+        fault = f"{len(image_emb)} image embeddings, all equal"
+        raise ValueError(f"{fault}; expected at least two different images")
     network.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unclip.clip import CLIP
+from unclip.clip import CLIP, Tokenize
+from unclip.data.loader import Loader
 from unclip.models.lora import add_lora
 from unclip.models.unclip.decoder import Decoder
-from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
+from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, TruncationCount
 from unclip.training.checkpoints import Checkpoints
 from unclip.training.launch import Run
 from unclip.training.tensors import SavedTensors
 from unclip.weights import load_strictly, read_tensors
 
 STEM = "unet.stem.weight"
+SAMPLED, CHUNK = 10_000, 256  # samples whose captions are measured; captions at a time
 
 
 def initialize(
@@ -131,6 +134,17 @@ def make_tokenizer(
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"{file} has {tokenizer.vocab_size} tokens; expected at most {vocab_size}")
     return tokenizer
+
+
+def report_long_captions(tokenizer: Tokenize, loader: Loader, context_length: int) -> None:
+    """Warn once of captions that are longer than the context, in up to `SAMPLED` samples."""
+    if loader.process_index:
+        return
+    count, captions = TruncationCount(), loader.captions(SAMPLED)
+    while chunk := list(islice(captions, CHUNK)):
+        with count.counting(len(chunk)):
+            tokenizer(chunk)
+    count.report(context_length)
 
 
 def _tokenizer_file(weights: Path) -> Path:

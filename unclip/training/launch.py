@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, parse_flag_f
 
 from unclip.config import load_config
 from unclip.files import error_text
+from unclip.tokenizer import TruncationWarning
 from unclip.training import sharding
 from unclip.training.estimate import describe_sharded
 from unclip.training.lock import check_unlocked
@@ -86,7 +88,10 @@ def launch(
             return
         if not run.dry_run:
             check_unlocked(Path(run.config.fit.output))
-        main(run)
+        with warnings.catch_warnings():
+            # Of long captions, counted once at the start by `report_long_captions`.
+            warnings.simplefilter("ignore", TruncationWarning)
+            main(run)
     except Exception as error:
         if run is not None and run.traceback:
             raise

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import EmbeddingDataset
-from unclip.data.shards import ShardDataset
 from unclip.embeddings import PCA, normalise
 from unclip.image_io import cell, fit, grid
 from unclip.pipelines.request import ImageInput, Images, check_prompts, open_images
@@ -34,7 +33,7 @@ def read_embeddings(
 ) -> Tensor:
     """Return the CLIP embeddings (N, D) of a dataset, of several tars, or precomputed ones."""
     sources = [source] if isinstance(source, (str, Path)) else list(source)
-    dataset = open_dataset(sources[0]) if len(sources) == 1 else ShardDataset(sources)
+    dataset = open_dataset(sources)
     if isinstance(dataset, EmbeddingDataset):
         emb = dataset.batch(range(len(dataset)))["image_emb"]
         if emb.shape[1] != pipe.clip.emb_dim:

@@ -1,0 +1,64 @@
+"""Rows of JSON Lines, CSV and TSV files, each with its line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip.data.text import MAX_JSON, check_content, parse_bounded, quote
+
+TABLES = (".jsonl", ".csv", ".tsv")  # suffixes
+
+Row = Mapping[str, Any] | ValueError  # an error: the line cannot be read
+
+
+def read_rows(table: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (number of the first line, row) for each row that is not blank.
+
+    The names of columns are stripped of blanks. Raises ValueError for a file that is not a table.
+    """
+    with table.open("rb") as file:
+        try:
+            check_content(file.read(256))
+        except ValueError as error:
+            raise ValueError(f"{table}: {error}") from None
+    return _read_json_lines(table) if table.suffix.lower() == ".jsonl" else _read_csv(table)
+
+
+def _read_json_lines(table: Path) -> Iterator[tuple[int, Row]]:
+    with table.open("rb") as file:
+        lines = iter(lambda: file.readline(MAX_JSON + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > MAX_JSON:
+                raise ValueError(f"{table}: line {number} has more than {MAX_JSON:,} bytes")
+            if not line.strip():
+                continue
+            try:
+                entry = parse_bounded(line)
+                if not isinstance(entry, dict):
+                    raise ValueError(f"expected an object, got {quote(entry)}")
+            except ValueError as error:
+                entry = error
+            yield number, entry
+
+
+def _read_csv(table: Path) -> Iterator[tuple[int, Row]]:
+    # Bytes that are not UTF-8 become surrogates: valid in file names, errors in captions.
+    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        header = file.readline(MAX_JSON)
+        is_tsv = table.suffix.lower() == ".tsv"
+        delimiter = "\t" if is_tsv else max(",;\t", key=header.count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=delimiter)
+        last = 0
+        try:
+            names = [name.strip() for name in next(rows, [])]
+            last = rows.line_num
+            for row in rows:
+                if row:
+                    yield last + 1, dict(zip(names, row, strict=False))
+                last = rows.line_num
+        except csv.Error as error:
+            raise ValueError(f"{table}: line {last + 1}: {error}") from None
