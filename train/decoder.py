@@ -41,7 +41,7 @@ class DecoderTraining:
     model: DecoderConfig | None = None
     base: str | None = None  # instead of model: folder of a decoder to fine-tune, with its schedule
     val_data: DataConfig | None = None
-    lora: LoRAConfig | None = None  # train an adapter of the decoder in --init; needs peft
+    lora: LoRAConfig | None = None  # train only an adapter of `base` or --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=lambda: ConditionDropout(text=0.5, image=0.1))

@@ -33,7 +33,7 @@ class PriorTraining:
     model: PriorConfig | MLPPriorConfig | None = None  # `kind: mlp` selects the second
     base: str | None = None  # instead of model: folder of a prior to fine-tune, with its schedule
     val_data: DataConfig | None = None
-    lora: LoRAConfig | None = None  # train an adapter of the prior in --init; needs peft
+    lora: LoRAConfig | None = None  # train only an adapter of `base` or --init; needs peft
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=ConditionDropout)  # only `text` is used
@@ -51,9 +51,7 @@ def main(run: Run[PriorTraining]) -> None:
     loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
     is_mlp = isinstance(config.model, MLPPriorConfig)
     prior = (MLPPrior if is_mlp else DiffusionPrior)(config.model).to(run.device)
-    if not (
-        run.resume or run.init or run.config.base
-    ):  # else the statistics are loaded with the weights
+    if not (run.resume or run.init or run.config.base):  # else they are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
     run = initialize(prior, run)
     loss = PriorLoss(
