@@ -244,6 +244,32 @@ def test_pickles_are_never_loaded(tmp_path):
         EmbeddingDataset(tmp_path)
 
 
+def test_damaged_and_foreign_files_give_one_line(tmp_path):
+    folder = write(tmp_path)
+    array, table = folder / "img_emb/img_emb_0.npy", folder / "metadata/metadata_0.parquet"
+    whole, rows = array.read_bytes(), table.read_bytes()
+    for data in (b"", whole[:40], b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, b"\x80\x02Nr\xff."):
+        array.write_bytes(data)
+        with pytest.raises(
+            ValueError, match=r"img_emb_0\.npy is not a readable npy array"
+        ) as error:
+            EmbeddingDataset(folder)
+        assert "\n" not in str(error.value)
+    with open(array, "wb") as file:
+        np.savez(file, x=np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"img_emb_0\.npy is .* archive"):
+        EmbeddingDataset(folder)
+    np.save(array, np.zeros((3, 4), "datetime64[s]"))
+    with pytest.raises(ValueError, match=r"datetime64.*expected floating-point"):
+        EmbeddingDataset(folder)
+    array.write_bytes(whole)
+    for data in (b"", rows[:100], b"PAR1" * 50, b"version https://git-lfs.github.com/spec/v1\n"):
+        table.write_bytes(data)
+        with pytest.raises(ValueError, match=r"metadata_0\.parquet is not a readable") as error:
+            EmbeddingDataset(folder)
+        assert "\n" not in str(error.value)
+
+
 def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no embeddings"):
         EmbeddingDataset(tmp_path)

@@ -27,7 +27,7 @@ from unclip.data.text import (
     readable,
     sample_weight,
 )
-from unclip.files import read_json
+from unclip.files import printable, read_json
 
 CODES_FILE = "codes.json"
 
@@ -102,8 +102,10 @@ class PrecomputedDataset(ABC):
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} is not a readable npy array ({error})") from None
+        except Exception as error:  # numpy raises almost any type for damaged files
+            raise ValueError(f"{path} is not a readable npy array ({printable(error)})") from None
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{path} is not an npy array but an archive of arrays (npz)")
         if not self._is_valid(array):
             raise ValueError(f"{path}: {array.dtype} {array.shape}; expected {self.array_format}")
         return array
@@ -200,9 +202,8 @@ def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _M
         table = parquet.read_table(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
-    except (OSError, ValueError) as error:
-        reason = readable(str(error).splitlines()[0])
-        raise ValueError(f"{path} is not a readable parquet file ({reason})") from None
+    except Exception as error:  # pyarrow raises almost any type for damaged files
+        raise ValueError(f"{path} is not a readable parquet file ({printable(error)})") from None
     caption, weight = names.caption or "caption", names.weight or "weight"
     if caption not in table.column_names:
         fault = f"no column {caption!r}, only {table.column_names}"

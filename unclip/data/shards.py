@@ -144,7 +144,11 @@ class ShardDataset:
                                 weight = json_weight(_read(shard, members["json"]), self.columns)
                             yield group.key, members, weight
                     except ValueError as error:
-                        self.broken[f"{name}: {group.key}"] = f"{error}{_damage(group)}"
+                        place = f"{name}: {group.key}"
+                        if place in self.broken:  # of another archive in this file
+                            first = next(iter(group.members.values()))
+                            place += f" (byte {first.offset:,})"
+                        self.broken[place] = f"{error}{_damage(group)}"
                 for loss, number in _lost_samples(group, following, usual):
                     place = f"{name}: byte {loss.offset:,}"
                     self.broken[f"{place}, sample {number}"] = "lost: its headers are damaged"

@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from unclip.data.text import readable
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -26,6 +28,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 AVIF = b"ftypavif"
 SHORT = 4  # bytes
+CHUNK = 1 << 20  # bytes
 
 
 class Member(NamedTuple):
@@ -69,7 +72,7 @@ def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
             end, found = 0, False
             for info, start, stop in _headers(file, data):
                 if stop > size:
-                    raise ValueError(f"{path} is cut off in the member {info.name}; copy it again")
+                    raise ValueError(f"{path} is cut off in {readable(info.name)}; copy it again")
                 if start > end:
                     yield from _between(data, end, start)
                 regular = info.isreg() and not info.issparse()
@@ -156,15 +159,20 @@ def _inspect(
     def is_zero(at: int) -> bool:
         return not data[at : min(at + BLOCK, end)].strip(b"\0")
 
+    if all(not data[at : min(at + CHUNK, end)].strip(b"\0") for at in range(start, end, CHUNK)):
+        # The padding of an archive ends with a record, or after the two blocks of its end mark.
+        padded = end in (len(data), start + 2 * BLOCK) or end % tarfile.RECORDSIZE == 0
+        if padded and end - start >= 2 * BLOCK:
+            yield EndMark(start)
+        elif start < end:
+            yield Loss(start, int(end - start == BLOCK))
+        return
     runs = [(zero, list(run)) for zero, run in groupby(range(start, end, BLOCK), is_zero)]
-    if len(runs) == 1 and runs[0][0] and end < len(data) and end - start != 2 * BLOCK:
-        if end % tarfile.RECORDSIZE:  # not the padding of an archive, which is a whole record
-            yield Loss(start, end - start == BLOCK)
-            return
     loss = None
     for zero, run in runs:
         if not zero:
-            loss = loss or Loss(run[0], not is_marked and not _is_header(data, run[0], end))
+            is_first = not is_marked and not _is_header(data, run[0], end)
+            loss = loss or Loss(run[0], int(is_first))
             headers = sum(_is_header(data, at, end) for at in run)
             loss = loss._replace(count=loss.count + headers)
             continue
