@@ -292,3 +292,25 @@ def test_data_may_move_but_not_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path was old, is new"):
         resume("new", "pears", resume="latest")
     resume("new", "apples", resume="latest")
+
+
+def test_a_kill_between_checkpoint_and_model_leaves_no_older_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fit_config(tmp_path / "run", 4, save_every=2)
+    rename, names = Path.rename, []
+
+    def fail_at_the_last_name(self: Path, target: Path) -> Path:
+        names.extend({Path(target).name} & {"step-0000002", "step-0000004", "model"})
+        if len(names) == 4:  # of two folders, published twice
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_last_name)
+    with pytest.raises(KeyboardInterrupt):
+        run_fit(config)
+    run_fit(config, start={"resume": "latest"})
+    exported = load_file(tmp_path / "run/model/model.safetensors")
+    averages = load_file(tmp_path / "run/checkpoints/step-0000004/ema.safetensors")
+    assert all(torch.equal(exported[name], averages[name]) for name in averages)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import FSDP, fork, wait
 from PIL import Image
 from scripts import ROOT, run_in_two_processes, run_script, write_shape_images
 
@@ -443,6 +444,23 @@ def test_two_processes_agree_on_the_number_of_components(workplace):
         ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings
     )
     assert (workplace / "runs/tiny/explained_by_two/model").is_dir()
+
+
+@pytest.mark.parametrize("network", ["decoder", "codec"])
+def test_two_processes_train_a_sharded_network_with_previews(workplace, network):
+    output = f"--set=fit.output=runs/tiny/sharded_{network}"
+    arguments = [f"--config={ROOT}/configs/tiny/{network}.yaml", output, "--set=fit.steps=4"]
+    arguments += ["--set=fit.preview_every=2", *(["--set=adversarial=null"] * (network == "codec"))]
+
+    def train(rank: int) -> None:
+        run_script(ROOT / f"train/{network}.py", *arguments)
+
+    assert wait(fork(train, 2, FSDP), 600) == [0, 0]
+    folder = workplace / f"runs/tiny/sharded_{network}"
+    assert len(list((folder / "previews").iterdir())) == 2
+    assert len(list((folder / "checkpoints/step-0000004").glob("model-0000?.safetensors"))) == 2
+    loaded = unclip.checkpoints.store.load_component(folder / "model")
+    assert all(parameter.isfinite().all() for parameter in loaded.parameters())
 
 
 def test_a_dry_run_of_two_processes_ends_with_a_gathering_loss(workplace):

@@ -34,6 +34,8 @@ def describe_sharded(config: Any, processes: int) -> str:
 
     Activations are those of the network's forward pass, for priors, decoders and upsamplers.
     """
+    if processes < 1:
+        raise ValueError(f"--dry-run is for {processes} processes; expected at least 1")
     model, fit = _build(config), config.fit
     counts = sum(p.numel() for p in model.parameters()), _trained(model)
     activations = _activations(_build(config), config)

@@ -86,7 +86,7 @@ def launch(
         if run.pretended:
             print(describe_sharded(run.config, run.pretended))
             return
-        if not run.dry_run:
+        if not run.dry_run and rank() == 0:  # which holds the lock later
             check_unlocked(Path(run.config.fit.output))
         with warnings.catch_warnings():
             # Of long captions, counted once at the start by `report_long_captions`.

@@ -114,8 +114,10 @@ class Saver:
                     raise OSError(error)
             _move(checkpoint, folder)
             write_manifest(folder, {k: v for _, files in written for k, v in files.items()})
-        with atomic_folder(self.output / "model") as folder:
-            _move(model, folder)
+            # Before the checkpoint gets its name: after a kill in between, the resumed run does it
+            # again. In the other order it could go on from the last step and keep an older model.
+            with atomic_folder(self.output / "model") as exported:
+                _move(model, exported)
 
 
 def _move(source: Path, target: Path) -> None:
