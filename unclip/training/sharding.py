@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    is_torch_version,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,6 +39,8 @@ def requested() -> bool:
         return False
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(f"fsdp_version is {version}; expected 2")
+    if not is_torch_version(">=", "2.7.0"):
+        raise ValueError(f"FSDP2 needs torch 2.7 or newer; this is {torch.__version__}")
     return True
 
 

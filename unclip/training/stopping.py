@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from unclip.training.multiprocess import lost_connection
+
 START = time.monotonic()  # of this process, nearly: imports come first
 PARENT = os.getppid()
 
@@ -49,10 +51,15 @@ class StopRequest:
                 threading.Thread(target=self._watch_launcher, daemon=True).start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         self._left.set()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._handlers and error is not None and lost_connection(error):
+            # torchrun now ends this process too, which still has to say why, or that it need not.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
