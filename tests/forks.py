@@ -10,6 +10,8 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 
+from accelerate import PartialState
+
 from unclip.training.multiprocess import lost_connection
 
 FSDP = {
@@ -40,6 +42,7 @@ def fork(
         code = 1
         try:
             os.environ |= {"ACCELERATE_USE_CPU": "true", **(environment or {})}
+            PartialState._reset_state()  # this process may have trained
             if processes > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -48,7 +51,9 @@ def fork(
             function(rank)
             code = 0
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
         except BaseException as error:
             code = 3 if lost_connection(error) else 1
             if code == 1:

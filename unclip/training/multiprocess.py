@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -77,8 +78,9 @@ def _first_to_fail() -> bool:
     """Return whether no other process of the job has called this."""
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), timeout=2).close()  # torch logs what it tries
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"unclip/failures/{attempt}", 1) == 1
-    except (RuntimeError, KeyError):  # the process that keeps the store is gone
+    except (RuntimeError, KeyError, OSError):  # the process that keeps the store is gone
         return True
