@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partialmethod
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["prior", "decoder", "clip"])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        *product(["prior", "decoder", "clip"], OPTIONS),
+        *product(["codec", "dalle"], ["plain"]),
+    ],
+)
 def test_sharded_networks_equal_ddp(tmp_path: Path, network: str, options: str) -> None:
     """Both draw the same noise. Compilation is that of torch.compile without code generation."""
 

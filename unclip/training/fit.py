@@ -119,11 +119,9 @@ def fit(
                             Frozen networks are in its closure.
     preview(model)          returns an image; called with the averaged weights.
     export(model, folder)   writes the averaged weights at each checkpoint; default:
-                            model.safetensors.
+                            model.safetensors. The model is an unsharded copy on the CPU.
     before_step(step)       is called before each update, for losses that change over time.
     tokenizer               is stored in the checkpoints.
-
-    export(model, folder)   must use this model: it is an unsharded copy on the CPU.
 
     Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
     is saved; FloatingPointError before an update with a loss or gradient that is not finite;
@@ -223,7 +221,6 @@ class _Trainer:
         try:
             with StopRequest(config.max_hours) as self.stop:
                 self._loop(val_loader, preview)
-                self.saver.finish()
             if state.step < config.steps:
                 self.log.print(f"stopped after step {state.step}; to resume: {resume_command()}")
                 raise SystemExit(0)
@@ -264,8 +261,10 @@ class _Trainer:
             stopping = stopping or self._evaluate(val_loader, preview)
             if stopping or self._due(config.save_every) or state.step == config.steps:
                 self._save()
+        self.saver.finish()
         if not (self.output / "model").is_dir():  # resumed from the last checkpoint
             self._save()
+            self.saver.finish()
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.config.steps)

@@ -24,13 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from unclip.models.codecs.dvae import Conv2d
-
-# They use their parameters only in `forward`, and return tensors.
-UNITS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, Conv2d),
-    *(nn.Embedding, nn.MultiheadAttention),
-)
+# Layers whose parameters are used in their `forward` only. Embeddings and the convolutions of dVAE
+# are also used directly.
+UNITS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
 
 
 def requested() -> bool:
