@@ -65,16 +65,26 @@ def fork(
 
 
 def wait(pids: list[int], seconds: float) -> list[int]:
-    """Return the exit codes; TimeoutError if a process outlives `seconds`."""
-    codes, end = {}, time.monotonic() + seconds
+    """Return the exit codes; TimeoutError if a process outlives `seconds`.
+
+    When one fails, the others get SIGTERM, as from torchrun, and must end in 30 seconds.
+    """
+    codes: dict[int, int] = {}
+    end, failed = time.monotonic() + seconds, False
     while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
+        running = [pid for pid in pids if pid not in codes]
+        for pid in running:
+            if (done := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(done[1])
-        if time.monotonic() > end:
-            for pid in set(pids) - set(codes):
+        running = [pid for pid in running if pid not in codes]
+        if any(codes.values()) and not failed:
+            failed, end = True, time.monotonic() + 30
+            for pid in running:
+                os.kill(pid, signal.SIGTERM)
+        if running and time.monotonic() > end:
+            for pid in running:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            raise TimeoutError(f"a process ran for more than {seconds:g} s")
+            raise TimeoutError(f"{len(running)} process(es) did not end; exit codes {codes}")
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
