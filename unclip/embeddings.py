@@ -144,7 +144,8 @@ class PCA:
         elif isinstance(components, float) and 0 < components < 1:
             components = int((variance.cumsum(0) / variance.sum() < components).sum()) + 1
         if not 1 <= components <= most or int(components) != components:
-            raise ValueError(f"components is {components}; expected 1 to {most}, or a fraction")
+            limits = f"expected 1 to {most} for {len(emb)} embeddings, or a fraction"
+            raise ValueError(f"components is {components}; {limits}")
         selected = slice(int(components))
         vectors = vectors[selected]
         # Eigenvectors have an arbitrary sign; a positive largest entry makes the fit repeatable.

@@ -145,6 +145,7 @@ def load_pairs(
     errors = [result for result in results if isinstance(result, str)]
     if not loaded:
         raise ValueError(f"{sources[0]}: none of {count} images can be read, e.g. {errors[0]}")
+    errors += [f"{place}: {why}" for place, why in dataset.broken.items()]
     if errors:
         warnings.warn(f"skipped {len(errors)} unreadable images, e.g. {errors[0]}", stacklevel=2)
     indices, entries, images = zip(*loaded, strict=True)
