@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from itertools import chain, repeat
@@ -242,6 +243,20 @@ def test_pickles_are_never_loaded(tmp_path):
     )
     with pytest.raises(ValueError, match=r"img_emb_0\.npy is not a readable npy array"):
         EmbeddingDataset(tmp_path)
+
+
+def test_names_that_are_not_utf_8_work_from_start_to_end(clip, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in ("a", os.fsdecode(b"\xff")):
+        Image.new("RGB", (16, 16)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("x")
+    clip.save_pretrained(tmp_path / "clip")
+    main([str(folder), str(folder / "emb"), "--clip", str(tmp_path / "clip"), "--device", "cpu"])
+    assert "2 rows, 0 broken" in capsys.readouterr().out
+    assert EmbeddingDataset(folder / "emb").keys == ["a", r"\udcff"]
+    batch = next(iter(Loader(DataConfig(str(folder / "emb"), image_size=8, batch_size=2))))
+    assert sorted(batch["key"]) == [r"\udcff", "a"]
 
 
 def test_damaged_and_foreign_files_give_one_line(tmp_path):

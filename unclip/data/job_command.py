@@ -10,7 +10,7 @@ from unclip.data.parts import MANIFEST, PartWriter, SampleParts, ShardParts
 from unclip.data.precompute import Load, find_device, precompute
 from unclip.data.precomputed import PrecomputedDataset, import_parquet
 from unclip.data.samples import Dataset
-from unclip.data.text import ColumnNames
+from unclip.data.text import ColumnNames, readable
 from unclip.files import read_json
 
 
@@ -54,13 +54,13 @@ def run_command(options: Namespace, load: Load, settings_file: str) -> None:
     except KeyboardInterrupt:
         raise SystemExit("interrupted; rerun to resume after the last complete part") from None
     parts = source if isinstance(source, ShardParts) else SampleParts(source, options.part_size)
-    writer = PartWriter(options.out)
+    writer, out = PartWriter(options.out), readable(options.out)
     if not (manifest := writer.folder / MANIFEST).is_file():
         done = sum(writer.has(part) for part in range(len(parts)))
-        print(f"{options.out}: {done} of {len(parts)} parts; the other tasks have not ended")
+        print(f"{out}: {done} of {len(parts)} parts; the other tasks have not ended")
     else:
         counts = read_json(manifest)
-        print(f"{options.out}: {counts['rows']} rows, {counts['broken']} broken images skipped")
+        print(f"{out}: {counts['rows']} rows, {counts['broken']} broken images skipped")
     for reason in broken.values():
         print(f"broken: {reason}")
 

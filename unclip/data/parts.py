@@ -111,7 +111,8 @@ class PartWriter:
         if columns:
             files.append(path := self._file("metadata", f"{part}.parquet"))
             table = pyarrow.table({name: list(values) for name, values in columns.items()})
-            parquet.write_table(table, f"{path}.part")
+            with open(f"{path}.part", "wb") as file:  # pyarrow's own names must be UTF-8
+                parquet.write_table(table, file)
             Path(f"{path}.part").replace(path)
         record = {
             "rows": len(columns.get("caption", ())),

@@ -199,7 +199,8 @@ def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _M
     parquet = import_parquet()
     try:
         check_content(_head(path))
-        table = parquet.read_table(path)
+        with path.open("rb") as file:  # pyarrow's own names must be UTF-8
+            table = parquet.read_table(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
     except Exception as error:  # pyarrow raises almost any type for damaged files
