@@ -4,7 +4,8 @@
 #     train/all.sh CONFIGS [--set KEY=VALUE ...]
 #
 # CONFIGS is a folder such as configs/emoji/gpu. All other arguments go to each training script. A network whose run is
-# complete is skipped, and an interrupted one continues, so that the command can be repeated.
+# complete is skipped, and an interrupted one continues, so that the command can be repeated. The variable LAUNCH replaces
+# `accelerate launch`, for example LAUNCH="torchrun --nproc_per_node 8".
 set -euo pipefail
 
 configs=${1:?usage: train/all.sh CONFIGS [--set KEY=VALUE ...]}
@@ -19,7 +20,7 @@ train() {
   shift
   [ -d "$run/model" ] && return
   compgen -G "$run/checkpoints/step-*" > /dev/null && resume=(--resume latest)
-  accelerate launch "train/$name.py" --config "$configs/$name.yaml" "${resume[@]}" "$@"
+  ${LAUNCH:-accelerate launch} "train/$name.py" --config "$configs/$name.yaml" "${resume[@]}" "$@"
 }
 
 train clip "$@"

@@ -69,7 +69,7 @@ def test_the_usage_is_shown():
 
 @pytest.mark.slow
 def test_a_model_of_toy_size_is_trained(folder):
-    result = run_all(folder, "configs/tiny", "--set", "fit.steps=2")
+    result = run_all(folder, "configs/tiny", "--set", "fit.steps=2", LAUNCH="python")
     assert result.returncode == 0, result.stderr
     pipe = unclip.load(folder / "runs/tiny/model")
     assert pipe("a red circle", seed=0, progress=False).images[0].size == (32, 32)
