@@ -233,10 +233,10 @@ def test_enter_generates_the_images_of_the_api(visit, app, tiny_pipe):
 def test_partial_images_are_shown_before_the_final_one(visit):
     page = visit(expected=["ERR_ABORTED"])
     page.fill("#prompt", "a red apple")
-    page.fill("#steps", "1000")
+    page.fill("#steps", "400")
     page.click("#generate")
     page.locator(".pending img[alt=Preview]").wait_for()
-    page.locator(".progress p:has-text('of 1000')").wait_for()
+    page.locator(".progress p:has-text('of 400')").wait_for()
     page.keyboard.press("Escape")
     page.locator(".entry[data-status=cancelled]").wait_for()
 

@@ -40,6 +40,7 @@ EVENTS = {
     "edits": "image_edit",
     "variations": "image_variation",
 }
+ENTRIES = {"type": "array", "items": {"type": "object"}, "minItems": 1}  # in the OpenAPI schema
 NO_TOKENS = {"image_tokens": 0, "text_tokens": 0}  # nothing is billed
 USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
@@ -360,9 +361,22 @@ def _schema(operation: str) -> dict[str, Any]:
         form["properties"].pop("images", None)
         form["properties"] |= dict.fromkeys(names, file)
         content["multipart/form-data"] = {"schema": form}
-    error = {"description": "An error in OpenAI's form"}
+    images = {
+        "application/json": {"schema": _object(created={"type": "integer"}, data=ENTRIES)},
+        "text/event-stream": {"schema": _object(data={"type": "string"})},  # of each event
+    }
+    fields = _object(message={"type": "string"}, type={"type": "string"}, param={}, code={})
+    error = {
+        "description": "An error in OpenAI's form",
+        "content": {"application/json": {"schema": _object(error=fields)}},
+    }
     statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "503")
+    responses = {"200": {"description": "Images, or events", "content": images}}
     return {
         "requestBody": {"required": True, "content": content},
-        "responses": dict.fromkeys(statuses, error),
+        "responses": responses | dict.fromkeys(statuses, error),
     }
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
