@@ -74,6 +74,31 @@ def check_multiple(name: str, value: int, **divisors: int) -> None:
             raise ValueError(f"{name} is {value}; expected a multiple of {divisor} = {n}")
 
 
+# Arguments of diffusers and transformers -> ours.
+OTHER_NAMES = {
+    **dict.fromkeys(("generator", "generators", "seeds"), "seed"),
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "options=replace(pipe.options, decoder=replace(pipe.options.decoder, "
+    "steps=...))",
+    "guidance_scale": "options=replace(pipe.options, decoder=replace(pipe.options.decoder, "
+    "guidance=...))",
+    **dict.fromkeys(("callback", "callback_on_step_end"), "on_step"),
+    "torch_dtype": "dtype",
+    "use_auth_token": "token",
+}
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str], more: Iterable[str] = ()) -> None:
+    """TypeError for an argument that is not in `known`; it suggests one of `known` and `more`."""
+    names = [*known, *more]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, names, n=1)
+            other = OTHER_NAMES.get(name, close[0] if close else None)
+            hint = f"did you mean {other}?" if other else f"expected one of {', '.join(names)}"
+            raise TypeError(f"unknown argument {name}; {hint}")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields; they may name classes defined later."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import json
 import os
@@ -38,6 +40,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 if "avif" in features.modules and features.check_module("avif"):
     FORMATS = (*FORMATS, "AVIF")
 MAX_DECODED = 2**29  # bytes of an image in memory: 134 million pixels of 8 bits per channel
+WRITTEN = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # by `save_image`
 METADATA_KEY = "unclip"  # of the PNG's iTXt chunk
 XMP_KEY = "XML:com.adobe.xmp"
 EXIF_IFD, USER_COMMENT, ASCII_COMMENT = 0x8769, 0x9286, b"ASCII\0\0\0"
@@ -207,6 +210,45 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
         part.unlink(missing_ok=True)
 
 
+def save_image(image: Image.Image, path: str | Path, metadata: Any = None) -> None:
+    """Write a file of a kind in `WRITTEN`, by its suffix, atomically, with metadata; create parent folders.
+
+    Raises OSError if the file cannot be written.
+    """
+    path = Path(path)
+    if (kind := WRITTEN[path.suffix.lower()]) == "png":
+        return save_png(image, path, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(encode_image(image, kind, metadata=metadata))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def image_name(text: str, seed: int) -> str:
+    """Return a file name, without suffix, for an image of a text and a seed."""
+    return f"{slug(text)}-{seed}"
+
+
+def slug(text: str) -> str:
+    """Return a file name of at most 60 characters, and 180 bytes: most file systems take 255."""
+    name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
+    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "image"
+
+
+def figure(image: Image.Image, caption: str) -> str:
+    """Return an HTML figure with the image in it."""
+    data = base64.b64encode(encode_image(image)).decode()
+    style = "display: inline-block; margin: 4px; text-align: center"
+    text = html.escape(caption)
+    return (
+        f'<figure style="{style}"><img src="data:image/png;base64,{data}" alt="{text}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
 def encode_image(
     image: Image.Image, kind: str = "png", quality: int | None = None, metadata: Any = None
 ) -> bytes:
@@ -349,27 +391,31 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 
 
 def cell(
-    images: Sequence[Image.Image | None], size: int, caption: str, titles: Sequence[str] = ()
+    images: Sequence[Image.Image | None],
+    size: int | tuple[int, int],
+    caption: str,
+    titles: Sequence[str] = (),
 ) -> Image.Image:
     """Arrange images in a row, `size` pixels each, with titles above and a two-line caption below.
 
     None leaves its place white.
     """
-    font = ImageFont.load_default(max(12, size // 10))
+    width, height = (size, size) if isinstance(size, int) else size
+    font = ImageFont.load_default(max(12, width // 10))
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow was built without FreeType otherwise
     line = round(font.size * 1.3)
-    top, width = line if titles else 0, (size + 4) * len(images) - 4
-    sheet = Image.new("RGB", (width, top + size + 2 * line + 4), "white")
+    top, total = line if titles else 0, (width + 4) * len(images) - 4
+    sheet = Image.new("RGB", (total, top + height + 2 * line + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        left = i * (size + 4)
+        left = i * (width + 4)
         if titles:
             pen.text((left + 2, 0), titles[i], fill="black", font=font)
         if image is not None:
-            sheet.paste(image.resize((size, size), Image.Resampling.LANCZOS), (left, top))
-    letters = max(8, int(width / font.getlength("n")))
+            sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
+    letters = max(8, int(total / font.getlength("n")))
     lines = textwrap.wrap(caption, letters, max_lines=2, placeholder=" …")
-    pen.text((2, top + size + 2), "\n".join(lines), fill="black", font=font)
+    pen.text((2, top + height + 2), "\n".join(lines), fill="black", font=font)
     return sheet
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from annotated_types import Interval
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:  # `import unclip` must not import torch
     import torch
     from PIL import Image
     from typing_extensions import Self
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short names -> torch's
+DType = Union["torch.dtype", str]  # as torch has it, or by name
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
@@ -111,12 +115,21 @@ class StageOptions:
     guidance_rescale: Scale = 0.0  # 2305.08891
     # Percentile in (0, 1] of |x_0| (Imagen 2.3); None = static clipping
     dynamic_threshold: PositiveFraction | None = None
-    # Autoregressive prior only: divides the logits of the codes; 0 = always the likeliest code
+    # Autoregressive prior: divides the logits of the codes; 0 = always the likeliest code.
+    # Diffusion of images: factor of the initial noise; below 1 = smoother (GLIDE)
     temperature: Temperature = 1.0
     # Compute the deep U-Net levels at every n-th step only (DeepCache, 2312.00858; approximate).
     cache_interval: PositiveInt = 1
+    # "ancestral" and "ddim" only: the `steps` timesteps, decreasing; None = evenly spaced
+    timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        ts = self.timesteps
+        if ts is not None and len(ts) != self.steps:
+            given = f"timesteps are {len(ts)}, but steps is {self.steps}"
+            raise ValueError(f"{given}; expected as many, or timesteps=None")
+        if ts is not None and (list(ts) != sorted({*ts}, reverse=True) or ts[-1] < 0):
+            raise ValueError(f"timesteps are {ts}; expected decreasing numbers of at least 0")
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; expected low <= high")
@@ -145,6 +158,13 @@ class UnCLIPOptions:
     embedding: Literal["prior", "text", "none"] = "prior"
 
 
+# The timesteps that GLIDE calls "fast27": denser towards the image.
+FAST27 = (
+    *(997, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266, 244, 222, 200),
+    *(199, 177, 155, 133, 111, 88, 66, 44, 22, 0),
+)
+
+
 @config
 class GLIDEOptions:
     """Sampling options of GLIDE (2112.10741), whose own code guides the first stage only."""
@@ -152,7 +172,9 @@ class GLIDEOptions:
     decoder: StageOptions = field(
         default_factory=lambda: StageOptions(steps=100, guidance=3.0, sampler="ancestral")
     )
-    upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=27),))
+    upsamplers: tuple[StageOptions, ...] = field(
+        default_factory=lambda: (StageOptions(steps=27, timesteps=FAST27, temperature=0.997),)
+    )
 
 
 @dataclass(frozen=True)
@@ -174,9 +196,12 @@ class Progress:
         return self.source() if callable(self.source) else self.source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GenerationResult:
-    """Generated images with everything needed to generate them again."""
+    """Generated images with everything needed to generate them again.
+
+    `result[0]`, slices and iteration give results of one image or some; notebooks show the images.
+    """
 
     images: list[Image.Image]
     seeds: list[int | None]  # one per image; None where nothing is random
@@ -189,6 +214,67 @@ class GenerationResult:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, index: int | slice) -> GenerationResult:
+        rows = range(len(self))[index]
+        return self.pick([rows] if isinstance(rows, int) else rows)
+
+    def __iter__(self) -> Iterator[GenerationResult]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        sizes = " ".join(sorted({f"{image.width}x{image.height}" for image in self.images}))
+        count = f"{len(self)} image{'s' * (len(self) != 1)}"
+        return f"<GenerationResult: {count} {sizes}, seeds {self.seeds}, prompts {self._texts()}>"
+
+    def _texts(self) -> list[str]:
+        """Return the distinct prompts, shortened."""
+        texts = dict.fromkeys(prompt for prompt in self.prompts if prompt is not None)
+        return [text if len(text) <= 40 else f"{text[:39]}…" for text in texts][:8]
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images with their metadata and return the files.
+
+        path: a .png, .jpg or .webp file for one image, or a folder, whose files are named after
+        prompt and seed. PIL's `result.images[0].save` writes no metadata.
+        """
+        from unclip.image_io import WRITTEN, image_name, save_image
+
+        path, metadata = Path(path), self.metadata or [{}] * len(self)
+        if path.suffix.lower() in WRITTEN:
+            if len(self) != 1:
+                raise ValueError(f"{path} is one file for {len(self)} images; give a folder")
+            files = [path]
+        else:
+            rows = enumerate(zip(self.prompts, self.seeds, strict=True))
+            names = [
+                image_name(prompt or "image", i if s is None else s) for i, (prompt, s) in rows
+            ]
+            files = [
+                path / f"{name}{'' if names.count(name) == 1 else f'-{i}'}.png"
+                for i, name in enumerate(names)
+            ]
+        for image, file, entry in zip(self.images, files, metadata, strict=True):
+            save_image(image, file, entry or None)
+        return files
+
+    def _repr_png_(self) -> bytes | None:
+        """Return one image, for notebooks."""
+        from unclip.image_io import encode_image
+
+        if len(self) != 1:
+            return None
+        return encode_image(self.images[0], metadata=self.metadata[0] if self.metadata else None)
+
+    def _repr_html_(self) -> str:
+        """Return the images with their prompts and seeds, for notebooks."""
+        from unclip.image_io import figure
+
+        captions = [
+            " · ".join(str(part) for part in (prompt, seed) if part is not None)
+            for prompt, seed in zip(self.prompts, self.seeds, strict=True)
+        ]
+        return "".join(map(figure, self.images, captions))
 
     def pick(self, rows: Sequence[int]) -> GenerationResult:
         """Select images, in the order of `rows`."""

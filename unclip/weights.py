@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip.files import open_safetensors, printable
+from unclip.types import DTYPES, DType
 
 MAX_MAPPED = 2**26  # bytes
 
@@ -24,8 +26,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, file: str | Path, mapped: bool = False) -> None:
         self.file, self.mapped = Path(file), mapped
         self._open()
-        names = self._opened.keys()  # not iterable itself
-        self.shapes = {name: tuple(self._opened.get_slice(name).get_shape()) for name in names}
+        self._stored = plain_names(self._opened.keys())
+        shapes = {
+            name: self._opened.get_slice(key).get_shape() for name, key in self._stored.items()
+        }
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.metadata: dict[str, str] = self._opened.metadata() or {}
 
     def _open(self) -> None:
@@ -37,7 +42,7 @@ class TensorFile(Mapping[str, Tensor]):
         if self._read > MAX_MAPPED:
             self._open()  # the pages that were read count as memory until the file is closed
         try:
-            tensor = self._opened.get_tensor(name)
+            tensor = self._opened.get_tensor(self._stored[name])
         except SafetensorError as error:  # a data type that torch does not have
             raise ValueError(f"{self.file}: tensor {printable(name)}: {error}") from None
         self._read += tensor.nbytes
@@ -52,6 +57,27 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return names without the prefixes that wrappers add in training -> names as stored.
+
+    torch.compile adds "_orig_mod." to a module, DistributedDataParallel "module." to all names.
+    """
+    plain = {re.sub(r"(?<![^.])_orig_mod\.", "", name): name for name in names}
+    while plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): stored for name, stored in plain.items()}
+    return plain
+
+
+def to_dtype(dtype: DType | None) -> torch.dtype | None:
+    """Return a floating-point dtype from torch's own or a name: "bf16", "bfloat16"; None stays."""
+    name = str(dtype).removeprefix("torch.")
+    found = None if dtype is None else getattr(torch, DTYPES.get(name, name), dtype)
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        names = ", ".join(DTYPES)
+        raise ValueError(f"dtype is {dtype!r}; expected {names} or a floating-point torch.dtype")
+    return found
 
 
 def read_tensors(file: str | Path) -> dict[str, Tensor]:

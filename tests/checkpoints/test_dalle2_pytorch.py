@@ -160,6 +160,7 @@ def test_ema_weights_of_the_trainer_are_loaded(prior, tmp_path):
     expected = write(tmp_path / "plain/prior.pth", state, "1.15.6", prior=section)
     for content in (
         {"model": worse, "ema_model": state},
+        {"model": worse, "ema_model": {f"module.{name}": x for name, x in state.items()}},
         {"model": worse, "ema": averages},
         {"model": state},
     ):

@@ -86,6 +86,18 @@ def test_a_copy_in_our_format_gives_the_same_images(model, tmp_path):
     assert copied.schedules["upsampler_0"].config == ScheduleConfig("linear", 100)
 
 
+def test_ancestral_sampling_guides_the_learned_variance(model):
+    """As DALLE2-pytorch; Karlo and GLIDE take the variance of the condition."""
+    pipe = unclip.load(model)
+    options = StageOptions(3, guidance=3.0, sampler="ancestral")
+    bound = pipe.decoder_stage.bind(numbers("emb", (1, D)), None, options)
+    x_t = numbers("x", (1, 3, 16, 16))
+    cond, null = bound.denoise_both(torch.cat([x_t, x_t]), 50.0).chunk(2)
+    _, variance = bound.estimate(x_t, 50.0)
+    assert torch.allclose(variance, (null + 3 * (cond - null))[:, 3:], atol=1e-5)
+    assert not torch.allclose(variance, cond[:, 3:], atol=1e-3)
+
+
 def test_variations_depend_on_the_direction_of_the_embedding(model):
     pipe = unclip.load(model)
     emb = torch.randn(2, D)

@@ -142,6 +142,15 @@ def test_files_with_openai_s_or_taming_s_codec_are_loaded(tmp_path):
     )
 
 
+def test_prefixes_of_wrappers_are_removed(tmp_path):
+    saved = content("full")
+    plain = loaded(tmp_path, saved).dalle.state_dict()
+    plain = {name: x.clone() for name, x in plain.items()}  # they are mapped from the file
+    saved["weights"] = {f"module.{name}": x for name, x in saved["weights"].items()}
+    wrapped = loaded(tmp_path, saved).dalle.state_dict()
+    assert all(torch.equal(x, wrapped[name]) for name, x in plain.items())
+
+
 def test_a_file_uses_the_tokenizer_next_to_it(tmp_path):
     torch.save(content("full"), tmp_path / "dalle.pt")
     with pytest.raises(

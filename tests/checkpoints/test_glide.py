@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -176,6 +178,31 @@ def test_the_pipeline_matches_glides_sampling(folder: Path) -> None:
     large = pipe.upsample(small, ["a red fish"], generators=generators)
     # The linear schedule ends at α = 0.006: rounding errors of x_0 are 160 times as large there.
     assert sampled(large) == pytest.approx(recorded["output"][1], abs=2e-3)
+
+
+def test_the_upsampler_samples_as_glides_code_does(folder: Path) -> None:
+    """27 timesteps of "fast27", from noise of standard deviation 0.997; other numbers are even."""
+    pipe = small_pipe(folder)
+    [options] = unclip.load(folder, "cpu").options.upsamplers
+    stage, (x_T, steps) = pipe.stages[1], ([], [])
+
+    def denoise(x_t: Tensor, t: float, **_: Any) -> Tensor:
+        x_T.append(x_t)
+        steps.append(t)
+        return torch.zeros(len(x_t), 6, 16, 16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.network, "denoise", denoise)
+        generators = [torch.Generator().manual_seed(0)]
+        pipe.upsample(torch.zeros(1, 3, 8, 8), ["a"], generators=generators, options=[options])
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(x_T[0], 0.997 * noise)
+    # ADM's sections of 10, 10, 3, 2 and 2, of which 999 is moved to 997.
+    fifths = [np.linspace(0, 199, n).round() + 200 * i for i, n in enumerate((10, 10, 3, 2, 2))]
+    assert sorted(steps) == [*np.concatenate(fifths)[:-1], 997]
+    with pytest.raises(ValueError, match="timesteps are 27, but steps is 10"):
+        replace(options, steps=10)
+    assert pipe.preset("fast").upsamplers[0].timesteps is None
 
 
 def test_every_prompt_has_its_own_seed(folder: Path) -> None:

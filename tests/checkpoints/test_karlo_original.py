@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from recorded import numbers, recording, sampled, weights
 from torch import Tensor
 
@@ -139,6 +140,17 @@ def test_the_folder_loads_as_a_pipeline(folder: Path) -> None:
     assert (options.prior.guidance, options.decoder.guidance) == (4.0, 8.0)
     assert options.prior_candidates == 1
     assert pipe.prior.config.heads == 2 and pipe.decoder.config.image_size == 64
+
+
+def test_clipping_and_preprocessing_are_those_of_karlos_code(folder: Path, tmp_path: Path) -> None:
+    """diffusers clips x_0 at 5 and crops images; Karlo's code clips at 10 and squashes them."""
+    assert unclip.load_prior(folder / FILES["prior"]).network.x0_limit == 10
+    save_for_diffusers(load_any(folder), tmp_path / "diffusers")
+    for path in (folder, tmp_path / "diffusers"):
+        pipe = unclip.load(path, "cpu")
+        assert pipe.prior.x0_limit == 10
+        wide = Image.linear_gradient("L").resize((300, 100)).convert("RGB").rotate(90)
+        assert torch.equal(pipe.encode_image(wide), pipe.encode_image(wide.resize((16, 16), 3)))
 
 
 def test_diffusers_layout_gives_the_same_model(folder: Path, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def write(folder: Path, ending: str = "") -> Path:
     for part, shapes in RECORDED["shapes"].items():
         state = weights({f"{part}.{name}": shape for name, shape in shapes.items()})
         state = {name.removeprefix(f"{part}."): x for name, x in state.items()}
+        if part == "decoder":  # the recording starts from row K; the published table ends with it
+            rows = state["embed_tokens.weight"]
+            rows[[K, -1]] = rows[[-1, K]]
         torch.save(state, folder / ("detoker.pt" if part == "detoker" else f"{part}{ending}.pt"))
     (folder / f"vocab{ending}.json").write_text(json.dumps(RECORDED["vocab"]))
     (folder / f"merges{ending}.txt").write_text(
@@ -166,6 +169,16 @@ def test_a_folder_generates_images(folder, pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "ours")
     again = unclip.load(tmp_path / "ours", "cpu")("blue fish", seed=4, progress=False)
     assert again.images[0].tobytes() == alone.images[0].tobytes()
+
+
+def test_the_start_token_is_the_last_row_of_mega_and_mini(folder, dalle, tmp_path):
+    """Mega's table has unused rows after its codes; mini's start follows them directly."""
+    rows = torch.load(folder / "decoder.pt", weights_only=True)["embed_tokens.weight"]
+    assert len(rows) > K + 1 and torch.equal(dalle.start, rows[-1])
+    mini = write(tmp_path / "mini")
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        change(mini, "decoder.pt", lambda s, name=name: s.update({name: s[name][: K + 1].clone()}))
+    assert torch.equal(unclip.load(mini, "cpu").dalle.start, rows[K])
 
 
 def test_cache_folders_of_min_dalle_are_recognised(folder, tmp_path):

@@ -18,6 +18,7 @@ from bombs import BOMBS
 from torch import Tensor, nn
 
 from unclip.checkpoints.pickles import Stub, module_state, read_checkpoint, read_state
+from unclip.weights import TensorFile, write_safetensors
 
 DTYPES = [
     torch.float32,
@@ -338,6 +339,22 @@ def test_a_bomb_is_refused_within_a_second_and_80_megabytes(kind: str, tmp_path:
 def test_a_wrapped_state_dict_is_found(wrap: Callable[[nn.Module], Any], tmp_path: Path) -> None:
     torch.save(wrap(network()), tmp_path / "file.ckpt")
     assert_same(read_state(tmp_path / "file.ckpt"), dict(network().state_dict()))
+
+
+@pytest.mark.parametrize("wrapper", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}"])
+def test_names_lose_the_prefixes_of_wrappers(wrapper: str, tmp_path: Path) -> None:
+    """Of DistributedDataParallel and torch.compile, in pickles and in safetensors."""
+    state = dict(network().state_dict())
+    wrapped = {wrapper.format(name): x.contiguous() for name, x in state.items()}
+    torch.save({"state_dict": wrapped}, tmp_path / "file.ckpt")
+    assert_same(read_state(tmp_path / "file.ckpt"), state)
+    write_safetensors(wrapped, tmp_path / "file.safetensors")
+    file = TensorFile(tmp_path / "file.safetensors")
+    assert_same({name: file[name] for name in state}, state)
+    # A submodule may be compiled alone; "module." is a wrapper only if it is on every name.
+    inner = {"unet._orig_mod.a": "unet.a", "module.b": "module.b"}
+    torch.save({name: torch.zeros(1) for name in inner}, tmp_path / "file.ckpt")
+    assert list(read_state(tmp_path / "file.ckpt")) == list(inner.values())
 
 
 @pytest.mark.parametrize("content", [{"epoch": 1, "loss": 0.5}, [1, 2], {}, {"state_dict": [1]}])

@@ -94,8 +94,28 @@ def test_invalid_checkpoints_raise(tmp_path):
     with pytest.raises(ValueError, match="other.ckpt is not an image codec of a known format"):
         load_codec(tmp_path / "other.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match="holds a list; expected a state dict"):
+    with pytest.raises(ValueError, match="list.ckpt is not an image codec of a known format"):
         load_codec(tmp_path / "list.ckpt")
+
+
+@pytest.mark.parametrize("name", ["vqgan.pt", "vqgan.pth", "vqgan.ckpt"])
+def test_a_vqgan_is_loaded_alone_and_as_a_first_stage(name, tmp_path):
+    state = weights(TAMING["nearest"]["shapes"])
+    torch.save({f"module._orig_mod.{key}": x for key, x in state.items()}, tmp_path / name)
+    transformer = {f"first_stage_model.{key}": x for key, x in state.items()}
+    transformer |= {
+        "transformer.pos_emb": torch.zeros(2),
+        "first_stage_model.loss.x": torch.ones(1),
+    }
+    (tmp_path / "net2net").mkdir()
+    torch.save({"state_dict": transformer}, tmp_path / "net2net" / name)
+    (tmp_path / "net2net" / "model.yaml").write_text(
+        "model: {params: {first_stage_config: {params: {ddconfig: {resolution: 32}}}}}"
+    )
+    alone, first_stage = (load_codec(path / name) for path in (tmp_path, tmp_path / "net2net"))
+    assert (alone.image_size, first_stage.image_size) == (256, 32)
+    for codec in (alone, first_stage):
+        assert torch.equal(codec.quantizer.codebook, state["quantize.embedding.weight"])
 
 
 def test_published_sizes():

@@ -14,6 +14,8 @@ from unclip.checkpoints.folders import locate
 from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.registry import load_any
 from unclip.checkpoints.summary import describe
+from unclip.types import DType
+from unclip.weights import to_dtype
 
 WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
     "unclip": store.save_bundle,
@@ -22,9 +24,7 @@ WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 
 
-def convert(
-    source: str | Path, folder: str | Path, to: str, dtype: torch.dtype | None = None
-) -> None:
+def convert(source: str | Path, folder: str | Path, to: str, dtype: DType | None = None) -> None:
     """Write the model at `source` (anything that `unclip.load` accepts) in the layout `to`.
 
     dtype: of the stored weights, by default the widest that they have. ValueError with the reasons
@@ -33,7 +33,7 @@ def convert(
     if to not in WRITERS:
         raise ValueError(f"to is {to!r}; expected {' or '.join(WRITERS)}")
     path = locate(source)
-    dtype = dtype or stored_dtype(path)
+    dtype = to_dtype(dtype) or stored_dtype(path)
     WRITERS[to](load_any(path, dtype), folder, dtype)
 
 

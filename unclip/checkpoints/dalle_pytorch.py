@@ -16,7 +16,7 @@ from torch import Tensor
 from unclip.checkpoints import taming
 from unclip.checkpoints.formats import Bundle, Format, States
 from unclip.checkpoints.openai import dvae as openai_dvae
-from unclip.checkpoints.pickles import read_checkpoint
+from unclip.checkpoints.pickles import read_checkpoint, rename_plain
 from unclip.checkpoints.renaming import Part, Rule, build, move, repeated, without_prefix
 from unclip.checkpoints.transformers.tokenizer import clip_tokenizer, open_clip_vocabulary
 from unclip.models.codecs.codec import ImageCodec
@@ -83,7 +83,7 @@ def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
 
 
 def probe(path: Path) -> States:
-    state = read_checkpoint(_file(path))["weights"]
+    state = rename_plain(read_checkpoint(_file(path))["weights"])
     codec = {name: x for name, x in state.items() if name.startswith("vae.")}
     return {"codec": codec, "dalle": {name: x for name, x in state.items() if name not in codec}}
 
@@ -105,7 +105,7 @@ def read_tokenizer(file: Path, config: DALLEConfig) -> BPETokenizer:
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
     """Load transformer and codec, in eval mode; ValueError for unsupported options."""
     content = read_checkpoint(path)
-    weights = content["weights"]
+    weights = rename_plain(content["weights"])
     state = {name: x for name, x in weights.items() if not name.startswith("vae.")}
     config = read_config(state, content["hparams"], path)
     part = Part(plain_names(state, config), rules(config), path)

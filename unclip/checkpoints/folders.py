@@ -8,17 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints import hub
-from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES
-from unclip.config import MAX_CONFIG, parse_yaml
+from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES, HubArguments
+from unclip.config import MAX_CONFIG, check_keywords, parse_yaml
 from unclip.files import printable, read_json, read_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OPTIONS_FILE, SCHEDULE_FILE = "options.json", "schedule.json"
 WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 FORMAT_NAME, VERSION = "unclip", 1
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^\s@]+))?")
 _PACKAGE = Path(__file__).parent.parent
 
 
@@ -30,29 +33,40 @@ def bundled_models() -> dict[str, Path]:
     return {}
 
 
-def locate(name_or_path: str | Path, files: Sequence[str] = MODEL_FILES) -> Path:
-    """Resolve a bundled model's name, a local path or a Hub id "org/name" to a path.
+def locate(
+    name_or_path: str | Path,
+    files: Sequence[str] = MODEL_FILES,
+    **hub_arguments: Unpack[HubArguments],
+) -> Path:
+    """Resolve a bundled model's name, a local path or a Hub id "org/name[@revision]" to a path.
 
     A Hub repository is downloaded once and cached; `files` are patterns of the files to download.
     ValueError if there is no such model.
     """
+    check_keywords(hub_arguments, HubArguments.__annotations__, ("dtype", "device", "offload"))
     bundled = bundled_models()
     if str(name_or_path) in bundled:
         return bundled[str(name_or_path)]
     if (path := Path(name_or_path)).exists():
         return path
     known = f"bundled models: {', '.join(bundled) or 'none'}"
-    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path):
-        return _fetch(name_or_path, files, known)
+    if isinstance(name_or_path, str) and (found := _HUB_ID.fullmatch(name_or_path)):
+        hub_id, revision = found.groups()
+        if revision is not None:
+            if hub_arguments.get("revision", revision) != revision:
+                other = hub_arguments.get("revision")
+                raise ValueError(f"{name_or_path} and revision={other!r} differ; give one of them")
+            hub_arguments["revision"] = revision
+        try:
+            return hub.fetch(hub_id, files, **hub_arguments)
+        except ValueError as error:
+            reason = f"is not a local folder and could not be downloaded: {error}"
+            raise ValueError(f"model {name_or_path!r} {reason}; {known}") from None
     raise ValueError(f"unknown model {str(name_or_path)!r}; {known}; or give a folder or Hub id")
 
 
-def _fetch(hub_id: str, files: Sequence[str], known: str) -> Path:
-    try:
-        return hub.fetch(hub_id, files)
-    except ValueError as error:
-        reason = f"is not a local folder and could not be downloaded: {error}"
-        raise ValueError(f"model {hub_id!r} {reason}; {known}") from None
+def is_hub_id(name_or_path: str | Path) -> bool:
+    return isinstance(name_or_path, str) and _HUB_ID.fullmatch(name_or_path) is not None
 
 
 def read_model_json(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,10 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MODEL_FILE, INDEX_FILE, CONFIG_FILE = "model.json", "model_index.json", "config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "README.md")
@@ -19,6 +23,16 @@ FOREIGN_FILES = (
 ALWAYS = (MODEL_FILE, INDEX_FILE, CONFIG_FILE)
 # A prior's repository may also hold far larger encoders, which are not needed.
 PRIOR_FILES = (*ALWAYS, "prior*", "*_stats.th", "scheduler/*", "model.*", "schedule.json")
+CODEC_FILES = (CONFIG_FILE, "model.safetensors", "encoder.pkl", "decoder.pkl", "*.ckpt", "*.yaml")
+
+
+class HubArguments(TypedDict, total=False):
+    """Arguments of all functions that load a model, for a Hub id; see `huggingface_hub`."""
+
+    revision: str | None  # branch, tag or commit; also as "org/name@revision"
+    cache_dir: str | Path | None  # default: HF_HOME's
+    token: str | bool | None  # for private models; default: that of `hf auth login`
+    local_files_only: bool  # do not download: load what is in the cache
 
 
 def select(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str]:
@@ -65,7 +79,9 @@ def _one_checkpoint(names: list[str]) -> list[str]:
     return selected
 
 
-def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:
+def fetch(
+    hub_id: str, files: Sequence[str] = MODEL_FILES, **arguments: Unpack[HubArguments]
+) -> Path:
     """Download the files of a repository that `select` returns; return the cached folder.
 
     Without a network, what was downloaded before is used. ValueError with the reason on failure.
@@ -75,22 +91,30 @@ def fetch(hub_id: str, files: Sequence[str] = MODEL_FILES) -> Path:
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    local_files_only = arguments.pop("local_files_only", False)
+    remote = {name: arguments[name] for name in ("revision", "token") if name in arguments}
     names, reason = None, "the Hub cannot be reached"
     try:
-        names = list_repo_files(hub_id)
+        if local_files_only:
+            reason = "local_files_only is set"
+        else:
+            names = list_repo_files(hub_id, **remote)
     except RepositoryNotFoundError:
         raise ValueError("the Hub has no such model, or it is private") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"the model has no revision {remote.get('revision')!r}") from None
     except HfHubHTTPError as error:
         reason = _first_line(error)
     except Exception:  # network errors, whose classes change with the versions of the Hub's library
         pass
     try:
-        if names is None:
-            cached = snapshot_download(hub_id, allow_patterns=list(ALWAYS), local_files_only=True)
-            return Path(cached)
-        return Path(snapshot_download(hub_id, allow_patterns=select(names, files)))
+        if names is not None:
+            return Path(snapshot_download(hub_id, allow_patterns=select(names, files), **arguments))
+        cached = {"allow_patterns": list(ALWAYS), "local_files_only": True}
+        return Path(snapshot_download(hub_id, **cached, **arguments))
     except LocalEntryNotFoundError:
         raise ValueError(f"{reason}, and nothing of the model is cached") from None
     except (HfHubHTTPError, OSError) as error:

@@ -29,7 +29,8 @@ CLIP_FILE, STATS_FILE = "ViT-L-14.pt", "ViT-L-14_stats.th"
 PRIOR_FILE, ANY_PRIOR_FILE = "prior-ckpt*.ckpt", "prior*.ckpt"  # the latter fits Kandinsky's too
 DECODER_FILE, UPSAMPLER_FILE = "decoder-ckpt*.ckpt", "improved-sr-ckpt*.ckpt"
 LOW_SIZE, HIGH_SIZE = 64, 256
-# The precision of diffusers' port: Karlo's own is higher, but both layouts give the same images.
+X0_LIMIT = 10.0  # of priors in Karlo's and Kandinsky's own code; diffusers' port of Karlo has 5
+# The precision of diffusers' port: Karlo's own is higher, but the difference cannot be seen.
 SCHEDULE = ScheduleConfig(precision="float32")
 PRIOR_RULES = (
     move("time_embed.0", "time.fc1"),
@@ -73,7 +74,8 @@ def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
         options = KARLO_OPTIONS
     return Bundle(
         kind="unclip",
-        components={"clip": read_clip(folder / CLIP_FILE), **networks},
+        # Karlo's code resizes an image to a square where diffusers crops one out of it.
+        components={"clip": read_clip(folder / CLIP_FILE, resize_mode="squash"), **networks},
         schedules=dict.fromkeys(networks, SCHEDULE),
         options=options,
         name="karlo-v1-alpha",
@@ -131,6 +133,7 @@ def prior_config(state: Mapping[str, Tensor], source: Path) -> PriorConfig:
             depth=adm.transformer_depth(state, "model.transformer."),
             heads=width // adm.HEAD_DIM,
             null_text="empty_prompt",
+            x0_limit=X0_LIMIT,
         )
 
 

@@ -172,8 +172,9 @@ def rules(config: BartDALLEConfig, rows: int) -> list[Rule]:
     """
     K = config.image_vocab
 
-    def padded(codes: Tensor) -> Tensor:
-        return torch.cat([codes, codes.new_zeros(rows - len(codes), config.width)])
+    def padded(codes: Tensor, *last: Tensor) -> Tensor:
+        missing = rows - len(codes) - len(last)
+        return torch.cat([codes, codes.new_zeros(missing, config.width), *last])
 
     encoder, decoder = [*SELF_ATTENTION, *MLP], [*SELF_ATTENTION, *CROSS_ATTENTION, *MLP]
     return [
@@ -182,12 +183,13 @@ def rules(config: BartDALLEConfig, rows: int) -> list[Rule]:
         move("encoder.layernorm_embedding", "text_norm"),
         *repeated("encoder.layers.{}.", "encoder.{}.", config.encoder_depth, encoder),
         move("encoder.final_ln", "encoder_norm"),
-        # The start token follows the codes, as in training; min-dalle uses the last code instead.
+        # The start token is the last row, as in training; mega has unused rows between the codes
+        # and it. min-dalle uses the last code instead.
         Rule(
             ("decoder.embed_tokens.weight",),
             ("code_emb.weight", "start"),
-            lambda x: [x[0][:K], x[0][K]],
-            lambda x: [padded(torch.cat([x[0], x[1][None]]))],
+            lambda x: [x[0][:K], x[0][-1]],
+            lambda x: [padded(x[0], x[1][None])],
         ),
         move("decoder.embed_positions", "code_positions"),
         move("decoder.layernorm_embedding", "code_norm"),

@@ -17,7 +17,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from unclip.files import MAX_TEXT, open_regular, printable
+from unclip.weights import plain_names
 
 Data = mmap.mmap | bytearray
 # First object in a file of PyTorch before 1.6, which is a sequence of pickles and raw storages.
@@ -62,15 +63,34 @@ def read_checkpoint(file: str | Path) -> Any:
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
-    """Return the state dict of a checkpoint: itself, its "state_dict" or that of a module."""
+    """Return the state dict of a checkpoint: itself, its "state_dict" or that of a module.
+
+    Names are without the prefixes of wrappers (see `plain_names`).
+    """
     content = read_checkpoint(file)
+    if state := find_state(content):
+        return state
+    raise ValueError(f"{file} holds {_describe(content)}; expected a state dict (name -> tensor)")
+
+
+def find_state(content: Any) -> dict[str, Tensor]:
+    """Return the state dict in the content of a checkpoint, as `read_state`; {} if it has none."""
     if isinstance(content, dict):
         content = content.get("state_dict", content)
     state = module_state(content) if isinstance(content, Stub) else content
-    if isinstance(state, dict) and state:
-        if all(isinstance(n, str) and isinstance(x, Tensor) for n, x in state.items()):
-            return state
-    raise ValueError(f"{file} holds {_describe(content)}; expected a state dict (name -> tensor)")
+    return rename_plain(state) if is_state(state) else {}
+
+
+def rename_plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without the prefixes of wrappers in its names."""
+    return {name: state[stored] for name, stored in plain_names(state).items()}
+
+
+def is_state(content: Any) -> bool:
+    """Return whether an object is a state dict, which has a tensor for every name."""
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(n, str) and isinstance(x, Tensor) for n, x in content.items())
 
 
 class Stub:

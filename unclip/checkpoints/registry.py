@@ -7,16 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unclip.checkpoints import dalle_pytorch, glide, karlo, min_dalle, store, taming
 from unclip.checkpoints.dalle2_pytorch import load as dalle2_pytorch
 from unclip.checkpoints.diffusers import load as diffusers
+from unclip.checkpoints.folders import is_hub_id, locate
 from unclip.checkpoints.formats import Bundle, Format, LoadedPrior, T
+from unclip.checkpoints.hub import CODEC_FILES, HubArguments
 from unclip.checkpoints.openai import dvae as openai_dvae
 from unclip.models.codecs.codec import Autoencoder
+from unclip.types import DType
+from unclip.weights import to_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MODELS = (
     store.FORMAT,
@@ -49,15 +56,19 @@ def load_any_prior(path: Path, dtype: torch.dtype = torch.float32) -> LoadedPrio
 
 
 def load_codec(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: DType = torch.float32,
+    **hub: Unpack[HubArguments],
 ) -> Autoencoder:
-    """Load an image codec in eval mode: a component folder, OpenAI's dVAE or a taming .ckpt.
+    """Load an image codec in eval mode: a component folder, OpenAI's dVAE or a VQGAN of taming's.
 
-    FileNotFoundError if the path does not exist, ValueError if it is not a codec.
+    path: may be a Hub id "org/name[@revision]"; hub: see `load`. FileNotFoundError if the path does
+    not exist, ValueError if it is not a codec.
     """
-    path = Path(path)
-    if not path.exists():
+    if not Path(path).exists() and not is_hub_id(path):
         raise FileNotFoundError(f"{path} does not exist; expected an image codec")
+    path, dtype = locate(path, CODEC_FILES, **hub), to_dtype(dtype) or torch.float32
     if not (format := _matching(CODECS, path)):
         raise ValueError(f"{path} is not an image codec of a known format ({_names(CODECS)})")
     codec = format.load(path, dtype)

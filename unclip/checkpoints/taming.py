@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.formats import Format, States
-from unclip.checkpoints.pickles import read_state
-from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, fuse, move, prefixed
+from unclip.checkpoints.pickles import find_state, read_checkpoint
+from unclip.checkpoints.renaming import (
+    Part,
+    Rule,
+    build,
+    count,
+    expecting,
+    fuse,
+    move,
+    prefixed,
+    without_prefix,
+)
 from unclip.config import MAX_CONFIG, parse_yaml
 from unclip.files import read_text
 from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
@@ -18,6 +28,7 @@ from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.unet import LevelSpec
 
 IGNORED = ("loss.*",)  # the discriminator and the perceptual network
+FIRST_STAGE = "first_stage_model."  # prefix of a VQGAN that another network was trained on
 IMAGE_SIZE = 256  # of every published one; the tensors do not show it
 RESBLOCK = (
     *(move(name, name) for name in ("norm1", "conv1", "norm2", "conv2")),
@@ -29,15 +40,21 @@ END = ("norm_out", "silu", "conv_out")
 
 
 def recognise(path: Path) -> bool:
-    """Recognise a .ckpt file with a quantizer, which the .ckpt of a prior does not have."""
-    if not path.is_file() or path.suffix != ".ckpt":
+    """Recognise a file with a quantizer, which the checkpoint of another network does not have."""
+    if not path.is_file() or path.suffix not in (".ckpt", ".pt", ".pth"):
         return False
-    return any(name.startswith("quantize.") for name in read_state(path))
+    return any(name.startswith("quantize.") for name in _read(path))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a VQGAN, alone or as the first stage of a transformer or LDM."""
+    state = find_state(read_checkpoint(path))
+    return without_prefix(state, FIRST_STAGE) or state
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> VQGAN:
-    """Load the codec in a .ckpt, in eval mode; a YAML file next to it may give the image size."""
-    state = read_state(path)
+    """Load the codec in a file, in eval mode; a YAML file next to it may give the image size."""
+    state = _read(path)
     return build_vqgan(state, infer_config(state, path, _image_size(path)), path, dtype)
 
 
@@ -49,7 +66,7 @@ def build_vqgan(
 
 
 def probe(path: Path) -> States:
-    state = read_state(path)
+    state = _read(path)
     return {"codec": {name: x for name, x in state.items() if not name.startswith("loss.")}}
 
 
@@ -138,8 +155,10 @@ def _image_size(checkpoint: Path) -> int:
         if file.is_file():
             try:
                 config, _ = parse_yaml(read_text(file, MAX_CONFIG), str(file))
-                return int(config["model"]["params"]["ddconfig"]["resolution"])
-            except (LookupError, TypeError, ValueError, OverflowError):
+                params = config["model"]["params"]
+                params = params.get("first_stage_config", {}).get("params", params)
+                return int(params["ddconfig"]["resolution"])
+            except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
                 raise ValueError(
                     f"{file} has no model.params.ddconfig.resolution; correct or remove the file"
                 ) from None

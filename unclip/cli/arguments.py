@@ -132,11 +132,14 @@ def add_seed(parser: ArgumentParser, default: int | None = None) -> None:
 
 
 def add_output(
-    parser: ArgumentParser, about: str = "a .png file, or a folder (default: the current one)"
+    parser: ArgumentParser,
+    about: str = "a .png, .jpg or .webp file, or a folder (default: the current one)",
 ) -> None:
     """Add what `check_output` and `write_images` read."""
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
-    parser.add_argument("--grid", action="store_true", help="write one sheet with all images")
+    parser.add_argument(
+        "--grid", action="store_true", help="write one sheet with all images and captions"
+    )
     add_quiet(parser)
 
 
@@ -305,4 +308,7 @@ def _set(options: Any, path: Sequence[str], value: Any) -> Any:
     name, *rest = path
     if name == "*":
         return tuple(_set(one, rest, value) for one in options)
-    return replace(options, **{name: _set(getattr(options, name), rest, value)})
+    changes = {name: _set(getattr(options, name), rest, value)}
+    if name == "steps":
+        changes["timesteps"] = None  # of the former number
+    return replace(options, **changes)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.folders import bundled_models
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_dalle, load_model
-from unclip.cli.output import check_output, slug, write_images
+from unclip.cli.output import check_output, write_images
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from unclip.cli.loading import AnyPipeline
+    from unclip.types import GenerationResult
 
 BATCH_SIZE = 16
 COMPLETION_MODEL = "emoji-dalle1"
@@ -79,9 +80,9 @@ def generate(args: Namespace) -> None:
     pipe = load_model(args)
     given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
-    for rows, part in _parts(args, len(prompts), args.candidates):
-        result = pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE)
-        _write(result.images, result.metadata, args)
+    parts = _parts(args, len(prompts), args.candidates)
+    results = (pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE) for rows, part in parts)
+    _write_all(results, args)
 
 
 def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
@@ -103,14 +104,14 @@ def _parts(
 ) -> Iterator[tuple[slice, dict[str, int]]]:
     """Split a command into calls; yield the prompts, and num_images and seed, of each.
 
-    Images are written after each call, so an interrupted command keeps those that are finished.
-    A grid needs all images in one call, and a selection all candidates of a prompt.
+    A selection needs all candidates of a prompt in one call. An interrupted command keeps the
+    images of the calls that are finished.
     """
     from unclip.pipelines.request import seeds_from, split_batches
 
     per_prompt = candidates or args.num_images
     seeds = seeds_from(args.seed, num_prompts * per_prompt)
-    size = len(seeds) if args.grid else max(BATCH_SIZE, candidates or 0)
+    size = max(BATCH_SIZE, candidates or 0)
     for rows, n in split_batches(num_prompts, per_prompt, size):
         yield rows, {"num_images": args.num_images if candidates else n, "seed": seeds[0]}
         seeds = seeds[n * len(range(num_prompts)[rows]) :]
@@ -141,8 +142,10 @@ def _regenerate(args: Namespace) -> None:
     from unclip.pipelines.provenance import regenerate
 
     latents: dict[str, Any] = {}  # each source is inverted once
-    results = [regenerate(pipe, one, progress=not args.quiet, latents=latents) for one in entries]
-    _write([one.images[0] for one in results], [one.metadata[0] for one in results], args)
+    _write_all(
+        (regenerate(pipe, one, progress=not args.quiet, latents=latents)[0] for one in entries),
+        args,
+    )
 
 
 def _check_lora(args: Namespace, stored: Any) -> None:
@@ -178,9 +181,8 @@ def variations(args: Namespace) -> None:
     given = _given(prompt=args.prompt, keep=args.keep)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
-    for _, part in _parts(args):
-        result = pipe.variations(image, **part, **given)
-        _write(result.images, result.metadata, args, args.image.stem)
+    results = (pipe.variations(image, **part, **given) for _, part in _parts(args))
+    _write_all(results, args, args.image.stem)
 
 
 def complete(args: Namespace) -> None:
@@ -192,9 +194,9 @@ def complete(args: Namespace) -> None:
     given = _given(keep=args.keep, num_candidates=args.candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
-    for _, part in _parts(args, candidates=args.candidates):
-        result = pipe.complete(image, args.caption, **part, **given)
-        _write(result.images, result.metadata, args, args.image.stem)
+    parts = _parts(args, candidates=args.candidates)
+    results = (pipe.complete(image, args.caption, **part, **given) for _, part in parts)
+    _write_all(results, args, args.image.stem)
 
 
 def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
@@ -206,6 +208,23 @@ def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
     return fit(image, pipe.codec.image_size)
 
 
+def _write_all(results: Iterable[GenerationResult], args: Namespace, source: str = "") -> None:
+    """Write results as they come, or one sheet at the end; if interrupted, of what there is."""
+    if not args.grid:
+        for result in results:
+            _write(result.images, result.metadata, args, source)
+        return
+    images: list[Image.Image] = []
+    metadata: list[dict[str, Any]] = []
+    try:
+        for result in results:
+            images += result.images
+            metadata += result.metadata
+    finally:
+        if images:
+            _write(images, metadata, args, source)
+
+
 def _write(
     images: Sequence[Image.Image],
     metadata: Sequence[dict[str, Any]],
@@ -213,10 +232,11 @@ def _write(
     source: str = "",
 ) -> None:
     """Write images to files that are named after the prompt, or else the source, and the seed."""
+    from unclip.image_io import image_name
+
     names = []
     for i, entry in enumerate(metadata):
         prompt = entry.get("prompt") or source
         words = prompt if isinstance(prompt, str) else " and ".join(prompt)
-        seed = i if entry["seed"] is None else entry["seed"]
-        names.append(f"{slug(words)}-{seed}")
+        names.append(image_name(words, i if entry["seed"] is None else entry["seed"]))
     write_images(images, metadata, names, args)

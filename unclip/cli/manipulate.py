@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, check_output, is_png, print_path, slug, write_results
+from unclip.cli.output import check_file, check_output, is_image, print_path, write_results
 
 if TYPE_CHECKING:
     from unclip.pipelines.unclip.latent import Latent
@@ -127,7 +127,7 @@ def vary(args: Namespace) -> None:
 
 
 def interpolate(args: Namespace) -> None:
-    from unclip.image_io import check_animation, save_animation
+    from unclip.image_io import check_animation, save_animation, slug
 
     if bool(args.sources) == bool(args.prompts):
         raise ValueError("give either images or --prompts")
@@ -144,7 +144,7 @@ def interpolate(args: Namespace) -> None:
         check_animation(output, args.fps)
         check_file(output)
     else:
-        args.grid = args.grid or is_png(output)
+        args.grid = args.grid or is_image(output)
         check_output(args, args.frames)
     pipe = load_unclip(args)
     chosen = {name: getattr(args, name) for name in ("frames", "even", "noise", "seed")}

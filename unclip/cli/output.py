@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from unclip.types import GenerationResult
 
-OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4")
+OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".mp4")
 
 
 def check_output(args: Namespace, num_images: int) -> None:
@@ -25,10 +24,10 @@ def check_output(args: Namespace, num_images: int) -> None:
     if path is None:
         return
     if path.suffix.lower() in OTHER_FORMATS:
-        raise ValueError(f"{path}: images are written as .png, which stores how to generate them")
-    if not is_png(path):
+        raise ValueError(f"{path}: images are written as .png, .jpg or .webp; expected one of them")
+    if not is_image(path):
         if path.is_file():
-            raise ValueError(f"{path} is a file; expected a .png file or a folder")
+            raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
         return _check_parents(path)
     if num_images > 1 and not args.grid:
         raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")
@@ -48,8 +47,10 @@ def _check_parents(path: Path) -> None:
             raise ValueError(f"cannot write {path}: {parent} is not a directory")
 
 
-def is_png(path: Path) -> bool:
-    return path.suffix.lower() == ".png"
+def is_image(path: Path) -> bool:
+    from unclip.image_io import WRITTEN
+
+    return path.suffix.lower() in WRITTEN
 
 
 def write_images(
@@ -58,20 +59,24 @@ def write_images(
     names: Sequence[str],
     args: Namespace,
 ) -> None:
-    """Write images to --output: a .png file, a folder of `names`, or one sheet with --grid."""
-    from unclip.image_io import grid, save_png
+    """Write images to --output: an image file, a folder of `names`, or one sheet with --grid."""
+    from unclip.image_io import cell, grid, save_image
 
     target = args.output or Path()
     if args.grid:
-        sheet = grid(images, columns_of(metadata))
-        files = [(target if is_png(target) else target / "grid.png", sheet, list(metadata))]
-    elif is_png(target):
+        cells = [
+            cell([image], image.size, caption_of(entry))
+            for image, entry in zip(images, metadata, strict=True)
+        ]
+        sheet = grid(cells, columns_of(metadata))
+        files = [(target if is_image(target) else target / "grid.png", sheet, list(metadata))]
+    elif is_image(target):
         files = [(target, images[0], metadata[0])]
     else:
         paths = [target / f"{name}.png" for name in names]
         files = list(zip(paths, images, metadata, strict=True))
     for path, image, entry in files:
-        save_png(image, path, entry)
+        save_image(image, path, entry)
         print_path(path, args)
 
 
@@ -89,6 +94,16 @@ def write_results(result: GenerationResult, sources: Sequence[str], args: Namesp
     write_images(result.images, result.metadata, numbered, args)
 
 
+def caption_of(metadata: Mapping[str, Any]) -> str:
+    """Return the caption of an image in a sheet: prompt or operation, and seed."""
+    prompt = metadata.get("prompt")
+    if isinstance(prompt, Mapping):
+        prompt = " + ".join(f"{weight:g} {text}" for text, weight in prompt.items())
+    what = prompt or str(metadata.get("operation", "variation")).replace("_", " ")
+    seed = metadata.get("seed")
+    return what if seed is None else f"{what} ({seed})"
+
+
 def columns_of(metadata: Sequence[Mapping[str, Any]]) -> int:
     """Return the columns of a sheet: one row for each prompt or source image, else a square.
 
@@ -100,12 +115,6 @@ def columns_of(metadata: Sequence[Mapping[str, Any]]) -> int:
     if 1 < same < len(metadata) or metadata[0].get("operation") in ("interpolate", "text_diff"):
         return same
     return math.ceil(math.sqrt(len(metadata)))
-
-
-def slug(text: str) -> str:
-    """Return a file name of at most 60 characters, and 180 bytes: most file systems take 255."""
-    name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
-    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "image"
 
 
 def print_path(path: Path, args: Namespace) -> None:

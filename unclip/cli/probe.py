@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, is_png, print_path
+from unclip.cli.output import check_file, print_path
 
 if TYPE_CHECKING:
     from unclip.embeddings import PCA
@@ -85,7 +85,7 @@ def _check(args: Namespace) -> None:
     if args.word is not None and len(args.sources) > 1:
         raise ValueError(f"--word expects one image; got {len(args.sources)}")
     args.output = args.output or Path("components.png" if args.word is None else "attack.png")
-    if not is_png(args.output):
+    if args.output.suffix.lower() != ".png":
         raise ValueError(f"{args.output}: figures are written as .png")
     for path in (args.output, args.save_pca):
         if path is not None:

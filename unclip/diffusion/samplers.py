@@ -42,6 +42,7 @@ class Estimator:
     denoise_both: Denoise | None = None  # of 2 * K * B rows: conditions, then nulls; for guidance
     weights: Tensor | None = None  # (K, B) of the conditions, of sum 1 over K; None for K = 1
     dtype: torch.dtype = torch.float32  # of the denoiser's input
+    guided_variance: bool = False  # guide the learned variance too; else it is the condition's
 
     def __post_init__(self) -> None:
         self.schedule.check(self.prediction)
@@ -69,12 +70,14 @@ class Estimator:
         return self.options.guidance != 1 and low <= t / self.schedule.num_timesteps <= high
 
     def _guide(self, cond: Tensor, null: Tensor) -> Tensor:
-        """Apply guidance to the prediction; the variance is that of the condition."""
+        """Apply guidance to the prediction and, with `guided_variance`, to the variance."""
         scale, rescale = self.options.guidance, self.options.guidance_rescale
         if not self.learned_variance:
             return guide(cond, null, scale, rescale)
-        (cond, variance), (null, _) = cond.chunk(2, dim=1), null.chunk(2, dim=1)
+        (cond, variance), (null, null_variance) = cond.chunk(2, dim=1), null.chunk(2, dim=1)
         guided = guide(cond, null, scale, rescale)
+        if self.guided_variance:
+            variance = guide(variance, null_variance, scale)
         return torch.cat([guided, variance.to(guided.dtype)], dim=1)
 
 
@@ -183,6 +186,10 @@ def sampling_timesteps(options: StageOptions, schedule: Schedule) -> list[float]
         raise ValueError(f"steps is {steps}, but the model has only {T} timesteps")
     if not 0.0 <= options.eta <= 1.0:
         raise ValueError(f"eta is {options.eta}; expected 0 (deterministic) to 1 (ancestral)")
+    if options.timesteps is not None and options.sampler in ("ancestral", "ddim"):
+        if options.timesteps[0] >= T:
+            raise ValueError(f"timesteps start at {options.timesteps[0]}; the model has {T}")
+        return [*options.timesteps]
     if options.sampler == "ancestral":
         return [*ancestral_timesteps(steps, T)]
     if options.sampler == "ddim":

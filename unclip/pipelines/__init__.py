@@ -6,23 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from unclip.checkpoints.folders import locate
-from unclip.checkpoints.hub import PRIOR_FILES
+from unclip.checkpoints.hub import PRIOR_FILES, HubArguments
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
     from unclip.pipelines.unclip.stages import LoadedPrior
+    from unclip.types import DType
 
 
 @overload
 def load(
     name_or_path: Literal["emoji-dalle1"],
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     *,
     offload: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> DallePipeline: ...
 
 
@@ -30,9 +33,10 @@ def load(
 def load(
     name_or_path: Literal["emoji"],
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     *,
     offload: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> UnCLIPPipeline: ...
 
 
@@ -40,27 +44,31 @@ def load(
 def load(
     name_or_path: str | Path,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     *,
     offload: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> Any: ...  # the class depends on the files
 
 
 def load(
     name_or_path: str | Path,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DType | None = None,
     *,
     offload: bool = False,
+    **hub: Unpack[HubArguments],
 ) -> Any:
     """Load a bundled model ("emoji"), a model folder, or a Hub id "org/name".
 
     Returns an UnCLIPPipeline, a DallePipeline or a GLIDEPipeline. device: by default CUDA, then
-    MPS, then the CPU. dtype: by default half precision on CUDA, else float32. offload: keep one
-    network in memory at a time from the beginning (see `Pipeline.offload`). ValueError if there is
-    no such model (it lists those that exist) or its files are damaged.
+    MPS, then the CPU. dtype: torch's or a name, "bf16"; by default half precision on CUDA, else
+    float32. offload: keep one
+    network in memory at a time from the beginning (see `Pipeline.offload`). hub: revision (or
+    "org/name@revision"), cache_dir, token and local_files_only, as in `huggingface_hub`. ValueError
+    if there is no such model (it lists those that exist) or its files are damaged.
     """
-    path = locate(name_or_path)  # before the slow imports: a wrong name fails at once
+    path = locate(name_or_path, **hub)  # before the slow imports: a wrong name fails at once
 
     from unclip.checkpoints import store
     from unclip.checkpoints.registry import load_any
@@ -69,34 +77,45 @@ def load(
     from unclip.pipelines.offload import Offloader
     from unclip.pipelines.runtime import default_dtype, find_device
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+    from unclip.weights import to_dtype
 
     pipelines = {"unclip": UnCLIPPipeline, "glide": GLIDEPipeline, "dalle": DallePipeline}
     device = find_device(device)
-    dtype = dtype or default_dtype(device)
+    dtype = to_dtype(dtype) or default_dtype(device)
+    source = _source(name_or_path, hub)
     if offload and store.recognise(path):  # weights are mapped, not read, on their way to the disk
         bundle = store.load_bundle(path, dtype, mapped=True)
     else:  # other formats always map
         bundle = load_any(path, dtype)
     if offload and bundle.kind == UnCLIPPipeline.kind:
-        return UnCLIPPipeline.from_bundle(bundle, str(name_or_path), Offloader(device, dtype))
-    pipe = pipelines[bundle.kind].from_bundle(bundle, source=str(name_or_path))
+        return UnCLIPPipeline.from_bundle(bundle, source, Offloader(device, dtype))
+    pipe = pipelines[bundle.kind].from_bundle(bundle, source=source)
     return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
 
 
-def load_prior(name_or_path: str | Path, dtype: torch.dtype | None = None) -> LoadedPrior:
+def load_prior(
+    name_or_path: str | Path, dtype: DType | None = None, **hub: Unpack[HubArguments]
+) -> LoadedPrior:
     """Load a prior alone, for `pipe.prior = prior`: a network, its noise schedule and its source.
 
     It may be a file or a folder of a prior, or any model that `load` reads; of a Hub id only the
     prior is fetched. It is on the CPU, by default in float32; a pipeline moves it to its own device
-    and dtype. ValueError if there is none, or it is damaged.
+    and dtype. hub: see `load`. ValueError if there is none, or it is damaged.
     """
-    path = locate(name_or_path, PRIOR_FILES)
+    path = locate(name_or_path, PRIOR_FILES, **hub)
 
     import torch
 
     from unclip.checkpoints.registry import load_any_prior
     from unclip.pipelines.unclip.stages import LoadedPrior
+    from unclip.weights import to_dtype
 
     network: Any
-    network, schedule = load_any_prior(path, dtype or torch.float32)
-    return LoadedPrior(network, schedule, str(name_or_path))
+    network, schedule = load_any_prior(path, to_dtype(dtype) or torch.float32)
+    return LoadedPrior(network, schedule, _source(name_or_path, hub))
+
+
+def _source(name_or_path: str | Path, hub: HubArguments) -> str:
+    """Return what loads the same model again, for the metadata of images."""
+    revision = hub.get("revision")
+    return str(name_or_path) if revision is None else f"{name_or_path}@{revision}"

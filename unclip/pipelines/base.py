@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,17 +17,20 @@ from torch import Tensor, nn
 from unclip import __version__, image_io
 from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.store import load_bundle, save_bundle
+from unclip.config import check_keywords
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import Batch
 from unclip.pipelines.runtime import Runtime
-from unclip.types import GenerationResult, StageOptions, TextEncoding
+from unclip.types import DTYPES, DType, GenerationResult, StageOptions, TextEncoding
+from unclip.weights import to_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 P = ParamSpec("P")
 Output = TypeVar("Output", Tensor, TextEncoding)
+Result = TypeVar("Result")
 
 
 class Pipeline(ABC):
@@ -41,10 +45,26 @@ class Pipeline(ABC):
     required: tuple[str, ...]  # components that a checkpoint must have
     options: Any  # the defaults of this model, a frozen dataclass
 
+    def __init_subclass__(cls) -> None:
+        """Make unknown arguments of sampling methods an error that suggests the right name."""
+        super().__init_subclass__()
+        for name, method in [*vars(cls).items()]:
+            if inspect.isfunction(method) and "progress" in inspect.signature(method).parameters:
+                setattr(cls, name, _with_suggestions(method))
+
     def __init__(self, runtime: Runtime, name: str, licence: str, source: str | None) -> None:
         """source: what `unclip.load` was given, for the metadata of images."""
         self.runtime = runtime
         self.name, self.licence, self.source = name, licence, source or name
+
+    def __repr__(self) -> str:
+        counts = {
+            name: sum(parameter.numel() for parameter in network.parameters())
+            for name, network in self.runtime.networks.items()
+        }
+        sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<{type(self).__name__} {self.name!r} on {self.device} in {dtype}: {sizes}>"
 
     @classmethod
     @abstractmethod
@@ -64,9 +84,10 @@ class Pipeline(ABC):
         cls,
         folder: str | Path,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: DType = torch.float32,
     ) -> Self:
         """Load a folder of `save_pretrained`; `unclip.load` also accepts names and Hub ids."""
+        dtype = to_dtype(dtype) or torch.float32
         return cls.from_bundle(load_bundle(folder, dtype), source=str(folder)).to(device, dtype)
 
     @classmethod
@@ -77,7 +98,7 @@ class Pipeline(ABC):
         if missing := set(cls.required) - bundle.components.keys():
             raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: DType | None = None) -> None:
         """Write a model folder, weights in `dtype` if given; an existing one is replaced last."""
         self.runtime.check_saveable()
         for value in vars(self.options).values():
@@ -87,7 +108,8 @@ class Pipeline(ABC):
                     raise ValueError(f"options have a {sampler}; expected samplers with a name")
         schedules = {name: schedule.config for name, schedule in self.schedules.items()}
         about = self.options, self.name, self.licence
-        save_bundle(Bundle(self.kind, self.components(), schedules, *about), folder, dtype)
+        bundle = Bundle(self.kind, self.components(), schedules, *about)
+        save_bundle(bundle, folder, to_dtype(dtype))
 
     def components(self) -> dict[str, Any]:
         """Return the parts of a checkpoint by name."""
@@ -127,10 +149,17 @@ class Pipeline(ABC):
         return self.runtime.quantized
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, device: torch.device | torch.dtype | str | None = None, dtype: DType | None = None
     ) -> Self:
-        """Move all networks; parameters are cast, but a small CLIP and statistics stay float32."""
-        self.runtime.to(device, dtype)
+        """Move all networks; parameters are cast, but a small CLIP and statistics stay float32.
+
+        As in torch, the first argument may be a dtype: `pipe.to(torch.bfloat16)`.
+        """
+        if isinstance(device, torch.dtype) or device in {*DTYPES, *DTYPES.values()}:
+            if dtype is not None:
+                raise ValueError(f"two dtypes are given, {device} and {dtype}; expected one")
+            device, dtype = None, to_dtype(device)  # type: ignore[arg-type]
+        self.runtime.to(device, to_dtype(dtype))  # type: ignore[arg-type]
         return self
 
     def offload(self, device: torch.device | str | None = None) -> Self:
@@ -186,6 +215,17 @@ class Pipeline(ABC):
         cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
         seeds: list[int | None] = [*batch.seeds]
         return GenerationResult(image_io.to_pil(x), seeds, [*prompts], metadata=metadata, **cloned)
+
+
+def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:
+    known = [*inspect.signature(method).parameters][1:]
+
+    @wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        check_keywords(kwargs, known)
+        return method(*args, **kwargs)
+
+    return run
 
 
 def inference(stage: Callable[P, Output]) -> Callable[P, Output]:

@@ -14,7 +14,13 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import Pipeline, inference, make_schedules
-from unclip.pipelines.request import Request, check_options, check_prompts, random_generators
+from unclip.pipelines.request import (
+    Request,
+    Seed,
+    check_options,
+    check_prompts,
+    random_generators,
+)
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.stages import DiffusionStage
 from unclip.tokenizer import GPT2Tokenizer
@@ -56,7 +62,7 @@ class GLIDEPipeline(Pipeline):
             DiffusionStage(stage, network, made[stage], self.runtime, "eps", True)
             for stage, network in networks.items()
         ]
-        self.options = options or GLIDEOptions(upsamplers=(StageOptions(steps=27),) * len(ups))
+        self.options = options or GLIDEOptions(upsamplers=GLIDEOptions().upsamplers * len(ups))
         self._check_compatible()
         check_options(self.options, GLIDEOptions, len(ups))
 
@@ -90,7 +96,7 @@ class GLIDEPipeline(Pipeline):
         prompt: Prompt,
         *,
         num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         options: GLIDEOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,

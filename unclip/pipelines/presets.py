@@ -30,7 +30,7 @@ def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
         decoder=_fewer(options.decoder, 0.4, guidance_interval=(0.2, 0.9)),
         # A network trained for t = 0 alone needs ancestral sampling, which ends there.
         upsamplers=tuple(
-            replace(stage, steps=max(2, round(0.45 * stage.steps)), cache_interval=3)
+            _fewer(stage, 0.45, sampler="ancestral", cache_interval=3)
             if separate
             else _fewer(stage, 0.6)
             for stage, separate in zip(options.upsamplers, separate_last, strict=False)
@@ -39,5 +39,6 @@ def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
 
 
 def _fewer(stage: StageOptions, share: float, **changes: Any) -> StageOptions:
-    """Reduce the steps to a share, and use a solver of higher order to compensate."""
-    return replace(stage, steps=max(2, round(share * stage.steps)), sampler="unipc", **changes)
+    """Reduce the steps to a share; by default, use a solver of higher order to compensate."""
+    steps = max(2, round(share * stage.steps))
+    return replace(stage, **{"steps": steps, "timesteps": None, "sampler": "unipc", **changes})

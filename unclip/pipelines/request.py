@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +22,7 @@ from unclip.types import BatchReporter, OnStep, Progress, Prompt, StageOptions, 
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
 
+Seed = int | Sequence[int] | None  # numpy's integers and arrays too
 Mixture = Mapping[str, float]  # texts and their relative weights
 ImageInput = Image.Image | str | Path | Tensor  # a tensor is (3, H, W) or (B, 3, H, W) in [-1, 1]
 Images = ImageInput | Sequence[ImageInput]
@@ -31,7 +33,7 @@ class Request:
     """The arguments that every call takes: image k (prompts in order) has the seed `seed` + k."""
 
     num_images: int = 1  # of each prompt
-    seed: int | Sequence[int] | None = None  # None = random; several: one for each image
+    seed: Seed = None  # None = random; several: one for each image
     on_step: OnStep | None = None
     batch_size: int = 16
     progress: bool = True  # show a progress bar
@@ -113,7 +115,7 @@ def batches_of(count: int, batch_size: int) -> Iterator[slice]:
 
 def check_count(name: str, value: int) -> None:
     """ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
@@ -133,17 +135,18 @@ def check_upsamplers(options: Sequence[StageOptions], available: int) -> None:
         raise ValueError(f"{given}; start from pipe.options")
 
 
-def seeds_from(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def seeds_from(seed: Seed, count: int) -> list[int]:
     """Return seed, seed + 1, ..., or one seed for each as given; None = from a random start."""
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if seed is None:
+        seed = random.SystemRandom().randrange(2**31)
+    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
         if len(seed) != count:
             raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
         return [seeds_from(one, 1)[0] for one in seed]
-    if seed is None:
-        seed = random.SystemRandom().randrange(2**31)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63 - count:
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= int(seed) < 2**63 - count:
         raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**63")
-    return list(range(seed, seed + count))
+    return list(range(int(seed), int(seed) + count))
 
 
 def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip.checkpoints.pickles import Stub, read_checkpoint
+from unclip.checkpoints.pickles import Stub, is_state, read_checkpoint, rename_plain
 from unclip.files import read_json
 
 Release = tuple[int, ...]
@@ -55,7 +55,7 @@ def read_file(file: Path, part: str) -> Checkpoint:
     state = weights(content)
     if not any(name.startswith(PREFIXES[part]) for name in state):
         raise ValueError(f"{file} is not a {part} of DALLE2-pytorch: it has no {PREFIXES[part]}*")
-    header = {} if state is content else content
+    header = {} if is_state(content) else content
     config, source = header.get("config"), file
     if config is None:
         names = (f"{part}_config.json", f"{file.stem}_config.json", "config.json")
@@ -73,11 +73,15 @@ def read_file(file: Path, part: str) -> Checkpoint:
 
 def weights(content: Any) -> Mapping[str, Tensor]:
     """Return the weights for sampling: the EMA if the trainer saved one; {} if there are none."""
-    if _is_state(content) or not isinstance(content, Mapping):
-        return content if _is_state(content) else {}
-    if _is_state(content.get("ema_model")):
+    return rename_plain(_stored_weights(content))
+
+
+def _stored_weights(content: Any) -> Mapping[str, Tensor]:
+    if is_state(content) or not isinstance(content, Mapping):
+        return content if is_state(content) else {}
+    if is_state(content.get("ema_model")):
         return content["ema_model"]
-    if _is_state(content.get("ema")):
+    if is_state(content.get("ema")):
         # A prior has "ema_model.net.*"; a decoder has one EMA per U-Net, "0.ema_model.*".
         named = (
             (re.fullmatch(r"(?:(\d+)\.)?ema_model\.(.*)", name), x)
@@ -85,13 +89,7 @@ def weights(content: Any) -> Mapping[str, Tensor]:
         )
         if found := {f"unets.{m[1]}.{m[2]}" if m[1] else m[2]: x for m, x in named if m}:
             return found
-    return content["model"] if _is_state(content.get("model")) else {}
-
-
-def _is_state(content: Any) -> bool:
-    if not isinstance(content, Mapping) or not content:
-        return False
-    return all(isinstance(x, Tensor) for x in content.values())
+    return content["model"] if is_state(content.get("model")) else {}
 
 
 def release_of(version: Any) -> Release | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,12 +20,16 @@ HEAD_DIM = 64  # of both towers, in every model that OpenAI published
 SIZES = ("input_resolution", "context_length", "vocab_size")  # stored as tensors with the weights
 
 
-def read_clip(file: Path) -> CLIP:
-    """Load both towers in float32; ValueError if the image tower is not a ViT."""
+def read_clip(file: Path, **preprocess_cfg: Any) -> CLIP:
+    """Load both towers in float32; ValueError if the image tower is not a ViT.
+
+    preprocess_cfg: see `CLIPConfig`; by default OpenAI's, which crops the central square of images.
+    """
     from unclip.clip import CLIP  # late: open_clip is slow to import
 
     state = {name: tensor for name, tensor in read_state(file).items() if name not in SIZES}
-    return CLIP.from_tensors(clip_config(state, file), state, file)
+    config = replace(clip_config(state, file), preprocess_cfg=preprocess_cfg)
+    return CLIP.from_tensors(config, state, file)
 
 
 def clip_config(state: Mapping[str, Tensor], source: Path) -> CLIPConfig:

@@ -28,6 +28,7 @@ from unclip.pipelines.request import (
     ImageInput,
     Images,
     Request,
+    Seed,
     check_prompts,
     generators_from,
     list_images,
@@ -81,7 +82,7 @@ def invert(
 
 
 def random_latent(
-    pipe: StagedPipeline, image_emb: Tensor, seed: int | None, options: UnCLIPOptions | None
+    pipe: StagedPipeline, image_emb: Tensor, seed: Seed, options: UnCLIPOptions | None
 ) -> Latent:
     """Combine embeddings (B, D) with the noise of `variations` for seeds `seed`, `seed` + 1, ..."""
     options = options or deterministic(pipe.options)
@@ -107,7 +108,7 @@ def imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
             candidates=options.prior_candidates,
             on_step=on_step,
         )
-    return random_latent(pipe, image_emb, seeds[0], options)
+    return random_latent(pipe, image_emb, seeds, options)
 
 
 def reconstruct(

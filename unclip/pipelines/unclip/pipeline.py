@@ -29,6 +29,7 @@ from unclip.pipelines.request import (
     Mixture,
     PromptBatch,
     Request,
+    Seed,
     check_count,
     check_images,
     check_upsamplers,
@@ -158,7 +159,7 @@ class UnCLIPPipeline(Pipeline):
         *,
         negative_prompt: Prompt | None = None,
         num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         num_candidates: int | None = None,
         on_step: OnStep | None = None,
@@ -207,7 +208,7 @@ class UnCLIPPipeline(Pipeline):
         *,
         image_emb: Tensor | None = None,
         num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
@@ -354,7 +355,7 @@ class UnCLIPPipeline(Pipeline):
         return manipulations.invert(self, images, inversion, request)
 
     def random_latent(
-        self, image_emb: Tensor, *, seed: int | None = None, options: UnCLIPOptions | None = None
+        self, image_emb: Tensor, *, seed: Seed = None, options: UnCLIPOptions | None = None
     ) -> Latent:
         """Return latents of embeddings (B, D), with the noise of `variations` from `seed` on."""
         return manipulations.random_latent(self, image_emb, seed, options)
@@ -363,7 +364,7 @@ class UnCLIPPipeline(Pipeline):
         self,
         prompts: Prompt,
         *,
-        seed: int | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         progress: bool = True,
@@ -396,7 +397,7 @@ class UnCLIPPipeline(Pipeline):
         *,
         eta: float = 0.5,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
         on_step: OnStep | None = None,
@@ -415,7 +416,7 @@ class UnCLIPPipeline(Pipeline):
         frames: int | Sequence[float] = 9,
         even: bool = False,
         noise: Literal["slerp", "first", "random"] = "slerp",
-        seed: int | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
         on_step: OnStep | None = None,
@@ -436,7 +437,7 @@ class UnCLIPPipeline(Pipeline):
         theta: float | Sequence[float] = 0.3,
         *,
         eta: float = 0.5,
-        seed: int | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
         on_step: OnStep | None = None,
@@ -457,7 +458,7 @@ class UnCLIPPipeline(Pipeline):
         *,
         painting: PaintOptions | None = None,
         num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
@@ -478,7 +479,7 @@ class UnCLIPPipeline(Pipeline):
         bottom: int = 0,
         painting: PaintOptions | None = None,
         num_images: int = 1,
-        seed: int | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,
@@ -496,7 +497,7 @@ class UnCLIPPipeline(Pipeline):
         *,
         strength: float = 0.6,
         num_images: int = 1,
-        seed: int | Sequence[int] | None = None,
+        seed: Seed = None,
         options: UnCLIPOptions | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 16,

@@ -66,6 +66,7 @@ class DiffusionStage:
     runtime: Runtime
     prediction: Prediction
     learned_variance: bool = False
+    guided_variance: bool = False  # guide the learned variance too (DALLE2-pytorch)
 
     def bind(
         self,
@@ -129,11 +130,12 @@ class BoundStage:
             self.denoise_both,
             self.weights,
             stage.runtime.dtype,
+            stage.guided_variance,
         )
 
     def noise(self, shape: Sequence[int], generators: Generators) -> Tensor:
         """Return the initial noise (B, ...), in float32 whatever the dtype of the network."""
-        x_T = randn(shape, generators, self.stage.runtime.device)
+        x_T = randn(shape, generators, self.stage.runtime.device) * self.options.temperature
         return x_T.to(memory_format=torch.channels_last) if x_T.ndim == 4 else x_T
 
     def sample(
@@ -403,7 +405,13 @@ class DecoderStage:
         self.network, self.text_encoder = network, text_encoder
         self.runtime, config = text_encoder.runtime, network.config
         self.diffusion = DiffusionStage(
-            name, network, schedule, self.runtime, config.prediction, config.learned_variance
+            name,
+            network,
+            schedule,
+            self.runtime,
+            config.prediction,
+            config.learned_variance,
+            guided_variance=isinstance(network, CrossAttentionDecoder),
         )
 
     @property
