@@ -211,7 +211,7 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: Any = None) -> None:
-    """Write a file of a kind in `WRITTEN`, by its suffix, atomically, with metadata; create parent folders.
+    """Write a file of a kind in `WRITTEN` atomically, with metadata; create parent folders.
 
     Raises OSError if the file cannot be written.
     """

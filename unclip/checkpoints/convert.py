@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from unclip.checkpoints import store
+from unclip.checkpoints.diffusers import custom
 from unclip.checkpoints.diffusers import layout as diffusers
-from unclip.checkpoints.diffusers.export import save_for_diffusers
 from unclip.checkpoints.folders import locate
 from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.registry import load_any
@@ -19,7 +19,7 @@ from unclip.weights import to_dtype
 
 WRITERS: dict[str, Callable[[Bundle, str | Path, torch.dtype | None], None]] = {
     "unclip": store.save_bundle,
-    "diffusers": save_for_diffusers,
+    "diffusers": custom.save,
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # widest first
 

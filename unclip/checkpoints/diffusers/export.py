@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 from unclip.models.unet import UNetConfig
 from unclip.weights import write_safetensors
 
+PIPELINE_FILE = "pipeline.py"  # of folders with their own pipeline (see `custom`)
 WEIGHTS_FILE, CLIP_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 # diffusers has moved the class, and no longer finds it as "unclip", its entry in Karlo's index.
 TEXT_PROJ_LIBRARY = "diffusers.pipelines.deprecated.unclip.text_proj"
@@ -47,35 +49,44 @@ def save_for_diffusers(
     folder = Path(folder)
     if reasons := reasons_against(bundle):
         raise ValueError(f"{bundle.name} cannot be written for diffusers: {'; '.join(reasons)}")
-    if folder.exists() and not recognise(folder) and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not a diffusers folder; choose a new folder")
-    old = read_json(folder / INDEX_FILE) if recognise(folder) else {}
     writers = {"prior": _write_prior, "decoder": _write_decoder, "upsampler_0": _write_upsampler}
-    has_prior = "prior" in bundle.components
-    with atomic_folder(folder) as part:
-        entries = _write_clip(bundle, part, dtype)
+    with index_folder(bundle, folder) as (part, index):
+        has_prior = "prior" in bundle.components
+        index["_class_name"] = "UnCLIPPipeline" if has_prior else "UnCLIPImageVariationPipeline"
+        entries = write_text_encoder(bundle, part, dtype)
+        entries |= _write_image_encoder(bundle, part, dtype)
         for name, write in writers.items():
             if name in bundle.components:
                 entries |= write(bundle.components[name], bundle.schedules[name], part, dtype)
-        index = {
-            "_class_name": "UnCLIPPipeline" if has_prior else "UnCLIPImageVariationPipeline",
-            "_diffusers_version": version("diffusers"),
-            **{name: list(entry) for name, entry in sorted(entries.items())},
-        }
+        index |= {name: list(entry) for name, entry in sorted(entries.items())}
+    _warn_of_options(bundle)
+
+
+@contextlib.contextmanager
+def index_folder(bundle: Bundle, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a new folder, and a model_index.json to fill, that replace `folder` at the end.
+
+    ValueError if `folder` is something else than a folder of diffusers.
+    """
+    if folder.exists() and not recognise(folder) and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not a diffusers folder; choose a new folder")
+    old = read_json(folder / INDEX_FILE) if recognise(folder) else {}
+    index: dict[str, Any] = {"_class_name": None, "_diffusers_version": version("diffusers")}
+    with atomic_folder(folder) as part:
+        yield part, index
         save_json(index, part / INDEX_FILE)
         if not (folder / CARD_FILE).is_file():  # do not replace a model card
             licence = json.dumps(bundle.licence, ensure_ascii=False)
             card = f"---\nlicense: {licence}\n---\n\n# {bundle.name}\n"
             (part / CARD_FILE).write_text(card, encoding="utf-8")
-        keep_others(folder, part, {*old, INDEX_FILE})
-    _warn_of_options(bundle)
+        keep_others(folder, part, {*old, INDEX_FILE, PIPELINE_FILE})
 
 
 def reasons_against(bundle: Bundle) -> list[str]:
     """Return why diffusers cannot express a model: one entry for each unsupported component."""
     if bundle.kind != "unclip":
         return [f"its kind is {bundle.kind!r}; diffusers has a pipeline for 'unclip' only"]
-    found: dict[str, list[str]] = {"clip": _against_clip(bundle)}
+    found: dict[str, list[str]] = {"clip": against_clip(bundle)}
     known = {"prior": (DiffusionPrior, _against_prior), "decoder": (Decoder, _against_decoder)}
     for name, module in bundle.components.items():
         if name == "clip":
@@ -91,7 +102,7 @@ def reasons_against(bundle: Bundle) -> list[str]:
     return [f"{name} ({', '.join(reasons)})" for name, reasons in found.items() if reasons]
 
 
-def _against_clip(bundle: Bundle) -> list[str]:
+def against_clip(bundle: Bundle) -> list[str]:
     from unclip.checkpoints.transformers import clip as towers
 
     clip = bundle.components["clip"]
@@ -154,27 +165,34 @@ def _against_schedule(config: ScheduleConfig) -> Iterator[str]:
         yield "its schedule is shifted" if config.shift != 1 else "its schedule ends at SNR 0"
 
 
-def _write_clip(bundle: Bundle, folder: Path, dtype: torch.dtype | None) -> Entries:
+def write_text_encoder(bundle: Bundle, folder: Path, dtype: torch.dtype | None) -> Entries:
     from unclip.checkpoints.transformers import clip as towers
     from unclip.checkpoints.transformers.tokenizer import write_tokenizer
 
     clip = bundle.components["clip"]
-    text_rules, vision_rules = towers.rules(clip.config)
+    text_rules, _ = towers.rules(clip.config)
     tokenizer, state = towers.for_transformers(clip)
     config = towers.write_config(clip, tokenizer)
-    _write(state, text_rules, folder / "text_encoder", config, dtype, CLIP_WEIGHTS_FILE)
-    entries = {
+    write_component(state, text_rules, folder / "text_encoder", config, dtype, CLIP_WEIGHTS_FILE)
+    return {
         "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
         "tokenizer": ("transformers", write_tokenizer(tokenizer, folder / "tokenizer")),
     }
+
+
+def _write_image_encoder(bundle: Bundle, folder: Path, dtype: torch.dtype | None) -> Entries:
+    from unclip.checkpoints.transformers import clip as towers
+
+    clip = bundle.components["clip"]
     if reasons := towers.reasons_against_vision(clip):
         if clip.model.visual is not None:
             warnings.warn(f"the image encoder is left out: {', '.join(reasons)}", stacklevel=3)
-        return entries
-    config = towers.write_vision_config(clip)
-    _write(state, vision_rules, folder / "image_encoder", config, dtype, CLIP_WEIGHTS_FILE)
-    _save_json(towers.write_processor(clip), folder / "feature_extractor" / towers.PROCESSOR_FILE)
-    return entries | {
+        return {}
+    _, rules = towers.rules(clip.config)
+    state, config = clip.model.state_dict(), towers.write_vision_config(clip)
+    write_component(state, rules, folder / "image_encoder", config, dtype, CLIP_WEIGHTS_FILE)
+    write_json(towers.write_processor(clip), folder / "feature_extractor" / towers.PROCESSOR_FILE)
+    return {
         "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
         "feature_extractor": ("transformers", "CLIPImageProcessor"),
     }
@@ -186,7 +204,7 @@ def _write_prior(
     config = prior.config
     assert isinstance(config, PriorConfig)
     prior_json = configs.write_prior(config)
-    _write(prior.state_dict(), prior_rules(config), folder / "prior", prior_json, dtype)
+    write_component(prior.state_dict(), prior_rules(config), folder / "prior", prior_json, dtype)
     scheduler = Scheduler(schedule, "x0", False, config.x0_limit)
     return {
         "prior": ("diffusers", "PriorTransformer"),
@@ -199,8 +217,12 @@ def _write_decoder(
 ) -> Entries:
     config = decoder.config
     unet_json, text_proj_json = configs.write_decoder(config)
-    _write(decoder.unet.state_dict(), unet_rules(config.unet), folder / "decoder", unet_json, dtype)
-    _write(decoder.state_dict(), text_proj_rules(), folder / "text_proj", text_proj_json, dtype)
+    write_component(
+        decoder.unet.state_dict(), unet_rules(config.unet), folder / "decoder", unet_json, dtype
+    )
+    write_component(
+        decoder.state_dict(), text_proj_rules(), folder / "text_proj", text_proj_json, dtype
+    )
     scheduler = Scheduler(schedule, config.prediction, config.learned_variance, 1.0)
     return {
         "decoder": ("diffusers", "UNet2DConditionModel"),
@@ -219,7 +241,7 @@ def _write_upsampler(
         last = (upsampler.last_unet, config.last_unet)
     for name, (unet, unet_config) in {"super_res_first": first, "super_res_last": last}.items():
         unet_json = configs.write_unet(unet_config, config.high_size)
-        _write(unet.state_dict(), unet_rules(unet_config), folder / name, unet_json, dtype)
+        write_component(unet.state_dict(), unet_rules(unet_config), folder / name, unet_json, dtype)
     scheduler = Scheduler(schedule, config.prediction, config.learned_variance, 1.0)
     return {
         "super_res_first": ("diffusers", "UNet2DModel"),
@@ -229,11 +251,11 @@ def _write_upsampler(
 
 
 def _write_scheduler(scheduler: Scheduler, folder: Path) -> Entries:
-    _save_json(configs.write_scheduler(scheduler), folder / SCHEDULER_FILE)
+    write_json(configs.write_scheduler(scheduler), folder / SCHEDULER_FILE)
     return {folder.name: ("diffusers", "UnCLIPScheduler")}
 
 
-def _write(
+def write_component(
     state: Mapping[str, Tensor],
     rules: Sequence[Rule],
     folder: Path,
@@ -242,7 +264,7 @@ def _write(
     file: str = WEIGHTS_FILE,
 ) -> None:
     """Write a component: its config.json and those tensors of a state dict that the rules name."""
-    _save_json(config, folder / CONFIG_FILE)
+    write_json(config, folder / CONFIG_FILE)
     tensors = {}
     for name, x in export_state(select(state, rules), rules).items():
         x = x.detach().to("cpu", dtype if x.is_floating_point() else None)
@@ -251,7 +273,7 @@ def _write(
     write_safetensors(tensors, folder / file, metadata={"format": "pt"})
 
 
-def _save_json(config: dict[str, Any], file: Path) -> None:
+def write_json(config: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
     save_json(config, file)
 

@@ -1,0 +1,198 @@
+"""Export for diffusers: a folder for its unCLIP pipeline, or else one with its own pipeline.py.
+
+The bundled model is of the second kind. Its text encoder, tokenizer, prior and schedulers are of
+classes of transformers and diffusers; the folder holds the code of the other networks (see
+`standalone`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unclip.checkpoints.diffusers import configs, export
+from unclip.checkpoints.diffusers.export import PIPELINE_FILE, Entries
+from unclip.checkpoints.diffusers.layout import SCHEDULER_FILE
+from unclip.checkpoints.diffusers.names import prior_rules
+from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.renaming import Rule, move
+from unclip.config import to_dict
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
+from unclip.models.unclip.upsampler import Upsampler
+from unclip.types import StageOptions
+
+CODE = Path(__file__).parent / "standalone"
+MODULE, CLASS_NAME = "networks", "UnCLIPFolderPipeline"
+MAX_UPSAMPLERS = 2
+# Fields of our configurations that the classes in networks.py take. diffusers would mistake a
+# setting for the submodule of the same name.
+DECODER = (
+    *("unet", "image_size", "emb_dim", "text_width", "context_tokens", "null_text"),
+    *("text_emb_in_time", "layout", "inpaints"),
+)
+UPSAMPLER = ("unet", "low_size", "high_size", "residual")
+RENAMED = {"unet": "unet_config", "layout": "layout_config"}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def save(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a folder that `DiffusionPipeline.from_pretrained` loads.
+
+    It has the layout of Karlo if the model fits it (`export.save_for_diffusers`), else its own
+    pipeline.py. ValueError with the reasons if neither can express the model.
+    """
+    if not export.reasons_against(bundle):
+        return export.save_for_diffusers(bundle, folder, dtype)
+    if reasons := reasons_against(bundle):
+        raise ValueError(f"{bundle.name} cannot be written for diffusers: {'; '.join(reasons)}")
+    parts, schedules = bundle.components, bundle.schedules
+    with export.index_folder(bundle, Path(folder)) as (part, index):
+        index["_class_name"] = [Path(PIPELINE_FILE).stem, CLASS_NAME]
+        entries = export.write_text_encoder(bundle, part, dtype)
+        entries |= _write_prior(parts["prior"], schedules["prior"], part, dtype)
+        for name, network in _image_networks(bundle):
+            fields = DECODER if isinstance(network, Decoder) else UPSAMPLER
+            config = to_dict(network.config)
+            values = {RENAMED.get(field, field): config[field] for field in fields}
+            entries |= _write_network(network, part / name, values, dtype)
+            prediction = network.config.prediction
+            entries |= _write_scheduler(part, name, schedules[name], prediction, 1.0)
+        (part / PIPELINE_FILE).write_bytes((CODE / PIPELINE_FILE).read_bytes())
+        index |= {name: list(entry) for name, entry in sorted(entries.items())}
+        index["options"] = _options(bundle)
+    _warn(bundle)
+
+
+def reasons_against(bundle: Bundle) -> list[str]:
+    """Return why pipeline.py cannot run a model: one entry for each unsupported component."""
+    if bundle.kind != "unclip":
+        return [f"its kind is {bundle.kind!r}; diffusers has a pipeline for 'unclip' only"]
+    if "prior" not in bundle.components:
+        return ["it has no prior"]
+    found = {"clip": [*export.against_clip(bundle)], "prior": [*_against_prior(bundle)]}
+    for name, network in _image_networks(bundle):
+        found[name] = [*_against_network(network)]
+    if (count := len(bundle.options.upsamplers)) > MAX_UPSAMPLERS:
+        found["upsamplers"] = [f"there are {count}; the pipeline has {MAX_UPSAMPLERS} at most"]
+    return [f"{name} ({', '.join(reasons)})" for name, reasons in found.items() if reasons]
+
+
+def _image_networks(bundle: Bundle) -> Iterator[tuple[str, Any]]:
+    """Iterate over decoder and upsamplers, without those that are not used."""
+    yield "decoder", bundle.components["decoder"]
+    for i in range(len(bundle.options.upsamplers)):
+        yield f"upsampler_{i}", bundle.components[f"upsampler_{i}"]
+
+
+def _against_prior(bundle: Bundle) -> Iterator[str]:
+    prior = bundle.components["prior"]
+    if type(prior) is not DiffusionPrior:
+        yield f"it is a {type(prior).__name__}, not a DiffusionPrior"
+        return
+    config = prior.config
+    if config.mlp_ratio != 4:
+        yield f"mlp_ratio is {config.mlp_ratio}, not 4"
+    if config.text_width != config.emb_dim:
+        yield f"text_width {config.text_width} is not emb_dim {config.emb_dim}"
+
+
+def _against_network(network: nn.Module) -> Iterator[str]:
+    if type(network) not in (Decoder, Upsampler):
+        yield f"it is a {type(network).__name__}"
+    elif isinstance(network, Decoder) and network.config.text.kind != "clip_states":
+        yield "it has its own text transformer"
+    elif isinstance(network, Upsampler) and network.config.last_unet is not None:
+        yield "it has a U-Net of its own for the last step"
+
+
+def _write_prior(
+    prior: DiffusionPrior, schedule: ScheduleConfig, folder: Path, dtype: torch.dtype | None
+) -> Entries:
+    config = prior.config
+    assert isinstance(config, PriorConfig)
+    state, rules = prior.state_dict(), prior_rules(config)
+    export.write_component(state, rules, folder / "prior", configs.write_prior(config), dtype)
+    entries = {"prior": ("diffusers", "PriorTransformer")}
+    if config.null_text == "learned":
+        null: list[Rule] = [move("null_emb", "null_emb"), move("null_state", "null_state")]
+        values = _config("NullText", emb_dim=config.emb_dim)
+        export.write_component(state, null, folder / "null_text", values, dtype)
+        entries |= _add_code(folder / "null_text", "NullText")
+    return entries | _write_scheduler(folder, "prior", schedule, "x0", config.x0_limit)
+
+
+def _write_network(
+    network: nn.Module, folder: Path, values: dict[str, Any], dtype: torch.dtype | None
+) -> Entries:
+    kind, state = type(network).__name__, network.state_dict()
+    rules = [move(name, name) for name in state]
+    export.write_component(state, rules, folder, _config(kind, **values), dtype)
+    return _add_code(folder, kind)
+
+
+def _add_code(folder: Path, kind: str) -> Entries:
+    """Put the code of a network next to its weights, where diffusers looks for it."""
+    (folder / f"{MODULE}.py").write_bytes((CODE / f"{MODULE}.py").read_bytes())
+    return {folder.name: (MODULE, kind)}
+
+
+def _write_scheduler(
+    folder: Path, stage: str, schedule: ScheduleConfig, prediction: str, limit: float | None
+) -> Entries:
+    """Write DDIM with the noise levels of a stage and our timesteps."""
+    config = _config(
+        "DDIMScheduler",
+        num_train_timesteps=schedule.num_timesteps,
+        trained_betas=Schedule(schedule).betas.tolist(),
+        prediction_type=PREDICTIONS[prediction],
+        clip_sample=limit is not None,
+        clip_sample_range=limit or 1.0,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+        steps_offset=0,
+    )
+    name = f"{stage}_scheduler"
+    export.write_json(config, folder / name / SCHEDULER_FILE)
+    return {name: ("diffusers", "DDIMScheduler")}
+
+
+def _config(kind: str, **values: Any) -> dict[str, Any]:
+    return {"_class_name": kind, "_diffusers_version": version("diffusers"), **values}
+
+
+def _options(bundle: Bundle) -> dict[str, Any]:
+    """Return the sampling options that pipeline.py knows."""
+    options = bundle.options
+    guided = {name: getattr(options, name) for name in ("prior", "decoder")}
+    return {
+        **{name: {"steps": s.steps, "guidance": s.guidance} for name, s in guided.items()},
+        "upsamplers": [{"steps": stage.steps} for stage in options.upsamplers],
+        "prior_candidates": options.prior_candidates,
+    }
+
+
+def _warn(bundle: Bundle) -> None:
+    """Warn of what the folder does not hold, and so of images that differ."""
+    options, lost = bundle.options, []
+    stages: dict[str, StageOptions] = {"prior": options.prior, "decoder": options.decoder}
+    stages |= {f"upsampler_{i}": stage for i, stage in enumerate(options.upsamplers)}
+    for name, stage in stages.items():
+        plain = StageOptions(stage.steps, stage.guidance)
+        if stage != plain:
+            lost.append(f"{name} is sampled by plain DDIM")
+        if bundle.schedules[name].num_timesteps % stage.steps:
+            lost.append(f"diffusers spaces {stage.steps} steps of {name} differently")
+    if options.embedding != "prior":
+        lost.append(f"embedding is {options.embedding!r}, but the pipeline decodes the prior's")
+    if "inpainter" in bundle.components:
+        lost.append("the inpainting decoder is left out")
+    if lost:
+        warnings.warn(f"images differ from ours: {'; '.join(lost)}", stacklevel=3)

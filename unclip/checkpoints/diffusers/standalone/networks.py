@@ -1,0 +1,302 @@
+"""Decoder and upsampler of unCLIP (2204.06125) for diffusers, as written by `unclip convert`.
+
+These networks need layers that diffusers' U-Nets do not have together: pixels folded into channels
+("patch"), resampling by one convolution next to attention to a context, and extra input channels
+from a small image that is predicted from the CLIP embedding ("layout").
+"""
+
+# B batch, C channels, S pixels, N context tokens, D CLIP embedding width
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+
+class NullText(ModelMixin, ConfigMixin):
+    """The learned text of a prior for guidance: an embedding (D,) and one state (D,)."""
+
+    @register_to_config
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.null_emb = nn.Parameter(torch.zeros(emb_dim))
+        self.null_state = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return embeddings (B, D), states (B, L, D) and their mask (B, L)."""
+        states = F.pad(self.null_state[None], (0, 0, 0, length - 1)).expand(batch, -1, -1)
+        mask = torch.arange(length, device=states.device) == 0
+        return self.null_emb.expand(batch, -1), states, mask.expand(batch, -1)
+
+
+class TimeMLP(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.fc1, self.fc2 = nn.Linear(in_dim, out_dim), nn.Linear(out_dim, out_dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.in_dim // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10_000.0) * steps / half)
+        h = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(h)))
+
+
+class UpConv2d(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    takes_time = True  # diffusers runs this file for each network: isinstance would not hold
+
+    def __init__(
+        self, c_in: int, c_out: int, config: dict[str, Any], resize: str | None = None
+    ) -> None:
+        super().__init__()
+        self.resize, self.scale_shift = resize, config["time_shift"] == "scale_shift"
+        time_dim = config["time_dim"] or 4 * config["levels"][0]["channels"]
+        conv = UpConv2d if resize == "up" else nn.Conv2d
+        self.norm1 = nn.GroupNorm(config["groups"], c_in)
+        self.conv1 = conv(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(time_dim, 2 * c_out if self.scale_shift else c_out)
+        self.norm2 = nn.GroupNorm(config["groups"], c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resize == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resize == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        h, shift = self.conv1(h), self.time(F.silu(time))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + shift)
+        return self.conv2(F.silu(h)) + self.skip(x)
+
+
+class Attention(nn.Module):
+    """Each pixel attends to [context ; pixels] in one softmax."""
+
+    def __init__(self, channels: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.heads, width = channels // config["head_dim"], config["context_dim"]
+        self.norm = nn.GroupNorm(config["groups"], channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(width, 2 * channels) if width else None
+        self.out = nn.Linear(channels, channels)
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        q, k, v = self._split(self.qkv(self.norm(x).flatten(2).mT), 3)
+        visible = None
+        if self.context_kv is not None and context is not None and mask is not None:
+            k_context, v_context = self._split(self.context_kv(context), 2)
+            k, v = torch.cat([k_context, k], dim=2), torch.cat([v_context, v], dim=2)
+            visible = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None]
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return x + self.out(h.transpose(1, 2).flatten(2)).mT.unflatten(2, x.shape[2:])
+
+
+class Block(nn.Module):
+    def __init__(
+        self, res: nn.Module, attention: nn.Module | None = None, resize: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.res, self.attention, self.resize = res, attention, resize
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        x = _apply(self.res, x, time)
+        if self.attention is not None:
+            x = self.attention(x, context, mask)
+        return x if self.resize is None else _apply(self.resize, x, time)
+
+
+def _apply(module: nn.Module, x: Tensor, time: Tensor) -> Tensor:
+    return module(x, time) if getattr(module, "takes_time", False) else module(x)
+
+
+class UNet(nn.Module):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        levels, self.patch = config["levels"], config["patch"]
+        first, last = levels[0]["channels"], levels[-1]["channels"]
+
+        def attention(channels: int, wanted: bool) -> nn.Module | None:
+            return Attention(channels, config) if wanted else None
+
+        def resample(c: int, resize: str) -> nn.Module:
+            if config["resample"] == "residual":
+                return ResBlock(c, c, config, resize)
+            up = resize == "up"
+            return UpConv2d(c, c, 3, padding=1) if up else nn.Conv2d(c, c, 3, 2, padding=1)
+
+        self.time = TimeMLP(first, config["time_dim"] or 4 * first)
+        self.stem = nn.Conv2d(config["in_channels"] * self.patch**2, first, 3, padding=1)
+        self.down, self.mid, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        skips, c = [first], first
+        for i, level in enumerate(levels):
+            for _ in range(level["blocks"]):
+                res, c = ResBlock(c, level["channels"], config), level["channels"]
+                self.down.append(Block(res, attention(c, level["attention"])))
+                skips.append(c)
+            if i < len(levels) - 1:
+                self.down.append(Block(resample(c, "down")))
+                skips.append(c)
+        for wanted in (config["mid_attention"], False):
+            self.mid.append(Block(ResBlock(last, last, config), attention(last, wanted)))
+        for i, level in reversed(list(enumerate(levels))):
+            for j in range(level["blocks"] + 1):
+                res = ResBlock(c + skips.pop(), level["channels"], config)
+                c = level["channels"]
+                resize = resample(c, "up") if i > 0 and j == level["blocks"] else None
+                self.up.append(Block(res, attention(c, level["attention"]), resize))
+        self.norm = nn.GroupNorm(config["groups"], first)
+        self.head = nn.Conv2d(first, config["out_channels"] * self.patch**2, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = [h]
+        for block in self.down:
+            skips.append(h := block(h, time, context, mask))
+        for block in self.mid:
+            h = block(h, time, context, mask)
+        for block in self.up:
+            h = block(torch.cat([h, skips.pop()], dim=1), time, context, mask)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
+
+
+class TextProjection(nn.Module):
+    def __init__(self, text_width: int, context_dim: int, emb_dim: int, learned: bool) -> None:
+        super().__init__()
+        self.proj, self.norm = nn.Linear(text_width, context_dim), nn.LayerNorm(context_dim)
+        if learned:
+            self.null_text_emb = nn.Parameter(torch.zeros(emb_dim))
+            self.null_text_state = nn.Parameter(torch.zeros(text_width))
+
+
+class Layout(nn.Module):
+    """CLIP embedding -> the mean of its images, small."""
+
+    emb_mean: Tensor
+    emb_std: Tensor
+
+    def __init__(self, emb_dim: int, size: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("emb_mean", torch.zeros(emb_dim))
+        self.register_buffer("emb_std", torch.ones(emb_dim))
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [nn.Linear(width if i else emb_dim, width), nn.SiLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, 3 * size**2))
+
+    def forward(self, image_emb: Tensor) -> Tensor:
+        x = (image_emb - self.emb_mean) / self.emb_std
+        return self.mlp(x.to(image_emb.dtype)).unflatten(1, (3, self.size, self.size))
+
+
+class Decoder(ModelMixin, ConfigMixin):
+    """CLIP image embedding and caption -> small images."""
+
+    @register_to_config
+    def __init__(
+        self,
+        unet_config: dict[str, Any],
+        image_size: int,
+        emb_dim: int,
+        text_width: int,
+        context_tokens: int,
+        null_text: str,
+        text_emb_in_time: bool,
+        layout_config: dict[str, Any] | None,
+        inpaints: bool,
+    ) -> None:
+        super().__init__()
+        width = unet_config["context_dim"]
+        first = unet_config["levels"][0]["channels"]
+        time_dim = unet_config["time_dim"] or 4 * first
+        self.learned = null_text == "learned"
+        self.null_image = nn.Parameter(torch.zeros(emb_dim))
+        self.image_to_time = nn.Linear(emb_dim, time_dim)
+        self.image_to_context = nn.Linear(emb_dim, context_tokens * width)
+        self.text = TextProjection(text_width, width, emb_dim, self.learned)
+        self.text_to_time = nn.Linear(emb_dim, time_dim) if text_emb_in_time else None
+        self.layout = None if layout_config is None else Layout(**layout_config)
+        self.unet = UNet(unet_config)
+
+    def condition(
+        self, image_emb: Tensor | None, text_emb: Tensor, states: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what `forward` needs; image_emb None = the null of guidance.
+
+        text_emb (B, D), states (B, L, W) and mask (B, L) are of captions, or of the empty prompt
+        for the null.
+        """
+        B, size, dtype = len(text_emb), self.config.image_size, self.null_image.dtype
+        is_null = image_emb is None
+        emb = self.null_image.expand(B, -1) if image_emb is None else image_emb.to(dtype)
+        text_emb, states = text_emb.to(dtype), states.to(dtype)
+        if is_null and self.learned:
+            text_emb = self.text.null_text_emb.expand(B, -1)
+            states, mask = self.text.null_text_state.expand(B, 1, -1), mask.new_ones(B, 1)
+        time_shift = self.image_to_time(emb)
+        if self.text_to_time is not None:
+            time_shift = time_shift + self.text_to_time(text_emb)
+        n = self.config.context_tokens
+        tokens = self.image_to_context(emb).unflatten(1, (-1, n)).mT
+        context = torch.cat([tokens, self.text.norm(self.text.proj(states))], dim=1)
+        extra = emb.new_zeros(B, 0, size, size)
+        if self.layout is not None:
+            layout = F.interpolate(self.layout(emb), (size, size), mode="bilinear")
+            extra = layout * 0 if is_null else layout
+        if self.config.inpaints:  # nothing is known
+            extra = F.pad(extra, (0, 0, 0, 0, 0, 4))
+        return time_shift, context, F.pad(mask, (n, 0), value=True), extra
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """Predict from x (B, 3, s, s) at t (B,) -> (B, 3, s, s), or (B, 6, s, s) with variances."""
+        time_shift, context, mask, extra = conditions
+        x = torch.cat([x.to(extra.dtype), extra], dim=1)
+        return self.unet(x, self.unet.time(t) + time_shift, context, mask)
+
+
+class Upsampler(ModelMixin, ConfigMixin):
+    """Small images -> large images."""
+
+    @register_to_config
+    def __init__(
+        self, unet_config: dict[str, Any], low_size: int, high_size: int, residual: bool
+    ) -> None:
+        super().__init__()
+        self.unet = UNet(unet_config)
+
+    def condition(self, small: Tensor) -> tuple[Tensor, ...]:
+        size = (self.config.high_size, self.config.high_size)
+        return (F.interpolate(small.float(), size, mode="bicubic", antialias=True),)
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """Predict from x (B, 3, S, S) at t (B,) -> (B, 3, S, S), or (B, 6, S, S) with variances."""
+        dtype = self.unet.stem.weight.dtype
+        low_res = conditions[0].to(dtype)
+        output = self.unet(torch.cat([x.to(dtype), low_res], dim=1), self.unet.time(t))
+        if not self.config.residual:
+            return output
+        return output + F.pad(low_res, (0, 0, 0, 0, 0, output.shape[1] - 3))
