@@ -20,6 +20,7 @@ from unclip.files import read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
+MIN_WORDS = 1000  # tokens of a vocabulary that is expected to hold words
 PAD, START, END = "<pad>", "<start>", "<end>"
 CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
 BART = ("<pad>", "<s>", "</s>")
@@ -179,6 +180,19 @@ class BPETokenizer:
             rows.append([self.start_id, *tokens, self.end_id] if self.marked else tokens)
         warn_truncated(truncated, self.context_length)
         return _pad(rows, self.context_length, self.pad_id)
+
+    def knows_a_word_of(self, text: str) -> bool:
+        """Return whether a word of the text is one token.
+
+        Always true for vocabularies that were not learned from a model's captions, or are too small
+        to hold words.
+        """
+        if self.tokenizer.token_to_id(PAD) is None or self.tokenizer.token_to_id(START) is None:
+            return True  # CLIP's or BART's
+        words = self.tokenizer.normalizer.normalize_str(text).split()[:100]
+        encoded = (self.tokenizer.encode(word, add_special_tokens=False).ids for word in words)
+        known = any(len(ids) == 1 for ids in encoded)
+        return known or not words or self.vocab_size < MIN_WORDS
 
     def _with_dropout(self, text: str, p: float, room: int) -> list[int]:
         """Encode one text with BPE-dropout, up to a word that exceeds `room`.

@@ -177,6 +177,9 @@ class GLIDEOptions:
     )
 
 
+OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
+
+
 @dataclass(frozen=True)
 class Progress:
     """State passed to `on_step` after every sampling step."""

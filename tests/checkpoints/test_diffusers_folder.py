@@ -157,9 +157,7 @@ def test_differences_are_reported(tmp_path: Path) -> None:
     message = "decoder is sampled by plain DDIM; diffusers spaces 7 steps of decoder differently"
     with pytest.warns(UserWarning, match=message):
         convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
-    pipe.prior = LoadedPrior(
-        ARPrior(ARPriorConfig(D, D, 12, 32, 2, 4, components=4, buckets=8))
-    )
+    pipe.prior = LoadedPrior(ARPrior(ARPriorConfig(D, D, 12, 32, 2, 4, components=4, buckets=8)))
     pipe.save_pretrained(tmp_path / "ar")
     with pytest.raises(ValueError, match="prior .it is a ARPrior, not a DiffusionPrior"):
         convert(tmp_path / "ar", tmp_path / "nowhere", "diffusers")

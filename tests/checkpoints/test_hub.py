@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import unclip
+from unclip.checkpoints.card import model_card
 from unclip.checkpoints.hub import PRIOR_FILES, select
+from unclip.cli.main import main
+from unclip.image_io import read_metadata
 
 OURS = [
     "model.json",
@@ -138,3 +143,106 @@ def test_the_error_has_the_hub_s_reason(status, reason, tmp_path, monkeypatch):
         match=f"'someone/gone' is not a local folder and could not be downloaded: {reason}",
     ):
         unclip.load("someone/gone")
+
+
+def test_revisions_and_arguments_reach_the_hub(tiny_folder, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def snapshot_download(hub_id, **arguments):
+        calls.append((hub_id, {k: v for k, v in arguments.items() if k != "allow_patterns"}))
+        return str(tiny_folder)
+
+    def list_repo_files(hub_id, **arguments):
+        calls.append((hub_id, arguments))
+        return OURS
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pipe = unclip.load("someone/tiny@v1.0", "cpu", token="t", cache_dir="c")
+    assert pipe.source == "someone/tiny@v1.0"
+    remote = {"revision": "v1.0", "token": "t"}
+    assert calls == [("someone/tiny", remote), ("someone/tiny", {**remote, "cache_dir": "c"})]
+    calls.clear()
+    prior = unclip.load_prior("someone/tiny", revision="refs/pr/1", local_files_only=True)
+    assert prior.source == "someone/tiny@refs/pr/1"  # no list is fetched
+    assert calls == [("someone/tiny", {"revision": "refs/pr/1", "local_files_only": True})]
+    with pytest.raises(ValueError, match="is a .*expected an image codec|not an image codec"):
+        unclip.load_codec("someone/tiny@v2")
+    assert calls[-1] == ("someone/tiny", {"revision": "v2"})
+    with pytest.raises(ValueError, match="someone/tiny@v1 and revision='v2' differ"):
+        unclip.load("someone/tiny@v1", revision="v2")
+
+
+class FakeHub:
+    """What HfApi does, with a folder in place of the Hub."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.calls = root, []
+
+    def __call__(self, token: str | None = None) -> FakeHub:
+        self.calls.append(("token", token))
+        return self
+
+    def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
+        self.calls.append(("create_repo", private))
+        return f"https://hub/{repo_id}"
+
+    def create_branch(self, repo_id: str, branch: str, exist_ok: bool) -> None:
+        self.calls.append(("create_branch", branch))
+
+    def upload_folder(
+        self, repo_id: str, folder_path: Path, revision: str | None, commit_message: str
+    ) -> None:
+        shutil.copytree(folder_path, self.root / repo_id)
+
+
+def test_a_model_is_pushed_with_a_card(tiny_pipe, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    hub = FakeHub(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    url = tiny_pipe.push_to_hub("me/tiny", prompts=["a red apple"], token="t", revision="dev")
+    assert url == "https://hub/me/tiny"
+    assert hub.calls == [("token", "t"), ("create_repo", False), ("create_branch", "dev")]
+    _, header, text = (tmp_path / "me/tiny/README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "unclip",
+        "pipeline_tag": "text-to-image",
+        "license": "mit",
+        "tags": ["unclip", "dall-e-2", "diffusion", "text-to-image"],
+        "widget": [{"text": "a red apple", "output": {"url": "images/0.png"}}],
+    }
+    assert "unclip.load('me/tiny')" in text
+    assert read_metadata(tmp_path / "me/tiny/images/0.png")[0]["prompt"] == "a red apple"
+    names = [
+        str(path.relative_to(tmp_path / "me/tiny")) for path in (tmp_path / "me/tiny").rglob("*")
+    ]
+    assert "decoder/model.safetensors" in select([name.replace("\\", "/") for name in names])
+    again = unclip.load(tmp_path / "me/tiny", "cpu")("a", seed=0, progress=False)
+    assert again.images[0].tobytes() == tiny_pipe("a", seed=0, progress=False).images[0].tobytes()
+
+
+def test_the_push_command(tiny_folder, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub := FakeHub(tmp_path))
+    command = ["push", str(tiny_folder), "me/tiny", "--private", "--dtype", "bf16"]
+    assert main(command) == 0 and capsys.readouterr().out == "https://hub/me/tiny\n"
+    assert ("create_repo", True) in hub.calls and (tmp_path / "me/tiny/model.json").is_file()
+    assert main(["push", str(tiny_folder), "tiny"]) == 2
+    assert "'tiny' is not a name on the Hub; expected ORG/NAME" in capsys.readouterr().err
+
+    def refuse(*_, **__):
+        raise OSError("401 Client Error")
+
+    monkeypatch.setattr(FakeHub, "create_repo", refuse)
+    assert main(command) == 2
+    assert "401 Client Error; check the name, and log in" in capsys.readouterr().err
+
+
+def test_licences_without_an_identifier_are_named():
+    header = model_card("me/x", "dalle", "weights: MIT; see notes").split("---\n")[1]
+    assert yaml.safe_load(header)["license"] == "other"
+    assert yaml.safe_load(header)["license_name"] == "weights: MIT; see notes"

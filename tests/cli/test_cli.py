@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip.checkpoints import store
 from unclip.cli.main import main
 from unclip.image_io import read_metadata
 from unclip.pipelines.unclip.stages import DecoderStage
@@ -64,12 +65,26 @@ def test_long_file_names_are_cut(run):
     assert Path("\U00010330" * 45 + "-0.png").is_file()
 
 
-def test_grid_has_one_row_per_prompt(run):
+def test_grid_has_one_row_per_prompt_and_captions(run):
     run("generate", "a", "b", "-n", "3", "--seed", "0", "--grid", "-o", "sheet.png", "--quiet")
-    assert Image.open("sheet.png").size == (3 * 16 + 2 * 4, 2 * 16 + 4)
+    width, height = Image.open("sheet.png").size
+    cell = (height - 4) // 2
+    assert width == 3 * 16 + 2 * 4 and cell > 16 + 2 * 12  # two lines of text below each image
+    assert (pixels("sheet.png")[16:cell] < 128).any() and (pixels("sheet.png")[-4:] > 200).all()
     assert [entry["seed"] for entry in read_metadata("sheet.png")] == [0, 1, 2, 3, 4, 5]
     run("generate", "a", "-n", "4", "--seed", "0", "--grid", "-o", "folder", "--quiet")
-    assert Image.open("folder/grid.png").size == (36, 36)
+    assert Image.open("folder/grid.png").size == (36, height)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jpeg", "a.webp"])
+def test_other_formats_store_the_metadata_too(run, name):
+    run("generate", "a red apple", "--seed", "3", "-o", name, "--quiet")
+    assert [entry["seed"] for entry in read_metadata(name)] == [3]
+    assert run("generate", "--from", name, "-o", "again.png", "--quiet", model=None)[0] == 0
+    run("generate", "a red apple", "--seed", "3", "-o", "plain.png", "--quiet")
+    assert not (pixels("again.png") - pixels("plain.png")).any()
+    code, _, err = run("generate", "a", "-o", "a.gif", "--quiet")
+    assert code == 2 and "images are written as .png, .jpg or .webp" in err
 
 
 def test_prompts_file(run):
@@ -169,6 +184,60 @@ def test_an_interrupted_command_keeps_finished_images(run, monkeypatch):
     assert (code, out, err) == (130, "", "interrupted\n")
     assert sorted(path.name for path in Path().iterdir()) == [f"a-{seed}.png" for seed in range(10)]
     assert [entry["seed"] for entry in read_metadata("a-9.png")] == [9]
+
+
+def test_an_interrupted_sheet_keeps_finished_images(run, monkeypatch):
+    interrupt_the_second_batch(monkeypatch)
+    args = [
+        "generate",
+        "a",
+        "b",
+        "c",
+        "-n",
+        "10",
+        "--seed",
+        "0",
+        "--grid",
+        "-o",
+        "a.png",
+        "--quiet",
+    ]
+    assert run(*args) == (130, "", "interrupted\n")
+    assert [entry["seed"] for entry in read_metadata("a.png")] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--steps 0", "'0' is not a whole number of at least 1"),
+        ("--steps 5000", "steps of the decoder are 5000; it has 1000 timesteps"),
+        ("--guidance 1e9", "guidance is 1000000000.0"),
+        ("--temperature -1", "temperature is -1.0"),
+        ("--top-k 3", "which has no --top-k"),
+        ("--candidates 2 -n 3", "expected at least"),
+        ("--negative a --guidance 1 --prior-guidance 1", "guidance is 1 in"),
+        ("--mix 0", "with a sum above 0"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_loaded(run, monkeypatch, flags, message):
+    monkeypatch.setattr(store, "load_component", None)
+    code, _, err = run("generate", "a red apple", *flags.split())
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_dtypes_have_short_and_long_names(run):
+    for dtype in ("bf16", "bfloat16"):
+        run("generate", "a", "--seed", "0", "--dtype", dtype, "-o", f"{dtype}.png", "--quiet")
+    assert not (pixels("bf16.png") - pixels("bfloat16.png")).any()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_printed(shell, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", shell])
+    out = capsys.readouterr().out
+    assert "evaluate" in out and "--prior-steps" in out
 
 
 @pytest.mark.parametrize("command", ["generate", "variations"])

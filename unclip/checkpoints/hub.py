@@ -121,5 +121,33 @@ def fetch(
         raise ValueError(_first_line(error)) from None
 
 
+def upload(
+    folder: Path, repo_id: str, private: bool, token: str | bool | None, revision: str | None
+) -> str:
+    """Upload a folder, in one commit, to a repository that is created if needed; return its URL.
+
+    ValueError with the reason on failure.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload a model of unclip",
+        )
+        return str(url)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = _first_line(error)
+        advice = "check the name, and log in with `hf auth login` or give a token"
+        raise ValueError(f"{repo_id} could not be uploaded: {reason}; {advice}") from None
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -59,7 +59,7 @@ from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.tokenizer import load_tokenizer
-from unclip.types import CodeOptions, GLIDEOptions, UnCLIPOptions
+from unclip.types import OPTIONS
 from unclip.weights import TensorFile, load_strictly, write_tensors
 
 C = TypeVar("C")
@@ -73,7 +73,6 @@ _NETWORKS: tuple[type[nn.Module], ...] = (
 )
 # type in config.json -> the network and its config
 NETWORKS = {kind.__name__: (kind, get_type_hints(kind.__init__)["config"]) for kind in _NETWORKS}
-OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
 
 
 def save_component(

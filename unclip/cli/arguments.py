@@ -9,16 +9,13 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unclip.files import read_text
 from unclip.pipelines.presets import PRESETS
-
-if TYPE_CHECKING:  # `unclip --help` must not import torch
-    from unclip.pipelines.base import Pipeline
+from unclip.types import DTYPES
 
 DEFAULT_MODEL = "emoji"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SAMPLERS = ("ancestral", "ddim", "dpm++", "unipc")
 
 
@@ -107,7 +104,12 @@ def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
     about = "cpu, cuda, cuda:1, mps (default: the fastest that is available)"
     parser.add_argument("--device", metavar="DEVICE", help=about)
     about = "data type of the networks (default: half precision on CUDA, else fp32)"
-    parser.add_argument("--dtype", choices=DTYPES, help=about)
+    add_dtype(parser, about)
+
+
+def add_dtype(parser: ArgumentParser, about: str) -> None:
+    names = (*DTYPES, *DTYPES.values())
+    parser.add_argument("--dtype", choices=names, metavar="|".join(DTYPES), help=about)
 
 
 def add_runtime(parser: ArgumentParser) -> None:
@@ -281,7 +283,7 @@ def given_flags(args: Namespace) -> list[SamplingFlag]:
     return [flag for flag in args.flags if getattr(args, flag.dest) is not None]
 
 
-def check_flags(pipe: Pipeline, args: Namespace) -> None:
+def check_flags(pipe: Any, args: Namespace) -> None:
     """Raise a ValueError if a sampling flag does not exist for this kind of model."""
     for flag in given_flags(args):
         if pipe.kind not in flag.sets:

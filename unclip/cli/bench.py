@@ -83,7 +83,7 @@ def bench(args: Namespace) -> None:
         locate(args.model)  # an unknown name is reported before torch is imported
     if args.model in benchmark.KARLO and not (args.whole or args.preset):
         args.steps_only = True  # all steps take minutes on a CPU
-    args.dtype = args.dtype and flags.DTYPES[args.dtype]
+    args.dtype = flags.DTYPES.get(args.dtype, args.dtype)
     names = [field.name for field in fields(benchmark.BenchConfig)]
     config = benchmark.BenchConfig(**{name: getattr(args, name) for name in names})
     results = benchmark.bench(config, not args.quiet)

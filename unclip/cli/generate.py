@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.folders import bundled_models
 from unclip.cli import arguments as flags
-from unclip.cli.loading import load_dalle, load_model
+from unclip.cli.loading import check_before_loading, load_dalle, load_model
 from unclip.cli.output import check_output, write_images
 
 if TYPE_CHECKING:
@@ -77,12 +77,25 @@ def generate(args: Namespace) -> None:
         prompts = [_mixture(prompts, args.mix)]
     check_output(args, len(prompts) * args.num_images)
     args.model = args.model or flags.DEFAULT_MODEL
+    _check_generation(prompts, args)
     pipe = load_model(args)
     given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     parts = _parts(args, len(prompts), args.candidates)
     results = (pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE) for rows, part in parts)
     _write_all(results, args)
+
+
+def _check_generation(prompts: Sequence[Any], args: Namespace) -> None:
+    """Raise the errors of prompts and candidates, before the model is loaded."""
+    from unclip.pipelines.request import PromptBatch
+    from unclip.pipelines.rerank import check_candidates
+
+    if args.candidates is not None:
+        check_candidates(args.num_images, args.candidates)
+    batch, known = PromptBatch.of(prompts, args.negative), check_before_loading(args)
+    if known is not None and known[0].kind == "unclip":
+        batch.check(known[1])
 
 
 def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:

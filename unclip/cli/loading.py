@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.folders import locate
-from unclip.cli.arguments import DTYPES, check_flags
+from unclip.checkpoints.folders import (
+    MODEL_FILE,
+    OPTIONS_FILE,
+    SCHEDULE_FILE,
+    component_folders,
+    locate,
+    read_model_json,
+)
+from unclip.cli.arguments import check_flags, sampling_options
+from unclip.config import parse
+from unclip.files import read_json
+from unclip.pipelines.presets import preset
+from unclip.types import OPTIONS
 
 if TYPE_CHECKING:  # `unclip --help` must not import torch
     from unclip.pipelines.dalle.pipeline import DallePipeline
@@ -16,8 +30,9 @@ if TYPE_CHECKING:  # `unclip --help` must not import torch
     AnyPipeline = UnCLIPPipeline | GLIDEPipeline | DallePipeline
 
 
-def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline:
+def load_model(args: Namespace, default_dtype: str | None = None, *kind: str) -> AnyPipeline:
     """Load --model with --prior and --lora; offload, quantize or compile it as the flags say."""
+    check_before_loading(args, *kind)
     offload_at_once = args.offload and not (args.quantize or args.lora)
     dtype = args.dtype or default_dtype
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
@@ -41,6 +56,55 @@ def load_model(args: Namespace, default_dtype: str | None = None) -> AnyPipeline
     return pipe
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the JSON files of a model folder say about sampling."""
+
+    name: str
+    kind: str
+    options: Any
+    num_timesteps: dict[str, int]  # of each stage that is sampled by diffusion
+
+    def preset(self, name: str) -> Any:
+        return preset(name, self.options)
+
+
+def read_header(folder: Path) -> Header | None:
+    """Read the header of one of our model folders; None for other formats."""
+    if not (folder / MODEL_FILE).is_file():
+        return None
+    model, file = read_model_json(folder), folder / OPTIONS_FILE
+    options = parse(OPTIONS[model["kind"]], read_json(file), str(file))
+    schedules = {name: path / SCHEDULE_FILE for name, path in component_folders(folder).items()}
+    timesteps = {
+        name: read_json(path).get("num_timesteps", 1000)
+        for name, path in schedules.items()
+        if path.is_file()
+    }
+    return Header(model["name"], model["kind"], options, timesteps)
+
+
+def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | None:
+    """Raise the errors of flags that a model's JSON files are enough to find.
+
+    kind: of the model that the command needs, and its description. Returns the header and the
+    options; None for formats other than ours.
+    """
+    if (header := read_header(locate(args.model))) is None:
+        return None
+    if kind:
+        _check_kind(header, kind[0], args, kind[1])
+    check_flags(header, args)
+    options = sampling_options(header, args)
+    ups = enumerate(getattr(options, "upsamplers", ()))
+    stages = {name: getattr(options, name, None) for name in ("prior", "decoder")}
+    stages |= {f"upsampler_{i}": stage for i, stage in ups}
+    for name, stage in stages.items():
+        if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):
+            raise ValueError(f"steps of the {name} are {stage.steps}; it has {most} timesteps")
+    return header, options
+
+
 def load_named(
     name: str, device: str | None, dtype: str | None, *, offload: bool = False
 ) -> AnyPipeline:
@@ -49,21 +113,20 @@ def load_named(
 
     locate(name)  # an unknown name is reported before torch is imported
 
-    import torch
-
-    torch_dtype = None if dtype is None else getattr(torch, DTYPES[dtype])
-    pipe: Any = load(name, device, torch_dtype, offload=offload)
+    pipe: Any = load(name, device, dtype, offload=offload)
     return pipe
 
 
 def load_unclip(args: Namespace) -> UnCLIPPipeline:
     """Load --model; raise a ValueError if it is not an unCLIP model."""
-    return _check_kind(load_model(args), "unclip", args, "an unCLIP model")
+    kind = "unclip", "an unCLIP model"
+    return _check_kind(load_model(args, None, *kind), kind[0], args, kind[1])
 
 
 def load_dalle(args: Namespace) -> DallePipeline:
     """Load --model; raise a ValueError if it is not a DALL-E."""
-    return _check_kind(load_model(args), "dalle", args, "a DALL-E model")
+    kind = "dalle", "a DALL-E model"
+    return _check_kind(load_model(args, None, *kind), kind[0], args, kind[1])
 
 
 def _check_kind(pipe: Any, kind: str, args: Namespace, expected: str) -> Any:

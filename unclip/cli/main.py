@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from unclip import __version__
@@ -63,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Text to image with CLIP latents (DALL-E 2, unCLIP) or image codes (DALL-E 1)."
     parser = _Parser(prog="unclip", description=about)
     parser.add_argument("--version", action="version", version=f"unclip {__version__}")
+    about = "print a script for completion in bash, zsh or tcsh (needs shtab)"
+    shells = ("bash", "zsh", "tcsh")
+    parser.add_argument("--print-completion", choices=shells, action=_PrintCompletion, help=about)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for group in GROUPS:
         group.add_commands(commands)
@@ -72,6 +76,20 @@ def build_parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error("shell completion needs shtab; pip install 'unclip[completion]'")
+        for command in parser._subparsers._group_actions[0].choices.values():
+            for action in command._actions:
+                if action.type is Path:
+                    action.complete = shtab.FILE  # type: ignore[attr-defined]
+        print(shtab.complete(parser, values))
+        parser.exit()
 
 
 class _Stream:

@@ -1,4 +1,4 @@
-"""`unclip info`, `models` and `convert`: what models and PNGs hold, and other layouts."""
+"""`unclip info`, `models`, `convert` and `push`: what models and PNGs hold, layouts, uploads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.cli.arguments import DTYPES, add_command
+from unclip.cli.arguments import add_command, add_dtype
 from unclip.files import printable
 
 LAYOUTS = ("unclip", "diffusers")
@@ -34,7 +34,20 @@ def add_commands(commands: Any) -> None:
     about = "our own layout (default), or that of diffusers' unCLIP pipelines"
     parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help=about)
     about = "data type of the weights (default: as stored)"
-    parser.add_argument("--dtype", choices=DTYPES, help=about)
+    add_dtype(parser, about)
+
+    about = "upload a model with a model card to the Hugging Face Hub"
+    parser = add_command(
+        commands, push, about, 'unclip push my_model me/my-model --prompts "a red apple"'
+    )
+    about = "bundled name, folder, checkpoint file or Hub id"
+    parser.add_argument("source", metavar="MODEL", help=about)
+    parser.add_argument("repository", metavar="ORG/NAME")
+    about = "prompts of sample images for the model card"
+    parser.add_argument("--prompts", nargs="+", default=[], metavar="PROMPT", help=about)
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch (default: main)")
+    add_dtype(parser, "data type of the weights (default: as stored)")
 
 
 def info(args: Namespace) -> None:
@@ -116,9 +129,22 @@ def convert(args: Namespace) -> None:
 
     source = locate(args.source)  # an unknown name is reported before torch is imported
 
-    import torch
-
     from unclip.checkpoints.convert import convert
 
-    convert(source, args.output, args.to, args.dtype and getattr(torch, DTYPES[args.dtype]))
+    convert(source, args.output, args.to, args.dtype)
     print(args.output)
+
+
+def push(args: Namespace) -> None:
+    from unclip.checkpoints.folders import is_hub_id, locate
+
+    if not is_hub_id(args.repository):
+        raise ValueError(f"{args.repository!r} is not a name on the Hub; expected ORG/NAME")
+    path = locate(args.source)  # an unknown name is reported before torch is imported
+
+    from unclip.checkpoints.convert import stored_dtype
+    from unclip.pipelines import load
+
+    pipe = load(args.source, "cpu", args.dtype or stored_dtype(path))
+    given = {"private": args.private, "revision": args.revision}
+    print(pipe.push_to_hub(args.repository, prompts=args.prompts, **given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from unclip import __version__, image_io
+from unclip.checkpoints.card import model_card
+from unclip.checkpoints.folders import CARD_FILE
 from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.hub import upload
 from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.config import check_keywords
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
@@ -110,6 +114,33 @@ class Pipeline(ABC):
         about = self.options, self.name, self.licence
         bundle = Bundle(self.kind, self.components(), schedules, *about)
         save_bundle(bundle, folder, to_dtype(dtype))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        prompts: Sequence[str] = (),
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        dtype: DType | None = None,
+    ) -> str:
+        """Upload the model with a model card to the Hub, as "org/name"; return its URL.
+
+        prompts: of sample images for the card, generated with seed 0. revision: a branch.
+        ValueError with the reason on failure.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, dtype)
+            samples = []
+            for i, prompt in enumerate(prompts):
+                file = Path("images") / f"{i}.png"
+                self(prompt, seed=0, progress=False).save(folder / file)
+                samples.append((prompt, file))
+            card = model_card(repo_id, self.kind, self.licence, samples)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            return upload(folder, repo_id, private, token, revision)
 
     def components(self) -> dict[str, Any]:
         """Return the parts of a checkpoint by name."""

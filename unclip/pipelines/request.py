@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.image_io import open_image, to_pil
+from unclip.tokenizer import BPETokenizer
 from unclip.types import BatchReporter, OnStep, Progress, Prompt, StageOptions, UnCLIPOptions
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
+
+MAX_GUIDANCE = 50
 
 Seed = int | Sequence[int] | None  # numpy's integers and arrays too
 Mixture = Mapping[str, float]  # texts and their relative weights
@@ -124,8 +128,35 @@ def check_options(options: Any, expected: type, num_upsamplers: int | None = Non
     if not isinstance(options, expected):
         kinds = f"a {type(options).__name__}; expected {expected.__name__}"
         raise ValueError(f"options is {kinds}, as in pipe.options")
+    warn_of_options(options)
     if num_upsamplers is not None:
         check_upsamplers(options.upsamplers, num_upsamplers)
+
+
+def warn_of_options(options: Any) -> None:
+    """Warn of a guidance scale that cannot give useful images."""
+    stages = [stage for name in vars(options) for stage in _stages(getattr(options, name))]
+    for stage in (options, *stages):
+        scale = getattr(stage, "guidance", 1.0)
+        if not 0 <= scale <= MAX_GUIDANCE:
+            expected = f"images are useful from about 1 to {MAX_GUIDANCE}"
+            warnings.warn(f"guidance is {scale:g}; {expected}", stacklevel=4)
+
+
+def _stages(value: Any) -> list[StageOptions]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [stage for stage in values if isinstance(stage, StageOptions)]
+
+
+def warn_of_unknown(prompts: Iterable[str], tokenizer: Any) -> None:
+    """Warn of prompts of which the model's vocabulary has no word."""
+    if not isinstance(tokenizer, BPETokenizer):
+        return
+    for text in dict.fromkeys(prompts):
+        if not tokenizer.knows_a_word_of(text):
+            shown = text if len(text) <= 60 else f"{text[:59]}…"
+            advice = "it has no meaning to the model; see the captions that it was trained on"
+            warnings.warn(f"no word of the prompt {shown!r} was learned: {advice}", stacklevel=4)
 
 
 def check_upsamplers(options: Sequence[StageOptions], available: int) -> None:

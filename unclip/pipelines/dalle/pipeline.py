@@ -37,6 +37,7 @@ from unclip.pipelines.request import (
     check_prompts,
     open_images,
     seeds_from,
+    warn_of_unknown,
 )
 from unclip.pipelines.rerank import BestOf, check_candidates
 from unclip.pipelines.runtime import Runtime
@@ -358,7 +359,9 @@ class DallePipeline(Pipeline):
 
     def _tokens(self, prompts: Sequence[str | None]) -> Tensor:
         """Return token ids (P, L); no prompt is the null, like the empty one."""
-        return self.dalle.tokens(*self.tokenizer([prompt or "" for prompt in prompts]))
+        texts = [prompt or "" for prompt in prompts]
+        warn_of_unknown(texts, self.tokenizer)
+        return self.dalle.tokens(*self.tokenizer(texts))
 
     def _open(self, images: Images) -> list[Image.Image]:
         """Open images. ValueError unless they have the size of the codec."""

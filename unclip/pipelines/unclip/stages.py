@@ -38,6 +38,7 @@ from unclip.pipelines.request import (
     check_options,
     check_prompts,
     random_generators,
+    warn_of_unknown,
 )
 from unclip.pipelines.runtime import Runtime
 from unclip.types import (
@@ -256,8 +257,10 @@ class TextEncoder:
 
     def __call__(self, prompts: Prompt) -> TextEncoding:
         """Encode P prompts in float32; one longer than CLIP's context is cut, with a warning."""
+        prompts = check_prompts(prompts)
+        warn_of_unknown(prompts, self.clip.tokenizer)
         self.runtime.use(self.clip)
-        return self.clip.encode_text(check_prompts(prompts)).to(dtype=torch.float32)
+        return self.clip.encode_text(prompts).to(dtype=torch.float32)
 
     def empty(self) -> TextEncoding:
         """Return the encoding of the empty prompt, cached across calls."""
