@@ -74,6 +74,8 @@ def read_header(folder: Path) -> Header | None:
     if not (folder / MODEL_FILE).is_file():
         return None
     model, file = read_model_json(folder), folder / OPTIONS_FILE
+    if model["kind"] not in OPTIONS:
+        return None
     options = parse(OPTIONS[model["kind"]], read_json(file), str(file))
     schedules = {name: path / SCHEDULE_FILE for name, path in component_folders(folder).items()}
     timesteps = {
@@ -97,7 +99,8 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     check_flags(header, args)
     options = sampling_options(header, args)
     ups = enumerate(getattr(options, "upsamplers", ()))
-    stages = {name: getattr(options, name, None) for name in ("prior", "decoder")}
+    own = ("decoder",) if args.prior else ("prior", "decoder")
+    stages = {name: getattr(options, name, None) for name in own}
     stages |= {f"upsampler_{i}": stage for i, stage in ups}
     for name, stage in stages.items():
         if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):

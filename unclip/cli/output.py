@@ -96,11 +96,11 @@ def write_results(result: GenerationResult, sources: Sequence[str], args: Namesp
 
 def caption_of(metadata: Mapping[str, Any]) -> str:
     """Return the caption of an image in a sheet: prompt or operation, and seed."""
-    prompt = metadata.get("prompt")
-    if isinstance(prompt, Mapping):
-        prompt = " + ".join(f"{weight:g} {text}" for text, weight in prompt.items())
-    what = prompt or str(metadata.get("operation", "variation")).replace("_", " ")
-    seed = metadata.get("seed")
+    from unclip.pipelines.request import describe_prompt
+
+    prompt, seed = metadata.get("prompt"), metadata.get("seed")
+    operation = str(metadata.get("operation", "variation")).replace("_", " ")
+    what = describe_prompt(prompt) if prompt else operation
     return what if seed is None else f"{what} ({seed})"
 
 

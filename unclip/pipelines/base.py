@@ -249,11 +249,13 @@ class Pipeline(ABC):
 
 
 def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:
-    known = [*inspect.signature(method).parameters][1:]
+    parameters = [*inspect.signature(method).parameters][1:]
+    known = {*parameters}
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
-        check_keywords(kwargs, known)
+        if not kwargs.keys() <= known:
+            check_keywords(kwargs, parameters)
         return method(*args, **kwargs)
 
     return run
