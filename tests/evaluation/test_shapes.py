@@ -18,7 +18,7 @@ from unclip.evaluation.shapes import find_shapes, is_correct
 
 def test_true_images_are_scored_as_correct():
     rng = np.random.default_rng(0)
-    scenes = [make_scene(axis, rng) for axis in AXES for _ in range(40)]
+    scenes = [make_scene(axis, rng) for axis in AXES for _ in range(15)]
     correct = [is_correct(draw(scene.shapes, 64), scene) for scene in scenes]
     assert np.mean(correct) >= 0.995
 

@@ -123,7 +123,7 @@ def _judge(part: dict[str, Any], baseline: str) -> Iterator[Row]:
         yield Row(f"judge: {names[figure]}", *_means(part, figure, baseline))
 
 
-def _variations(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+def _judged_variations(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     if part["images"]:
         figure = f"judge: variations keep the concept ({part['images']} images)"
         yield Row(figure, _with_interval(part), "of true images that the judge names right")
@@ -211,7 +211,7 @@ _EVALUATION_ROWS = {
     "recall": _recall,
     "axes": _axes,
     "judge": _judge,
-    "variations": _variations,
+    "variations": _judged_variations,
     "realism": _realism,
     "style": _style,
     "diversity": _diversity,
