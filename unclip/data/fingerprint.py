@@ -15,7 +15,7 @@ SAMPLED = 64  # keys; a dataset may have hundreds of millions
 def samples_hash(dataset: Dataset | PrecomputedDataset) -> str:
     """Hash the number of samples, their weights, and the keys of evenly spaced ones."""
     count = len(dataset)
-    digest = hashlib.sha256(np.ascontiguousarray(dataset.weights, np.float64))
+    digest = hashlib.sha256(np.asarray(dataset.weights, np.float64).tobytes())
     for index in np.linspace(0, count - 1, min(count, SAMPLED)).astype(int).tolist():
         digest.update(f"\n{_key(dataset, index)}".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
