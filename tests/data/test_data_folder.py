@@ -92,6 +92,8 @@ def test_broken_rows_are_named_with_their_line(folder, line, message):
 
 
 def test_errors_name_the_file(folder):
+    with pytest.raises(ValueError, match=r"a\.JPG is not a table \(\.jsonl, \.csv, \.tsv\)"):
+        FolderDataset(folder / "a.JPG")
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         FolderDataset(folder / "nowhere")
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "b"}\n')

@@ -84,6 +84,8 @@ class FolderDataset:
             return file.read(MAX_JSON + 1)  # `describe` refuses more
 
     def _read_table(self, table: Path) -> list[_Row]:
+        if table.suffix.lower() not in TABLES:
+            raise ValueError(f"{table} is not a table ({', '.join(TABLES)}); expected {LAYOUTS}")
         is_json, image = table.suffix.lower() == ".jsonl", self._columns.image or "file_name"
         usual = ("text", "caption", "captions")
         captions = (self._columns.caption,) if self._columns.caption else usual
