@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 from unclip.image_io import open_image, to_pil
 from unclip.tokenizer import BPETokenizer
-from unclip.types import BatchReporter, OnStep, Progress, Prompt, StageOptions, UnCLIPOptions
+from unclip.types import (
+    BatchReporter,
+    CodeOptions,
+    OnStep,
+    Progress,
+    Prompt,
+    StageOptions,
+    UnCLIPOptions,
+)
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
 
@@ -135,17 +143,16 @@ def check_options(options: Any, expected: type, num_upsamplers: int | None = Non
 
 def warn_of_options(options: Any) -> None:
     """Warn of a guidance scale that cannot give useful images."""
-    stages = [stage for name in vars(options) for stage in _stages(getattr(options, name))]
-    for stage in (options, *stages):
-        scale = getattr(stage, "guidance", 1.0)
-        if not 0 <= scale <= MAX_GUIDANCE:
+    stages = [options]
+    for value in vars(options).values():
+        stages += value if isinstance(value, tuple) else [value]
+    for stage in stages:
+        if (
+            isinstance(stage, StageOptions | CodeOptions)
+            and not 0 <= stage.guidance <= MAX_GUIDANCE
+        ):
             expected = f"images are useful from about 1 to {MAX_GUIDANCE}"
-            warnings.warn(f"guidance is {scale:g}; {expected}", stacklevel=4)
-
-
-def _stages(value: Any) -> list[StageOptions]:
-    values = value if isinstance(value, tuple) else (value,)
-    return [stage for stage in values if isinstance(stage, StageOptions)]
+            warnings.warn(f"guidance is {stage.guidance:g}; {expected}", stacklevel=4)
 
 
 def warn_of_unknown(prompts: Iterable[str], tokenizer: Any) -> None:
