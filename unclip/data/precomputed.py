@@ -22,14 +22,14 @@ import torch
 from unclip.data.text import (
     ColumnNames,
     caption_list,
-    check_content,
     quote,
     readable,
     sample_weight,
 )
-from unclip.files import printable, read_json
+from unclip.files import open_regular, printable, read_json
 
 CODES_FILE = "codes.json"
+MAX_ROWS = 5_000_000  # of a part
 
 Indices = Sequence[int] | np.ndarray
 
@@ -98,14 +98,12 @@ class PrecomputedDataset(ABC):
     def _open(self, name: str, part: str) -> np.ndarray:
         path = self.folder / name / f"{name}_{part}.npy"
         try:
-            check_content(_head(path))
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            open_regular(path).close()
+            array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles, and archives
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
-        except Exception as error:  # numpy raises almost any type for damaged files
+        except Exception as error:  # a damaged header can raise anything
             raise ValueError(f"{path} is not a readable npy array ({printable(error)})") from None
-        if not isinstance(array, np.ndarray):
-            raise ValueError(f"{path} is not an npy array but an archive of arrays (npz)")
         if not self._is_valid(array):
             raise ValueError(f"{path}: {array.dtype} {array.shape}; expected {self.array_format}")
         return array
@@ -196,49 +194,59 @@ class _Metadata(NamedTuple):
 
 def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _Metadata:
     """Read a part's metadata; add the rows without a usable caption or weight to `broken`."""
+    caption, weight = names.caption or "caption", names.weight or "weight"
     parquet = import_parquet()
     try:
-        check_content(_head(path))
-        with path.open("rb") as file:  # pyarrow's own names must be UTF-8
-            table = parquet.read_table(file)
+        with open_regular(path) as file:
+            metadata = parquet.read_metadata(file)
+            schema, count = metadata.schema.to_arrow_schema(), metadata.num_rows
+            found, texts = schema.names, [x.name for x in schema if str(x.type) == "string"]
+            if count > MAX_ROWS:
+                raise ValueError(f"{count:,} rows; expected at most {MAX_ROWS:,}")
+            opened = parquet.ParquetFile(file, metadata=metadata, read_dictionary=texts)
+            table = opened.read([name for name in (caption, "key", weight) if name in found])
+        columns = {name: _to_python(table[name]) for name in table.column_names}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
-    except Exception as error:  # pyarrow raises almost any type for damaged files
+    except Exception as error:  # Arrow has exceptions of many types
         raise ValueError(f"{path} is not a readable parquet file ({printable(error)})") from None
-    caption, weight = names.caption or "caption", names.weight or "weight"
-    if caption not in table.column_names:
-        fault = f"no column {caption!r}, only {table.column_names}"
+    if caption not in columns:
+        fault = f"no column {caption!r}, only {quote(found)}"
         raise ValueError(f"{path}: {fault} (set data.columns.caption)")
-    part, count = path.stem.removeprefix("metadata_"), table.num_rows
-    columns = {"key": [f"{part}-{row}" for row in range(count)], weight: [1.0] * count}
-    for name in (caption, "key", weight):
-        if name in table.column_names:
-            columns[name] = _to_python(table[name])
-    found = _Metadata(count, np.empty(0, np.int64), [], [], [])
+    part = path.stem.removeprefix("metadata_")
+    columns = {"key": [f"{part}-{row}" for row in range(count)], weight: [1.0] * count} | columns
+    valid = _Metadata(count, np.empty(0, np.int64), [], [], [])
     rows = []
     for row, text in enumerate(columns[caption]):
         try:
             caption_list(text)
             if isinstance(text, list):
                 raise ValueError(f"the caption is {quote(text)}; expected a string")
-            found.weights.append(sample_weight({weight: columns[weight][row]}, weight))
-            found.captions.append(text)
-            found.keys.append(readable(str(columns["key"][row])))
+            valid.weights.append(sample_weight({weight: columns[weight][row]}, weight))
+            valid.captions.append(text)
+            valid.keys.append(readable(str(columns["key"][row])))
             rows.append(row)
         except ValueError as error:
             broken[f"{path}: row {row}"] = str(error)
-    return found._replace(rows=np.array(rows, np.int64))
+    return valid._replace(rows=np.array(rows, np.int64))
 
 
 def _to_python(column: Any) -> list[Any]:
-    """Convert a column; strings that are not UTF-8 get surrogates, which are no valid captions."""
+    """Convert a column; equal strings of a dictionary are one object, however often they occur."""
+    values = []
+    for chunk in column.chunks:
+        if str(chunk.type).startswith("dictionary"):
+            texts = _strings(chunk.dictionary)
+            values += [None if i is None else texts[i] for i in chunk.indices.to_pylist()]
+        else:
+            values += _strings(chunk)
+    return values
+
+
+def _strings(array: Any) -> list[Any]:
+    """Convert an array; strings that are not UTF-8 get surrogates, which are no valid captions."""
     try:
-        return column.to_pylist()
+        return array.to_pylist()
     except UnicodeDecodeError:
-        values = column.cast("binary").to_pylist()
+        values = array.cast("binary").to_pylist()
         return [v if v is None else v.decode("utf-8", "surrogateescape") for v in values]
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(256)
