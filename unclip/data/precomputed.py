@@ -99,11 +99,13 @@ class PrecomputedDataset(ABC):
         path = self.folder / name / f"{name}_{part}.npy"
         try:
             open_regular(path).close()
-            array = np.lib.format.open_memmap(path, mode="r")  # refuses pickles, and archives
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path} is missing: each part needs all its files") from None
         except Exception as error:  # a damaged header can raise anything
             raise ValueError(f"{path} is not a readable npy array ({printable(error)})") from None
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{path} is not an npy array but an archive of arrays (npz)")
         if not self._is_valid(array):
             raise ValueError(f"{path}: {array.dtype} {array.shape}; expected {self.array_format}")
         return array
