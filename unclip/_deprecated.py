@@ -87,7 +87,6 @@ data.precomputed data.precompute: caption_rows precompute
 data.precomputed data.parts: PartWriter
 data.precomputed data.precomputed: parquet=import_parquet
 data.samples data.samples: square=resize_center_crop
-data.shards data.shards: PICTURES=IMAGES
 diffusion.guidance diffusion.samplers: guide threshold
 diffusion.samplers diffusion.schedulers: make_scheduler scheduler_betas
 diffusion.samplers diffusion.samplers: timesteps=sampling_timesteps
