@@ -82,7 +82,7 @@ def inpaint(
     through. Warns if nothing or everything is marked.
     """
     sources = open_images(image)
-    masks = [mask] if isinstance(mask, Image.Image | str | Path) else mask
+    masks = mask if isinstance(mask, list | tuple) else [mask]
     if len(masks) != len(sources):
         given = f"{len(masks)} masks for {len(sources)} images"
         raise ValueError(f"{given}; expected one for each")
