@@ -1,4 +1,4 @@
-"""train/README.md: its commands run, and its tables list every setting.
+"""The commands of train/README.md run, and the tables of train/settings.md list every setting.
 
 `python tests/training/test_train_readme.py` writes the tables.
 """
@@ -34,7 +34,7 @@ from unclip.cli.main import main as unclip_cli
 from unclip.data import embeddings, resize
 from unclip.data.shards import ShardWriter
 
-PAGE = ROOT / "train/README.md"
+PAGE, SETTINGS = ROOT / "train/README.md", ROOT / "train/settings.md"
 SECTION = re.compile(r"(?<=<!-- settings -->\n).*(?=<!-- /settings -->)", re.DOTALL)
 SCRIPTS = {
     "clip": "CLIPTraining",
@@ -84,7 +84,7 @@ def nested(hint: Any) -> list[type]:
 
 
 def table(cls: type, keys: list[str]) -> str:
-    lines = [f"### {cls.__name__}", "", f"In {', '.join(keys)}.", ""]
+    lines = [f"## {cls.__name__}", "", f"In {', '.join(keys)}.", ""]
     lines += ["| key | type | default | |", "|---|---|---|---|"]
     described = {name: text for base in reversed(cls.__mro__) for name, text in comments(base)}
     for field in dataclasses.fields(cls):
@@ -146,7 +146,7 @@ def names_and_defaults(tables: str) -> list[str]:
 
 
 def test_every_setting_is_listed_with_its_default():
-    listed = SECTION.search(PAGE.read_text(encoding="utf-8"))[0]
+    listed = SECTION.search(SETTINGS.read_text(encoding="utf-8"))[0]
     expected = names_and_defaults(settings_tables())
     assert names_and_defaults(listed) == expected, "run python tests/training/test_train_readme.py"
 
@@ -205,6 +205,6 @@ def test_the_commands_run(folder):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    text = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(SECTION.sub(lambda _: settings_tables(), text), encoding="utf-8")
+    text = SETTINGS.read_text(encoding="utf-8")
+    SETTINGS.write_text(SECTION.sub(lambda _: settings_tables(), text), encoding="utf-8")
     sys.exit()
