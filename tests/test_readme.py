@@ -23,7 +23,7 @@ from scripts import ROOT, run_script, write_shape_images
 
 import unclip
 import unclip.pipelines
-from unclip.checkpoints import folders
+from unclip.checkpoints import folders, hub
 from unclip.cli.main import main
 from unclip.data import embeddings, emoji
 from unclip.types import GLIDEOptions
@@ -156,7 +156,7 @@ def reader(tmp_path, monkeypatch, tiny_folder, tiny_dalle_folder):
     models = {"emoji": tiny_folder, "emoji-dalle1": tiny_dalle_folder}
     monkeypatch.setattr(folders, "bundled_models", lambda: models)
     karlo_folder = karlo.write(karlo.text_to_image(), tmp_path / "hub")
-    monkeypatch.setattr(folders, "_fetch", lambda hub_id, files, known: karlo_folder)
+    monkeypatch.setattr(hub, "fetch", lambda hub_id, files, **arguments: karlo_folder)
     load = cache(unclip.pipelines.load)
     monkeypatch.setattr(unclip.pipelines, "load", load)
     monkeypatch.setattr(unclip, "load", load, raising=False)

@@ -69,7 +69,7 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
         ("generate a --device xpu", ("xpu", "cpu")),
         ("generate a --device meta", ("meta", "cpu")),
         ("generate a -n 2 -o a.png", ("a.png", "one file", "2 images")),
-        ("generate a -o a.jpg", ("a.jpg", ".png")),
+        ("generate a -o a.bmp", ("a.bmp", ".png")),
         ("generate a -o empty.txt", ("empty.txt is a file",)),
         ("generate --prompts-file empty.txt", ("empty.txt has no prompts",)),
         ("generate --prompts-file latin.txt", ("latin.txt is not UTF-8",)),

@@ -162,7 +162,7 @@ def test_vary(run):
     assert (metadata["seed"], metadata["arguments"]) == (10, {"eta": 0.4})
     assert regeneration_error(run, "fish-vary-1.png") <= 2
     run(*vary, "-n", "3", *QUICK, "--grid", "-o", "sheet.png")
-    assert Image.open("sheet.png").size == (3 * 16 + 2 * 4, 2 * 16 + 4)
+    assert Image.open("sheet.png").size == (3 * 20 - 4, 2 * (16 + 40) - 4)  # with captions
     assert regeneration_error(run, "sheet.png") <= 2
 
 
@@ -193,7 +193,7 @@ def test_interpolate_between_prompts(run, spacing):
 def test_diff(run):
     args = ["--from", "a red apple", "--to", "a blue fish", "--theta", "0", "0.2", "0.5"]
     assert run("diff", "apple.png", "fish.png", *args, *QUICK, "--grid", "-o", "diff.png")[0] == 0
-    assert Image.open("diff.png").size == (3 * 20 - 4, 2 * 20 - 4)
+    assert Image.open("diff.png").size == (3 * 20 - 4, 2 * (16 + 40) - 4)  # with captions
     entries = read_metadata("diff.png")
     assert [entry["arguments"]["theta"] for entry in entries] == [0.0, 0.2, 0.5] * 2
     assert regeneration_error(run, "diff.png") <= 2
@@ -314,7 +314,7 @@ ATTACK = "probe apple.png --word a --classes b c"
         ("probe apple.png --data a --pca b", ("--pca", "not allowed", "--data")),
         ("interpolate apple.png", ("at least 2 images or prompts; got 1",)),
         ("interpolate apple.png fish.png --frames 1", ("--frames", "'1'", "at least 2")),
-        ("interpolate apple.png fish.png -o a.webp", ("a.webp: images are written as .png",)),
+        ("interpolate apple.png fish.png -o a.bmp", ("a.bmp", ".png")),
         ("diff apple.png", ("arguments are required: --to",)),
         ("diff apple.png --to a --theta 2", ("'2' is not a number from 0 to 1",)),
         ("edit apple.png --mask small.png", ("4 x 4", "16 x 16")),

@@ -268,8 +268,8 @@ def hostile_files(kind: Kind, files: int, seed: int) -> Iterator[bytes]:
         yield mutate(generator.choice(kind.files), generator)
 
 
-def examine(kind: Kind, files: int, folder: Path, seed: int = 0) -> Outcome:
-    """Read mutations of one kind; `folder` is a new one."""
+def examine(kind: Kind, files: int, folder: Path, seed: int = 0, limit: float = SECONDS) -> Outcome:
+    """Read mutations of one kind; `folder` is a new one, `limit` in CPU seconds."""
     outcome = Outcome()
     for place, content in kind.others.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def examine(kind: Kind, files: int, folder: Path, seed: int = 0) -> Outcome:
         outcome.memory = max(outcome.memory, memory)
         if code not in (ACCEPTED, REFUSED):
             outcome.faults.append(f"file {number}: exit code {code}: {message}")
-        elif seconds > SECONDS or memory > MEMORY:
+        elif seconds > limit or memory > MEMORY:
             outcome.faults.append(f"file {number}: {seconds:.2f} s, {memory / 2**20:.0f} MB")
     return outcome
 

@@ -21,7 +21,9 @@ from unclip.models.unclip.upsampler import Upsampler
 from unclip.models.unet import Attention
 
 CONFIGS = sorted(
-    path.relative_to(ROOT / "configs").as_posix() for path in ROOT.glob("configs/**/*.yaml")
+    path.relative_to(ROOT / "configs").as_posix()
+    for path in ROOT.glob("configs/**/*.yaml")
+    if path.parent.name != "accelerate"
 )
 CONFIG_CLASSES = {
     "clip": ("clip", "CLIPTraining"),

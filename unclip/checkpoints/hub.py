@@ -95,17 +95,17 @@ def fetch(
     )
 
     local_files_only = arguments.pop("local_files_only", False)
-    remote = {name: arguments[name] for name in ("revision", "token") if name in arguments}
+    revision, token = arguments.get("revision"), arguments.get("token")
     names, reason = None, "the Hub cannot be reached"
     try:
         if local_files_only:
             reason = "local_files_only is set"
         else:
-            names = list_repo_files(hub_id, **remote)
+            names = list_repo_files(hub_id, revision=revision, token=token)
     except RepositoryNotFoundError:
         raise ValueError("the Hub has no such model, or it is private") from None
     except RevisionNotFoundError:
-        raise ValueError(f"the model has no revision {remote.get('revision')!r}") from None
+        raise ValueError(f"the model has no revision {revision!r}") from None
     except HfHubHTTPError as error:
         reason = _first_line(error)
     except Exception:  # network errors, whose classes change with the versions of the Hub's library

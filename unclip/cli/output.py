@@ -64,10 +64,12 @@ def write_images(
 
     target = args.output or Path()
     if args.grid:
-        cells = [
-            cell([image], image.size, caption_of(entry))
-            for image, entry in zip(images, metadata, strict=True)
-        ]
+        cells = images
+        if metadata[0].get("operation") != "interpolate":  # its frames form one strip
+            cells = [
+                cell([image], image.size, caption_of(entry))
+                for image, entry in zip(images, metadata, strict=True)
+            ]
         sheet = grid(cells, columns_of(metadata))
         files = [(target if is_image(target) else target / "grid.png", sheet, list(metadata))]
     elif is_image(target):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ def _load(source: str) -> tuple[Any, str]:
 
 def _datasets() -> Any:
     try:
-        import datasets  # pyright: ignore[reportMissingImports]
+        return import_module("datasets")
     except ImportError as error:
         raise ValueError(f"datasets: needs a package; pip install datasets ({error})") from None
-    return datasets

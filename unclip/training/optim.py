@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -73,9 +74,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
 
 def _import_bitsandbytes() -> Any:
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]
+        return import_module("bitsandbytes")
     except ImportError:
         raise ValueError(
             'optim.kind "adamw8bit" needs bitsandbytes; pip install bitsandbytes'
         ) from None
-    return bitsandbytes

@@ -82,7 +82,7 @@ def inpaint(
     through. Warns if nothing or everything is marked.
     """
     sources = open_images(image)
-    masks = mask if isinstance(mask, list | tuple) else [mask]
+    masks: Sequence[Any] = mask if isinstance(mask, list | tuple) else [mask]
     if len(masks) != len(sources):
         given = f"{len(masks)} masks for {len(sources)} images"
         raise ValueError(f"{given}; expected one for each")
@@ -93,9 +93,9 @@ def inpaint(
             raise ValueError(f"the mask is {sizes}; expected the same size")
         hole = np.asarray(marked) > 0
         if not hole.any():
-            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
+            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=4)
         elif hole.all():
-            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
+            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=4)
         metadata = {"operation": "inpaint", **edited_source(source, marked)}
         canvases.append(Canvas(source, np.asarray(source), hole, metadata))
     return _paint(pipe, canvases, prompt, painting or PaintOptions(), request)
