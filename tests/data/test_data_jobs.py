@@ -129,7 +129,7 @@ def forked(arguments: list[str]):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that uses torch")
 @pytest.mark.parametrize(
-    ("shards", "kills"), [(12, 4), pytest.param(200, 20, marks=pytest.mark.slow)]
+    ("shards", "kills"), [(12, 4), pytest.param(200, 20, marks=pytest.mark.nightly)]
 )
 def test_a_killed_job_gives_the_same_bytes(clip, tmp_path, shards, kills):
     data, out = write_shards(tmp_path / "data", shards, broken=1), tmp_path / "out"
@@ -164,7 +164,7 @@ class Session:
         self.process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("shards", "kills"), [(200, 20)])
 def test_a_job_on_ray_gives_the_same_bytes(clip, tmp_path, shards, kills):
     pytest.importorskip("ray.data")

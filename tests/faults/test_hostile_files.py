@@ -20,7 +20,7 @@ def test_a_few_files_of_each_kind(tmp_path: Path, kind: Kind) -> None:
     assert examine(kind, 12, tmp_path, seed=1, limit=4.0).faults == []
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_many_files_of_each_kind(tmp_path: Path, kind: Kind) -> None:
     assert examine(kind, 250, tmp_path).faults == []

@@ -14,7 +14,7 @@ def test_a_killed_run_equals_an_uninterrupted_one(tmp_path: Path, case: Case) ->
     assert outcome.kills >= 3 and outcome.different == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_network_survives_kills(tmp_path: Path, case: Case) -> None:
     outcome = survive(case, 6, tmp_path)

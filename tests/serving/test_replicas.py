@@ -28,7 +28,7 @@ def test_several_replicas_need_shared_storage():
             ReplicaConfig(low, high)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
 def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_path):
     from ray import serve

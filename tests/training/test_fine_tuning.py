@@ -48,7 +48,7 @@ def embeddings(pipe: unclip.UnCLIPPipeline, prompts: list[str]) -> Tensor:
     return pipe.sample_prior(pipe.encode_text(prompts), generators=generators, candidates=1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_lora_of_the_prior_learns_a_style_and_keeps_the_rest(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     pytest.importorskip("resvg_py")

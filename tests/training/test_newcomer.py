@@ -85,7 +85,7 @@ def fine_tune(work: Path, *settings: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {' '.join(words)}", flush=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links and a shell")
 def test_the_documented_commands_bring_the_model_to_a_new_style(tmp_path):
     pytest.importorskip("peft")

@@ -108,7 +108,7 @@ def test_a_sharded_run_equals_one_process_and_resumes_with_any_number(tmp_path: 
     assert all(torch.equal(exported[name], averages[name]) for name in averages)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("env", [None, HSDP], ids=["DDP", "HSDP"])
 def test_other_kinds_of_parallelism_equal_one_process(
     tmp_path: Path, env: dict[str, str] | None

@@ -67,7 +67,7 @@ def test_the_usage_is_shown():
     assert result.returncode != 0 and "usage: train/all.sh CONFIGS" in result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_of_toy_size_is_trained(folder):
     result = run_all(folder, "configs/tiny", "--set", "fit.steps=2", LAUNCH="python")
     assert result.returncode == 0, result.stderr
