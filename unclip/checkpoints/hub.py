@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -95,17 +95,18 @@ def fetch(
     )
 
     local_files_only = arguments.pop("local_files_only", False)
-    revision, token = arguments.get("revision"), arguments.get("token")
+    remote: dict[str, Any] = {**arguments}
+    remote.pop("cache_dir", None)
     names, reason = None, "the Hub cannot be reached"
     try:
         if local_files_only:
             reason = "local_files_only is set"
         else:
-            names = list_repo_files(hub_id, revision=revision, token=token)
+            names = list_repo_files(hub_id, **remote)
     except RepositoryNotFoundError:
         raise ValueError("the Hub has no such model, or it is private") from None
     except RevisionNotFoundError:
-        raise ValueError(f"the model has no revision {revision!r}") from None
+        raise ValueError(f"the model has no revision {remote.get('revision')!r}") from None
     except HfHubHTTPError as error:
         reason = _first_line(error)
     except Exception:  # network errors, whose classes change with the versions of the Hub's library
