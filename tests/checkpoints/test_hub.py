@@ -176,7 +176,7 @@ def test_revisions_and_arguments_reach_the_hub(tiny_folder, monkeypatch):
 
 
 class FakeHub:
-    """What HfApi does, with a folder in place of the Hub."""
+    """The methods of HfApi that are used, on a folder in place of the Hub."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, []

@@ -343,7 +343,7 @@ def test_a_wrapped_state_dict_is_found(wrap: Callable[[nn.Module], Any], tmp_pat
 
 @pytest.mark.parametrize("wrapper", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}"])
 def test_names_lose_the_prefixes_of_wrappers(wrapper: str, tmp_path: Path) -> None:
-    """Of DistributedDataParallel and torch.compile, in pickles and in safetensors."""
+    """Prefixes of DistributedDataParallel and torch.compile, in pickles and in safetensors."""
     state = dict(network().state_dict())
     wrapped = {wrapper.format(name): x.contiguous() for name, x in state.items()}
     torch.save({"state_dict": wrapped}, tmp_path / "file.ckpt")

@@ -1,4 +1,4 @@
-"""Compositions: what the caption says is what the image shows."""
+"""Composed images show what their captions say."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def mutate(data: bytes, random: random.Random) -> bytes:
 
 @dataclass
 class Outcome:
-    """What happened to the files of one kind."""
+    """Results of reading the files of one kind."""
 
     files: int = 0
     counts: Counter[int] = field(default_factory=Counter)  # by exit code of the process

@@ -282,7 +282,7 @@ _ALLOWED: dict[str, Any] = {
 
 @dataclass
 class _Budget:
-    """What reading a file may cost, so that a small file is not a bomb."""
+    """Limits of the cost of reading one file, against decompression bombs."""
 
     opcodes: int  # of all its pickles; each may make an object
     copied: int  # bytes

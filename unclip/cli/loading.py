@@ -58,7 +58,7 @@ def load_model(args: Namespace, default_dtype: str | None = None, *kind: str) ->
 
 @dataclass(frozen=True)
 class Header:
-    """What the JSON files of a model folder say about sampling."""
+    """Sampling settings in the JSON files of a model folder."""
 
     name: str
     kind: str

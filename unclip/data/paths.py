@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-# What operating systems and tools add to folders and archives, besides hidden files.
+# Files that operating systems and tools add to folders and archives, besides hidden ones.
 FOREIGN = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "icon\r"}
 WILDCARDS = "*?[{"
 MAX_RANGE = 1_000_000

@@ -136,7 +136,7 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of N images: which show their concept, have it among five, have their style; the concept."""
+    """For N images: concept right, concept among five, style right; and the concepts."""
 
     concept: Tensor  # (N,) bool
     concept_of_5: Tensor  # (N,) bool

@@ -89,7 +89,7 @@ def launch(
         if not run.dry_run and rank() == 0:  # which holds the lock later
             check_unlocked(Path(run.config.fit.output))
         with warnings.catch_warnings():
-            # Of long captions, counted once at the start by `report_long_captions`.
+            # Long captions are counted once at the start, by `report_long_captions`.
             warnings.simplefilter("ignore", TruncationWarning)
             main(run)
     except Exception as error:
