@@ -69,7 +69,7 @@ def pip_install(words: list[str]) -> None:
 
 def pytest_itself(words: list[str]) -> None:
     """Running the tests inside a test would not end."""
-    assert words in (["pytest"], ["pytest", "-m", "slow"])
+    assert words in (["pytest"], ["pytest", "-m", "slow"], ["pytest", "-m", "nightly"])
 
 
 def git_clone(words: list[str]) -> None:
@@ -121,7 +121,7 @@ def bench(words: list[str]) -> None:
 
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"pip install ": pip_install,
-    r"pytest( -m slow)?$": pytest_itself,
+    r"pytest( -m (slow|nightly))?$": pytest_itself,
     r"git clone ": git_clone,
     r"python -m unclip\.data\.emoji ": render_emoji,
     r"python -m unclip\.data\.embeddings ": compute_embeddings,
