@@ -29,6 +29,7 @@ from unclip.models.published.cross_attention_decoder import (
 )
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
@@ -50,6 +51,7 @@ class UnCLIPParts:
     clip: str
     decoder: str
     prior: str | None = None
+    layout_prior: str | None = None  # samples the decoder's layouts
     inpainter: str | None = None  # a decoder trained with the task "inpaint"
     upsamplers: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()  # adapters, which are merged into the weights
@@ -75,6 +77,7 @@ class DalleParts:
 
 ROLES = {  # component: accepted classes, name in error messages
     "prior": ((DiffusionPrior, MLPPrior, DirectPrior, RelativePrior), "a prior"),
+    "layout_prior": (LayoutPrior, "a layout prior"),
     "decoder": ((Decoder, CrossAttentionDecoder), "a decoder"),
     "inpainter": (Decoder, "a decoder"),
     "upsampler": ((Upsampler, CrossAttentionUpsampler), "an upsampler"),
@@ -83,6 +86,7 @@ ROLES = {  # component: accepted classes, name in error messages
 SCRIPTS = {  # that train a component
     "clip": "train/clip.py",
     "prior": "train/prior.py, train/ar_prior.py or train/one_shot_prior.py",
+    "layout_prior": "train/layout.py and model.kind: diffusion",
     "decoder": "train/decoder.py",
     "inpainter": "train/decoder.py and task: inpaint",
     "upsampler": "train/upsampler.py",
@@ -125,12 +129,13 @@ def _check_folders(parts: Parts) -> None:
 
 
 def assemble_unclip(parts: UnCLIPParts) -> UnCLIPPipeline:
-    folders = {"prior": parts.prior, "decoder": parts.decoder, "inpainter": parts.inpainter}
+    names = ("prior", "layout_prior", "decoder", "inpainter")
+    folders = {name: getattr(parts, name) for name in names}
     folders |= {f"upsampler_{i}": folder for i, folder in enumerate(parts.upsamplers)}
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     components: dict[str, Any] = {"clip": CLIP.from_pretrained(parts.clip)}
     for name, folder in folders.items():
-        components[name] = load_as(folder, *ROLES[name.split("_")[0]])
+        components[name] = load_as(folder, *ROLES[name.rstrip("_0123456789")])
     bundle = Bundle(
         kind=parts.kind,
         components=components,

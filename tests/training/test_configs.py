@@ -31,6 +31,7 @@ CONFIG_CLASSES = {
     "ar": ("ar_prior", "ARPriorTraining"),
     "one": ("one_shot_prior", "OneShotPriorTraining"),
     "layout": ("layout", "LayoutTraining"),
+    "layout_prior": ("layout_prior", "LayoutPriorTraining"),
     "decoder": ("decoder", "DecoderTraining"),
     "inpaint": ("decoder", "DecoderTraining"),
     "upsampler": ("upsampler", "UpsamplerTraining"),
@@ -210,7 +211,7 @@ PAPER = {  # Table 3, 2.1, 2.2 and appendix C
 
 def kind_of(name: str) -> str:
     """Return the kind of network, such as "upsampler" for upsampler_256.yaml."""
-    return re.match("[a-z]+", Path(name).stem)[0]
+    return re.match("layout_prior|[a-z]+", Path(name).stem)[0]
 
 
 @cache

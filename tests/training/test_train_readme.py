@@ -42,6 +42,7 @@ SCRIPTS = {
     "ar_prior": "ARPriorTraining",
     "one_shot_prior": "OneShotPriorTraining",
     "layout": "LayoutTraining",
+    "layout_prior": "LayoutPriorTraining",
     "decoder": "DecoderTraining",
     "upsampler": "UpsamplerTraining",
     "codec": "CodecTraining",

@@ -27,6 +27,7 @@ NETWORKS = (
     "ar_prior",
     "one_shot_prior",
     "layout",
+    "layout_prior",
     "decoder",
     "upsampler",
     "codec",

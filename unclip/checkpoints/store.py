@@ -7,6 +7,7 @@ emoji/
   clip/                    in open_clip's layout (see clip.py)
   prior/                   config.json (type and fields), model.safetensors, schedule.json
                            (no schedule for a prior that is not sampled by diffusion)
+  layout_prior/            as prior/; optional
   decoder/  upsampler_0/   as prior/; a DALL-E 1 model has codec/ and dalle/ without a schedule
   tokenizer/               config.json (type and fields) and tokenizer.json, if it is not CLIP's
 """
@@ -54,6 +55,7 @@ from unclip.models.published.plain_dvae import PlainDVAE
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout
+from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, DiffusionPrior, DirectPrior
@@ -67,6 +69,7 @@ M = TypeVar("M", bound=nn.Module)
 _NETWORKS: tuple[type[nn.Module], ...] = (
     *(DiffusionPrior, MLPPrior, ARPrior, OneShotPrior, RelativePrior),
     Layout,  # trained on its own, then part of a decoder
+    LayoutPrior,
     *(Decoder, Upsampler, GLIDE, CrossAttentionDecoder, CrossAttentionUpsampler),
     *(DALLE, BartDALLE),
     *(DVAE, PlainDVAE, VQVAE, VQGAN, GaussianVAE),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -29,9 +30,11 @@ from unclip.data.precompute import (
     precompute,
 )
 from unclip.data.samples import Dataset, Sample
+from unclip.image_io import fit, to_tensor
 from unclip.tokenizer import TruncationCount
 
 SETTINGS_FILE = "embeddings.json"
+OVERSAMPLED = 4  # layouts are means of this many pixels in each direction, as in training
 
 
 class EmbeddingWriter(PartWriter):
@@ -51,6 +54,7 @@ def embed(
     out: str | Path,
     *,
     all_captions: bool = False,
+    layout: int | None = None,
     batch_size: int = 64,
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
@@ -58,16 +62,17 @@ def embed(
     """Embed a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
     A sample has one row for its canonical caption, or with `all_captions` one for each caption.
-    `source` (paths of the data and CLIP) is stored with the settings.
+    layout: side of the images that are stored too, for a `LayoutPrior`. `source` (paths of the data
+    and CLIP) is stored with the settings.
     """
-    settings = {**_settings(all_captions), **(source or {})}
+    settings = {**_settings(all_captions, layout), **(source or {})}
     sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
-    compute = embedder(clip, all_captions)
+    compute = embedder(clip, all_captions, layout)
     return precompute(dataset, compute, out, SETTINGS_FILE, settings, **sizes)
 
 
-def embedder(clip: CLIP, all_captions: bool) -> Compute:
-    """Return the computation of a batch's embeddings."""
+def embedder(clip: CLIP, all_captions: bool, layout: int | None = None) -> Compute:
+    """Return the computation of a batch's embeddings, and of its layouts if their side is given."""
     count = TruncationCount()
 
     @torch.inference_mode()
@@ -78,14 +83,20 @@ def embedder(clip: CLIP, all_captions: bool) -> Compute:
         image_emb = _to_numpy(clip.encode_image(images)).repeat(repeats, axis=0)  # (N, D)
         with count.counting(len(texts)):
             text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
-        return columns, {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
+        arrays = {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
+        if layout is not None:
+            pixels = to_tensor([fit(image, OVERSAMPLED * layout) for image in images])
+            pooled = F.avg_pool2d(pixels, OVERSAMPLED).flatten(1)
+            arrays["layout"] = pooled.half().numpy().repeat(repeats, axis=0)
+        return columns, arrays
 
     weakref.finalize(compute, count.report, clip.context_length)  # once, when all is done
     return compute
 
 
-def _settings(all_captions: bool) -> dict[str, str]:
-    return {"captions": "all" if all_captions else "canonical"}
+def _settings(all_captions: bool, layout: int | None) -> dict[str, Any]:
+    captions = "all" if all_captions else "canonical"
+    return {"captions": captions, **({} if layout is None else {"layout": layout})}
 
 
 def _to_numpy(emb: Tensor) -> np.ndarray:
@@ -99,14 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_arguments(parser, "img_emb, text_emb and metadata", part_size=10_000)
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
+    about = "also store images of SIZE x SIZE pixels, for train/layout_prior.py"
+    parser.add_argument("--layout", type=int, metavar="SIZE", help=about)
     run_command(parser.parse_args(arguments), load_embedder, SETTINGS_FILE)
 
 
 def load_embedder(options: argparse.Namespace, device: str) -> tuple[Compute, dict[str, Any]]:
     """Load --clip; return its computation and the settings of the command line."""
     clip = CLIP.from_pretrained(options.clip).to(device)
-    settings = _settings(options.all_captions) | {"data": options.data, "clip": options.clip}
-    return embedder(clip, options.all_captions), settings
+    chosen = options.all_captions, options.layout
+    settings = _settings(*chosen) | {"data": options.data, "clip": options.clip}
+    return embedder(clip, *chosen), settings
 
 
 if __name__ == "__main__":

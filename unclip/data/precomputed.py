@@ -1,6 +1,7 @@
 """Readers for precomputed embeddings and image codes: arrays in numbered parts, with captions.
 
 img_emb/img_emb_0.npy  text_emb/text_emb_0.npy    embeddings (N, D), clip-retrieval's layout
+layout/layout_0.npy                               small images (N, 3 * s * s), optional
 codes/codes_0.npy  codes.json                     codes (N, h, w); the codec's vocabulary and grid
 metadata/metadata_0.parquet                       columns caption, key, weight
 """
@@ -112,9 +113,9 @@ class PrecomputedDataset(ABC):
 
 
 class EmbeddingDataset(PrecomputedDataset):
-    """Captions with CLIP image embeddings and, optionally, text embeddings."""
+    """Captions with CLIP image embeddings and, optionally, text embeddings and small images."""
 
-    array_names, content = ("img_emb", "text_emb"), "embeddings"
+    array_names, content = ("img_emb", "text_emb", "layout"), "embeddings"
     array_format = "floating-point numbers (N, D)"
 
     def __init__(self, folder: str | Path, columns: ColumnNames | None = None) -> None:
@@ -126,8 +127,11 @@ class EmbeddingDataset(PrecomputedDataset):
         return array.ndim == 2 and array.dtype.kind == "f"
 
     def batch(self, indices: Indices) -> dict[str, Any]:
-        """Return {"image_emb": (B, D), "text_emb": (B, D) if there are any, "caption", "key"}."""
-        keys = {"img_emb": "image_emb", "text_emb": "text_emb"}
+        """Return {"image_emb": (B, D), "caption", "key"}, and what else there is.
+
+        That is "text_emb" (B, D), and "layout" (B, 3 * s * s) of s x s pixels in [-1, 1].
+        """
+        keys = {"img_emb": "image_emb", "text_emb": "text_emb", "layout": "layout"}
         rows = {keys[name]: self._rows(name, indices).astype(np.float32) for name in self._arrays}
         scales = self.scales
         tensors = {key: torch.from_numpy(rows[key] * scales.get(key, 1.0)) for key in rows}

@@ -21,6 +21,7 @@ from unclip.clip import CLIP
 from unclip.data.loader import Augment, DataConfig, Loader, open_data
 from unclip.data.precomputed import EmbeddingDataset, PrecomputedDataset
 from unclip.data.samples import Dataset
+from unclip.models.unclip.layout_prior import LayoutPrior, layouts
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.training.initialization import report_long_captions
 
@@ -203,3 +204,14 @@ def measure_stats(
         fault = f"{len(image_emb)} image embeddings, all equal"
         raise ValueError(f"{fault}; expected at least two different images")
     network.set_stats(image_emb.mean(dim=0), image_emb.std(dim=0))
+
+
+def measure_components(network: LayoutPrior, loader: Loader | EmbeddedLoader, batches: int) -> None:
+    """Set the principal components of layouts from the first `batches` batches.
+
+    The loader's position does not change.
+    """
+    position = loader.state_dict()
+    found = [layouts(batch, network.config.size) for batch in islice(loader, batches)]
+    loader.load_state_dict(position)
+    network.fit_components(torch.cat(found))

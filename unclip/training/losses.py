@@ -19,12 +19,13 @@ from unclip.clip import CLIP, contrastive_loss
 from unclip.config import DropRate, NonNegative, config
 from unclip.data.corruption import CorruptionConfig, corrupt
 from unclip.diffusion.losses import LossConfig, diffusion_loss
-from unclip.diffusion.schedules import Schedule, sample_timesteps
+from unclip.diffusion.schedules import Prediction, Schedule, sample_timesteps
 from unclip.embeddings import normalise, slerp
 from unclip.image_io import resize
 from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout, masked_image
+from unclip.models.unclip.layout_prior import LayoutPrior, layouts
 from unclip.models.unclip.mlp_prior import MLPPrior, embedding_only
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
@@ -76,9 +77,7 @@ class PriorLoss:
         image_emb = _image_emb(self.clip, batch)
         text, drop_text = self._text(batch)
         if self.text_noise and model.training:
-            scale = self.text_noise * torch.rand(len(text), 1, device=text.emb.device)
-            noise = scale * text.emb.std() * torch.randn_like(text.emb)
-            text = replace(text, emb=text.emb + noise)
+            text = replace(text, emb=add_text_noise(text.emb, self.text_noise))
         x_0 = self.prior.normalize(image_emb).repeat_interleave(self.noises, dim=0)
         if self.emb_noise and model.training:
             x_0 = x_0 + self.emb_noise * torch.randn_like(x_0)
@@ -163,9 +162,50 @@ class LayoutLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = _image_emb(self.clip, batch)
         image_emb = add_embedding_noise(image_emb, self.layout, self.emb_noise)
-        images = batch["image"].to(image_emb.device)
-        target = F.adaptive_avg_pool2d(images, self.layout.config.size)
+        target = layouts(batch, self.layout.config.size).to(image_emb.device)
         return {"loss": F.mse_loss(model(image_emb).float(), target)}
+
+
+@dataclass(eq=False)
+class LayoutPriorLoss:
+    """MSE of a layout's components; image embedding and caption are dropped independently."""
+
+    network: LayoutPrior
+    clip: CLIP
+    schedule: Schedule
+    drop: ConditionDropout
+    config: LossConfig
+    emb_noise: float = 0.0  # see `add_embedding_noise`
+    text_noise: float = 0.0  # see `add_text_noise`; in training only
+
+    def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        network = self.network
+        image_emb = add_embedding_noise(_image_emb(self.clip, batch), network, self.emb_noise)
+        text_emb = self._text_emb(batch)
+        if self.text_noise and model.training:
+            text_emb = add_text_noise(text_emb, self.text_noise)
+        x_0 = network.encode(layouts(batch, network.config.size).to(image_emb.device))
+        probabilities = torch.rand(2, len(x_0), device=x_0.device)
+        drop_image, drop_text = probabilities < probabilities.new_tensor(
+            [[self.drop.image], [self.drop.text]]
+        )
+        conditions = image_emb, text_emb, drop_image, drop_text
+        return _denoising_loss(model, conditions, x_0, self.schedule, self.config, "x0")
+
+    @torch.no_grad()
+    def _text_emb(self, batch: Batch) -> Tensor:
+        if "text_emb" in batch:
+            return batch["text_emb"].to(self.clip.device)
+        return self.clip.encode_text(batch["caption"]).emb.float()
+
+
+def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
+    """Add noise of 0 to `most` of their standard deviation, uniform per row, to embeddings (B, D).
+
+    Captions of similar meaning then have similar effects.
+    """
+    scale = most * torch.rand(len(text_emb), 1, device=text_emb.device)
+    return text_emb + scale * text_emb.std() * torch.randn_like(text_emb)
 
 
 def add_embedding_noise(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
@@ -217,7 +257,8 @@ class DecoderLoss:
             assert self.decoder.layout is not None
             image_emb = add_embedding_noise(image_emb, self.decoder.layout, self.emb_noise)
         conditions = image_emb, text, drop_image, drop_text, known
-        return _denoising_loss(model, conditions, x_0, self.schedule, config, self.config)
+        kind = config.prediction, config.learned_variance
+        return _denoising_loss(model, conditions, x_0, self.schedule, self.config, *kind)
 
     def _with_holes(
         self, x_0: Tensor, image_emb: Tensor, text: TextEncoding, config: HoleConfig
@@ -258,7 +299,8 @@ class UpsamplerLoss:
         x_0 = batch["image"].to(next(self.upsampler.parameters()).device)
         low_side = x_0.shape[-1] * config.low_size // config.high_size
         low_res = corrupt(resize_square(x_0, low_side), self.corruption)
-        return _denoising_loss(model, (low_res,), x_0, self.schedule, config, self.config)
+        kind = config.prediction, config.learned_variance
+        return _denoising_loss(model, (low_res,), x_0, self.schedule, self.config, *kind)
 
 
 def resize_square(images: Tensor, side: int) -> Tensor:
@@ -273,14 +315,14 @@ def _denoising_loss(
     conditions: tuple,
     x_0: Tensor,
     schedule: Schedule,
-    model_config: Any,
     config: LossConfig,
+    prediction: Prediction,
+    learned_variance: bool = False,
 ) -> dict[str, Tensor]:
     t = sample_timesteps(len(x_0), schedule, device=x_0.device)
     noise = torch.randn_like(x_0)
     x_t = schedule.add_noise(x_0, noise, t)
-    output = model(x_t, t, *conditions)  # (B, 3 or 6, s, s)
-    prediction, learned_variance = model_config.prediction, model_config.learned_variance
+    output = model(x_t, t, *conditions)
     losses = diffusion_loss(
         output, x_0, x_t, noise, t, schedule, prediction, learned_variance, config
     )

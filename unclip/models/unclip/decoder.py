@@ -247,11 +247,13 @@ class Decoder(ContextUNet):
         drop_image: Tensor | None = None,
         drop_text: Tensor | None = None,
         known: Tensor | None = None,
+        layout: Tensor | None = None,
     ) -> DecoderContext:
         """Compute the context of CLIP image embeddings (B, D) and captions.
 
         The nulls replace rows where `drop_image` or `drop_text` (B,) bool is True. known:
         (B, 4, s, s) from `masked_image`, for a decoder that inpaints; None = nothing is known.
+        layout: (B, 3, h, h) in [-1, 1]; None = the mean for the embedding, see `Layout`.
         """
         if known is not None and not self.config.inpaints:
             raise ValueError("known was given, but this decoder was not trained to inpaint")
@@ -267,16 +269,21 @@ class Decoder(ContextUNet):
         image_tokens = rearrange(self.image_to_context(image_emb), "b (c n) -> b n c", n=n)
         context = torch.cat([image_tokens, text_tokens], dim=1)  # B n+L context_dim
         mask = F.pad(text_mask, (n, 0), value=True)  # B n+L
-        extra_channels = self._extra_channels(image_emb, drop_image, known)
+        extra_channels = self._extra_channels(image_emb, drop_image, known, layout)
         return DecoderContext(time_shift, self.unet.project_context(context, mask), extra_channels)
 
     def _extra_channels(
-        self, image_emb: Tensor, drop_image: Tensor | None, known: Tensor | None
+        self,
+        image_emb: Tensor,
+        drop_image: Tensor | None,
+        known: Tensor | None,
+        layout: Tensor | None,
     ) -> Tensor | None:
         """Concatenate layout and known pixels, as configured; zeros where there are none."""
         size, channels = (self.config.image_size, self.config.image_size), []
         if self.layout is not None:
-            layout = F.interpolate(self.layout(image_emb), size, mode="bilinear")  # B 3 s s
+            small: Tensor = self.layout(image_emb) if layout is None else layout.to(image_emb)
+            layout = F.interpolate(small, size, mode="bilinear")  # B 3 s s
             if drop_image is not None:
                 layout = layout * ~drop_image[:, None, None, None]
             channels.append(layout)

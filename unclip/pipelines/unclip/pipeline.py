@@ -17,6 +17,8 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
+from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.prior import DirectPrior
 from unclip.pipelines.base import Pipeline, inference, make_schedules
 from unclip.pipelines.offload import Offloader, parts
@@ -47,6 +49,7 @@ from unclip.pipelines.unclip.stages import (
     AnyPrior,
     AnyUpsampler,
     DecoderStage,
+    LayoutStage,
     LoadedPrior,
     PriorStage,
     TextEncoder,
@@ -64,8 +67,8 @@ class UnCLIPPipeline(Pipeline):
 
     Every stage can be called alone. `generators` are one for each image; each is used in this
     order: the prior's noise for candidate 1, 2, ...; at every stochastic step of the prior, noise
-    for candidate 1, 2, ...; then the decoder's first noise and that of its steps, and those of the
-    upsamplers.
+    for candidate 1, 2, ...; then the noise of the layout, if the model samples one; the decoder's
+    first noise and that of its steps, and those of the upsamplers.
     """
 
     kind = "unclip"
@@ -81,6 +84,7 @@ class UnCLIPPipeline(Pipeline):
         options: UnCLIPOptions | None = None,
         *,
         inpainter: AnyDecoder | None = None,
+        layout_prior: LayoutPrior | None = None,
         schedules: Mapping[str, ScheduleConfig] | None = None,
         offloader: Offloader | None = None,
         name: str = "unnamed",
@@ -90,10 +94,12 @@ class UnCLIPPipeline(Pipeline):
         """schedules: of "prior", "decoder", "upsampler_0", ...; cosine for those left out.
 
         inpainter: a decoder of the same size that was trained to inpaint; not needed if `decoder`
-        was. offloader: that holds the networks already. source: what `unclip.load` was given.
+        was. layout_prior: samples the layouts of `decoder`, which must have that input. offloader:
+        that holds the networks already. source: what `unclip.load` was given.
         """
         ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
-        optional = {"prior": prior, "decoder": decoder, "inpainter": inpainter, **ups}
+        first = {"prior": prior, "layout_prior": layout_prior, "decoder": decoder}
+        optional = {**first, "inpainter": inpainter, **ups}
         networks: dict[str, Any] = {key: net for key, net in optional.items() if net is not None}
         if inpainter is decoder:
             del networks["inpainter"]
@@ -105,7 +111,12 @@ class UnCLIPPipeline(Pipeline):
         self.prior_stage: PriorStage | None = None
         if prior is not None:
             self.prior_stage = PriorStage(prior, made.get("prior"), self.encoder)
-        self.decoder_stage = DecoderStage("decoder", decoder, made["decoder"], self.encoder)
+        layouts = None
+        if layout_prior is not None:
+            layouts = LayoutStage(layout_prior, made["layout_prior"], self.runtime)
+        self.decoder_stage = DecoderStage(
+            "decoder", decoder, made["decoder"], self.encoder, layouts
+        )
         self.inpainter_stage: DecoderStage | None = None
         if inpainter is None or inpainter is decoder:
             self.inpainter_stage = self.decoder_stage if self.decoder_stage.inpaints else None
@@ -146,6 +157,7 @@ class UnCLIPPipeline(Pipeline):
             [component(name) for name in names],
             bundle.options,
             inpainter=component("inpainter"),
+            layout_prior=component("layout_prior"),
             schedules=bundle.schedules,
             offloader=offloader,
             name=bundle.name,
@@ -556,6 +568,8 @@ class UnCLIPPipeline(Pipeline):
         """The noise schedule of each diffusion stage."""
         prior = None if self.prior_stage is None else self.prior_stage.diffusion
         stages = [self.decoder_stage.diffusion]
+        if self.decoder_stage.layout_stage is not None:
+            stages.append(self.decoder_stage.layout_stage.diffusion)
         if self.inpainter_stage not in (None, self.decoder_stage):
             stages.append(self.inpainter_stage.diffusion)
         stages += [stage.diffusion for stage in self.upsampler_stages]
@@ -673,7 +687,11 @@ class UnCLIPPipeline(Pipeline):
         if self.prior is not None:
             self._check_clip("prior", self.prior.config)
         self._check_clip("decoder", self.decoder.config)
-        size = self.decoder_stage.size
+        size, layouts = self.decoder_stage.size, self.decoder_stage.layout_stage
+        if layouts is not None:
+            if not isinstance(self.decoder, Decoder) or self.decoder.layout is None:
+                raise ValueError("layout_prior was given, but the decoder takes no layout")
+            self._check_clip("layout_prior", layouts.network.config)
         if inpainter is not None:
             self._check_clip("inpainter", inpainter.config)
             stage = self.inpainter_stage

@@ -29,6 +29,7 @@ from unclip.models.published.cross_attention_decoder import (
 from unclip.models.published.relative_prior import RelativePrior
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, DecoderContext
+from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
@@ -399,13 +400,44 @@ class PriorStage:
             )
 
 
+class LayoutStage:
+    """Samples layouts, small images that a decoder starts from, by diffusion."""
+
+    def __init__(self, network: LayoutPrior, schedule: Schedule, runtime: Runtime) -> None:
+        self.network, self.runtime = network, runtime
+        self.options = StageOptions(network.config.steps, network.config.guidance)
+        self.diffusion = DiffusionStage("layout_prior", network, schedule, runtime, "x0")
+
+    def sample(
+        self,
+        image_emb: Tensor,
+        text_emb: Tensor | None,
+        negative: Tensor | None,
+        generators: Generators,
+    ) -> Tensor:
+        """Sample layouts (B, 3, h, h) in [-1, 1] for embeddings of images and texts, (B, D)."""
+        network = self.network
+        self.runtime.use(network)
+        context = network.condition(image_emb, text_emb)
+        null = partial(network.condition, None, negative)
+        bound = self.diffusion.bind(context, self.options, null, clip=network.config.x0_limit)
+        x_T = bound.noise((len(image_emb), network.config.components), generators)
+        return network.decode(bound.sample(x_T, generators)).clamp(-1, 1)
+
+
 class DecoderStage:
     """Samples small images for image embeddings and texts; as inpainter, around known pixels."""
 
     def __init__(
-        self, name: str, network: AnyDecoder, schedule: Schedule, text_encoder: TextEncoder
+        self,
+        name: str,
+        network: AnyDecoder,
+        schedule: Schedule,
+        text_encoder: TextEncoder,
+        layout_stage: LayoutStage | None = None,
     ) -> None:
-        self.network, self.text_encoder = network, text_encoder
+        """layout_stage: samples the layouts; None = they are the mean for an embedding."""
+        self.network, self.text_encoder, self.layout_stage = network, text_encoder, layout_stage
         self.runtime, config = text_encoder.runtime, network.config
         self.diffusion = DiffusionStage(
             name,
@@ -439,10 +471,13 @@ class DecoderStage:
         weights: Tensor | None = None,
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`."""
-        bound = self.bind(image_emb, text, options, negative=negative, weights=weights)
-        rows: Any = text if image_emb is None else image_emb  # `bind` has checked them
-        B = len(rows) // (1 if weights is None or image_emb is not None else len(weights))
+        rows: Any = text if image_emb is None else image_emb  # `bind` checks them
+        K = 1 if weights is None or image_emb is not None else len(weights)
+        B = 0 if rows is None else len(rows) // K
         generators = generators or random_generators(B)
+        bound = self.bind(
+            image_emb, text, options, negative=negative, weights=weights, generators=generators
+        )
         x_T = bound.noise((B, 3, self.size, self.size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
@@ -455,8 +490,12 @@ class DecoderStage:
         negative: TextEncoding | None = None,
         weights: Tensor | None = None,
         known: Tensor | None = None,
+        generators: Generators | None = None,
     ) -> BoundStage:
-        """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`."""
+        """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`.
+
+        generators: to sample layouts, if the model can; None = the mean for each embedding.
+        """
         K, blind = 1 if weights is None else len(weights), image_emb is None
         if image_emb is None:
             if text is None:
@@ -464,7 +503,12 @@ class DecoderStage:
             # Replaced by the null.
             image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
         self._check(image_emb, text, K)
-        B = len(image_emb)
+        B, layout = len(image_emb), None
+        if self.layout_stage is not None and generators and not blind:
+            text_emb = None if text is None else mix_embeddings(text.emb.float(), weights)
+            emb = None if negative is None else negative.emb.float()
+            layout = self.layout_stage.sample(image_emb, text_emb, emb, generators)
+            layout = layout.repeat(K, 1, 1, 1)
         image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
 
         def null() -> Any:
@@ -479,7 +523,7 @@ class DecoderStage:
                 lambda: self._condition(image_emb[:1], None, drop_image=True),
             )
 
-        context = self._condition(image_emb, text, drop_image=blind, known=known)
+        context = self._condition(image_emb, text, drop_image=blind, known=known, layout=layout)
         return self.diffusion.bind(context, options, null, weights)
 
     def guide_embedding(self, image_emb: Tensor, known: Tensor, weight: float) -> Tensor:
@@ -495,7 +539,7 @@ class DecoderStage:
         image_emb: Tensor,
         text: TextEncoding | None,
         drop_image: bool = False,
-        known: Tensor | None = None,
+        **inputs: Tensor | None,
     ) -> DecoderContext | TokenContext:
         everything = torch.ones(len(image_emb), dtype=torch.bool, device=self.runtime.device)
         drop_text = None
@@ -506,7 +550,8 @@ class DecoderStage:
         else:
             text = self.text_encoder.prepare(text)
         self.runtime.use(self.network)
-        extra = {} if known is None else {"known": known}  # other kinds of decoders do not take it
+        # Other kinds of decoders take neither known pixels nor a layout.
+        extra = {name: value for name, value in inputs.items() if value is not None}
         return self.network.condition(
             image_emb, text, everything if drop_image else None, drop_text, **extra
         )

@@ -1,0 +1,156 @@
+"""The layout prior: principal components of small images, sampled for embedding and caption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import EMB_DIM, scrambled, tiny_clip
+from test_layout import make_decoder
+
+from unclip.checkpoints.store import load_component, save_component
+from unclip.diffusion.losses import LossConfig
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig, layouts
+from unclip.pipelines.runtime import Runtime
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
+from unclip.pipelines.unclip.stages import LayoutStage
+from unclip.training.losses import ConditionDropout, LayoutPriorLoss
+
+SHAPE = LayoutPriorConfig(
+    emb_dim=EMB_DIM, size=4, components=6, width=32, depth=2, dropout=0.0, steps=6
+)
+
+
+def make_prior() -> LayoutPrior:
+    torch.manual_seed(0)
+    network = scrambled(LayoutPrior(SHAPE), std=0.2)
+    network.fit_components(torch.rand(40, 3, 4, 4) * 2 - 1)
+    return network
+
+
+def test_components_are_the_principal_ones_and_unit_variance_on_average():
+    torch.manual_seed(0)
+    network, factors = LayoutPrior(SHAPE), torch.randn(200, 6) * torch.tensor([3.0, 2, 1, 1, 1, 1])
+    x = (factors @ torch.randn(6, 48) * 0.1 + 0.2).view(200, 3, 4, 4)  # six dimensions
+    network.fit_components(x)
+    codes = network.encode(x)
+    torch.testing.assert_close(network.decode(codes), x, atol=1e-4, rtol=0)
+    std = codes.std(0)
+    assert (std[:-1] > std[1:] * 0.999).all() and std.square().mean().sqrt().item() < 1.2
+    spread = network.basis @ network.basis.T
+    torch.testing.assert_close(spread, torch.eye(6), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="5 layouts; expected at least 6"):
+        network.fit_components(x[:5])
+
+
+def test_nulls_replace_conditions():
+    network, emb, text = make_prior(), torch.randn(3, EMB_DIM), torch.randn(3, EMB_DIM)
+    everything = torch.ones(3, dtype=torch.bool)
+    without_text = network.condition(emb, text, None, everything).summary
+    torch.testing.assert_close(without_text, network.condition(emb, None).summary)
+    without_image = network.condition(emb, text, everything).summary
+    torch.testing.assert_close(without_image, network.condition(None, text).summary)
+    assert network.condition(None, None).summary.shape == (1, SHAPE.width)
+    assert not torch.allclose(without_text, without_image)
+    # Of a caption, only the direction of its embedding counts.
+    torch.testing.assert_close(network.condition(None, 3 * text).summary, without_image)
+
+
+def test_layouts_are_those_of_the_batch():
+    images = torch.rand(2, 3, 8, 8)
+    pooled = torch.nn.functional.avg_pool2d(images, 2)
+    torch.testing.assert_close(layouts({"image": images}, 4), pooled)
+    torch.testing.assert_close(layouts({"layout": pooled.flatten(1)}, 4), pooled)
+    with pytest.raises(ValueError, match="layouts of 48 numbers; expected 192, for model.size 8"):
+        layouts({"layout": pooled.flatten(1)}, 8)
+
+
+def test_training_learns_two_layouts_of_one_caption_instead_of_their_mean():
+    """Half of the images are bright, half dark; nothing says which."""
+    torch.manual_seed(0)
+    config = LayoutPriorConfig(EMB_DIM, size=4, components=2, width=32, depth=2, guidance=1.0)
+    network, clip = LayoutPrior(config), tiny_clip().requires_grad_(False)
+    sides = torch.tensor([-0.8, 0.8]).repeat(32)
+    images = sides[:, None, None, None] + 0.01 * torch.randn(64, 3, 8, 8)
+    network.fit_components(layouts({"image": images}, 4))
+    batch = {
+        "image": images,
+        "image_emb": torch.ones(64, EMB_DIM),
+        "text_emb": torch.ones(64, EMB_DIM),
+    }
+    schedule, drop = Schedule(ScheduleConfig()), ConditionDropout(0.2, 0.4)
+    loss = LayoutPriorLoss(network, clip, schedule, drop, LossConfig(), emb_noise=0.1)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(network, batch)["loss"].backward()
+        optimizer.step()
+    network.eval()
+
+    stage = LayoutStage(network, schedule, Runtime({"layout_prior": network}))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(40)]
+    with torch.inference_mode():
+        x = stage.sample(torch.ones(40, EMB_DIM), torch.ones(40, EMB_DIM), None, generators)
+    brightness = x.mean(dim=(1, 2, 3))
+    assert (brightness.abs() > 0.5).float().mean() > 0.8
+    assert 8 < (brightness > 0).sum() < 32
+
+
+def make_pipe(own: UnCLIPPipeline, network: LayoutPrior | None) -> UnCLIPPipeline:
+    torch.manual_seed(0)
+    decoder = scrambled(make_decoder("layout"), std=0.02)
+    torch.nn.init.normal_(decoder.extra_channel_weights()["layout"].data)
+    return UnCLIPPipeline(
+        own.clip, own.prior, decoder, own.upsamplers, own.options, layout_prior=network
+    )
+
+
+def test_a_pipeline_samples_layouts(invertible_pipe, tmp_path):
+    network = make_prior()
+    pipe, plain = make_pipe(invertible_pipe, network), make_pipe(invertible_pipe, None)
+    result = pipe(["a red apple", "a blue fish"], num_images=2, seed=0, progress=False)
+    alone = pipe("a blue fish", seed=3, progress=False)
+    assert result.images[3].tobytes() == alone.images[0].tobytes()
+    assert (
+        alone.images[0].tobytes()
+        != plain("a blue fish", seed=3, progress=False)[0].images[0].tobytes()
+    )
+    mixture = pipe({"a red apple": 1, "a blue fish": 1}, seed=3, progress=False)
+    negative = pipe("a blue fish", negative_prompt="a red apple", seed=3, progress=False)
+    varied = pipe.variations(image_emb=alone.image_emb, seed=3, progress=False)
+    images = [one.images[0].tobytes() for one in (alone, mixture, negative, varied)]
+    assert len(set(images)) == 4
+    blind = [
+        p.decode(None, p.encode_text("a"), generators=[torch.Generator().manual_seed(0)])
+        for p in (pipe, plain)
+    ]
+    torch.testing.assert_close(*blind)  # without an embedding there is no layout
+
+    pipe.save_pretrained(tmp_path / "model")
+    again = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    assert "layout_prior" in again.schedules
+    image = again("a blue fish", seed=3, progress=False).images[0]
+    assert image.tobytes() == alone.images[0].tobytes()
+    image = again.quantize("int8")("a blue fish", seed=3, progress=False).images[0]
+    assert image.size == alone.images[0].size
+
+
+def test_parts_that_do_not_fit_are_refused(invertible_pipe):
+    own = invertible_pipe
+    with pytest.raises(ValueError, match="the decoder takes no layout"):
+        UnCLIPPipeline(own.clip, own.prior, own.decoder, own.upsamplers, layout_prior=make_prior())
+    other = LayoutPrior(LayoutPriorConfig(emb_dim=5, size=4, components=6))
+    with pytest.raises(ValueError, match="layout_prior has emb_dim 5, but CLIP has"):
+        make_pipe(own, other)
+
+
+def test_a_saved_prior_is_the_same(tmp_path):
+    network, emb = make_prior().eval(), torch.randn(2, EMB_DIM)
+    save_component(network, tmp_path, torch.float16, ScheduleConfig())
+    loaded = load_component(tmp_path)
+    assert loaded.config == SHAPE
+    torch.testing.assert_close(loaded.basis, network.basis, atol=1e-3, rtol=1e-3)
+    x_t, t = torch.randn(2, 6), torch.tensor([10, 900])
+    torch.testing.assert_close(
+        loaded(x_t, t, emb, emb), network(x_t, t, emb, emb), atol=0.02, rtol=0.02
+    )
