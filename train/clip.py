@@ -11,8 +11,15 @@ from pathlib import Path
 from unclip.clip import CLIP, WEIGHTS_FILE, CLIPConfig
 from unclip.config import config
 from unclip.data.loader import DataConfig, open_data
+from unclip.tokenizer import BPETokenizer
+from unclip.training.embedded import open_loader
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import load_weights, make_tokenizer, report_long_captions
+from unclip.training.initialization import (
+    load_clip,
+    load_weights,
+    make_tokenizer,
+    report_long_captions,
+)
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
 from unclip.training.optim import OptimConfig
@@ -21,6 +28,7 @@ from unclip.training.reconstruction import (
     ReconstructingCLIPLoss,
     ReconstructionConfig,
 )
+from unclip.training.text_tower import TextTower, TextTowerConfig, TextTowerLoss
 
 
 @config
@@ -31,10 +39,17 @@ class CLIPTraining:
     fit: FitConfig
     val_data: DataConfig | None = None
     reconstruction: ReconstructionConfig | None = None  # a head that predicts a small image
+    text_tower: TextTowerConfig | None = None  # train the text tower of another CLIP only
     tokenizer: str | None = None  # a tokenizer.json; null: train one on the captions
+
+    def __post_init__(self) -> None:
+        if self.text_tower and (self.reconstruction or self.tokenizer):
+            raise ValueError("text_tower is set; expected neither reconstruction nor tokenizer")
 
 
 def main(run: Run[CLIPTraining]) -> None:
+    if run.config.text_tower is not None:
+        return train_text_tower(run, run.config.text_tower)
     config = run.config
     loader = open_data(config.data)
     vocab_size = config.model.model_cfg["text_cfg"]["vocab_size"]
@@ -62,6 +77,26 @@ def main(run: Run[CLIPTraining]) -> None:
         val_loader=open_data(config.val_data) if config.val_data else None,
         export=export,
         tokenizer=tokenizer,
+    )
+
+
+def train_text_tower(run: Run[CLIPTraining], tower: TextTowerConfig) -> None:
+    config = run.config
+    base = load_clip(tower.base, None, run.device)
+    network = TextTower(CLIP(config.model, base.tokenizer).to(run.device))
+    load_weights(network.clip.model, Path(tower.base) / WEIGHTS_FILE)
+    loader = open_loader(config.data, base, embed_once=False)
+    val_data = config.val_data
+    fit(
+        network,
+        TextTowerLoss(network, base, tower),
+        loader,
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=open_loader(val_data, base, embed_once=False) if val_data else None,
+        export=TextTower.save,
+        tokenizer=base.tokenizer if isinstance(base.tokenizer, BPETokenizer) else None,
     )
 
 

@@ -10,13 +10,14 @@ from dataclasses import field
 from functools import partial
 from typing import Literal
 
-from unclip.checkpoints.store import save_component, with_base
+from unclip.checkpoints.store import load_as, save_component, with_base
 from unclip.config import Fraction, NonNegative, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
+from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import (
     initialize,
@@ -51,6 +52,8 @@ class DecoderTraining:
     copy_paste: Fraction = 0.0  # inpaint: fraction of images with an object pasted into the hole
     emb_mix: Fraction = 0.0  # inpaint: largest interpolation to another image's embedding
     layout: str | None = None  # folder of a trained layout network; null: the one in --init
+    layout_prior: str | None = None  # folder of a layout prior; half of the layouts are then true
+    layout_noise: NonNegative = 0.5  # largest noise on these, on scaled principal components
     agreement: NonNegative = 0.0  # inpaint with a layout: largest weight of embedding guidance
     emb_noise: NonNegative = 0.0  # with a layout: largest noise on embeddings, in std
 
@@ -73,6 +76,8 @@ class DecoderTraining:
                 raise ValueError(f"{name} is {value}; expected 0 without model.layout")
         if self.layout and not self.model.layout:
             raise ValueError(f"layout is {self.layout}, but model.layout, its config, is missing")
+        if self.layout_prior and not self.model.layout:
+            raise ValueError(f"layout_prior is {self.layout_prior}; expected null without layouts")
         for name, data in (("data", self.data), ("val_data", self.val_data)):
             if data and data.image_size < self.model.image_size:
                 raise ValueError(
@@ -95,6 +100,10 @@ def main(run: Run[DecoderTraining]) -> None:
     run = initialize(decoder, run, warm)
     schedule = Schedule(config.schedule)
     holes = config.holes if config.task == "inpaint" else None
+    layout_prior = None
+    if config.layout_prior:
+        layout_prior = load_as(config.layout_prior, LayoutPrior, "a layout prior")
+        layout_prior = layout_prior.to(run.device).requires_grad_(False)
     loss = DecoderLoss(
         decoder,
         clip,
@@ -106,6 +115,8 @@ def main(run: Run[DecoderTraining]) -> None:
         emb_mix=config.emb_mix,
         copy_paste=config.copy_paste,
         agreement=config.agreement,
+        layout_prior=layout_prior,
+        layout_noise=config.layout_noise,
     )
     loader = open_data(config.data)
     report_long_captions(clip.tokenizer, loader, clip.context_length)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import EMB_DIM, scrambled, tiny_clip
+from PIL import Image
 from test_layout import make_decoder
 
 from unclip.checkpoints.store import load_component, save_component
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.image_io import to_tensor
 from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig, layouts
+from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.stages import LayoutStage
@@ -133,6 +138,30 @@ def test_a_pipeline_samples_layouts(invertible_pipe, tmp_path):
     assert image.tobytes() == alone.images[0].tobytes()
     image = again.quantize("int8")("a blue fish", seed=3, progress=False).images[0]
     assert image.size == alone.images[0].size
+
+
+def test_variations_keep_the_layout_of_their_image(invertible_pipe):
+    pipe, image = make_pipe(invertible_pipe, make_prior()), Image.new("RGB", (16, 16), "navy")
+    image.paste("white", (0, 0, 8, 16))
+    layout = pipe.encode_layout(image)
+    assert layout.shape == (1, 3, 4, 4) and (layout[0, 0, :, 0] > layout[0, 0, :, -1] + 1).all()
+    torch.testing.assert_close(pipe.encode_layout(to_tensor([image])), layout, atol=0.02, rtol=0)
+    stage, emb = pipe.decoder_stage.layout_stage, pipe.encode_image(image)
+    samples = {}
+    for variation in (0.01, 0.5, 1.0):
+        stage.network.config = replace(SHAPE, variation=variation)
+        generators = [torch.Generator().manual_seed(0)]
+        samples[variation] = stage.sample(emb, None, None, generators, layout)
+    projected = stage.network.decode(stage.network.encode(layout)).clamp(-1, 1)
+    distances = [(x - projected).abs().mean().item() for x in samples.values()]
+    assert distances[0] < distances[1] < distances[2]
+
+    result = pipe.variations(image, seed=3, progress=False)
+    given = pipe.variations(image_emb=emb, layout=layout, seed=3, progress=False)
+    free = pipe.variations(image_emb=emb, seed=3, progress=False)
+    assert result.images[0].tobytes() == given.images[0].tobytes() != free.images[0].tobytes()
+    again = regenerate(pipe, result.metadata[0])
+    assert again.images[0].tobytes() == result.images[0].tobytes()
 
 
 def test_parts_that_do_not_fit_are_refused(invertible_pipe):

@@ -93,6 +93,8 @@ def _regenerate(
         return pipe(metadata["prompt"], **arguments)
     if metadata.get("image_emb") is None:
         raise _incomplete("the metadata has neither a prompt nor an image embedding")
+    if metadata.get("layout") is not None:
+        arguments = {**arguments, "layout": decode_array(metadata["layout"])[None]}
     return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **arguments)
 
 

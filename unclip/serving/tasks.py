@@ -69,6 +69,8 @@ class Task:
             if image.width != image.height:  # it may need several windows
                 return id(self)
             kind = self.operation, self.mask is None, self.strength
+        elif kind == "variations":  # only those of one image may have a layout
+            kind = self.operation, len(self.images) == 1
         selection = None if self.candidates is None else (self.candidates, self.n)
         return (
             kind,
@@ -144,6 +146,8 @@ def _vary(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> Generatio
         S = model_size(pipe)
         images = [ImageOps.fit(task.images[0], (S, S), Image.Resampling.LANCZOS) for task in tasks]
         return pipe.variations(images, **shared)
+    if len(tasks[0].images) == 1:  # and so of all, by `batch_key`
+        return pipe.variations([task.images[0] for task in tasks], **shared)
     rows = {task: _embedding(pipe, task) for task in dict.fromkeys(tasks)}
     return pipe.variations(image_emb=torch.cat([rows[task] for task in tasks]), **shared)
 

@@ -74,7 +74,7 @@ class PriorLoss:
     text_noise: float = 0.0  # largest noise on text embeddings, in their std; in training only
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        image_emb = _image_emb(self.clip, batch)
+        image_emb = image_embeddings(self.clip, batch)
         text, drop_text = self._text(batch)
         if self.text_noise and model.training:
             text = replace(text, emb=add_text_noise(text.emb, self.text_noise))
@@ -107,7 +107,7 @@ class ARPriorLoss:
     drop: ConditionDropout
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        image_emb = _image_emb(self.clip, batch)
+        image_emb = image_embeddings(self.clip, batch)
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
         with torch.no_grad():  # the dot product is with the caption, even where it is dropped
             caption = text if drop_text is not None else self.clip.encode_text(batch["caption"])
@@ -135,7 +135,7 @@ class OneShotPriorLoss:
     config: OneShotLossConfig
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        x_0 = self.prior.normalize(_image_emb(self.clip, batch))
+        x_0 = self.prior.normalize(image_embeddings(self.clip, batch))
         null_text = self.prior.config.null_text
         text, drop_text, dropped = _text(self.clip, batch, self.drop.text, null_text)
         predicted = model(text, torch.randn_like(x_0), drop_text).float()  # (B, D)
@@ -160,7 +160,7 @@ class LayoutLoss:
     emb_noise: float
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        image_emb = _image_emb(self.clip, batch)
+        image_emb = image_embeddings(self.clip, batch)
         image_emb = add_embedding_noise(image_emb, self.layout, self.emb_noise)
         target = layouts(batch, self.layout.config.size).to(image_emb.device)
         return {"loss": F.mse_loss(model(image_emb).float(), target)}
@@ -180,7 +180,7 @@ class LayoutPriorLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         network = self.network
-        image_emb = add_embedding_noise(_image_emb(self.clip, batch), network, self.emb_noise)
+        image_emb = add_embedding_noise(image_embeddings(self.clip, batch), network, self.emb_noise)
         text_emb = self._text_emb(batch)
         if self.text_noise and model.training:
             text_emb = add_text_noise(text_emb, self.text_noise)
@@ -244,10 +244,13 @@ class DecoderLoss:
     # Fraction of images with holes that get the object of another image and its conditions.
     copy_paste: float = 0.0
     agreement: float = 0.0  # largest weight of `Layout.guide_embedding`; needs a layout
+    # Of a decoder with a layout prior: half of its layouts are those of the images, with noise.
+    layout_prior: LayoutPrior | None = None
+    layout_noise: float = 0.5  # largest, on scaled components
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         config = self.decoder.config
-        image_emb = _image_emb(self.clip, batch)  # from the images as loaded, at CLIP's size
+        image_emb = image_embeddings(self.clip, batch)  # from the images as loaded, at CLIP's size
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, config.null_text)
         x_0 = resize_square(batch["image"].to(self.clip.device), config.image_size)
         drop_image, known = torch.rand(len(x_0), device=x_0.device) < self.drop.image, None
@@ -256,9 +259,22 @@ class DecoderLoss:
         if self.emb_noise:
             assert self.decoder.layout is not None
             image_emb = add_embedding_noise(image_emb, self.decoder.layout, self.emb_noise)
-        conditions = image_emb, text, drop_image, drop_text, known
+        layout = self._true_layouts(x_0, image_emb)
+        conditions = image_emb, text, drop_image, drop_text, known, layout
         kind = config.prediction, config.learned_variance
         return _denoising_loss(model, conditions, x_0, self.schedule, self.config, *kind)
+
+    @torch.no_grad()
+    def _true_layouts(self, x_0: Tensor, image_emb: Tensor) -> Tensor | None:
+        """Return layouts (B, 3, h, h): for half of the rows those of the images, with noise."""
+        if self.layout_prior is None:
+            return None
+        assert self.decoder.layout is not None
+        prior, B = self.layout_prior, len(x_0)
+        codes = prior.encode(F.adaptive_avg_pool2d(x_0, prior.config.size))
+        codes += self.layout_noise * torch.rand(B, 1).to(codes) * torch.randn_like(codes)
+        use = torch.rand(B, 1, 1, 1).to(codes) < 0.5
+        return torch.where(use, prior.decode(codes).clamp(-1, 1), self.decoder.layout(image_emb))
 
     def _with_holes(
         self, x_0: Tensor, image_emb: Tensor, text: TextEncoding, config: HoleConfig
@@ -330,7 +346,7 @@ def _denoising_loss(
 
 
 @torch.no_grad()
-def _image_emb(clip: CLIP, batch: Batch) -> Tensor:
+def image_embeddings(clip: CLIP, batch: Batch) -> Tensor:
     """Return the CLIP image embeddings (B, D), precomputed or computed here."""
     if "image_emb" in batch:
         return batch["image_emb"].to(clip.device).float()

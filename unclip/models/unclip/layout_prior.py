@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.config import DropRate, Positive, PositiveInt, config
+from unclip.config import DropRate, Positive, PositiveFraction, PositiveInt, config
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -43,6 +43,9 @@ class LayoutPriorConfig:
     x0_limit: Positive = 6.0  # bound of components in sampling, in standard deviations
     steps: PositiveInt = 20  # of sampling, with DDIM
     guidance: Positive = 1.5
+    # Share of the timesteps at which a variation starts from the noised layout of its image;
+    # 1 = it keeps nothing of it
+    variation: PositiveFraction = 0.5
 
     @property
     def text_width(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -17,6 +18,7 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
+from unclip.image_io import fit, open_image, to_tensor
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.prior import DirectPrior
@@ -36,6 +38,7 @@ from unclip.pipelines.request import (
     check_images,
     check_upsamplers,
     describe_prompt,
+    list_images,
     open_images,
     random_generators,
 )
@@ -219,6 +222,7 @@ class UnCLIPPipeline(Pipeline):
         image: Images | None = None,
         *,
         image_emb: Tensor | None = None,
+        layout: Tensor | None = None,
         num_images: int = 1,
         seed: Seed = None,
         options: UnCLIPOptions | None = None,
@@ -226,12 +230,16 @@ class UnCLIPPipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Generate images with the meaning of an image, several, or CLIP embeddings (N, D)."""
+        """Generate images with the meaning of an image, several, or CLIP embeddings (N, D).
+
+        If the model samples layouts, those of variations resemble the images' own; with image_emb,
+        they may be given, as `encode_layout` returns them.
+        """
         if (image is None) == (image_emb is None):
             raise ValueError("expected either an image or image_emb, one of the two")
         if image_emb is None:
             assert image is not None
-            image_emb = self.encode_image(image)
+            image_emb, layout = self.encode_image(image), self.encode_layout(image)
         manipulations.check_embeddings(self, image_emb)
         if not image_emb.isfinite().all():
             raise ValueError("image_emb contains infinity or nan; expected finite numbers")
@@ -241,12 +249,20 @@ class UnCLIPPipeline(Pipeline):
         request = Request(num_images, seed, on_step, batch_size, progress)
         for batch in request.batches(len(emb), self._num_steps(options)):
             part = emb[batch.prompts].repeat_interleave(batch.num_images, dim=0)
+            like = None
+            if layout is not None:
+                like = layout[batch.prompts].repeat_interleave(batch.num_images, dim=0)
             with torch.inference_mode():
                 x = self.decoder_stage.sample(
-                    part, None, options.decoder, batch.generators, on_step=batch.on_step
+                    part, None, options.decoder, batch.generators, on_step=batch.on_step, like=like
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            entries = ({"image_emb": encode_array(one)} for one in part)
+            entries = [{"image_emb": encode_array(one)} for one in part]
+            if like is not None:
+                entries = [
+                    {**entry, "layout": encode_array(one)}
+                    for entry, one in zip(entries, like, strict=True)
+                ]
             names = [None] * len(part)
             results.append(self.make_result(x, batch, names, entries, options, image_emb=part))
         return GenerationResult.cat(results)
@@ -267,6 +283,18 @@ class UnCLIPPipeline(Pipeline):
         if isinstance(images, Sequence) and any(isinstance(image, Tensor) for image in images):
             return torch.cat([self.encode_image(image) for image in images])
         return self.clip.encode_image(open_images(images)).float()
+
+    @inference
+    def encode_layout(self, images: Images) -> Tensor | None:
+        """Return the layouts (N, 3, h, h) of images; None if the model samples no layouts."""
+        stage = self.decoder_stage.layout_stage
+        if stage is None:
+            return None
+        size = stage.network.config.size
+        if isinstance(images, Tensor):
+            return F.adaptive_avg_pool2d(check_images(images).float(), size)
+        squares = [fit(open_image(image), 4 * size) for image in list_images(images)]
+        return F.avg_pool2d(to_tensor(squares), 4)
 
     @inference
     def sample_prior(
@@ -315,12 +343,14 @@ class UnCLIPPipeline(Pipeline):
         on_step: OnStep | None = None,
         negative: TextEncoding | None = None,
         weights: Tensor | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1] for CLIP image embeddings (B, D) and B texts.
 
         text: None for no text. image_emb: None to follow the texts alone (unCLIP 5.1). negative: B
         texts that replace the null of guidance. weights (K, B): `text` holds the first of K texts
-        of each of the B, then the second, ..., to be mixed.
+        of each of the B, then the second, ..., to be mixed. like: layouts (B, 3, h, h) that sampled
+        ones shall resemble, see `encode_layout`.
         """
         return self.decoder_stage.sample(
             image_emb,
@@ -330,6 +360,7 @@ class UnCLIPPipeline(Pipeline):
             on_step=on_step,
             negative=negative,
             weights=weights,
+            like=like,
         )
 
     @inference

@@ -414,14 +414,27 @@ class LayoutStage:
         text_emb: Tensor | None,
         negative: Tensor | None,
         generators: Generators,
+        like: Tensor | None = None,
     ) -> Tensor:
-        """Sample layouts (B, 3, h, h) in [-1, 1] for embeddings of images and texts, (B, D)."""
-        network = self.network
+        """Sample layouts (B, 3, h, h) in [-1, 1] for embeddings of images and texts, (B, D).
+
+        like: layouts that the samples shall resemble; sampling starts from their noised versions
+        (SDEdit, 2108.01073).
+        """
+        network, schedule = self.network, self.diffusion.schedule
         self.runtime.use(network)
         context = network.condition(image_emb, text_emb)
         null = partial(network.condition, None, negative)
         bound = self.diffusion.bind(context, self.options, null, clip=network.config.x0_limit)
         x_T = bound.noise((len(image_emb), network.config.components), generators)
+        if like is not None:
+            start = network.config.variation * schedule.num_timesteps
+            *_, last = bound.timesteps
+            timesteps = [t for t in bound.timesteps if t < start] or [last]
+            bound = replace(bound, timesteps=timesteps)
+            x_0 = network.encode(like.to(self.runtime.device))
+            t = torch.full((len(x_0),), round(timesteps[0]), device=x_0.device)
+            x_T = schedule.add_noise(x_0, x_T, t)
         return network.decode(bound.sample(x_T, generators)).clamp(-1, 1)
 
 
@@ -469,14 +482,24 @@ class DecoderStage:
         on_step: OnStep | None = None,
         negative: TextEncoding | None = None,
         weights: Tensor | None = None,
+        like: Tensor | None = None,
     ) -> Tensor:
-        """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`."""
+        """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`.
+
+        like: layouts (B, 3, h, h) that the sampled ones shall resemble.
+        """
         rows: Any = text if image_emb is None else image_emb  # `bind` checks them
         K = 1 if weights is None or image_emb is not None else len(weights)
         B = 0 if rows is None else len(rows) // K
         generators = generators or random_generators(B)
         bound = self.bind(
-            image_emb, text, options, negative=negative, weights=weights, generators=generators
+            image_emb,
+            text,
+            options,
+            negative=negative,
+            weights=weights,
+            generators=generators,
+            like=like,
         )
         x_T = bound.noise((B, 3, self.size, self.size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
@@ -491,10 +514,12 @@ class DecoderStage:
         weights: Tensor | None = None,
         known: Tensor | None = None,
         generators: Generators | None = None,
+        like: Tensor | None = None,
     ) -> BoundStage:
         """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`.
 
-        generators: to sample layouts, if the model can; None = the mean for each embedding.
+        generators: to sample layouts, if the model can; None = the mean for each embedding. like:
+        see `sample`.
         """
         K, blind = 1 if weights is None else len(weights), image_emb is None
         if image_emb is None:
@@ -507,7 +532,7 @@ class DecoderStage:
         if self.layout_stage is not None and generators and not blind:
             text_emb = None if text is None else mix_embeddings(text.emb.float(), weights)
             emb = None if negative is None else negative.emb.float()
-            layout = self.layout_stage.sample(image_emb, text_emb, emb, generators)
+            layout = self.layout_stage.sample(image_emb, text_emb, emb, generators, like)
             layout = layout.repeat(K, 1, 1, 1)
         image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
 
