@@ -1,8 +1,8 @@
 """Export for diffusers: a folder for its unCLIP pipeline, or else one with its own pipeline.py.
 
-The bundled model is of the second kind. Its text encoder, tokenizer, prior and schedulers are of
-classes of transformers and diffusers; the folder holds the code of the other networks (see
-`standalone`).
+The bundled model is of the second kind. Its text encoder, tokenizer and schedulers are of classes
+of transformers and diffusers, as is a `DiffusionPrior`; the folder holds the code of the other
+networks (see `standalone`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from unclip.checkpoints.diffusers.export import PIPELINE_FILE, Entries
 from unclip.checkpoints.diffusers.layout import SCHEDULER_FILE
 from unclip.checkpoints.diffusers.names import prior_rules
 from unclip.checkpoints.formats import Bundle
-from unclip.checkpoints.renaming import Rule, move
+from unclip.checkpoints.renaming import move
 from unclip.config import to_dict
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.decoder import Decoder
+from unclip.models.unclip.layout_prior import LayoutPrior
+from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.types import StageOptions
@@ -39,6 +41,18 @@ DECODER = (
     *("text_emb_in_time", "layout", "inpaints"),
 )
 UPSAMPLER = ("unet", "low_size", "high_size", "residual")
+MLP_PRIOR = (
+    *("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"),
+    *("mlp_width", "mlp_depth", "text_states"),
+)
+LAYOUT_PRIOR = ("emb_dim", "size", "components", "width", "depth")
+FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
+    Decoder: DECODER,
+    Upsampler: UPSAMPLER,
+    MLPPrior: MLP_PRIOR,
+    LayoutPrior: LAYOUT_PRIOR,
+}
+NULL_TEXT = ("null_emb", "null_state")  # of a prior; networks of their own in the folder
 RENAMED = {"unet": "unet_config", "layout": "layout_config"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
@@ -58,11 +72,12 @@ def save(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None) -
         index["_class_name"] = [Path(PIPELINE_FILE).stem, CLASS_NAME]
         entries = export.write_text_encoder(bundle, part, dtype)
         entries |= _write_prior(parts["prior"], schedules["prior"], part, dtype)
+        if (layouts := parts.get("layout_prior")) is not None:
+            entries |= _write_network(layouts, part / "layout_prior", dtype)
+            schedule, limit = schedules["layout_prior"], layouts.config.x0_limit
+            entries |= _write_scheduler(part, "layout_prior", schedule, "x0", limit)
         for name, network in _image_networks(bundle):
-            fields = DECODER if isinstance(network, Decoder) else UPSAMPLER
-            config = to_dict(network.config)
-            values = {RENAMED.get(field, field): config[field] for field in fields}
-            entries |= _write_network(network, part / name, values, dtype)
+            entries |= _write_network(network, part / name, dtype)
             prediction = network.config.prediction
             entries |= _write_scheduler(part, name, schedules[name], prediction, 1.0)
         (part / PIPELINE_FILE).write_bytes((CODE / PIPELINE_FILE).read_bytes())
@@ -94,8 +109,10 @@ def _image_networks(bundle: Bundle) -> Iterator[tuple[str, Any]]:
 
 def _against_prior(bundle: Bundle) -> Iterator[str]:
     prior = bundle.components["prior"]
+    if type(prior) is MLPPrior:
+        return
     if type(prior) is not DiffusionPrior:
-        yield f"it is a {type(prior).__name__}, not a DiffusionPrior"
+        yield f"it is a {type(prior).__name__}, not a DiffusionPrior or MLPPrior"
         return
     config = prior.config
     if config.mlp_ratio != 4:
@@ -114,28 +131,33 @@ def _against_network(network: nn.Module) -> Iterator[str]:
 
 
 def _write_prior(
-    prior: DiffusionPrior, schedule: ScheduleConfig, folder: Path, dtype: torch.dtype | None
+    prior: DiffusionPrior | MLPPrior,
+    schedule: ScheduleConfig,
+    folder: Path,
+    dtype: torch.dtype | None,
 ) -> Entries:
-    config = prior.config
-    assert isinstance(config, PriorConfig)
-    state, rules = prior.state_dict(), prior_rules(config)
-    export.write_component(state, rules, folder / "prior", configs.write_prior(config), dtype)
-    entries = {"prior": ("diffusers", "PriorTransformer")}
+    config, state = prior.config, prior.state_dict()
+    if isinstance(prior, MLPPrior):
+        entries = _write_network(prior, folder / "prior", dtype)
+    else:
+        assert isinstance(config, PriorConfig)
+        prior_json = configs.write_prior(config)
+        export.write_component(state, prior_rules(config), folder / "prior", prior_json, dtype)
+        entries = {"prior": ("diffusers", "PriorTransformer")}
     if config.null_text == "learned":
-        null: list[Rule] = [move("null_emb", "null_emb"), move("null_state", "null_state")]
-        values = _config("NullText", emb_dim=config.emb_dim)
+        null = [move(name, name) for name in NULL_TEXT]
+        values = _config("NullText", emb_dim=config.emb_dim, text_width=config.text_width)
         export.write_component(state, null, folder / "null_text", values, dtype)
         entries |= _add_code(folder / "null_text", "NullText")
     return entries | _write_scheduler(folder, "prior", schedule, "x0", config.x0_limit)
 
 
-def _write_network(
-    network: nn.Module, folder: Path, values: dict[str, Any], dtype: torch.dtype | None
-) -> Entries:
-    kind, state = type(network).__name__, network.state_dict()
-    rules = [move(name, name) for name in state]
-    export.write_component(state, rules, folder, _config(kind, **values), dtype)
-    return _add_code(folder, kind)
+def _write_network(network: Any, folder: Path, dtype: torch.dtype | None) -> Entries:
+    kind, state, config = type(network), network.state_dict(), to_dict(network.config)
+    values = {RENAMED.get(field, field): config[field] for field in FIELDS[kind]}
+    rules = [move(name, name) for name in state if name not in NULL_TEXT]
+    export.write_component(state, rules, folder, _config(kind.__name__, **values), dtype)
+    return _add_code(folder, kind.__name__)
 
 
 def _add_code(folder: Path, kind: str) -> Entries:
@@ -170,19 +192,26 @@ def _config(kind: str, **values: Any) -> dict[str, Any]:
 
 def _options(bundle: Bundle) -> dict[str, Any]:
     """Return the sampling options that pipeline.py knows."""
-    options = bundle.options
-    guided = {name: getattr(options, name) for name in ("prior", "decoder")}
+    guided, upsamplers = _guided_stages(bundle), bundle.options.upsamplers
     return {
         **{name: {"steps": s.steps, "guidance": s.guidance} for name, s in guided.items()},
-        "upsamplers": [{"steps": stage.steps} for stage in options.upsamplers],
-        "prior_candidates": options.prior_candidates,
+        "upsamplers": [{"steps": stage.steps} for stage in upsamplers],
+        "prior_candidates": bundle.options.prior_candidates,
     }
+
+
+def _guided_stages(bundle: Bundle) -> dict[str, StageOptions]:
+    stages = {"prior": bundle.options.prior, "decoder": bundle.options.decoder}
+    if (layouts := bundle.components.get("layout_prior")) is not None:
+        config = layouts.config
+        stages["layout_prior"] = StageOptions(config.steps, config.guidance)
+    return stages
 
 
 def _warn(bundle: Bundle) -> None:
     """Warn of what the folder does not hold, and so of images that differ."""
     options, lost = bundle.options, []
-    stages: dict[str, StageOptions] = {"prior": options.prior, "decoder": options.decoder}
+    stages = _guided_stages(bundle)
     stages |= {f"upsampler_{i}": stage for i, stage in enumerate(options.upsamplers)}
     for name, stage in stages.items():
         plain = StageOptions(stage.steps, stage.guidance)

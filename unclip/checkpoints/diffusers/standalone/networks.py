@@ -1,11 +1,13 @@
-"""Decoder and upsampler of unCLIP (2204.06125) for diffusers, as written by `unclip convert`.
+"""Networks of unCLIP (2204.06125) for diffusers, as written by `unclip convert`.
 
-These networks need layers that diffusers' U-Nets do not have together: pixels folded into channels
-("patch"), resampling by one convolution next to attention to a context, and extra input channels
-from a small image that is predicted from the CLIP embedding ("layout").
+Decoder and upsampler need layers that diffusers' U-Nets do not have together: pixels folded into
+channels ("patch"), resampling by one convolution next to attention to a context, and extra input
+channels from a small image that is made from the CLIP embedding ("layout"). diffusers has no prior
+that denoises with an MLP, and none of layouts.
 """
 
-# B batch, C channels, S pixels, N context tokens, D CLIP embedding width
+# B batch, C channels, S pixels, N context tokens, L text tokens, D CLIP embedding width, W text
+# width, K components of a layout, M width of an MLP
 
 from __future__ import annotations
 
@@ -16,20 +18,21 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
 from torch import Tensor, nn
 
 
 class NullText(ModelMixin, ConfigMixin):
-    """The learned text of a prior for guidance: an embedding (D,) and one state (D,)."""
+    """The learned text of a prior for guidance: an embedding (D,) and one state (W,)."""
 
     @register_to_config
-    def __init__(self, emb_dim: int) -> None:
+    def __init__(self, emb_dim: int, text_width: int) -> None:
         super().__init__()
         self.null_emb = nn.Parameter(torch.zeros(emb_dim))
-        self.null_state = nn.Parameter(torch.zeros(emb_dim))
+        self.null_state = nn.Parameter(torch.zeros(text_width))
 
     def forward(self, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return embeddings (B, D), states (B, L, D) and their mask (B, L)."""
+        """Return embeddings (B, D), states (B, L, W) and their mask (B, L)."""
         states = F.pad(self.null_state[None], (0, 0, 0, length - 1)).expand(batch, -1, -1)
         mask = torch.arange(length, device=states.device) == 0
         return self.null_emb.expand(batch, -1), states, mask.expand(batch, -1)
@@ -47,6 +50,148 @@ class TimeMLP(nn.Module):
         angles = t[:, None].float() * torch.exp(-math.log(10_000.0) * steps / half)
         h = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
         return self.fc2(F.silu(self.fc1(h)))
+
+
+class TextBlock(nn.Module):
+    """Block of a bidirectional transformer."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc2 = nn.Linear(mlp_ratio * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class ModulatedBlock(nn.Module):
+    """A residual MLP block, modulated by a condition (B, M)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift, gate = self.modulation(condition).chunk(3, dim=-1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + gate * self.fc2(F.silu(self.fc1(h)))
+
+
+class MLPPrior(ModelMixin, ConfigMixin):
+    """Caption -> CLIP image embeddings; it is called like diffusers' PriorTransformer."""
+
+    emb_mean: Tensor
+    emb_std: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        emb_dim: int,
+        text_width: int,
+        context_length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: int,
+        mlp_width: int,
+        mlp_depth: int,
+        text_states: bool,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("emb_mean", torch.zeros(emb_dim))
+        self.register_buffer("emb_std", torch.ones(emb_dim))
+        self.state_proj, self.emb_proj = nn.Linear(text_width, width), nn.Linear(emb_dim, width)
+        self.positions = nn.Parameter(torch.zeros(context_length + 1, width))
+        self.blocks = nn.ModuleList(TextBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm, self.summary = nn.LayerNorm(width), nn.Linear(width, mlp_width)
+        self.time, self.x_proj = TimeMLP(mlp_width, mlp_width), nn.Linear(emb_dim, mlp_width)
+        self.mlp = nn.ModuleList(ModulatedBlock(mlp_width) for _ in range(mlp_depth))
+        self.out_norm, self.head = nn.LayerNorm(mlp_width), nn.Linear(mlp_width, emb_dim)
+
+    def forward(
+        self, x: Tensor, t: Tensor, text_emb: Tensor, states: Tensor, mask: Tensor
+    ) -> PriorTransformerOutput:
+        """Predict normalised embeddings from x (B, D) at t (B,) -> (B, D).
+
+        text_emb (B, D), states (B, L, W) and mask (B, L) are of captions.
+        """
+        condition = F.silu(self.time(t) + self._summarise(text_emb, states, mask))
+        x = self.x_proj(x)
+        for block in self.mlp:
+            x = block(x, condition)
+        return PriorTransformerOutput(self.head(self.out_norm(x)))
+
+    def _summarise(self, text_emb: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        if not self.config.text_states:
+            states, mask = states[:, :0], mask[:, :0]
+        tokens = torch.cat([self.state_proj(states), self.emb_proj(text_emb)[:, None]], dim=1)
+        x = tokens + torch.cat([self.positions[: states.shape[1]], self.positions[-1:]])
+        mask = F.pad(mask, (0, 1), value=True)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.summary(self.norm(x[:, -1]))
+
+    def post_process_latents(self, x: Tensor) -> Tensor:
+        """Return CLIP image embeddings for normalised ones."""
+        return x * self.emb_std + self.emb_mean
+
+
+class LayoutPrior(ModelMixin, ConfigMixin):
+    """CLIP embeddings of image and caption -> the principal components of a small image."""
+
+    emb_mean: Tensor
+    emb_std: Tensor
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+
+    @register_to_config
+    def __init__(self, emb_dim: int, size: int, components: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.register_buffer("emb_mean", torch.zeros(emb_dim))
+        self.register_buffer("emb_std", torch.ones(emb_dim))
+        self.register_buffer("mean", torch.zeros(3 * size**2))
+        self.register_buffer("basis", torch.zeros(components, 3 * size**2))
+        self.register_buffer("scale", torch.ones(components))
+        self.image_proj, self.text_proj = nn.Linear(emb_dim, width), nn.Linear(emb_dim, width)
+        self.null_image = nn.Parameter(torch.zeros(width))
+        self.null_text = nn.Parameter(torch.zeros(width))
+        self.time, self.x_proj = TimeMLP(width, width), nn.Linear(components, width)
+        self.mlp = nn.ModuleList(ModulatedBlock(width) for _ in range(depth))
+        self.out_norm, self.head = nn.LayerNorm(width), nn.Linear(width, components)
+
+    def condition(self, image_emb: Tensor, text_emb: Tensor) -> tuple[Tensor, ...]:
+        """Return what `forward` needs for embeddings of images and captions, (B, D) each."""
+        dtype = self.null_image.dtype
+        image = (image_emb.float() - self.emb_mean) / self.emb_std
+        text = F.normalize(text_emb.float(), dim=-1) * self.config.emb_dim**0.5
+        return (self.image_proj(image.to(dtype)) + self.text_proj(text.to(dtype)),)
+
+    def null(self, batch: int) -> tuple[Tensor, ...]:
+        """Return what `forward` needs for the null of guidance."""
+        return ((self.null_image + self.null_text).expand(batch, -1),)
+
+    def forward(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """Predict the components from x (B, K) at t (B,) -> (B, K)."""
+        condition = F.silu(self.time(t) + conditions[0])
+        x = self.x_proj(x.to(condition.dtype))
+        for block in self.mlp:
+            x = block(x, condition)
+        return self.head(self.out_norm(x))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return small images in [-1, 1] of components: (B, K) -> (B, 3, size, size)."""
+        pixels = (x * self.scale) @ self.basis.to(x) + self.mean
+        return pixels.unflatten(1, (3, self.config.size, self.config.size)).clamp(-1, 1)
 
 
 class UpConv2d(nn.Conv2d):
@@ -243,12 +388,17 @@ class Decoder(ModelMixin, ConfigMixin):
         self.unet = UNet(unet_config)
 
     def condition(
-        self, image_emb: Tensor | None, text_emb: Tensor, states: Tensor, mask: Tensor
+        self,
+        image_emb: Tensor | None,
+        text_emb: Tensor,
+        states: Tensor,
+        mask: Tensor,
+        layout: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Return what `forward` needs; image_emb None = the null of guidance.
 
         text_emb (B, D), states (B, L, W) and mask (B, L) are of captions, or of the empty prompt
-        for the null.
+        for the null. layout: (B, 3, h, h) in [-1, 1]; None = the mean for the embedding.
         """
         B, size, dtype = len(text_emb), self.config.image_size, self.null_image.dtype
         is_null = image_emb is None
@@ -265,7 +415,8 @@ class Decoder(ModelMixin, ConfigMixin):
         context = torch.cat([tokens, self.text.norm(self.text.proj(states))], dim=1)
         extra = emb.new_zeros(B, 0, size, size)
         if self.layout is not None:
-            layout = F.interpolate(self.layout(emb), (size, size), mode="bilinear")
+            small = self.layout(emb) if layout is None else layout.to(emb)
+            layout = F.interpolate(small, (size, size), mode="bilinear")
             extra = layout * 0 if is_null else layout
         if self.config.inpaints:  # nothing is known
             extra = F.pad(extra, (0, 0, 0, 0, 0, 4))

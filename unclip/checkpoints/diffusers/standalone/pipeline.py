@@ -2,8 +2,8 @@
 
     DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
 
-Text -> CLIP text encoder -> prior -> decoder -> upsamplers -> images. The schedulers can be
-replaced by others of diffusers.
+Text -> CLIP text encoder -> prior -> layout prior, if there is one -> decoder -> upsamplers ->
+images. The schedulers can be replaced by others of diffusers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
 
     _optional_components = [
         "null_text",
+        "layout_prior",
+        "layout_prior_scheduler",
         "upsampler_0",
         "upsampler_0_scheduler",
         "upsampler_1",
@@ -37,6 +39,8 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
         decoder: Any,
         decoder_scheduler: Any,
         null_text: Any = None,
+        layout_prior: Any = None,
+        layout_prior_scheduler: Any = None,
         upsampler_0: Any = None,
         upsampler_0_scheduler: Any = None,
         upsampler_1: Any = None,
@@ -52,6 +56,8 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
             decoder=decoder,
             decoder_scheduler=decoder_scheduler,
             null_text=null_text,
+            layout_prior=layout_prior,
+            layout_prior_scheduler=layout_prior_scheduler,
             upsampler_0=upsampler_0,
             upsampler_0_scheduler=upsampler_0_scheduler,
             upsampler_1=upsampler_1,
@@ -91,7 +97,8 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
         emb = self._sample_prior(text, generators, steps, guidance)
 
         guidance = _default(decoder_guidance_scale, options["decoder"]["guidance"])
-        contexts = [self.decoder.condition(emb, *text)]
+        layout = None if self.layout_prior is None else self._sample_layout(emb, text, generators)
+        contexts = [self.decoder.condition(emb, *text, layout)]
         if guidance != 1:
             contexts.append(self.decoder.condition(None, *self._encode([""] * len(captions))))
         size = self.decoder.config.image_size
@@ -148,6 +155,19 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
         emb = self.prior.post_process_latents(emb).view(B // n, n, -1)
         best = torch.einsum("bnd,bd->bn", emb, text[0].to(emb)).argmax(dim=1)
         return emb[torch.arange(len(emb), device=emb.device), best]
+
+    def _sample_layout(
+        self, emb: Tensor, text: tuple[Tensor, ...], generators: list[Any]
+    ) -> Tensor:
+        """Sample layouts (B, 3, h, h) in [-1, 1] for image embeddings (B, D)."""
+        network, options = self.layout_prior, self.config.options["layout_prior"]
+        contexts = [network.condition(emb, text[0])]
+        if options["guidance"] != 1:
+            contexts.append(network.null(len(emb)))
+        noise = _noise((network.config.components,), generators, emb.device)
+        predict = _guided(network, contexts, options["guidance"])
+        scheduler = self.layout_prior_scheduler
+        return network.decode(self._sample(predict, noise, scheduler, options["steps"]))
 
     def _sample(
         self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, steps: int
