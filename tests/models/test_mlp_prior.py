@@ -168,5 +168,5 @@ def test_invalid_sizes_are_errors():
 def test_config_errors_are_those_of_the_kind(setting, expected):
     schema = load_script("prior").PriorTraining
     with pytest.raises(ValueError) as error:
-        load_config(ROOT / "configs/emoji/prior_mlp.yaml", schema, [setting])
+        load_config(ROOT / "configs/emoji/prior.yaml", schema, [setting])
     assert str(error.value) == expected

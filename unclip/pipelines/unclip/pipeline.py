@@ -284,7 +284,6 @@ class UnCLIPPipeline(Pipeline):
             return torch.cat([self.encode_image(image) for image in images])
         return self.clip.encode_image(open_images(images)).float()
 
-    @inference
     def encode_layout(self, images: Images) -> Tensor | None:
         """Return the layouts (N, 3, h, h) of images; None if the model samples no layouts."""
         stage = self.decoder_stage.layout_stage
