@@ -85,20 +85,25 @@ class UnCLIPGenerator(ImageGenerator):
             ]
         return Samples(predicted.captions, torch.cat(images), generators)
 
-    def vary(self, image_emb: Tensor, seed: int) -> Tensor:
-        """Return an image (N, 3, s, s) of each CLIP embedding (N, D), without text."""
+    def vary(self, images: Tensor, image_emb: Tensor, seed: int) -> Tensor:
+        """Return variations (N, 3, s, s) of images with CLIP embeddings (N, D), without text."""
+        layout = self.pipe.encode_layout(images)
         options, generators = (
             self.options.decoder,
             generators_from(range(seed, seed + len(image_emb))),
         )
         with self._progress(len(image_emb), options.steps) as on_step:
-            images = [
+            varied = [
                 self.pipe.decode(
-                    image_emb[part], generators=generators[part], options=options, on_step=on_step
+                    image_emb[part],
+                    generators=generators[part],
+                    options=options,
+                    on_step=on_step,
+                    like=None if layout is None else layout[part],
                 ).cpu()
                 for part in self.batches(len(image_emb))
             ]
-        return torch.cat(images)
+        return torch.cat(varied)
 
     def generate(self, captions: Sequence[str], seed: int) -> Samples:
         return self.decode(self.predict_embeddings(captions, seed))
@@ -148,7 +153,7 @@ class UnCLIPEvaluation(Evaluation):
         return results if self.judge is None else {**results, "variations": self.variations()}
 
     def variations(self) -> dict[str, Any]:
-        """Decode the true images' embeddings without text: does the judge name the same concept?
+        """Vary the true images, without text: does the judge name the same concept?
 
         Only images that the judge names right count.
         """
@@ -158,7 +163,7 @@ class UnCLIPEvaluation(Evaluation):
         rows = right.nonzero().flatten().tolist()
         if not rows:
             return {"images": 0}
-        images = self.generator.vary(self.true_emb[rows], self.seed)
+        images = self.generator.vary(true[rows], self.true_emb[rows], self.seed)
         kept = self.judge.judge(images, [entries[row] for row in rows])
         return {"images": len(rows), **mean_and_interval(kept.concept, self.seed)}
 
