@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from scripts import ROOT
 
 from unclip import image_io
 from unclip.image_io import (
     cell,
+    encode_image,
     lacks_image,
     open_image,
     open_mask,
@@ -207,6 +209,27 @@ def test_foreign_and_damaged_metadata_is_an_error(tmp_path, text):
     path = saved(Image.new("RGB", (4, 4)), tmp_path / "a.png", pnginfo=info)
     with pytest.raises(ValueError, match=r"a\.png: damaged metadata"):
         read_metadata(path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (256, 256)])
+def test_an_encoded_png_has_the_same_pixels_and_metadata(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*reversed(size), 3), np.uint8)
+    file = io.BytesIO(encode_image(Image.fromarray(pixels), metadata={"prompt": "größer"}))
+    with Image.open(file) as opened:
+        opened.load()
+    assert (opened.format, opened.mode, opened.size) == ("PNG", "RGB", size)
+    assert np.array_equal(np.asarray(opened), pixels)
+    file.seek(0)
+    assert read_metadata(file) == [{"prompt": "größer"}]
+
+
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_an_encoded_png_is_about_as_small_as_a_fast_one_of_pillow(size):
+    image = Image.open(ROOT / "assets/emoji/samples.png").convert("RGB").crop((0, 0, 256, 256))
+    image = image.resize((size, size), Image.Resampling.LANCZOS)
+    fast = io.BytesIO()
+    image.save(fast, "PNG", compress_level=1)
+    assert len(encode_image(image)) < 1.1 * len(fast.getvalue())
 
 
 def test_an_input_image_is_stored_once_for_all_entries(frames, tmp_path):

@@ -222,6 +222,34 @@ def test_edit(run, args, size):
     assert regeneration_error(run, "edited.png") <= 2
 
 
+@pytest.mark.parametrize(
+    ("call", "args", "finished"),
+    [
+        ("vary", "vary apple.png fish.png -n 10", 10),
+        ("text_diff", "diff apple.png fish.png --to b --theta 0 .1 .2 .3 .4 .5 .6 .7 .8", 9),
+        ("interpolate", "interpolate apple.png fish.png --frames 20", 16),
+        ("interpolate", "interpolate --prompts a b --frames 20 --noise random", 16),
+    ],
+)
+def test_an_interrupted_sheet_keeps_finished_images(run, monkeypatch, call, args, finished):
+    whole, calls = getattr(UnCLIPPipeline, call), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    quick = QUICK if "--prompts" not in args else ["--steps", "6", "--quiet"]
+    command = [*args.split(), *quick, "--seed", "5", "--grid"]
+    assert run(*command, "-o", "whole.png") == (0, "", "")
+    monkeypatch.setattr(UnCLIPPipeline, call, interrupted)
+    assert run(*command, "-o", "part.png") == (130, "", "interrupted\n")
+    entries = read_metadata("whole.png")
+    assert len(entries) > finished
+    assert read_metadata("part.png") == entries[:finished]
+
+
 def test_an_image_too_large_for_metadata_is_reported(run):
     Image.new("RGB", (2100, 2000), "red").save("large.png")
     args = ["--strength", "0.5", "--steps", "3", "--quiet", "-o", "edited.png"]

@@ -51,8 +51,10 @@ def new_environment(folder: Path) -> dict[str, str]:
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*install, "--no-build-isolation", str(ROOT)], check=True)
+    # `accelerate launch` alone: the other commands import timm, if the tests' environment has it,
+    # and with it a torchvision that may not fit torch.
     launcher = python.with_name("accelerate")
-    launcher.write_text(f'#!/bin/sh\nexec "{python}" -m accelerate.commands.accelerate_cli "$@"\n')
+    launcher.write_text(f'#!/bin/sh\nshift\nexec "{python}" -m accelerate.commands.launch "$@"\n')
     launcher.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**clean, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}

@@ -80,4 +80,4 @@ def edit(args: Namespace) -> None:
         result = pipe.outpaint(image, args.prompt, **sides, **call)
     else:
         result = pipe.image_to_image(image, args.prompt, **painting, **call)
-    write_results(result, [args.image.stem], args)
+    write_results([result], len(result), [args.image.stem], args)

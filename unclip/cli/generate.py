@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints.folders import bundled_models
 from unclip.cli import arguments as flags
 from unclip.cli.loading import check_before_loading, load_dalle, load_model
-from unclip.cli.output import check_output, write_images
+from unclip.cli.output import check_output, write_as_they_come, write_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,7 +81,7 @@ def generate(args: Namespace) -> None:
     pipe = load_model(args)
     given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
-    parts = _parts(args, len(prompts), args.candidates)
+    parts = parts_of(args, len(prompts), args.candidates)
     results = (pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE) for rows, part in parts)
     _write_all(results, args)
 
@@ -112,7 +112,7 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def _parts(
+def parts_of(
     args: Namespace, num_prompts: int = 1, candidates: int | None = None
 ) -> Iterator[tuple[slice, dict[str, int]]]:
     """Split a command into calls; yield the prompts, and num_images and seed, of each.
@@ -194,7 +194,7 @@ def variations(args: Namespace) -> None:
     given = _given(prompt=args.prompt, keep=args.keep)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
-    results = (pipe.variations(image, **part, **given) for _, part in _parts(args))
+    results = (pipe.variations(image, **part, **given) for _, part in parts_of(args))
     _write_all(results, args, args.image.stem)
 
 
@@ -207,7 +207,7 @@ def complete(args: Namespace) -> None:
     given = _given(keep=args.keep, num_candidates=args.candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
-    parts = _parts(args, candidates=args.candidates)
+    parts = parts_of(args, candidates=args.candidates)
     results = (pipe.complete(image, args.caption, **part, **given) for _, part in parts)
     _write_all(results, args, args.image.stem)
 
@@ -222,20 +222,9 @@ def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
 
 
 def _write_all(results: Iterable[GenerationResult], args: Namespace, source: str = "") -> None:
-    """Write results as they come, or one sheet at the end; if interrupted, of what there is."""
-    if not args.grid:
-        for result in results:
-            _write(result.images, result.metadata, args, source)
-        return
-    images: list[Image.Image] = []
-    metadata: list[dict[str, Any]] = []
-    try:
-        for result in results:
-            images += result.images
-            metadata += result.metadata
-    finally:
-        if images:
-            _write(images, metadata, args, source)
+    write_as_they_come(
+        results, lambda result: _write(result.images, result.metadata, args, source), args
+    )
 
 
 def _write(

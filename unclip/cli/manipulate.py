@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
+from unclip.cli.generate import BATCH_SIZE, parts_of
 from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_file, check_output, is_image, print_path, write_results
 
@@ -103,6 +104,8 @@ def _add_inversion(parser: ArgumentParser, *about_output: str) -> None:
 
 
 def reconstruct(args: Namespace) -> None:
+    from unclip.pipelines.request import batches_of
+
     names = _check_sources(args)
     check_output(args, len(names))
     if args.save_latent is not None:
@@ -114,7 +117,11 @@ def reconstruct(args: Namespace) -> None:
     if args.save_latent is not None:
         latent.save(args.save_latent)
         print_path(args.save_latent, args)
-    write_results(pipe.reconstruct(latent, progress=not args.quiet), names, args)
+    results = (
+        pipe.reconstruct(latent[rows], progress=not args.quiet)
+        for rows in batches_of(len(latent), BATCH_SIZE)
+    )
+    write_results(results, len(latent), names, args)
 
 
 def vary(args: Namespace) -> None:
@@ -122,12 +129,17 @@ def vary(args: Namespace) -> None:
     check_output(args, len(names) * args.num_images)
     pipe = load_unclip(args)
     latent = _invert(pipe, args)
-    sampling = {"num_images": args.num_images, "seed": args.seed, "progress": not args.quiet}
-    write_results(pipe.vary(latent, eta=args.eta, **sampling), names, args)
+    results = (
+        pipe.vary(latent[rows], eta=args.eta, **part, progress=not args.quiet)
+        for rows, part in parts_of(args, len(latent))
+    )
+    write_results(results, len(latent) * args.num_images, names, args)
 
 
 def interpolate(args: Namespace) -> None:
     from unclip.image_io import check_animation, save_animation, slug
+    from unclip.pipelines.request import batches_of, seeds_from
+    from unclip.pipelines.unclip.latent import path_positions
 
     if bool(args.sources) == bool(args.prompts):
         raise ValueError("give either images or --prompts")
@@ -147,22 +159,32 @@ def interpolate(args: Namespace) -> None:
         args.grid = args.grid or is_image(output)
         check_output(args, args.frames)
     pipe = load_unclip(args)
-    chosen = {name: getattr(args, name) for name in ("frames", "even", "noise", "seed")}
-    chosen["progress"] = not args.quiet
+    seed = seeds_from(args.seed, 1)[0]
+    chosen = {"noise": args.noise, "seed": seed, "progress": not args.quiet}
     if args.prompts:
         options = _deterministic_options(pipe, args)
-        result = pipe.interpolate(prompts=args.prompts, options=options, **chosen)
+        path = pipe.imagine(args.prompts, seed=seed, options=options, progress=not args.quiet)
     else:
-        result = pipe.interpolate(_invert(pipe, args), **chosen)
+        path = _invert(pipe, args)
+    if animated or args.even:  # even frames are known once all of them have been sampled
+        results = iter([pipe.interpolate(path, frames=args.frames, even=args.even, **chosen)])
+    else:
+        positions = path_positions(args.frames)
+        results = (
+            pipe.interpolate(path, frames=positions[rows], **chosen)
+            for rows in batches_of(args.frames, BATCH_SIZE)
+        )
     if animated:
+        result = next(results)
         save_animation(result.images, output, args.fps, result.metadata)
         return print_path(output, args)
-    name = slug("-".join(args.prompts or [path.stem for path in args.sources]))
-    write_results(result, [name], args)
+    name = slug("-".join(args.prompts or [source.stem for source in args.sources]))
+    write_results(results, args.frames, [name], args)
 
 
 def diff(args: Namespace) -> None:
     from unclip.embeddings import text_direction
+    from unclip.pipelines.request import batches_of, seeds_from
 
     names = _check_sources(args)
     check_output(args, len(names) * len(args.theta))
@@ -170,9 +192,13 @@ def diff(args: Namespace) -> None:
     # Report captions without a difference before the inversion, which takes long.
     text_direction(*pipe.encode_text([args.target, args.base]).emb)
     latent = _invert(pipe, args)
-    sampling = {"eta": args.eta, "seed": args.seed, "progress": not args.quiet}
-    result = pipe.text_diff(latent, args.base, args.target, args.theta, **sampling)
-    write_results(result, names, args)
+    texts, seeds = (args.base, args.target, args.theta), seeds_from(args.seed, len(latent))
+    sampling = {"eta": args.eta, "progress": not args.quiet}
+    results = (
+        pipe.text_diff(latent[rows], *texts, seed=seeds[rows], **sampling)
+        for rows in batches_of(len(latent), max(1, BATCH_SIZE // len(args.theta)))
+    )
+    write_results(results, len(latent) * len(args.theta), names, args)
 
 
 def _split_sources(args: Namespace) -> tuple[list[Path], list[Path]]:

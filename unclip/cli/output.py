@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,18 +82,43 @@ def write_images(
         print_path(path, args)
 
 
-def write_results(result: GenerationResult, sources: Sequence[str], args: Namespace) -> None:
-    """Write images to files that are named after their source and the command.
+def write_results(
+    results: Iterable[GenerationResult], count: int, sources: Sequence[str], args: Namespace
+) -> None:
+    """Write `count` images to files that are named after their source and the command.
 
     Files that would have the same name are numbered.
     """
-    per_source = len(result) // len(sources)
-    names = [f"{name}-{args.run.__name__}" for name in sources for _ in range(per_source)]
-    numbered = [
+    names = [
+        f"{name}-{args.run.__name__}" for name in sources for _ in range(count // len(sources))
+    ]
+    numbered = iter(
         name if names.count(name) == 1 else f"{name}-{names[:i].count(name)}"
         for i, name in enumerate(names)
-    ]
-    write_images(result.images, result.metadata, numbered, args)
+    )
+
+    def write(result: GenerationResult) -> None:
+        some = list(islice(numbered, len(result)))
+        write_images(result.images, result.metadata, some, args)
+
+    write_as_they_come(results, write, args)
+
+
+def write_as_they_come(
+    results: Iterable[GenerationResult], write: Callable[[GenerationResult], None], args: Namespace
+) -> None:
+    """Write results as they come, or one sheet at the end; if interrupted, of what there is."""
+    if not args.grid:
+        for result in results:
+            write(result)
+        return
+    kept: list[GenerationResult] = []
+    try:
+        for result in results:
+            kept.append(result)
+    finally:
+        if kept:
+            write(kept[0].cat(kept))
 
 
 def caption_of(metadata: Mapping[str, Any]) -> str:

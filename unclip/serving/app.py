@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive
@@ -166,7 +167,8 @@ class Responder:
                         note = {} if note is None else {"x-unclip-note": note}
                         body = {"created": int(time.time()), "data": entries}
                         spent = {"x-unclip-pipeline-ms": f"{1000 * event.seconds:.1f}"}
-                        return JSONResponse(body, headers={**self.headers, **spent, **note})
+                        headers = {**self.headers, **spent, **note}
+                        return Response(to_json(body), 200, headers, "application/json")
         except ClientGone:
             pass
         return Response(status_code=499)
