@@ -307,6 +307,23 @@ def test_json_edits_take_data_urls(client):
         assert images_of(client.post(EDITS, json={**body, **image})) == expected
 
 
+def test_null_is_a_missing_field_in_json_and_in_forms(client):
+    names = ("model", "size", "steps", "guidance", "sampler", "strength", "output_compression")
+    image = png(16, "RGBA")
+    body = {"prompt": "null", "response_format": "b64_json", "seed": 3}
+    in_json = {**body, **dict.fromkeys(names), "image": base64.b64encode(image).decode()}
+    in_form = {**body, **dict.fromkeys(names, "null")}
+    expected = client.post(EDITS, data=body, files={"image": image})
+    for response in (
+        client.post(EDITS, json=in_json),
+        client.post(EDITS, data=in_form, files={"image": image}),
+        client.post(EDITS, data={**in_form, "mask": "null"}, files={"image": image}),
+    ):
+        assert images_of(response) == images_of(expected)
+        assert "x-unclip-ignored" not in response.headers
+    assert b'"prompt": "null"' in images_of(expected)[0]
+
+
 def test_strength_without_a_mask_changes_the_whole_image(client, tiny_pipe):
     (data,) = images_of(edit(client, png(16), strength="0.5"))
     image = opened(png(16))

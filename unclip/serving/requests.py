@@ -102,6 +102,7 @@ BODIES: dict[str, type[Common]] = {
     "variations": Variation,
 }
 FILES = ("image", "image[]", "mask")
+TEXTS = ("prompt", "negative_prompt")  # "null" is a prompt
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ async def _read_form(request: Request, strict: bool) -> tuple[dict[str, Any], Fi
         raise bad_request("Could not parse the multipart form.") from None
     if "weights[]" in fields:
         fields["weights"] = fields.pop("weights[]")
-    return fields, files
+    # A form has no null but its text; in JSON, fields that are null are left out as well.
+    kept = {name: value for name, value in fields.items() if value != "null" or name in TEXTS}
+    return kept, files
 
 
 def _unsupported_type(name: str, given: str | None) -> APIError:
