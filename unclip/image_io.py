@@ -292,7 +292,7 @@ def _encode_png(image: Image.Image, info: PngImagePlugin.PngInfo) -> bytes:
     rows[:1, 1:] = pixels[:1]
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
     coder = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
-    data = coder.compress(rows) + coder.flush()
+    data = coder.compress(rows.data) + coder.flush()
     header = struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 0)  # 8 bits, RGB, not interlaced
     texts = [chunk[:2] for chunk in info.chunks]
     return PNG_SIGNATURE + b"".join(

@@ -114,7 +114,7 @@ def _given(**arguments: Any) -> dict[str, Any]:
 
 def parts_of(
     args: Namespace, num_prompts: int = 1, candidates: int | None = None
-) -> Iterator[tuple[slice, dict[str, int]]]:
+) -> Iterator[tuple[slice, dict[str, Any]]]:
     """Split a command into calls; yield the prompts, and num_images and seed, of each.
 
     A selection needs all candidates of a prompt in one call. An interrupted command keeps the
