@@ -320,6 +320,16 @@ def test_a_zip_file_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "images.zip")
 
 
+def test_limits_leave_room_for_the_optimizer_of_a_large_network(tmp_path: Path) -> None:
+    names = [f"unet.blocks.{i}.attention.weight" for i in range(3000)]
+    state = {name: torch.zeros(800) for name in names}
+    kinds = ("exp_avg", "exp_avg_sq")
+    moments = {i: {"step": i, **{k: torch.zeros(800) for k in kinds}} for i in range(3000)}
+    optimizer = {"state": moments, "param_groups": [{"lr": 1e-4, "params": list(range(3000))}]}
+    torch.save({"state_dict": state, "optimizer": optimizer}, tmp_path / "large.ckpt")
+    assert list(read_state(tmp_path / "large.ckpt")) == names
+
+
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_refused_within_a_second_and_80_megabytes(kind: str, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")  # not on Windows

@@ -10,6 +10,7 @@ from PIL import Image
 from unclip.data.loader import open_dataset
 from unclip.data.samples import EXTENSIONS, SUFFIXES
 from unclip.data.shards import ShardDataset, ShardWriter, find_shards
+from unclip.data.tars import Member, read_members
 from unclip.data.text import ColumnNames
 
 
@@ -218,6 +219,16 @@ def test_absurd_members_are_refused_in_little_memory(tmp_path, kind):
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
     with pytest.raises(ValueError, match=r"a\.tar"):
         ShardDataset(tmp_path / "a.tar")
+
+
+def test_the_end_of_an_image_is_not_a_header_by_accident(tmp_path):
+    end = b"\xfb\xc0\x85\xc0"  # its signed sum and that of a checksum's 8 spaces is 0
+    write_members(tmp_path / "a.tar", {"a.png": b"\x80" * 1024 + end, "a.txt": b"a red fox"})
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[:512] = b"\xff" * 512
+    (tmp_path / "a.tar").write_bytes(data)
+    found = read_members(tmp_path / "a.tar")
+    assert [x.name for x in found if isinstance(x, Member)] == ["a.txt"]
 
 
 def test_errors_name_the_file(tmp_path):

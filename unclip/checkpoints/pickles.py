@@ -35,11 +35,11 @@ LEGACY_VERSION = 1001
 # Lengths of the name and extra field of a zip entry, which precede its data.
 LOCAL_HEADER = struct.Struct("<26xHH")
 MAX_PICKLE = 16 * 2**20  # bytes of data.pkl
-MAX_OPCODES = 5_000_000  # 40 for a tensor
+MAX_OPCODES = 600_000  # 55 for a tensor, 170 with the two averages of its optimizer
 MAX_LINE = 2**16  # bytes of a number or name
 MAX_AXES = 64  # of a tensor, as in NumPy
 MAX_NUMBERS = 2**20  # of an expanded tensor, which may be larger than its storage
-MAX_MODULES, MAX_DEPTH = 100_000, 100  # in a pickled module
+MAX_MODULES, MAX_DEPTH = 30_000, 100  # in a pickled module
 
 
 def read_checkpoint(file: str | Path) -> Any:
@@ -289,7 +289,7 @@ class _Budget:
 
     @classmethod
     def of(cls, size: int) -> _Budget:
-        return cls(min(300_000 + size // 32, MAX_OPCODES), 2 * size)
+        return cls(min(150_000 + size // 64, MAX_OPCODES), 2 * size)
 
     def spend(self, opcodes: int = 0, copied: int = 0) -> None:
         self.opcodes -= opcodes
@@ -365,7 +365,7 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it calls a {type(function).__name__}")
         containers = [x for x in args if isinstance(x, (tuple, list, dict, set, frozenset))]
         texts = [x for x in args if isinstance(x, (str, bytes, bytearray))]
-        self.budget.spend(3 + len(args) + sum(map(len, containers)), sum(map(len, texts)))
+        self.budget.spend(8 + len(args) + sum(map(len, containers)), sum(map(len, texts)))
         return function(*args, **(kwargs or {}))
 
     def put(self, items: Iterable[Any], *kinds: type) -> None:

@@ -89,12 +89,16 @@ def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
 
 
 class _Info(tarfile.TarInfo):
-    """A header whose size is plausible; of others, the checksum is right by accident or intent."""
+    """A header whose size is plausible; of others, the checksum is right by accident or intent.
+
+    A checksum of 0 is that of a block of a few bytes, whose signed sum may be 0 by accident.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
-        if info.size < 0 or (info.type in EXTENDED and info.size > MAX_EXTENDED):
+        too_large = info.type in EXTENDED and info.size > MAX_EXTENDED
+        if info.chksum == 0 or info.size < 0 or too_large:
             raise tarfile.InvalidHeaderError("size")  # pyright: ignore[reportAttributeAccessIssue]
         return info
 
