@@ -134,6 +134,24 @@ def test_incomplete_and_truncated_folders_are_errors(custom, tmp_path):
         CLIP.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "expected objects model_cfg, with text_cfg"),
+        ('{"model_cfg": {"text_cfg": 1}}', "expected objects model_cfg, with text_cfg"),
+        ('{"model_cfg": {"text_cfg": {}}, "preprocess_cfg": 1}', "and preprocess_cfg"),
+        (" " * (5 * 2**20), "is too large"),
+    ],
+)
+def test_other_configs_are_errors(custom, tmp_path, content, message):
+    custom.save_pretrained(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        CLIP.from_pretrained(tmp_path)
+
+
 def test_mismatched_tensors_are_listed(clip):
     tensors = dict(clip.model.state_dict())
     tensors["extra"] = torch.zeros(1)

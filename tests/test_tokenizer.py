@@ -1,9 +1,11 @@
 """Training, encoding, truncation, dropout and saving of the tokenizers."""
 
+import os
+
 import pytest
 import torch
 
-from unclip.tokenizer import BPETokenizer, load_tokenizer
+from unclip.tokenizer import BPETokenizer, GPT2Tokenizer, load_tokenizer
 
 CAPTIONS = ["a red apple", "a green apple", "red heart, noto emoji", "Ça va? 100%"] * 3
 
@@ -53,6 +55,23 @@ def test_missing_files_and_foreign_tokenizers_are_errors(tmp_path):
 
     with pytest.raises(ValueError, match="no <pad> and no <start> and no <end>"):
         BPETokenizer(Tokenizer(models.BPE()), 12)
+
+
+@pytest.mark.parametrize("load", [BPETokenizer.load, GPT2Tokenizer.load])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 10_000, "\0\x1b[31m", " " * (17 * 2**20)])
+def test_damaged_and_absurd_files_are_errors_of_one_line(load, content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json") as error:
+        load(tmp_path / "tokenizer.json", 12)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("load", [BPETokenizer.load, GPT2Tokenizer.load])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_is_not_a_tokenizer(load, tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="is a pipe or a device"):
+        load(tmp_path / "tokenizer.json", 12)
 
 
 def test_unmarked_texts_have_no_start_and_end_tokens():

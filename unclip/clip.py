@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.config import save_json
+from unclip.files import read_json
 from unclip.image_io import resize
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
 from unclip.types import TextEncoding
@@ -170,8 +170,13 @@ class CLIP(nn.Module):
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not a CLIP folder: {name} is missing")
-        raw = json.loads((folder / CONFIG_FILE).read_text())
-        config = CLIPConfig(raw["model_cfg"], raw.get("preprocess_cfg", {}))
+        raw = read_json(folder / CONFIG_FILE)
+        model_cfg, preprocess_cfg = raw.get("model_cfg"), raw.get("preprocess_cfg", {})
+        text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
+        if not (isinstance(text_cfg, dict) and isinstance(preprocess_cfg, dict)):
+            expected = "expected objects model_cfg, with text_cfg, and preprocess_cfg"
+            raise ValueError(f"{folder / CONFIG_FILE}: {expected}")
+        config = CLIPConfig(model_cfg, preprocess_cfg)
         own = folder / TOKENIZER_FILE
         tokenizer = BPETokenizer.load(own, config.context_length) if own.is_file() else None
         return cls.from_tensors(config, TensorFile(folder / WEIGHTS_FILE), folder, tokenizer)

@@ -7,11 +7,13 @@ Whatever is read may be damaged or hostile: `open_regular` opens nothing that bl
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import re
 import shutil
 import stat
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +77,18 @@ def read_text(file: str | Path, max_bytes: int = MAX_TEXT) -> str:
         raise ValueError(
             f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
+
+
+def read_gzip(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
+    """Read a file that gzip compressed; ValueError for more than `max_bytes`, before or after."""
+    with open_regular(file, max_bytes) as stream, gzip.open(stream) as content:
+        try:
+            data = content.read(max_bytes + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is not a gzip file: {error}") from None
+    if len(data) > max_bytes:
+        raise ValueError(f"{file} is too large: it expands to more than {max_bytes:,} bytes")
+    return data
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from unclip.files import read_json
+from unclip.files import printable, read_bytes, read_json
 
 # B batch, L tokens
 
 TOKENIZER_FILE = "tokenizer.json"
+MAX_FILE = 16 * 2**20  # bytes; 50,000 tokens take 4 MB
 
 MIN_WORDS = 1000  # tokens of a vocabulary that is expected to hold words
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -132,12 +133,14 @@ class BPETokenizer:
     @classmethod
     def load(cls, file: str | Path, context_length: int, marked: bool = True) -> BPETokenizer:
         """Load a `tokenizer.json` of the `tokenizers` library."""
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise FileNotFoundError(f"{file} is missing; expected a model's tokenizer.json")
+        data = read_bytes(file, MAX_FILE)
         try:
-            tokenizer = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library has no specific type
-            raise ValueError(f"{file} is not a tokenizer ({error}); download it again") from None
+            reason = printable(error)
+            raise ValueError(f"{file} is not a tokenizer ({reason}); download it again") from None
         tokenizer.no_padding()  # transformers saves its last padding settings in the file
         tokenizer.no_truncation()
         return cls(tokenizer, context_length, marked)
@@ -267,13 +270,13 @@ class GPT2Tokenizer:
     @classmethod
     def load(cls, file: str | Path, context_length: int) -> GPT2Tokenizer:
         """Load a `tokenizer.json`, such as that of GPT-2."""
+        data = read_json(Path(file), MAX_FILE)
         try:
-            model = json.loads(Path(file).read_text(encoding="utf-8"))["model"]
+            model = data["model"]
             return cls(model["vocab"], _pairs(model["merges"]), context_length)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # the library has no specific type
-            raise ValueError(f"{file} is not a GPT-2 tokenizer ({error}); download it") from None
+            reason = printable(error)
+            raise ValueError(f"{file} is not a GPT-2 tokenizer ({reason}); download it") from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:

@@ -387,6 +387,9 @@ def test_a_missing_or_damaged_vocabulary_is_named(
     (folder / glide.VOCAB_FILE).write_bytes(b"{")
     with pytest.raises(ValueError, match=r"encoder\.json\.gz: not a vocabulary"):
         unclip.load(folder)
+    (folder / glide.VOCAB_FILE).write_bytes(gzip.compress(bytes(5 * 2**20)))
+    with pytest.raises(ValueError, match="it expands to more than 4,194,304 bytes"):
+        unclip.load(folder)
     (folder / glide.VOCAB_FILE).unlink()
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda *_: (_ for _ in ()).throw(OSError("no network"))

@@ -7,8 +7,6 @@ is in the folder (`encoder.json.gz` and `vocab.bpe.gz` from GLIDE's repository, 
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Part, Rule, build, expecting, move, prefixed
 from unclip.checkpoints.transformers.tokenizer import parse_merges
 from unclip.diffusion.schedules import ScheduleConfig
+from unclip.files import parse_json, printable, read_gzip
 from unclip.models.published.glide import GLIDE, GLIDEConfig
 from unclip.models.unclip.decoder import TextTransformer
 from unclip.tokenizer import GPT2Tokenizer
@@ -81,11 +80,12 @@ def read_tokenizer(folder: Path, context_length: int) -> GPT2Tokenizer:
     """Load GPT-2's tokenizer from the folder, or download it."""
     if (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file():
         try:
-            vocab = json.loads(gzip.decompress((folder / VOCAB_FILE).read_bytes()))
-            text = gzip.decompress((folder / MERGES_FILE).read_bytes()).decode("utf-8")
+            vocab = parse_json(read_gzip(folder / VOCAB_FILE))
+            text = read_gzip(folder / MERGES_FILE).decode("utf-8")
             return GPT2Tokenizer(vocab, parse_merges(text, folder / MERGES_FILE), context_length)
-        except Exception as error:  # gzip, json and tokenizers each raise their own
-            raise ValueError(f"{folder / VOCAB_FILE}: not a vocabulary: {error}") from None
+        except Exception as error:  # tokenizers has no specific type
+            reason = printable(error)
+            raise ValueError(f"{folder / VOCAB_FILE}: not a vocabulary: {reason}") from None
     if not (file := folder / TOKENIZER_FILE).is_file():
         from huggingface_hub import hf_hub_download
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from unclip.config import save_json
-from unclip.files import read_json
+from unclip.files import printable, read_json, read_text
 from unclip.tokenizer import CLIP_END, CLIP_PAD, CLIP_START, END, PAD, START, BPETokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
     try:
         return BPETokenizer(clip_tokenizer(vocab, merges, special), context_length)
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{folder} is not a CLIP tokenizer: {error}") from None
+        raise ValueError(f"{folder} is not a CLIP tokenizer: {printable(error)}") from None
 
 
 def clip_tokenizer(
@@ -76,7 +76,7 @@ def read_merges(file: Path) -> list[tuple[str, str]]:
     """Read a merges file; FileNotFoundError if it is missing."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
-    return parse_merges(file.read_text(encoding="utf-8"), file)
+    return parse_merges(read_text(file), file)
 
 
 def parse_merges(text: str, source: Path) -> list[tuple[str, str]]:
@@ -89,7 +89,7 @@ def parse_merges(text: str, source: Path) -> list[tuple[str, str]]:
             case [first, second]:
                 merges.append((first, second))
             case _:
-                raise ValueError(f"{source}: {line!r} is not a merge of two tokens")
+                raise ValueError(f"{source}: {line[:100]!r} is not a merge of two tokens")
     return merges
 
 
