@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _aten = torch.ops.aten
@@ -36,6 +39,7 @@ def describe(
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     values: list[Tensor] = []
+    state["accumulate"] = accumulate > 1
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
         memory = step_memory(model, lambda: values.append(loss()) or values[0], **state)
     parts = ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
@@ -60,26 +64,23 @@ def step_memory(
     ema: bool = True,
     optimizer: Literal["adamw", "adamw8bit"] = "adamw",
     frozen: Sequence[nn.Module] = (),
+    accumulate: bool = False,
 ) -> dict[str, int]:
     """Run `loss` and its backward pass once; return the bytes that a training step needs.
 
-    Also on the meta device, for networks that do not fit here. With gradient checkpointing, the
-    part that is being recomputed is not counted. frozen: other networks that the loss uses.
+    Also on the meta device, for networks that do not fit here. "activations" is what remains of the
+    most that is allocated at once. frozen: other networks of the loss. accumulate: the gradients of
+    earlier batches are there from the start.
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    own = {_storage(p) for p in parameters}
     others = {p for network in frozen for p in network.parameters()} - {*parameters}
-    saved: dict[int, int] = {}  # storage -> bytes kept for the backward pass
-
-    def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss()
-    value.backward()
+    for p in parameters if accumulate else ():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    with _Allocations() as allocations:
+        loss().backward()
+    gradients = [p.grad for p in parameters if p.grad is not None and not accumulate]
+    activations = max(allocations.peak - sum(x.nbytes for x in gradients), 0)
     model.zero_grad(set_to_none=True)
     return {
         "weights": sum(p.nbytes for p in parameters),
@@ -87,8 +88,38 @@ def step_memory(
         "gradients": 4 * trained,
         "AdamW": (2 if optimizer == "adamw8bit" else 8) * trained,
         "EMA": 4 * trained if ema else 0,
-        "activations": sum(saved.values()),
+        "activations": activations,
     }
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations return, until their memory is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._bytes = 0
+        self._counted: dict[int, weakref.finalize] = {}  # storage -> what ends its counting
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and _storage(x) not in before:
+                self._count(x.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._counted:
+            self._counted[key] = weakref.finalize(storage, self._forget, key, size)
+            self._bytes += size
+            self.peak = max(self.peak, self._bytes)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._counted[key]
+        self._bytes -= size
 
 
 def _storage(tensor: Tensor) -> int:

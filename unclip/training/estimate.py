@@ -109,7 +109,8 @@ def _activations(model: nn.Module, config: Any) -> int | None:
         if inputs is None:
             return None
         model = model.to(dtype)
-        return step_memory(model, lambda: model(*inputs).float().square().mean())["activations"]
+        memory = step_memory(model, lambda: model(*inputs).float().square().mean(), accumulate=True)
+        return memory["activations"]
 
 
 def _example(model: nn.Module, B: int) -> tuple[Any, ...] | None:
