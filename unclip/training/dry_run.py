@@ -68,10 +68,10 @@ def step_memory(
 ) -> dict[str, int]:
     """Run `loss` and its backward pass once; return the bytes that a training step needs.
 
-    Also on the meta device, for networks that do not fit here; there the matrices of attention count,
-    which fused kernels do not keep. "activations" is what remains of the
-    most that is allocated at once. frozen: other networks of the loss. accumulate: the gradients of
-    earlier batches are there from the start.
+    Also on the meta device, for networks that do not fit here; there the matrices of attention
+    count, which fused kernels do not keep. "activations" is what remains of the most that is
+    allocated at once. frozen: other networks of the loss. accumulate: the gradients of earlier
+    batches are there from the start.
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
