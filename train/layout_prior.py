@@ -16,7 +16,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig
 from unclip.training.embedded import measure_components, measure_stats, open_loader
 from unclip.training.fit import FitConfig, fit
-from unclip.training.initialization import initialize, load_clip
+from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, LayoutPriorLoss
 from unclip.training.optim import OptimConfig
@@ -48,7 +48,6 @@ def main(run: Run[LayoutPriorTraining]) -> None:
     if not (run.resume or run.init):  # else they are loaded with the weights
         measure_stats(network, clip, loader, config.stats_batches)
         measure_components(network, loader, config.stats_batches)
-    run = initialize(network, run)
     loss = LayoutPriorLoss(
         network,
         clip,

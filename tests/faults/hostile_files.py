@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import io
 import json
 import os
@@ -221,6 +222,7 @@ def read_in_fork(kind: Kind, folder: Path) -> tuple[int, str, float, int]:
     """Return the exit code, message, CPU seconds and memory of reading the file in a folder."""
     reader, writer = os.pipe()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    gc.freeze()  # else a collection in the fork copies the memory of this process
     if not (process := os.fork()):
         code, message = TRACEBACK, "?"
         try:

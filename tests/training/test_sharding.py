@@ -113,9 +113,10 @@ def test_a_sharded_run_equals_one_process_and_resumes_with_any_number(tmp_path: 
 def test_other_kinds_of_parallelism_equal_one_process(
     tmp_path: Path, env: dict[str, str] | None
 ) -> None:
-    start(tmp_path / "one", 1, steps=3)
-    start(tmp_path / "four", 4, env, steps=3)
-    assert_close(saved(tmp_path / "four", 3), saved(tmp_path / "one", 3))
+    # Two updates: the remainder of an epoch depends on the number of processes.
+    start(tmp_path / "one", 1, steps=2)
+    start(tmp_path / "four", 4, env, steps=2)
+    assert_close(saved(tmp_path / "four", 2), saved(tmp_path / "one", 2))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -82,6 +82,39 @@ def test_image_networks_write_previews(workplace, network):
     assert list((workplace / "runs/tiny" / network).rglob("*.png"))
 
 
+def test_the_text_tower_is_trained_alone(workplace):
+    tower = "--set=text_tower={base: runs/tiny/clip/model}"
+    train("clip", tower, "--set=fit.output=runs/tiny/clip_text")
+    before, after = (
+        read_tensors(workplace / f"runs/tiny/{name}/model/open_clip_model.safetensors")
+        for name in ("clip", "clip_text")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(name.startswith(("visual.", "logit")) for name in changed)
+
+
+def test_a_decoder_is_trained_for_sampled_layouts(workplace):
+    arguments = (
+        "--set=layout=runs/tiny/layout/model",
+        "--set=layout_prior=runs/tiny/layout_prior/model",
+        "--set=model.layout={emb_dim: 32, size: 8, width: 32, depth: 2}",
+        "--set=model.unet.in_channels=6",
+        "--set=fit.output=runs/tiny/decoder_layouts",
+    )
+    train("decoder", *arguments)
+    output = "--set=output=runs/tiny/model_layouts"
+    parts = (
+        "--set=decoder=runs/tiny/decoder_layouts/model",
+        "--set=layout_prior=runs/tiny/layout_prior/model",
+    )
+    model = str(ROOT / "configs/tiny/model.yaml")
+    run_script(ROOT / "train/bundle.py", "--config", model, output, *parts)
+    pipe = unclip.load(workplace / "runs/tiny/model_layouts")
+    assert pipe("a red circle", seed=0, progress=False).images[0].size == (32, 32)
+    with pytest.raises(SystemExit, match="layout_prior is runs/x; expected null without layouts"):
+        train("decoder", "--set=layout_prior=runs/x")
+
+
 def test_the_prior_has_the_statistics_of_the_embeddings(workplace):
     weights = read_tensors(workplace / "runs/tiny/prior/model/model.safetensors")
     fresh = torch.full_like(weights["emb_std"], len(weights["emb_std"]) ** -0.5)

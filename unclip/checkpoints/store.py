@@ -39,7 +39,7 @@ from unclip.checkpoints.formats import Bundle, Components, Format, LoadedPrior
 from unclip.checkpoints.renaming import read_weights
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
-from unclip.files import atomic_folder, keep_others, read_json
+from unclip.files import atomic_folder, keep_others, printable, read_json
 from unclip.models.codecs.dvae import DVAE
 from unclip.models.codecs.vae import GaussianVAE
 from unclip.models.codecs.vqgan import VQGAN
@@ -107,7 +107,7 @@ def component_config(folder: str | Path) -> tuple[type[nn.Module], Any]:
     kind = config.pop("type", None)
     if kind not in NETWORKS:
         names = ", ".join(NETWORKS)
-        raise ValueError(f"{file}: type is {kind!r}; expected one of {names}")
+        raise ValueError(f"{file}: type is {printable(repr(kind))}; expected one of {names}")
     network, config_type = NETWORKS[kind]
     return network, parse(config_type, config, str(file))
 
@@ -239,7 +239,8 @@ def load_bundle(
     model = read_model_json(folder)
     if model["kind"] not in OPTIONS:
         kinds = ", ".join(OPTIONS)
-        raise ValueError(f"{folder}: kind is {model['kind']!r}; expected one of {kinds}")
+        kind = printable(repr(model["kind"]))
+        raise ValueError(f"{folder}: kind is {kind}; expected one of {kinds}")
     folders = component_folders(folder)
     readers = {"clip": CLIP.from_pretrained, "tokenizer": load_tokenizer}
     networks = [name for name in folders if name not in readers]

@@ -95,7 +95,7 @@ def load_clip(folder: str | Path, config: Any, device: torch.device) -> CLIP:
     clip = CLIP.from_pretrained(folder)
     widths = {"emb_dim": clip.emb_dim, "text_width": clip.text_width}
     for name, size in widths.items():
-        if (value := getattr(config, name, size)) != size:
+        if (value := getattr(config, name, size)) not in (size, None):
             raise ValueError(f"model.{name} is {value}; expected {size}, as in the CLIP {folder}")
     vocab_size = clip.config.model_cfg["text_cfg"].get("vocab_size", 0)  # 0: unknown
     limits = {"context_length": clip.context_length, "vocab_size": vocab_size}
