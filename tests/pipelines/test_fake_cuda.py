@@ -40,7 +40,9 @@ from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.decoder import Layout, LayoutConfig
+from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.probing import class_probabilities
 from unclip.tokenizer import BPETokenizer
 from unclip.training.codec import (
@@ -59,14 +61,17 @@ from unclip.training.losses import (
     ConditionDropout,
     DecoderLoss,
     LayoutLoss,
+    LayoutPriorLoss,
     OneShotLossConfig,
     OneShotPriorLoss,
     PriorLoss,
     UpsamplerLoss,
 )
 from unclip.training.optim import OptimConfig, build_optimizer
+from unclip.training.text_tower import TextTower, TextTowerConfig, TextTowerLoss
 from unclip.types import GenerationResult, TextEncoding
 
+LAYOUTS = LayoutPriorConfig(EMB_DIM, size=4, components=4, width=16, depth=1, steps=4)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 MASK = Image.new("L", (16, 16))
 MASK.paste(255, (4, 4, 12, 12))
@@ -201,6 +206,22 @@ def test_other_priors(kind, invertible_pipe):
     pipe = copy.deepcopy(invertible_pipe)
     pipe.prior = scrambled(prior).eval()
     assert_same(on_cuda(pipe, UNCLIP["prompts"]), UNCLIP["prompts"](pipe))
+
+
+@pytest.mark.parametrize("operation", ["prompts", "variations"])
+def test_sampled_layouts(operation, invertible_pipe):
+    torch.manual_seed(0)
+    own = invertible_pipe
+    decoder = tiny_decoder(
+        unet=tiny_unet(6, 3, context_dim=24),
+        learned_variance=False,
+        layout=LayoutConfig(EMB_DIM, size=4, width=16, depth=1),
+    )
+    network = scrambled(LayoutPrior(LAYOUTS)).eval()
+    network.fit_components(torch.rand(20, 3, 4, 4))
+    parts = own.clip, own.prior, scrambled(decoder).eval(), own.upsamplers, own.options
+    pipe = UnCLIPPipeline(*parts, layout_prior=network)
+    assert_same(on_cuda(pipe, UNCLIP[operation]), UNCLIP[operation](pipe))
 
 
 # -- DALL-E and GLIDE
@@ -376,6 +397,17 @@ def layout_loss(clip: Any) -> tuple[nn.Module, Any]:
     return layout, LayoutLoss(layout, clip, 0.5)
 
 
+def layout_prior_loss(clip: Any) -> tuple[nn.Module, Any]:
+    network = LayoutPrior(LAYOUTS)
+    drop, config = ConditionDropout(), LossConfig()
+    return network, LayoutPriorLoss(network, clip, Schedule(), drop, config, 0.5, 0.2)
+
+
+def text_tower_loss(clip: Any) -> tuple[nn.Module, Any]:
+    network = TextTower(tiny_clip())
+    return network, TextTowerLoss(network, clip, TextTowerConfig(base=""))
+
+
 def clip_loss(clip: Any) -> tuple[nn.Module, Any]:
     trained = tiny_clip()
     return trained, CLIPLoss(trained)
@@ -426,6 +458,8 @@ LOSSES = [
     inpainting_loss,
     upsampler_loss,
     layout_loss,
+    layout_prior_loss,
+    text_tower_loss,
     clip_loss,
     dvae_loss,
     adversarial_loss,

@@ -185,10 +185,9 @@ class LayoutPriorLoss:
         if self.text_noise and model.training:
             text_emb = add_text_noise(text_emb, self.text_noise)
         x_0 = network.encode(layouts(batch, network.config.size).to(image_emb.device))
-        probabilities = torch.rand(2, len(x_0), device=x_0.device)
-        drop_image, drop_text = probabilities < probabilities.new_tensor(
-            [[self.drop.image], [self.drop.text]]
-        )
+        B, device = len(x_0), x_0.device
+        drop_image = torch.rand(B, device=device) < self.drop.image
+        drop_text = torch.rand(B, device=device) < self.drop.text
         conditions = image_emb, text_emb, drop_image, drop_text
         return _denoising_loss(model, conditions, x_0, self.schedule, self.config, "x0")
 
