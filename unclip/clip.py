@@ -172,8 +172,8 @@ class CLIP(nn.Module):
                 raise FileNotFoundError(f"{folder} is not a CLIP folder: {name} is missing")
         raw = read_json(folder / CONFIG_FILE)
         model_cfg, preprocess_cfg = raw.get("model_cfg"), raw.get("preprocess_cfg", {})
-        text_cfg = model_cfg.get("text_cfg") if isinstance(model_cfg, dict) else None
-        if not (isinstance(text_cfg, dict) and isinstance(preprocess_cfg, dict)):
+        is_valid = isinstance(model_cfg, dict) and isinstance(model_cfg.get("text_cfg"), dict)
+        if not (isinstance(model_cfg, dict) and is_valid and isinstance(preprocess_cfg, dict)):
             expected = "expected objects model_cfg, with text_cfg, and preprocess_cfg"
             raise ValueError(f"{folder / CONFIG_FILE}: {expected}")
         config = CLIPConfig(model_cfg, preprocess_cfg)
