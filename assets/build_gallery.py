@@ -197,9 +197,11 @@ def results_section(results: dict[str, Any]) -> str:
     table = markdown_table([HEAD, *manipulation_rows(results)])
     about = (
         f"On {results['settings']['pairs']} held-out pairs, at the decoder's image size unless "
-        "noted, by `unclip evaluate-manipulations`:"
+        "noted, by `unclip evaluate-manipulations`"
     )
-    return f"## Measurements\n\n{about}\n\n{table}\n"
+    if "note" in results["settings"]:  # written by hand
+        about += f" ({results['settings']['note']})"
+    return f"## Measurements\n\n{about}:\n\n{table}\n"
 
 
 if __name__ == "__main__":
