@@ -199,7 +199,7 @@ def test_a_model_that_does_not_fit_karlos_layout_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError) as error:
         diffusers_export.save_for_diffusers(bundle, tmp_path / "emoji")
     text = str(error.value)
-    assert text.startswith("emoji cannot be written for diffusers: prior (its null text is learned")
+    assert text.startswith("emoji cannot be written for diffusers: prior (it is a MLPPrior, not")
     for reason in (
         "it predicts v",
         "its variance is not learned",

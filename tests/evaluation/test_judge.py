@@ -128,9 +128,9 @@ def test_variations_are_judged(tiny_pipe, judge, pairs, monkeypatch):
     held_out = pairs[1]
     generator = UnCLIPGenerator(tiny_pipe, progress=False)
     evaluation = UnCLIPEvaluation(generator, held_out, judge=judge)
-    monkeypatch.setattr(generator, "vary", lambda emb, seed: held_out.floats())
+    monkeypatch.setattr(generator, "vary", lambda *given: held_out.floats())
     assert evaluation.variations() == {"images": 4, "mean": 1.0, "interval": [1.0, 1.0]}
-    monkeypatch.setattr(generator, "vary", lambda emb, seed: held_out.floats().roll(1, dims=0))
+    monkeypatch.setattr(generator, "vary", lambda *given: held_out.floats().roll(1, dims=0))
     assert evaluation.variations() == {"images": 4, "mean": 0.0, "interval": [0.0, 0.0]}
 
 

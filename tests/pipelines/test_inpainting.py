@@ -275,7 +275,7 @@ def test_pasted_foregrounds_are_in_the_target(monkeypatch):
     )
     batch = {"image": disc(64, 8).contiguous(), "image_emb": emb, "caption": captions}
     loss(decoder, batch)
-    _, _, image_emb, text, _, _, known = seen["given"]
+    _, _, image_emb, text, _, _, known, _ = seen["given"]
     nexts, own = ((image_emb == other).all(dim=1) for other in (emb.roll(-1, dims=0), emb))
     partly = known[:, 3].flatten(1).any(dim=1)
     assert (nexts ^ own).all() and not (nexts & ~partly).any()
@@ -311,7 +311,7 @@ def test_training_guides_embeddings_towards_known_pixels(monkeypatch):
     loss(decoder, {"image": disc(32, 8).contiguous(), "image_emb": emb, "caption": ["a"] * 32})[
         "loss"
     ].backward()
-    _, _, image_emb, _, _, _, known = seen["given"]
+    _, _, image_emb, _, _, _, known, _ = seen["given"]
     partly = known[:, 3].flatten(1).any(dim=1)
     assert (
         torch.equal(image_emb[~partly], emb[~partly])

@@ -43,9 +43,9 @@ class Recorder:
         self.calls.append(prompts)
         return self.pipe.inpaint(images, masks, prompts, **arguments)
 
-    def variations(self, *, image_emb, **arguments):
-        self.calls.append(image_emb)
-        return self.pipe.variations(image_emb=image_emb, **arguments)
+    def variations(self, images=None, *, image_emb=None, **arguments):
+        self.calls.append(images or image_emb)
+        return self.pipe.variations(images, image_emb=image_emb, **arguments)
 
 
 class Client:
