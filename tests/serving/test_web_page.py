@@ -300,7 +300,7 @@ def test_settings_are_read_from_a_png(visit, tiny_pipe):
     page.locator(DONE).wait_for()
     assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
     choose(page, "#load-png", png())
-    assert "no unclip settings" in (page.text_content("#form-error") or "")
+    page.locator("#form-error", has_text="no unclip settings").wait_for()
 
 
 @pytest.mark.slow
