@@ -57,7 +57,7 @@ def test_nulls_replace_conditions():
     torch.testing.assert_close(without_image, network.condition(None, text).summary)
     assert network.condition(None, None).summary.shape == (1, SHAPE.width)
     assert not torch.allclose(without_text, without_image)
-    # Of a caption, only the direction of its embedding counts.
+    # The length of a caption's embedding does not matter.
     torch.testing.assert_close(network.condition(None, 3 * text).summary, without_image)
 
 

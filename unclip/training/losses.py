@@ -243,7 +243,7 @@ class DecoderLoss:
     # Fraction of images with holes that get the object of another image and its conditions.
     copy_paste: float = 0.0
     agreement: float = 0.0  # largest weight of `Layout.guide_embedding`; needs a layout
-    # Of a decoder with a layout prior: half of its layouts are those of the images, with noise.
+    # With a layout prior, half of the layouts are those of the images, with noise.
     layout_prior: LayoutPrior | None = None
     layout_noise: float = 0.5  # largest, on scaled components
 

@@ -49,7 +49,7 @@ class LayoutPriorConfig:
 
     @property
     def text_width(self) -> None:
-        """Of CLIP's text states, which are not read."""
+        """None: CLIP's text states are not read."""
         return None
 
 
