@@ -211,8 +211,17 @@ def test_foreign_and_damaged_metadata_is_an_error(tmp_path, text):
         read_metadata(path)
 
 
+@pytest.fixture(params=["isal", "zlib"])
+def compression(request, monkeypatch):
+    """The compression of encoded PNGs, with and without the optional package."""
+    if request.param == "isal":
+        pytest.importorskip("isal")
+    else:
+        monkeypatch.setitem(sys.modules, "isal", None)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (256, 256)])
-def test_an_encoded_png_has_the_same_pixels_and_metadata(size):
+def test_an_encoded_png_has_the_same_pixels_and_metadata(size, compression):
     pixels = np.random.default_rng(0).integers(0, 256, (*reversed(size), 3), np.uint8)
     file = io.BytesIO(encode_image(Image.fromarray(pixels), metadata={"prompt": "größer"}))
     with Image.open(file) as opened:
@@ -224,7 +233,7 @@ def test_an_encoded_png_has_the_same_pixels_and_metadata(size):
 
 
 @pytest.mark.parametrize("size", [64, 256, 1024])
-def test_an_encoded_png_is_about_as_small_as_a_fast_one_of_pillow(size):
+def test_an_encoded_png_is_about_as_small_as_a_fast_one_of_pillow(size, compression):
     image = Image.open(ROOT / "assets/emoji/samples.png").convert("RGB").crop((0, 0, 256, 256))
     image = image.resize((size, size), Image.Resampling.LANCZOS)
     fast = io.BytesIO()

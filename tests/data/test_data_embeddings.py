@@ -300,3 +300,28 @@ def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match="pip install pyarrow"):
         EmbeddingDataset(tmp_path)
+
+
+def test_copies_in_other_colours_are_embedded_with_their_captions(tmp_path, clip):
+    (tmp_path / "data").mkdir()
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 20, 20)).save(file, "PNG")
+    meta = {"captions": ["a red apple", "apple, noto emoji"], "annotation": "red apple"}
+    with ShardWriter(tmp_path / "data", "train") as writer:
+        for name, extra in (("apple", {"colour": "red"}), ("flag", {"group": "flags"})):
+            writer.write(name, {"png": file.getvalue(), "json": {**meta, **extra, "weight": 1.0}})
+    dataset = ShardDataset(tmp_path / "data")
+    embed(dataset, clip, tmp_path / "out", all_captions=True, layout=4, recolour=4)
+    rows = EmbeddingDataset(tmp_path / "out")
+    assert rows.weights.sum() == pytest.approx(2)
+    batch = rows.batch(range(len(rows)))
+    captions = batch["caption"]
+    assert captions[:2] == ["a red apple", "apple, noto emoji"] == captions[-2:]
+    copies = captions[2:-2]
+    assert copies and all(not text.startswith("a red") for text in copies)
+    assert rows.weights[2:-2].sum() == pytest.approx(0.5)
+    layouts = batch["layout"].flatten(1)
+    assert (layouts[2:-2] - layouts[0]).abs().amax(dim=1).min() > 0.2
+    embed(dataset, clip, tmp_path / "again", all_captions=True, layout=4, recolour=4)
+    again = EmbeddingDataset(tmp_path / "again").batch(range(len(rows)))
+    assert torch.equal(again["layout"], batch["layout"]) and again["caption"] == captions

@@ -75,6 +75,60 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
         ray.shutdown()
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
+    """Two nodes of a cluster with room for one replica each stand for two machines."""
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    cluster.add_node(**node)
+    results = str(tmp_path / "results")
+    models = (str(tiny_folder),)
+    config = ServerConfig(models=models, port=port, storage=results, max_batch=1)
+    start(config, address=cluster.address)
+    stop = threading.Event()
+    try:
+        serve.run(build(config, ReplicaConfig(1, 2)), name="unclip")
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
+        assert len(replica_nodes()) == 1
+        statuses = Counter()
+
+        def client():
+            while not stop.is_set():
+                body = {"prompt": "a red apple", "steps": 20}
+                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+                statuses[response.status_code] += 1
+
+        threads = [threading.Thread(target=client) for _ in range(6)]  # 2 are wanted per replica
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(set(replica_nodes())) == 2, 300)
+        before = statuses[200]
+        wait_until(lambda: statuses[200] >= before + 20, 240)
+        assert set(statuses) == {200}
+    finally:
+        stop.set()
+        serve.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def replica_nodes():
+    """Return the node of each running replica."""
+    from ray import serve
+
+    details = serve.context._get_global_client().get_serve_details()
+    replicas = details["applications"]["unclip"]["deployments"]["unclip"]["replicas"]
+    return [one["node_id"] for one in replicas if one["state"] == "RUNNING"]
+
+
 def replica_pids():
     """Return the processes of the replicas, by the titles that Ray gives them."""
     titles = {path.parent.name: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}

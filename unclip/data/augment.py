@@ -8,7 +8,7 @@ An apple whose hue is rotated to blue gets the caption "a blue apple".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,23 +39,24 @@ def can_recolour(meta: Mapping[str, Any]) -> bool:
 
 
 def recolour(
-    image: np.ndarray, caption: str, meta: Mapping[str, Any], rng: np.random.Generator
-) -> tuple[np.ndarray, str]:
-    """Rotate the hues by a random angle and name the new main colour in the caption.
+    image: np.ndarray, captions: Sequence[str], meta: Mapping[str, Any], rng: np.random.Generator
+) -> tuple[np.ndarray, list[str]] | None:
+    """Rotate the hues by a random angle and name the new main colour in the captions.
 
-    Image and caption are returned unchanged if `can_recolour` is False, the new image has no main
-    colour, or the combination of colour and annotation is held out for evaluation.
+    None if `can_recolour` is False, the new image has no main colour, or the combination of colour
+    and annotation is held out for evaluation.
     """
     if not can_recolour(meta):
-        return image, caption
+        return None
     rotated = rotate_hue(image, rng.uniform(MIN_ROTATION, 360 - MIN_ROTATION))
     colour = main_colour(rotated)
     if colour not in CHROMATIC:
-        return image, caption
+        return None
     if is_held_out(colour, meta["annotation"], share=HELD_OUT_COLOURS):
-        return image, caption
+        return None
     old = (_colours_in(meta["annotation"]) or [meta["colour"]])[0]
-    return rotated, recolour_caption(caption, meta["annotation"], old, colour)
+    noun = meta["annotation"]
+    return rotated, [recolour_caption(caption, noun, old, colour) for caption in captions]
 
 
 def _colours_in(text: str) -> list[str]:

@@ -8,8 +8,11 @@ python -m unclip.data.embeddings DATA OUT --clip MODEL_FOLDER
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip import CLIP
+from unclip.data import augment
 from unclip.data.job_command import add_arguments, run_command
 from unclip.data.parts import PartWriter
 from unclip.data.precompute import (
@@ -55,6 +59,7 @@ def embed(
     *,
     all_captions: bool = False,
     layout: int | None = None,
+    recolour: int = 0,
     batch_size: int = 64,
     part_size: int = 10_000,
     source: Mapping[str, str] | None = None,
@@ -62,21 +67,26 @@ def embed(
     """Embed a dataset into the folder `out`: see `precompute` for resuming and broken samples.
 
     A sample has one row for its canonical caption, or with `all_captions` one for each caption.
-    layout: side of the images that are stored too, for a `LayoutPrior`. `source` (paths of the data
-    and CLIP) is stored with the settings.
+    layout: side of the images that are stored too, for a `LayoutPrior`. recolour: number of copies
+    in other colours, see `recoloured`. `source` (paths of the data and CLIP) is stored with the
+    settings.
     """
-    settings = {**_settings(all_captions, layout), **(source or {})}
+    settings = {**_settings(all_captions, layout, recolour), **(source or {})}
     sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
-    compute = embedder(clip, all_captions, layout)
+    compute = embedder(clip, all_captions, layout, recolour)
     return precompute(dataset, compute, out, SETTINGS_FILE, settings, **sizes)
 
 
-def embedder(clip: CLIP, all_captions: bool, layout: int | None = None) -> Compute:
+def embedder(
+    clip: CLIP, all_captions: bool, layout: int | None = None, recolour: int = 0
+) -> Compute:
     """Return the computation of a batch's embeddings, and of its layouts if their side is given."""
     count = TruncationCount()
 
     @torch.inference_mode()
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
+        copies = [recoloured(*pair, recolour) for pair in zip(samples, images, strict=True)]
+        samples, images = map(list, zip(*itertools.chain(*copies), strict=True))
         columns, repeats = caption_rows(samples, all_captions)
         texts, step = columns["caption"], len(samples)
         chunks = [texts[start : start + step] for start in range(0, len(texts), step)]
@@ -94,9 +104,29 @@ def embedder(clip: CLIP, all_captions: bool, layout: int | None = None) -> Compu
     return compute
 
 
-def _settings(all_captions: bool, layout: int | None) -> dict[str, Any]:
-    captions = "all" if all_captions else "canonical"
-    return {"captions": captions, **({} if layout is None else {"layout": layout})}
+def recoloured(sample: Sample, image: Image.Image, copies: int) -> list[tuple[Sample, Image.Image]]:
+    """Return a sample and its copies in other colours, which their captions name.
+
+    The copies together have half of the weight. The result depends on the sample's key alone.
+    """
+    found = []
+    for k in range(copies):
+        rng = np.random.default_rng([k, *hashlib.sha256(sample.key.encode()).digest()[:8]])
+        if changed := augment.recolour(np.asarray(image), sample.captions, sample.meta, rng):
+            found.append((changed[1], Image.fromarray(changed[0])))
+    own = sample.weight / 2 if found else sample.weight
+    others = [
+        (replace(sample, captions=captions, weight=own / len(found)), copy)
+        for captions, copy in found
+    ]
+    return [(replace(sample, weight=own), image), *others]
+
+
+def _settings(all_captions: bool, layout: int | None, recolour: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {"captions": "all" if all_captions else "canonical"}
+    if layout is not None:
+        settings["layout"] = layout
+    return settings | ({"recolour": recolour} if recolour else {})
 
 
 def _to_numpy(emb: Tensor) -> np.ndarray:
@@ -112,13 +142,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
     about = "also store images of SIZE x SIZE pixels, for train/layout_prior.py"
     parser.add_argument("--layout", type=int, metavar="SIZE", help=about)
+    about = "also embed COPIES of each image in other colours (see data.augment.recolour)"
+    parser.add_argument("--recolour", type=int, default=0, metavar="COPIES", help=about)
     run_command(parser.parse_args(arguments), load_embedder, SETTINGS_FILE)
 
 
 def load_embedder(options: argparse.Namespace, device: str) -> tuple[Compute, dict[str, Any]]:
     """Load --clip; return its computation and the settings of the command line."""
     clip = CLIP.from_pretrained(options.clip).to(device)
-    chosen = options.all_captions, options.layout
+    chosen = options.all_captions, options.layout, options.recolour
     settings = _settings(*chosen) | {"data": options.data, "clip": options.clip}
     return embedder(clip, *chosen), settings
 

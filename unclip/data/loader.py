@@ -289,7 +289,7 @@ class Loader:
             if config.augment.recolour:  # its own generator: `draws` are the same without it
                 rng = np.random.default_rng([RECOLOUR, *draw.view(np.uint64)[:2].tolist()])
                 if rng.random() < config.augment.recolour:
-                    image, text = recolour(image, text, meta, rng)
+                    image, (text,) = recolour(image, [text], meta, rng) or (image, (text,))
             if config.augment.compose or config.augment.background:
                 rng = np.random.default_rng([COMPOSE, *draw.view(np.uint64)[:2].tolist()])
                 image, text = recompose(image, text, meta, other, config.augment, rng)

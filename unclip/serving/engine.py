@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import threading
@@ -183,6 +184,7 @@ class Engine:
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
         pipe = self._load(self.config.source_of(name), device, dtype)
         self.known[name] = {"kind": pipe.kind, "size": model_size(pipe), "options": pipe.options}
+        gc.freeze()  # collections would go through all of torch's and the model's objects
         seconds = round(time.monotonic() - started, 3)
         log.info("model_loaded", extra={"model": name, "seconds": seconds})
         return pipe
