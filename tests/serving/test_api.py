@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import TINY_OPTIONS
+from PIL import Image
 from serving_helpers import CONFIG, client, client_of, load, opened, pixels, png
 
+import unclip
 from unclip.image_io import read_metadata, read_source_type
 
 GENERATIONS, EDITS, VARIATIONS = (
@@ -126,6 +129,23 @@ def test_an_embedding_can_be_returned_and_decoded(client):
     assert "seed" in first.json()["data"][0]
 
 
+def test_a_variation_is_repeated_from_its_embedding_and_layout():
+    pipe = unclip.load("emoji")
+    steps = replace(pipe.options, decoder=replace(pipe.options.decoder, steps=2))
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    variation = pipe.variations(noise, seed=3, options=steps, progress=False)
+    entry = variation.metadata[0]
+    fields = {"image_embedding": entry["image_emb"], "steps": 2, "model": "emoji"}
+    with client_of(lambda *_: pipe, models=("emoji",)) as client:
+        (again,) = images_of(generate(client, layout=entry["layout"], **fields))
+        (without,) = images_of(generate(client, **fields))
+        response = generate(client, layout=[0.5], **fields)
+        assert "expected (1, 3, 16, 16)" in error_of(response, 400)
+        assert generate(client, layout=[0.5], steps=1).headers["x-unclip-ignored"] == "layout"
+    assert (pixels(again) == np.asarray(variation.images[0])).all()
+    assert (pixels(without) != pixels(again)).any()
+
+
 def test_other_sizes_are_resized_with_a_note(client):
     response = generate(client, size="64x64")
     (data,) = images_of(response)
@@ -202,6 +222,8 @@ def test_strict_refuses_unknown_fields(load):
         ({"num_candidates": 1, "n": 2}, "num_candidates", "less than 'n'"),
         ({"image_embedding": "!"}, "image_embedding", "base64"),
         ({"image_embedding": [1.0]}, None, "expected 16"),
+        ({"image_embedding": [1.0], "layout": "!"}, "layout", "base64"),
+        ({"image_embedding": [1.0] * 16, "layout": [1.0]}, None, "samples no layouts"),
     ],
 )
 def test_invalid_fields(client, fields, param, message):

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from unclip.serving import uploads
 from unclip.serving.config import ServerConfig
 from unclip.serving.errors import APIError, bad_request, not_found
-from unclip.serving.tasks import Settings, Task, decode_embedding
+from unclip.serving.tasks import Settings, Task, decode_vector
 
 MAX_SEED = 2**53  # the integers that JavaScript represents
 SIZES = ("256x256", "512x512", "1024x1024")
@@ -41,6 +41,7 @@ def _numbers(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Vector = str | list[Number]  # base64 of little-endian float32, or numbers
 Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
 
 
@@ -72,7 +73,8 @@ class Generation(Common):
     prompt: str | None = Field(None, max_length=MAX_PROMPT)
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     num_candidates: Annotated[Integer, Field(ge=1, le=64)] | None = None
-    image_embedding: str | list[Number] | None = None
+    image_embedding: Vector | None = None
+    layout: Vector | None = None
     return_embedding: bool = False
 
 
@@ -92,7 +94,8 @@ class Variation(Common):
     image: str | list[str] | None = None
     images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     weights: Weights | None = None
-    image_embedding: str | list[Number] | None = None
+    image_embedding: Vector | None = None
+    layout: Vector | None = None
     return_embedding: bool = False
 
 
@@ -203,6 +206,8 @@ def parse(
     values = body.model_dump(exclude=set(body.model_extra or ()))
     if values.get("image_embedding") is not None:
         ignored += [name for name in ("prompt", "negative_prompt", "image") if name in fields]
+    elif values.get("layout") is not None:
+        ignored.append("layout")
     if config.strict and ignored:
         raise bad_request(
             f"Unknown parameter: '{_printable(ignored[0])}'.",
@@ -232,12 +237,8 @@ def _task(
     masks: list[bytes],
     config: ServerConfig,
 ) -> Task:
-    embedding = None
-    if values.get("image_embedding") is not None:
-        try:
-            embedding = decode_embedding(values["image_embedding"])
-        except ValueError as error:
-            raise bad_request(f"Invalid 'image_embedding': {error}.", "image_embedding") from None
+    embedding = _vector(values, "image_embedding")
+    layout = None if embedding is None else _vector(values, "layout")
     prompt = _check_prompt(values, operation, embedding is not None, config)
     candidates = values.get("num_candidates")
     if candidates is not None and candidates < values["n"]:
@@ -273,8 +274,18 @@ def _task(
         mask=mask,
         weights=weights,
         embedding=embedding,
+        layout=layout,
         strength=values.get("strength"),
     )
+
+
+def _vector(values: dict[str, Any], name: str) -> tuple[float, ...] | None:
+    if values.get(name) is None:
+        return None
+    try:
+        return decode_vector(values[name])
+    except ValueError as error:
+        raise bad_request(f"Invalid '{name}': {error}.", name) from None
 
 
 def _check_prompt(

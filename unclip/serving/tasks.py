@@ -53,6 +53,7 @@ class Task:
     mask: Image.Image | None = None  # mode L, 255 = paint
     weights: tuple[float, ...] | None = None  # of the images
     embedding: tuple[float, ...] | None = None  # in place of prompt or images
+    layout: tuple[float, ...] | None = None  # of the image with this embedding
     strength: float | None = None
 
     @property
@@ -63,7 +64,9 @@ class Task:
     @property
     def batch_key(self) -> Hashable:
         """Tasks with equal keys can be generated together."""
-        kind = "embedding" if self.embedding is not None else self.operation
+        kind: Hashable = self.operation
+        if self.embedding is not None:
+            kind = "embedding", self.layout is None
         if self.operation == "edits":
             (image,) = self.images
             if image.width != image.height:  # it may need several windows
@@ -149,7 +152,10 @@ def _vary(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> Generatio
     if len(tasks[0].images) == 1:  # and so of all, by `batch_key`
         return pipe.variations([task.images[0] for task in tasks], **shared)
     rows = {task: _embedding(pipe, task) for task in dict.fromkeys(tasks)}
-    return pipe.variations(image_emb=torch.cat([rows[task] for task in tasks]), **shared)
+    given = [task.layout for task in tasks if task.layout is not None]  # of all, or of none
+    layout = torch.tensor(given) if given else None
+    emb = torch.cat([rows[task] for task in tasks])
+    return pipe.variations(image_emb=emb, layout=layout, **shared)
 
 
 def _embedding(pipe: Any, task: Task) -> Tensor:
@@ -196,12 +202,12 @@ def count_stages(pipe: Any) -> int:
     return 1 if pipe.kind == "dalle" else 1 + len(pipe.options.upsamplers)
 
 
-def encode_embedding(emb: Tensor) -> str:
+def encode_vector(emb: Tensor) -> str:
     """Encode a vector as base64 of little-endian float32."""
     return base64.b64encode(emb.float().numpy().astype("<f4").tobytes()).decode()
 
 
-def decode_embedding(value: str | Sequence[float]) -> tuple[float, ...]:
+def decode_vector(value: str | Sequence[float]) -> tuple[float, ...]:
     """Decode a vector from a list of numbers or base64. ValueError if it is neither."""
     if isinstance(value, str):
         try:

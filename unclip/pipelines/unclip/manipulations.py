@@ -9,6 +9,7 @@ in the decoder.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -338,6 +339,19 @@ def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:
     width = pipe.clip.emb_dim
     if image_emb.ndim != 2 or image_emb.shape[1] != width or not len(image_emb):
         raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {width})")
+
+
+def check_layout(pipe: StagedPipeline, layout: Tensor, count: int) -> Tensor:
+    """Return `count` layouts as (N, 3, h, h); ValueError if they are not the model's."""
+    stage = pipe.decoder_stage.layout_stage
+    if stage is None:
+        raise ValueError("layout was given, but the model samples no layouts")
+    shape = count, 3, stage.network.config.size, stage.network.config.size
+    if len(layout) != count or layout.numel() != math.prod(shape):
+        raise ValueError(f"layout is of shape {tuple(layout.shape)}; expected {shape}")
+    if not layout.isfinite().all():
+        raise ValueError("layout contains infinity or nan; expected numbers from -1 to 1")
+    return layout.reshape(shape).float()
 
 
 def _check(pipe: StagedPipeline, options: UnCLIPOptions) -> None:

@@ -243,6 +243,8 @@ class UnCLIPPipeline(Pipeline):
         manipulations.check_embeddings(self, image_emb)
         if not image_emb.isfinite().all():
             raise ValueError("image_emb contains infinity or nan; expected finite numbers")
+        if layout is not None:
+            layout = manipulations.check_layout(self, layout, len(image_emb))
         options = options or self.options
         self._check_options(options)
         emb, results = image_emb.to(self.device, torch.float32), []

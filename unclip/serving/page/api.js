@@ -5,6 +5,7 @@
  * @property {"generate"|"edit"|"vary"} mode
  * @property {number} n and, where given, those of SETTINGS: prompt, seed, ...
  * @property {string} [image_embedding] base64, in place of the image of a variation
+ * @property {string} [layout] base64, of the image with this embedding
  * @property {Blob} [image] @property {Blob} [second] @property {Blob} [mask]
  * @property {{x: Axis, y: Axis=}} [grid]
  * @typedef {{name: string, values: Array<string|number>}} Axis
@@ -28,7 +29,7 @@ export const SETTINGS = {
   model: { label: "Model", modes: ALL, text: true },
 };
 const PATHS = { generate: "images/generations", edit: "images/edits", vary: "images/variations" };
-const MORE = { n: { modes: ALL }, image_embedding: { modes: "vary" } };
+const MORE = { n: { modes: ALL }, image_embedding: { modes: "vary" }, layout: { modes: "vary" } };
 const METHODS = { generate: "generate", edit: "edit", vary: "create_variation" };
 const OPENAI_FIELDS = ["model", "prompt", "n", "response_format"];
 const BUSY = [429, 503];

@@ -16,7 +16,7 @@ const SLOTS = { image: "Choose or drop an image", second: "Second image, to mix"
 const MAX_CELLS = 64;
 
 /** Images of the form, which no field can hold. */
-const held = { image: null, second: null, mask: null, image_embedding: null };
+const held = { image: null, second: null, mask: null, image_embedding: null, layout: null };
 let served = [];
 
 const mode = () => fields.mode.value;
@@ -81,7 +81,7 @@ export function read() {
     settings[name] = NUMBERS.includes(name) ? field.valueAsNumber : field.value.trim();
   }
   settings.n ??= 1;
-  const { image, second, mask, image_embedding } = held;
+  const { image, second, mask, image_embedding, layout } = held;
   if (settings.mode !== "vary" && !settings.prompt) return refuse("prompt", "Describe the image.");
   if (settings.mode === "edit") {
     if (!image) return refuse("image", "Choose an image to edit.");
@@ -93,7 +93,7 @@ export function read() {
   }
   if (settings.mode === "vary") {
     if (!image && !image_embedding) return refuse("image", "Choose an image to vary.");
-    Object.assign(settings, image_embedding ? { image_embedding } : { image });
+    Object.assign(settings, image_embedding ? { image_embedding, ...(layout && { layout }) } : { image });
     if (image && second) Object.assign(settings, { second, weight: fields.weight.valueAsNumber });
   }
   return byId("grid").open ? withGrid(settings) : settings;
@@ -174,7 +174,7 @@ async function place(slot, file) {
   try {
     held[slot] = file && (await squarePNG(file));
     if (slot === "image") {
-      held.mask = held.image_embedding = null;
+      held.mask = held.image_embedding = held.layout = null;
       // The API would use the alpha of an image as well.
       if (file && (await paintedPart(held.image, null, true))) held.mask = held.image;
     }

@@ -56,6 +56,7 @@ export async function readSettings(file) {
     if (painted) settings.mask = await maskPNG(painted);
   } else if (entry.image_emb) {
     Object.assign(settings, { mode: "vary", image_embedding: entry.image_emb });
+    if (entry.layout) settings.layout = entry.layout;
   }
   return settings;
 }
