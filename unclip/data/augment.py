@@ -38,6 +38,11 @@ def can_recolour(meta: Mapping[str, Any]) -> bool:
     )
 
 
+def is_held_out_colour(colour: str, annotation: str) -> bool:
+    """Return whether a combination of colour and annotation is kept for evaluation."""
+    return is_held_out(colour, annotation, share=HELD_OUT_COLOURS)
+
+
 def recolour(
     image: np.ndarray, captions: Sequence[str], meta: Mapping[str, Any], rng: np.random.Generator
 ) -> tuple[np.ndarray, list[str]] | None:
@@ -52,7 +57,7 @@ def recolour(
     colour = main_colour(rotated)
     if colour not in CHROMATIC:
         return None
-    if is_held_out(colour, meta["annotation"], share=HELD_OUT_COLOURS):
+    if is_held_out_colour(colour, meta["annotation"]):
         return None
     old = (_colours_in(meta["annotation"]) or [meta["colour"]])[0]
     noun = meta["annotation"]

@@ -24,6 +24,7 @@ from unclip import __version__
 from unclip.config import to_dict
 from unclip.data.shapes import read_scene
 from unclip.evaluation import PARTS
+from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
     caption_targets,
@@ -181,6 +182,8 @@ class Evaluation(ABC):
             results["axes"] = self.axes()
         if self.judge is not None:
             results |= {"judge": self.judged(self.judge), "realism": self.realism(self.judge)}
+            if wanted := combinations(self.held_out):
+                results["colours"] = self.colours(self.judge, wanted)
         if self.train is not None:
             results["nearest"] = self.nearest(self.train)
             if len(self.train.styles) > 1:
@@ -273,6 +276,21 @@ class Evaluation(ABC):
             name: {figure: mean_and_interval(hits, self.seed) for figure, hits in verdict.items()}
             for name, verdict in verdicts.items()
         }
+
+    def colours(self, judge: Judge, wanted: Sequence[Combination]) -> dict[str, Any]:
+        """Generate held-out combinations of colour and concept; means with 95 % intervals."""
+        captions = [combination.pair.caption for combination in wanted]
+        images = {"generated": self.generator.generate(captions, self.seed).images}
+        if self.baseline is not None:
+            images["baseline"] = self.baseline.generate(captions, self.seed).images
+        images["true"] = true_images(self.held_out, wanted)
+        results: dict[str, Any] = {"images": len(wanted)}
+        for name, part in images.items():
+            figures = judge_colours(part, wanted, judge)
+            results[name] = {
+                figure: mean_and_interval(hits, self.seed) for figure, hits in figures.items()
+            }
+        return results
 
     def realism(self, judge: Judge) -> dict[str, Any]:
         """Compare the distributions of generated and true images in the judge's features."""

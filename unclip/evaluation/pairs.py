@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.data.augment import can_recolour
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, resize_center_crop
@@ -42,6 +43,7 @@ class Pair:
     style: str | None  # from the metadata, or from a caption that ends in ", STYLE emoji"
     group: str | None
     toned: bool  # a skin-tone variant of its concept
+    colour: str | None = None  # the main colour, if the image makes sense in another one
     scene: Mapping[str, Any] | None = None  # of images that unclip.data.shapes wrote
 
     @classmethod
@@ -55,6 +57,7 @@ class Pair:
             style=meta.get("style") or (parsed["style"] if parsed else None),
             group=meta.get("group"),
             toned=bool(meta.get("tone")),
+            colour=meta["colour"] if can_recolour(meta) else None,
             scene=meta.get("scene"),
         )
 

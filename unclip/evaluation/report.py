@@ -123,6 +123,13 @@ def _judge(part: dict[str, Any], baseline: str) -> Iterator[Row]:
         yield Row(f"judge: {names[figure]}", *_means(part, figure, baseline))
 
 
+def _colours(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    names = {"colour": "colour", "concept": "concept (judge)", "both": "both"}
+    for key, name in names.items():
+        figure = f"unseen combinations of colour and concept: {name} ({part['images']} images)"
+        yield Row(figure, *_means(part, key, baseline))
+
+
 def _judged_variations(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     if part["images"]:
         figure = f"judge: variations keep the concept ({part['images']} images)"
@@ -211,6 +218,7 @@ _EVALUATION_ROWS = {
     "recall": _recall,
     "axes": _axes,
     "judge": _judge,
+    "colours": _colours,
     "variations": _judged_variations,
     "realism": _realism,
     "style": _style,

@@ -1,0 +1,81 @@
+"""Combinations of a colour and a concept that no training image has, such as "a blue apple".
+
+`data.augment.recolour` and embedding jobs with --recolour never make these combinations.
+"""
+
+# N pairs, C combinations, S image size
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip.data.augment import is_held_out_colour
+from unclip.data.colours import CHROMATIC, main_colour, recolour_caption, rotate_hue
+from unclip.evaluation.judge import Judge
+from unclip.evaluation.pairs import Pair, Pairs
+
+ROTATIONS = range(10, 360, 10)  # degrees of hue
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A pair's concept in another colour, which its image has after a rotation of the hues."""
+
+    row: int
+    pair: Pair
+    colour: str
+    degrees: float
+
+
+def combinations(pairs: Pairs) -> list[Combination]:
+    """Return the held-out combinations of the pairs' concepts, at most one for each colour."""
+    found = []
+    for row, pair in enumerate(pairs.entries):
+        colours = [c for c in CHROMATIC if is_held_out_colour(c, pair.concept)]
+        if pair.colour is None or not colours:
+            continue
+        image = to_array(pairs.images[row])
+        measured = {degrees: main_colour(rotate_hue(image, degrees)) for degrees in ROTATIONS}
+        for colour in colours:
+            fitting = [degrees for degrees, main in measured.items() if main == colour]
+            if fitting and colour != pair.colour:
+                caption = recolour_caption(pair.caption, pair.concept, pair.colour, colour)
+                middle = fitting[len(fitting) // 2]
+                found.append(Combination(row, replace(pair, caption=caption), colour, middle))
+    return found
+
+
+def true_images(pairs: Pairs, wanted: Sequence[Combination]) -> Tensor:
+    """Return the pairs' images in the colours of the combinations, (C, 3, S, S) in [-1, 1]."""
+    rotated = [rotate_hue(to_array(pairs.images[c.row]), c.degrees) for c in wanted]
+    return to_images(rotated)
+
+
+def judge_colours(images: Tensor, wanted: Sequence[Combination], judge: Judge) -> dict[str, Tensor]:
+    """Return whether images (C, 3, S, S) in [-1, 1] have the colour and the concept, (C,) bool.
+
+    The judge knows the concepts in their own colours: it sees the images with the hues rotated
+    back.
+    """
+    arrays = [to_array(image.add(1).mul(127.5).round().byte()) for image in images.clamp(-1, 1)]
+    colour = [main_colour(image) == c.colour for image, c in zip(arrays, wanted, strict=True)]
+    back = [rotate_hue(image, -c.degrees) for image, c in zip(arrays, wanted, strict=True)]
+    concept = judge.judge(to_images(back), [c.pair for c in wanted]).concept
+    of_colour = torch.tensor(colour)
+    return {"colour": of_colour, "concept": concept, "both": of_colour & concept}
+
+
+def to_array(image: Tensor) -> np.ndarray:
+    """(3, S, S) uint8 -> (S, S, 3)."""
+    return image.permute(1, 2, 0).numpy()
+
+
+def to_images(arrays: Sequence[np.ndarray]) -> Tensor:
+    """uint8 (S, S, 3) each -> (C, 3, S, S) in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(arrays))
+    return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1)
