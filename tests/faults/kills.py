@@ -174,12 +174,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    about = f"only cases with this in their name: {'; '.join(map(str, CASES))}"
+    parser.add_argument("--case", default="", help=about)
     args = parser.parse_args()
     random.seed(args.seed)
     torch.set_num_threads(1)
     total = Outcome()
-    for i, case in enumerate(CASES):
-        share = args.kills * (i + 1) // len(CASES) - args.kills * i // len(CASES)
+    cases = [case for case in CASES if args.case in str(case)]
+    for i, case in enumerate(cases):
+        share = args.kills * (i + 1) // len(cases) - args.kills * i // len(cases)
         with tempfile.TemporaryDirectory() as folder:
             outcome = survive(case, share, Path(folder))
         print(f"{case}: {outcome}", flush=True)
