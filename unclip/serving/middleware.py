@@ -81,7 +81,7 @@ class Guard:
             self._record(scope, status or 499, time.perf_counter() - started, request_id)
 
     def _check(self, scope: Scope) -> None:
-        """APIError unless the request may be answered."""
+        """Raise APIError unless the request may be answered."""
         headers = Headers(scope=scope)
         if not self.config.api_keys:
             self._check_origin(headers)
@@ -102,7 +102,7 @@ class Guard:
         scope["state"].setdefault("client", "")
 
     def _admit(self, scope: Scope) -> None:
-        """APIError for images if the queue is full, before a part of the request is read."""
+        """Raise APIError for images if the queue is full, before a part of the request is read."""
         if scope["method"] == "POST" and scope["path"] in IMAGES and not self.engine.closing:
             if self.engine.queue.full:
                 raise rejection(self.engine)
@@ -137,7 +137,7 @@ class LimitedBody:
         self.count, self.complete = 0, False
 
     async def check_length(self) -> None:
-        """APIError if the declared length is above the limit."""
+        """Raise APIError if the declared length is above the limit."""
         length = Headers(scope=self.scope).get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
             await self._discard()

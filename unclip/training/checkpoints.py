@@ -155,7 +155,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def _check_files(folder: Path, only: str | None) -> None:
-    """ValueError for the first file, or the one given, that differs from the manifest."""
+    """Raise ValueError for the first file, or the one given, that differs from the manifest."""
     files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{MANIFEST} has no list of files")
