@@ -55,7 +55,7 @@ def main(run: Run[CLIPTraining]) -> None:
     vocab_size = config.model.model_cfg["text_cfg"]["vocab_size"]
     if loader.samples_per_step < 2:
         given = f"a batch has {loader.samples_per_step} image"
-        raise ValueError(f"{given}; CLIP compares images, so that it needs at least 2")
+        raise ValueError(f"{given}; the contrastive loss needs at least 2, set data.batch_size")
     tokenizer = make_tokenizer(run, loader.captions(), vocab_size, config.model.context_length)
     report_long_captions(tokenizer, loader, config.model.context_length)
     clip = CLIP(config.model, tokenizer)

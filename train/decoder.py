@@ -46,14 +46,17 @@ class DecoderTraining:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     drop: ConditionDropout = field(default_factory=lambda: ConditionDropout(text=0.5, image=0.1))
-    # "inpaint" trains around random holes, best from a trained decoder; "draw" is an old name
+    # "inpaint" trains on random holes, best from a trained decoder; "draw" is an old name
     task: Literal["generate", "inpaint", "draw"] = "generate"
     holes: HoleConfig = field(default_factory=HoleConfig)  # inpaint: frequencies of kinds of holes
     copy_paste: Fraction = 0.0  # inpaint: fraction of images with an object pasted into the hole
     emb_mix: Fraction = 0.0  # inpaint: largest interpolation to another image's embedding
     layout: str | None = None  # folder of a trained layout network; null: the one in --init
-    layout_prior: str | None = None  # folder of a layout prior; half of the layouts are then true
-    layout_noise: NonNegative = 0.5  # largest noise on these, on scaled principal components
+    # folder of a layout prior; half of the layouts are then those of the images, with noise
+    layout_prior: str | None = None
+    layout_noise: NonNegative = (
+        0.5  # largest noise on these layouts, on scaled principal components
+    )
     agreement: NonNegative = 0.0  # inpaint with a layout: largest weight of embedding guidance
     emb_noise: NonNegative = 0.0  # with a layout: largest noise on embeddings, in std
 

@@ -19,7 +19,7 @@ from unclip.diffusion.schedules import Schedule
 
 @config
 class InversionOptions:
-    """Options of solving each DDIM step x_prev = step(x_t) for x_t."""
+    """Options for solving each DDIM step x_prev = step(x_t) for x_t."""
 
     # Corrections of x_t per step; 0 = plain DDIM inversion, which is poor with guidance
     iterations: NonNegativeInt = 10
@@ -93,7 +93,7 @@ def inverse_step(
 
 
 def _anderson(x_t: Tensor, correction: Tensor, last_x_t: Tensor, last_correction: Tensor) -> Tensor:
-    """Return the move to the point between both x_t with the smallest correction, plus that one."""
+    """Return the move to the point between both x_t with the smallest correction, plus it."""
     change = correction - last_correction
     dims = tuple(range(1, x_t.ndim))
     norm = change.square().sum(dims, keepdim=True).clamp(min=1e-20)

@@ -22,9 +22,9 @@ from unclip.diffusion.schedules import Schedule
 class PaintOptions:
     """Options of painting a hole consistently with the rest of the image."""
 
-    # How often each stretch of steps is repeated; more repetitions leave less of a seam
+    # Passes over each group of steps; more passes leave fewer visible seams
     resamples: PositiveInt = 4
-    jump: PositiveInt = 5  # steps in a stretch
+    jump: PositiveInt = 5  # steps in a group
     # 1 = from noise; less = from the noised image (SDEdit, 2108.01073)
     strength: PositiveFraction = 1.0
     # Weight that moves the embedding towards the kept part, 0 = none; needs a decoder with layout
@@ -58,12 +58,12 @@ def repaint(
     x_t = noise() if options.strength == 1 else _add_noise(image, 1.0, level, noise)
     x_0, total, done = image, len(steps) * options.resamples, 0
     for start in range(0, len(steps), options.jump):
-        stretch = steps[start : start + options.jump]
-        low, high = schedule.level(stretch[-1][1]), schedule.level(stretch[0][0])
+        group = steps[start : start + options.jump]
+        low, high = schedule.level(group[-1][1]), schedule.level(group[0][0])
         for repeat in range(options.resamples):
             if repeat:
                 x_t = _add_noise(x_t, low, high, noise)
-            for t, t_prev in stretch:
+            for t, t_prev in group:
                 last = t_prev < 0
                 x_0, variance = estimate(x_t, t)
                 levels = schedule.level(t), schedule.level(t_prev)

@@ -42,7 +42,7 @@ class Estimator:
     denoise_both: Denoise | None = None  # of 2 * K * B rows: conditions, then nulls; for guidance
     weights: Tensor | None = None  # (K, B) of the conditions, of sum 1 over K; None for K = 1
     dtype: torch.dtype = torch.float32  # of the denoiser's input
-    guided_variance: bool = False  # guide the learned variance too; else it is the condition's
+    guided_variance: bool = False  # guide the learned variance too; else it stays conditional
 
     def __post_init__(self) -> None:
         self.schedule.check(self.prediction)
@@ -65,7 +65,7 @@ class Estimator:
         return threshold(x_0, self.clip, self.options.dynamic_threshold), variance
 
     def _guides_at(self, t: float) -> bool:
-        """Whether t is in the guidance interval (2404.07724)."""
+        """Return whether t is in the guidance interval (2404.07724)."""
         low, high = self.options.guidance_interval
         return self.options.guidance != 1 and low <= t / self.schedule.num_timesteps <= high
 

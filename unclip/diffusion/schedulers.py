@@ -22,7 +22,7 @@ Estimate = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
 OnSample = Callable[[int, int, Tensor], Estimate | None]
 """Called with the step 1 .. num_steps, num_steps, and the estimate of x_0 (B, C, ...).
 
-It may return another estimate, to go on with.
+It may return another estimate, which is used from then on.
 """
 
 
@@ -95,7 +95,7 @@ def _prepare(options: StageOptions, schedule: Schedule) -> Any:
     steps, T = options.steps, schedule.num_timesteps
     if options.sampler in ("dpm++", "unipc"):
         if steps == T:
-            # diffusers spaces one timestep more than it uses: two would be equal.
+            # diffusers spaces one more timestep than it uses, and two would be equal.
             raise ValueError(f"steps is {steps}; expected at most {T - 1} with {options.sampler}")
         scheduler = make_scheduler(options.sampler, schedule)
     elif hasattr(options.sampler, "set_timesteps"):

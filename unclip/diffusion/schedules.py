@@ -126,7 +126,7 @@ class Schedule:
         return (x_t - self.at("alpha", t, x_t) * x_0) / self.at("sigma", t, x_t)
 
     def check(self, prediction: str) -> None:
-        """ValueError unless this prediction type works with this schedule."""
+        """Raise ValueError unless this prediction type works with this schedule."""
         if prediction not in (known := get_args(Prediction)):
             raise ValueError(f"prediction is {prediction!r}; expected one of {', '.join(known)}")
         if prediction == "eps" and self.config.zero_terminal_snr:
@@ -139,7 +139,7 @@ def sample_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Draw (batch,) uniform timesteps, on the generator's device: equal on every device."""
+    """Draw (batch,) uniform timesteps on the generator's device, so that devices agree."""
     source = "cpu" if generator is None else generator.device
     t = torch.randint(schedule.num_timesteps, (batch,), generator=generator, device=source)
     return t.to(device)
@@ -160,7 +160,7 @@ def _cosine_betas(num_timesteps: int) -> Tensor:
 
 
 def _linear_betas(num_timesteps: int) -> Tensor:
-    """Return the betas of 2006.11239, section 4, scaled by 1000 / T: every T ends equally noisy."""
+    """Return the betas of 2006.11239, section 4, scaled by 1000 / T to end at the same noise."""
     scale = 1000 / num_timesteps
     betas = torch.linspace(1e-4 * scale, 2e-2 * scale, num_timesteps, dtype=torch.float64)
     return betas.clamp(max=0.999)

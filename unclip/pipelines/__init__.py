@@ -63,10 +63,10 @@ def load(
 
     Returns an UnCLIPPipeline, a DallePipeline or a GLIDEPipeline. device: by default CUDA, then
     MPS, then the CPU. dtype: torch's or a name, "bf16"; by default half precision on CUDA, else
-    float32. offload: keep one
-    network in memory at a time from the beginning (see `Pipeline.offload`). hub: revision (or
-    "org/name@revision"), cache_dir, token and local_files_only, as in `huggingface_hub`. ValueError
-    if there is no such model (it lists those that exist) or its files are damaged.
+    float32. offload: keep one network in memory at a time from the beginning (see
+    `Pipeline.offload`). hub: revision (or "org/name@revision"), cache_dir, token and
+    local_files_only, as in `huggingface_hub`. ValueError if there is no such model (the message
+    lists the existing ones) or its files are damaged.
     """
     path = locate(name_or_path, **hub)  # before the slow imports: a wrong name fails at once
 
@@ -98,7 +98,7 @@ def load_prior(
 ) -> LoadedPrior:
     """Load a prior alone, for `pipe.prior = prior`: a network, its noise schedule and its source.
 
-    It may be a file or a folder of a prior, or any model that `load` reads; of a Hub id only the
+    It may be a file or a folder of a prior, or any model that `load` reads; from a Hub id, only the
     prior is fetched. It is on the CPU, by default in float32; a pipeline moves it to its own device
     and dtype. hub: see `load`. ValueError if there is none, or it is damaged.
     """

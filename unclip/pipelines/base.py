@@ -38,11 +38,11 @@ Result = TypeVar("Result")
 
 
 class Pipeline(ABC):
-    """A named model with a runtime: what every pipeline that `unclip.load` returns can do.
+    """A named model with a runtime: the interface of all pipelines that `unclip.load` returns.
 
-    A call with seed s gives image k (prompts in order, `num_images` for each) the seed s + k; with
-    a list of seeds, one for each image, seed k. The image does not depend on the others of the
-    call, up to the rounding of batched arithmetic.
+    In a call with seed s, image k (prompts in order, `num_images` for each) has the seed s + k.
+    With a list of seeds, image k has its k-th seed. An image does not depend on the other images
+    of the call, except for the rounding of batched arithmetic.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Pipeline(ABC):
                 setattr(cls, name, _with_suggestions(method))
 
     def __init__(self, runtime: Runtime, name: str, licence: str, source: str | None) -> None:
-        """source: what `unclip.load` was given, for the metadata of images."""
+        """source: the argument of `unclip.load`, for the metadata of images."""
         self.runtime = runtime
         self.name, self.licence, self.source = name, licence, source or name
 
@@ -73,7 +73,7 @@ class Pipeline(ABC):
     @classmethod
     @abstractmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> Self:
-        """Make a pipeline of the components of a checkpoint."""
+        """Make a pipeline from the components of a checkpoint."""
 
     @abstractmethod
     def __call__(self, prompt: Any, **arguments: Any) -> GenerationResult:
@@ -96,20 +96,22 @@ class Pipeline(ABC):
 
     @classmethod
     def check_bundle(cls, bundle: Bundle) -> None:
-        """ValueError unless the checkpoint is of this kind and complete."""
+        """Raise ValueError unless the checkpoint is of this kind and complete."""
         if bundle.kind != cls.kind:
             raise ValueError(f"{bundle.name} is of kind {bundle.kind!r}; expected {cls.kind!r}")
         if missing := set(cls.required) - bundle.components.keys():
             raise ValueError(f"{bundle.name} has no {' and no '.join(sorted(missing))}")
 
     def save_pretrained(self, folder: str | Path, dtype: DType | None = None) -> None:
-        """Write a model folder, weights in `dtype` if given; an existing one is replaced last."""
+        """Write a model folder, with weights in `dtype` if given; it replaces an existing one."""
         self.runtime.check_saveable()
         for value in vars(self.options).values():
             for stage in value if isinstance(value, tuple) else (value,):
                 if isinstance(stage, StageOptions) and not isinstance(stage.sampler, str):
                     sampler = type(stage.sampler).__name__
-                    raise ValueError(f"options have a {sampler}; expected samplers with a name")
+                    raise ValueError(
+                        f"pipe.options have a {sampler}; expected sampler names, to save them"
+                    )
         schedules = {name: schedule.config for name, schedule in self.schedules.items()}
         about = self.options, self.name, self.licence
         bundle = Bundle(self.kind, self.components(), schedules, *about)
@@ -157,7 +159,7 @@ class Pipeline(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the networks compute."""
+        """The device on which the networks run."""
         return self.runtime.device
 
     @property
@@ -197,8 +199,8 @@ class Pipeline(ABC):
         """Keep one network in memory at a time, in place; compute on `device`, or where they are.
 
         On an accelerator the others wait in main memory. On the CPU they wait in a temporary folder
-        (in TMPDIR, with room for all weights) and are read when they are used. Images are equal.
-        It cannot be undone: load the model again.
+        (in TMPDIR, which needs room for all weights) and are read when they are used. Images do not
+        change. It cannot be undone: load the model again.
         """
         self.runtime.offload(device)
         return self
@@ -206,7 +208,7 @@ class Pipeline(ABC):
     def quantize(self, kind: str = "int8") -> Self:
         """Round weights to 8-bit integers in place: half of the memory of bfloat16, approximate.
 
-        CLIP and codecs keep theirs. It cannot be undone, and `save_pretrained` refuses.
+        CLIP and codecs do not change. It cannot be undone; `save_pretrained` then raises an error.
         """
         self.runtime.quantize(kind)
         return self
@@ -242,7 +244,7 @@ class Pipeline(ABC):
             {**entry, "seed": seed, **about}
             for entry, seed in zip(entries, batch.seeds, strict=True)
         ]
-        # Clones made outside of inference mode, for the caller to compute with.
+        # Cloned outside of inference mode, so that the caller can compute with them.
         cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
         seeds: list[int | None] = [*batch.seeds]
         return GenerationResult(image_io.to_pil(x), seeds, [*prompts], metadata=metadata, **cloned)

@@ -32,8 +32,8 @@ from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOp
 class GLIDEPipeline(Pipeline):
     """A network conditioned on a caption, and any number of upsamplers that read it as well.
 
-    `generators` are one for each image; each is used for the first noise and the steps of stage
-    after stage.
+    `generators` holds one generator for each image, which is used for the initial noise and the
+    steps of one stage after the other.
     """
 
     kind = "glide"
@@ -68,7 +68,7 @@ class GLIDEPipeline(Pipeline):
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> GLIDEPipeline:
-        """Make a pipeline of the components of a checkpoint."""
+        """Make a pipeline from the components of a checkpoint."""
         cls.check_bundle(bundle)
         parts = bundle.components
         return cls(
@@ -147,7 +147,7 @@ class GLIDEPipeline(Pipeline):
         options: Sequence[StageOptions] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), by a stage for each options."""
+        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), one stage per options."""
         generators = generators or random_generators(len(images))
         all_options = self.options.upsamplers if options is None else options
         for stage, stage_options in zip(self.stages[1:], all_options, strict=False):
@@ -183,7 +183,7 @@ class GLIDEPipeline(Pipeline):
         return network.condition(ids.to(self.device), mask.to(self.device), low_res)
 
     def _check_compatible(self) -> None:
-        """ValueError for networks that were not trained for each other."""
+        """Raise ValueError for networks that were not trained for each other."""
         size, tokenizer = None, self.tokenizer
         for stage in self.stages:
             config = stage.network.config

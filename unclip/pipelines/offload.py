@@ -17,7 +17,7 @@ from unclip.pipelines.memory import give_back
 
 
 class Offloader:
-    """Keep at most one of some modules on `device`; `use` replaces it by another one.
+    """Keep at most one of several modules on `device`; `use` replaces it by another one.
 
     On an accelerator the others wait in main memory. On the CPU they wait in files of a temporary
     folder, which is deleted with this object.
@@ -119,7 +119,7 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return what need not be in memory together: the modules, but the U-Nets of an upsampler."""
+    """Return the units that are offloaded separately: modules, and the U-Nets of upsamplers."""
     found: list[nn.Module] = []
     for module in modules:
         if isinstance(module, Upsampler):

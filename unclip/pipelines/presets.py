@@ -28,7 +28,7 @@ def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
         options,
         **prior,
         decoder=_fewer(options.decoder, 0.4, guidance_interval=(0.2, 0.9)),
-        # A network trained for t = 0 alone needs ancestral sampling, which ends there.
+        # A network trained only for t = 0 needs ancestral sampling, which ends there.
         upsamplers=tuple(
             _fewer(stage, 0.45, sampler="ancestral", cache_interval=3)
             if separate

@@ -146,7 +146,7 @@ def _repeat(
 
 
 def _latent(pipe: Any, source: dict[str, Any], options: UnCLIPOptions, progress: bool) -> Latent:
-    """Make the latent of a source again; pipe: an `UnCLIPPipeline`."""
+    """Recreate the latent of a source; pipe: an `UnCLIPPipeline`."""
     if "picture" in source:
         where = "inversion in the metadata"
         inversion = parse(InversionOptions, source.get("inversion", {}), where)
@@ -185,7 +185,7 @@ def decode_image(text: str | None) -> Image.Image:
         raise _incomplete("the source image was too large for metadata")
     try:
         return open_image(io.BytesIO(base64.b64decode(text)))
-    except ValueError as error:  # binascii.Error is one, too
+    except ValueError as error:  # binascii.Error is a subclass
         raise _incomplete(f"an image in the metadata is damaged ({error})") from None
 
 

@@ -126,13 +126,13 @@ def batches_of(count: int, batch_size: int) -> Iterator[slice]:
 
 
 def check_count(name: str, value: int) -> None:
-    """ValueError unless `value` is an integer of at least 1."""
+    """Raise ValueError unless `value` is an integer of at least 1."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
 def check_options(options: Any, expected: type, num_upsamplers: int | None = None) -> None:
-    """ValueError for options of another kind of model, or of more upsamplers than it has."""
+    """Raise ValueError for options of another kind of model, or for too many upsamplers."""
     if not isinstance(options, expected):
         kinds = f"a {type(options).__name__}; expected {expected.__name__}"
         raise ValueError(f"options is {kinds}, as in pipe.options")
@@ -142,7 +142,7 @@ def check_options(options: Any, expected: type, num_upsamplers: int | None = Non
 
 
 def warn_of_options(options: Any) -> None:
-    """Warn of a guidance scale that cannot give useful images."""
+    """Warn about a guidance scale that cannot give useful images."""
     stages = [options]
     for value in vars(options).values():
         stages += value if isinstance(value, tuple) else [value]
@@ -156,25 +156,27 @@ def warn_of_options(options: Any) -> None:
 
 
 def warn_of_unknown(prompts: Iterable[str], tokenizer: Any) -> None:
-    """Warn of prompts of which the model's vocabulary has no word."""
+    """Warn about prompts without any word of the model's vocabulary."""
     if not isinstance(tokenizer, BPETokenizer):
         return
     for text in dict.fromkeys(prompts):
         if not tokenizer.knows_a_word_of(text):
             shown = text if len(text) <= 60 else f"{text[:59]}…"
-            advice = "it has no meaning to the model; see the captions that it was trained on"
-            warnings.warn(f"no word of the prompt {shown!r} was learned: {advice}", stacklevel=4)
+            advice = "use words of the captions that the model was trained on"
+            warnings.warn(
+                f"the model knows no word of the prompt {shown!r}; {advice}", stacklevel=4
+            )
 
 
 def check_upsamplers(options: Sequence[StageOptions], available: int) -> None:
-    """ValueError for more options than upsamplers; with fewer, images stay smaller."""
+    """Raise ValueError for more options than upsamplers. With fewer, images stay smaller."""
     if len(options) > available:
         given = f"options for {len(options)} upsamplers, but the model has {available}"
         raise ValueError(f"{given}; start from pipe.options")
 
 
 def seeds_from(seed: Seed, count: int) -> list[int]:
-    """Return seed, seed + 1, ..., or one seed for each as given; None = from a random start."""
+    """Return `count` seeds: seed, seed + 1, ..., or the given list; None = start at random."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
@@ -188,7 +190,7 @@ def seeds_from(seed: Seed, count: int) -> list[int]:
 
 
 def generators_from(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each image, on the CPU: a seed gives the same noise on every device."""
+    """Return CPU generators, so that a seed gives the same noise on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -231,7 +233,7 @@ class PromptBatch:
     def of(
         cls, prompt: Prompt | Mixture | Sequence[str | Mixture], negative: Prompt | None = None
     ) -> PromptBatch:
-        """Check the arguments of a call. A single negative prompt serves all prompts."""
+        """Check the arguments of a call. A single negative prompt applies to all prompts."""
         prompts: list[Any]
         if isinstance(prompt, Mapping):
             prompts = [_check_mixture(prompt)]
@@ -251,7 +253,7 @@ class PromptBatch:
         return cls(prompts, negative)
 
     def check(self, options: UnCLIPOptions) -> None:
-        """ValueError if there are negative prompts but no stage uses guidance."""
+        """Raise ValueError if there are negative prompts but no stage uses guidance."""
         stages = {"decoder": options.decoder}
         if options.embedding == "prior":
             stages = {"prior": options.prior, **stages}
@@ -276,7 +278,7 @@ class PromptBatch:
 
     @property
     def weights(self) -> Tensor | None:
-        """(K, P), each column of sum 1; None if every prompt is one text."""
+        """Weights (K, P) whose columns sum to 1; None if every prompt is a single text."""
         if all(isinstance(prompt, str) for prompt in self.prompts):
             return None
         return torch.tensor([weights for _, weights in self._mixtures()]).T.contiguous()
@@ -291,7 +293,7 @@ class PromptBatch:
         ]
 
     def _mixtures(self) -> list[tuple[list[str], list[float]]]:
-        """Return K texts and weights of each prompt; shorter mixtures are padded by weight 0."""
+        """Return K texts and weights of each prompt; shorter mixtures are padded with weight 0."""
         mixtures = [{prompt: 1.0} if isinstance(prompt, str) else prompt for prompt in self.prompts]
         K, padded = max(map(len, mixtures)), []
         for mixture in mixtures:
@@ -328,7 +330,7 @@ def open_images(images: Images) -> list[Image.Image]:
 
 
 def list_images(images: Images) -> list[Image.Image | str | Path]:
-    """Return one entry per image for `open_image`: large ones need not be in memory together."""
+    """Return one entry per image for `open_image`, so that images can be opened one by one."""
     if isinstance(images, Tensor):
         return [*to_pil(check_images(images))]
     if not isinstance(images, Sequence) or isinstance(images, str):
@@ -343,7 +345,7 @@ def list_images(images: Images) -> list[Image.Image | str | Path]:
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Return one image (3, H, W) or several as (B, 3, H, W). ValueError outside of [-1, 1]."""
+    """Return one image (3, H, W) or several as (B, 3, H, W). Values must be in [-1, 1]."""
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or not images.numel():
         shape = tuple(images.shape)
         raise ValueError(f"image is of shape {shape}; expected (3, H, W) or (B, 3, H, W)")

@@ -30,7 +30,7 @@ def clip_scores(
 
 
 class BestOf:
-    """Collect the num_images of num_candidates images of each prompt with the highest CLIP score.
+    """Keep the num_images of num_candidates images of each prompt with the highest CLIP scores.
 
     Only one batch and the best images are in memory.
     """
@@ -68,7 +68,7 @@ class BestOf:
 
 
 def check_candidates(num_images: int, num_candidates: int) -> None:
-    """ValueError unless num_images of num_candidates can be kept."""
+    """Raise ValueError unless num_images of num_candidates can be kept."""
     check_count("num_images", num_images)
     check_count("num_candidates", num_candidates)
     if num_candidates < num_images:
@@ -77,7 +77,7 @@ def check_candidates(num_images: int, num_candidates: int) -> None:
 
 
 def _highest(result: GenerationResult, count: int) -> GenerationResult:
-    """Return the `count` images with the highest scores; of equal ones, the first."""
+    """Return the `count` images with the highest scores; the first ones win ties."""
     scores = result.scores
     assert scores is not None
     return result.pick(sorted(range(len(result)), key=lambda k: -scores[k])[:count])

@@ -20,10 +20,10 @@ V = TypeVar("V")
 
 
 class Runtime:
-    """The networks of a pipeline, and where they are. Call `use` before a network computes."""
+    """The networks of a pipeline and their placement. Call `use` before running a network."""
 
     def __init__(self, networks: dict[str, nn.Module], offloader: Offloader | None = None) -> None:
-        """networks: stage name, or "clip", -> network; the last one gives device and dtype."""
+        """networks: by stage name or "clip"; the last one determines device and dtype."""
         self.networks, self.offloader = networks, offloader
         self.static_shapes = False  # pad all texts to the same length, for compiled networks
         quantized = any(int8.is_quantized(network) for network in networks.values())
@@ -35,7 +35,7 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks compute."""
+        """The device on which the networks run."""
         return self._parameter.device if self.offloader is None else self.offloader.device
 
     @property
@@ -114,7 +114,7 @@ class Runtime:
         self._cache.clear()
 
     def use(self, module: nn.Module) -> None:
-        """Bring a network to the device if it is offloaded (of an upsampler: one of its U-Nets)."""
+        """Load a network, or a U-Net of an upsampler, onto the device if it is offloaded."""
         if self.offloader is not None:
             self.offloader.use(module)
 
@@ -142,14 +142,14 @@ class Runtime:
         return memory.kept_memory(self.device) if reuse else contextlib.nullcontext()
 
     def check_unmodified(self, call: str) -> None:
-        """ValueError if networks are offloaded or compiled, and so cannot be changed."""
+        """Raise ValueError if networks are offloaded or compiled, and so cannot be changed."""
         if self.offloaded:
             raise ValueError(f"the networks are offloaded; call {call} before offload()")
         if self.compiled:
             raise ValueError(f"the networks are compiled; call {call} before unclip.compile()")
 
     def check_saveable(self) -> None:
-        """ValueError unless all weights are in memory and as they were trained."""
+        """Raise ValueError unless all weights are in memory and as they were trained."""
         if self.offloaded:
             raise ValueError("the networks are offloaded; save a model before offload()")
         if self.quantized:
@@ -157,7 +157,7 @@ class Runtime:
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    """Return a list that differs after each change of the weights, except through `.data`."""
+    """Return a list that changes whenever the weights change, except through `.data`."""
     tensors = (*module.parameters(), *module.buffers())
     return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 

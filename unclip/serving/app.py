@@ -34,7 +34,7 @@ from unclip.serving.tasks import OPERATIONS, SAMPLERS, Task
 log = logging.getLogger("unclip.serving")
 
 SWEEP_SECONDS = 60.0
-DECODERS = 4  # requests whose images are decoded at a time
+DECODERS = 4  # requests whose images are decoded at the same time
 CREATED = int(time.time())
 EVENTS = {
     "generations": "image_generation",
@@ -89,7 +89,7 @@ def create_app(
             openapi_extra=_schema(operation),
         )
     app.add_api_route("/v1/models", list_models, name="models")
-    missing: dict[int | str, dict[str, Any]] = {404: {"description": "There is none"}}
+    missing: dict[int | str, dict[str, Any]] = {404: {"description": "Not found"}}
     app.add_api_route("/v1/models/{name:path}", get_model, name="model", responses=missing)
     app.add_api_route(
         "/v1/files/{name:path}", get_file, name="file", responses=missing, response_class=Response
@@ -226,7 +226,7 @@ class Responder:
 
 
 def _base_url(request: Request) -> str:
-    """Return the start of URLs in responses. APIError if the server cannot know it."""
+    """Return the base of URLs in responses. APIError if it is unknown."""
     config: ServerConfig = request.app.state.config
     if config.public_base_url is not None:
         return config.public_base_url.rstrip("/")
@@ -250,7 +250,7 @@ def _limits(engine: Engine) -> dict[str, str]:
 
 
 def _header(text: str) -> str:
-    """Return a version of any text that is allowed in a header; spaces at its ends are not."""
+    """Replace characters that a header may not contain, and strip spaces."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text).strip()
 
 
@@ -308,12 +308,12 @@ async def get_file(request: Request, name: str) -> Response:
 
 
 async def healthz() -> Any:
-    """Tell that the process is alive."""
+    """Report that the process is alive."""
     return {"status": "ok"}
 
 
 async def readyz(request: Request) -> Response:
-    """Tell whether requests are answered now."""
+    """Report whether requests are served now."""
     engine: Engine = request.app.state.engine
     status = "ready" if engine.ready else "draining" if engine.closing else "loading"
     if engine.failure is not None:

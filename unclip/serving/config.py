@@ -22,7 +22,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()  # none: no authentication, on loopback only
     public_base_url: str | None = None  # of URLs in responses; None = the Host header, on loopback
     storage: str | None = None  # folder or fsspec URL of results; None = memory
-    strict: bool = False  # refuse what dall-e-2 refused, rather than ignore it
+    strict: bool = False  # reject what dall-e-2 rejected, instead of ignoring it
     deterministic: bool = False  # generate each image alone, so that its bytes never vary
     metadata: bool = True  # write prompt and options into images
     log_prompts: bool = False
@@ -30,13 +30,13 @@ class ServerConfig:
 
     max_batch: int = 16  # images in one pipeline call
     max_queue: int = 64  # images that wait
-    queue_seconds: float = 120.0  # longest wait in the queue; afterwards 503
+    queue_seconds: float = 120.0  # longest wait in the queue; then 503
     batch_seconds: float = 0.05  # longest wait for the requests of returning clients
-    ageing_seconds: float = 10.0  # afterwards the oldest request is next, whatever its key
-    idle_seconds: float = 600.0  # unused models are offloaded afterwards; the default model stays
+    ageing_seconds: float = 10.0  # then a request is served next, regardless of its key
+    idle_seconds: float = 600.0  # then unused models are unloaded, except the default model
     drain_seconds: float = 60.0  # after SIGTERM, for requests to finish
     result_seconds: float = 3600.0  # lifetime of results by URL
-    memory_bytes: int = 256 * 2**20  # of results in memory; the oldest give way
+    memory_bytes: int = 256 * 2**20  # of results in memory; the oldest are dropped
     max_body: int = 25 * 2**20  # bytes of a request
     max_upload: int = 20 * 2**20  # bytes of an image (4 MB with strict)
     max_side: int = 4096  # pixels of an uploaded image
@@ -71,7 +71,7 @@ class ServerConfig:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine only."""
+    """Return whether a host name or address means this machine only."""
     host = host.strip("[]").lower()
     if host == "localhost":
         return True

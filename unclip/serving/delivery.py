@@ -25,7 +25,7 @@ def deliver(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Return an entry of the response for each image, and a note about resizing.
 
-    base_url: of URLs, if the client wants them. with_base64: also without.
+    base_url: of URLs, if the client wants them. with_base64: include base64 in any case.
     """
     entries, note = [], None
     for k, image in enumerate(result.images):

@@ -55,7 +55,7 @@ Event = Started | Step | Done | APIError
 
 
 class Cancelled(Exception):
-    """All jobs of a batch are cancelled."""
+    """Raised when all jobs of a batch are cancelled."""
 
 
 class Engine:
@@ -79,7 +79,7 @@ class Engine:
         ]
 
     def start(self) -> None:
-        # The warning about a long prompt has the prompt in it, which is not to be logged.
+        # The warning about a long prompt contains the prompt, which must not be logged.
         warnings.filterwarnings("ignore", "the prompt ")
         for thread in self._threads:
             thread.start()
@@ -100,7 +100,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        with self._lock:  # which is held while a batch leaves the queue
+        with self._lock:  # held while a batch leaves the queue
             return not self.queue.images and not self._running
 
     def submit(self, job: Job) -> None:
@@ -126,7 +126,7 @@ class Engine:
         self._closing = True
 
     def stop(self) -> list[Job]:
-        """Stop all threads after their present batch; return the jobs that still waited."""
+        """Stop all threads after their current batch; return the jobs still in the queue."""
         self._closing = True
         jobs = self.queue.close()
         for thread in self._threads:
@@ -184,7 +184,7 @@ class Engine:
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
         pipe = self._load(self.config.source_of(name), device, dtype)
         self.known[name] = {"kind": pipe.kind, "size": model_size(pipe), "options": pipe.options}
-        gc.freeze()  # collections would go through all of torch's and the model's objects
+        gc.freeze()  # exclude the objects of torch and the model from collections
         seconds = round(time.monotonic() - started, 3)
         log.info("model_loaded", extra={"model": name, "seconds": seconds})
         return pipe
@@ -207,7 +207,7 @@ class Engine:
         self._attempt(model, jobs)
 
     def _attempt(self, model: LoadedModel, jobs: list[Job]) -> None:
-        """Generate jobs together; after an error one by one, without memory in two halves."""
+        """Generate jobs together; after an error one by one, without enough memory in halves."""
         jobs = [job for job in jobs if not job.cancelled]
         if not jobs:
             return
@@ -276,7 +276,7 @@ class Engine:
                 for k in range(task.n)
             ]
             return [GenerationResult.cat(parts)]
-        # A larger batch than the requests' images does not exist, so that all rows report together.
+        # Usually one batch, so that all rows report together: `take` limits the images of jobs.
         return generate(model.pipe, tasks, self._reporter(model, jobs), batch_size)
 
     def _reporter(
@@ -329,7 +329,7 @@ def stage_index(stage: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a call failed because memory was exhausted, on any device."""
+    """Return whether a call failed because memory was exhausted, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -79,5 +79,5 @@ def unavailable(message: str, retry_after: int) -> APIError:
 
 
 def failed(message: str = "The server had an error while generating the images.") -> APIError:
-    """500: work was spent, so a client should not retry by itself."""
+    """500: work was spent, so a client should not retry automatically."""
     return APIError(500, message, type="server_error", headers={"x-should-retry": "false"})

@@ -65,7 +65,7 @@ def rejection(engine: Engine) -> APIError:
 
 
 class RunningJob:
-    """A job that was queued, seen from its request."""
+    """A queued job, as its request sees it."""
 
     def __init__(self, engine: Engine, job: Job, listener: Listener) -> None:
         self.engine, self.job, self.listener = engine, job, listener

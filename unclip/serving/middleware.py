@@ -23,7 +23,7 @@ from unclip.serving.requests import BODIES
 log = logging.getLogger("unclip.serving")
 
 OPENAI_VERSION = "2020-10-01"
-DISCARDED = 64 * 2**20  # bytes that are read above the limit, so that the client sees the answer
+DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees the response
 BODY_SECONDS = 60.0  # without a byte
 PROBES = ("/healthz", "/readyz", "/metrics")
 IMAGES = frozenset(f"/v1/images/{operation}" for operation in BODIES)
@@ -81,7 +81,7 @@ class Guard:
             self._record(scope, status or 499, time.perf_counter() - started, request_id)
 
     def _check(self, scope: Scope) -> None:
-        """APIError unless the request may be answered."""
+        """Raise APIError unless the request is allowed."""
         headers = Headers(scope=scope)
         if not self.config.api_keys:
             self._check_origin(headers)
@@ -90,7 +90,7 @@ class Guard:
             given = given.strip()
             if scheme.lower() != "bearer" or not given:
                 raise unauthorized(None)
-            # Compared by digest: neither time nor length tells about the keys.
+            # Compared by digest, so that neither timing nor length reveals the keys.
             digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
             known = [
                 hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest)
@@ -102,20 +102,22 @@ class Guard:
         scope["state"].setdefault("client", "")
 
     def _admit(self, scope: Scope) -> None:
-        """APIError for images if the queue is full, before a part of the request is read."""
+        """Raise APIError for images if the queue is full, before the body is read."""
         if scope["method"] == "POST" and scope["path"] in IMAGES and not self.engine.closing:
             if self.engine.queue.full:
                 raise rejection(self.engine)
 
     def _check_origin(self, headers: Headers) -> None:
-        """Refuse other web sites, which can reach a loopback address through the user's browser."""
+        """Reject other web sites, which can reach a loopback address through the user's browser."""
         url, host = self.config.public_base_url, headers.get("host", "")
         allowed = set() if url is None else {urlsplit(url).netloc}
         if not is_loopback(host_name(host)) and host not in allowed:
-            raise APIError(403, "The Host header is not one of this server.", code="wrong_host")
+            raise APIError(403, "The Host header is not a name of this server.", code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc not in {host, *allowed}:
-            raise APIError(403, "Requests of other web sites are refused.", code="wrong_origin")
+            raise APIError(
+                403, "Requests from other web sites are not allowed.", code="wrong_origin"
+            )
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         path = scope["path"]
@@ -137,7 +139,7 @@ class LimitedBody:
         self.count, self.complete = 0, False
 
     async def check_length(self) -> None:
-        """APIError if the declared length is above the limit."""
+        """Raise APIError if the declared length is above the limit."""
         length = Headers(scope=self.scope).get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
             await self._discard()
@@ -158,7 +160,7 @@ class LimitedBody:
         return message
 
     async def _discard(self) -> None:
-        """Read on for a while: clients that are cut off while they send do not see the answer."""
+        """Keep reading for a while: clients cut off while sending do not see the response."""
         while not self.complete and self.count < self.limit + DISCARDED:
             try:
                 message = await asyncio.wait_for(self._receive(), 5)
@@ -169,7 +171,7 @@ class LimitedBody:
 
 
 def is_public(path: str, method: str) -> bool:
-    """Whether a path needs no key: the page, probes, and results, whose names are secret."""
+    """Return whether a path needs no key: the page, probes, and results, whose names are secret."""
     if method not in ("GET", "HEAD"):
         return False
     if path.startswith("/v1/files/"):

@@ -1,4 +1,4 @@
-"""The models of one device: loaded when they are first used, offloaded when they are idle."""
+"""The models of one device, loaded at first use and unloaded when idle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ModelPool:
     """Loads models by name. It is used by one engine thread."""
 
     def __init__(self, load: Callable[[str], Any], keep: str, idle_seconds: float) -> None:
-        """keep: a model that is never offloaded."""
+        """keep: a model that is never unloaded."""
         self._load, self._keep, self._idle_seconds = load, keep, idle_seconds
         self._loaded: dict[str, LoadedModel] = {}
 

@@ -21,7 +21,7 @@ class Job:
     """A task on its way through the engine."""
 
     task: Task
-    key: str  # whose turn it takes
+    key: str  # of the client, for round robin
     notify: Callable[[Any], None]  # receives the events of engine.py, from any thread
     partials: int = 0  # partial images
     cancelled: bool = False
@@ -45,7 +45,7 @@ class JobQueue:
 
     @property
     def images(self) -> int:
-        """Images that wait."""
+        """Number of waiting images."""
         return self._images
 
     @property
@@ -72,7 +72,7 @@ class JobQueue:
             return True
 
     def position(self, job: Job) -> int | None:
-        """Return how many jobs wait, up to this one by age; None if it does not wait."""
+        """Return the position of a job by age, from 1; None if it does not wait."""
         with self._changed:
             jobs = [one for jobs in self._by_key.values() for one in jobs]
             if job not in jobs:
@@ -86,7 +86,7 @@ class JobQueue:
             return bool(self._images)
 
     def wait_for_images(self, count: int, timeout: float) -> None:
-        """Wait until so many images are queued, for `timeout` seconds at most."""
+        """Wait until `count` images are queued, for at most `timeout` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._images >= count or self._closed, timeout)
 

@@ -33,7 +33,7 @@ class ReplicaConfig:
         if not 1 <= self.min_replicas <= self.max_replicas:
             raise ValueError(
                 f"replicas are {self.min_replicas} to {self.max_replicas}; "
-                f"expected at least 1, and no more than the maximum"
+                f"expected 1 <= minimum <= maximum"
             )
 
 
@@ -52,7 +52,7 @@ def build(
     scaling = {
         "min_replicas": replicas.min_replicas,
         "max_replicas": replicas.max_replicas,
-        # Requests for each replica: a full batch at work, and as many that wait.
+        # Requests per replica: one full batch in progress, and one that waits.
         "target_ongoing_requests": 2 * config.max_batch,
     }
 
@@ -85,7 +85,7 @@ def serve(config: ServerConfig, replicas: ReplicaConfig) -> None:
     start(config)
     ray_serve.run(build(config, replicas), name=NAME, route_prefix="/")
     stop.wait()
-    ray_serve.delete(NAME)  # answers what was accepted
+    ray_serve.delete(NAME)  # finishes accepted requests
     ray.shutdown()
 
 

@@ -105,7 +105,7 @@ BODIES: dict[str, type[Common]] = {
     "variations": Variation,
 }
 FILES = ("image", "image[]", "mask")
-TEXTS = ("prompt", "negative_prompt")  # "null" is a prompt
+TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ async def _read_form(request: Request, strict: bool) -> tuple[dict[str, Any], Fi
         raise bad_request("Could not parse the multipart form.") from None
     if "weights[]" in fields:
         fields["weights"] = fields.pop("weights[]")
-    # A form has no null but its text; in JSON, fields that are null are left out as well.
+    # In a form, null is the text "null"; null fields of JSON are left out as well.
     kept = {name: value for name, value in fields.items() if value != "null" or name in TEXTS}
     return kept, files
 

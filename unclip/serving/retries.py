@@ -17,7 +17,7 @@ from unclip.serving.errors import unavailable
 
 CALLBACK = f"{__name__}:middlewares"
 ATTEMPTS = 6
-FIRST_DELAY = 0.2  # seconds, doubled each time: a dead replica is noticed and avoided meanwhile
+FIRST_DELAY = 0.2  # seconds, doubled each time; meanwhile Ray detects the dead replica
 MAX_KEPT = 32 * 2**20  # bytes of a body that can be sent again
 DIED = "The replica that served the request has died."
 
@@ -28,7 +28,7 @@ def middlewares() -> list[Middleware]:
 
 
 class RetryElsewhere:
-    """Sends a request again until a replica has answered it; finally 503 in OpenAI's form."""
+    """Sends a request again until a replica has answered it; otherwise 503 in OpenAI's form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -106,7 +106,7 @@ class Answer:
         await self._send(message)
 
     async def abort(self) -> None:
-        """End a response of which the rest is lost: an event stream by an error."""
+        """End a response whose rest is lost; an event stream ends with an error."""
         if not self._events:
             raise ConnectionError(DIED)
         error = json.dumps(unavailable(DIED, 5).body())

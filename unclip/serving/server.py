@@ -1,4 +1,4 @@
-"""Runs the application: logs, signals, and an orderly end."""
+"""Runs the application: logs, signals and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from unclip.serving.config import ServerConfig
 from unclip.serving.engine import Engine
 from unclip.serving.logs import configure_logs
 
-# Between the engine's thread and that of requests; with Python's 5 ms, answers wait for steps.
+# Thread switch interval; with Python's default of 5 ms, responses wait for the engine's steps.
 SWITCH_SECONDS = 0.0005
 
 log = logging.getLogger("unclip.serving")
 
 
 class Server(uvicorn.Server):
-    """A server that ends with status 0 after SIGTERM, once all jobs are done."""
+    """A server that exits with status 0 after SIGTERM, when all jobs are done."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
         super().__init__(config)
@@ -39,7 +39,7 @@ class Server(uvicorn.Server):
         yield
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell uvicorn whether to stop: also if the default model cannot be loaded."""
+        """Return whether to stop, also if the default model cannot be loaded."""
         return await super().on_tick(counter) or self.engine.failure is not None
 
     def _on_signal(self) -> None:
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        """Answer what was accepted, for drain_seconds at most; then close."""
+        """Finish accepted requests, for at most drain_seconds; then exit."""
         end = time.monotonic() + self.drain_seconds
         while not self.engine.idle and time.monotonic() < end:
             await asyncio.sleep(0.05)
@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
 
 def configure_process() -> None:
-    """Prepare a process that runs an application alone: logs, and turns of its threads."""
+    """Configure logs and thread switching of a process that runs only the application."""
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-# The time of expiry and a random id: a name tells when its file expires, on every replica.
+# The time of expiry and a random id, so that every replica knows when a file expires.
 NAME = re.compile(r"([0-9a-f]{8,10})-([A-Za-z0-9_-]{32})\.(png|jpeg|webp)", re.ASCII)
 
 
@@ -43,7 +43,7 @@ class Storage:
         return name
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """Return the bytes and the media type of an image; None if there is none, or no longer."""
+        """Return the bytes and the media type of an image; None if it is missing or expired."""
         expiry, kind = parse_name(name)
         if kind is None or expiry <= time.time():
             return None
@@ -62,13 +62,13 @@ class Storage:
 
 
 def parse_name(name: str) -> tuple[int, str | None]:
-    """Return the expiry and kind of a file's name; kind None if it is not one of ours."""
+    """Return the expiry and kind of a file's name; kind None for other names."""
     found = NAME.fullmatch(name)
     return (int(found[1], 16), found[3]) if found else (0, None)
 
 
 class MemoryFiles:
-    """Files in memory; the oldest give way to new ones."""
+    """Files in memory; new files replace the oldest ones."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

@@ -1,4 +1,4 @@
-"""Tasks of requests, and the generation of several in one call of a pipeline."""
+"""Tasks of requests, and their generation in joint calls of a pipeline."""
 
 # T tasks, n images of each, D CLIP embedding width
 
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """The images of one request, without how they are delivered."""
+    """The images that one request asks for."""
 
     operation: str  # "generations", "edits" or "variations"
     model: str
@@ -94,7 +94,7 @@ def generate(
 ) -> list[GenerationResult]:
     """Generate the images of tasks with equal batch keys in one call; return one result for each.
 
-    ValueError if the model cannot do it.
+    ValueError if the model does not support the operation.
     """
     first = tasks[0]
     supported = OPERATIONS.get(pipe.kind, ("generations",))

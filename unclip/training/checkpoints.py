@@ -55,7 +55,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def all(self) -> list[Path]:
-        """Return the checkpoints, oldest first; a damaged one counts."""
+        """Return the checkpoints, oldest first, including damaged ones."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
         numbered = [path for path in found if re.fullmatch(r"step-\d{7,}", path.name)]
         return sorted(numbered, key=step_of)
@@ -63,7 +63,7 @@ class Checkpoints:
     def find(self, name: str, only: str | None = None) -> Path:
         """Return the newest whole checkpoint for "latest", or the checkpoint with this path.
 
-        only: a file; the others are not read. FileNotFoundError if there is no checkpoint,
+        only: the only file that is read. FileNotFoundError if there is no checkpoint,
         ValueError if it is damaged.
         """
         if name != "latest":
@@ -96,7 +96,7 @@ class Checkpoints:
         return found[names.index(than.name) + 1 :] if same else found
 
     def set_aside(self, damaged: Path) -> Path:
-        """Rename a damaged checkpoint, which then no longer counts, and return its new path."""
+        """Rename a damaged checkpoint, so that it is ignored, and return its new path."""
         target = damaged.with_name(f"damaged-{damaged.name}")
         shutil.rmtree(target, ignore_errors=True)
         return damaged.rename(target)
@@ -155,7 +155,7 @@ def write_manifest(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def _check_files(folder: Path, only: str | None) -> None:
-    """ValueError for the first file, or the one given, that differs from the manifest."""
+    """Raise ValueError for the first file, or the one given, that differs from the manifest."""
     files = read_json(folder / MANIFEST).get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{MANIFEST} has no list of files")

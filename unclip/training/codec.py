@@ -40,7 +40,7 @@ class Annealing:
 
 @config
 class PerceptualConfig:
-    """A feature distance that is added to the codec's loss."""
+    """A feature distance, added to the codec's loss."""
 
     network: str = "emoji"  # a model, or the folder of a CLIP; its image tower gives the features
     weight: float = 1.0

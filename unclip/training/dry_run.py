@@ -68,10 +68,10 @@ def step_memory(
 ) -> dict[str, int]:
     """Run `loss` and its backward pass once; return the bytes that a training step needs.
 
-    Also on the meta device, for networks that do not fit here; there the matrices of attention
-    count, which fused kernels do not keep. "activations" is what remains of the most that is
-    allocated at once. frozen: other networks of the loss. accumulate: the gradients of earlier
-    batches are there from the start.
+    It also works on the meta device, for networks that do not fit on this machine; the result then
+    includes attention matrices, which fused kernels do not store. "activations" is the peak of the
+    memory allocated during the step, without the gradients. frozen: other networks of the loss.
+    accumulate: the gradients of earlier batches exist from the start.
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -99,7 +99,7 @@ class _Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = self._bytes = 0
-        self._counted: dict[int, weakref.finalize] = {}  # storage -> what ends its counting
+        self._counted: dict[int, weakref.finalize] = {}  # storage -> finalizer that subtracts it
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

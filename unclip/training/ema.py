@@ -17,7 +17,7 @@ class EMA:
     """fp32 averages of a model's trained parameters, starting at its current weights.
 
     Buffers and frozen parameters are the model's own. The decay warms up over the first updates.
-    Of a sharded model each process averages its own rows.
+    Each process of a sharded model averages its own rows.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -42,7 +42,7 @@ class EMA:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Give the model the averaged weights inside `with`, by exchanging their values."""
+        """Exchange the values of the weights and their averages inside `with`."""
         self._swap()
         try:
             yield
@@ -50,7 +50,7 @@ class EMA:
             self._swap()
 
     def average_of(self, tensor: Tensor) -> Tensor:
-        """Return the average of a parameter, or any other tensor as it is: the local rows."""
+        """Return the local rows of a parameter's average, or of any other tensor unchanged."""
         number = self._numbers.get(id(tensor))
         own = local(tensor.detach())
         return own if number is None else self._averages[number].to(own.dtype)

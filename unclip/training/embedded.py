@@ -26,15 +26,15 @@ from unclip.models.unclip.prior import EmbeddingStats
 from unclip.training.initialization import report_long_captions
 
 CHUNK = 64  # images per call of CLIP
-TOLERANCE = 0.02  # relative difference of lengths that does not matter
-SAME_CLIP = 0.98  # cosine of stored text embeddings to CLIP's own, which precision changes a little
+TOLERANCE = 0.02  # relative difference of lengths that is ignored
+SAME_CLIP = 0.98  # least cosine of stored text embeddings to CLIP's own, whose precision may differ
 
 
 class EmbeddedLoader:
     """A loader that adds precomputed CLIP embeddings, "image_emb" (B, D), to each batch.
 
-    Images are embedded in the order of the dataset, not of the batches, so that a resumed run gets
-    the same bits. Raises ValueError for augmented or cropped images and for duplicate keys.
+    Images are embedded in the order of the dataset, not of the batches, so that a resumed run
+    computes the same bits. Raises ValueError for augmented or cropped images and duplicate keys.
     """
 
     def __init__(self, loader: Loader, clip: CLIP) -> None:
@@ -87,8 +87,8 @@ def open_loader(
     loader.dataset.scales = scales
     if set(scales.values()) - {1.0} and loader.process_index == 0:
         factors = ", ".join(f"{name} by {scale:.4g}" for name, scale in scales.items())
-        reason = "to have the length of this CLIP's own (data.emb_scale sets another factor)"
-        warnings.warn(f"{config.path}: {factors} is multiplied {reason}", stacklevel=2)
+        reason = "to get the length of this CLIP's own (data.emb_scale sets another factor)"
+        warnings.warn(f"{config.path}: multiplying {factors}, {reason}", stacklevel=2)
     return loader
 
 
@@ -139,7 +139,7 @@ def embedding_scales(
 
 
 def data_notes(loader: Loader | EmbeddedLoader) -> dict[str, Any]:
-    """Return what a saved prior should say about its data: the factors of stored embeddings."""
+    """Return notes about the data for a saved prior: the factors of stored embeddings."""
     dataset = loader.dataset
     scales = dataset.scales if isinstance(dataset, EmbeddingDataset) else {}
     return {"embedding_scales": scales} if set(scales.values()) - {1.0} else {}

@@ -1,6 +1,6 @@
-"""The memory of each process of a sharded training, without its machines, CLIP or data.
+"""Estimate the memory per process of sharded training, without its machines, CLIP or data.
 
-The network is built on the meta device and sharded over a pretended group of processes.
+The network is built on the meta device and sharded over a fake process group.
 """
 
 # B batch, L text tokens
@@ -35,7 +35,7 @@ def describe_sharded(config: Any, processes: int) -> str:
     Activations are those of the network's forward pass, for priors, decoders and upsamplers.
     """
     if processes < 1:
-        raise ValueError(f"--dry-run is for {processes} processes; expected at least 1")
+        raise ValueError(f"--dry-run is {processes}; expected a number of processes, at least 1")
     model, fit = _build(config), config.fit
     counts = sum(p.numel() for p in model.parameters()), _trained(model)
     activations = _activations(_build(config), config)
@@ -50,8 +50,8 @@ def describe_sharded(config: Any, processes: int) -> str:
         "gradients": 4 * trained,
         "AdamW": (2 if config.optim.kind == "adamw8bit" else 8) * trained,
         "EMA": 4 * trained if fit.ema is not None else 0,
-        # The root stays gathered. Of the layers, one is used while the next one arrives and the
-        # gradient of a third is reduced.
+        # The root stays gathered. Three layers are gathered at a time: one is used, the next one
+        # arrives, and the gradient of a third is reduced.
         "gathered layers": 4 * (2 * root + 3 * largest),
         "activations": activations or 0,
     }

@@ -79,7 +79,7 @@ class FitConfig:
     preview_every: NonNegativeInt = 1000
     save_every: NonNegativeInt = 1000
     keep: PositiveInt = 2  # number of checkpoints
-    async_save: bool = False  # go on while a checkpoint is written; needs memory for a copy of it
+    async_save: bool = False  # train while a checkpoint is written; needs memory for a copy of it
     max_hours: Positive | None = None  # save and exit after this time, to be resumed
     # any that accelerate supports: [tensorboard, wandb], or with options {wandb: {entity: me}}
     trackers: Trackers = DEFAULT_TRACKERS
@@ -125,7 +125,7 @@ def fit(
 
     Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
     is saved; FloatingPointError before an update with a loss or gradient that is not finite;
-    ValueError for settings that do not fit and for a run folder in use; OSError for a full disk.
+    ValueError for invalid settings and for a run folder in use; OSError for a full disk.
     """
     run = run or Run({"fit": to_dict(config), "optim": to_dict(optim)})
     for name, data in (("training", loader), ("validation", val_loader)):
@@ -239,7 +239,8 @@ class _Trainer:
         if self.saved_random_state is not None:
             set_random_state(self.saved_random_state)
         else:
-            set_seed(self.config.seed + rank + self.state.step)  # a resumed run has more processes
+            # A new run, or a resumed one with more processes
+            set_seed(self.config.seed + rank + self.state.step)
         if self.saved and self.saved.processes == self.accelerator.num_processes:
             for sums in self.saved.reports[rank : rank + 1]:
                 self.log.restore(sums)
@@ -323,7 +324,7 @@ class _Trainer:
         return self.accelerator.scaler is not None and not torch.isfinite(norm)
 
     def _checked_norm(self, norm: Tensor) -> Tensor:
-        """Return the norm, or 0 in fp16: an overflow adjusts the loss scale, it is no error."""
+        """Return the norm, or 0 in fp16, where an overflow only adjusts the loss scale."""
         scaler = self.accelerator.scaler
         return torch.zeros_like(norm) if scaler and scaler.get_scale() >= 1 else norm
 
@@ -348,7 +349,7 @@ class _Trainer:
         if len(reports) > 1:
             culprits = [report for report in reports if report[1]] or reports
             text = "; ".join(f"process {index}: {text}" for index, _, text in culprits)
-        return f"step {step}: {text}. The weights were not updated, nothing was saved"
+        return f"step {step}: {text}. The weights were not updated, and nothing was saved"
 
     def _gradient_is_bad(self, batches: list[Batch]) -> bool:
         """Return whether the gradient of this process alone, before averaging, is not finite."""
@@ -410,7 +411,7 @@ class _Trainer:
         self.log.training(self.state.step, values)
 
     def _evaluate(self, val_loader: Loader | None, preview: Preview | None) -> bool:
-        """Do what is pending; return whether to stop, which leaves the rest to the resumed run."""
+        """Run what is pending; return whether to stop, leaving the rest to the resumed run."""
         pending, stopping = self.state.pending, False
         while pending and not stopping:
             if pending[0] == VALIDATION and val_loader is not None:

@@ -1,4 +1,4 @@
-"""Inputs of a training besides data: initial weights, a frozen CLIP, a tokenizer."""
+"""Inputs of a training run other than data: initial weights, a frozen CLIP, a tokenizer."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def make_tokenizer(
 
 
 def report_long_captions(tokenizer: Tokenize, loader: Loader, context_length: int) -> None:
-    """Warn once of captions that are longer than the context, in up to `SAMPLED` samples."""
+    """Warn once about captions longer than the context, in up to `SAMPLED` samples."""
     if loader.process_index:
         return
     count, captions = TruncationCount(), loader.captions(SAMPLED)

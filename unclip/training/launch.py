@@ -60,7 +60,7 @@ def setup(cls: type[C], description: str | None, argv: Sequence[str] | None = No
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", metavar="latest|FOLDER", help="continue a run from a checkpoint")
     start.add_argument("--init", metavar="PATH", help="initial weights: safetensors file or folder")
-    cost = "print parameters, memory and FLOPs, then exit; PROCESSES: sharded over so many"
+    cost = "print parameters, memory and FLOPs, then exit; with PROCESSES: sharded over this many"
     add("--dry-run", nargs="?", type=int, const=0, metavar="PROCESSES", help=cost)
     add("--traceback", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
@@ -78,7 +78,7 @@ def launch(
 ) -> None:
     """Run a script's `main`; a user error, a full disk or a NaN exits with one line and code 1.
 
-    Of several processes, the first one that fails prints its message; the others end silently.
+    If there are several processes, only the first one that fails prints its message.
     """
     run: Run[Any] | None = None
     try:
@@ -116,7 +116,7 @@ def this_process() -> PartialState:
 
 
 def make_accelerator(precision: str, trackers: Trackers, output: str) -> Accelerator:
-    """Create the Accelerator of a run; ValueError for what the machine or a checkpoint lacks."""
+    """Create the Accelerator of a run; ValueError for what is not supported here."""
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a CUDA device; use bf16 or fp32")
     # WORLD_SIZE is used by the loaders to split the data

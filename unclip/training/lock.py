@@ -37,7 +37,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path) -> None:
-    """ValueError if another process holds the lock of `folder`; nothing is created."""
+    """Raise ValueError if another process holds the lock of `folder`; nothing is created."""
     if (folder / LOCK_FILE).is_file():
         _acquire(folder).close()
 

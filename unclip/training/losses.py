@@ -199,7 +199,7 @@ class LayoutPriorLoss:
 
 
 def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
-    """Add noise of 0 to `most` of their standard deviation, uniform per row, to embeddings (B, D).
+    """Add noise of 0 to `most` standard deviations, uniform per row, to text embeddings (B, D).
 
     Captions of similar meaning then have similar effects.
     """
@@ -208,7 +208,7 @@ def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
 
 
 def add_embedding_noise(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
-    """Add noise of 0 to `most` standard deviations, uniform per row, to embeddings (B, D).
+    """Add noise of 0 to `most` standard deviations, uniform per row, to image embeddings (B, D).
 
     A prior's prediction is off by about half a standard deviation; training with noise makes a
     network robust to it.

@@ -1,4 +1,4 @@
-"""The processes of a run: decisions that they take together, one message on a failure."""
+"""The processes of a run: joint decisions, and one error message for a failure."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def world_size() -> int:
 def fail(message: str, wait: float = 0.0) -> NoReturn:
     """Exit with code 1 and one line, which only the first process of a job that fails prints.
 
-    wait: seconds to leave to a process that knows more.
+    wait: seconds in which a process that knows the cause can print first.
     """
     if world_size() > 1:
         time.sleep(wait)

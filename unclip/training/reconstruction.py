@@ -1,8 +1,8 @@
 """CLIP training with a reconstruction head, which predicts a small image from the image embedding.
 
-The contrastive loss makes an embedding tell images apart, not describe where things are; a
+With the contrastive loss, embeddings distinguish images, but need not describe where things are; a
 reconstruction loss adds this. Its target is a small, blurred image, so that images that look alike
-have similar embeddings. The head is not a part of CLIP (2103.00020) or of the saved model.
+have similar embeddings. The head is not part of CLIP (2103.00020) or of the saved model.
 """
 
 # B batch, D CLIP embedding width, s side of the reconstruction

@@ -1,7 +1,7 @@
 """Prepare a trained CLIP for training with a reconstruction head.
 
 A contrastive embedding of a small dataset varies in few directions: 128 of the 256 of the bundled
-CLIP have 99.95 % of the variance. `make_room` keeps these, and uses the others for a linear
+CLIP contain 99.95 % of the variance. `make_room` keeps these, and uses the others for a linear
 prediction of the small, blurred image. The similarities of images and captions hardly change. The
 input of this prediction must depend on where things are: `pool_by_attention` gives an image tower
 that averages over positions a pooling whose heads attend to one quadrant each.

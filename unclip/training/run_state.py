@@ -90,7 +90,7 @@ class RunState:
         reports: list[dict[str, Any]],
         copy: bool,
     ) -> Snapshot:
-        """Collect what is saved; copy: training goes on while it is written.
+        """Collect what is saved; copy: because training continues while it is written.
 
         random_states, reports: of each process.
         """

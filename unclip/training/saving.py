@@ -1,4 +1,4 @@
-"""Saving of a run: the checkpoint and the averaged weights, while training waits or goes on."""
+"""Saving of checkpoints and averaged weights, optionally while training continues."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ class Saver:
                     raise OSError(error)
             _move(checkpoint, folder)
             write_manifest(folder, {k: v for _, files in written for k, v in files.items()})
-            # Before the checkpoint gets its name: after a kill in between, the resumed run does it
-            # again. In the other order it could go on from the last step and keep an older model.
+            # The model is published before the checkpoint: after a kill in between, the resumed run
+            # repeats both. In the other order, it could start at the last step with an old model.
             with atomic_folder(self.output / "model") as exported:
                 _move(model, exported)
 

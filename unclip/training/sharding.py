@@ -41,7 +41,7 @@ def requested() -> bool:
 
 
 def make_mesh(device_type: str, processes: int) -> DeviceMesh:
-    """Return the mesh ("shard",), or ("replicate", "shard") for HSDP, of the launch config."""
+    """Return the mesh ("shard",), or ("replicate", "shard") for HSDP, as the launch config says."""
     replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1"))
     if processes % replicas:
         raise ValueError(
@@ -59,7 +59,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
 
     In bf16 the units are gathered in bf16 and their gradients reduced in fp32.
     """
-    # No network here changes the output of a unit in place, which is what torch warns of.
+    # torch warns about changing the output of a unit in place, which no network here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
     whole = {p for p in model.parameters() if p.ndim == 0 or not p.requires_grad}

@@ -18,7 +18,7 @@ import psutil
 
 from unclip.training.multiprocess import lost_connection
 
-START = time.monotonic()  # of this process, nearly: imports come first
+START = time.monotonic()  # approximate start of this process, after some imports
 PARENT = os.getppid()
 
 
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 class StopRequest:
     """Inside `with`, `requested` becomes true when the run has to save and exit.
 
-    That is after the first SIGTERM or Ctrl-C (a second Ctrl-C interrupts), when the launcher has
+    It does so after the first SIGTERM or Ctrl-C (a second Ctrl-C interrupts), when the launcher has
     ended without a signal to this process, and `max_hours` after the start of the process.
     """
 
@@ -58,12 +58,12 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._handlers and error is not None and lost_connection(error):
-            # torchrun now ends this process too, which still has to say why, or that it need not.
+            # torchrun now terminates this process too, but it must first report the error.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a signal raise Interrupted at once, in code that leaves nothing behind."""
+        """Let a signal raise Interrupted at once, in code without side effects."""
         self._interruptible = True
         try:
             if self._signalled:
@@ -81,7 +81,7 @@ class StopRequest:
             raise Interrupted
 
     def _watch_launcher(self) -> None:
-        """SIGTERM ends `accelerate launch` without a signal to the process that it started."""
+        """Request a stop when the launcher ends: accelerate does not forward SIGTERM."""
         while os.getppid() == PARENT and not _adopted():
             if self._left.wait(0.5):
                 return

@@ -20,7 +20,7 @@ FIRST_ROW = "first_row"
 
 
 def write_rows(tensors: Mapping[str, tuple[Tensor, int]], file: Path) -> None:
-    """Write tensors with the number of their first row; a shared storage is written once a name."""
+    """Write tensors with the number of their first row; shared storage is written once per name."""
     written, storages, first = {}, set(), {}
     for name, (tensor, row) in tensors.items():
         memory = tensor.untyped_storage().data_ptr()
@@ -32,7 +32,7 @@ def write_rows(tensors: Mapping[str, tuple[Tensor, int]], file: Path) -> None:
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """The tensors `kind` ("model", "ema", "optimizer") of a checkpoint; errors as of TensorFile."""
+    """The tensors `kind` ("model", "ema", "optimizer") of a checkpoint; errors: see TensorFile."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.source = folder / f"{kind}.safetensors"

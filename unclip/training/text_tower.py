@@ -1,8 +1,8 @@
-"""Training of CLIP's text tower alone, on image embeddings that do not change (LiT, 2111.07991).
+"""Training of CLIP's text tower only, on fixed image embeddings (LiT, 2111.07991).
 
-A CLIP learns new wordings of captions, while the networks that were trained on its image embeddings
-stay valid. They also read its text encodings; those of captions that the tower already understood
-are therefore kept near what they were.
+CLIP learns new wordings of captions, while networks that were trained on its image embeddings
+remain valid. These also read its text encodings; the encodings of captions that the tower already
+understood are therefore kept close to their old values.
 """
 
 # B batch, L text tokens, D CLIP embedding width, W text width
@@ -31,7 +31,7 @@ class TextTowerConfig:
 
 
 class TextTower(nn.Module):
-    """A CLIP of which only the text tower is trained; `save` writes all of it."""
+    """A CLIP with a trainable text tower and a frozen image tower; `save` writes both."""
 
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class TextTower(nn.Module):
 
 @dataclass(eq=False)
 class TextTowerLoss:
-    """Symmetric InfoNCE, and the distance to the former encodings of captions that were found."""
+    """Symmetric InfoNCE, and the distance to old encodings of captions that `base` matched."""
 
     network: TextTower
     base: CLIP
@@ -76,7 +76,7 @@ class TextTowerLoss:
 
     @staticmethod
     def _distance(text: TextEncoding, former: TextEncoding, image_emb: Tensor) -> Tensor:
-        """Squared distance of embeddings and states to those of the captions found before."""
+        """Return the squared distance to old embeddings and states, for matched captions."""
         text_emb, former_emb = normalise(text.emb.float()), normalise(former.emb.float())
         ranks = (former_emb @ image_emb.T).argmax(dim=1)
         found = ranks == torch.arange(len(ranks), device=ranks.device)  # (B,)

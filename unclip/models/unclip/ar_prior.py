@@ -118,7 +118,7 @@ class ARPrior(DirectPrior):
         C, V = config.width, config.buckets
         self.codes = EmbeddingCodes(config.emb_dim, config.components, V)
         self.dot_emb, self.code_emb = nn.Embedding(V, C), nn.Embedding(V, C)
-        for embedding in (self.dot_emb, self.code_emb):  # neighbouring buckets start alike
+        for embedding in (self.dot_emb, self.code_emb):  # similar for neighbouring buckets
             embedding.weight.data = 0.02 * timestep_embedding(torch.arange(V), C, max_period=V)
         self.head = zeroed(nn.Linear(C, V))
 
@@ -165,7 +165,7 @@ class ARPrior(DirectPrior):
         temperature: float = 1.0,
         on_prediction: OnPrediction | None = None,
     ) -> Tensor:
-        """See `DirectPrior.sample`; each generator makes K + 1 numbers."""
+        """See `DirectPrior.sample`; each generator samples K + 1 numbers."""
         K, V, R = self.config.components, self.config.buckets, len(text) // len(generators)
         uniform = random_rows(torch.rand, K + 1, generators, text.mask)  # B K+1
         options, cache = CodeOptions(temperature=temperature), self.start_cache(text)

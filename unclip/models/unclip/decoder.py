@@ -179,7 +179,9 @@ class TextTransformerEncoder(nn.Module):
     def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         ids, mask = text.ids, text.mask
         if ids is None:
-            raise ValueError("the text has no token ids, which this decoder reads")
+            raise ValueError(
+                "the text has no token ids; this decoder needs them, as from encode_text"
+            )
         slots = len(self.positions)
         if ids.shape[1] > slots:
             raise ValueError(
@@ -258,7 +260,9 @@ class Decoder(ContextUNet):
         if known is not None and not self.config.inpaints:
             raise ValueError("known was given, but this decoder was not trained to inpaint")
         if drop_text is not None and self.config.null_text == "empty_prompt":
-            raise ValueError('drop_text was given; with null_text "empty_prompt", pass ""')
+            raise ValueError(
+                'drop_text was given, but null_text is "empty_prompt"; encode "" instead'
+            )
         dtype = self.null_image.dtype
         image_emb = replace_rows(image_emb.to(dtype), drop_image, self.null_image)
         text_emb, text_tokens, text_mask = self.text(text.to(dtype=dtype), drop_text)

@@ -44,7 +44,7 @@ class LayoutPriorConfig:
     steps: PositiveInt = 20  # of sampling, with DDIM
     guidance: Positive = 1.5
     # Share of the timesteps at which a variation starts from the noised layout of its image;
-    # 1 = it keeps nothing of it
+    # 1 = nothing of it is kept
     variation: PositiveFraction = 0.5
 
     @property

@@ -31,12 +31,12 @@ class MLPPriorConfig(TextPriorConfig):
     kind: Literal["mlp"]
     mlp_width: PositiveInt = 512
     mlp_depth: PositiveInt = 4  # residual blocks
-    text_states: bool = True  # False: of a caption, only CLIP's text embedding is read
+    text_states: bool = True  # False: read only CLIP's text embedding of a caption
     x0_limit: Positive | None = 5.0  # as in PriorConfig
 
 
 def embedding_only(emb: Tensor, text_width: int) -> TextEncoding:
-    """Return captions of which only CLIP's embedding (B, D) is known, without text states."""
+    """Return text encodings with CLIP's embeddings (B, D) only, without text states."""
     states = emb.new_zeros(len(emb), 0, text_width)
     return TextEncoding(emb, states, states.new_zeros(len(emb), 0, dtype=torch.bool))
 

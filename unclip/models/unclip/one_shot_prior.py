@@ -63,7 +63,7 @@ class OneShotPrior(DirectPrior):
         temperature: float = 1.0,
         on_prediction: OnPrediction | None = None,
     ) -> Tensor:
-        """See `DirectPrior.sample`. temperature scales the noise, D numbers of each generator."""
+        """See `DirectPrior.sample`. temperature scales the noise, D numbers from each generator."""
         noise = None
         if self.config.query == "noise":
             D, R = self.config.emb_dim, len(text) // len(generators)

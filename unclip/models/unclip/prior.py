@@ -1,4 +1,4 @@
-"""The diffusion prior (unCLIP 2.2), and what all priors share.
+"""The diffusion prior (unCLIP 2.2), and the base classes of all priors.
 
 A prior is a causal transformer from a caption's encoding to a CLIP image embedding. Its tokens are
 [text states, text embedding | its own tokens]; the keys and values of the text are computed once.
@@ -156,7 +156,7 @@ class TextPrior(EmbeddingStats):
         x, mask = self.text_tokens(text, drop)
         N = mask.shape[1]  # L + 1
         visible = torch.ones(N, N, dtype=torch.bool, device=mask.device)
-        # Padding attends to itself, else its softmax would be 0 / 0; no other token sees it.
+        # Padding attends to itself, or its softmax would be 0 / 0; no other token sees it.
         visible = visible.tril() & (mask[:, None, None] | visible.triu())  # B 1 N N
         ks, vs = [], []
         *blocks, last = self.blocks
@@ -170,14 +170,15 @@ class TextPrior(EmbeddingStats):
     def transform(self, x: Tensor, text: KeyValues) -> Tensor:
         """Apply all blocks to the first n own tokens: (B, n, C) -> (B, n, C).
 
-        Each sees the text and its predecessors. Each row of `text` serves an equal share of B.
+        Each token attends to the text, to earlier tokens and to itself. Each row of `text` is used
+        for an equal share of B.
         """
         for block, (k, v, mask) in zip(self.blocks, text.layers(), strict=True):
             x = self.run(block.extend, x, k, v, mask)
         return x
 
     def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        """Call a part of the network; with gradient checkpointing, recompute it backwards."""
+        """Call a part of the network; gradient checkpointing recomputes it in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *tensors, use_reentrant=False)
         return function(*tensors)
@@ -201,14 +202,14 @@ class DenoisingPrior(TextPrior, ABC):
 
     @abstractmethod
     def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
-        """`denoise` from the time embedding (B or 1, width of `self.time`) on."""
+        """Predict as `denoise` does, from a time embedding (B or 1, width of `self.time`)."""
 
     def denoise(
         self, x_t: Tensor, t: Timestep, context: KeyValues, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict the normalised embedding from x_t (B, D) at t, (B,) or one number -> (B, D).
 
-        Each row of `context`, from `condition`, serves an equal share of B.
+        Each row of `context`, from `condition`, is used for an equal share of B.
         """
         if cache is None:
             time = self.time(per_row(t, x_t))  # B, width
@@ -224,7 +225,7 @@ class DenoisingPrior(TextPrior, ABC):
 
 @config
 class PriorConfig(TextPriorConfig):
-    # clip x_0 to ± this, in standard deviations (Karlo); None = not
+    # clip x_0 to ± this, in standard deviations (Karlo); None = no clipping
     x0_limit: Positive | None = 5.0
 
 

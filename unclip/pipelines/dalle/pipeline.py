@@ -54,7 +54,7 @@ CHUNK = 16  # images that the codec encodes together
 
 @dataclass(frozen=True)
 class Task:
-    """P images to generate, each as often as the call says."""
+    """P inputs of a call, each of which gives `num_images` images."""
 
     prompts: list[str | None]  # None for no prompt
     metadata: list[dict[str, Any]]
@@ -62,7 +62,7 @@ class Task:
 
 
 class DallePipeline(Pipeline):
-    """A tokenizer, a transformer over codes, an image codec, and optionally a CLIP that selects.
+    """A tokenizer, a transformer over codes, an image codec, and optionally a CLIP that reranks.
 
     Each image has a generator that is used once for each of the N codes, given ones included.
     """
@@ -93,7 +93,7 @@ class DallePipeline(Pipeline):
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, source: str | None = None) -> DallePipeline:
-        """Make a pipeline of the components of a checkpoint."""
+        """Make a pipeline from the components of a checkpoint."""
         cls.check_bundle(bundle)
         parts = bundle.components
         return cls(
@@ -150,10 +150,10 @@ class DallePipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Complete images of which the first `keep` * N codes stay exactly as they are.
+        """Complete images: keep the first `keep` * N codes of each, and sample the others.
 
-        image: one or several of the model's size. keep: a fraction in [0, 1). prompt: of all images
-        or one for each, or None. The rest is as in a call.
+        image: one or several of the model's size. keep: a fraction in [0, 1). prompt: one for all
+        images, one for each, or None. The other arguments are those of `__call__`.
         """
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         task = self._continue("complete", image, prompt, keep, self._num_kept(keep))
@@ -176,8 +176,8 @@ class DallePipeline(Pipeline):
         """Sample the lower part of images again, as `complete` does; with keep 0, every code.
 
         At keep 0 each code is sampled given the image's own codes before it, and the temperature of
-        the options says how far a variation may go. prompt: the captions, or None. image_emb is not
-        supported by this kind of model.
+        the options determines how much a variation may differ. prompt: the captions, or None.
+        image_emb is not supported by this kind of model.
         """
         if image is None or image_emb is not None:
             raise ValueError(f"{self.name} varies images, not CLIP embeddings; give it an image")
@@ -223,7 +223,7 @@ class DallePipeline(Pipeline):
     def _continue(
         self, operation: str, image: Images, prompt: Prompt | None, keep: float, kept: int | None
     ) -> Task:
-        """Make the task of images of which the first `kept` codes are given, or all (None)."""
+        """Make the task for images whose first `kept` codes are given; None = all codes."""
         images, prompts = self._pair(image, prompt)
         metadata = [
             {
@@ -358,7 +358,7 @@ class DallePipeline(Pipeline):
         return images, prompts
 
     def _tokens(self, prompts: Sequence[str | None]) -> Tensor:
-        """Return token ids (P, L); no prompt is the null, like the empty one."""
+        """Return token ids (P, L); a missing prompt is treated as the empty one."""
         texts = [prompt or "" for prompt in prompts]
         warn_of_unknown(texts, self.tokenizer)
         return self.dalle.tokens(*self.tokenizer(texts))
@@ -373,7 +373,7 @@ class DallePipeline(Pipeline):
         return opened
 
     def _check_compatible(self) -> None:
-        """ValueError for components that were not trained for each other."""
+        """Raise ValueError for components that were not trained for each other."""
         if not isinstance(self.codec, ImageCodec):
             kind = type(self.codec).__name__
             raise ValueError(f"codec is a {kind}; expected an image codec, such as a DVAE")

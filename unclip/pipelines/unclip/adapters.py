@@ -80,7 +80,7 @@ class Adapters:
         return {"lora": entries} if entries else {}
 
     def check_saveable(self) -> None:
-        """ValueError if weights are not in the form in which networks are saved."""
+        """Raise ValueError if weights are not in the form in which networks are saved."""
         if unmerged := [one.source for one in self._current() if one.name is not None]:
             raise ValueError(
                 f"the LoRA {unmerged[0]} is not part of the weights; unload it, or load it with "

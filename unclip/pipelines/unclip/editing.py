@@ -1,10 +1,11 @@
 """Inpainting, outpainting and image-to-image, with any decoder, trained for it or not.
 
-Functions over a pipeline. They return `num_images` images of each input; image k has the seed
-`seed` + k. What is kept is kept bit for bit. The prompt, one for all or one for each, describes the
-whole image; without one, it keeps its meaning.
-An image of any size is painted through square windows of its shorter side, which the model sees at
-its own size. A model with an inpainter uses it, unless painting.trained is False.
+The functions take a pipeline and return `num_images` images of each input; image k has the seed
+`seed` + k. Known pixels are kept bit for bit. The prompt, one for all or one for each, describes
+the whole image; without a prompt, the CLIP embedding of the input is used.
+
+An image of any size is painted in square windows as wide as its shorter side, which are resized to
+the size of the model's images. A model with an inpainter uses it, unless painting.trained is False.
 """
 
 # P inputs, n images of each, B batch (P * n), H W height and width of a canvas, S size of the
@@ -45,7 +46,7 @@ from unclip.pipelines.unclip.stages import (
 )
 from unclip.types import GenerationResult, Prompt, TextEncoding, UnCLIPOptions
 
-ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers: their input is harmonious
+ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers, whose input is consistent
 MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
 MAX_WINDOWS = 64
 
@@ -57,7 +58,7 @@ Mask = Image.Image | str | Path
 class Canvas:
     """An image and the part of it to paint."""
 
-    image: Image.Image  # that the canvas was made of
+    image: Image.Image  # the source image
     pixels: np.ndarray  # (H, W, 3) uint8
     hole: np.ndarray  # (H, W) bool
     metadata: dict[str, Any]  # how it was made
@@ -78,8 +79,8 @@ def inpaint(
 ) -> GenerationResult:
     """Paint the white part of a mask of the same size, or the transparent part if it has one.
 
-    Several images have a mask each. With painting.strength below 1, the old content shines
-    through. Warns if nothing or everything is marked.
+    Several images need a mask each. With painting.strength below 1, the old content remains
+    partly visible. Warns if nothing or everything is marked.
     """
     sources = open_images(image)
     masks: Sequence[Any] = mask if isinstance(mask, list | tuple) else [mask]
@@ -220,7 +221,7 @@ class Painted:
 
 
 def paste_window(pixels: np.ndarray, hole: np.ndarray, x: Tensor) -> None:
-    """Write painted images x (n, 3, S, S) to the hole of a window, which is closed then."""
+    """Write painted images x (n, 3, S, S) to the hole of a window, and clear the hole."""
     for pixel, new in zip(pixels, to_pil(x), strict=True):
         new = new.resize(hole.shape, Image.Resampling.LANCZOS)
         pixel[hole] = np.asarray(new)[hole]
@@ -296,7 +297,7 @@ def _paint_window(
 
 
 def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
-    """Yield squares that together cover the hole (H, W) bool, ordered to see known pixels.
+    """Yield squares that together cover the hole (H, W) bool, in an order that shows known pixels.
 
     ValueError if there would be more than MAX_WINDOWS.
     """
@@ -310,7 +311,7 @@ def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
 
 
 def _check_windows(found: int, area: int, side: int) -> None:
-    """ValueError if `area` more pixels certainly need too many windows."""
+    """Raise ValueError if `area` remaining pixels certainly need too many windows."""
     if area > (MAX_WINDOWS - found) * side**2:
         windows = f"windows of {side} x {side} px, the image's shorter side"
         raise ValueError(
@@ -319,7 +320,7 @@ def _check_windows(found: int, area: int, side: int) -> None:
 
 
 def _next_window(hole: np.ndarray, side: int) -> Window:
-    """Centre the window on a small hole; otherwise maximise the hole in it, with enough known."""
+    """Centre the window on a small hole, or maximise its hole while enough pixels are known."""
     spans = []  # for x and y: the central position, whether the hole fits, all positions
     for marked, length in ((hole.any(axis=0), hole.shape[1]), (hole.any(axis=1), hole.shape[0])):
         first, last = np.flatnonzero(marked)[[0, -1]]

@@ -30,13 +30,13 @@ class Latent:
     image_emb: Tensor  # (B, D) z_i
     noise: tuple[Tensor, ...]  # x_T of the decoder (B, 3, s, s), then of each upsampler
     options: UnCLIPOptions  # of the inversion
-    sources: tuple[dict[str, Any], ...] = ()  # what each image was made of, as JSON types
+    sources: tuple[dict[str, Any], ...] = ()  # the source of each image, as JSON types
 
     def __post_init__(self) -> None:
         parts = [self.image_emb, *self.noise, *([self.sources] if self.sources else [])]
         if len(lengths := {len(part) for part in parts}) != 1:
             raise ValueError(
-                f"parts of a latent have {sorted(lengths)} images; expected one number"
+                f"parts of a latent have {sorted(lengths)} images; expected equal numbers"
             )
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Latent:
 
     @classmethod
     def load(cls, file: str | Path) -> Latent:
-        """Read a file of `save`. ValueError if it contains anything else."""
+        """Read a file written by `save`. ValueError if it contains anything else."""
         tensors = read_tensors(file)
         header = (open_safetensors(file).metadata() or {}).get(METADATA_KEY)
         names = [f"noise_{i}" for i in range(len(tensors) - 1)]
@@ -109,7 +109,7 @@ def deterministic(options: UnCLIPOptions, steps: int = 50) -> UnCLIPOptions:
 
 
 def check_invertible(options: UnCLIPOptions) -> None:
-    """ValueError unless decoder and upsamplers use DDIM, without noise and without caching."""
+    """Raise ValueError unless decoder and upsamplers use DDIM without noise and caching."""
     stages = {"decoder": options.decoder}
     stages |= {f"upsampler {i}": stage for i, stage in enumerate(options.upsamplers)}
     for name, stage in stages.items():
@@ -130,12 +130,12 @@ def path_positions(frames: int | Sequence[float]) -> list[float]:
         return [float(position) for position in frames]
     check_count("frames", frames)
     if frames < 2:
-        raise ValueError("frames is 1; expected at least the two ends of the path")
+        raise ValueError("frames is 1; expected at least 2, for the ends of the path")
     return [k / (frames - 1) for k in range(frames)]
 
 
 def check_path(count: int) -> None:
-    """ValueError for a path of fewer than two images or prompts."""
+    """Raise ValueError for a path of fewer than two images or prompts."""
     if count < 2:
         raise ValueError(f"a path needs at least 2 images or prompts; got {count}")
 

@@ -1,8 +1,7 @@
 """Manipulations of latents (unCLIP 3): inversion, variations, interpolation, text diffs.
 
-Functions over a pipeline. They take images, or their latents if these exist already. Without
-options, those of the latent are used; for an image, the model's own with at least 50 steps of DDIM
-in the decoder.
+The functions take a pipeline, and images or their latents. Without options, those of the latent are
+used; for an image, the model's own with at least 50 steps of DDIM in the decoder.
 """
 
 # B images, D CLIP embedding width, S size of a stage's images
@@ -55,7 +54,8 @@ def invert(
     """Compute latents: CLIP's embedding, and the noise by DDIM inversion with it.
 
     Images are cropped to the central square that the model generates. Each upsampler is inverted
-    with the small image that `reconstruct` will give it, so that it corrects its errors.
+    with the small image that `reconstruct` will pass to it, so that errors of that image are
+    corrected.
     """
     options = request.options or deterministic(pipe.options)
     inversion = inversion or InversionOptions()
@@ -131,9 +131,9 @@ def vary(
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
-    """Vary images, `num_images` times each: the more, the larger eta is (unCLIP 3.1).
+    """Generate `num_images` variations of each image; a larger eta changes more (unCLIP 3.1).
 
-    eta: share of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Image k has the seed
+    eta: amount of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Image k has the seed
     `seed` + k.
     """
     _check_eta(eta)
@@ -155,10 +155,10 @@ def interpolate(
 ) -> GenerationResult:
     """Decode points on the path through two or more images, or two or more prompts (unCLIP 3.2).
 
-    frames: how many, evenly from end to end, which are the reconstructions; or positions in [0, 1].
-    Embeddings follow great circles. noise: "slerp" too, "first" the first image's throughout,
-    or "random" from the seed. even: find positions with equal steps between them for CLIP, which
-    samples small frames first.
+    frames: number of evenly spaced points, of which the ends are the reconstructions; or positions
+    in [0, 1]. Embeddings follow great circles. noise: "slerp" = great circles too, "first" = that
+    of the first image for all frames, "random" = sampled from the seed. even: choose positions with
+    equal distances in CLIP's space, for which small frames are sampled first.
     """
     if (path is None) == (prompts is None):
         raise ValueError("expected either images (or their latents) or prompts, one of the two")
@@ -198,12 +198,13 @@ def text_diff(
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
-    """Turn embeddings from the text `base`, which may be "", to `target`, with equal noise (3.3).
+    """Rotate embeddings towards the difference of the texts `target` and `base` (unCLIP 3.3).
 
-    theta: how far, from 0 (the image) to 1 (the text alone); the paper uses 0.25 - 0.5. With
-    several, each image is decoded at each. eta: as in `vary`. At eta 0, as in the paper, theta 0 is
-    the reconstruction, but remains of the old image become visible as theta grows. A larger eta
-    removes them, and makes theta 0 less exact. Image k has the seed `seed` + k at each theta.
+    base: may be "". theta: from 0 (the image) to 1 (only the difference); the paper uses 0.25 to
+    0.5. With several values, each image is decoded for each of them. The noise is kept. eta: as in
+    `vary`. At eta 0, as in the paper, theta 0 is the reconstruction, but remnants of the old image
+    become visible as theta grows. A larger eta removes them, and makes theta 0 less exact. Image k
+    has the seed `seed` + k at each theta.
     """
     _check_eta(eta)
     thetas = np.asarray(theta, dtype=float).ravel().tolist()
@@ -230,12 +231,12 @@ def text_diff(
 def check_latent(
     pipe: StagedPipeline, latent: Latent, options: UnCLIPOptions | None = None
 ) -> None:
-    """ValueError unless this model can decode the latent under `options`, or else its own."""
+    """Raise ValueError unless this model can decode the latent with options (or its own)."""
     options = options or latent.options
     _check(pipe, options)
     width, sizes = latent.image_emb.shape[-1], stage_sizes(pipe, options)
     if width != pipe.clip.emb_dim:
-        expected = f"expected {pipe.clip.emb_dim}, as of the model that it was made with"
+        expected = f"expected {pipe.clip.emb_dim}; use the model that it was made with"
         raise ValueError(f"the latent has embeddings of width {width}; {expected}")
     if [x.shape[-1] for x in latent.noise[: len(sizes)]] != sizes:
         given = ", ".join(str(x.shape[-1]) for x in latent.noise)
@@ -250,7 +251,7 @@ def _steps(options: UnCLIPOptions) -> list[int]:
 def _even_positions(
     pipe: StagedPipeline, path: Latent, frames: int, request: Request
 ) -> list[float]:
-    """Return positions from 0 to 1 with equal steps between them for CLIP, after EVEN_ROUNDS."""
+    """Return positions from 0 to 1 with equal distances in CLIP's space, after EVEN_ROUNDS."""
     options, positions = request.options or path.options, path_positions(frames)
     request = replace(request, options=replace(options, upsamplers=()))
     embs: dict[float, Tensor] = {}
@@ -291,7 +292,7 @@ def _decode(
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
 ) -> GenerationResult:
-    """Decode latents, or points at some positions along them. entries: of their metadata."""
+    """Decode latents, or points at positions along them. entries: of the metadata."""
     options = request.options or latent.options
     _check(pipe, options)
     sizes = stage_sizes(pipe, options)
@@ -311,7 +312,7 @@ def _decode(
             images += to_pil(x)
             embs.append(part.image_emb)
     all_seeds: list[int | None] = [*seeds] if seeds else [None] * count
-    entries = entries or [{}] * count  # a latent need not know its sources
+    entries = entries or [{}] * count  # a latent may have no sources
     if options != latent.options:
         entries = [_with_source_options(entry, latent.options) for entry in entries]
     about = pipe.describe(options)
@@ -335,7 +336,7 @@ def _count(source: Images | Latent) -> int:
 
 
 def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:
-    """ValueError unless embeddings are (N, D)."""
+    """Raise ValueError unless embeddings are (N, D)."""
     width = pipe.clip.emb_dim
     if image_emb.ndim != 2 or image_emb.shape[1] != width or not len(image_emb):
         raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {width})")

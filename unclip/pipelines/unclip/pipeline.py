@@ -68,10 +68,10 @@ from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEnc
 class UnCLIPPipeline(Pipeline):
     """CLIP, a prior (or none, for variations only), a decoder and any number of upsamplers.
 
-    Every stage can be called alone. `generators` are one for each image; each is used in this
-    order: the prior's noise for candidate 1, 2, ...; at every stochastic step of the prior, noise
-    for candidate 1, 2, ...; then the noise of the layout, if the model samples one; the decoder's
-    first noise and that of its steps, and those of the upsamplers.
+    Every stage can be called separately. `generators` holds one generator for each image, which is
+    used in this order: the prior's initial noise for candidate 1, 2, ...; at every stochastic step
+    of the prior, noise for candidate 1, 2, ...; the noise of the layout, if the model samples one;
+    the initial noise of the decoder and the noise of its steps; the same for each upsampler.
     """
 
     kind = "unclip"
@@ -98,7 +98,7 @@ class UnCLIPPipeline(Pipeline):
 
         inpainter: a decoder of the same size that was trained to inpaint; not needed if `decoder`
         was. layout_prior: samples the layouts of `decoder`, which must have that input. offloader:
-        that holds the networks already. source: what `unclip.load` was given.
+        already holds the networks. source: the argument of `unclip.load`.
         """
         ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
         first = {"prior": prior, "layout_prior": layout_prior, "decoder": decoder}
@@ -131,7 +131,7 @@ class UnCLIPPipeline(Pipeline):
             for stage, network in ups.items()
         )
         self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(ups))
-        # Schedules of former priors, to put them back by `pipe.prior = network`.
+        # Schedules of earlier priors, to restore them on `pipe.prior = network`.
         self._prior_schedules: WeakKeyDictionary[Any, ScheduleConfig] = WeakKeyDictionary()
         self.adapters = Adapters(self.runtime)
         self._check_compatible(inpainter)
@@ -141,7 +141,7 @@ class UnCLIPPipeline(Pipeline):
     def from_bundle(
         cls, bundle: Bundle, source: str | None = None, offloader: Offloader | None = None
     ) -> UnCLIPPipeline:
-        """Make a pipeline of the components of a checkpoint; offloaded if an offloader is given."""
+        """Make a pipeline from a checkpoint's components; offloaded if an offloader is given."""
         cls.check_bundle(bundle)
         networks = [name for name in bundle.components if name.startswith("upsampler_")]
         names = sorted(networks, key=lambda name: int(name.removeprefix("upsampler_")))
@@ -183,11 +183,11 @@ class UnCLIPPipeline(Pipeline):
     ) -> GenerationResult:
         """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder follow all its
-        texts at once, by their weights. negative_prompt, one for all or one for each, replaces the
-        null of guidance. With num_candidates, that number of images is sampled, and those
-        that CLIP finds closest to the prompt are kept, the best first, with their scores. on_step
-        is called after every step of every batch of at most `batch_size` images.
+        A prompt may be a mixture, {"an apple": 2, "a lemon": 1}: prior and decoder are conditioned
+        on all its texts, by their weights. negative_prompt, one for all or one for each, replaces
+        the null of guidance. With num_candidates, that number of images is sampled, and those that
+        CLIP finds closest to the prompt are kept, the best first, with their scores. on_step is
+        called after every step of every batch of at most `batch_size` images.
         """
         prompts, options = PromptBatch.of(prompt, negative_prompt), options or self.options
         self._check_options(options, prompts)
@@ -233,7 +233,7 @@ class UnCLIPPipeline(Pipeline):
         """Generate images with the meaning of an image, several, or CLIP embeddings (N, D).
 
         If the model samples layouts, those of variations resemble the images' own; with image_emb,
-        they may be given, as `encode_layout` returns them.
+        pass them as `layout`, as returned by `encode_layout`.
         """
         if (image is None) == (image_emb is None):
             raise ValueError("expected either an image or image_emb, one of the two")
@@ -273,7 +273,7 @@ class UnCLIPPipeline(Pipeline):
 
     @inference
     def encode_text(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32; one longer than CLIP's context is cut, with a warning."""
+        """Encode P prompts in float32; texts beyond CLIP's context are cut, with a warning."""
         return self.encoder(prompts)
 
     @inference
@@ -312,9 +312,9 @@ class UnCLIPPipeline(Pipeline):
     ) -> Tensor:
         """Sample CLIP image embeddings (P * N, D), N for each of P texts.
 
-        Each is the best of `candidates` by dot product with its text. generators: P * N, or random.
-        negative: 1 or P texts that replace the null of guidance. weights (K, P): `text` holds the
-        first of K texts of each of the P, then the second, ..., to be mixed.
+        Each is the best of `candidates` by dot product with its text. generators: P * N; None =
+        random. negative: 1 or P texts that replace the null of guidance. weights (K, P): mix K
+        texts for each prompt; `text` holds the first text of all P prompts, then the second, ...
         """
         P = len(text) if weights is None else weights.shape[1]
         return self._need_prior().sample(
@@ -348,10 +348,10 @@ class UnCLIPPipeline(Pipeline):
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1] for CLIP image embeddings (B, D) and B texts.
 
-        text: None for no text. image_emb: None to follow the texts alone (unCLIP 5.1). negative: B
-        texts that replace the null of guidance. weights (K, B): `text` holds the first of K texts
-        of each of the B, then the second, ..., to be mixed. like: layouts (B, 3, h, h) that sampled
-        ones shall resemble, see `encode_layout`.
+        text: None for no text. image_emb: None to condition on the texts only (unCLIP 5.1).
+        negative: B texts that replace the null of guidance. weights (K, B): mix K texts for each
+        image; `text` holds the first text of all B images, then the second, ... like: layouts
+        (B, 3, h, h) that the sampled ones should resemble, see `encode_layout`.
         """
         return self.decoder_stage.sample(
             image_emb,
@@ -373,7 +373,7 @@ class UnCLIPPipeline(Pipeline):
         options: Sequence[StageOptions] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), by a stage for each options."""
+        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), one stage per options."""
         options = self.options.upsamplers if options is None else options
         check_upsamplers(options, len(self.upsampler_stages))
         size, shape = self.decoder_stage.size, tuple(images.shape)
@@ -401,7 +401,7 @@ class UnCLIPPipeline(Pipeline):
     def random_latent(
         self, image_emb: Tensor, *, seed: Seed = None, options: UnCLIPOptions | None = None
     ) -> Latent:
-        """Return latents of embeddings (B, D), with the noise of `variations` from `seed` on."""
+        """Return latents of embeddings (B, D), with the noise that `variations` uses for `seed`."""
         return manipulations.random_latent(self, image_emb, seed, options)
 
     def imagine(
@@ -418,7 +418,7 @@ class UnCLIPPipeline(Pipeline):
         return manipulations.imagine(self, prompts, request)
 
     def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
-        """ValueError unless this model can decode a latent under `options`, or else its own."""
+        """Raise ValueError unless this model can decode the latent with options (or its own)."""
         manipulations.check_latent(self, latent, options)
 
     def reconstruct(
@@ -448,7 +448,7 @@ class UnCLIPPipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Vary images: the more, the larger eta; see `manipulations.vary`."""
+        """Vary images; a larger eta changes more. See `manipulations.vary`."""
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         return manipulations.vary(self, source, eta, inversion, request)
 
@@ -488,11 +488,11 @@ class UnCLIPPipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Turn images from a base text to a target text; see `manipulations.text_diff`."""
+        """Edit images by the difference of two texts; see `manipulations.text_diff`."""
         request = Request(1, seed, on_step, batch_size, progress, options)
         return manipulations.text_diff(self, source, base, target, theta, eta, inversion, request)
 
-    # -- editing; what is kept is kept bit for bit
+    # -- editing; known pixels are kept bit for bit
 
     def inpaint(
         self,
@@ -549,7 +549,7 @@ class UnCLIPPipeline(Pipeline):
     ) -> GenerationResult:
         """Repaint whole images from their noised versions (SDEdit, 2108.01073).
 
-        strength: above 0 (nearly unchanged) to 1 (nothing is left of it).
+        strength: in (0, 1]; near 0 little changes, at 1 nothing of the image is kept.
         """
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         return editing.image_to_image(self, image, prompt, strength, request)
@@ -626,7 +626,7 @@ class UnCLIPPipeline(Pipeline):
         return self
 
     def unload_lora(self, path: str | Path | None = None) -> Self:
-        """Remove an adapter, or all: the networks compute what they did before."""
+        """Remove one adapter, or all, so that outputs are as before loading."""
         self.adapters.unload(path)
         return self
 
@@ -647,7 +647,7 @@ class UnCLIPPipeline(Pipeline):
         super().save_pretrained(folder, dtype)
 
     def prior_steps(self, options: StageOptions) -> int:
-        """Return how often the prior calls `on_step`; the options choose it for diffusion only."""
+        """Return how often the prior calls `on_step`; options matter for diffusion only."""
         return self._need_prior().steps(options)
 
     # -- helpers
@@ -694,7 +694,7 @@ class UnCLIPPipeline(Pipeline):
         return BestOf(self.encode_image, text_emb, num_images, num_candidates)
 
     def _num_steps(self, options: UnCLIPOptions, prior: bool = False) -> int:
-        """Return the sampling steps of a batch; prior: of prompts, not of image embeddings."""
+        """Return the sampling steps of a batch; prior: include those of the prior."""
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         if prior and options.embedding == "prior":
             steps += self._need_prior().steps(options.prior)
@@ -706,7 +706,7 @@ class UnCLIPPipeline(Pipeline):
         return self.prior_stage
 
     def _check_options(self, options: UnCLIPOptions, prompts: PromptBatch | None = None) -> None:
-        """ValueError unless images of prompts, or of something else, can be sampled with them."""
+        """Raise ValueError unless the options are valid; prompts: None for images without one."""
         check_stages(self, options, of_prompts=prompts is not None)
         check_count("prior_candidates", options.prior_candidates)
         if prompts is not None:
@@ -715,7 +715,7 @@ class UnCLIPPipeline(Pipeline):
                 self._need_prior()
 
     def _check_compatible(self, inpainter: AnyDecoder | None) -> None:
-        """ValueError for networks that were not trained for each other."""
+        """Raise ValueError for networks that were not trained for each other."""
         if self.prior is not None:
             self._check_clip("prior", self.prior.config)
         self._check_clip("decoder", self.decoder.config)
@@ -728,7 +728,9 @@ class UnCLIPPipeline(Pipeline):
             self._check_clip("inpainter", inpainter.config)
             stage = self.inpainter_stage
             if stage is None or not stage.inpaints or stage.size != size:
-                raise ValueError(f"inpainter must be a decoder of {size} px, trained to inpaint")
+                raise ValueError(
+                    f"inpainter is not a decoder of {size} px that was trained to inpaint"
+                )
         for stage in self.upsampler_stages:
             low = stage.network.config.low_size
             if low != size:

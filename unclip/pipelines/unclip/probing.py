@@ -62,7 +62,7 @@ def _readable(dataset: Any, start: int, count: int) -> list[Image.Image]:
 
 
 def shown_components(pca: PCA) -> list[int]:
-    """Return the paper's numbers of components below the PCA's, and the PCA's."""
+    """Return the paper's numbers of components below that of the PCA, and that of the PCA."""
     return sorted({k for k in COMPONENTS if k < len(pca)} | {len(pca)})
 
 

@@ -80,8 +80,9 @@ class DiffusionStage:
     ) -> BoundStage:
         """Fix the conditioning and the options.
 
-        null: makes the context of guidance, of one row or as many as `context`; not called without
-        guidance. weights (K, B): of K contexts for each sample. clip: bound of |x_0|.
+        null: returns the unconditional context of guidance, with one row or as many as `context`;
+        not called without guidance. weights (K, B): of the K contexts of each sample. clip: bound
+        of |x_0|.
         """
         timesteps = sampling_timesteps(options, self.schedule)
         denoise, denoise_both = self.denoiser(context, options, timesteps), None
@@ -99,7 +100,9 @@ class DiffusionStage:
         network: Any = self.network
         if options.cache_interval > 1 and not isinstance(network, Decoder | Upsampler):
             kind = type(network).__name__
-            raise ValueError(f"{self.name} is a {kind}; expected cache_interval 1 for it")
+            raise ValueError(
+                f"{self.name} is a {kind}; expected cache_interval 1, got {options.cache_interval}"
+            )
         module = network.unet if isinstance(network, Upsampler) else network
         denoise = self.runtime.bind(network.denoise, module)
         cache = DenoiserCache(timesteps, options.cache_interval)
@@ -147,7 +150,7 @@ class BoundStage:
         on_step: OnStep | None = None,
         eta: float | None = None,
     ) -> Tensor:
-        """Sample x_0 from the noise x_T (B, ...). eta: instead of the options'."""
+        """Sample x_0 from the noise x_T (B, ...). eta: overrides the options."""
         options = self.options if eta is None else replace(self.options, eta=eta)
         estimate, report = self._start(on_step)
         with self.stage.runtime.memory():
@@ -182,7 +185,7 @@ class BoundStage:
             return repaint(estimate, image, hole, schedule, self.timesteps, noise, options, report)
 
     def select(self, rows: Tensor) -> BoundStage:
-        """Return the stage bound to some of its contexts; `estimate` then takes their samples."""
+        """Return the stage bound to some of its contexts; `estimate` takes only their samples."""
 
         def some(denoise: partial[Tensor]) -> partial[Tensor]:
             context, cache = denoise.keywords["context"], denoise.keywords["cache"]
@@ -198,7 +201,7 @@ class BoundStage:
 
     @property
     def num_contexts(self) -> int:
-        """Number of contexts, each of an equal share of the samples; in a mixture K times."""
+        """Number of contexts per text of a mixture; each is for an equal share of the samples."""
         K = 1 if self.weights is None else len(self.weights)
         return len(self.denoise.keywords["context"]) // K
 
@@ -222,11 +225,11 @@ class BoundStage:
 
 
 class WantedEstimate:
-    """The estimate of x_0 of the images that are not dropped; zeros for the others."""
+    """Estimates x_0 of the images that are not dropped; returns zeros for the others."""
 
     def __init__(self, bound: BoundStage, reporter: BatchReporter) -> None:
         self.bound, self.reporter, self.num_contexts = bound, reporter, bound.num_contexts
-        self.contexts = torch.arange(bound.num_contexts)  # that are left, of num_contexts
+        self.contexts = torch.arange(bound.num_contexts)  # indices of those that are left
 
     def __call__(self, x_t: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
         rows = self._select(len(x_t)).to(x_t.device)
@@ -257,7 +260,7 @@ class TextEncoder:
         self.clip, self.runtime = clip, runtime
 
     def __call__(self, prompts: Prompt) -> TextEncoding:
-        """Encode P prompts in float32; one longer than CLIP's context is cut, with a warning."""
+        """Encode P prompts in float32; texts beyond CLIP's context are cut, with a warning."""
         prompts = check_prompts(prompts)
         warn_of_unknown(prompts, self.clip.tokenizer)
         self.runtime.use(self.clip)
@@ -300,7 +303,7 @@ class PriorStage:
             self.diffusion = DiffusionStage("prior", network, schedule, self.runtime, "x0")
 
     def steps(self, options: StageOptions) -> int:
-        """Return how often `on_step` is called; the options choose it for diffusion only."""
+        """Return how often `on_step` is called; the options matter for diffusion only."""
         return self.network.steps if isinstance(self.network, DirectPrior) else options.steps
 
     def sample(
@@ -323,7 +326,7 @@ class PriorStage:
             raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
         each = num_images * candidates
         mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
-        # A row of the context for each prompt serves all of its embeddings.
+        # One row of the context per prompt is shared by all of its embeddings.
         context = self._condition(self.text_encoder.prepare(text))
         null = partial(self._null, negative, K)
         generators = [generator for generator in generators for _ in range(candidates)]
@@ -345,7 +348,7 @@ class PriorStage:
         return self.network.condition(text)
 
     def _null(self, negative: TextEncoding | None, K: int) -> KeyValues:
-        """Return the context of guidance: of the negative texts, or one cached row."""
+        """Return the unconditional context: that of the negative texts, or one cached row."""
         if negative is not None:
             context = self._condition(self.text_encoder.prepare(negative))
             return context if len(context) == 1 else KeyValues.cat([context] * K)
@@ -418,7 +421,7 @@ class LayoutStage:
     ) -> Tensor:
         """Sample layouts (B, 3, h, h) in [-1, 1] for embeddings of images and texts, (B, D).
 
-        like: layouts that the samples shall resemble; sampling starts from their noised versions
+        like: layouts that the samples should resemble; sampling starts from their noised versions
         (SDEdit, 2108.01073).
         """
         network, schedule = self.network, self.diffusion.schedule
@@ -449,7 +452,7 @@ class DecoderStage:
         text_encoder: TextEncoder,
         layout_stage: LayoutStage | None = None,
     ) -> None:
-        """layout_stage: samples the layouts; None = they are the mean for an embedding."""
+        """layout_stage: samples the layouts; None = use the mean for an embedding."""
         self.network, self.text_encoder, self.layout_stage = network, text_encoder, layout_stage
         self.runtime, config = text_encoder.runtime, network.config
         self.diffusion = DiffusionStage(
@@ -486,7 +489,7 @@ class DecoderStage:
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`.
 
-        like: layouts (B, 3, h, h) that the sampled ones shall resemble.
+        like: layouts (B, 3, h, h) that the sampled ones should resemble.
         """
         rows: Any = text if image_emb is None else image_emb  # `bind` checks them
         K = 1 if weights is None or image_emb is not None else len(weights)
@@ -518,13 +521,13 @@ class DecoderStage:
     ) -> BoundStage:
         """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`.
 
-        generators: to sample layouts, if the model can; None = the mean for each embedding. like:
-        see `sample`.
+        generators: for sampled layouts, if the model has a layout prior; None = use the mean for
+        each embedding. like: see `sample`.
         """
         K, blind = 1 if weights is None else len(weights), image_emb is None
         if image_emb is None:
             if text is None:
-                raise ValueError("image_emb and text are both None; expected one of them")
+                raise ValueError("image_emb and text are both None; expected at least one")
             # Replaced by the null.
             image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
         self._check(image_emb, text, K)
@@ -691,7 +694,7 @@ def bind_stage(
 
 
 def check_stages(pipe: StagedPipeline, options: Any, of_prompts: bool = False) -> None:
-    """ValueError unless images of prompts, or of something else, can be sampled with `options`."""
+    """Raise ValueError unless `options` are valid for this model; of_prompts: with prompts."""
     check_options(options, UnCLIPOptions, len(pipe.upsampler_stages))
     if options.embedding != "prior" and not of_prompts:
         raise ValueError(f"embedding is {options.embedding!r}; expected 'prior' without a prompt")
