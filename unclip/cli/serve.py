@@ -25,16 +25,16 @@ def add_commands(commands: Any) -> None:
     about = "cpu, cuda, cuda:1, mps; repeated: one engine for each (default: the fastest)"
     parser.add_argument("--device", action="append", dest="devices", metavar="DEVICE", help=about)
     parser.add_argument("--dtype", choices=DTYPES, help="data type of the networks")
-    about = "address to bind; other machines reach 0.0.0.0, with an API key (default: 127.0.0.1)"
+    about = "address to bind; any but a loopback address needs an API key (default: 127.0.0.1)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     about = f"key that clients must send; may be repeated (default: ${KEY_VARIABLE}, or none)"
     parser.add_argument("--api-key", action="append", dest="keys", metavar="KEY", help=about)
-    about = "start of the URLs in responses (default: the Host header, on loopback only)"
+    about = "base of the URLs in responses (default: the Host header, on loopback only)"
     parser.add_argument("--public-base-url", metavar="URL", help=about)
     about = "folder or fsspec URL for results (default: memory)"
     parser.add_argument("--storage", metavar="DIR|URL", help=about)
-    about = "refuse what dall-e-2 refused, rather than ignore it"
+    about = "reject unsupported fields, as dall-e-2 did, instead of ignoring them"
     parser.add_argument("--strict", action="store_true", help=about)
     about = "generate each image alone: equal seeds give equal bytes under any load"
     parser.add_argument("--deterministic", action="store_true", help=about)
