@@ -30,7 +30,7 @@ from unclip.weights import load_strictly, read_tensors, save_tensors
 METADATA_KEY = "judge"
 WIDTHS = (32, 64, 128, 256)
 BATCH, LR, WEIGHT_DECAY = 128, 3e-3, 0.02
-STEPS = 1500
+STEPS = 3500
 _TONE = re.compile(r"(: |, )?(medium-light|medium-dark|light|medium|dark) skin tone")
 
 
