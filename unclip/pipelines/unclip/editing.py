@@ -51,6 +51,7 @@ MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
 MAX_WINDOWS = 64
 
 Window = tuple[int, int]  # left, top
+View = tuple[np.ndarray, np.ndarray]  # pixels (n, side, side, 3) uint8 and hole (side, side) bool
 Mask = Image.Image | str | Path
 
 
@@ -152,53 +153,61 @@ def _paint(
     request: Request,
 ) -> GenerationResult:
     """Paint the holes of canvases window by window, each at the size of the model's images."""
-    options, has_inpainter = request.options or pipe.options, pipe.inpainter_stage is not None
-    if painting.trained and not has_inpainter:
-        raise ValueError("this model has no inpainter: painting.trained must be False or None")
-    if painting.trained is None:
-        painting = replace(painting, trained=has_inpainter)
-    check_stages(pipe, options)
-    if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
-        raise ValueError("cache_interval is above 1; expected 1 for painting, which repeats steps")
+    options = request.options or pipe.options
+    painting = _check_painting(pipe, options, painting)
     prompts = _prompts(prompt, len(canvases))
     windows = [list(windows_over(canvas.hole, canvas.side)) for canvas in canvases]
-    rounds = max(map(len, windows))
     steps = painting.resamples * painting.steps(options.decoder.steps)
-    steps = rounds * (steps + sum(stage.steps for stage in options.upsamplers))
+    steps += sum(stage.steps for stage in options.upsamplers)
+    steps *= max(map(len, windows))
     if prompts is not None and pipe.prior_stage is not None:
         steps += pipe.prior_stage.steps(options.prior)
     results = []
     for batch in request.batches(len(canvases), steps):
-        part, n = canvases[batch.prompts], batch.num_images
-        texts = None if prompts is None else prompts[batch.prompts]
+        part, texts = canvases[batch.prompts], None if prompts is None else prompts[batch.prompts]
         with torch.inference_mode():
             image_emb, text = _content(pipe, part, texts, batch, options)
-            painted = [Painted.of(canvas, n) for canvas in part]
-            size, keep = stage_sizes(pipe, options)[-1], painting.strength < 1
+            painted = [Painted.of(canvas, batch.num_images) for canvas in part]
             for window in itertools.zip_longest(*windows[batch.prompts], fillvalue=(0, 0)):
                 views = [one.view(at) for one, at in zip(painted, window, strict=True)]
-                known, marked = zip(*(to_model(*view, size, keep) for view in views), strict=True)
-                marked = [one.expand(n, -1, -1, -1) for one in marked]
-                x = _paint_window(
-                    pipe, torch.cat(known), torch.cat(marked), image_emb, text, batch, options,
-                    painting,
-                )  # fmt: skip
-                for (pixels, hole), new in zip(views, x.split(n), strict=True):
-                    paste_window(pixels, hole, new)
-        about, entries = pipe.describe(options), []
-        for k, seed in enumerate(batch.seeds):
-            metadata = part[k // n].metadata
-            arguments = {
-                **metadata.get("arguments", {}),
-                "prompt": None if texts is None else texts[k // n],
-                "painting": asdict(painting),
-            }
-            entries.append({**metadata, "arguments": arguments, "seed": seed, **about})
+                _paint_window(pipe, views, image_emb, text, batch, options, painting)
         images = [Image.fromarray(pixels) for one in painted for pixels in one.pixels]
+        entries = _metadata(pipe, part, texts, batch, options, painting)
         names = [entry["arguments"]["prompt"] for entry in entries]
-        emb = image_emb.cpu()
-        results.append(GenerationResult(images, [*batch.seeds], names, emb, entries))
+        results.append(GenerationResult(images, [*batch.seeds], names, image_emb.cpu(), entries))
     return GenerationResult.cat(results)
+
+
+def _check_painting(
+    pipe: StagedPipeline, options: UnCLIPOptions, painting: PaintOptions
+) -> PaintOptions:
+    """Return the options with `trained` set. Raise ValueError if the model cannot paint so."""
+    has_inpainter = pipe.inpainter_stage is not None
+    if painting.trained and not has_inpainter:
+        raise ValueError("this model has no inpainter: painting.trained must be False or None")
+    check_stages(pipe, options)
+    if any(stage.cache_interval != 1 for stage in (options.decoder, *options.upsamplers)):
+        raise ValueError("cache_interval is above 1; expected 1 for painting, which repeats steps")
+    return replace(painting, trained=has_inpainter) if painting.trained is None else painting
+
+
+def _metadata(
+    pipe: StagedPipeline,
+    canvases: Sequence[Canvas],
+    prompts: list[str] | None,
+    batch: Batch,
+    options: UnCLIPOptions,
+    painting: PaintOptions,
+) -> list[dict[str, Any]]:
+    """Return the metadata of each image of a batch."""
+    about, entries = pipe.describe(options), []
+    for k, seed in enumerate(batch.seeds):
+        i = k // batch.num_images
+        own = {"prompt": None if prompts is None else prompts[i], "painting": asdict(painting)}
+        metadata = canvases[i].metadata
+        arguments = {**metadata.get("arguments", {}), **own}
+        entries.append({**metadata, "arguments": arguments, "seed": seed, **about})
+    return entries
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,7 @@ class Painted:
     def of(cls, canvas: Canvas, n: int) -> Painted:
         return cls(np.repeat(canvas.pixels[None], n, axis=0), canvas.hole.copy(), canvas.side)
 
-    def view(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+    def view(self, window: Window) -> View:
         """Return the pixels (n, side, side, 3) and the hole (side, side) in a window."""
         left, top = window
         at = np.s_[top : top + self.side, left : left + self.side]
@@ -265,18 +274,21 @@ def _content(
 
 def _paint_window(
     pipe: StagedPipeline,
-    known: Tensor,
-    hole: Tensor,
+    views: Sequence[View],
     image_emb: Tensor,
     text: TextEncoding | None,
     batch: Batch,
     options: UnCLIPOptions,
     painting: PaintOptions,
-) -> Tensor:
-    """Paint the holes (B, 1, S, S) of known (B, 3, S, S) at each stage's size in turn."""
-    device = pipe.runtime.device
-    known, hole, x = known.to(device), hole.to(device), None
-    for i, size in enumerate(stage_sizes(pipe, options)):
+) -> None:
+    """Paint the hole of one window of each canvas, at each stage's size in turn."""
+    sizes, device, n = stage_sizes(pipe, options), pipe.runtime.device, batch.num_images
+    keep = painting.strength < 1
+    images, holes = zip(*(to_model(*view, sizes[-1], keep) for view in views), strict=True)
+    known = torch.cat(images).to(device)  # (B, 3, S, S)
+    hole = torch.cat(holes).repeat_interleave(n, dim=0).to(device)  # (B, 1, S, S)
+    x = None
+    for i, size in enumerate(sizes):
         factor = known.shape[-1] // size
         image, marked = F.avg_pool2d(known, factor), F.max_pool2d(hole.float(), factor) > 0
         if i == 0:
@@ -293,7 +305,8 @@ def _paint_window(
         painted = stage.repaint(image, marked, batch.generators, how, batch.on_step)
         x = paste(painted, image, marked, radius=max(1, size // 32)).clamp(-1, 1)
     assert x is not None
-    return x
+    for (pixels, marked), new in zip(views, x.split(n), strict=True):
+        paste_window(pixels, marked, new)
 
 
 def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:

@@ -728,8 +728,11 @@ class UnCLIPPipeline(Pipeline):
             self._check_clip("inpainter", inpainter.config)
             stage = self.inpainter_stage
             if stage is None or not stage.inpaints or stage.size != size:
+                given = (
+                    f"inpainter is a {type(inpainter).__name__} of {inpainter.config.image_size} px"
+                )
                 raise ValueError(
-                    f"inpainter is not a decoder of {size} px that was trained to inpaint"
+                    f"{given}; expected a decoder of {size} px that was trained to inpaint"
                 )
         for stage in self.upsampler_stages:
             low = stage.network.config.low_size
