@@ -176,9 +176,7 @@ def test_decoders_that_cannot_inpaint_are_rejected(invertible_pipe, tmp_path):
     with pytest.raises(ValueError, match="not trained to inpaint"):
         tiny_decoder().condition(torch.randn(1, EMB_DIM), text(1), known=torch.rand(1, 4, 8, 8))
     for wrong in (pipe.decoder, inpainting(image_size=16)):
-        with pytest.raises(
-            ValueError, match="expected a decoder of 8 px that was trained to inpaint"
-        ):
+        with pytest.raises(ValueError, match="expected a decoder of 8 px"):
             UnCLIPPipeline(pipe.clip, pipe.prior, pipe.decoder, inpainter=wrong)
     save_component(tiny_decoder(image_size=16, emb_dim=8), tmp_path)
     with pytest.raises(ValueError, match="does not fit"):

@@ -732,7 +732,8 @@ class UnCLIPPipeline(Pipeline):
                     f"inpainter is a {type(inpainter).__name__} of {inpainter.config.image_size} px"
                 )
                 raise ValueError(
-                    f"{given}; expected a decoder of {size} px that was trained to inpaint"
+                    f"inpainter is a {kind} of {side} px; expected a decoder of {size} px that "
+                    f"was trained to inpaint"
                 )
         for stage in self.upsampler_stages:
             low = stage.network.config.low_size
