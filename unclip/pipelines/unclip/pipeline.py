@@ -728,9 +728,7 @@ class UnCLIPPipeline(Pipeline):
             self._check_clip("inpainter", inpainter.config)
             stage = self.inpainter_stage
             if stage is None or not stage.inpaints or stage.size != size:
-                given = (
-                    f"inpainter is a {type(inpainter).__name__} of {inpainter.config.image_size} px"
-                )
+                kind, side = type(inpainter).__name__, inpainter.config.image_size
                 raise ValueError(
                     f"inpainter is a {kind} of {side} px; expected a decoder of {size} px that "
                     f"was trained to inpaint"
