@@ -33,6 +33,7 @@ from unclip import types
 from unclip.cli.main import main as unclip_cli
 from unclip.data import embeddings, resize
 from unclip.data.shards import ShardWriter
+from unclip.training import launch
 
 PAGE, SETTINGS = ROOT / "train/README.md", ROOT / "train/settings.md"
 SECTION = re.compile(r"(?<=<!-- settings -->\n).*(?=<!-- /settings -->)", re.DOTALL)
@@ -99,6 +100,8 @@ def row(field: dataclasses.Field) -> str:
 
 
 def default(field: dataclasses.Field) -> str:
+    if (factory := field.default_factory) is launch.default_precision:  # depends on the machine
+        return str(factory.__doc__)
     if field.default_factory is not dataclasses.MISSING:
         return f"`{json.dumps(plain(field.default_factory()))}`"
     if field.default is not dataclasses.MISSING:

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from fitting import OPTIM, TinyLoader, checkpoint_tensors, fit_config, plain_loss, plain_model
+from fitting import (
+    OPTIM,
+    TinyLoader,
+    checkpoint_tensors,
+    fit_config,
+    plain_loss,
+    plain_model,
+    run_fit,
+)
 from scripts import run_in_two_processes
 
 from unclip.training.fit import FitConfig, fit
@@ -139,3 +147,14 @@ def test_unconnected_processes_are_rejected(
 
 if __name__ == "__main__":  # run by run_in_two_processes
     launch(main, Script, __doc__)
+
+
+def test_bf16_is_the_default_only_where_the_cpu_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    emulates = "unclip.training.launch.emulates_bf16"
+    for emulated, expected in ((True, "fp32"), (False, "bf16")):
+        monkeypatch.setattr(emulates, lambda emulated=emulated: emulated)
+        assert FitConfig("run", 1).precision == expected
+    monkeypatch.setattr(emulates, lambda: True)
+    with pytest.warns(UserWarning, match="no bfloat16 instructions: fit.precision fp32"):
+        run_fit(fit_config(tmp_path / "run", 1, precision="bf16"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -41,7 +42,7 @@ from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
 from unclip.training.estimate import enable_gradient_checkpointing
 from unclip.training.initialization import load_weights
-from unclip.training.launch import Run, make_accelerator
+from unclip.training.launch import Run, default_precision, make_accelerator
 from unclip.training.lock import locked
 from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
 from unclip.training.multiprocess import any_process, on_main, rank
@@ -67,7 +68,8 @@ class FitConfig:
     output: str  # the run folder
     steps: PositiveInt  # updates of the weights
     accumulate: PositiveInt = 1  # batches per update
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"  # of autocast; the weights stay fp32
+    # of autocast; the weights stay fp32
+    precision: Literal["fp32", "bf16", "fp16"] = field(default_factory=default_precision)
     channels_last: bool = False  # memory format of weights and images
     ema: ProperFraction | None = 0.999  # decay; null: no average
     compile: bool = False  # torch.compile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import platform
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -133,4 +134,21 @@ def make_accelerator(precision: str, trackers: Trackers, output: str) -> Acceler
     )
     if accelerator.distributed_type in UNSUPPORTED:
         raise ValueError(f"{accelerator.distributed_type.value} is not supported; use FSDP2 or DDP")
+    if precision == "bf16" and accelerator.device.type == "cpu" and emulates_bf16():
+        warnings.warn(
+            "this CPU has no bfloat16 instructions: fit.precision fp32 is faster than bf16",
+            stacklevel=2,
+        )
     return accelerator
+
+
+def default_precision() -> str:
+    """bf16; fp32 on a CPU without bfloat16 instructions"""
+    return "fp32" if not torch.accelerator.is_available() and emulates_bf16() else "bf16"
+
+
+def emulates_bf16() -> bool:
+    """Return whether this is an x86 CPU that emulates bfloat16, which is many times slower."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
