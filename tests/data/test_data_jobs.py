@@ -76,7 +76,7 @@ def test_tasks_share_a_job(clip, tmp_path, capsys):
 def test_an_unfinished_job_says_how_far_it_is(clip, tmp_path, capsys):
     data = write_shards(tmp_path / "data", 3)
     main(command(data, tmp_path / "out", clip, "--tasks", "2", "--task", "1"))
-    assert "1 of 3 parts; the other tasks have not ended" in capsys.readouterr().out
+    assert "1 of 3 parts; the other tasks have not finished" in capsys.readouterr().out
     assert not (tmp_path / "out/manifest.json").exists()
 
 
