@@ -200,7 +200,7 @@ def test_the_upsampler_samples_as_glides_code_does(folder: Path) -> None:
     # ADM's sections of 10, 10, 3, 2 and 2, of which 999 is moved to 997.
     fifths = [np.linspace(0, 199, n).round() + 200 * i for i, n in enumerate((10, 10, 3, 2, 2))]
     assert sorted(steps) == [*np.concatenate(fifths)[:-1], 997]
-    with pytest.raises(ValueError, match="timesteps are 27, but steps is 10"):
+    with pytest.raises(ValueError, match="got 27 timesteps, but steps is 10"):
         replace(options, steps=10)
     assert pipe.preset("fast").upsamplers[0].timesteps is None
 
