@@ -22,7 +22,9 @@ from unclip.models.dalle.spans import Attend, FirstCodes, FirstTokens, NextCode,
 from unclip.models.layers import DotProductAttention, ModuleList
 from unclip.types import Rows
 
-AttendSelf = Callable[[Tensor, Tensor], Tensor]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
+AttendSelf = Callable[
+    [Tensor, Tensor], Tensor
+]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
 AttendText = Callable[[Tensor], Tensor]  # q (B, H, m, d) -> (B, H, m, d)
 
 
@@ -146,7 +148,7 @@ class EncodedTexts:
         return len(self.kv) * self.images
 
     def select(self, rows: Tensor) -> EncodedTexts:
-        """Return the texts of some images, in order; shared if each keeps equally many."""
+        """Return the texts of some images, in order; shared if all texts keep equally many."""
         at, counts = (rows // self.images).unique_consecutive(return_counts=True)
         if (counts != counts[0]).any():
             at, counts = rows // self.images, counts.new_ones(1)
