@@ -128,8 +128,8 @@ class PackedUpConv2d(PackedLayer):
     """Nearest-neighbour upsampling and a 3x3 convolution as one transposed 4x4 convolution.
 
     A 3x3 kernel on upsampled pixels multiplies an original pixel by up to four weights; this layer
-    multiplies it once by their sum, at 4/9 of the cost. The sums are rounded to the network's dtype,
-    so that the output differs by about the precision of that dtype.
+    multiplies it once by their sum, at 4/9 of the cost. The sums are rounded to the network's
+    dtype, so that the output differs by about the precision of that dtype.
     """
 
     def __init__(self, layer: UpConv2d) -> None:

@@ -22,9 +22,7 @@ from unclip.models.dalle.spans import Attend, FirstCodes, FirstTokens, NextCode,
 from unclip.models.layers import DotProductAttention, ModuleList
 from unclip.types import Rows
 
-AttendSelf = Callable[
-    [Tensor, Tensor], Tensor
-]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
+AttendSelf = Callable[[Tensor, Tensor], Tensor]  # q (B, H, m, d), kv (B, 2, H, m, d) -> as q
 AttendText = Callable[[Tensor], Tensor]  # q (B, H, m, d) -> (B, H, m, d)
 
 
