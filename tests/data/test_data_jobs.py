@@ -1,4 +1,4 @@
-"""Embedding jobs of several processes: killed at any moment, the result is the same bytes."""
+"""Embedding jobs of several processes: killed at any moment, they write the same bytes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_errors(clip, tmp_path):
 
 
 def kill_while_running(start, out: Path, kills: int, parts: int) -> int:
-    """Start a job and kill it at even distances until it ends; return how often it was killed."""
+    """Start a job and kill it at regular intervals until it ends; return the number of kills."""
     for kill in range(kills):
         process = start()
         target = (kill + 1) * parts // (kills + 1)
