@@ -5,7 +5,7 @@
     python assets/build_binding.py --model runs/small/model --out assets/binding.md
 
 Scenes have two shapes of two colours: "a red star and a blue heart". Each has a swapped twin, with
-the colours exchanged. CLIP, prior and decoder are asked in turn to tell the two apart.
+the colours exchanged. It measures whether CLIP, prior and decoder each distinguish the two.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ BATCH = 32
 
 INTRODUCTION = """# Binding
 
-Where does an unCLIP lose which object has which attribute? The paper shows that it does (section
-7) and suspects the CLIP embedding. Here it is measured on {scenes} scenes of two shapes in two
-colours, "a red star and a blue heart", with the {name} model of [configs/small](../configs/small).
-The twin of a scene has the colours exchanged. Combinations of colour and shape occur in training.
-[build_binding.py](build_binding.py) repeats this; all intervals are 95 % bootstrap intervals.
+At which stage does an unCLIP model lose which object has which attribute? The paper shows the
+loss (section 7) and suspects the CLIP embedding. Here it is measured on {scenes} scenes of two
+shapes in two colours, "a red star and a blue heart", with the {name} model of
+[configs/small](../configs/small). The twin of a scene has the colours exchanged. Combinations of
+colour and shape occur in training. [build_binding.py](build_binding.py) repeats this; all
+intervals are 95 % bootstrap intervals.
 """
 CHOICES = "Choices between a scene and its twin; chance is 50 %:"
 IMAGES = """Decoded images, judged by a program that finds shapes and colours. "Bound" means exactly
@@ -74,7 +75,7 @@ def looks(shapes: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 class Study:
-    """The scenes, their twins, and what the networks make of them."""
+    """The scenes, their twins, and the outputs of the networks for both."""
 
     def __init__(self, pipe: UnCLIPPipeline, scenes: Sequence[Scene], seed: int) -> None:
         self.pipe, self.scenes, self.seed = pipe, scenes, seed
@@ -94,7 +95,7 @@ class Study:
         return self.pipe.sample_prior(self.text, generators=generators)
 
     def choices(self) -> dict[str, Tensor]:
-        """Return who chooses the scene over its twin, (N,) bool."""
+        """Return whether CLIP and the prior choose each scene over its twin, (N,) bool."""
 
         def nearer(emb: Tensor, own: Tensor, other: Tensor) -> Tensor:
             return cosine_similarity(emb, own) > cosine_similarity(emb, other)

@@ -97,7 +97,7 @@ def build_gallery(args: argparse.Namespace) -> None:
 
 
 def has_inpainter(model: Path) -> bool:
-    """Whether a decoder in a model's folder was trained to inpaint."""
+    """Return whether a model folder has a decoder that was trained to inpaint."""
     configs = [model / name / CONFIG_FILE for name in ("inpainter", "decoder")]
     return any(read_json(file).get("inpaints", False) for file in configs if file.is_file())
 

@@ -1,4 +1,4 @@
-"""Small hostile pickles that would take gigabytes, hours or the stack of a naive reader.
+"""Small hostile pickles that would exhaust a naive reader's memory, time or stack.
 
 None carries a payload.
 """

@@ -16,7 +16,7 @@ from unclip.training.launch import Run
 from unclip.training.optim import OptimConfig
 from unclip.weights import read_tensors
 
-# `fit` ends with a garbage collection, which would visit all that was imported: seconds per test.
+# `fit` ends with a garbage collection; visiting all imported objects would take seconds per test.
 gc.freeze()
 
 OPTIM = OptimConfig(lr=1e-2, warmup=2)

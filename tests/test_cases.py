@@ -1,6 +1,7 @@
-"""`unclip` and the training scripts on inputs that went wrong, one folder each, where they exist.
+"""`unclip` and the training scripts on inputs that once failed, one folder each.
 
-`expect.txt` of a folder says what should happen; a test of the same name checks it.
+`expect.txt` in a folder describes the expected result; a test of the same name checks it. The tests
+are skipped if there are no such folders.
 """
 
 from __future__ import annotations

@@ -169,7 +169,10 @@ def install() -> None:
 
 
 def lookup(module: str, name: str) -> Any:
-    """Return the object that used to be `module.name`, with a warning; AttributeError if none."""
+    """Return the object that used to be `module.name`, with a warning.
+
+    Raises AttributeError if there is none.
+    """
     new = NAMES.get(f"{module}.{name}")
     if new is None and module in MODULES and not name.startswith("__"):
         submodules = getattr(sys.modules[module], "__path__", [])

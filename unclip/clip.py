@@ -25,9 +25,9 @@ from unclip.weights import TensorFile, load_strictly, write_tensors
 def _import_open_clip() -> Any:
     """Import open_clip, which needs torchvision for its image transforms.
 
-    pip pairs a CPU build of torch with a torchvision that was compiled for CUDA, and whose import
+    pip may pair a CPU build of torch with a torchvision that was compiled for CUDA, whose import
     fails because its operators cannot be loaded. The transforms use no operator, so a declaration
-    without an implementation is enough. Any other mismatch is one ImportError.
+    without an implementation is enough. Any other mismatch raises one ImportError.
     """
     try:
         import torchvision  # noqa: F401
@@ -71,7 +71,7 @@ class CLIPConfig:
 
     @property
     def plain(self) -> bool:
-        """Return whether both towers are open_clip's own rather than from timm or transformers."""
+        """Return whether both towers are open_clip's own, not from timm or transformers."""
         vision, text = self.model_cfg.get("vision_cfg") or {}, self.model_cfg["text_cfg"]
         return not (vision.get("timm_model_name") or text.get("hf_model_name"))
 
@@ -132,7 +132,7 @@ class CLIP(nn.Module):
         """Build an open_clip architecture with the weights of a pretrained tag or file, or random.
 
         The activation follows the weights: GELU architectures load weights that were trained with
-        QuickGELU as a QuickGELU model. The reverse mismatch is a ValueError.
+        QuickGELU as a QuickGELU model. The reverse mismatch raises ValueError.
         """
         if (model_cfg := open_clip.get_model_config(architecture)) is None:
             raise ValueError(

@@ -30,9 +30,9 @@ T = TypeVar("T")
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 MAX_CONFIG = 2**16  # bytes
-MAX_VALUES = 20_000  # in a config, with those behind aliases
+MAX_VALUES = 20_000  # in a config, aliases expanded
 MAX_DEPTH, TOO_DEEP = 50, "nested too deeply"
-MAX_ERRORS = 20  # that are reported
+MAX_ERRORS = 20  # errors that are reported
 KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 KeyPath = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
@@ -52,8 +52,8 @@ def config(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass whose values are checked against their annotations.
 
     Checked on construction: bounds such as `Annotated[int, Ge(1)]`, also of the elements of a
-    tuple, and `Literal` choices. A violation is a ValueError "steps is 0; expected at least 1". The
-    class's own `__post_init__` runs afterwards, for checks across fields.
+    tuple, and `Literal` choices. A violation raises a ValueError such as "steps is 0; expected
+    at least 1". The class's own `__post_init__` runs afterwards, for checks across fields.
     """
     own = getattr(cls, "__post_init__", None)
 
@@ -68,7 +68,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 def check_multiple(name: str, value: int, **divisors: int) -> None:
-    """ValueError unless the named divisors divide a value of a config."""
+    """Raise ValueError unless all named divisors divide a value of a config."""
     for divisor, n in divisors.items():
         if value % n:
             raise ValueError(f"{name} is {value}; expected a multiple of {divisor} = {n}")
@@ -89,7 +89,7 @@ OTHER_NAMES = {
 
 
 def check_keywords(given: Iterable[str], known: Iterable[str], more: Iterable[str] = ()) -> None:
-    """TypeError for an argument that is not in `known`; it suggests one of `known` and `more`."""
+    """Raise TypeError for an argument not in `known`, with a suggestion from `known` and `more`."""
     names = [*known, *more]
     for name in given:
         if name not in known:
@@ -107,7 +107,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
-    """ValueError if `value` violates the bounds or choices in the annotation `hint`."""
+    """Raise ValueError if `value` violates the bounds or choices in the annotation `hint`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         bounded = [member for member in args if typing.get_origin(member) in (Annotated, Literal)]
@@ -246,10 +246,11 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Return the plain data in a YAML text from anywhere, and the line of each value in it.
+    """Return the plain data in an untrusted YAML text, and the line of each value in it.
 
-    ValueError of one line, which starts with `where` and the line, for a text that is not valid,
-    repeats a key, has a key that is not text, or expands to more than `MAX_VALUES` by its aliases.
+    Raises ValueError, with one line that starts with `where` and the line number, if the text is
+    not valid, repeats a key, has a key that is not text, or has aliases that expand to more than
+    `MAX_VALUES` values.
     """
     loader = None
     try:
@@ -272,7 +273,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Return the number of values in a node, those behind aliases each time."""
+    """Return the number of values in a node, counting aliased values at every use."""
     if node not in counts:
         counts[node] = 0  # until its children are counted
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
@@ -285,14 +286,14 @@ def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 
 
 def _line_numbers(node: yaml.Node, up: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    """Yield (key path, line number) of every value; an error for a wrong or repeated key."""
+    """Yield (key path, line number) of every value. Raises an error for a wrong or repeated key."""
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
             name, line = key.value, key.start_mark.line + 1
             if key.tag not in KEY_TAGS:
                 given = _shorten(name) if isinstance(name, str) else f"a {key.id}"
-                raise _fault(key, f"a key is {given}; expected text, in quotes if need be")
+                raise _fault(key, f"a key is {given}; expected text; put it in quotes")
             if name in first:
                 raise _fault(key, f"{_shorten(name)} is given twice; see line {first[name]}")
             first[name] = line

@@ -1,7 +1,7 @@
-"""Bounded reading of files from anywhere, and folders that are written atomically.
+"""Bounded reading of untrusted files, and folders that are written atomically.
 
 Whatever is read may be damaged or hostile: `open_regular` opens nothing that blocks or never ends,
-`parse_json` bounds memory, and `printable` keeps a text of a file on one line of a message.
+`parse_json` bounds memory, and `printable` keeps a text from a file on one line of a message.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def error_text(error: object) -> str:
 def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading.
 
-    FileNotFoundError if there is none. ValueError for a folder, a pipe or a device, which may block
-    or never end, for a pointer of Git LFS, and for a file of more than `max_bytes`.
+    Raises FileNotFoundError if it does not exist, and ValueError for a folder, a pipe or a device
+    (which may block or never end), for a Git LFS pointer, and for more than `max_bytes`.
     """
     try:
         status = os.stat(file)
@@ -70,7 +70,7 @@ def read_bytes(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
 
 
 def read_text(file: str | Path, max_bytes: int = MAX_TEXT) -> str:
-    """Read UTF-8, without a byte order mark; errors as in `open_regular`, ValueError otherwise."""
+    """Read UTF-8 text without its byte order mark; errors as in `open_regular`, or ValueError."""
     try:
         return read_bytes(file, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -80,7 +80,7 @@ def read_text(file: str | Path, max_bytes: int = MAX_TEXT) -> str:
 
 
 def read_gzip(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
-    """Read a file that gzip compressed; ValueError for more than `max_bytes`, before or after."""
+    """Read a gzip file. Raises ValueError above `max_bytes`, compressed or decompressed."""
     with open_regular(file, max_bytes) as stream, gzip.open(stream) as content:
         try:
             data = content.read(max_bytes + 1)
@@ -92,7 +92,7 @@ def read_gzip(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; ValueError, without a file's name, if it is not valid or nested too much."""
+    """Parse JSON. Raises ValueError, without a file name, if it is invalid or nested too much."""
     brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
     if (nested := sum(map(text.count, brackets))) > MAX_NESTED:  # type: ignore[arg-type]
         raise ValueError(f"{nested:,} objects and arrays; expected at most {MAX_NESTED:,}")
@@ -105,7 +105,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: Path, max_bytes: int = MAX_TEXT) -> dict[str, Any]:
-    """Read a JSON object; FileNotFoundError or ValueError names the file."""
+    """Read a JSON object. Raises FileNotFoundError or ValueError that names the file."""
     try:
         text = read_text(file, max_bytes)
     except FileNotFoundError:
@@ -122,7 +122,7 @@ def read_json(file: Path, max_bytes: int = MAX_TEXT) -> dict[str, Any]:
 def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:
     """Open a safetensors file; its header is validated, and no tensor is read.
 
-    FileNotFoundError, or ValueError if the file is truncated or of another format.
+    Raises FileNotFoundError, or ValueError if the file is truncated or of another format.
     """
     with open_regular(file) as stream:
         header = int.from_bytes(stream.read(8), "little")
@@ -140,8 +140,8 @@ def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it once everything is on disk.
 
-    On failure the temporary folder is removed and `target` stays as it was; write errors are
-    OSError.
+    On failure the temporary folder is removed and `target` stays as it was. Write errors are raised
+    as OSError.
     """
     # Fixed names: what an interrupted run left is overwritten.
     temporary, replaced = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
@@ -169,9 +169,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def keep_others(old: Path, new: Path, replaced: Collection[str]) -> None:
-    """Copy what `old`, if it exists, holds apart from `replaced` into `new`; links stay links.
+    """Copy the entries of `old`, if it exists, except `replaced`, into `new`; links stay links.
 
-    ValueError for an entry that `new` has too.
+    Raises ValueError for an entry that `new` also has.
     """
     for path in old.iterdir() if old.is_dir() else ():
         if path.name in replaced:

@@ -101,8 +101,8 @@ def open_mask(source: ImageSource) -> Image.Image:
 def identify(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an encoded image; its pixels are decoded on `load()`, while `file` must stay open.
 
-    Everything is opened here: Pillow starts other programs for some formats (EPS), wherever a file
-    of any name holds them. ValueError for too large an image, else the errors of Pillow.
+    All images are opened here, because Pillow starts other programs for some formats (EPS) whatever
+    the file name. Raises ValueError if the image is too large, else the errors of Pillow.
     """
     with warnings.catch_warnings():  # Pillow warns of images that `MAX_DECODED` allows
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -283,7 +283,7 @@ def encode_image(
 
 
 def _encode_png(image: Image.Image, info: PngImagePlugin.PngInfo) -> bytes:
-    """Encode an RGB image: about as small as by Pillow's level 1, in a fraction of the time.
+    """Encode an RGB image: about as small as with Pillow's level 1, in a fraction of the time.
 
     Each row is stored as its difference from the row above; Pillow tries five filters for each row.
     """
@@ -305,7 +305,7 @@ def _encode_png(image: Image.Image, info: PngImagePlugin.PngInfo) -> bytes:
 
 
 def _deflate(data: bytes) -> bytes:
-    """Compress for zlib, fast: by isal if it is installed, else only runs of equal bytes.
+    """Compress fast to zlib format: with isal if installed, else only runs of equal bytes.
 
     Longer repetitions are rare in generated images. zlib is fast enough for small images, and makes
     them smaller.
@@ -438,7 +438,7 @@ def cell(
 ) -> Image.Image:
     """Arrange images in a row, `size` pixels each, with titles above and a two-line caption below.
 
-    None leaves its place white.
+    An image that is None leaves its place white.
     """
     width, height = (size, size) if isinstance(size, int) else size
     font = ImageFont.load_default(max(12, width // 10))
@@ -526,7 +526,7 @@ def find_ffmpeg() -> str:
 
 def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
     width, height = images[0].size
-    # ffmpeg would take "tcp://host/a.mp4" or "concat:a.mp4" for a protocol, but no absolute path.
+    # ffmpeg would read "tcp://host/a.mp4" or "concat:a.mp4" as a protocol; not an absolute path.
     # H.264 with subsampled colours needs an even width and height.
     even = "pad=ceil(iw/2)*2:ceil(ih/2)*2:color=white"
     source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -".split()

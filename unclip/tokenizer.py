@@ -38,16 +38,16 @@ class TruncationWarning(UserWarning):
 
 
 def warn_truncated(truncated: Sequence[tuple[str, str]], context_length: int) -> None:
-    """Warn once of prompts that were truncated: (text, the part that was cut) each."""
+    """Warn once of truncated prompts, given as pairs (text, the part that was cut)."""
     if not truncated:
         return
     text, cut = max(truncated, key=lambda pair: len(pair[1]))
     cut = cut.strip()
     cut = cut if len(cut) <= QUOTED else f"{cut[:QUOTED]}..."
     others = f"{len(truncated)} prompts, such as" if len(truncated) > 1 else "the prompt"
-    have = "have" if len(truncated) > 1 else "has"
+    have, it = ("have", "this one") if len(truncated) > 1 else ("has", "it")
     message = f"{others} {text[:40]!r}... {have} more than {context_length} tokens"
-    warning = TruncationWarning(f"{message}; it was truncated by {cut!r}", truncated)
+    warning = TruncationWarning(f"{message}; {it} was truncated by {cut!r}", truncated)
     warnings.warn(warning, stacklevel=3)
 
 
@@ -116,7 +116,7 @@ class BPETokenizer:
     def train(
         cls, captions: Iterable[str], vocab_size: int, context_length: int, marked: bool = True
     ) -> BPETokenizer:
-        """Learn `vocab_size` tokens from captions, including 256 bytes and 3 special tokens."""
+        """Learn `vocab_size` tokens, 256 bytes and 3 special tokens included, from captions."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -187,8 +187,8 @@ class BPETokenizer:
     def knows_a_word_of(self, text: str) -> bool:
         """Return whether a word of the text is one token.
 
-        Always true for vocabularies that were not learned from a model's captions, or are too small
-        to hold words.
+        Always true if the vocabulary was not learned from captions by `train`, or is too small to
+        hold words.
         """
         if self.tokenizer.token_to_id(PAD) is None or self.tokenizer.token_to_id(START) is None:
             return True  # CLIP's or BART's
@@ -198,7 +198,7 @@ class BPETokenizer:
         return known or not words or self.vocab_size < MIN_WORDS
 
     def _with_dropout(self, text: str, p: float, room: int) -> list[int]:
-        """Encode one text with BPE-dropout, up to a word that exceeds `room`.
+        """Encode one text with BPE-dropout, up to the word that exceeds `room` tokens.
 
         The implementation of `tokenizers` cannot be seeded, so a resumed run would differ.
         """
@@ -306,7 +306,7 @@ class GPT2Tokenizer:
 
 
 def _split_long_words(text: str) -> str:
-    """Cut words that no text has into pieces: learning merges takes the square of their length."""
+    """Split overlong words: the time to learn merges grows with the square of the word length."""
     words = text.split()
     if all(len(word) <= MAX_WORD for word in words):
         return text

@@ -126,8 +126,8 @@ class StageOptions:
     def __post_init__(self) -> None:
         ts = self.timesteps
         if ts is not None and len(ts) != self.steps:
-            given = f"timesteps are {len(ts)}, but steps is {self.steps}"
-            raise ValueError(f"{given}; expected as many, or timesteps=None")
+            given = f"got {len(ts)} timesteps, but steps is {self.steps}"
+            raise ValueError(f"{given}; expected equal numbers, or timesteps=None")
         if ts is not None and (list(ts) != sorted({*ts}, reverse=True) or ts[-1] < 0):
             raise ValueError(f"timesteps are {ts}; expected decreasing numbers of at least 0")
         low, high = self.guidance_interval
@@ -189,8 +189,8 @@ class Progress:
     num_steps: int
     # The preview, or a function that computes it on first access.
     source: torch.Tensor | Callable[[], torch.Tensor] | None = None
-    # Indices of images of the batch. `on_step` may add some (for all: raise an exception) that are
-    # not wanted any more: networks no longer compute them, and their pixels are undefined.
+    # Indices of images of the batch that are no longer wanted. `on_step` may add some; to stop all,
+    # raise an exception. Networks skip dropped images, and their pixels are undefined.
     dropped: set[int] = field(default_factory=set)
 
     @cached_property

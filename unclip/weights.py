@@ -18,7 +18,7 @@ MAX_MAPPED = 2**26  # bytes
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read on access; errors as in `read_tensors`, at once.
+    """Tensors of a safetensors file, each read on access; opening raises as `read_tensors` does.
 
     mapped: return views of the file instead of copies; the file must then not change while in use.
     """
@@ -83,7 +83,7 @@ def to_dtype(dtype: DType | None) -> torch.dtype | None:
 def read_tensors(file: str | Path) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file, memory-mapped.
 
-    FileNotFoundError, or ValueError if the file is truncated or of another format.
+    Raises FileNotFoundError, or ValueError if the file is truncated or of another format.
     """
     return dict(TensorFile(file, mapped=True))
 
@@ -100,7 +100,7 @@ def write_tensors(module: nn.Module, file: str | Path, dtype: torch.dtype | None
 def write_safetensors(
     tensors: dict[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """`safetensors.torch.save_file` with the permissions of the umask instead of owner-only."""
+    """Call `safetensors.torch.save_file`, with permissions from the umask, not owner-only."""
     path = Path(file)
     path.touch()
     mode = path.stat().st_mode
@@ -111,7 +111,7 @@ def write_safetensors(
 def save_tensors(
     tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically, creating its folder; OSError on failure."""
+    """Write a safetensors file atomically, creating its folder. Raises OSError on failure."""
     path = Path(file)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -130,8 +130,8 @@ def load_strictly(
 ) -> None:
     """Replace the tensors of a module, which may be on the meta device, each cast to its dtype.
 
-    as_stored: parameters keep the dtype of `tensors`. ValueError lists missing, unexpected and
-    misshaped tensors.
+    as_stored: parameters keep the dtype of `tensors`. Raises ValueError that lists missing,
+    unexpected and misshaped tensors.
     """
     own = module.state_dict()
     if isinstance(tensors, TensorFile):

@@ -48,10 +48,10 @@ MEGA_SIZES = {  # "mega-random" is DALL-E mega with fewer layers, "mega-tiny" is
         300, 8, 32, (4, 4), 24, encoder_depth=2, decoder_depth=2, heads=2, mlp_width=48
     ),
 }
-POSITIONS = 8  # spread over an image, at which DALLE-pytorch samples a code
+POSITIONS = 8  # positions of an image, evenly spread, at which DALLE-pytorch samples a code
 MEGA_OPTIONS = CodeOptions(top_k=256, guidance=16.0)  # those of min-dalle
 CHECKED_CODES = 4  # before the logits of both sides are compared
-SEVERAL = 4  # times as many images, in the second row of the plain decoder
+SEVERAL = 4  # factor of the number of images in the second row of the plain decoder
 TOKENS = "image tokens"
 
 
@@ -121,7 +121,7 @@ def compare_dalle_pytorch(config: BenchConfig, progress: bool = True) -> Iterato
 
 
 def compare_plain(config: BenchConfig, progress: bool = True) -> Iterator[Comparison]:
-    """Compare all codes of images of one text with guidance; then of several times as many."""
+    """Compare all codes of images of one text with guidance, then with several times as many."""
     device, dtype = placement(config)
     mega = build_mega(config.model, dtype, device)
     plain, N = PlainMega(mega), mega.config.num_codes

@@ -87,7 +87,7 @@ def test_a_copy_in_our_format_gives_the_same_images(model, tmp_path):
 
 
 def test_ancestral_sampling_guides_the_learned_variance(model):
-    """As DALLE2-pytorch; Karlo and GLIDE take the variance of the condition."""
+    """DALLE2-pytorch guides it; Karlo and GLIDE use the conditional variance."""
     pipe = unclip.load(model)
     options = StageOptions(3, guidance=3.0, sampler="ancestral")
     bound = pipe.decoder_stage.bind(numbers("emb", (1, D)), None, options)

@@ -148,7 +148,7 @@ def write_vocabulary(folder: Path) -> None:
 
 
 class FixedTokenizer(GPT2Tokenizer):
-    """Returns the recorded ids for any text that is not empty."""
+    """Return the recorded ids for any text that is not empty."""
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         mask = torch.stack([MASK[0] if text else MASK[1] for text in texts])
@@ -181,7 +181,7 @@ def test_the_pipeline_matches_glides_sampling(folder: Path) -> None:
 
 
 def test_the_upsampler_samples_as_glides_code_does(folder: Path) -> None:
-    """27 timesteps of "fast27", from noise of standard deviation 0.997; other numbers are even."""
+    """Use "fast27" with noise of standard deviation 0.997; other step counts are evenly spaced."""
     pipe = small_pipe(folder)
     [options] = unclip.load(folder, "cpu").options.upsamplers
     stage, (x_T, steps) = pipe.stages[1], ([], [])
@@ -200,7 +200,7 @@ def test_the_upsampler_samples_as_glides_code_does(folder: Path) -> None:
     # ADM's sections of 10, 10, 3, 2 and 2, of which 999 is moved to 997.
     fifths = [np.linspace(0, 199, n).round() + 200 * i for i, n in enumerate((10, 10, 3, 2, 2))]
     assert sorted(steps) == [*np.concatenate(fifths)[:-1], 997]
-    with pytest.raises(ValueError, match="timesteps are 27, but steps is 10"):
+    with pytest.raises(ValueError, match="got 27 timesteps, but steps is 10"):
         replace(options, steps=10)
     assert pipe.preset("fast").upsamplers[0].timesteps is None
 

@@ -114,7 +114,7 @@ def test_the_cache_is_used_without_a_network(tiny_folder, tmp_path, monkeypatch)
     assert unclip.load("someone/tiny", "cpu").name == "tiny"
     with pytest.raises(
         ValueError,
-        match="not a local folder.*the Hub cannot be reached, and nothing of the model is cached; ",
+        match="not a local folder.*the Hub cannot be reached, and the model is not cached; ",
     ):
         unclip.load("someone/other")
 

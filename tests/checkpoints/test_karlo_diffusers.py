@@ -241,7 +241,7 @@ def test_full_precision_is_preferred_to_a_variant(
 
 
 def test_folders_of_current_diffusers_load(reference, pipe: UnCLIPPipeline, tmp_path: Path) -> None:
-    """It has another text_proj entry and a single tokenizer file, which stores the last padding."""
+    """They have another text_proj entry, and one tokenizer file that stores the last padding."""
     reference.save_pretrained(tmp_path / "karlo")
     loaded = unclip.load(tmp_path / "karlo", "cpu")
     assert_equal(loaded, pipe)

@@ -275,7 +275,7 @@ def test_a_component_can_be_shared_with_a_bundled_model(
     for ask in (unclip.load, summary.describe):
         with pytest.raises(
             ValueError,
-            match="takes clip from 'emoji'; expected a bundled model that has it, of second$",
+            match=r"takes clip from 'emoji'; expected a bundled model with it \(bundled: second\)$",
         ):
             ask(folder)
     model = json.loads((folder / "model.json").read_text())

@@ -210,7 +210,7 @@ def test_an_interrupted_sheet_keeps_finished_images(run, monkeypatch):
     ("flags", "message"),
     [
         ("--steps 0", "'0' is not a whole number of at least 1"),
-        ("--steps 5000", "steps of the decoder are 5000; it has 1000 timesteps"),
+        ("--steps 5000", "steps of the decoder are 5000; expected at most 1000"),
         ("--guidance 1e9", "guidance is 1000000000.0"),
         ("--temperature -1", "temperature is -1.0"),
         ("--top-k 3", "which has no --top-k"),

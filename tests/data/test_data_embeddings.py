@@ -105,7 +105,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path, column, message):
         data = pyarrow.array(columns["caption"], pyarrow.binary())
         columns["caption"] = pyarrow.Array.from_buffers(
             pyarrow.string(), 3, data.buffers()
-        )  # as a writer that does not check
+        )  # like a writer that does not check
         EmbeddingWriter(tmp_path).write(0, emb[:3], emb[:3], {"caption": ["", "", ""]})
         pyarrow.parquet.write_table(
             pyarrow.table(columns), tmp_path / "metadata/metadata_0.parquet"
@@ -115,7 +115,7 @@ def test_broken_rows_are_left_out_and_named(tmp_path, column, message):
     EmbeddingWriter(tmp_path).write(1, emb[3:], emb[3:], {"caption": ["d", "e", "f"]})
     dataset = EmbeddingDataset(tmp_path)
     row = f"{tmp_path}/metadata/metadata_0.parquet: row 1"
-    if message is None:  # lists of captions, which have no embedding each
+    if message is None:  # lists of captions: there is no embedding for each caption
         assert len(dataset) == 3 and len(dataset.broken) == 3
         return
     assert list(dataset.broken) == [row] and dataset.broken[row].startswith(message)

@@ -1,4 +1,4 @@
-"""Embedding jobs of several processes: killed at any moment, the result is the same bytes."""
+"""Embedding jobs of several processes: killed at any moment, they write the same bytes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_tasks_share_a_job(clip, tmp_path, capsys):
 def test_an_unfinished_job_says_how_far_it_is(clip, tmp_path, capsys):
     data = write_shards(tmp_path / "data", 3)
     main(command(data, tmp_path / "out", clip, "--tasks", "2", "--task", "1"))
-    assert "1 of 3 parts; the other tasks have not ended" in capsys.readouterr().out
+    assert "1 of 3 parts; the other tasks have not finished" in capsys.readouterr().out
     assert not (tmp_path / "out/manifest.json").exists()
 
 
@@ -105,7 +105,7 @@ def test_errors(clip, tmp_path):
 
 
 def kill_while_running(start, out: Path, kills: int, parts: int) -> int:
-    """Start a job and kill it at even distances until it ends; return how often it was killed."""
+    """Start a job and kill it at regular intervals until it ends; return the number of kills."""
     for kill in range(kills):
         process = start()
         target = (kill + 1) * parts // (kills + 1)

@@ -21,7 +21,7 @@ def image_and_noise(dtype=torch.float64):
 
 
 def output_for(estimate, x_t, schedule, prediction):
-    """The output of a network that estimates x_0 so."""
+    """Return the network output that corresponds to an estimate of x_0."""
     return schedule.target(estimate, schedule.predict_eps(estimate, x_t, T, "x0"), T, prediction)
 
 
@@ -38,7 +38,7 @@ def test_simple_loss_is_the_mean_square():
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_min_snr_makes_predictions_equal(zero_terminal_snr):
-    """Weighted, all types have the loss min(SNR, γ) |x_0 - estimate|², and the same bound."""
+    """With weights, all types have the loss min(SNR, γ) |x_0 - estimate|², and the same bound."""
     schedule, (x_0, noise) = (
         Schedule(ScheduleConfig(zero_terminal_snr=zero_terminal_snr)),
         image_and_noise(),

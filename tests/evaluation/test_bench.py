@@ -442,7 +442,7 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--steps-only --whole", "--whole: not allowed with argument --steps-only"),
         ("--against diffusers", "tests/benchmarks/compare_diffusers.py"),
         ("--against plain", "tests/benchmarks/compare_dalle.py --reference plain"),
-        ("--model dalle-tiny --preset fast", "a DALL-E has no preset"),
+        ("--model dalle-tiny --preset fast", "a DALL-E model does not support presets"),
         ("--model dalle-tiny --candidates 2", "dalle-tiny has no CLIP"),
         ("--model dalle-tiny --candidates 0", "'0' is not a whole number"),
     ],

@@ -16,7 +16,7 @@ from unclip.image_io import encode_image
 
 @pytest.fixture
 def pairs(tmp_path, monkeypatch):
-    """A red apple, and a face, which has its colour for a reason."""
+    """A red apple, and a waving hand, whose colour has a meaning."""
     monkeypatch.setattr(colours, "is_held_out_colour", lambda colour, concept: colour == "blue")
     image = Image.new("RGB", (32, 32), "white")
     ImageDraw.Draw(image).ellipse((4, 4, 27, 27), fill=(210, 30, 40))
@@ -33,7 +33,7 @@ def pairs(tmp_path, monkeypatch):
 
 
 class Recorder:
-    """Stands for a judge that names everything right, and keeps what it sees."""
+    """Stand-in for a judge that is always right; it records its inputs."""
 
     def judge(self, images, pairs):
         self.images, self.pairs = images, pairs

@@ -87,7 +87,7 @@ def test_cosine_is_that_of_the_pipeline_s_embeddings(pipe, held_out):
 @pytest.mark.parametrize("name", ["diffusion", TRUE_EMBEDDING])
 def test_names_must_be_unique(name, pipe, held_out):
     prior = OneShotPrior(OneShotPriorConfig(*SIZES))
-    with pytest.raises(ValueError, match=f"named '{name}'"):
+    with pytest.raises(ValueError, match=f"name '{name}' of a prior is taken"):
         PriorComparison(pipe, {name: prior}, held_out, progress=False)
 
 

@@ -61,7 +61,7 @@ def make_member(rng: random.Random, extension: str) -> bytes:
 def damage_headers(rng: random.Random, shard: Shard) -> tuple[bytearray, set[tuple[str, str]]]:
     """Damage some headers, often several in a row, and return the members that are lost.
 
-    A sample at the start or at the end stays whole: it shows which members a sample has.
+    Some samples at the start or the end stay whole, to show which members a sample has.
     """
     data, lost = bytearray(shard.data), set()
     members = list(shard.headers)

@@ -2,7 +2,7 @@
 
 PYTHONPATH=.:tests python tests/faults/hostile_files.py --files 2000
 
-Each file is a mutation of a good one, or a bomb, and is read in a fork of this process. A reader
+Each file is a mutation of a valid one, or a bomb, and is read in a fork of this process. A reader
 may accept it or refuse it with a ValueError or OSError of printable lines. Any other exception, a
 crash, a started program, a connection, 80 MB more memory than the imports take (300 MB with torch),
 or 1 s of CPU time is a failure.
@@ -66,7 +66,7 @@ TOKENS = [  # spliced into files of every kind
 
 
 class Canary:
-    """An object whose pickle is a call of a program."""
+    """An object whose pickle calls a program."""
 
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("true",)
@@ -74,18 +74,18 @@ class Canary:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file: good ones, where each lies in a folder, and what reads it."""
+    """One kind of file: valid files, their place in a folder, and the function that reads them."""
 
     name: str
     files: tuple[bytes, ...]
     place: str  # in the folder
     read: Callable[[Path], object]  # called with the folder
     command: tuple[str, ...] = ()  # of the command line, relative to the folder
-    others: dict[str, bytes] = field(default_factory=dict)  # what else is in the folder
+    others: dict[str, bytes] = field(default_factory=dict)  # other files in the folder
 
 
 def kinds() -> list[Kind]:
-    """Make one good file, or several, of each kind."""
+    """Make one or more valid files of each kind."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -206,8 +206,8 @@ class Outcome:
 
     files: int = 0
     counts: Counter[int] = field(default_factory=Counter)  # by exit code of the process
-    memory: int = 0  # bytes, the most of one process, without the imports
-    seconds: float = 0.0  # of CPU time, the most
+    memory: int = 0  # bytes, the maximum of one process, without the imports
+    seconds: float = 0.0  # of CPU time, the maximum
     faults: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -222,7 +222,7 @@ def read_in_fork(kind: Kind, folder: Path) -> tuple[int, str, float, int]:
     """Return the exit code, message, CPU seconds and memory of reading the file in a folder."""
     reader, writer = os.pipe()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    gc.freeze()  # else a collection in the fork copies the memory of this process
+    gc.freeze()  # else a garbage collection in the fork copies the memory of this process
     if not (process := os.fork()):
         code, message = TRACEBACK, "?"
         try:

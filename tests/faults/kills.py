@@ -145,7 +145,7 @@ class Outcome:
 
 
 def survive(case: Case, kills: int, folder: Path, longest_wait: float = 30.0) -> Outcome:
-    """Train once whole and, as often as needed for that many kills, with kills; compare."""
+    """Compare an uninterrupted run with killed and resumed ones, until there were `kills` kills."""
     outcome = Outcome()
     started = time.monotonic()
     assert set(wait(start(case, folder / "whole", None), 600)) == {0}, case

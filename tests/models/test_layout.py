@@ -23,7 +23,7 @@ CHANNELS = {"layout": 3, "known": 4}
 
 
 def make_decoder(*names: str) -> Decoder:
-    """A decoder whose inputs are x_t and, as named, a layout and known pixels."""
+    """A decoder whose inputs are x_t and, as requested, a layout and known pixels."""
     unet = replace(tiny_unet(3 + sum(CHANNELS[name] for name in names), 3, context_dim=24), patch=2)
     options = {"layout": SHAPE if "layout" in names else None, "inpaints": "known" in names}
     return tiny_decoder(unet=unet, learned_variance=False, prediction="v", **options)

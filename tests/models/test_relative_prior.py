@@ -1,4 +1,4 @@
-"""The prior with relative positions against a plain implementation."""
+"""The prior with relative positions, compared with a plain implementation."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_frames_are_interpolated_batch_by_batch(pipe, latent, monkeypatch):
         (2, 1),
         (2, 1),
         (1, 1),
-    ]  # small frames for CLIP need no noise of the upsampler
+    ]  # the small frames for CLIP need no noise for the upsampler
 
 
 def test_a_path_through_several_images_divides_evenly(latent):

@@ -73,7 +73,7 @@ def generate(
 
 
 def closed_loop(port: int, clients: int, seconds: float) -> float:
-    """Return images per second of so many clients that ask again at once."""
+    """Return images per second of `clients` clients that send one request after another."""
     finished: list[float] = []
     start = time.perf_counter()
     end = start + seconds
@@ -90,9 +90,9 @@ def closed_loop(port: int, clients: int, seconds: float) -> float:
 
 
 def crowd(port: int, clients: int) -> tuple[Counter[int], float]:
-    """Return the statuses of so many clients at once, and the p99 seconds of the 429s.
+    """Return the statuses of simultaneous requests, and the p99 seconds of those with status 429.
 
-    All connections are open before; a time is that from the request to the status line.
+    All connections are opened first. A time is measured from the request to the status line.
     """
     answers = asyncio.run(ask_at_once(port, clients))
     refused = sorted(seconds for status, seconds in answers if status == 429)
@@ -127,7 +127,7 @@ def in_parallel(client, count: int) -> None:
 
 
 def single(port: int, count: int) -> tuple[float, float]:
-    """Return the median latency of one client, and of what the server adds to the pipeline."""
+    """Return the median latency of one client, and the part that the server adds."""
     latencies, added = [], []
     with contextlib.closing(connect(port)) as connection:
         for _ in range(count):

@@ -30,7 +30,7 @@ ERRORS = [
 
 
 class Faulty:
-    """A pipeline of which every other call fails."""
+    """A pipeline in which every other call fails."""
 
     def __init__(self, pipe):
         self.pipe, self.rng, self.faults, self.active = pipe, random.Random(0), 0, True

@@ -39,8 +39,8 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
     results = str(tmp_path / "results")
     config = ServerConfig(models=(str(tiny_folder),), port=port, storage=results)
     memory = {"object_store_memory": 100 * 2**20}
-    start(config, address="local", num_cpus=2, include_dashboard=False, **memory)
     try:
+        start(config, address="local", num_cpus=2, include_dashboard=False, **memory)
         serve.run(build(config, ReplicaConfig(2, 2, num_cpus=0.5)), name="unclip")
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
@@ -91,9 +91,9 @@ def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
     results = str(tmp_path / "results")
     models = (str(tiny_folder),)
     config = ServerConfig(models=models, port=port, storage=results, max_batch=1)
-    start(config, address=cluster.address)
     stop = threading.Event()
     try:
+        start(config, address=cluster.address)
         serve.run(build(config, ReplicaConfig(1, 2)), name="unclip")
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)

@@ -1,4 +1,4 @@
-"""The middleware of Ray's HTTP proxy, around applications that behave as Ray with dead replicas."""
+"""The middleware of Ray's HTTP proxy, around applications that act like Ray with dead replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OURS = {"openai-version": "2020-10-01", "x-request-id": "req_1"}
 
 
 class Proxy:
-    """Answers attempt after attempt as `attempts` say; the last one stays."""
+    """Serve each attempt with the next of `attempts`; the last one is repeated."""
 
     def __init__(self, *attempts):
         self.attempts, self.bodies = list(attempts), []

@@ -150,7 +150,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, url):
-    """Open the page; at the end, nothing may have failed or have been fetched elsewhere."""
+    """Open the page; at the end, check that nothing failed or was fetched from another host."""
     problems, contexts = [], []
 
     def open_page(address=url, expected=(), **options):
@@ -203,7 +203,7 @@ def choose(page, button, *files):
 def image_of(page, tile=0) -> bytes:
     """Return the image of a tile, byte for byte."""
     source = page.locator(f"{DONE} .tile img").nth(tile).get_attribute("src")
-    # The policy of the page forbids to fetch blob: URLs.
+    # The policy of the page does not allow fetching blob: URLs.
     with page.expect_download() as download:
         page.evaluate(
             "(href) => Object.assign(document.createElement('a'), {href, download: 'x'}).click()",
@@ -615,7 +615,7 @@ AXE = os.environ.get("AXE")  # path of axe.min.js of the npm package axe-core
 
 
 def accessibility_problems(page):
-    """Return controls without a name, text of low contrast, and what axe finds if AXE is set."""
+    """Return controls without a name, text of low contrast, and findings of axe if AXE is set."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     problems = [

@@ -433,8 +433,8 @@ def test_a_fine_tuned_model_has_the_parts_of_the_bundled_one():
 @pytest.mark.parametrize(
     ("script", "settings", "message"),
     [
-        ("prior", ["base=assets/emoji/prior"], "either model .* or base .*, one of the two"),
-        ("prior", ["model=null"], "either model .* or base .*, one of the two"),
+        ("prior", ["base=assets/emoji/prior"], "exactly one of model .* and base "),
+        ("prior", ["model=null"], "exactly one of model .* and base "),
         ("prior", ["model=null", f"base={ROOT}/assets/emoji/decoder"], "decoder is a Decoder; exp"),
         ("prior", ["model=null", "base=nowhere"], "nowhere/config.json is missing"),
         ("decoder", ["model=null", f"base={ROOT}/assets/emoji/prior"], "expected Decoder"),

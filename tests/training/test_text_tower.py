@@ -43,11 +43,11 @@ def test_captions_are_learned_and_image_embeddings_do_not_change(base, batch):
     assert terms[-1]["contrastive"] < 0.8 * terms[0]["contrastive"]
     before, after = base.encode_image(batch["image"]), network.clip.encode_image(batch["image"])
     assert torch.equal(before, after)
-    assert terms[0]["distance"] == 0  # the tower starts as what it was
+    assert terms[0]["distance"] == 0  # the tower starts unchanged
 
 
 def test_encodings_of_captions_that_were_understood_are_kept(base, batch):
-    base, _ = train(base, batch, keep=0.0, steps=60)  # now it finds the images of all captions
+    base, _ = train(base, batch, keep=0.0, steps=60)  # now it retrieves the image of every caption
     base = base.clip.requires_grad_(False).eval()
     swapped = {**batch, "image": batch["image"].roll(1, dims=0)}
     text = base.encode_text(batch["caption"]).emb
@@ -58,5 +58,5 @@ def test_encodings_of_captions_that_were_understood_are_kept(base, batch):
         return (network.clip.encode_text(batch["caption"]).emb - text).square().mean().item()
 
     assert moved(100.0) < 0.5 * moved(0.0)
-    _, terms = train(base, swapped, keep=100.0)  # no caption finds its image: all may change
+    _, terms = train(base, swapped, keep=100.0)  # no caption retrieves its image
     assert terms[0]["distance"] == 0 and terms[-1]["contrastive"] < terms[0]["contrastive"]

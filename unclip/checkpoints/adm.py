@@ -11,7 +11,7 @@ from torch import Tensor
 from unclip.checkpoints.renaming import Rule, by_head, count, expecting, move, prefixed, repeated
 from unclip.models.unet import LevelSpec, UNetConfig
 
-HEAD_DIM = 64  # in every published network; the tensors do not show it
+HEAD_DIM = 64  # in every published network; tensors do not reveal it
 
 UNET = (
     move("time_embed.0", "time.fc1"),
@@ -40,7 +40,7 @@ TRANSFORMER_BLOCK = (
 def unet_config(
     tensors: Mapping[str, Tensor], source: str | Path, head_dim: int = HEAD_DIM
 ) -> UNetConfig:
-    """Infer the sizes of a U-Net from its tensors; ValueError if it is not an ADM U-Net."""
+    """Infer the sizes of a U-Net from its tensors. Raises ValueError if it is not an ADM U-Net."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Every level but the last ends in an output block with a second residual block, for upsampling.
     levels = 1 + count(shapes, r"(output_blocks\.\d+\.[12])\.in_layers\.2\.weight$")
@@ -100,7 +100,7 @@ def unet_rules(config: UNetConfig) -> list[Rule]:
 
 
 def _attention(heads: int) -> list[Rule]:
-    """The projections are convolutions of width 1 there: trail=1."""
+    """Return the rules of an attention layer; ADM projects by convolutions of width 1 (trail=1)."""
     return [
         move("norm", "norm"),
         by_head("qkv", "qkv", heads, trail=1),

@@ -19,7 +19,7 @@ TAGS = {
 def model_card(
     repo_id: str, kind: str, licence: str, samples: Sequence[tuple[str, Path]] = ()
 ) -> str:
-    """Return the card of a model; samples: prompts, and files of their images in the repository."""
+    """Return the card of a model; samples: prompts, and paths of their images in the repository."""
     identifier = licence.lower().replace(" ", "-")
     header = {"library_name": "unclip", "pipeline_tag": "text-to-image"}
     if identifier in LICENCES:

@@ -27,8 +27,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 def convert(source: str | Path, folder: str | Path, to: str, dtype: DType | None = None) -> None:
     """Write the model at `source` (anything that `unclip.load` accepts) in the layout `to`.
 
-    dtype: of the stored weights, by default the widest that they have. ValueError with the reasons
-    if diffusers' layout cannot express the model.
+    dtype: of the stored weights, by default the widest that they have. Raises ValueError with the
+    reasons if diffusers' layout cannot express the model.
     """
     if to not in WRITERS:
         raise ValueError(f"to is {to!r}; expected {' or '.join(WRITERS)}")

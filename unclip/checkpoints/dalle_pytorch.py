@@ -30,7 +30,7 @@ from unclip.types import CodeOptions
 KINDS: dict[str, Kind]
 KINDS = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "corner"}
 KERNEL = 5  # of conv_like; not configurable there
-# A branch is inside wrappers without tensors (shift, cache), named fn, or net if it is reversible.
+# Wrappers without tensors (shift, cache) hold a branch as `fn`, or `net` if it is reversible.
 BRANCH = re.compile(
     r"transformer\.layers\.(layers|blocks)\.(\d+)\.(0|1|f\.net|g\.net)\.((?:fn\.)*)(.+)"
 )
@@ -103,7 +103,7 @@ def read_tokenizer(file: Path, config: DALLEConfig) -> BPETokenizer:
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
-    """Load transformer and codec, in eval mode; ValueError for unsupported options."""
+    """Load transformer and codec, in eval mode. Raises ValueError for unsupported options."""
     content = read_checkpoint(path)
     weights = rename_plain(content["weights"])
     state = {name: x for name, x in weights.items() if not name.startswith("vae.")}
@@ -118,7 +118,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> DALLEFile:
 def read_config(
     state: Mapping[str, Tensor], hparams: Mapping[str, Any], source: str | Path
 ) -> DALLEConfig:
-    """Infer the configuration from tensors, and from hparams what tensors do not show."""
+    """Infer the configuration from the tensors, and from hparams what they do not reveal."""
     branches = [found.groups() for name in state if (found := BRANCH.fullmatch(name))]
     kinds = hparams.get("attn_types") or ("full",)
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)

@@ -1,4 +1,4 @@
-"""Model folders: where a model is, what model.json says, which files hold the weights.
+"""Model folders: location of a model, content of model.json, and files of the weights.
 
 Nothing here imports torch, so that `unclip models` and the error for an unknown name are fast.
 """
@@ -41,7 +41,7 @@ def locate(
     """Resolve a bundled model's name, a local path or a Hub id "org/name[@revision]" to a path.
 
     A Hub repository is downloaded once and cached; `files` are patterns of the files to download.
-    ValueError if there is no such model.
+    Raises ValueError if there is no such model.
     """
     check_keywords(hub_arguments, HubArguments.__annotations__, ("dtype", "device", "offload"))
     bundled = bundled_models()
@@ -94,11 +94,11 @@ def shared_from(folder: Path) -> dict[str, str]:
 
 
 def component_folders(folder: Path) -> dict[str, Path]:
-    """Return the folder of each component; ValueError if a shared component is not found."""
+    """Return the folder of each component. Raises ValueError if a shared component is not found."""
     folders, bundled = {}, bundled_models()
     for name, owner in shared_from(folder).items():
         if owner not in bundled or name not in read_model_json(bundled[owner])["components"]:
-            known = f"expected a bundled model that has it, of {', '.join(bundled) or 'none'}"
+            known = f"expected a bundled model with it (bundled: {', '.join(bundled) or 'none'})"
             raise ValueError(f"{folder / MODEL_FILE} takes {name} from {owner!r}; {known}")
         folders[name] = bundled[owner] / name
     return folders | {name: folder / name for name in read_model_json(folder)["components"]}
@@ -111,7 +111,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def only_file(folder: Path, pattern: str) -> Path:
-    """Return the single file in a folder that matches a pattern; ValueError if it is not single."""
+    """Return the only file in a folder that matches a pattern. Raises ValueError otherwise."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"

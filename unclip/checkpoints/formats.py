@@ -1,4 +1,4 @@
-"""The interface of a checkpoint format, and what loading a checkpoint returns."""
+"""Interface of checkpoint formats, and the results of loading."""
 
 from __future__ import annotations
 

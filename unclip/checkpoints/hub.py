@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE, INDEX_FILE, CONFIG_FILE = "model.json", "model_index.json", "config.json"
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "README.md")
-VARIANTS = ("*.fp16.*", "*.fp16-*")  # of weights that are also there in full precision
+VARIANTS = ("*.fp16.*", "*.fp16-*")  # variants of weights that also exist in full precision
 # Files of models in neither our own nor diffusers' layout. DALLE2-pytorch's repositories hold other
 # experiments too, outside of these folders.
 FOREIGN_FILES = (
@@ -32,14 +32,14 @@ class HubArguments(TypedDict, total=False):
     revision: str | None  # branch, tag or commit; also as "org/name@revision"
     cache_dir: str | Path | None  # default: HF_HOME's
     token: str | bool | None  # for private models; default: that of `hf auth login`
-    local_files_only: bool  # do not download: load what is in the cache
+    local_files_only: bool  # load from the cache only; do not download
 
 
 def select(names: Sequence[str], files: Sequence[str] = MODEL_FILES) -> list[str]:
     """Return the files of a repository that make a model; `files` are patterns of what is needed.
 
-    Variants of weights and .bin files are selected only if there is nothing else. ValueError if the
-    repository holds several models.
+    Variants of weights and .bin files are selected only if there is nothing else. Raises ValueError
+    if the repository holds several models.
     """
     chosen = _matching(names, files)
     if files != MODEL_FILES:
@@ -84,7 +84,7 @@ def fetch(
 ) -> Path:
     """Download the files of a repository that `select` returns; return the cached folder.
 
-    Without a network, what was downloaded before is used. ValueError with the reason on failure.
+    Without a network, earlier downloads are used. Raises ValueError with the reason on failure.
     """
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import (
@@ -117,7 +117,7 @@ def fetch(
         cached = {"allow_patterns": list(ALWAYS), "local_files_only": True}
         return Path(snapshot_download(hub_id, **cached, **arguments))
     except LocalEntryNotFoundError:
-        raise ValueError(f"{reason}, and nothing of the model is cached") from None
+        raise ValueError(f"{reason}, and the model is not cached") from None
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(_first_line(error)) from None
 

@@ -1,7 +1,7 @@
 """Karlo (kakaobrain/karlo 1.0 alpha) as first published: Lightning checkpoints and OpenAI's CLIP.
 
-The checkpoints come without configurations: sizes are inferred from the tensors, the rest is known
-from Karlo's repository. Kandinsky 2.1's prior was trained with the same code.
+The checkpoints come without configurations: sizes are inferred from the tensors, and the rest is
+taken from Karlo's repository. Kandinsky 2.1's prior was trained with the same code.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
         options = KARLO_OPTIONS
     return Bundle(
         kind="unclip",
-        # Karlo's code resizes an image to a square where diffusers crops one out of it.
+        # Karlo's code squashes an image to a square; diffusers crops a square from it.
         components={"clip": read_clip(folder / CLIP_FILE, resize_mode="squash"), **networks},
         schedules=dict.fromkeys(networks, SCHEDULE),
         options=options,
@@ -173,7 +173,7 @@ def decoder_rules(config: DecoderConfig) -> list[Rule]:
 
 
 def read_upsampler(file: Path, dtype: torch.dtype = torch.float32) -> Upsampler:
-    """Load an ImprovedSupRes64to256ProgressiveModel: it has another U-Net for the last step."""
+    """Load an ImprovedSupRes64to256ProgressiveModel, which has another U-Net for the last step."""
     state = read_state(file)
     first, last = (adm.unet_config(without_prefix(state, f"{u}."), file) for u in UPSAMPLER_UNETS)
     config = UpsamplerConfig(first, LOW_SIZE, HIGH_SIZE, last_unet=last)

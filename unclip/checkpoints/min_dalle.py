@@ -1,6 +1,6 @@
 """DALL-E mini and mega as min-dalle publishes them.
 
-A folder has vocab.json, merges.txt, encoder.pt, decoder.pt and detoker.pt; names of mini's files
+A folder has vocab.json, merges.txt, encoder.pt, decoder.pt and detoker.pt; file names of mini
 may end in _mini. The cache of min-dalle's own code is read too; there detoker.pt is in the sibling
 folder vqgan.
 """
@@ -30,7 +30,7 @@ from unclip.models.published.bart_dalle import BartDALLE, BartDALLEConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions
 
-HEAD_DIM = 64  # of both models; the tensors do not show it
+HEAD_DIM = 64  # of both models; tensors do not reveal it
 MINI_WIDTH = 1024
 ENDINGS = ("", "_mini")  # of file names in the repository, which holds both models
 CACHES = ("dalle_bart_mega", "dalle_bart_mini")
@@ -67,7 +67,10 @@ def recognise(path: Path) -> bool:
 
 
 def load_bundle(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """Load the folder, or mega if it has both; ValueError or FileNotFoundError if incomplete."""
+    """Load the folder, or mega if it has both.
+
+    Raises ValueError or FileNotFoundError if it is incomplete.
+    """
     folder, ending = _require_place(path)
     state = read_halves(folder, ending)
     config = infer_config(state, folder)
@@ -133,7 +136,7 @@ def read_tokenizer(folder: Path, ending: str, config: BartDALLEConfig) -> BPETok
 
 
 def read_halves(folder: Path, ending: str) -> dict[str, Tensor]:
-    """Read encoder.pt and decoder.pt; gains that norms were trained without are added as ones."""
+    """Read encoder.pt and decoder.pt; norms trained without a gain get one of ones."""
     state = {
         f"{half}.{name}": x
         for half in ("encoder", "decoder")
@@ -145,7 +148,7 @@ def read_halves(folder: Path, ending: str) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor], source: Path) -> BartDALLEConfig:
-    """Infer the sizes from the tensors; image_vocab: rows of the embedding without the start's."""
+    """Infer the sizes from the tensors; image_vocab does not count the start token's row."""
     with expecting("a DALL-E of min-dalle", source):
         V, C = state["encoder.embed_tokens.weight"].shape
         L, N = (len(state[f"{half}.embed_positions.weight"]) for half in ("encoder", "decoder"))

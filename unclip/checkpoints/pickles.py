@@ -47,7 +47,7 @@ def read_checkpoint(file: str | Path) -> Any:
 
     Tensors and containers are returned as such, an object of any other class as a `Stub`. Tensors
     are mapped from the file if possible (copy on write): the file must not change while they are in
-    use. ValueError for a file that is truncated or of another format.
+    use. Raises ValueError if the file is truncated or of another format.
     """
     if not Path(file).exists():
         raise FileNotFoundError(f"no checkpoint at {file}")
@@ -179,7 +179,7 @@ class _Dict(dict):
 
 
 class _Call:
-    """One of our functions in place of one of PyTorch's: a file can call it, and nothing else."""
+    """One of our functions in place of one of PyTorch's; a file can call no others."""
 
     __slots__ = ("function",)
 
@@ -193,7 +193,7 @@ class _Call:
 def _tensor(
     flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
-    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; as_strided checks the bounds."""
+    """Replace torch._utils._rebuild_tensor and _rebuild_tensor_v2; as_strided checks the bounds."""
     if len(size) > MAX_AXES or math.prod(size) > max(flat.numel(), MAX_NUMBERS):
         raise pickle.UnpicklingError("a tensor is larger than its storage")
     return flat.as_strided(size, stride, offset)
@@ -202,27 +202,27 @@ def _tensor(
 def _tensor_of_dtype(
     flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any
 ) -> Tensor:
-    """torch._utils._rebuild_tensor_v3: an untyped storage with a dtype."""
+    """Replace torch._utils._rebuild_tensor_v3, for an untyped storage with a dtype."""
     _grad, _hooks, dtype, *_ = more
     return _tensor(flat.view(dtype), offset, size, stride)
 
 
 def _of_type(call: _Call, type_: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """torch._tensor._rebuild_from_type_v2: the plain tensor of a Tensor subclass."""
+    """Replace torch._tensor._rebuild_from_type_v2; return a Tensor subclass as a plain tensor."""
     if not isinstance(call, _Call):
         raise pickle.UnpicklingError(f"it builds a tensor with a {type(call).__name__}")
     return call(*args)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """_codecs.encode: bytes in protocol 2."""
+    """Replace _codecs.encode, which protocol 2 uses for bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError("it encodes text as something other than latin1")
     return text.encode("latin1")
 
 
 def _hashable(items: Iterable[Any]) -> list[Any]:
-    """Return keys, or elements of a set, which are quick to hash: no deep tuple, no huge number."""
+    """Check that keys, or elements of a set, are quick to hash: no deep tuples or huge numbers."""
     items = list(items)
     for key in items:
         for part in key if isinstance(key, tuple) and len(key) <= 8 else (key,):
@@ -299,7 +299,7 @@ class _Budget:
 
 
 class _Stream:
-    """A file that reads no endless line, and at most `most` bytes at once."""
+    """A file with a limit on the length of a line, and of `most` bytes for one read."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self.stream, self.most = stream, most
@@ -337,8 +337,8 @@ class _Opcodes(dict[int, Callable[..., None]]):
 class _Unpickler(pickle._Unpickler):
     """Resolves names to `_ALLOWED` or stubs, and references to storages to flat tensors.
 
-    Python's own implementation, not the one in C: its memo is a dict rather than an array of any
-    size, and its methods can be replaced. They call, and change, only what this module defines.
+    This is the implementation in Python, not the one in C: its memo is a dict rather than an array
+    of any size, and its methods can be replaced. They call and change only objects defined here.
     """
 
     stack: list[Any]  # inherited, as are the next three
@@ -534,7 +534,7 @@ def _read_zip(stream: BinaryIO, data: Data, budget: _Budget) -> Any:
     root = found[0].removesuffix("data.pkl")
 
     def content(entry: zipfile.ZipInfo) -> slice:
-        """Return where the bytes of a file are; PyTorch compresses none, but a bomb would."""
+        """Return where the bytes of a file are. PyTorch compresses no files, but a bomb would."""
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"{entry.filename} is compressed; save it with torch.save")
         name, extra = LOCAL_HEADER.unpack_from(data, entry.header_offset)

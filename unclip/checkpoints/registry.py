@@ -39,7 +39,7 @@ PRIORS = (store.PRIOR, diffusers.PRIOR, karlo.PRIOR, dalle2_pytorch.PRIOR)
 
 
 def load_any(path: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """Load a model of any known format onto the CPU; ValueError if no format recognises it."""
+    """Load a model of any known format onto the CPU. Raises ValueError if no format matches."""
     if format := _matching(MODELS, path):
         return format.load(path, dtype)
     if _matching(PRIORS, path):
@@ -63,8 +63,8 @@ def load_codec(
 ) -> Autoencoder:
     """Load an image codec in eval mode: a component folder, OpenAI's dVAE or a VQGAN of taming's.
 
-    path: may be a Hub id "org/name[@revision]"; hub: see `load`. FileNotFoundError if the path does
-    not exist, ValueError if it is not a codec.
+    path: may be a Hub id "org/name[@revision]"; hub: see `load`. Raises FileNotFoundError if the
+    path does not exist, and ValueError if it is not a codec.
     """
     if not Path(path).exists() and not is_hub_id(path):
         raise FileNotFoundError(f"{path} does not exist; expected an image codec")

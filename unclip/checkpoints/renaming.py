@@ -129,10 +129,10 @@ def import_state(
 ) -> dict[str, Tensor]:
     """Return a foreign state under our names.
 
-    shapes: of all tensors that are expected. ignored: patterns of foreign names without learned
+    shapes: of all expected tensors. ignored: patterns of foreign names without learned
     values ("*.position_ids"). dtypes: to cast to, by our names. Tensors are read and cast rule by
-    rule, so that a lazy `state` (`weights.TensorFile`) is never in memory twice. ValueError lists
-    the missing, unexpected and misshaped tensors by their foreign names.
+    rule, so that a lazy `state` (`weights.TensorFile`) is never in memory twice. Raises
+    ValueError that lists missing, unexpected and misshaped tensors by their foreign names.
     """
     left, out = set(state), {}
     missing, misshaped = [], []
@@ -150,7 +150,7 @@ def import_state(
             given = [state[name] for name in foreign]
             try:
                 converted = rule.convert(given)
-            except (RuntimeError, ValueError):  # rows that cannot be divided
+            except (RuntimeError, ValueError):  # the rows cannot be divided
                 converted = given
             if [x.shape for x in converted] != [torch.Size(shapes[name]) for name in ours]:
                 expected = rule.invert([torch.empty(shapes[name], device="meta") for name in ours])

@@ -101,7 +101,7 @@ def save_component(
 
 
 def component_config(folder: str | Path) -> tuple[type[nn.Module], Any]:
-    """Read the class and the config of the network in a folder; ValueError as `load_component`."""
+    """Read the class and config of the network in a folder; raises as `load_component` does."""
     file = Path(folder) / CONFIG_FILE
     config = read_json(file)
     kind = config.pop("type", None)
@@ -121,10 +121,10 @@ def load_component(
 ) -> nn.Module:
     """Load the network in a folder, in eval mode: parameters in `dtype`, buffers in float32.
 
-    It is built on the meta device and filled tensor by tensor: nothing is initialised for nothing,
-    and at most one tensor is in memory twice. mapped: parameters are views of the file, in its
-    dtype (see `TensorFile`). ValueError for an unknown type, a wrong config key, missing,
-    unexpected or misshaped tensors, and a truncated file.
+    It is built on the meta device, without initialisation, and filled tensor by tensor: at most one
+    tensor is in memory twice. mapped: parameters are views of the file, in its dtype (see
+    `TensorFile`). Raises ValueError for an unknown type, a wrong config key, missing, unexpected or
+    misshaped tensors, and a truncated file.
     """
     folder = Path(folder)
     network, config = component_config(folder)
@@ -155,14 +155,12 @@ def load_as(
 def with_base(config: C, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -> C:
     """Complete a training config whose `base` is the folder of a trained network.
 
-    `model` and `schedule` become the network's own. ValueError unless it is one of `kinds`, and
-    if neither or both of `base` and `model` are given.
+    `model` and `schedule` become the network's own. Raises ValueError unless it is one of `kinds`
+    and exactly one of `base` and `model` is given.
     """
     settings: Any = config
     if (settings.base is None) == (settings.model is None):
-        raise ValueError(
-            "expected either model (sizes) or base (a trained network), one of the two"
-        )
+        raise ValueError("expected exactly one of model (sizes) and base (a trained network)")
     if settings.base is None:
         return config
     network, model = component_config(settings.base)
@@ -195,7 +193,7 @@ def save_bundle(
     """Write a model folder atomically; files that do not belong to the model it replaces are kept.
 
     shared_from: components that are not stored but read from a bundled model, as {"clip": "emoji"}.
-    ValueError if the folder holds something other than a model.
+    Raises ValueError if the folder holds something other than a model.
     """
     folder = Path(folder)
     old = read_model_json(folder)["components"] if recognise(folder) else []

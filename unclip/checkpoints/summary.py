@@ -56,7 +56,7 @@ class ModelInfo:
 
 
 def summary(path: Path) -> ModelInfo:
-    """Summarise what `load`, `load_codec` or `load_prior` accepts; ValueError for anything else.
+    """Summarise what `load`, `load_codec` or `load_prior` accepts, else raise ValueError.
 
     Our own and diffusers' folders are read from JSON and the headers of their weights alone.
     """
@@ -110,7 +110,7 @@ def _describe(folder: Path) -> ComponentInfo:
 
 
 def _component(name: str, tensors: Iterable[tuple[str, Sequence[int]]], size: int) -> ComponentInfo:
-    """tensors: dtype, as safetensors or torch names it, and shape."""
+    """Summarise tensors, given as dtype (as named by safetensors or torch) and shape."""
     tensors = list(tensors)
     dtypes = {_DTYPES.get(dtype, dtype) for dtype, _ in tensors}
     parameters = sum(math.prod(shape) for _, shape in tensors)

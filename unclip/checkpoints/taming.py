@@ -29,7 +29,7 @@ from unclip.models.unet import LevelSpec
 
 IGNORED = ("loss.*",)  # the discriminator and the perceptual network
 FIRST_STAGE = "first_stage_model."  # prefix of a VQGAN that another network was trained on
-IMAGE_SIZE = 256  # of every published one; the tensors do not show it
+IMAGE_SIZE = 256  # of every published one; tensors do not reveal it
 RESBLOCK = (
     *(move(name, name) for name in ("norm1", "conv1", "norm2", "conv2")),
     move("nin_shortcut", "skip"),
@@ -73,7 +73,7 @@ def probe(path: Path) -> States:
 def infer_config(
     state: Mapping[str, Tensor], source: str | Path, image_size: int = IMAGE_SIZE
 ) -> VQGANConfig:
-    """Infer the sizes from taming's tensors; ValueError if they are of something else."""
+    """Infer the sizes from taming's tensors. Raises ValueError if they are not of a VQGAN."""
     with expecting("a VQGAN of taming-transformers", source):
         levels = []
         for i in range(max(1, count(state, r"decoder\.up\.(\d+)\."))):

@@ -64,7 +64,7 @@ def prompts_file(text: str) -> list[str]:
 
 
 def lora(text: str) -> tuple[str, float]:
-    """Parse PATH or PATH:SCALE; a colon in the path is not taken for one before a scale."""
+    """Parse PATH or PATH:SCALE; a colon before anything but a number belongs to the path."""
     path, colon, scale = text.rpartition(":")
     try:
         return (path, number(scale)) if colon and path else (text, 1.0)
@@ -98,7 +98,7 @@ def add_command(
 
 
 def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
-    """Add what `load_model` reads; `add_runtime` and the flag --prior are optional."""
+    """Add the arguments that `load_model` reads; `add_runtime` and --prior are optional."""
     about = f"bundled name, folder, checkpoint file or Hub id (default: {default})"
     parser.add_argument("--model", default=default, metavar="NAME", help=about)
     about = "cpu, cuda, cuda:1, mps (default: the fastest that is available)"
@@ -116,7 +116,7 @@ def add_runtime(parser: ArgumentParser) -> None:
     memory = parser.add_mutually_exclusive_group()  # compiled networks cannot move
     about = "keep only one network in memory at a time"
     memory.add_argument("--offload", action="store_true", help=about)
-    about = "optimise the networks first; worth it for many images"
+    about = "optimise the networks first, which pays off for many images"
     memory.add_argument("--compile", action="store_true", help=about)
     about = "round the weights: half the memory of bf16, slightly different images"
     parser.add_argument("--quantize", choices=("int8",), help=about)
@@ -137,7 +137,7 @@ def add_output(
     parser: ArgumentParser,
     about: str = "a .png, .jpg or .webp file, or a folder (default: the current one)",
 ) -> None:
-    """Add what `check_output` and `write_images` read."""
+    """Add the arguments that `check_output` and `write_images` read."""
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
     parser.add_argument(
         "--grid", action="store_true", help="write one sheet with all images and captions"
@@ -146,7 +146,7 @@ def add_output(
 
 
 def add_quiet(parser: ArgumentParser) -> None:
-    about = "show no progress bars and no file names"
+    about = "show no progress bars or file names"
     parser.add_argument("--quiet", action="store_true", help=about)
 
 
@@ -199,7 +199,7 @@ GUIDANCE = SamplingFlag(
 UPSAMPLER_STEPS = SamplingFlag(
     "--upsampler-steps", COUNT, "steps of each upsampler", _diffusion("upsamplers.*.steps")
 )
-DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # for inversion, which requires DDIM
+DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # also for inversion, which requires DDIM
 SAMPLING = (
     *DETERMINISTIC,
     SamplingFlag(
@@ -217,7 +217,7 @@ SAMPLING = (
         "DALL-E and autoregressive priors: divides the logits; 0 = always the likeliest code",
         {"dalle": "temperature", "unclip": "prior.temperature"},
     ),
-    SamplingFlag("--top-k", COUNT, "DALL-E: use the N likeliest codes only", {"dalle": "top_k"}),
+    SamplingFlag("--top-k", COUNT, "DALL-E: use only the N likeliest codes", {"dalle": "top_k"}),
     SamplingFlag(
         "--top-p", NUMBER, "DALL-E: use the fewest codes of this probability", {"dalle": "top_p"}
     ),
@@ -238,7 +238,7 @@ PRIOR = (
 LORA = SamplingFlag(
     "--lora",
     {"action": "append", "type": lora, "metavar": "PATH[:SCALE]"},
-    "folder of a LoRA adapter; can be repeated",
+    "folder of a LoRA adapter; may be repeated",
     {"unclip": None},
 )
 FROM_TEXT = (
@@ -260,7 +260,7 @@ FROM_TEXT = (
 CANDIDATES = SamplingFlag(
     "--candidates",
     COUNT,
-    "number of images generated per prompt; those that match it best by CLIP are kept",
+    "number of images generated per prompt; those with the highest CLIP similarity are kept",
     {"unclip": None, "dalle": None},
 )
 FROM_IMAGE = (

@@ -22,11 +22,11 @@ COMPARISONS = {
 
 
 def add_commands(commands: Any) -> None:
-    about = "measure the speed and the memory of a model, or the speed of data"
+    about = "measure the speed and the memory of a model, or the speed of a data loader"
     parser = flags.add_command(commands, bench, about)
     flags.add_model(parser)
     parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
-    about = "number of images in each warm call (default: 1)"
+    about = "number of images per warm call (default: 1)"
     parser.add_argument("--batch", default=1, help=about, **flags.COUNT)
     about = "number of measurements of each kind (default: 5)"
     parser.add_argument("--repeat", default=5, help=about, **flags.COUNT)
@@ -40,23 +40,23 @@ def add_commands(commands: Any) -> None:
     extent.add_argument("--steps-only", action="store_true", help=about)
     about = "run all steps and whole calls, also for karlo-random"
     extent.add_argument("--whole", action="store_true", help=about)
-    parser.add_argument("--preset", choices=PRESETS, help="sampling options by name")
+    parser.add_argument("--preset", choices=PRESETS, help="named sampling options")
     flags.add_runtime(parser)
     about = "write the results to this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
     flags.add_quiet(parser)
-    about = "measure a data loader instead: a path, as data.path in a training config"
+    about = "measure a data loader instead; PATH as data.path in a training config"
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", help=about)
     about = "side of the images (default: 64)"
     data.add_argument("--image-size", default=64, help=about, **flags.COUNT)
-    about = "images of a batch (default: 64)"
+    about = "images per batch (default: 64)"
     data.add_argument("--batch-size", default=64, help=about, **flags.COUNT)
     about = "numbers of worker processes to compare (default: 0,1,2)"
     data.add_argument("--workers", type=_numbers, default=(0, 1, 2), metavar="A,B", help=about)
     about = "batches to load (default: 50)"
     data.add_argument("--batches", default=50, help=about, **flags.COUNT)
-    about = "seconds of a training step, which runs while workers load (default: 0)"
+    about = "seconds per training step, during which workers load (default: 0)"
     data.add_argument("--step", type=flags.number, default=0.0, metavar="X", help=about)
 
 

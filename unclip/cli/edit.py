@@ -29,13 +29,13 @@ def add_commands(commands: Any) -> None:
     about = "outpaint: number of pixels to add on each side"
     sides = ("LEFT", "TOP", "RIGHT", "BOTTOM")
     area.add_argument("--extend", nargs=4, type=int, metavar=sides, help=about)
-    about = "how much may change, above 0 to 1 (default: 1 with --mask, else 0.6)"
+    about = "how much may change, from above 0 to 1 (default: 1 with --mask, else 0.6)"
     parser.add_argument("--strength", type=flags.fraction, metavar="FRACTION", help=about)
     about = "passes over each group of steps, to harmonise the painted part (default: 4)"
     parser.add_argument("--resamples", help=about, **flags.COUNT)
     about = (
         "how strongly the kept part changes the embedding of the prompt, "
-        "for decoders with a layout (default: 3; 0 = not)"
+        "for decoders with a layout (default: 3; 0 = not at all)"
     )
     parser.add_argument("--agreement", type=flags.number, metavar="WEIGHT", help=about)
     about = "use the plain decoder even if the model has one that was trained to inpaint"
@@ -58,7 +58,9 @@ def edit(args: Namespace) -> None:
         raise ValueError("--strength cannot be given with --extend: the added area is empty")
     if args.mask is None and args.extend is None and (given := painting.keys() - {"strength"}):
         flag = "training-free" if "trained" in given else min(given)
-        raise ValueError(f"--{flag} needs --mask or --extend: without them no part is kept")
+        raise ValueError(
+            f"--{flag} needs --mask or --extend: without them, no part of the image is kept"
+        )
     image = open_image(args.image)
     check_output(args, args.num_images)
     pipe = load_unclip(args)

@@ -78,11 +78,11 @@ def _add_evaluate(commands: Any) -> None:
     about = "another model, sampled with the same captions and seeds"
     parser.add_argument("--baseline", metavar="NAME", help=about)
     flags.add_renamed(parser, "--beside", "--baseline")
-    about = "let this judge name concept and style of the images (needs torchmetrics)"
+    about = "judge that names concept and style of the images (needs torchmetrics)"
     parser.add_argument("--judge", type=Path, metavar="FILE", help=about)
     about = "train a judge on the training and held-out images first, and write it to this file"
     parser.add_argument("--train-judge", type=Path, metavar="FILE", help=about)
-    about = "updates of its training (default: 3500, half an hour on a CPU core for 10,000 images)"
+    about = "training updates of the judge (default: 3500, half an hour on a CPU core)"
     parser.add_argument("--judge-steps", default=3500, help=about, **flags.COUNT)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
@@ -177,7 +177,7 @@ def _add_evaluate_codec(commands: Any) -> None:
     about = "folder or file of a codec, or a model that has one"
     parser.add_argument("codec", metavar="CODEC", help=about)
     _add_data(parser, None, 32, "images: tars, or a folder")
-    about = "image size in pixels (default: that of the training)"
+    about = "image size in pixels (default: that of training)"
     parser.add_argument("--size", help=about, **flags.COUNT)
     about = "cpu, cuda, mps (default: cpu)"
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help=about)
@@ -217,10 +217,10 @@ def _add_evaluate_priors(commands: Any) -> None:
     parser = flags.add_command(commands, evaluate_priors, about)
     flags.add_model(parser)
     repeated = {"action": "append", "default": []}
-    about = "another prior to compare with the model's own (can be repeated)"
+    about = "another prior to compare with the model's own (may be repeated)"
     prior = {"type": _named(str), "dest": "priors", "metavar": "NAME=FOLDER"}
     parser.add_argument("--prior", help=about, **prior, **repeated)
-    about = "guidance of one prior (default: that of the options; can be repeated)"
+    about = "guidance of one prior (default: from the options; may be repeated)"
     scale = {"type": _named(flags.number), "dest": "scales", "metavar": "NAME=SCALE"}
     parser.add_argument("--prior-guidance", help=about, **scale, **repeated)
     _add_data(parser, 128, 32)
@@ -268,7 +268,7 @@ def _resume(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
         return results
     stored = read_json(file)
     if stored.get("settings") != results["settings"]:
-        raise ValueError(f"{file} has results of other settings; choose another file")
+        raise ValueError(f"{file} has results for other settings; choose another file")
     return stored
 
 

@@ -31,13 +31,15 @@ def add_commands(commands: Any) -> None:
     )
     about = "generate the image in a PNG again, from its metadata"
     parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
-    about = "with --from: load the models that the PNG names, although they are not bundled"
+    about = "with --from: load the models that the PNG names even if they are not bundled"
     parser.add_argument("--trust-model", action="store_true", help=about)
     _add_generation(parser)
     parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
     flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
 
-    parser = flags.add_command(commands, variations, "vary an image, from its embedding")
+    parser = flags.add_command(
+        commands, variations, "generate variations of an image from its embedding"
+    )
     parser.add_argument("image", type=Path, metavar="IMAGE")
     _add_generation(parser)
     flags.add_sampling(parser, *flags.SAMPLING, flags.LORA, *flags.FROM_IMAGE)
@@ -87,7 +89,7 @@ def generate(args: Namespace) -> None:
 
 
 def _check_generation(prompts: Sequence[Any], args: Namespace) -> None:
-    """Raise the errors of prompts and candidates, before the model is loaded."""
+    """Raise the errors of prompts and candidates before the model is loaded."""
     from unclip.pipelines.request import PromptBatch
     from unclip.pipelines.rerank import check_candidates
 
@@ -108,7 +110,7 @@ def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, floa
 
 
 def _given(**arguments: Any) -> dict[str, Any]:
-    """Return the arguments that are not None: other kinds of models do not have them."""
+    """Return the arguments that are not None; some kinds of models lack the others."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -117,8 +119,8 @@ def parts_of(
 ) -> Iterator[tuple[slice, dict[str, Any]]]:
     """Split a command into calls; yield the prompts, and num_images and seed, of each.
 
-    A selection needs all candidates of a prompt in one call. An interrupted command keeps the
-    images of the calls that are finished.
+    With candidates, one call generates all candidates of a prompt. An interrupted command keeps the
+    images of the finished calls.
     """
     from unclip.pipelines.request import seeds_from, split_batches
 
@@ -162,7 +164,7 @@ def _regenerate(args: Namespace) -> None:
 
 
 def _check_lora(args: Namespace, stored: Any) -> None:
-    """Raise a ValueError unless as many adapters are given as the metadata names."""
+    """Raise a ValueError unless --lora is given once for each adapter in the metadata."""
     if not isinstance(stored, list) or len(stored) != len(args.lora or ()):
         raise ValueError(
             f"{args.source} was generated with the LoRA adapters {stored}; "
@@ -171,7 +173,7 @@ def _check_lora(args: Namespace, stored: Any) -> None:
 
 
 def _check_trust(args: Namespace, entry: dict[str, Any]) -> None:
-    """Raise a ValueError if a file makes us load a model, which the user has not chosen."""
+    """Raise a ValueError if the PNG names models that are neither bundled nor trusted."""
     named = {"model": None if args.model else entry.get("model"), "prior": entry.get("prior_model")}
     bundled = bundled_models()
     unknown = [

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # `unclip --help` must not import torch
 
 
 def load_model(args: Namespace, default_dtype: str | None = None, *kind: str) -> AnyPipeline:
-    """Load --model with --prior and --lora; offload, quantize or compile it as the flags say."""
+    """Load --model with --prior and --lora; offload, quantize or compile it if requested."""
     check_before_loading(args, *kind)
     offload_at_once = args.offload and not (args.quantize or args.lora)
     dtype = args.dtype or default_dtype
@@ -87,9 +87,9 @@ def read_header(folder: Path) -> Header | None:
 
 
 def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | None:
-    """Raise the errors of flags that a model's JSON files are enough to find.
+    """Raise the errors of flags that can be found from the JSON files of a model alone.
 
-    kind: of the model that the command needs, and its description. Returns the header and the
+    kind: the kind of model that the command needs, and its description. Returns the header and the
     options; None for formats other than ours.
     """
     if (header := read_header(locate(args.model))) is None:
@@ -104,14 +104,14 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     stages |= {f"upsampler_{i}": stage for i, stage in ups}
     for name, stage in stages.items():
         if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):
-            raise ValueError(f"steps of the {name} are {stage.steps}; it has {most} timesteps")
+            raise ValueError(f"steps of the {name} are {stage.steps}; expected at most {most}")
     return header, options
 
 
 def load_named(
     name: str, device: str | None, dtype: str | None, *, offload: bool = False
 ) -> AnyPipeline:
-    """Call `unclip.load` with a dtype as the command line spells it."""
+    """Call `unclip.load` with a dtype as spelled on the command line."""
     from unclip.pipelines import load
 
     locate(name)  # an unknown name is reported before torch is imported

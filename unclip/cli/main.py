@@ -1,6 +1,6 @@
 """The command `unclip`: one module of this package for each group of subcommands.
 
-Modules at the top of these files do not import torch: `unclip --help` must be quick.
+The imports at the top of these files do not import torch, so that `unclip --help` is fast.
 """
 
 from __future__ import annotations

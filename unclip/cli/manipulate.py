@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
     parser = flags.add_command(
         commands,
         vary,
-        "generate variations of images, as close to them as --eta says",
+        "generate variations of images; --eta sets how much they differ",
         "unclip vary apple.png --eta 0.3 -n 4 --grid -o variations.png",
     )
     _add_sources(parser)
@@ -75,7 +75,7 @@ def add_commands(commands: Any) -> None:
     _add_sources(parser)
     about = "caption of the image as it is (default: empty)"
     parser.add_argument("--from", dest="base", default="", metavar="TEXT", help=about)
-    about = "caption of the image as it should become"
+    about = "caption of the desired image"
     parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help=about)
     about = "strength from 0 (unchanged) to 1; several values give several images (default: 0.3)"
     parser.add_argument(
@@ -83,7 +83,7 @@ def add_commands(commands: Any) -> None:
     )
     about = (
         "fraction of fresh noise; 0, as in the paper, keeps the noise of the image, "
-        "and parts of it remain (default: 0.5)"
+        "and with it parts of the image (default: 0.5)"
     )
     parser.add_argument("--eta", type=flags.fraction, default=0.5, metavar="FRACTION", help=about)
     flags.add_seed(parser)

@@ -107,7 +107,7 @@ def write_results(
 def write_as_they_come(
     results: Iterable[GenerationResult], write: Callable[[GenerationResult], None], args: Namespace
 ) -> None:
-    """Write results as they come, or one sheet at the end; if interrupted, of what there is."""
+    """Write results as they come, or one sheet at the end with all results until then."""
     if not args.grid:
         for result in results:
             write(result)

@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
     source.add_argument("--data", nargs="+", metavar="DATA", help=about)
     source.add_argument("--pca", type=Path, metavar="FILE", help="use a saved PCA")
     parser.add_argument("--save-pca", type=Path, metavar="FILE", help="save the PCA")
-    about = "numbers of components to decode (default: those of the paper)"
+    about = "numbers of components to decode (default: as in the paper)"
     parser.add_argument("--components", nargs="+", help=about, **flags.COUNT)
     parser.add_argument("--word", metavar="TEXT", help="write this word on the image")
     about = "captions to classify the image by, with and without the word"
@@ -81,7 +81,9 @@ def _check(args: Namespace) -> None:
     for name in ("components", "data", "pca", "save_pca"):
         if args.word is not None and getattr(args, name) is not None:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is for principal components; it cannot go with --word")
+            raise ValueError(
+                f"--{flag} is for principal components; it cannot be given with --word"
+            )
     if args.word is not None and len(args.sources) > 1:
         raise ValueError(f"--word expects one image; got {len(args.sources)}")
     args.output = args.output or Path("components.png" if args.word is None else "attack.png")

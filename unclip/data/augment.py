@@ -25,7 +25,7 @@ PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z '-]*")
 def can_recolour(meta: Mapping[str, Any]) -> bool:
     """Return whether an image has one main colour and an annotation that can contain its name.
 
-    meta: of a sample, with the keys that `unclip.data.emoji` writes.
+    meta: metadata of a sample, with the keys that `unclip.data.emoji` writes.
     """
     annotation = meta.get("annotation")
     return (

@@ -23,10 +23,10 @@ def measure(
 ) -> LoaderSpeed:
     """Load batches with a number of worker processes; each step lasts `step_seconds`.
 
-    Without steps, the loader is as fast as it can be.
+    With `step_seconds` 0, the loader runs at full speed.
     """
     loader = Loader(replace(config, workers=workers))
-    stream = itertools.chain.from_iterable(itertools.repeat(loader))  # epochs without an end
+    stream = itertools.chain.from_iterable(itertools.repeat(loader))  # endless epochs
     for _ in itertools.islice(stream, WARM_UP):
         time.sleep(step_seconds)
     waited, images, start = 0.0, 0, time.perf_counter()

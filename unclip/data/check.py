@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Print what a data source contains, broken samples, and what is left out.",
     )
     add = parser.add_argument
-    add("data", metavar="DATA", nargs="+", help="as data.path of a training, or several shards")
-    add("--image", metavar="NAME", help="column of the files' names in a table")
-    add("--caption", metavar="NAME", help="column, or key in JSON, of the captions")
+    add("data", metavar="DATA", nargs="+", help="as data.path in training, or several shards")
+    add("--image", metavar="NAME", help="column of a table that holds the file names")
+    add("--caption", metavar="NAME", help="column, or JSON key, that holds the captions")
     add("--decode", action="store_true", help="read each caption and image")
     options = parser.parse_args(arguments)
     try:

@@ -56,7 +56,7 @@ def colour_indices(image: np.ndarray) -> np.ndarray:
 def main_colour(image: np.ndarray) -> str | None:
     """Return the colour of at least half of the foreground pixels; None if there is none.
 
-    White is never returned, because it cannot be told from the background.
+    White is never returned, because it cannot be distinguished from the background.
     """
     foreground = (255 - image).max(axis=-1) > BACKGROUND
     if not foreground.any():

@@ -59,7 +59,7 @@ COUNTS: dict[str, list[Box]] = {
 
 
 def is_held_out(*words: str, share: int = HELD_OUT) -> bool:
-    """Return True for a fixed share of 256 of all combinations: (relation, object, object), ..."""
+    """Return True for `share` / 256 of all combinations of words, always the same ones."""
     return hashlib.sha256("/".join(words).encode()).digest()[0] < share
 
 

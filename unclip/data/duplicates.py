@@ -33,8 +33,8 @@ def find_duplicates(
 ) -> set[int]:
     """Return the indices of the images to leave out; each argument has one entry per image.
 
-    Of images of one emoji that look the same, those of the lowest rank are kept. If one of these is
-    held out, those that are not are left out as well.
+    Among images of one emoji that look the same, those with the lowest rank are kept. If any of
+    these is held out, only the held-out ones are kept.
     """
     by_code: dict[str, list[int]] = defaultdict(list)
     for index, code in enumerate(hexcodes):
@@ -51,7 +51,7 @@ def find_duplicates(
 
 
 def _groups(members: Sequence[int], thumbnails: Sequence[np.ndarray]) -> list[list[int]]:
-    """Group members that look the same; each is compared with the first of a group."""
+    """Group members that look the same; each is compared with the first member of a group."""
     groups: list[list[int]] = []
     for index in members:
         for group in groups:

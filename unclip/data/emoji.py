@@ -51,7 +51,7 @@ GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
     "symbols",
     "flags",
 )
-FLAG_WEIGHT = 0.5  # else 13 % of the weight, and coats of arms help with nothing else
+FLAG_WEIGHT = 0.5  # else flags have 13 % of the weight, and learning them helps no other images
 MAX_BROKEN = 0.01
 
 LICENCES = {
@@ -73,7 +73,7 @@ class Emoji:
     entry: Mapping[str, Any]
     weight: float
     synonyms: tuple[str, ...] = ()
-    rank: int = 0  # of its source; of duplicates, those of the lowest rank are kept
+    rank: int = 0  # of its source; among duplicates, those with the lowest rank are kept
 
     @property
     def hexcode(self) -> str:
@@ -178,7 +178,7 @@ def find_emoji(*sources: str | Path) -> tuple[list[Emoji], int]:
 
 
 def _icon_source(source: str | Path) -> tuple[str | None, Path] | None:
-    """Return the style (None = the set's prefix) and the icons.json of a set; else None."""
+    """Return style (None = the set's prefix) and icons.json of a set; None if it is not a set."""
     style, equals, path = str(source).partition("=")
     if equals and (file := find_icons(path)):
         return style, file
@@ -231,7 +231,7 @@ def _read_set(
     weights: Mapping[str, float],
     tags: Mapping[str, Sequence[str]],
 ) -> list[Emoji]:
-    """Return the icons of an Iconify set; of several with the same emoji, the first."""
+    """Return the icons of an Iconify set, the first one for each emoji."""
     icons = read_icons(file)
     found: dict[str, Emoji] = {}
     for name, svg in icons.icons.items():
@@ -244,7 +244,7 @@ def _read_set(
 
 
 def render(svg: str | Path, size: int) -> bytes:
-    """Render an SVG, a file or text, to a square RGB PNG on white; ValueError if it is broken.
+    """Render an SVG file or text to a square RGB PNG on white. Raises ValueError if it is broken.
 
     No fonts are used, so that the output does not depend on the machine. Text elements, which 1 %
     of the files have, are not rendered.
@@ -331,7 +331,7 @@ def render_all(
 def _render_each(
     found: Sequence[Emoji], size: int, jobs: int | None
 ) -> tuple[list[tuple[Emoji, bytes]], list[str]]:
-    """Return the emoji with their PNGs, and the errors of broken SVGs; ValueError above 1 %."""
+    """Return emoji with PNGs, and errors of broken SVGs. Raises ValueError above 1 % of errors."""
     images: list[tuple[Emoji, bytes]] = []
     broken: list[str] = []
     with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from unclip.data.colours import COLOURS
 
-RARE = 3  # a tag of at most this many emoji is a synonym
+RARE = 3  # a tag that at most this many emoji have is a synonym
 PLAIN_WORDS = re.compile(r"[a-z][a-z '-]*")  # annotations that a colour can precede
 LETTER = re.compile(r"regional indicator (\w)|(\w\w?) button \(blood type\)")
 

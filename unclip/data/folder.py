@@ -148,7 +148,7 @@ class FolderDataset:
         return rows
 
     def _weight(self, stem: str) -> float:
-        """Return the weight in the JSON file of an image, 1 without one."""
+        """Return the weight in the JSON file of an image, or 1 without one."""
         file_name = self._sidecars[stem].get("json")
         return json_weight(self._read(file_name), self._columns) if file_name else 1.0
 

@@ -63,7 +63,7 @@ def _encoded(key: str, image: Mapping[str, Any] | None) -> bytes:
 
 
 def _load(source: str) -> tuple[Any, str]:
-    """Return the rows and the name of the split; ValueError in one line."""
+    """Return the rows and the name of the split. Raises ValueError with a one-line message."""
     datasets = _datasets()
     name, _, split = source.removeprefix(SCHEME).partition(":")
     split = split or "train"

@@ -43,7 +43,7 @@ def find_icons(source: str | Path) -> Path | None:
 def read_icons(source: str | Path) -> IconSet:
     """Read a set from its icons.json or folder.
 
-    FileNotFoundError if there is none, ValueError for a file in another format.
+    Raises FileNotFoundError if there is none, and ValueError for a file in another format.
     """
     if (file := find_icons(source)) is None:
         raise FileNotFoundError(

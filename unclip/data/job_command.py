@@ -22,13 +22,13 @@ def add_arguments(parser: ArgumentParser, content: str, part_size: int) -> None:
     add("--all-captions", action="store_true", help="one row per caption, not only the first")
     add("--batch-size", type=int, default=64, help="images per batch (default: %(default)s)")
     add("--part-size", type=int, default=part_size, help="images per file (default: %(default)s)")
-    add("--caption", metavar="NAME", help="column, or key in JSON, of the captions")
-    add("--image", metavar="NAME", help="column of the files' names in a table")
+    add("--caption", metavar="NAME", help="column, or JSON key, that holds the captions")
+    add("--image", metavar="NAME", help="column of a table that holds the file names")
     add("--device", help="default: cuda if available, else cpu")
-    add("--tasks", type=int, metavar="N", help="processes that share the job; a part per tar shard")
+    add("--tasks", type=int, metavar="N", help="processes that share the job; one part per shard")
     add("--task", type=int, default=0, metavar="I", help="number of this process, from 0")
-    add("--verify", action="store_true", help="compute parts again whose files were changed")
-    add("--ray", type=int, metavar="N", help="N workers on a Ray cluster; a part per tar shard")
+    add("--verify", action="store_true", help="recompute parts whose files have changed")
+    add("--ray", type=int, metavar="N", help="use N workers on a Ray cluster; one part per shard")
 
 
 def run_command(options: Namespace, load: Load, settings_file: str) -> None:
@@ -57,7 +57,7 @@ def run_command(options: Namespace, load: Load, settings_file: str) -> None:
     writer, out = PartWriter(options.out), readable(options.out)
     if not (manifest := writer.folder / MANIFEST).is_file():
         done = sum(writer.has(part) for part in range(len(parts)))
-        print(f"{out}: {done} of {len(parts)} parts; the other tasks have not ended")
+        print(f"{out}: {done} of {len(parts)} parts; the other tasks have not finished")
     else:
         counts = read_json(manifest)
         print(f"{out}: {counts['rows']} rows, {counts['broken']} broken images skipped")

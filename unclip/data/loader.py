@@ -40,7 +40,7 @@ Example = tuple[np.ndarray, list[str], str, Mapping[str, Any]]  # image, uint8 (
 
 @config
 class Augment:
-    """Random shift and scale on white, as fractions of the image side, colours, compositions.
+    """Random shift and scale on white (fractions of the image side), colours and compositions.
 
     There are no flips: images may contain text.
     """
@@ -215,7 +215,7 @@ class Loader:
     def captions(self, limit: int | None = None) -> Iterator[str]:
         """Iterate over the captions of all samples, or the canonical ones, as the config says.
 
-        Broken samples are skipped. limit: of that many samples, evenly spaced.
+        Broken samples are skipped. limit: read only that many samples, evenly spaced.
         """
         count = min(limit or len(self.dataset), len(self.dataset))
         indices = (number * len(self.dataset) // count for number in range(count))
@@ -230,7 +230,7 @@ class Loader:
             yield from captions[:1] if self.config.captions == "canonical" else captions
 
     def samples_hash(self) -> str:
-        """Return a hash of the samples, which does not depend on their place."""
+        """Return a hash of the samples that does not depend on where they are stored."""
         return samples_hash(self.dataset)
 
     def state_dict(self) -> dict[str, int]:
@@ -319,7 +319,7 @@ class Loader:
         return None
 
     def _report_left_out(self) -> None:
-        """Report what is left out; ValueError if too many samples are broken."""
+        """Report what is left out. Raises ValueError if too many samples are broken."""
         dataset, config = self.dataset, self.config
         if dataset.broken:
             self.broken |= {place: f"{place}: {why}" for place, why in dataset.broken.items()}
@@ -337,7 +337,7 @@ class Loader:
                 warnings.warn(f"{config.path}: left out {left_out}", stacklevel=4)
 
     def _report(self, batch: Batch, num_read: int, broken: dict[int, str]) -> None:
-        """Warn of each broken image once; ValueError above `max_broken`."""
+        """Warn of each broken image once. Raises ValueError above `max_broken`."""
         self._num_read += num_read
         for index, reason in broken.items():
             if index not in self.broken:
@@ -360,7 +360,7 @@ def recompose(
     augment: Augment,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, str]:
-    """Compose an image with another example and change its background, with `augment`'s odds."""
+    """Compose an image with another example and change its background at `augment`'s rates."""
     if rng.random() < augment.compose:
         names = name_object(caption, meta), name_object(other[1][0], other[3])
         if rng.random() < 0.25:
@@ -402,7 +402,7 @@ class ImageReader:
             self._descriptions: list[Description | None] = [None] * len(dataset)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises ValueError or OSError, with the sample's key, if the image is broken."""
+        """Return an example. Raises ValueError or OSError that names the sample if it is broken."""
         if self.cache and (description := self._descriptions[index]) is not None:
             return self._pixels[index], *description
         sample = self.dataset[index]
@@ -414,7 +414,7 @@ class ImageReader:
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised uint8 array; ValueError if it exceeds the machine's memory."""
+    """Return an uninitialised uint8 array. Raises ValueError if it exceeds the machine's memory."""
     needed = math.prod(shape)
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

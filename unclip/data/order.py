@@ -17,7 +17,7 @@ class EpochOrder:
     """
 
     def __init__(self, weights: np.ndarray, seed: int) -> None:
-        # Integers: a sum must not depend on the order. Rounded up: five fifths must reach one.
+        # Integers, so that sums do not depend on the order; rounded up, so that 5 x 1/5 reaches 1.
         self._units = np.ceil(weights * UNIT).astype(np.int64)
         self._seed = seed
         self._latest: tuple[int, np.ndarray] | None = None
@@ -30,7 +30,7 @@ class EpochOrder:
         if self._latest is None or self._latest[0] != epoch:
             rng = np.random.default_rng([ORDER, self._seed, epoch])
             shuffled = rng.permutation(len(self._units))
-            # The weights, end to end on a line with a random offset: each integer on the line
+            # Lay the weights end to end on a line with a random offset; each integer on the line
             # selects the sample whose interval contains it.
             ends = np.cumsum(self._units[shuffled]) + rng.integers(UNIT)
             counts = np.diff(ends // UNIT, prepend=0)

@@ -1,4 +1,4 @@
-"""The parts of precomputed data: what they are made of, their files, and a manifest with hashes.
+"""The parts of precomputed data: their samples, their files, and a manifest with hashes.
 
 img_emb/img_emb_3.npy, ..., metadata/metadata_3.parquet    the files of part 3
 parts/part_3.json                                          its rows, hashes and broken samples

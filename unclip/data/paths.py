@@ -15,7 +15,7 @@ MAX_RANGE = 1_000_000
 
 
 def is_foreign(name: str) -> bool:
-    """Return whether a part of a path is hidden, or added by an operating system."""
+    """Return whether a component of a path is hidden or was added by an operating system."""
     parts = PurePosixPath(name).parts
     return any(part.startswith(".") and part != ".." or part.lower() in FOREIGN for part in parts)
 
@@ -81,7 +81,7 @@ def _split_existing(pattern: str) -> tuple[str, str]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """Yield the strings that "a-{x,y}" or "a-{000..002}" stands for; other braces stay."""
+    """Yield the strings that "a-{x,y}" or "a-{000..002}" stands for; other braces are kept."""
     for match in re.finditer(r"\{([^{}]*)\}", pattern):
         content = match[1]
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", content):

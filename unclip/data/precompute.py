@@ -27,15 +27,15 @@ MAX_BROKEN = 0.01
 
 Columns = dict[str, list[Any]]  # name -> N values
 Arrays = dict[str, np.ndarray]  # name -> N rows
-# of a batch of samples and their images
+# Computes the columns and arrays of a batch of samples and their images.
 Compute = Callable[[list[Sample], list[Image.Image]], tuple[Columns, Arrays]]
-# from the command line and a device, the computation and its settings
+# Returns the computation and its settings for the command line and a device.
 Load = Callable[[Namespace, str], tuple[Compute, dict[str, Any]]]
 
 
 @dataclass
 class Job:
-    """The computation of any parts; `broken` collects the reasons for samples without rows."""
+    """Computation of parts; `broken` collects the reasons for samples without rows."""
 
     parts: Parts
     compute: Compute
@@ -46,7 +46,7 @@ class Job:
     num_read: int = 0
 
     def run(self, part: int, advance: Callable[[int], Any] | None = None) -> None:
-        """Compute a part. ValueError if more than 1 % of all samples read are broken.
+        """Compute a part. Raises ValueError if more than 1 % of all samples read are broken.
 
         advance: called with the number of samples after each batch.
         """
@@ -69,7 +69,7 @@ class Job:
         )
 
     def _check_left_out(self, dataset: Dataset) -> dict[str, str]:
-        """Return the samples that were broken when they were opened; ValueError if too many."""
+        """Return the samples that were broken when opened. Raises ValueError if too many were."""
         self.left_out |= {place: f"{place}: {why}" for place, why in dataset.broken.items()}
         total = self.parts.samples or max(1000, self.num_read + len(dataset))
         if len(self.left_out) > MAX_BROKEN * (total + len(self.left_out)):
@@ -110,11 +110,11 @@ def precompute(
     tasks: int = 1,
     verify: bool = False,
 ) -> dict[str, str]:
-    """Compute the parts of a task in `out`, skip complete ones, return reasons of broken samples.
+    """Compute the incomplete parts of a task in `out`; return the reasons for broken samples.
 
     The parts are `part_size` samples each, or shards; those of `task` are every `tasks`-th.
     `settings` are stored in `settings_file`; a resumed computation must use the same ones. verify:
-    compute complete parts again if their files have other hashes. The last task to end writes the
+    recompute complete parts whose files have other hashes. The last task to finish writes the
     manifest. Raises ValueError if more than 1 % of the samples are broken.
     """
     for name, size in (("batch_size", batch_size), ("part_size", part_size), ("tasks", tasks)):
@@ -135,7 +135,7 @@ def precompute(
 
 
 def start(out: str | Path, settings_file: str, settings: Mapping[str, Any]) -> PartWriter:
-    """Store the settings in a new folder; ValueError if it was started with other ones."""
+    """Store the settings in a new folder. Raises ValueError if it was started with other ones."""
     writer = PartWriter(out)
     path = writer.folder / settings_file
     if not path.is_file():
@@ -149,7 +149,7 @@ def start(out: str | Path, settings_file: str, settings: Mapping[str, Any]) -> P
 
 
 def complete(writer: PartWriter, part: int, verify: bool) -> bool:
-    """Return whether a part need not be computed; with `verify`, its files are hashed."""
+    """Return whether a part is complete; with `verify`, its files are hashed."""
     return writer.has(part) and not (verify and not writer.is_whole(part))
 
 
@@ -171,7 +171,7 @@ def caption_rows(samples: Sequence[Sample], all_captions: bool) -> tuple[Columns
 
 
 def find_device(options: Namespace) -> str:
-    """Return --device, or the default; ValueError if it is not available."""
+    """Return --device, or the default. Raises ValueError if it is not available."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)

@@ -127,9 +127,9 @@ class EmbeddingDataset(PrecomputedDataset):
         return array.ndim == 2 and array.dtype.kind == "f"
 
     def batch(self, indices: Indices) -> dict[str, Any]:
-        """Return {"image_emb": (B, D), "caption", "key"}, and what else there is.
+        """Return {"image_emb": (B, D), "caption", "key"} and the optional arrays that are stored.
 
-        That is "text_emb" (B, D), and "layout" (B, 3 * s * s) of s x s pixels in [-1, 1].
+        These are "text_emb" (B, D) and "layout" (B, 3 * s * s), s x s pixels in [-1, 1].
         """
         keys = {"img_emb": "image_emb", "text_emb": "text_emb", "layout": "layout"}
         rows = {keys[name]: self._rows(name, indices).astype(np.float32) for name in self._arrays}
@@ -161,7 +161,10 @@ class CodeDataset(PrecomputedDataset):
         return array.ndim == 3 and array.dtype.kind == "u"
 
     def batch(self, indices: Indices) -> dict[str, Any]:
-        """Return {"codes": long (B, h, w), "caption", "key"}; ValueError for codes out of range."""
+        """Return {"codes": long (B, h, w), "caption", "key"}.
+
+        Raises ValueError if codes are out of range.
+        """
         codes = self._rows("codes", indices).astype(np.int64)
         if (largest := codes.max(initial=0)) >= self.vocab_size:
             limit = f"vocab_size in {CODES_FILE} is {self.vocab_size}"
@@ -170,7 +173,7 @@ class CodeDataset(PrecomputedDataset):
 
 
 def import_parquet() -> Any:
-    """Import pyarrow.parquet; ValueError if it is not installed."""
+    """Import pyarrow.parquet. Raises ValueError if it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -238,7 +241,7 @@ def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _M
 
 
 def _to_python(column: Any) -> list[Any]:
-    """Convert a column; equal strings of a dictionary are one object, however often they occur."""
+    """Convert a column to a list; equal strings of a dictionary column share one object."""
     values = []
     for chunk in column.chunks:
         if str(chunk.type).startswith("dictionary"):
@@ -250,7 +253,7 @@ def _to_python(column: Any) -> list[Any]:
 
 
 def _strings(array: Any) -> list[Any]:
-    """Convert an array; strings that are not UTF-8 get surrogates, which are no valid captions."""
+    """Convert an array; strings that are not UTF-8 get surrogates, so they are invalid captions."""
     try:
         return array.to_pylist()
     except UnicodeDecodeError:

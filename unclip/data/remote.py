@@ -1,6 +1,6 @@
 """Tar shards at any fsspec URL (s3://, gs://, hf://, https://): copied once into a local cache.
 
-The readers see local files only, so that order and position in the data are those of local shards.
+The readers see local files only, so order and position in the data are as with local shards.
 The cache is `$UNCLIP_CACHE`, or `~/.cache/unclip`; it may be deleted at any time between runs.
 """
 
@@ -41,8 +41,8 @@ def find_urls(pattern: str) -> list[str]:
 def local_copies(urls: Sequence[str]) -> list[Path]:
     """Return local copies of shards, downloaded unless they are in the cache.
 
-    Several processes may ask for the same shards. OSError names the URL that failed after several
-    attempts; without a network, cached shards are used as they are.
+    Several processes may ask for the same shards. Without a network, cached
+    shards are used as they are. Raises OSError that names a URL that failed after several attempts.
     """
     missing = [url for url in urls if not _place(url).is_file()]
     with ThreadPoolExecutor(THREADS) as pool:

@@ -27,8 +27,8 @@ def resize_shard(
 ) -> dict[str, str]:
     """Write the samples to the tar `out`, which appears when it is complete.
 
-    Images are resized and cropped as in training; captions, weight and metadata stay. options: of
-    `Image.save`. Returns the reasons for samples that cannot be read, by key.
+    Images are resized and cropped as in training; captions, weight and metadata stay. options:
+    arguments of `Image.save`. Returns the reasons for samples that cannot be read, by key.
     """
     broken, part = {}, out.with_suffix(".part")
     with tarfile.open(part, "w") as tar:
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> None:
     parts = ShardParts(options.data)
     names = [Path(str(shard).partition("?")[0]).name for shard in parts.shards]
     if len(set(names)) < len(names):
-        raise ValueError(f"{options.data}: several shards have one name; resize each folder alone")
+        raise ValueError(f"{options.data}: several shards share a name; resize each folder alone")
     options.out.mkdir(parents=True, exist_ok=True)
     save = {"format": options.format.upper()}
     if options.format != "png":

@@ -57,7 +57,7 @@ class Sample:
 
 
 class Dataset(Protocol):
-    """Random access to samples; what is not a usable sample is left out when it is opened."""
+    """Random access to samples. Samples that cannot be used are left out when it is opened."""
 
     weights: np.ndarray  # (N,) float64, known without reading any sample
     broken: dict[str, str]  # samples that were left out: place -> reason
@@ -66,12 +66,12 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample:
-        """Raises ValueError or OSError if the caption or the image is missing."""
+        """Return a sample. Raises ValueError or OSError if its caption or image is missing."""
         ...
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode an image to upright RGB, transparency on white; ValueError if it is damaged."""
+    """Decode an image to upright RGB on white. Raises ValueError if it is damaged."""
     check_content(data)
     return open_image(io.BytesIO(data))
 
@@ -86,7 +86,7 @@ def describe(
 ) -> tuple[list[str], Mapping[str, Any]]:
     """Return the captions and metadata in the "json" and "txt" files of a sample.
 
-    Captions are those of the JSON, else the lines of the text. ValueError if there is none.
+    Captions are those of the JSON, else the lines of the text. Raises ValueError if there are none.
     """
     meta = parse_bounded(files["json"]) if "json" in files else {}
     if not isinstance(meta, dict):
@@ -100,9 +100,10 @@ def describe(
 
 
 def json_weight(data: bytes, columns: ColumnNames) -> float:
-    """Return the weight in a sample's JSON, 1 if it is damaged, which reading the sample reports.
+    """Return the weight in a sample's JSON, or 1 if there is none.
 
-    ValueError for a weight that is not a number in the expected range.
+    Damaged JSON also gives 1: the error is raised when the sample is read. Raises ValueError if the
+    weight is not a number in the expected range.
     """
     name = columns.weight or "weight"
     if name.encode() not in data:  # most have none: parsing would take most of the time

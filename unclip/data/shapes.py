@@ -44,7 +44,7 @@ COLOURS = {
     "grey": (140, 140, 145),
     "black": (20, 20, 25),
 }
-SIZES = {"small": 0.24, "medium": 0.32, "large": 0.42}  # of objects beside others
+SIZES = {"small": 0.24, "medium": 0.32, "large": 0.42}  # of one of several objects
 ALONE = {"small": 0.3, "medium": 0.5, "large": 0.75}
 COUNTS = ("one", "two", "three", "four", "five")
 RELATIONS = {  # direction from the first object to the second
@@ -55,7 +55,7 @@ RELATIONS = {  # direction from the first object to the second
 }
 AXES = ("single", "two", "count", "colour", "position", "attribution")
 HOLLOW = 0.55  # relative size of the hole
-CAN_BE_HOLLOW = ("circle", "square", "diamond", "oval")  # elsewhere a hole would cut it in two
+CAN_BE_HOLLOW = ("circle", "square", "diamond", "oval")  # a hole would cut the others in two
 OVERSAMPLING = 4
 GAP = 0.05  # smallest distance of objects
 HELD_OUT_IMAGES = 0.05  # at most, of all images
@@ -163,7 +163,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether a combination in the scene occurs only in the held-out images."""
+        """Whether the scene has a combination that occurs only in the held-out images."""
         pairs = {(shape.colour, shape.shape) for shape in self.shapes}
         related = self.relation and (self.relation, *(shape.shape for shape in self.shapes))
         return any(is_held_out(*pair) for pair in pairs) or bool(related and is_held_out(*related))

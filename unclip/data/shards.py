@@ -145,7 +145,7 @@ class ShardDataset:
                             yield group.key, members, weight
                     except ValueError as error:
                         place = f"{name}: {group.key}"
-                        if place in self.broken:  # of another archive in this file
+                        if place in self.broken:  # the same key in another archive of this file
                             first = next(iter(group.members.values()))
                             place += f" (byte {first.offset:,})"
                         self.broken[place] = f"{error}{_damage(group)}"
@@ -188,9 +188,9 @@ class ShardDataset:
         yield groups
 
     def _select(self, group: _Group, usual: Sequence[str]) -> dict[str, Member] | None:
-        """Return the image and the captions of a sample; None for one that is not an image.
+        """Return the image and the captions of a sample; None if it has no image.
 
-        Raises ValueError for a sample without a caption, or whose image is lost.
+        Raises ValueError if the caption is missing or the image was lost to damage.
         """
         ranks = {
             name: (name.count("."), EXTENSIONS.index(kind))
@@ -239,9 +239,9 @@ def _damage(group: _Group) -> str:
 
 
 def _usual_members(groups: Sequence[_Group], earlier: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the extensions of a sample, in order: those of most whole samples of an archive.
+    """Return the most frequent extensions of the undamaged samples of an archive, in order.
 
-    earlier: those of the archive before, for one in which each sample is next to damage.
+    earlier: the extensions of the previous archive, used if every sample is next to damage.
     """
     patterns = Counter(tuple(group.members) for group in groups if not _damage(group))
     if any(patterns):
@@ -253,10 +253,9 @@ def _usual_members(groups: Sequence[_Group], earlier: tuple[str, ...]) -> tuple[
 def _lost_samples(
     group: _Group, following: _Group, usual: Sequence[str]
 ) -> Iterator[tuple[Loss, int]]:
-    """Yield (loss, number) for each sample between two groups of which no member is left.
+    """Yield (loss, number) for each sample between two groups that lost all its members.
 
-    Of the lost members, those that the two groups lack, by the usual members of the shard, are
-    theirs.
+    Lost members are first attributed to the two groups, as far as these lack usual members.
     """
     lost = sum(loss.count for loss in group.after)
     present = [usual.index(name) for name in group.members if name in usual]

@@ -11,7 +11,7 @@ from unclip.data.text import MAX_JSON, check_content, parse_bounded, quote
 
 TABLES = (".jsonl", ".csv", ".tsv")  # suffixes
 
-Row = Mapping[str, Any] | ValueError  # an error: the line cannot be read
+Row = Mapping[str, Any] | ValueError  # an error if the line cannot be read
 
 
 def read_rows(table: Path) -> Iterator[tuple[int, Row]]:

@@ -40,7 +40,7 @@ class Member(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Damaged headers in a row: `count` members, 0 for data that belongs to none."""
+    """Consecutive damaged headers of `count` members; 0 for data that belongs to no member."""
 
     offset: int  # of the first byte
     count: int
@@ -55,8 +55,8 @@ class EndMark(NamedTuple):
 def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
     """Yield the members, losses and end marks in the order of the file.
 
-    Raises ValueError if the file is not an uncompressed tar, or ends without an end mark: how much
-    is missing cannot be known.
+    Raises ValueError if the file is not an uncompressed tar, or ends without an end mark,
+    since the amount of missing data is then unknown.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
@@ -89,9 +89,9 @@ def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
 
 
 class _Info(tarfile.TarInfo):
-    """A header whose size is plausible; of others, the checksum is right by accident or intent.
+    """Header with a plausible size. Other headers match their checksum by accident or on purpose.
 
-    A checksum of 0 is that of a block of a few bytes, whose signed sum may be 0 by accident.
+    A checksum of 0 belongs to a block with few bytes, whose signed sum may be 0 by accident.
     """
 
     @classmethod
@@ -144,11 +144,11 @@ def _find_header(data: mmap.mmap, start: int) -> int:
 
 
 def _between(data: mmap.mmap, start: int, end: int) -> Iterator[Loss | EndMark]:
-    """Yield what is between two valid headers, or after the last: end marks and losses."""
+    """Yield the end marks and losses between two valid headers, or after the last one."""
     if end == len(data) or (end - start) % BLOCK == 0:
         yield from _inspect(data, start, end)
         return
-    # The blocks of the archive that follows begin elsewhere.
+    # The blocks of the following archive have another alignment.
     marks = [at for at in range(start, end, BLOCK) if not data[at : at + 2 * BLOCK].strip(b"\0")]
     split = max(marks) + 2 * BLOCK if marks else start
     yield from _inspect(data, start, split)

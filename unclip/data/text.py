@@ -28,7 +28,7 @@ def readable(name: str) -> str:
 
 
 def quote(value: Any, most: int = 60) -> str:
-    """Return a value for a message, in at most `most` characters."""
+    """Format a value for a message, in at most `most` characters."""
     try:
         text = printable(repr(value))
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
@@ -37,7 +37,7 @@ def quote(value: Any, most: int = 60) -> str:
 
 
 def check_content(data: bytes) -> None:
-    """ValueError for a file that has to be fetched or saved in another format first."""
+    """Raise ValueError for a file that must first be fetched, or saved in another format."""
     if data.startswith(LFS_POINTER):
         raise ValueError("this is a Git LFS pointer, not the file; run `git lfs pull`")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -66,7 +66,7 @@ def parse_bounded(data: bytes) -> Any:
 
 
 def check_caption(value: Any) -> str:
-    """Return a caption; ValueError unless it is a string that UTF-8 can encode."""
+    """Return a caption. Raises ValueError unless it is a string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f"the caption is {quote(value)}; expected a string")
     if "\0" in value:
@@ -80,7 +80,7 @@ def check_caption(value: Any) -> str:
 
 
 def caption_list(value: Any) -> list[str]:
-    """Strip a caption or a list of captions and drop empty ones; ValueError if none is left."""
+    """Strip captions and drop empty ones. Raises ValueError if none is left."""
     values = value if isinstance(value, list) else [value]
     captions = [text for v in values if v is not None and (text := check_caption(v).strip())]
     if not captions:
@@ -94,9 +94,9 @@ def first_of(meta: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def sample_weight(meta: Mapping[str, Any], name: str | None = "weight") -> float:
-    """Return the weight in a sample's metadata, 1 without a name or a value.
+    """Return the weight in a sample's metadata, or 1 without a name or a value.
 
-    ValueError unless it is a number from 0 to MAX_WEIGHT.
+    Raises ValueError unless it is a number from 0 to MAX_WEIGHT.
     """
     if name is None or name not in meta:
         return 1.0

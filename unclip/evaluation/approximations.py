@@ -24,7 +24,7 @@ from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions
 
 EXACT = "exact"
-OTHER_SEEDS = "exact, other seeds"  # how far apart equally good images are
+OTHER_SEEDS = "exact, other seeds"  # a reference: the difference between equally good images
 REPEATS = 5  # timed calls of each approximation, interleaved with exact ones
 
 
@@ -81,7 +81,7 @@ class ApproximationError:
         batch_size: int = 16,
         progress: bool = True,
     ) -> None:
-        """reload: loads another copy of the model, which is then converted or quantized."""
+        """reload: function that loads another copy of the model, to be cast or quantized."""
         if len(captions) < 2:
             raise ValueError("got only one caption; recall needs at least 2")
         if batch_size < 1:

@@ -121,7 +121,7 @@ class Evaluation(ABC):
     ) -> None:
         """baseline: another model with images of the same size, embedded by the same CLIP.
 
-        judge: names what the images show, see judge.py.
+        judge: classifies what the images show; see judge.py.
         """
         pipe = generator.pipe
         if len(held_out) < 2:
@@ -376,7 +376,7 @@ class Evaluation(ABC):
         return {**results, "nearer_to_truth": nearer.float().mean().item()}
 
     def style(self, train: Pairs) -> dict[str, Any]:
-        """Compare the style of each image, by a classifier of the training images, to its caption.
+        """Compare the style of each image, as classified after training on `train`, to its caption.
 
         Styles share designs, so the classifier errs on true images too; the last group has only
         the pairs whose true image is classified correctly.
@@ -450,7 +450,7 @@ def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) ->
 
 @contextlib.contextmanager
 def ignore_cut_warnings() -> Iterator[None]:
-    """Suppress the warning that a prompt was cut to CLIP's context, once per caption otherwise."""
+    """Suppress the warning for each caption that is cut to CLIP's context."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the prompt .*truncated")
         yield

@@ -82,7 +82,7 @@ class DalleEvaluation(Evaluation):
 
     @cached_property
     def best(self) -> BestCandidates:
-        """The largest number of candidates is generated once; smaller numbers are groups of it."""
+        """Best candidates by number; the largest number is generated once and split into groups."""
         rows, count = self.held_out.spread(RERANKED), max(CANDIDATES)
         emb: dict[int, list[Tensor]] = {n: [] for n in CANDIDATES}
         images: dict[int, list[Tensor]] = {n: [] for n in CANDIDATES}

@@ -2,7 +2,7 @@
 
 A model's own CLIP rewards what the decoder has learned to show it. The judge sees only true images,
 under augmentations that no training here uses (rotation, shear, colour shift, blur, noise). It is
-trained on the held-out images too: it must know what the model cannot.
+also trained on the held-out images, because it must know concepts that the model has not seen.
 """
 
 # N images, B batch, S image size, F features
@@ -35,7 +35,7 @@ _TONE = re.compile(r"(: |, )?(medium-light|medium-dark|light|medium|dark) skin t
 
 
 def judged_concept(pair: Pair) -> str:
-    """Return what the judge shall name: the concept without its skin tones."""
+    """Return the concept that the judge should name: without skin tones."""
     return _TONE.sub("", pair.concept).rstrip(":, ")
 
 
@@ -44,7 +44,7 @@ class JudgeConfig:
     concepts: list[str]
     styles: list[str]  # empty: only concepts are judged
     image_size: PositiveInt = 40  # images are resized to it
-    steps: PositiveInt = STEPS  # of its training
+    steps: PositiveInt = STEPS  # of training
     seed: NonNegativeInt = 0
 
 
@@ -86,7 +86,7 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Return mean features (N, F / 5) of images (N, 3, S, S) in [-1, 1], for distances."""
+        """Return mean-pooled features (N, F / 5) of images (N, 3, S, S) in [-1, 1], to compare."""
         return torch.cat([self.features(part)[:, : WIDTHS[-1]] for part in images.split(128)])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,7 +114,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, file: str | Path) -> Judge:
-        """FileNotFoundError, or ValueError if the file is not a judge's."""
+        """Load a judge. Raises FileNotFoundError, or ValueError if the file is not a judge."""
         tensors = read_tensors(file)
         with safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get(METADATA_KEY)

@@ -56,7 +56,7 @@ class ManipulationEvaluation:
         batch_size: int = 16,
         progress: bool = True,
     ) -> None:
-        """pca_embeddings: returns the embeddings (M, D) to fit the PCA on, if that part is run."""
+        """pca_embeddings: returns the embeddings (M, D) to fit the PCA on; called if needed."""
         if len(pairs) < 2:
             raise ValueError(f"got {len(pairs)} held-out pair; expected at least 2")
         self.pipe, self.pairs, self.pca_embeddings, self.seed = pipe, pairs, pca_embeddings, seed
@@ -218,7 +218,7 @@ class ManipulationEvaluation:
 
         Measures recall of that caption in the middle and the seam at its border, by the inpainter
         if the model has one, by the plain decoder, and for a whole image pasted in. The seam is
-        also measured after the image's own caption, since prompts should describe the whole image.
+        also measured with the image's own caption, since prompts should describe the whole image.
         """
         size = self.images[0].width
         margin = max(2, round(size * (1 - HOLE) / 2))

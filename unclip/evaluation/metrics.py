@@ -94,7 +94,7 @@ def precision_and_recall(features: Tensor, true: Tensor, k: int = 3) -> tuple[fl
     """Return the improved precision and recall of 1904.06991; features (N, D) and (M, D).
 
     Precision is the fraction of generated images within the manifold of the true ones, the union of
-    balls that reach to the k-th nearest neighbour; recall exchanges the two.
+    balls that reach to the k-th nearest neighbour; recall swaps the two sets.
     """
 
     def covered(queries: Tensor, centers: Tensor) -> float:

@@ -46,19 +46,21 @@ class PriorComparison:
         batch_size: int = 32,
         progress: bool = True,
     ) -> None:
-        """priors: by name, added to the model's own. guidance: overrides that of the options."""
+        """priors: by name, added to the model's own. guidance: by name, overrides the options'."""
         if len(held_out) < 2:
             raise ValueError("got only one held-out pair; a comparison needs at least 2")
         self.pipe, self.held_out, self.seed = pipe, held_out, seed
         own = {} if pipe.prior is None else {_name(pipe.prior): pipe.prior}
         reserved = {*own, TEXT_EMBEDDING, TEXT_ONLY, TRUE_EMBEDDING}
         if taken := sorted(priors.keys() & reserved):
-            raise ValueError(f"a prior is named {taken[0]!r} like another row; choose another name")
+            raise ValueError(
+                f"the name {taken[0]!r} of a prior is taken by another row; choose another name"
+            )
         self.priors = {**own, **priors}
         self.guidance = dict(guidance or {})
         if unknown := sorted(self.guidance.keys() - self.priors.keys()):
             raise ValueError(
-                f"guidance of prior {unknown[0]!r}; expected one of {', '.join(self.priors)}"
+                f"guidance is for prior {unknown[0]!r}; expected one of {', '.join(self.priors)}"
             )
         self.options, self.batch_size, self.progress = options or pipe.options, batch_size, progress
         self.generator = self._generator(self.options)

@@ -1,7 +1,7 @@
 """An exact scorer of images of shapes: which shapes are there, and does the caption hold?
 
 It finds connected objects on white and compares their silhouettes to those of the shapes. On images
-drawn by unclip.data.shapes it errs in less than one of 200.
+drawn by unclip.data.shapes, it is wrong for fewer than 1 in 200.
 """
 
 # S image side
@@ -17,7 +17,7 @@ from PIL import Image
 from unclip.data.compose import foreground
 from unclip.data.shapes import COLOURS, RELATIONS, SHAPES, Scene, Shape, draw
 
-MATCHED_SIDE = 48  # of silhouettes in comparisons
+MATCHED_SIDE = 48  # side of silhouettes in comparisons
 OFFSETS = [(x, y) for x in (0, 0.25, 0.5, 0.75) for y in (0, 0.25, 0.5, 0.75)]  # in pixels
 MIN_AREA = 0.004  # of the image: smaller objects are specks
 MIN_PIXELS = 16

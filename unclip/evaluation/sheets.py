@@ -69,7 +69,7 @@ def failures_sheet(evaluation: Evaluation, size: int = 96) -> Image.Image:
 
 
 def nearest_sheet(evaluation: Evaluation, train: Pairs, size: int = 96) -> Image.Image:
-    """Show the images nearest to a training image by pixels, with that one and the true one."""
+    """Show the images nearest to a training image by pixels, with that image and the true one."""
     held_out, (by_pixels, distance) = evaluation.held_out, evaluation.nearest_to_generated["pixels"]
     untoned = [row for row, pair in enumerate(held_out.entries) if not pair.toned]
     rows = sorted(untoned, key=lambda row: distance[row].item())[:SHOWN]

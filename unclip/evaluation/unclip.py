@@ -153,9 +153,9 @@ class UnCLIPEvaluation(Evaluation):
         return results if self.judge is None else {**results, "variations": self.variations()}
 
     def variations(self) -> dict[str, Any]:
-        """Vary the true images, without text: does the judge name the same concept?
+        """Return how often the judge names the same concept for variations of the true images.
 
-        Only images that the judge names right count.
+        Variations have no text. Only true images that the judge classifies correctly are counted.
         """
         assert self.judge is not None
         true, entries = self.held_out.floats(), self.held_out.entries

@@ -1,1 +1,1 @@
-"""The networks, one file each, and what they share. Know nothing of diffusion."""
+"""The networks, one file each, and their shared parts, independent of diffusion."""

@@ -222,7 +222,7 @@ class Denoiser(nn.Module):
     denoise: Callable[..., Tensor]
 
     def forward(self, x_t: Tensor, t: Tensor, *inputs: Any, **options: Any) -> Tensor:
-        """Denoise with the context of the other arguments, which are those of `condition`."""
+        """Denoise with the context that `condition` computes from the other arguments."""
         return self.denoise(x_t, t, self.condition(*inputs, **options))
 
 
@@ -243,7 +243,7 @@ class DenoiserCache:
     def time(self, t: Timestep, embed: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
         """Return row t of `embed` of all timesteps, (T,) -> (T, ...). t is one number."""
         t = float(t)
-        if t not in self._time:  # a scheduler may round t to a number that was not announced
+        if t not in self._time:  # a scheduler may round t to a number not in `timesteps`
             ts = list(self.steps if t in self.steps else [t])
             self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
         return self._time[t]
@@ -251,7 +251,7 @@ class DenoiserCache:
     def deep_features(self, t: Timestep) -> Tensor | None:
         """Return the deep features to reuse at t; None if they must be computed."""
         t = float(t)
-        # Guidance on an interval and going back in time leave steps out.
+        # Guidance on an interval and resampling (going back in time) skip steps.
         age = self.steps.get(t, math.inf) - self._deep_step
         return self._deep if 0 < age < self.interval else None
 
@@ -263,7 +263,7 @@ class DenoiserCache:
         return selected
 
     def store(self, t: Timestep, deep_features: Tensor) -> None:
-        """Keep the deep features of t, unless they are reused ones."""
+        """Keep the deep features of t, unless they were reused from an earlier step."""
         t = float(t)
         if self.interval > 1 and self.deep_features(t) is None:
             self._deep, self._deep_step = deep_features, self.steps.get(t, math.inf)

@@ -64,8 +64,8 @@ class Adapter:
 def add_lora(network: nn.Module, config: LoRAConfig) -> None:
     """Add a trainable adapter to `network`, in place, and freeze everything else.
 
-    Layers of subclasses of nn.Linear, which have another purpose, get none. ValueError if peft is
-    not installed or no linear layer has one of the given names.
+    Layers of subclasses of nn.Linear, which have another purpose, get none. Raises ValueError if
+    peft is not installed or no linear layer has one of the given names.
     """
     peft = _peft()
     linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
@@ -100,9 +100,9 @@ def save_lora(network: nn.Module, folder: str | Path) -> None:
 
 
 def read_lora(folder: str | Path) -> Adapter:
-    """Read an adapter in peft's layout; ValueError or FileNotFoundError if it is not one.
+    """Read an adapter in peft's layout. Raises ValueError or FileNotFoundError if it is not one.
 
-    Of the config only the scale is used: other values would let a file change base weights.
+    Only the scale is used from the config: other settings could change the base weights.
     """
     peft, folder = _peft(), Path(folder)
     if not (folder / CONFIG_FILE).is_file():

@@ -45,13 +45,13 @@ class UNetShape:
 
     @property
     def size_divisor(self) -> int:
-        """Height and width of images must be multiples of this."""
+        """The number that height and width of images must be multiples of."""
         raise NotImplementedError
 
     def check(
         self, name: str, inputs: dict[str, int], learned_variance: bool, **sizes: int
     ) -> None:
-        """ValueError unless the U-Net takes these inputs (channels of each) and image sizes."""
+        """Raise ValueError unless the U-Net takes these inputs (channels of each) and sizes."""
         c_in, c_out = sum(inputs.values()), 6 if learned_variance else 3
         if (self.in_channels, self.out_channels) != (c_in, c_out):
             parts = ", ".join(f"{part} {channels}" for part, channels in inputs.items())
@@ -63,7 +63,7 @@ class UNetShape:
             check_multiple(size_name, size, size_divisor=self.size_divisor)
 
     def check_image(self, x: Tensor) -> None:
-        """ValueError unless height and width of images (B, C, h, w) are such multiples."""
+        """Raise ValueError unless height and width of x (B, C, h, w) fit `size_divisor`."""
         height, width = x.shape[2:]
         if height % self.size_divisor or width % self.size_divisor:
             raise ValueError(

@@ -1,10 +1,9 @@
 """DALLE2-pytorch's configurations -> configurations of our networks, for each of its releases.
 
-A field with a single possible value has no equivalent for the others, for the reason next to it.
+A field with a single possible value supports no other, for the reason next to it.
 
-Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Releases differ in
-their computation under the same tensor names; a checkpoint is sampled as the release that trained
-it does.
+Sources: `train_configs.py` and `dalle2_pytorch.py` of releases 0.15.4 to 1.15.6. Releases compute
+differently under the same tensor names; a checkpoint is sampled as in the release that trained it.
 """
 
 from __future__ import annotations
@@ -170,7 +169,7 @@ class DecoderSource:
 
     @property
     def learned_variances(self) -> tuple[bool, ...]:
-        """One value per U-Net; False where the configuration has fewer."""
+        """Whether each U-Net learns its variance; False where the configuration has no value."""
         given = self.learned_variance
         given = given if isinstance(given, tuple) else (given,)
         return (*given, *(False,) * len(self.unets))[: len(self.unets)]
@@ -194,7 +193,7 @@ class DecoderSource:
 
 
 def read(kind: type[T], data: Any, where: str) -> T:
-    """Read a section of a configuration; ValueError for an unknown key or an unsupported value."""
+    """Read a section of a configuration. Raises ValueError for unknown keys and values."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{where} is a {type(data).__name__}; expected a mapping")
     if kind is UnetSource:
@@ -212,7 +211,7 @@ def prior_config(
     source: PriorSource, state: Mapping[str, Tensor], release: Release, where: str
 ) -> tuple[RelativePriorConfig, int]:
     """Return the prior's configuration and the factor of its position bias."""
-    # Current for some hours in 2022; they compute differently from all others.
+    # Releases that were current for hours in 2022 and compute differently from all others.
     if (0, 16) <= release < (0, 16, 2) or (0, 22, 2) <= release < (0, 23, 3):
         raise ValueError(f"{where} is of release {dotted(release)}, which is not supported")
     net, learned = source.net, release >= (0, 23, 3)
@@ -232,7 +231,7 @@ def prior_config(
         bias_scale = 1024
     elif learned and release < (1, 4, 3):
         bias_scale = 128
-    # Until 1.9 the null text did not reach the transformer, until 1.10.4 it kept the embedding.
+    # Until 1.9 the null text did not reach the transformer; until 1.10.4 it kept the embedding.
     null = ("learned" if release >= (1, 10, 4) else None) if learned else "masked"
     config = RelativePriorConfig(
         width=net.dim,
@@ -258,7 +257,7 @@ def prior_config(
 def decoder_config(
     source: DecoderSource, state: Mapping[str, Tensor], release: Release, where: str
 ) -> CrossAttentionDecoderConfig:
-    """Configure the first U-Net, which generates an image from an image embedding."""
+    """Return the config of the first U-Net, which generates an image from an image embedding."""
     unet = read(UnetSource, source.unets[0], f"{where}.unets.0")
     if unet.image_embed_dim is None or unet.image_embed_dim == (unet.cond_dim or unet.dim):
         # If it equals cond_dim, there are no image tokens.
@@ -283,7 +282,7 @@ def decoder_config(
 def upsampler_config(
     source: DecoderSource, i: int, state: Mapping[str, Tensor], release: Release, where: str
 ) -> CrossAttentionUpsamplerConfig:
-    """Configure U-Net i > 0, which upsamples the image of the one before."""
+    """Return the config of U-Net i > 0, which upsamples the previous one's image."""
     unet = read(UnetSource, source.unets[i], f"{where}.unets.{i}")
     if unet.cond_on_text_encodings:
         raise ValueError(f"{where}.unets.{i} is conditioned on text, which is not supported")

@@ -24,7 +24,7 @@ PREFIXES = {"prior": "net.", "decoder": "unets."}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file that loading needs."""
+    """The content of a file, as far as loading needs it."""
 
     file: Path
     part: str  # "prior" or "decoder"
@@ -49,7 +49,7 @@ def only_checkpoint(folder: Path) -> Path:
 def read_file(file: Path, part: str) -> Checkpoint:
     """Read a prior or a decoder with its configuration.
 
-    ValueError if it is not one, FileNotFoundError if its configuration is missing.
+    Raises ValueError if it is not one, and FileNotFoundError if its configuration is missing.
     """
     content = read_checkpoint(file)
     state = weights(content)
@@ -93,7 +93,7 @@ def _stored_weights(content: Any) -> Mapping[str, Tensor]:
 
 
 def release_of(version: Any) -> Release | None:
-    """Parse "1.0.2", or packaging's Version, which is an object in the file, to (1, 0, 2)."""
+    """Parse "1.0.2", or an object of packaging's Version in the file, to (1, 0, 2)."""
     if isinstance(version, Stub):
         inner = version.state.get("_version") if isinstance(version.state, dict) else version.state
         inner = inner.args if isinstance(inner, Stub) else inner  # (epoch, release, ...)
@@ -104,9 +104,9 @@ def release_of(version: Any) -> Release | None:
 
 
 def release_by_names(state: Mapping[str, Tensor], part: str) -> Release:
-    """Infer the release of a file without a version: the last one that wrote such names without it.
+    """Infer the release of a file without a version: the last one that wrote such names.
 
-    The trainer has always saved its version, models alone have it since 0.26.2.
+    The trainer has always saved its version; single models have one since 0.26.2.
     """
 
     def has(pattern: str) -> bool:
@@ -116,10 +116,10 @@ def release_by_names(state: Mapping[str, Tensor], part: str) -> Release:
         return (0, 15, 4)
     if part == "prior":
         if has(r"net\.null_text_encodings"):
-            return (1, 15, 6)  # saved again by someone else
+            return (1, 15, 6)  # re-saved by someone else, without the version
         return (0, 26, 1) if has(r"net\.null_text_embed") else (0, 22, 1)
     if has(r"unets\.\d+\.downs\.0\.[04]\.1\.weight"):
-        return (1, 15, 6)  # saved again, as above
+        return (1, 15, 6)  # re-saved, as above
     for name in state:
         if found := re.fullmatch(r"(unets\.[1-9]\d*\.)to_out\.weight", name):
             # Since 0.24 the input image is concatenated in front of the last convolution.

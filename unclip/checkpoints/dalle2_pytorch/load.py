@@ -4,7 +4,7 @@ A folder:
 
   prior/       best.pth or latest.pth, prior_config.json; without a prior, only variations
   decoder/     the same with decoder_config.json; since release 1.0 the .pth holds its configuration
-  upsampler/   the same, if the upsampler is in another file than the decoder
+  upsampler/   the same, if the upsampler is in a different file from the decoder
   clip/        the CLIP in open_clip's layout; without it, the configured one is downloaded
 """
 
@@ -66,7 +66,7 @@ def recognise(folder: Path) -> bool:
 
 
 def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
-    """Load the folder; ValueError or FileNotFoundError for what is missing or not supported."""
+    """Load the folder. Raises ValueError or FileNotFoundError for missing or unsupported parts."""
     stages: dict[str, Stage] = {}
     clips: list[ClipSource | None] = []
     if (folder / "prior").is_dir():
@@ -97,7 +97,10 @@ def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
 
 
 def probe(folder: Path) -> States:
-    """CLIP only if it is in the folder; the U-Nets of a file are the decoder and its upsamplers."""
+    """Return the tensors of each part; CLIP only if it is in the folder.
+
+    The U-Nets of a file are the decoder and its upsamplers.
+    """
     states: States = {}
     if (folder / "clip").is_dir():
         states["clip"] = read_weights(folder / "clip")
@@ -179,7 +182,7 @@ def _upsamplers(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[st
             continue  # the trainer deletes the U-Nets that it does not train
         config = upsampler_config(source, i, state, checkpoint.release, checkpoint.where)
         rules = prefixed("", "unet.", unet_rules(config.unet, state, f"unets.{i}."))
-        unused = f"unets.{i}.null_*"  # saved for every U-Net, but an upsampler is unconditional
+        unused = f"unets.{i}.null_*"  # saved for every U-Net, but upsamplers are unconditional
         part = Part(state, rules, checkpoint.file)
         upsampler = build(CrossAttentionUpsampler, config, [part], dtype, (*IGNORED, unused))
         schedule = _unet_schedule(checkpoint, source, i)
@@ -203,7 +206,7 @@ def _unet_schedule(checkpoint: Checkpoint, source: DecoderSource, i: int) -> Sch
 
 
 def _schedule(checkpoint: Checkpoint, name: str, kind: str, num_timesteps: int) -> ScheduleConfig:
-    """Return the configured schedule; ValueError if the file's own table differs from it."""
+    """Return the configured schedule. Raises ValueError if the file's own table differs from it."""
     if kind not in ("cosine", "linear"):
         raise ValueError(f"{checkpoint.where}: beta_schedule is {kind}; expected cosine or linear")
     config = ScheduleConfig(kind, num_timesteps)

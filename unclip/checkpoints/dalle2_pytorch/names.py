@@ -55,7 +55,7 @@ def prior_rules(
 def decoder_rules(
     config: CrossAttentionDecoderConfig, names: Collection[str], prefix: str
 ) -> list[Rule]:
-    """Unet -> CrossAttentionDecoder; prefix: of the first U-Net, which has all of it there."""
+    """Unet -> CrossAttentionDecoder; prefix: of the first U-Net, which holds all tensors there."""
     rules = [
         move("image_to_tokens.0", "image_to_tokens"),
         move("to_image_hiddens.0", "image_to_time"),

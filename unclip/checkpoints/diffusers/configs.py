@@ -1,6 +1,6 @@
 """config.json of diffusers' classes <-> our configurations.
 
-A setting that our networks have no equivalent for is an error, on import as on export.
+A setting that our networks have no equivalent for is an error, both on import and on export.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
 
 def fixed(value: Any) -> Setting:
-    """A setting that is supported with its default alone."""
+    """Return a setting of which only the default is supported."""
     return Setting(value, value)
 
 
@@ -117,9 +117,9 @@ UP = {False: "ResnetUpsampleBlock2D", True: "SimpleCrossAttnUpBlock2D"}
 
 
 def read(file: Path, kind: str, settings: dict[str, Setting]) -> dict[str, Any]:
-    """Read the settings in a config.json, with defaults; ValueError for an unsupported value.
+    """Read the settings in a config.json, with defaults. Raises ValueError for unsupported values.
 
-    An unknown setting (of a later version) is accepted while it is off.
+    An unknown setting (of a later version) is accepted if it is off.
     """
     given = {
         name: value
@@ -153,7 +153,7 @@ def write(kind: str, settings: dict[str, Setting], **values: Any) -> dict[str, A
 
 
 def _choose(file: Path, values: dict[str, Any], name: str, choices: dict[str, Any]) -> Any:
-    """Translate a setting; ValueError if it is not one of the choices."""
+    """Translate a setting. Raises ValueError if it is not one of the choices."""
     if values[name] not in choices:
         raise ValueError(f"{file}: {name} is {values[name]!r}; expected {' or '.join(choices)}")
     return choices[values[name]]

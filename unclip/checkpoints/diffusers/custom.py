@@ -1,7 +1,7 @@
 """Export for diffusers: a folder for its unCLIP pipeline, or else one with its own pipeline.py.
 
-The bundled model is of the second kind. Its text encoder, tokenizer and schedulers are of classes
-of transformers and diffusers, as is a `DiffusionPrior`; the folder holds the code of the other
+The bundled model is of the second kind. Its text encoder, tokenizer and schedulers use classes of
+transformers and diffusers, as does a `DiffusionPrior`; the folder holds the code of the other
 networks (see `standalone`).
 """
 
@@ -61,7 +61,7 @@ def save(bundle: Bundle, folder: str | Path, dtype: torch.dtype | None = None) -
     """Write a folder that `DiffusionPipeline.from_pretrained` loads.
 
     It has the layout of Karlo if the model fits it (`export.save_for_diffusers`), else its own
-    pipeline.py. ValueError with the reasons if neither can express the model.
+    pipeline.py. Raises ValueError with the reasons if neither can express the model.
     """
     if not export.reasons_against(bundle):
         return export.save_for_diffusers(bundle, folder, dtype)
@@ -209,7 +209,7 @@ def _guided_stages(bundle: Bundle) -> dict[str, StageOptions]:
 
 
 def _warn(bundle: Bundle) -> None:
-    """Warn of what the folder does not hold, and so of images that differ."""
+    """Warn of what the folder does not hold, which changes the images."""
     options, lost = bundle.options, []
     stages = _guided_stages(bundle)
     stages |= {f"upsampler_{i}": stage for i, stage in enumerate(options.upsamplers)}

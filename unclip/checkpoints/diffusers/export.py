@@ -32,7 +32,7 @@ from unclip.weights import write_safetensors
 
 PIPELINE_FILE = "pipeline.py"  # of folders with their own pipeline (see `custom`)
 WEIGHTS_FILE, CLIP_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
-# diffusers has moved the class, and no longer finds it as "unclip", its entry in Karlo's index.
+# diffusers has moved this class: it no longer finds it as "unclip", the entry in Karlo's index.
 TEXT_PROJ_LIBRARY = "diffusers.pipelines.deprecated.unclip.text_proj"
 Entries = dict[str, tuple[str, str]]  # component -> its library and class
 
@@ -44,7 +44,7 @@ def save_for_diffusers(
 
     With a prior and an image encoder, it works with both. Weights are written in `dtype` if it is
     given. The folder is replaced atomically; files that do not belong to an older model are kept.
-    ValueError with the reasons if diffusers cannot express the model.
+    Raises ValueError with the reasons if diffusers cannot express the model.
     """
     folder = Path(folder)
     if reasons := reasons_against(bundle):
@@ -66,7 +66,7 @@ def save_for_diffusers(
 def index_folder(bundle: Bundle, folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a new folder, and a model_index.json to fill, that replace `folder` at the end.
 
-    ValueError if `folder` is something else than a folder of diffusers.
+    Raises ValueError if `folder` exists and is not a diffusers folder.
     """
     if folder.exists() and not recognise(folder) and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not a diffusers folder; choose a new folder")
@@ -234,7 +234,7 @@ def _write_decoder(
 def _write_upsampler(
     upsampler: Upsampler, schedule: ScheduleConfig, folder: Path, dtype: torch.dtype | None
 ) -> Entries:
-    """A single U-Net is written twice: the pipeline has another one for the last step."""
+    """Write both networks; a single U-Net is written twice, as the pipeline needs a last one."""
     config = upsampler.config
     first = last = (upsampler.unet, config.unet)
     if upsampler.last_unet is not None and config.last_unet is not None:
@@ -263,7 +263,7 @@ def write_component(
     dtype: torch.dtype | None,
     file: str = WEIGHTS_FILE,
 ) -> None:
-    """Write a component: its config.json and those tensors of a state dict that the rules name."""
+    """Write a component: its config.json and the tensors of a state dict that the rules name."""
     write_json(config, folder / CONFIG_FILE)
     tensors = {}
     for name, x in export_state(select(state, rules), rules).items():

@@ -3,10 +3,10 @@
 karlo/
   model_index.json                                        the classes of the pipeline and components
   prior/  decoder/  super_res_first/  super_res_last/     config.json and weights
-  text_proj/                                              the decoder's projections of image and
-  text text_encoder/  tokenizer/                               CLIP in transformers' layout
-  image_encoder/  feature_extractor/                      for image variations prior_scheduler/
-  decoder_scheduler/  super_res_scheduler/
+  text_proj/                                              the decoder's projections of CLIP outputs
+  text_encoder/  tokenizer/                               CLIP in transformers' layout
+  image_encoder/  feature_extractor/                      for image variations
+  prior_scheduler/  decoder_scheduler/  super_res_scheduler/
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def is_prior_only(folder: Path) -> bool:
 def read_index(folder: Path) -> list[str]:
     """Return the components of a folder, which may have the parts of both pipelines.
 
-    ValueError or FileNotFoundError for a component that is unknown, missing or of another class.
+    Raises ValueError or FileNotFoundError if a component is unknown, missing or of another class.
     """
     file = folder / INDEX_FILE
     index = read_json(file)

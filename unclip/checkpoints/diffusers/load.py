@@ -28,8 +28,8 @@ from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
 def load_bundle(folder: Path, dtype: torch.dtype = torch.float32) -> Bundle:
     """Load the folder onto the CPU: networks in `dtype`, CLIP and prior statistics in float32.
 
-    Weights are read and cast tensor by tensor, so that only the model itself is ever in memory.
-    ValueError or FileNotFoundError for what is missing, unknown, damaged or of another size.
+    Weights are read and cast tensor by tensor, so that the model is never in memory twice.
+    Raises ValueError or FileNotFoundError for missing, unknown, damaged or misshaped parts.
     """
     from unclip.checkpoints.transformers.clip import read_clip  # late: open_clip is slow to import
 

@@ -21,7 +21,7 @@ SIZES = ("input_resolution", "context_length", "vocab_size")  # stored as tensor
 
 
 def read_clip(file: Path, **preprocess_cfg: Any) -> CLIP:
-    """Load both towers in float32; ValueError if the image tower is not a ViT.
+    """Load both towers in float32. Raises ValueError if the image tower is not a ViT.
 
     preprocess_cfg: see `CLIPConfig`; by default OpenAI's, which crops the central square of images.
     """

@@ -44,12 +44,12 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def rules(names: Iterable[str]) -> list[Rule]:
-    """OpenAI's names have a `blocks.` after encoder or decoder; names: ours."""
+    """Return the rules for our `names`; OpenAI's have `blocks.` after encoder or decoder."""
     return [move(name.replace(".", ".blocks.", 1), name) for name in names]
 
 
 def infer_config(state: Mapping[str, Tensor], source: str | Path) -> DVAEConfig:
-    """Infer the sizes from OpenAI's tensors; ValueError if they are of something else."""
+    """Infer the sizes from OpenAI's tensors. Raises ValueError if they are not of a dVAE."""
     with expecting("a dVAE of OpenAI", source):
         return DVAEConfig(
             vocab_size=len(state["encoder.blocks.output.conv.w"]),

@@ -114,7 +114,7 @@ def read_config(
 ) -> CLIPConfig:
     """Convert the configurations of towers and preprocessing to open_clip's.
 
-    ValueError for a setting that open_clip has no equivalent for.
+    Raises ValueError for a setting that open_clip has no equivalent for.
     """
     text, common = _read_tower(text_file, TEXT_DEFAULTS)
     text_cfg = {
@@ -237,7 +237,7 @@ def reasons_against_vision(clip: CLIP) -> list[str]:
 def _unknown(
     where: str, config: Mapping[str, Any], known: Mapping[str, tuple[Any, ...] | None]
 ) -> list[str]:
-    """List the settings that are on and unknown, or of an unknown value (None: any value)."""
+    """List the settings that are on but unknown, or have an unknown value (None: any value)."""
     on = {name: value for name, value in config.items() if value not in (None, False)}
     return [
         f"{where}.{name} is {value!r}"
@@ -249,8 +249,8 @@ def _unknown(
 def for_transformers(clip: CLIP) -> tuple[BPETokenizer | OpenCLIPTokenizer, dict[str, Tensor]]:
     """Return the tokenizer and weights to write.
 
-    transformers cannot pool at a token with id 2: such an end token trades places with the last
-    one.
+    transformers cannot pool at a token with id 2, so such an end token is swapped with the last
+    token.
     """
     tokenizer, state = clip.tokenizer, clip.model.state_dict()
     assert isinstance(tokenizer, (BPETokenizer, OpenCLIPTokenizer))  # see reasons_against_text

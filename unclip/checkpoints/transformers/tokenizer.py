@@ -29,7 +29,7 @@ END_OF_WORD = "</w>"
 def read_tokenizer(folder: Path, context_length: int) -> BPETokenizer:
     """Load a CLIPTokenizer's folder, with any vocabulary; ids are the same as transformers'.
 
-    context_length: of the text encoder; ValueError if the tokenizer has another.
+    context_length: of the text encoder. Raises ValueError if the tokenizer's differs.
     """
     settings = read_json(folder / SETTINGS_FILE)
     if (length := settings.get("model_max_length", context_length)) != context_length:
@@ -73,7 +73,7 @@ def clip_tokenizer(
 
 
 def read_merges(file: Path) -> list[tuple[str, str]]:
-    """Read a merges file; FileNotFoundError if it is missing."""
+    """Read a merges file. Raises FileNotFoundError if it is missing."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     return parse_merges(read_text(file), file)
@@ -94,7 +94,7 @@ def parse_merges(text: str, source: Path) -> list[tuple[str, str]]:
 
 
 def end_last(own: BPETokenizer) -> tuple[BPETokenizer, list[int]]:
-    """Swap the end token with the last one; return the tokenizer and the old id of each new one."""
+    """Swap the end token with the last one; return the tokenizer and the old id of each new id."""
     last, data = own.vocab_size - 1, json.loads(own.tokenizer.to_str())
     order = list(range(last + 1))
     order[own.end_id], order[last] = last, own.end_id

@@ -39,14 +39,16 @@ class BenchConfig:
     compile: bool = False
     quantize: str | None = None
     offload: bool = False
-    candidates: PositiveInt | None = None  # also time as many images with and without reranking
+    candidates: PositiveInt | None = None  # also time this many images with and without reranking
 
     def __post_init__(self) -> None:
         known = dict.fromkeys(stage for stages in STAGES.values() for stage in stages)
         if unknown := [stage for stage in self.stages or () if stage not in known]:
             raise ValueError(f"unknown stage {unknown[0]!r}; expected some of {', '.join(known)}")
         if self.steps_only and self.preset not in (None, "exact"):
-            raise ValueError(f"steps_only needs equal steps; preset {self.preset!r} has others")
+            raise ValueError(
+                f"steps_only needs equal steps; those of preset {self.preset!r} differ"
+            )
 
     @property
     def has_cold_start(self) -> bool:

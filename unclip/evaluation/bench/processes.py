@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> tuple[float, int | None]:
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        except BaseException:  # on Ctrl-C the child would run on for minutes
+        except BaseException:  # on Ctrl-C, the child would otherwise continue for minutes
             process.kill()
             raise
         seconds = time.perf_counter() - start

@@ -86,7 +86,7 @@ class KarloSize:
 
     @property
     def placeholder_decoder(self) -> DecoderConfig:
-        """A tiny decoder for a pipeline of which only other stages are called."""
+        """Build a tiny decoder for a pipeline of which only other stages are called."""
         levels = (LevelSpec(32, blocks=1),)
         return self._decoder(UNetConfig(3, 6, levels, context_dim=32, mid_attention=False))
 
@@ -108,7 +108,7 @@ class KarloSize:
 
     @property
     def clip(self) -> CLIPConfig:
-        """The text tower only, which is all that text to image needs."""
+        """Build the text tower only, which is all that text to image needs."""
         text = {
             "context_length": 77,
             "vocab_size": 49408,
@@ -132,7 +132,7 @@ def build_karlo(
     device: torch.device | str = "cpu",
     stages: Collection[str] = STAGES["unclip"],
 ) -> UnCLIPPipeline:
-    """Build a pipeline of which only `stages` can be called."""
+    """Build a pipeline in which only `stages` can be called."""
     size = KARLO_SIZES[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -35,7 +35,7 @@ from unclip.pipelines.runtime import default_dtype, find_device
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, UnCLIPOptions
 
-FEW_STEPS = 2  # for --steps-only: one with and one without what is computed once per call
+FEW_STEPS = 2  # for --steps-only: only the first includes what is computed once per call
 
 
 def placement(config: BenchConfig) -> tuple[torch.device, torch.dtype]:
@@ -129,7 +129,9 @@ def _configure(
     """Quantize and offload as configured, and return the sampling options."""
     if isinstance(pipe, DallePipeline):
         if config.preset or config.quantize or config.offload or config.steps_only:
-            raise ValueError("a DALL-E has no preset, int8 weights, offloading or --steps-only")
+            raise ValueError(
+                "a DALL-E model does not support presets, int8 weights, offloading or --steps-only"
+            )
         return pipe.options
     options = pipe.preset(config.preset) if config.preset else pipe.options
     if config.steps_only and len(options.upsamplers) > 1:

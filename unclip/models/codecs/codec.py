@@ -29,7 +29,7 @@ class LossTerms:
 class Autoencoder(nn.Module, ABC):
     """Network that reconstructs images from a smaller representation; `forward` is `loss`."""
 
-    annealed: tuple[str, ...] = ()  # arguments of `loss` that training may change at every step
+    annealed: tuple[str, ...] = ()  # arguments of `loss` that training may anneal
     decoder: nn.Sequential
 
     def __init__(self, config: Any) -> None:
@@ -60,7 +60,10 @@ class Autoencoder(nn.Module, ABC):
         return self.loss(self.checked(images), **annealed)
 
     def checked(self, images: Tensor) -> Tensor:
-        """Return the images; ValueError unless (B, 3, H, W) with H and W divisible by `factor`."""
+        """Return the images.
+
+        Raises ValueError unless they are (B, 3, H, W), with H and W multiples of `factor`.
+        """
         shape, n = tuple(images.shape), self.factor
         if len(shape) != 4 or shape[1] != 3 or shape[2] % n or shape[3] % n or 0 in shape:
             raise ValueError(
@@ -78,12 +81,12 @@ class ImageCodec(Autoencoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> most likely or nearest codes (B, h, w) long."""
+        """Encode images (B, 3, H, W) in [-1, 1] -> most likely or nearest codes (B, h, w) long."""
         return self._encode(self.checked(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w), any grid -> images (B, 3, h * factor, w * factor) in [-1, 1]."""
+        """Decode codes (B, h, w), any grid -> images (B, 3, h * factor, w * factor) in [-1, 1]."""
         if codes.ndim != 3 or codes.is_floating_point():
             raise ValueError(
                 f"codes are {tuple(codes.shape)} of {codes.dtype}; expected (B, h, w) of integers"

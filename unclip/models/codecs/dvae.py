@@ -180,7 +180,7 @@ class DVAE(ImageCodec):
     def loss(self, images: Tensor, temperature: float = 1.0, kl_weight: float = 1.0) -> LossTerms:
         """Mean NLL of a colour value + kl_weight / (3 factor**2) * mean KL of a position, in nats.
 
-        A.2: beta / 192. In eval mode the codes are hard, as the second stage uses them.
+        The paper uses beta / 192 (A.2). In eval mode the codes are hard, as in the second stage.
         """
         logits = self.logits(images)  # B h w K
         codes = logits.argmax(dim=-1)  # B h w
@@ -201,7 +201,7 @@ class DVAE(ImageCodec):
 
 
 def to_logit_range(images: Tensor) -> Tensor:
-    """Map [-1, 1] to [EPS, 1 - EPS]."""
+    """Map values in [-1, 1] to [EPS, 1 - EPS]."""
     return (1 - 2 * EPS) * (images + 1) / 2 + EPS
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unclip.config import DropRate, NonNegative, Positive, config
 
 CHUNK = 4096  # features compared with the codebook at once, to limit the memory of their distances
-USES_DECAY = 0.99  # of the running mean of code uses, if `ema` gives none
+USES_DECAY = 0.99  # decay of the running mean of code uses if `ema` is None
 
 
 @config
@@ -138,7 +138,7 @@ class VectorQuantizer(Codebook):
         if _is_distributed():  # the same in all processes
             torch.distributed.broadcast(features, src=0)
         self.codebook.copy_(torch.where(dead, features, self.codebook))
-        self.uses.clamp_(min=minimum)  # revived codes have at least one step to be used in
+        self.uses.clamp_(min=minimum)  # give revived codes at least one step to be used
         if self.config.ema is not None:
             self.sums.copy_(torch.where(dead, features * minimum, self.sums))
 

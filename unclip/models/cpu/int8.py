@@ -18,7 +18,7 @@ from unclip.models.cpu.kernels import FewRowsLinear
 from unclip.models.unet import UpConv2d, upsample_nearest
 
 MIN_SIZE = 4096  # entries of a weight; smaller weights are not worth quantising
-MAX_INT8_ROWS = 8  # up to which multiplying by integers is faster on the CPU than by a cast weight
+MAX_INT8_ROWS = 8  # above this, casting the weight is faster on the CPU than the int8 product
 
 
 class Int8Layer(nn.Module):

@@ -28,7 +28,7 @@ NOTHING_FUSED = ("none", [], "")
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has oneDNN with the operators used here, and the CPU supports `dtype`."""
+    """Return whether PyTorch has the oneDNN operators used here and the CPU supports `dtype`."""
     ops = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and all(hasattr(ops, name) for name in OPERATORS)):
         return False
@@ -48,7 +48,7 @@ def pack(network: nn.Module) -> None:
 
 def _packed_type(layer: nn.Module) -> Callable[..., PackedLayer] | None:
     if type(layer) in (nn.Linear, FewRowsLinear):
-        # In float32 MKL, which PyTorch uses by default, is as fast and sums in another order.
+        # In float32, PyTorch's default MKL is as fast, and sums in another order.
         return PackedLinear if layer.weight.dtype == torch.bfloat16 else None
     if type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
         return None if isinstance(layer.padding, str) else PackedConv2d
@@ -127,9 +127,9 @@ class PackedConv2d(PackedLayer):
 class PackedUpConv2d(PackedLayer):
     """Nearest-neighbour upsampling and a 3x3 convolution as one transposed 4x4 convolution.
 
-    A 3x3 kernel on upsampled pixels meets each original pixel with up to four weights; here it
-    meets it once with their sum, at 4/9 of the cost. The sums are rounded to the network's dtype,
-    so that the output differs by about the precision of that dtype.
+    A 3x3 kernel on upsampled pixels multiplies an original pixel by up to four weights; this layer
+    multiplies it once by their sum, at 4/9 of the cost. The sums are rounded to the network's
+    dtype, so that the output differs by about the precision of that dtype.
     """
 
     def __init__(self, layer: UpConv2d) -> None:

@@ -31,7 +31,7 @@ class Pattern:
     kernel: int = 11  # kernel size of conv and corner
 
     def visible(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether code q attends to code k, 0 .. N - 1 each; broadcasts."""
+        """Return whether code q attends to code k, 0 .. N - 1 each; broadcasts."""
         width, distance = self.grid[1], q - k
         if self.kind == "full":
             visible = distance >= 0

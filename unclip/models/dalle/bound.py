@@ -52,7 +52,7 @@ def joint_bound(
     tokens: Tensor,
     generator: torch.Generator | None = None,
 ) -> JointBound:
-    """Bound for images (B, 3, H, W) in [-1, 1] and text tokens (B, L), from one sample of z."""
+    """Compute the bound for images (B, 3, H, W) in [-1, 1] and text (B, L) from one sample of z."""
     posterior = torch.distributions.Categorical(logits=codec.logits(images))  # B h w
     p = posterior.probs.flatten(0, 2)  # B*h*w K
     codes = torch.multinomial(p, 1, generator=generator).view(posterior.batch_shape)  # B h w

@@ -36,7 +36,7 @@ class CacheLayout:
 
 @cache
 def cache_layout(pattern: Pattern) -> CacheLayout:
-    """The smallest cache for a pattern, derived from its mask."""
+    """Return the layout of the smallest cache for a pattern, derived from its mask."""
     mask = stream_mask(pattern, text=0)  # N N
     q, k = mask.nonzero(as_tuple=True)
     slots, count = int((q - k).max()) + 1, mask.sum(dim=1)
@@ -94,7 +94,7 @@ class LayerCache:
         self.store.index_copy_(3, kept % self.slots, kv[:, :, :, kept].to(self.store.dtype))
 
     def append(self, kv: Tensor, to: CacheSlot) -> Tensor:
-        """Write those of one code, (B, 2, H, 1, d); return all it reads, (B, 2, H, stop, d)."""
+        """Write those of one code, (B, 2, H, 1, d); return what it reads, (B, 2, H, stop, d)."""
         self.store.index_copy_(3, to.slot, kv.to(self.store.dtype))
         if to.gather is not None:
             visible = self.store.index_select(3, to.gather)
@@ -160,9 +160,9 @@ class CodeCache:
         return position.view(1)
 
     def slots(self, position: int | Tensor) -> dict[Kind, CacheSlot]:
-        """The slot of the code at `position` for each kind of pattern.
+        """Return the slot of the code at `position` for each kind of pattern.
 
-        An int reads exactly the visible codes. With a tensor () all shapes are static.
+        With an int, only the visible codes are read. With a tensor (), all shapes are static.
         """
         if isinstance(position, int):
             return {kind: self._exact_slot(kind, position) for kind in self.layouts}

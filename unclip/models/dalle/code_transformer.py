@@ -24,7 +24,7 @@ class CodeGrid:
         return self.grid[0] * self.grid[1]
 
     def check_codec(self, vocab_size: int, grid: tuple[int, int]) -> None:
-        """ValueError unless a codec has the vocabulary and grid of the transformer."""
+        """Raise ValueError unless a codec has the vocabulary and grid of the transformer."""
         if (vocab_size, tuple(grid)) != (self.image_vocab, tuple(self.grid)):
             raise ValueError(
                 f"the codec has {vocab_size} codes on a grid of {grid[0]} x {grid[1]}; "
@@ -81,7 +81,7 @@ class CodeTransformer(nn.Module, ABC):
 
 
 def check_text(ids: Tensor, mask: Tensor, length: int, vocab: int) -> None:
-    """ValueError unless ids are (B, length) and, where the mask is True, below `vocab`."""
+    """Raise ValueError unless ids are (B, length) and, where the mask is True, below `vocab`."""
     if ids.ndim != 2 or ids.shape[1] != length:
         raise ValueError(
             f"text ids are of shape {tuple(ids.shape)}; this transformer expects (B, {length})"

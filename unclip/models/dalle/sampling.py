@@ -112,7 +112,7 @@ def sample_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor
 
 
 def _checked(dalle: CodeTransformer, prime: Tensor, batch: int) -> Tensor:
-    """Return the given first codes as (batch, m); ValueError if they cannot begin an image."""
+    """Return the given first codes as (batch, m). Raises ValueError if they are not valid."""
     config = dalle.config
     if prime.ndim != 2 or len(prime) not in (1, batch) or prime.shape[1] >= config.num_codes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Spans of consecutive tokens in DALL-E's layers: what they attend to within the stream."""
+"""Spans of consecutive tokens in DALL-E's layers, and their attention within the stream."""
 
 # B batch, n tokens of a span, C width, H heads, d width of a head, T text positions with the
 # start, w codes in a row

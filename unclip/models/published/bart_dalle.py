@@ -146,7 +146,7 @@ class EncodedTexts:
         return len(self.kv) * self.images
 
     def select(self, rows: Tensor) -> EncodedTexts:
-        """Return the texts of some images, in order; shared if each keeps equally many."""
+        """Return the texts of some images, in order; shared if all texts keep equally many."""
         at, counts = (rows // self.images).unique_consecutive(return_counts=True)
         if (counts != counts[0]).any():
             at, counts = rows // self.images, counts.new_ones(1)

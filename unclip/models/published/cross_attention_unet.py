@@ -278,7 +278,7 @@ class CrossAttentionUNet(nn.Module):
 
         x: (B, in_channels, s, s). t: (B,). time_shift: (B, T), added to the time embedding. tokens:
         (B, N, token_dim), for all levels except the highest. mid_tokens: (B, N', token_dim),
-        additional ones for the middle blocks.
+        additional tokens for the middle blocks.
         """
         self.config.check_image(x)
         x = x.to(self.token_norm.weight.dtype)

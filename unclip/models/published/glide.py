@@ -1,4 +1,4 @@
-"""GLIDE (2112.10741): a U-Net conditioned on a caption that generates, enlarges or inpaints."""
+"""GLIDE (2112.10741): a U-Net conditioned on a caption that generates, upsamples or inpaints."""
 
 # B batch, L text slots, W text width, s image size
 
@@ -21,7 +21,7 @@ class GLIDEConfig:
     unet: UNetConfig
     image_size: PositiveInt
     text: TextTransformer
-    low_size: PositiveInt | None = None  # of images to enlarge; None = generates from noise
+    low_size: PositiveInt | None = None  # of the images to upsample; None = not an upsampler
     inpaints: bool = False  # known pixels and their mask are concatenated to x_t
 
     def __post_init__(self) -> None:
@@ -78,9 +78,9 @@ class GLIDE(ContextUNet):
     ) -> DecoderContext:
         """Compute the context of token ids and the mask of real tokens, (B, L) each.
 
-        The null is a caption without tokens. low_res: (B, 3, ...) in [-1, 1] of any size, for a
-        network that enlarges. known: (B, 4, s, s) from `decoder.masked_image`, for one that
-        inpaints; None = nothing is known. size: of x_t, by default image_size.
+        The null is a caption without tokens. low_res: (B, 3, ...) in [-1, 1] of any size, for
+        upsamplers. known: (B, 4, s, s) from `decoder.masked_image`, for inpainting networks;
+        None = nothing is known. size: of x_t, by default image_size.
         """
         config = self.config
         if ids.shape[1] != config.text.context_length:
@@ -109,7 +109,7 @@ class GLIDE(ContextUNet):
     def denoise(
         self, x_t: Tensor, t: Timestep, context: DecoderContext, cache: DenoiserCache | None = None
     ) -> Tensor:
-        """See `ContextUNet.denoise`; nothing is cached, to keep the exact images of a seed."""
+        """Call `ContextUNet.denoise` without the cache, to keep the exact images of a seed."""
         return super().denoise(x_t, t, context)
 
     def forward(self, x_t: Tensor, t: Tensor, *inputs: Any, **options: Any) -> Tensor:

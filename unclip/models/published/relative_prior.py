@@ -1,4 +1,4 @@
-"""A diffusion prior with relative positions: DALLE2-pytorch's causal transformer (laion's weights).
+"""A diffusion prior with relative positions: DALLE2-pytorch's causal transformer (LAION's weights).
 
 Differences from `DiffusionPrior` (unCLIP 2.2): relative position biases (T5, 1910.10683, 2.1) and
 rotary embeddings (2104.09864) in place of absolute positions, one head of keys and values for all
@@ -24,7 +24,7 @@ from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, Timestep,
 from unclip.types import TextEncoding
 
 BUCKETS = 32  # of distances, with one bias each
-FARTHEST = 128  # distance from which all share the last bucket
+FARTHEST = 128  # distances from this on share the last bucket
 ROTATED = 32  # components of a head with rotary embeddings
 COSINE_SCALE = 16.0
 
@@ -217,7 +217,7 @@ class RelativePrior(nn.Module):
         return F.normalize(x_0, dim=-1) * self.emb_norm
 
     def null_text(self, batch: int) -> TextEncoding:
-        """Return the null, a text without tokens. ValueError if the prior was trained without."""
+        """Return the null, a text without tokens. Raises ValueError if there is none."""
         self._check_null()
         emb = self.query.new_zeros(batch, self.config.width)
         return TextEncoding(emb, emb[:, None], emb.new_zeros(batch, 1, dtype=torch.bool))
@@ -285,7 +285,7 @@ class RelativePrior(nn.Module):
     def _attention_bias(self, positions: Tensor, visible: Tensor) -> Tensor:
         """Bias of queries at `positions` (n,) for keys with mask `visible` (B, m): (B, H, n, m).
 
-        -inf where a key is not seen.
+        It is -inf where a key is not seen.
         """
         # Key 0 is the null and key j the token at j - 1, as in training: a token shares its bucket
         # with its predecessor.
@@ -301,7 +301,7 @@ class RelativePrior(nn.Module):
 
 
 def fit_text(text: TextEncoding, slots: int, network: str) -> TextEncoding:
-    """Trim padding of texts with more columns than `slots`; ValueError if that is not enough."""
+    """Trim the padding of texts to `slots` columns. Raises ValueError if the tokens do not fit."""
     text = text if text.mask.shape[1] <= slots else text.trim()
     if text.mask.shape[1] > slots:
         raise ValueError(
