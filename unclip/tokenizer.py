@@ -29,7 +29,11 @@ QUOTED = 60  # characters of a prompt in a message
 MAX_WORD = 256  # characters; what is longer is learned and merged in pieces
 
 
-class TruncationWarning(UserWarning):
+class PromptWarning(UserWarning):
+    """A warning that quotes a prompt; servers do not log it."""
+
+
+class TruncationWarning(PromptWarning):
     """Texts that are longer than the context: `truncated` has each with the part that was cut."""
 
     def __init__(self, message: str, truncated: Sequence[tuple[str, str]]) -> None:

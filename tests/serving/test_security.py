@@ -210,6 +210,18 @@ def test_logs_have_no_prompts_and_keys(load, caplog):
     assert "secret" not in text and KEY not in text
 
 
+def test_warnings_do_not_quote_prompts(load, tiny_pipe, recwarn):
+    prompts = ["secret " * 100, "sécrèt"]  # too long; without a known word
+    tiny_pipe(prompts, progress=False)
+    assert len({warning.category for warning in recwarn if "cret" in str(warning.message)}) > 0
+    recwarn.clear()
+    with client_of(load) as client:
+        for prompt in prompts:
+            body = {"prompt": prompt, "response_format": "b64_json"}
+            assert client.post(GENERATIONS, json=body).status_code == 200
+    assert not recwarn.list
+
+
 def test_prompts_are_logged_on_request(load, caplog):
     assert "a secret prompt" in json.dumps(logged(load, caplog, log_prompts=True))
 

@@ -40,6 +40,7 @@ from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
+from unclip.tokenizer import TruncationWarning
 from unclip.types import TextEncoding
 
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 8, 4
@@ -452,5 +453,5 @@ def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) ->
 def ignore_cut_warnings() -> Iterator[None]:
     """Suppress the warning for each caption that is cut to CLIP's context."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the prompt .*truncated")
+        warnings.simplefilter("ignore", TruncationWarning)
         yield

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.image_io import open_image, to_pil
-from unclip.tokenizer import BPETokenizer
+from unclip.tokenizer import BPETokenizer, PromptWarning
 from unclip.types import (
     BatchReporter,
     CodeOptions,
@@ -163,9 +163,8 @@ def warn_of_unknown(prompts: Iterable[str], tokenizer: Any) -> None:
         if not tokenizer.knows_a_word_of(text):
             shown = text if len(text) <= 60 else f"{text[:59]}…"
             advice = "use words of the captions that the model was trained on"
-            warnings.warn(
-                f"the model knows no word of the prompt {shown!r}; {advice}", stacklevel=4
-            )
+            message = f"the model knows no word of the prompt {shown!r}; {advice}"
+            warnings.warn(message, PromptWarning, stacklevel=4)
 
 
 def check_upsamplers(options: Sequence[StageOptions], available: int) -> None:

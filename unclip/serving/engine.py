@@ -21,6 +21,7 @@ from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
 from unclip.serving.tasks import count_stages, generate, model_size
+from unclip.tokenizer import PromptWarning
 from unclip.types import GenerationResult, Progress
 
 log = logging.getLogger("unclip.serving")
@@ -79,8 +80,7 @@ class Engine:
         ]
 
     def start(self) -> None:
-        # The warning about a long prompt contains the prompt, which must not be logged.
-        warnings.filterwarnings("ignore", "the prompt ")
+        warnings.simplefilter("ignore", PromptWarning)  # prompts are not logged
         for thread in self._threads:
             thread.start()
 
