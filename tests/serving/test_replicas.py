@@ -103,7 +103,7 @@ def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
         def client():
             while not stop.is_set():
                 body = {"prompt": "a red apple", "steps": 20}
-                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=300)
                 statuses[response.status_code] += 1
 
         threads = [threading.Thread(target=client) for _ in range(6)]  # 2 are wanted per replica
