@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -142,7 +142,7 @@ def make_accelerator(precision: str, trackers: Trackers, output: str) -> Acceler
     return accelerator
 
 
-def default_precision() -> str:
+def default_precision() -> Literal["fp32", "bf16"]:
     """bf16; fp32 on a CPU without bfloat16 instructions"""
     return "fp32" if not torch.accelerator.is_available() and emulates_bf16() else "bf16"
 
