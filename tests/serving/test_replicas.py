@@ -33,9 +33,7 @@ def test_several_replicas_need_shared_storage():
 def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_path):
     from ray import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     results = str(tmp_path / "results")
     config = ServerConfig(models=(str(tiny_folder),), port=port, storage=results)
     memory = {"object_store_memory": 100 * 2**20}
@@ -82,9 +80,7 @@ def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
     from ray import serve
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     cluster.add_node(**node)
@@ -118,6 +114,12 @@ def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
         serve.shutdown()
         ray.shutdown()
         cluster.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def replica_nodes():
