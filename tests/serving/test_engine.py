@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -424,3 +426,25 @@ def test_previews_follow_the_rows_of_a_batch(make, recorder):
         ]
         assert [len(preview) for preview in previews] == [job.task.n] * 2
         assert isinstance(client.events[job][0], Started)
+
+
+def test_an_unloaded_model_is_freed_even_if_it_refers_to_itself(tiny_pipe):
+    config = replace(CONFIG, models=("tiny", "other"), idle_seconds=0.2)
+    references = []
+
+    def load(name, device, dtype):
+        if name == "tiny":
+            return tiny_pipe
+        pipe = copy.copy(tiny_pipe)
+        pipe.itself = pipe
+        references.append(weakref.ref(pipe))
+        return pipe
+
+    engine = Engine(config, Metrics(), load)
+    engine.start()
+    client = Client(engine)
+    try:
+        assert isinstance(client.outcome(client.submit(model="other")), Done)
+        wait_until(lambda: references[0]() is None, seconds=10)
+    finally:
+        engine.stop()

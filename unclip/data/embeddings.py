@@ -144,7 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layout", type=int, metavar="SIZE", help=about)
     about = "also embed COPIES of each image in other colours (see data.augment.recolour)"
     parser.add_argument("--recolour", type=int, default=0, metavar="COPIES", help=about)
-    run_command(parser.parse_args(arguments), load_embedder, SETTINGS_FILE)
+    options = parser.parse_args(arguments)
+    if options.recolour < 0:
+        parser.error(f"--recolour is {options.recolour}; expected a number of copies, 0 or more")
+    run_command(options, load_embedder, SETTINGS_FILE)
 
 
 def load_embedder(options: argparse.Namespace, device: str) -> tuple[Compute, dict[str, Any]]:

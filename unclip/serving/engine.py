@@ -152,7 +152,11 @@ class Engine:
         last_images, last_seconds = 1, 0.0
         while not (self._closing and not self.queue.images):
             if not self.queue.wait(timeout=0.5):
-                for name in pool.offload_idle():
+                if unloaded := pool.offload_idle():
+                    gc.unfreeze()  # the models may be part of reference cycles
+                    gc.collect()
+                    gc.freeze()
+                for name in unloaded:
                     log.info("model_offloaded", extra={"model": name})
                 continue
             if last_images > 1:  # clients of the last batch are about to return
