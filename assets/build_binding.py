@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results["settings"] = {"name": pipe.name, "scenes": args.count, "seed": args.seed}
     cells = [image.resize((CELL, CELL)) for row in rows for image in row[:COLUMNS]]
     figure = args.out.with_suffix(".webp")
-    grid(cells, COLUMNS).save(figure, quality=90)
+    grid(cells, min(COLUMNS, args.count)).save(figure, quality=90)
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
     args.out.write_text(page(results, figure.name), encoding="utf-8")
 
