@@ -80,6 +80,28 @@ def test_the_mask_includes_an_exclamation_mark_with_the_pad_id(clip):
     assert text.mask.sum(1).tolist() == [4, 3, 2]
 
 
+@pytest.mark.parametrize("which", ["clip", "custom"])
+def test_captions_of_different_lengths_are_encoded_as_alone(which, request):
+    clip = request.getfixturevalue(which)
+    texts = ["a red apple", "x", "", "a red apple and a blue fish", "two fish"]
+    encoding, whole = clip.encode_captions(texts, batch_size=2), clip.encode_text(texts).trim()
+    assert torch.equal(encoding.mask, whole.mask)
+    torch.testing.assert_close(encoding.emb, whole.emb, atol=1e-5, rtol=1e-5)
+    real = whole.mask
+    torch.testing.assert_close(encoding.states[real], whole.states[real], atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_tokens_of_captions_are_computed(custom):
+    lengths = []
+    hook = custom.model.text.transformer.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
+    custom.encode_captions(["a red apple", "x"], batch_size=1)
+    hook.remove()
+    assert lengths[0] < lengths[1] < custom.context_length
+    assert custom.model.text.attn_mask.shape[0] == custom.context_length
+
+
 def test_long_prompts_are_truncated_with_a_warning_that_shows_the_cut(clip):
     with pytest.warns(UserWarning, match="more than 77 tokens.*the end'"):
         clip.encode_text(["apple " * 80 + "the end"])

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train CLIP, prior, layout (if there is a config), decoder and upsampler in order, and assemble them:
+# Train CLIP, prior, layout network and layout prior (if there are configs), decoder and upsampler in
+# order, and assemble them:
 #
 #     train/all.sh CONFIGS [--set KEY=VALUE ...]
 #
@@ -26,6 +27,7 @@ train() {
 train clip "$@"
 train prior "$@"
 [ -f "$configs/layout.yaml" ] && train layout "$@"
+[ -f "$configs/layout_prior.yaml" ] && train layout_prior "$@"
 train decoder "$@"
 [ -f "$configs/upsampler.yaml" ] && train upsampler "$@"
 python train/bundle.py --config "$configs/model.yaml"

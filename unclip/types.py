@@ -95,6 +95,16 @@ class TextEncoding(Rows):
         length = max([1, *(self.mask.any(0).nonzero().flatten() + 1).tolist()])
         return self._map(lambda x: x if x is self.emb else x[:, :length])
 
+    def pad(self, length: int) -> TextEncoding:
+        """Invert `trim`: append columns of padding, zeros, until there are `length`."""
+        import torch.nn.functional as F
+
+        def widen(x: torch.Tensor) -> torch.Tensor:
+            sides = (0, 0) * (x.ndim - 2) + (0, length - x.shape[1])
+            return x if x is self.emb else F.pad(x, sides)
+
+        return self._map(widen)
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> TextEncoding:
         """Move to `device` and cast the floating-point tensors to `dtype`."""
         return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None))

@@ -67,7 +67,17 @@ def make_prior(kind: Prior, bundled: bool) -> DiffusionPrior | MLPPrior:
 
 def make_layout_prior() -> LayoutPrior:
     network = LayoutPrior(
-        LayoutPriorConfig(D, size=4, components=8, width=24, depth=2, steps=4, guidance=2.0)
+        LayoutPriorConfig(
+            D,
+            size=4,
+            components=8,
+            width=24,
+            depth=2,
+            steps=4,
+            guidance=2.0,
+            text_width=D,
+            text_heads=3,
+        )
     )
     network.fit_components(torch.rand(64, 3, 4, 4) * 4 - 2)
     network.set_stats(torch.randn(D) * 0.1, torch.rand(D) + 0.5)
@@ -211,7 +221,7 @@ def test_mlp_prior_and_layout_prior_sample_our_numbers(bundled: bool, tmp_path: 
         if bundled:
             stage = ours.decoder_stage.layout_stage
             assert stage is not None
-            expected = stage.sample(emb, text.emb, None, generators)
+            expected = stage.sample(emb, text, None, generators)
             assert_close(theirs._sample_layout(emb, their_text, same), expected)
 
 

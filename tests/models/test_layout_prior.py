@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import EMB_DIM, scrambled, tiny_clip
+from conftest import EMB_DIM, TEXT_WIDTH, scrambled, tiny_clip
 from PIL import Image
 from test_layout import make_decoder
 
@@ -20,15 +20,19 @@ from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.stages import LayoutStage
 from unclip.training.losses import ConditionDropout, LayoutPriorLoss
+from unclip.types import TextEncoding
 
 SHAPE = LayoutPriorConfig(
     emb_dim=EMB_DIM, size=4, components=6, width=32, depth=2, dropout=0.0, steps=6
 )
 
 
-def make_prior() -> LayoutPrior:
+READER = replace(SHAPE, text_width=TEXT_WIDTH, text_heads=3)  # of CLIP's text states
+
+
+def make_prior(config: LayoutPriorConfig = SHAPE) -> LayoutPrior:
     torch.manual_seed(0)
-    network = scrambled(LayoutPrior(SHAPE), std=0.2)
+    network = scrambled(LayoutPrior(config), std=0.2)
     network.fit_components(torch.rand(40, 3, 4, 4) * 2 - 1)
     return network
 
@@ -48,8 +52,15 @@ def test_components_are_the_principal_ones_and_unit_variance_on_average():
         network.fit_components(x[:5])
 
 
-def test_nulls_replace_conditions():
-    network, emb, text = make_prior(), torch.randn(3, EMB_DIM), torch.randn(3, EMB_DIM)
+def random_text(rows: int) -> TextEncoding:
+    lengths = torch.arange(rows) % 4 + 2
+    mask = torch.arange(6) < lengths[:, None]
+    return TextEncoding(torch.randn(rows, EMB_DIM), torch.randn(rows, 6, TEXT_WIDTH), mask)
+
+
+@pytest.mark.parametrize("config", [SHAPE, READER])
+def test_nulls_replace_conditions(config):
+    network, emb, text = make_prior(config), torch.randn(3, EMB_DIM), random_text(3)
     everything = torch.ones(3, dtype=torch.bool)
     without_text = network.condition(emb, text, None, everything).summary
     torch.testing.assert_close(without_text, network.condition(emb, None).summary)
@@ -58,7 +69,30 @@ def test_nulls_replace_conditions():
     assert network.condition(None, None).summary.shape == (1, SHAPE.width)
     assert not torch.allclose(without_text, without_image)
     # The length of a caption's embedding does not matter.
-    torch.testing.assert_close(network.condition(None, 3 * text).summary, without_image)
+    longer = replace(text, emb=3 * text.emb)
+    torch.testing.assert_close(network.condition(None, longer).summary, without_image)
+
+
+def test_text_states_are_read_up_to_the_end_of_the_text():
+    network, text = make_prior(READER), random_text(3)
+    summary = network.condition(None, text).summary
+    torch.testing.assert_close(network.condition(None, text.trim()).summary, summary)
+    padding = torch.where(text.mask[..., None], text.states, torch.full_like(text.states, 9.0))
+    torch.testing.assert_close(
+        network.condition(None, replace(text, states=padding)).summary, summary
+    )
+    other = network.condition(None, replace(text, states=text.states.flip(1))).summary
+    assert ((other - summary).abs().amax(dim=1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("config", [SHAPE, READER])
+def test_mixtures_weight_the_texts(config):
+    network, text = make_prior(config), random_text(4)  # first texts of two mixtures, then second
+    weights = torch.tensor([[1.0, 0.25], [0.0, 0.75]])
+    mixed = network.condition(None, text, weights=weights).summary
+    first, third = network.condition(None, text[:1]).summary, network.condition(None, text).summary
+    torch.testing.assert_close(mixed[:1], first)
+    assert not torch.allclose(mixed[1], third[1]) and not torch.allclose(mixed[1], third[3])
 
 
 def test_layouts_are_those_of_the_batch():
@@ -95,7 +129,8 @@ def test_training_learns_two_layouts_of_one_caption_instead_of_their_mean():
     stage = LayoutStage(network, schedule, Runtime({"layout_prior": network}))
     generators = [torch.Generator().manual_seed(seed) for seed in range(40)]
     with torch.inference_mode():
-        x = stage.sample(torch.ones(40, EMB_DIM), torch.ones(40, EMB_DIM), None, generators)
+        text = replace(random_text(40), emb=torch.ones(40, EMB_DIM))
+        x = stage.sample(torch.ones(40, EMB_DIM), text, None, generators)
     brightness = x.mean(dim=(1, 2, 3))
     assert (brightness.abs() > 0.5).float().mean() > 0.8
     assert 8 < (brightness > 0).sum() < 32
@@ -110,8 +145,9 @@ def make_pipe(own: UnCLIPPipeline, network: LayoutPrior | None) -> UnCLIPPipelin
     )
 
 
-def test_a_pipeline_samples_layouts(invertible_pipe, tmp_path):
-    network = make_prior()
+@pytest.mark.parametrize("config", [SHAPE, READER])
+def test_a_pipeline_samples_layouts(config, invertible_pipe, tmp_path):
+    network = make_prior(config)
     pipe, plain = make_pipe(invertible_pipe, network), make_pipe(invertible_pipe, None)
     result = pipe(["a red apple", "a blue fish"], num_images=2, seed=0, progress=False)
     alone = pipe("a blue fish", seed=3, progress=False)
@@ -151,7 +187,7 @@ def test_variations_keep_the_layout_of_their_image(invertible_pipe):
     for variation in (0.01, 0.5, 1.0):
         stage.network.config = replace(SHAPE, variation=variation)
         generators = [torch.Generator().manual_seed(0)]
-        samples[variation] = stage.sample(emb, None, None, generators, layout)
+        samples[variation] = stage.sample(emb, None, None, generators, like=layout)
     projected = stage.network.decode(stage.network.encode(layout)).clamp(-1, 1)
     distances = [(x - projected).abs().mean().item() for x in samples.values()]
     assert distances[0] < distances[1] < distances[2]
@@ -171,15 +207,18 @@ def test_parts_that_do_not_fit_are_refused(invertible_pipe):
     other = LayoutPrior(LayoutPriorConfig(emb_dim=5, size=4, components=6))
     with pytest.raises(ValueError, match="layout_prior has emb_dim 5, but CLIP has"):
         make_pipe(own, other)
+    with pytest.raises(ValueError, match="layout_prior has text_width 7, but CLIP has"):
+        make_pipe(own, LayoutPrior(replace(SHAPE, text_width=7)))
 
 
-def test_a_saved_prior_is_the_same(tmp_path):
-    network, emb = make_prior().eval(), torch.randn(2, EMB_DIM)
+@pytest.mark.parametrize("config", [SHAPE, READER])
+def test_a_saved_prior_is_the_same(config, tmp_path):
+    network, emb, text = make_prior(config).eval(), torch.randn(2, EMB_DIM), random_text(2)
     save_component(network, tmp_path, torch.float16, ScheduleConfig())
     loaded = load_component(tmp_path)
-    assert loaded.config == SHAPE
+    assert loaded.config == config
     torch.testing.assert_close(loaded.basis, network.basis, atol=1e-3, rtol=1e-3)
     x_t, t = torch.randn(2, 6), torch.tensor([10, 900])
     torch.testing.assert_close(
-        loaded(x_t, t, emb, emb), network(x_t, t, emb, emb), atol=0.02, rtol=0.02
+        loaded(x_t, t, emb, text), network(x_t, t, emb, text), atol=0.02, rtol=0.02
     )

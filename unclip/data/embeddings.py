@@ -88,11 +88,10 @@ def embedder(
         copies = [recoloured(*pair, recolour) for pair in zip(samples, images, strict=True)]
         samples, images = map(list, zip(*itertools.chain(*copies), strict=True))
         columns, repeats = caption_rows(samples, all_captions)
-        texts, step = columns["caption"], len(samples)
-        chunks = [texts[start : start + step] for start in range(0, len(texts), step)]
+        texts = columns["caption"]
         image_emb = _to_numpy(clip.encode_image(images)).repeat(repeats, axis=0)  # (N, D)
         with count.counting(len(texts)):
-            text_emb = torch.cat([clip.encode_text(chunk).emb for chunk in chunks])  # (N, D)
+            text_emb = clip.encode_captions(texts).emb  # (N, D)
         arrays = {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
         if layout is not None:
             pixels = to_tensor([fit(image, OVERSAMPLED * layout) for image in images])

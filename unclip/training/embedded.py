@@ -190,7 +190,7 @@ def embedding_pairs(
         for key, emb in zip(batch["key"], image_embs[-1], strict=True):
             if not emb.isfinite().all():
                 raise ValueError(f"the image embedding of {key} is not finite; remove it")
-        text_embs.append(clip.encode_text(batch["caption"]).emb.float().cpu())
+        text_embs.append(clip.encode_captions(batch["caption"]).emb.float().cpu())
     loader.load_state_dict(position)
     return torch.cat(image_embs), torch.cat(text_embs)
 

@@ -110,7 +110,7 @@ class ARPriorLoss:
         image_emb = image_embeddings(self.clip, batch)
         text, drop_text, _ = _text(self.clip, batch, self.drop.text, self.prior.config.null_text)
         with torch.no_grad():  # the dot product is with the caption, even where it is dropped
-            caption = text if drop_text is not None else self.clip.encode_text(batch["caption"])
+            caption = text if drop_text is not None else self.clip.encode_captions(batch["caption"])
         codes = self.prior.codes.encode(image_emb)  # (B, K)
         dot = self.prior.codes.encode_dot(image_emb, caption.emb)
         logits = model(codes, dot, text, drop_text)  # (B, K, V)
@@ -181,21 +181,23 @@ class LayoutPriorLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         network = self.network
         image_emb = add_embedding_noise(image_embeddings(self.clip, batch), network, self.emb_noise)
-        text_emb = self._text_emb(batch)
+        text = self._text(batch)
         if self.text_noise and model.training:
-            text_emb = add_text_noise(text_emb, self.text_noise)
+            text = replace(text, emb=add_text_noise(text.emb, self.text_noise))
         x_0 = network.encode(layouts(batch, network.config.size).to(image_emb.device))
         B, device = len(x_0), x_0.device
         drop_image = torch.rand(B, device=device) < self.drop.image
         drop_text = torch.rand(B, device=device) < self.drop.text
-        conditions = image_emb, text_emb, drop_image, drop_text
+        conditions = image_emb, text, drop_image, drop_text
         return _denoising_loss(model, conditions, x_0, self.schedule, self.config, "x0")
 
     @torch.no_grad()
-    def _text_emb(self, batch: Batch) -> Tensor:
-        if "text_emb" in batch:
-            return batch["text_emb"].to(self.clip.device)
-        return self.clip.encode_text(batch["caption"]).emb.float()
+    def _text(self, batch: Batch) -> TextEncoding:
+        """Return the encoded captions; stored text embeddings do, if no states are read."""
+        if self.network.text_pool is None and "text_emb" in batch:
+            return embedding_only(batch["text_emb"].to(self.clip.device).float(), 0)
+        text = self.clip.encode_captions(batch["caption"])
+        return replace(text, emb=text.emb.float())
 
 
 def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
@@ -364,7 +366,7 @@ def _text(
     if null_text == "empty_prompt":
         rows = zip(captions, drop, strict=True)
         captions = ["" if dropped else caption for caption, dropped in rows]
-    text, drop = clip.encode_text(captions).trim(), drop.to(clip.device)
+    text, drop = clip.encode_captions(captions), drop.to(clip.device)
     return text, None if null_text == "empty_prompt" else drop, drop
 
 

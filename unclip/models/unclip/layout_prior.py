@@ -5,7 +5,8 @@ that fit it, which `Layout` predicts, is blurred; a sample is not. The samples a
 extra input, as in a cascade whose first stage has `size` pixels (2106.15282).
 """
 
-# B batch, D CLIP embedding width, K components of a layout, M width of the MLP, s side of a layout
+# B batch, D CLIP embedding width, L text tokens, W width of their states, K components of a layout
+# (or texts of a mixture), M width of the MLP, s side of a layout
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveFraction, PositiveInt, config
+from unclip.embeddings import mix_rows
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -29,7 +31,7 @@ from unclip.models.layers import (
 )
 from unclip.models.unclip.mlp_prior import ModulatedBlock
 from unclip.models.unclip.prior import EmbeddingStats
-from unclip.types import Rows
+from unclip.types import Rows, TextEncoding
 
 
 @config
@@ -43,19 +45,38 @@ class LayoutPriorConfig:
     x0_limit: Positive = 6.0  # bound of components in sampling, in standard deviations
     steps: PositiveInt = 20  # of sampling, with DDIM
     guidance: Positive = 1.5
+    text_width: PositiveInt | None = None  # W, of CLIP's text states; None = they are not read
+    text_heads: PositiveInt = 8  # means of the states
     # Share of the timesteps at which a variation starts from the noised layout of its image;
     # 1 = nothing of it is kept
     variation: PositiveFraction = 0.5
-
-    @property
-    def text_width(self) -> None:
-        """None: CLIP's text states are not read."""
-        return None
 
 
 @dataclass(frozen=True)
 class LayoutContext(Rows):
     summary: Tensor  # (B, M) of image embedding and caption
+
+
+class TextPool(nn.Module):
+    """Means of CLIP's text states, weighted by learned scores: (B, L, W) -> (B, M).
+
+    A text embedding mostly says what distinguishes captions of different concepts. The states also
+    say the rest, such as a style.
+    """
+
+    def __init__(self, text_width: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(text_width)
+        self.score = nn.Linear(text_width, heads)
+        self.out = nn.Linear(heads * text_width, width)
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(states.to(self.norm.weight.dtype))
+        scores = self.score(x).masked_fill(~mask[..., None], -1e4)  # B L heads
+        weights = scores.float().softmax(dim=1).to(x.dtype)
+        x = self.out((weights.mT @ x).flatten(1))
+        return x + self.fc(F.silu(x))
 
 
 class LayoutPrior(EmbeddingStats, Denoiser):
@@ -82,6 +103,8 @@ class LayoutPrior(EmbeddingStats, Denoiser):
         )
         self.out_norm = nn.LayerNorm(M)
         self.head = zeroed(nn.Linear(M, K))
+        W = config.text_width
+        self.text_pool = None if W is None else TextPool(W, config.text_heads, M)
 
     @torch.no_grad()
     def fit_components(self, layouts: Tensor) -> None:
@@ -113,14 +136,16 @@ class LayoutPrior(EmbeddingStats, Denoiser):
     def condition(
         self,
         image_emb: Tensor | None,
-        text_emb: Tensor | None,
+        text: TextEncoding | None,
         drop_image: Tensor | None = None,
         drop_text: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> LayoutContext:
-        """Combine embeddings of images and captions, (B, D) each.
+        """Combine image embeddings (B, D) with B texts, or with mixtures of K texts each.
 
-        The nulls replace an embedding that is None, and rows where `drop_image` or `drop_text`
-        (B,) bool is True. Without any embedding, the context has one row.
+        The nulls replace a condition that is None, and rows where `drop_image` or `drop_text`
+        (B,) bool is True. Without any condition, the context has one row. weights: (K, B) of the
+        texts of mixtures, all first texts before all second ones.
         """
         dtype, summary = self.null_image.dtype, self.null_image.new_zeros(1, 1)
         if image_emb is None:
@@ -128,10 +153,13 @@ class LayoutPrior(EmbeddingStats, Denoiser):
         else:
             x = self.image_proj(self.normalize(image_emb.float()).to(dtype))
             summary = summary + replace_rows(x, drop_image, self.null_image)
-        if text_emb is None:
+        if text is None:
             return LayoutContext(summary + self.null_text)
-        x = F.normalize(text_emb.float(), dim=-1) * self.config.emb_dim**0.5  # unit variance
+        emb = mix_rows(text.emb.float(), weights)
+        x = F.normalize(emb, dim=-1) * self.config.emb_dim**0.5  # unit variance
         x = self.text_proj(x.to(dtype))
+        if self.text_pool is not None:
+            x = x + mix_rows(self.text_pool(text.states, text.mask), weights)
         return LayoutContext(summary + replace_rows(x, drop_text, self.null_text))
 
     def denoise(

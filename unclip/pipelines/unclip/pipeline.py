@@ -17,7 +17,7 @@ from unclip.clip import CLIP
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.embeddings import normalise
+from unclip.embeddings import mix_rows, normalise
 from unclip.image_io import fit, open_image, to_tensor
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
@@ -58,7 +58,6 @@ from unclip.pipelines.unclip.stages import (
     TextEncoder,
     UpsamplerStage,
     check_stages,
-    mix_embeddings,
 )
 from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
@@ -664,7 +663,7 @@ class UnCLIPPipeline(Pipeline):
         if options.embedding == "none":
             return None
         if options.embedding == "text":
-            emb = self.as_image(mix_embeddings(text.emb, weights))
+            emb = self.as_image(mix_rows(text.emb, weights))
             return emb.repeat_interleave(batch.num_images, dim=0)
         return self._need_prior().sample(
             text,
@@ -690,7 +689,7 @@ class UnCLIPPipeline(Pipeline):
 
     def _best_of(self, prompts: PromptBatch, num_images: int, num_candidates: int) -> BestOf:
         check_candidates(num_images, num_candidates)
-        text_emb = mix_embeddings(self.encode_text(prompts.texts).emb, prompts.weights)
+        text_emb = mix_rows(self.encode_text(prompts.texts).emb, prompts.weights)
         return BestOf(self.encode_image, text_emb, num_images, num_candidates)
 
     def _num_steps(self, options: UnCLIPOptions, prior: bool = False) -> int:

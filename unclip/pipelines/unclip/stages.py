@@ -20,6 +20,7 @@ from unclip.diffusion.repaint import PaintOptions, repaint
 from unclip.diffusion.samplers import Estimator, randn, sample, sampling_timesteps
 from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Prediction, Schedule, ScheduleConfig
+from unclip.embeddings import mix_rows
 from unclip.models.layers import DenoiserCache, KeyValues
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
@@ -338,7 +339,7 @@ class PriorStage:
             x_T = bound.noise((P * each, self.network.config.emb_dim), generators)
             emb = self.network.denormalize(bound.sample(x_T, generators, on_step))
         # Keep the best candidate by dot product with the text embedding (unCLIP 2.2).
-        text_emb = mix_embeddings(text.emb.float(), weights)
+        text_emb = mix_rows(text.emb.float(), weights)
         emb = rearrange(emb, "(p n c) d -> p n c d", p=P, c=candidates)
         best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
@@ -414,19 +415,20 @@ class LayoutStage:
     def sample(
         self,
         image_emb: Tensor,
-        text_emb: Tensor | None,
-        negative: Tensor | None,
+        text: TextEncoding | None,
+        negative: TextEncoding | None,
         generators: Generators,
+        weights: Tensor | None = None,
         like: Tensor | None = None,
     ) -> Tensor:
-        """Sample layouts (B, 3, h, h) in [-1, 1] for embeddings of images and texts, (B, D).
+        """Sample layouts (B, 3, h, h) in [-1, 1] for image embeddings (B, D) and texts.
 
-        like: layouts that the samples should resemble; sampling starts from their noised versions
-        (SDEdit, 2108.01073).
+        weights: see `LayoutPrior.condition`. like: layouts that the samples should resemble;
+        sampling starts from their noised versions (SDEdit, 2108.01073).
         """
         network, schedule = self.network, self.diffusion.schedule
         self.runtime.use(network)
-        context = network.condition(image_emb, text_emb)
+        context = network.condition(image_emb, text, weights=weights)
         null = partial(network.condition, None, negative)
         bound = self.diffusion.bind(context, self.options, null, clip=network.config.x0_limit)
         x_T = bound.noise((len(image_emb), network.config.components), generators)
@@ -533,9 +535,7 @@ class DecoderStage:
         self._check(image_emb, text, K)
         B, layout = len(image_emb), None
         if self.layout_stage is not None and generators and not blind:
-            text_emb = None if text is None else mix_embeddings(text.emb.float(), weights)
-            emb = None if negative is None else negative.emb.float()
-            layout = self.layout_stage.sample(image_emb, text_emb, emb, generators, like)
+            layout = self.layout_stage.sample(image_emb, text, negative, generators, weights, like)
             layout = layout.repeat(K, 1, 1, 1)
         image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
 
@@ -645,13 +645,6 @@ class UpsamplerStage:
             return denoise.func(x_t, t, context=context, cache=cache)
 
         return BoundStage(stage, options, timesteps, partial(denoise_any, **denoise.keywords))
-
-
-def mix_embeddings(emb: Tensor, weights: Tensor | None) -> Tensor:
-    """Return weighted sums (P, D) of K embeddings each, (K * P, D); weights (K, P) or None."""
-    if weights is None:
-        return emb
-    return einsum(emb.unflatten(0, weights.shape), weights.to(emb), "k p d, k p -> p d")
 
 
 class StagedPipeline(Protocol):

@@ -145,8 +145,24 @@ class MLPPrior(ModelMixin, ConfigMixin):
         return x * self.emb_std + self.emb_mean
 
 
+class TextPool(nn.Module):
+    def __init__(self, text_width: int, heads: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(text_width)
+        self.score = nn.Linear(text_width, heads)
+        self.out = nn.Linear(heads * text_width, width)
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(states.to(self.norm.weight.dtype))
+        scores = self.score(x).masked_fill(~mask[..., None], -1e4)
+        weights = scores.float().softmax(dim=1).to(x.dtype)
+        x = self.out((weights.mT @ x).flatten(1))
+        return x + self.fc(F.silu(x))
+
+
 class LayoutPrior(ModelMixin, ConfigMixin):
-    """CLIP embeddings of image and caption -> the principal components of a small image."""
+    """Image embedding and caption -> the principal components of a small image."""
 
     emb_mean: Tensor
     emb_std: Tensor
@@ -155,7 +171,16 @@ class LayoutPrior(ModelMixin, ConfigMixin):
     scale: Tensor
 
     @register_to_config
-    def __init__(self, emb_dim: int, size: int, components: int, width: int, depth: int) -> None:
+    def __init__(
+        self,
+        emb_dim: int,
+        size: int,
+        components: int,
+        width: int,
+        depth: int,
+        text_width: int | None = None,
+        text_heads: int = 8,
+    ) -> None:
         super().__init__()
         self.register_buffer("emb_mean", torch.zeros(emb_dim))
         self.register_buffer("emb_std", torch.ones(emb_dim))
@@ -168,13 +193,20 @@ class LayoutPrior(ModelMixin, ConfigMixin):
         self.time, self.x_proj = TimeMLP(width, width), nn.Linear(components, width)
         self.mlp = nn.ModuleList(ModulatedBlock(width) for _ in range(depth))
         self.out_norm, self.head = nn.LayerNorm(width), nn.Linear(width, components)
+        reads_states = text_width is not None
+        self.text_pool = TextPool(text_width, text_heads, width) if reads_states else None
 
-    def condition(self, image_emb: Tensor, text_emb: Tensor) -> tuple[Tensor, ...]:
-        """Return what `forward` needs for embeddings of images and captions, (B, D) each."""
+    def condition(
+        self, image_emb: Tensor, text_emb: Tensor, states: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return what `forward` needs for embeddings of images (B, D) and for captions."""
         dtype = self.null_image.dtype
         image = (image_emb.float() - self.emb_mean) / self.emb_std
         text = F.normalize(text_emb.float(), dim=-1) * self.config.emb_dim**0.5
-        return (self.image_proj(image.to(dtype)) + self.text_proj(text.to(dtype)),)
+        summary = self.image_proj(image.to(dtype)) + self.text_proj(text.to(dtype))
+        if self.text_pool is not None:
+            summary = summary + self.text_pool(states, mask)
+        return (summary,)
 
     def null(self, batch: int) -> tuple[Tensor, ...]:
         """Return what `forward` needs for the null of guidance."""

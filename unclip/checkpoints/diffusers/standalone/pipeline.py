@@ -161,7 +161,7 @@ class UnCLIPFolderPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Sample layouts (B, 3, h, h) in [-1, 1] for image embeddings (B, D)."""
         network, options = self.layout_prior, self.config.options["layout_prior"]
-        contexts = [network.condition(emb, text[0])]
+        contexts = [network.condition(emb, *text)]
         if options["guidance"] != 1:
             contexts.append(network.null(len(emb)))
         noise = _noise((network.config.components,), generators, emb.device)
