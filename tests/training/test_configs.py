@@ -315,7 +315,8 @@ def test_the_networks_of_a_folder_are_compatible(stack):
     clip = prior.clip
     if "clip" in parts:
         text_cfg = parts["clip"].model.model_cfg["text_cfg"]
-        clip = f"{parts['clip'].fit.output}/model"
+        last = parts.get("clip_text", parts["clip"])
+        clip = f"{last.fit.output}/model"
         assert parts["clip"].model.model_cfg["embed_dim"] == prior.model.emb_dim
         assert text_cfg["width"] == prior.model.text_width
         assert text_cfg["context_length"] == prior.model.context_length
