@@ -62,13 +62,6 @@ def weighted_sum(parts: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * wide).sum(dim=-2).to(parts.dtype)
 
 
-def mix_rows(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return weighted sums (B, D) of K rows each, of x (K * B, D); weights (K, B), None = x."""
-    if weights is None:
-        return x
-    return (x.unflatten(0, weights.shape) * weights.to(x)[..., None]).sum(dim=0)
-
-
 def mix(parts: Tensor, weights: Sequence[float] | Tensor | None = None) -> Tensor:
     """Mix embeddings (..., K, D) into one (..., D).
 

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveFraction, PositiveInt, config
-from unclip.embeddings import mix_rows
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
     ModuleList,
     TimeMLP,
     Timestep,
+    mix_rows,
     per_row,
     replace_rows,
     zeroed,

@@ -17,8 +17,9 @@ from unclip.clip import CLIP
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.embeddings import mix_rows, normalise
+from unclip.embeddings import normalise
 from unclip.image_io import fit, open_image, to_tensor
+from unclip.models.layers import mix_rows
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.prior import DirectPrior

@@ -20,8 +20,7 @@ from unclip.diffusion.repaint import PaintOptions, repaint
 from unclip.diffusion.samplers import Estimator, randn, sample, sampling_timesteps
 from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Prediction, Schedule, ScheduleConfig
-from unclip.embeddings import mix_rows
-from unclip.models.layers import DenoiserCache, KeyValues
+from unclip.models.layers import DenoiserCache, KeyValues, mix_rows
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
     CrossAttentionUpsampler,
