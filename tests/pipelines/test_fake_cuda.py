@@ -71,7 +71,9 @@ from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.text_tower import TextTower, TextTowerConfig, TextTowerLoss
 from unclip.types import GenerationResult, TextEncoding
 
-LAYOUTS = LayoutPriorConfig(EMB_DIM, size=4, components=4, width=16, depth=1, steps=4)
+LAYOUTS = LayoutPriorConfig(
+    EMB_DIM, size=4, components=4, width=16, depth=1, steps=4, text_width=TEXT_WIDTH
+)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 MASK = Image.new("L", (16, 16))
 MASK.paste(255, (4, 4, 12, 12))
