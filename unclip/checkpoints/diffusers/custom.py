@@ -45,10 +45,7 @@ MLP_PRIOR = (
     *("emb_dim", "text_width", "context_length", "width", "depth", "heads", "mlp_ratio"),
     *("mlp_width", "mlp_depth", "text_states"),
 )
-LAYOUT_PRIOR = (
-    *("emb_dim", "size", "components", "width", "depth"),
-    *("text_width", "text_heads"),
-)
+LAYOUT_PRIOR = ("emb_dim", "size", "components", "width", "depth", "text_width", "text_heads")
 FIELDS: dict[type[nn.Module], tuple[str, ...]] = {
     Decoder: DECODER,
     Upsampler: UPSAMPLER,
