@@ -153,6 +153,9 @@ class CodeOptions:
     top_k: PositiveInt | None = None  # sample among the k likeliest codes; None = all
     top_p: PositiveFraction = 1.0  # sample among the fewest codes with this total probability
     guidance: Scale = 1.0  # classifier-free guidance scale; 1 = no guidance, at half the cost
+    # DALL-E 2.6: sample this many images for each one that is returned, keep the one whose CLIP
+    # embedding is most similar to the prompt's; 1 without a prompt
+    candidates: PositiveInt = 1
 
 
 @config

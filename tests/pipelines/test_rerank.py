@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from unclip.embeddings import normalise
+from unclip.models.dalle.sampling import sample_codes
 from unclip.pipelines import rerank
+from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.rerank import BestOf, clip_scores
-from unclip.types import GenerationResult
+from unclip.types import CodeOptions, GenerationResult
 
 PROMPTS = ["a red apple", "a blue fish"]
 
@@ -177,3 +179,51 @@ def test_ranking_with_offloaded_networks(tiny_pipe):
 def test_invalid_numbers_of_candidates_are_rejected(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe("a red apple", **arguments)
+
+
+def test_each_image_is_the_best_of_its_own_candidates(tiny_dalle):
+    """As if its generator had sampled K images and CLIP had chosen one; alone or in a batch."""
+    options = CodeOptions(candidates=3)
+    prompts = ["a red apple", "a blue fish"]
+    both = tiny_dalle(prompts, num_images=2, seed=5, options=options, progress=False)
+    assert len(both) == 4 and both.scores is None
+    assert both.metadata[0]["options"]["candidates"] == 3
+    for k, seed in enumerate(both.seeds):
+        prompt = both.prompts[k]
+        alone = tiny_dalle(prompt, seed=seed, options=options, batch_size=1, progress=False)
+        assert torch.equal(alone.codes[0], both.codes[k])
+        prefix = tiny_dalle.dalle.condition(tiny_dalle._tokens([prompt])).repeat_interleave(3)
+        generator = torch.Generator().manual_seed(seed)
+        codes = sample_codes(tiny_dalle.dalle, prefix, [generator] * 3, options)
+        images = tiny_dalle.decode(codes)
+        text_emb = tiny_dalle.clip.encode_text([prompt]).emb.expand(3, -1)
+        scores = clip_scores(tiny_dalle.clip.encode_image, images, text_emb)
+        assert torch.equal(codes[scores.index(max(scores))], both.codes[k])
+    assert any(
+        not torch.equal(codes, both.codes[k])
+        for k, codes in enumerate(tiny_dalle(prompts, num_images=2, seed=5, progress=False).codes)
+    )
+
+
+def test_candidates_of_options_need_a_prompt_and_a_clip(tiny_dalle):
+    options, calls = CodeOptions(candidates=2), []
+    photo = tiny_dalle("a fish", seed=0, progress=False).images[0]
+    one = tiny_dalle.complete(photo, seed=0, progress=False)
+    same = tiny_dalle.complete(photo, seed=0, options=options, progress=False)
+    assert torch.equal(one.codes, same.codes)  # nothing to compare with
+
+    def drop_first(progress):
+        calls.append(progress.preview)
+        progress.dropped.add(0)
+
+    kept = tiny_dalle("a fish", num_images=2, seed=0, options=options, on_step=drop_first)
+    whole = tiny_dalle("a fish", num_images=2, seed=0, options=options, progress=False)
+    assert torch.equal(kept.codes[1], whole.codes[1])
+    assert not torch.equal(kept.codes[0], whole.codes[0])
+    assert {len(preview) for preview in calls if preview is not None} == {2}  # one for each image
+    counted = tiny_dalle("a fish", seed=0, num_candidates=2, options=options, progress=False)
+    plain = tiny_dalle("a fish", seed=0, num_candidates=2, progress=False)
+    assert torch.equal(counted.codes, plain.codes)  # num_candidates replaces the option
+    parts = tiny_dalle.tokenizer, tiny_dalle.codec, tiny_dalle.dalle
+    with pytest.raises(ValueError, match="candidates is 2; expected 1, because blind has no CLIP"):
+        DallePipeline(*parts, name="blind")("a fish", options=options, progress=False)

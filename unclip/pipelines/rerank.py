@@ -15,14 +15,13 @@ from unclip.embeddings import normalise
 from unclip.pipelines.request import check_count
 from unclip.types import GenerationResult
 
-EncodeImage = Callable[[Sequence[Image.Image]], Tensor]  # N images -> CLIP embeddings (N, D)
+ManyImages = Sequence[Image.Image] | Tensor  # a tensor is (N, 3, S, S) in [-1, 1]
+EncodeImage = Callable[[ManyImages], Tensor]  # N images -> CLIP embeddings (N, D)
 CHUNK = 64  # images that CLIP encodes together
 
 
 @torch.inference_mode()
-def clip_scores(
-    encode_image: EncodeImage, images: Sequence[Image.Image], text_emb: Tensor
-) -> list[float]:
+def clip_scores(encode_image: EncodeImage, images: ManyImages, text_emb: Tensor) -> list[float]:
     """Return the cosine of each image's embedding with its text's, text_emb (N, D)."""
     chunks = [encode_image(images[i : i + CHUNK]).float() for i in range(0, len(images), CHUNK)]
     image_emb = torch.cat(chunks)  # N D

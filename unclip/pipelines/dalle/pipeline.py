@@ -39,13 +39,13 @@ from unclip.pipelines.request import (
     seeds_from,
     warn_of_unknown,
 )
-from unclip.pipelines.rerank import BestOf, check_candidates
+from unclip.pipelines.rerank import BestOf, check_candidates, clip_scores
 from unclip.pipelines.runtime import Runtime
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions, GenerationResult, OnStep, Progress, Prompt
 
-# P prompts or images, n images of each, B batch (P * n), L text tokens, N = h * w codes, K values
-# of a code, S image size
+# P prompts or images, n images of each, K candidates for each of these, B batch (P * n), L text
+# tokens, N = h * w codes, V values of a code, S image size, D CLIP embedding width
 
 STAGE = "dalle"
 KEEP = 0.4375  # of an image's codes: 14 of 32 rows (2102.12092, figure 2)
@@ -64,7 +64,8 @@ class Task:
 class DallePipeline(Pipeline):
     """A tokenizer, a transformer over codes, an image codec, and optionally a CLIP that reranks.
 
-    Each image has a generator that is used once for each of the N codes, given ones included.
+    Each image has a generator that is used once for each of the N codes, given ones included, of
+    each candidate.
     """
 
     kind = "dalle"
@@ -127,9 +128,9 @@ class DallePipeline(Pipeline):
         """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
         With num_candidates, that number of images is sampled for each prompt, and those that CLIP
-        finds closest to the prompt are kept, the best first, with their scores. on_step is called
-        after every code of every batch of at most `batch_size` images, with a preview after every
-        row.
+        finds closest to the prompt are kept, the best first, with their scores. It replaces
+        `options.candidates`, the number for each image. on_step is called after every code of every
+        batch of at most `batch_size` images, candidates included, with a preview after every row.
         """
         prompts = check_prompts(prompt)
         task = Task([*prompts], [{"prompt": text} for text in prompts])
@@ -240,27 +241,36 @@ class DallePipeline(Pipeline):
         self, task: Task, request: Request, num_candidates: int | None = None
     ) -> GenerationResult:
         """Return all images of a task, or the best candidates."""
-        options, clip = request.options or self.options, self.clip
+        options = request.options or self.options
         check_options(options, CodeOptions)
+        if options.candidates > 1 and self.clip is None:
+            fault = f"options.candidates is {options.candidates}"
+            raise ValueError(f"{fault}; expected 1, because {self.name} has no CLIP")
         if num_candidates is None:
             return GenerationResult.cat(list(self._batches(task, request, options)))
         check_candidates(request.num_images, num_candidates)
         if None in task.prompts:
             raise ValueError("candidates are compared with the prompt, but there is none; give one")
-        if clip is None:
+        if self.clip is None:
             raise ValueError(f"{self.name} has no CLIP to compare candidates; omit num_candidates")
-
-        def encode_images(images: Sequence[Image.Image]) -> Tensor:
-            self.runtime.use(clip)
-            return clip.encode_image(images)
-
-        self.runtime.use(clip)
-        with torch.inference_mode():
-            text_emb = clip.encode_text([prompt or "" for prompt in task.prompts]).emb
-        best = BestOf(encode_images, text_emb, request.num_images, num_candidates)
-        for result in self._batches(task, replace(request, num_images=num_candidates), options):
+        text_emb = self._encode_text(task.prompts)
+        best = BestOf(self._encode_images, text_emb, request.num_images, num_candidates)
+        request = replace(request, num_images=num_candidates)
+        for result in self._batches(task, request, replace(options, candidates=1)):
             best.add(result)
         return best.result()
+
+    @torch.inference_mode()
+    def _encode_text(self, prompts: Sequence[str | None]) -> Tensor:
+        """Return the CLIP embeddings (P, D) of prompts."""
+        assert self.clip is not None
+        self.runtime.use(self.clip)
+        return self.clip.encode_text([prompt or "" for prompt in prompts]).emb
+
+    def _encode_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        assert self.clip is not None
+        self.runtime.use(self.clip)
+        return self.clip.encode_image(images)
 
     def _batches(
         self, task: Task, request: Request, options: CodeOptions
@@ -270,6 +280,8 @@ class DallePipeline(Pipeline):
         given = 0 if task.codes is None else task.codes.shape[1]
         steps = N - given or 1
         prefix, prefix_of, null = None, None, None
+        K = 1 if given == N or None in task.prompts else options.candidates
+        request = replace(request, batch_size=max(1, request.batch_size // K))
         for batch in request.batches(len(task.prompts), steps):
             rows, n = batch.prompts, batch.num_images
             prompts = task.prompts[rows]
@@ -285,19 +297,22 @@ class DallePipeline(Pipeline):
                         null = dalle.condition(dalle.null_tokens(1))
                     prime = task.codes
                     if prime is not None:
-                        prime = prime[rows].repeat_interleave(n, dim=0)
+                        prime = prime[rows].repeat_interleave(n * K, dim=0)
                     preview = request.on_step is not None and not self.offloaded
                     codes = sample_codes(
                         dalle,
-                        prefix.repeat_interleave(n),
-                        batch.generators,
+                        prefix.repeat_interleave(n * K),
+                        [generator for generator in batch.generators for _ in range(K)],
                         options,
                         prime=prime,
                         null=null,
-                        on_code=self._reporter(batch, given, preview),
+                        on_code=self._reporter(batch, given, preview, K),
                         compiled_step=self.step,
                     )
                 images = self.decode(codes)
+                if K > 1:
+                    best = self._best_candidates(images, prompts, n)
+                    images, codes = images[best], codes[best]
             if given == N:
                 batch.on_step(Progress(STAGE, 1, 1, images))
             names = [prompt for prompt in prompts for _ in range(n)]
@@ -308,7 +323,7 @@ class DallePipeline(Pipeline):
         self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions
     ) -> Tensor:
         """Sample each of the codes (P, N), given those before it, n times: (P * n, h, w)."""
-        logits = self.dalle(tokens, codes).codes  # P N K
+        logits = self.dalle(tokens, codes).codes  # P N V
         if options.guidance != 1:
             null = self.dalle(self.dalle.null_tokens(len(codes)), codes).codes
             logits = guide(torch.cat([logits, null]), options.guidance)
@@ -322,18 +337,30 @@ class DallePipeline(Pipeline):
         ]
         return torch.stack(samples).unflatten(1, self.dalle.config.grid)
 
-    def _reporter(self, batch: Batch, given: int, preview: bool) -> OnCode:
-        """Report every code; previews show the complete rows of codes, and white below."""
+    def _best_candidates(self, images: Tensor, prompts: Sequence[str | None], n: int) -> Tensor:
+        """Return the rows (P * n,) of the best of K candidates; images: (P * n * K, 3, S, S)."""
+        text_emb = self._encode_text(prompts)
+        text_emb = text_emb.repeat_interleave(len(images) // len(prompts), dim=0)
+        scores = torch.tensor(clip_scores(self._encode_images, images, text_emb))
+        scores = scores.view(len(prompts) * n, -1)  # (P * n, K)
+        return scores.argmax(dim=1) + torch.arange(0, scores.numel(), scores.shape[1])
+
+    def _reporter(self, batch: Batch, given: int, preview: bool, candidates: int) -> OnCode:
+        """Report every code; previews show the complete rows of codes, and white below.
+
+        Of several candidates for an image, the first one is shown.
+        """
         (h, w), size = self.dalle.config.grid, self.codec.image_size
 
         def report(n: int, codes: Tensor) -> list[int]:
             def rows() -> Tensor:
-                decoded = self.decode(codes.unflatten(1, (n // w, w)))
+                decoded = self.decode(codes[::candidates].unflatten(1, (n // w, w)))
                 return F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
 
             source = rows if preview and n % w == 0 else None
             batch.on_step(Progress(STAGE, n - given, h * w - given, source))
-            return batch.on_step.kept()
+            kept = batch.on_step.kept()
+            return [i * candidates + k for i in kept for k in range(candidates)]
 
         return report
 
