@@ -77,7 +77,7 @@ def test_results_are_json_and_have_all_parts(evaluation, tiny_dalle, held_out):
     results = evaluation.run()
     assert json.loads(json.dumps(results)) == results and evaluation.results == results
     assert results["baseline"] == "tiny-dalle"
-    options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance": 1.0}
+    options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "guidance": 1.0, "candidates": 1}
     assert results["options"] == options
     assert results["parameters"].keys() == {"clip", "codec", "dalle"}
     for group in (*results["recall"]["groups"].values(), *results["style"].values()):

@@ -86,6 +86,17 @@ def test_held_out_combinations_are_not_in_the_training_images(tmp_path):
         shapes.main([str(tmp_path / "others"), "--count", "0"])
 
 
+def test_only_the_chosen_kinds_of_scenes_are_drawn(tmp_path):
+    shapes.main([str(tmp_path / "shapes"), "--count", "6", "--axes", "colour", "single"])
+    for split, count in (("train", 6), ("heldout", 2)):
+        dataset = ShardDataset(tmp_path / f"shapes/{split}-*.tar")
+        scenes = [dataset[i].meta["scene"] for i in range(count)]
+        assert [scene["axis"] for scene in scenes] == ["single", "colour"] * (count // 2)
+        assert all(len(scene["shapes"]) == 1 for scene in scenes)
+    summary = json.loads((tmp_path / "shapes/dataset.json").read_text())
+    assert summary["axes"] == ["single", "colour"]
+
+
 def test_the_command_scores_shapes(tiny_folder, tmp_path, capsys):
     shapes.main([str(tmp_path / "shapes"), "--count", "1"])
     arguments = (

@@ -242,14 +242,16 @@ def read_scene(meta: Mapping[str, Any], caption: str) -> Scene:
     return Scene(meta["axis"], caption, shapes, meta["colours_matter"], meta["relation"])
 
 
-def write_shapes(out: str | Path, count: int, size: int = 64, seed: int = 0) -> dict[str, int]:
+def write_shapes(
+    out: str | Path, count: int, size: int = 64, seed: int = 0, axes: Sequence[str] = AXES
+) -> dict[str, int]:
     """Write `count` training images and 1/20 as many held-out ones; return both numbers."""
-    out = Path(out)
+    out, axes = Path(out), [axis for axis in AXES if axis in axes]
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists; remove it or choose another folder")
     rng = np.random.default_rng(seed)
     out.mkdir(parents=True, exist_ok=True)
-    wanted = {"train": count, "heldout": max(len(AXES), round(count * HELD_OUT_IMAGES))}
+    wanted = {"train": count, "heldout": max(len(axes), round(count * HELD_OUT_IMAGES))}
     written = dict.fromkeys(wanted, 0)
     with (
         ShardWriter(out, "train") as train,
@@ -259,7 +261,7 @@ def write_shapes(out: str | Path, count: int, size: int = 64, seed: int = 0) -> 
         writers, turns = {"train": train, "heldout": held_out}, dict.fromkeys(wanted, 0)
         while written != wanted:
             split = next(name for name in wanted if written[name] < wanted[name])
-            scene = make_scene(AXES[turns[split] % len(AXES)], rng)
+            scene = make_scene(axes[turns[split] % len(axes)], rng)
             if scene.held_out != (split == "heldout"):
                 continue
             png = io.BytesIO()
@@ -271,7 +273,7 @@ def write_shapes(out: str | Path, count: int, size: int = 64, seed: int = 0) -> 
             written[split] += 1
             turns[split] += 1
             bar.update()
-    save_json({"size": size, "seed": seed, **written}, out / "dataset.json")
+    save_json({"size": size, "seed": seed, "axes": axes, **written}, out / "dataset.json")
     return written
 
 
@@ -286,6 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=20_000, help=about)
     about = "image side in pixels (default: %(default)s)"
     parser.add_argument("--size", type=int, default=64, help=about)
+    about = f"some of {', '.join(AXES)} (default: all)"
+    parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES, metavar="AXIS", help=about)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
@@ -293,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if getattr(options, name) < (smallest := {"count": 1, "size": 32}[name]):
                 value = getattr(options, name)
                 raise ValueError(f"--{name} is {value}; expected at least {smallest}")
-        written = write_shapes(options.out, options.count, options.size, options.seed)
+        written = write_shapes(options.out, options.count, options.size, options.seed, options.axes)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{options.out}: {written['train']} training images, {written['heldout']} held out")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,22 +37,30 @@ class DalleGenerator(ImageGenerator):
         return self.pipe.codec.image_size
 
     def generate(self, captions: Sequence[str], seed: int) -> Samples:
-        return self._generate(captions, 1, seed, self.batch_size)
+        return self._generate(captions, 1, seed, self.batch_size, self.options)
 
     def candidates(self, caption: str, count: int, seed: int) -> Samples:
-        """Generate `count` images of one caption."""
-        return self._generate([caption], count, seed, 2 * self.batch_size)
+        """Generate `count` images of one caption, without a selection."""
+        options = replace(self.options, candidates=1)
+        return self._generate([caption], count, seed, 2 * self.batch_size, options)
 
     def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
         return to_pil(samples.images if rows is None else samples.images[list(rows)])
 
-    def _generate(self, captions: Sequence[str], count: int, seed: int, batch_size: int) -> Samples:
+    def _generate(
+        self,
+        captions: Sequence[str],
+        count: int,
+        seed: int,
+        batch_size: int,
+        options: CodeOptions,
+    ) -> Samples:
         with ignore_cut_warnings():
             result = self.pipe(
                 list(captions),
                 num_images=count,
                 seed=seed,
-                options=self.options,
+                options=options,
                 batch_size=batch_size,
                 progress=self.progress,
             )

@@ -21,7 +21,8 @@ from unclip.types import StageOptions, TextEncoding
 
 STEPS = 8
 NOISE = (0.4, 1.0)  # range of the first timestep; at 1 nothing of the image's layout is left
-EMB_NOISE = 2.0  # largest noise on text embeddings, in their std
+MOST_FORGOTTEN = 0.8  # share of a caption's tokens
+EMB_NOISE = 2.0  # noise on text embeddings, in their std, for each share of forgotten tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +57,9 @@ class LayoutRedrawing:
 
 
 def forget_words(text: TextEncoding) -> TextEncoding:
-    """Mask 0 to 100 % of the tokens, uniform per row but not all, and noise the embedding."""
+    """Mask 0 to 80 % of the tokens, uniform per row but not all, and noise the embedding."""
     emb, mask = text.emb.float(), text.mask
-    share = torch.rand(len(emb), 1).to(emb)
+    share = MOST_FORGOTTEN * torch.rand(len(emb), 1).to(emb)
     kept = mask & (torch.rand(mask.shape).to(emb) >= share)
     emb = emb + EMB_NOISE * share * emb.std() * torch.randn_like(emb)
     return replace(text, emb=emb, mask=torch.where(kept.any(dim=1, keepdim=True), kept, mask))
