@@ -10,7 +10,7 @@ from dataclasses import field
 from functools import partial
 from typing import Literal
 
-from unclip.checkpoints.store import load_as, load_schedule, save_component, with_base
+from unclip.checkpoints.store import load_as, save_component, with_base
 from unclip.config import Fraction, NonNegative, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
@@ -31,7 +31,6 @@ from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, DecoderLoss
 from unclip.training.optim import OptimConfig
 from unclip.training.preview import decoder_preview
-from unclip.training.redrawing import LayoutRedrawing
 
 
 @config
@@ -53,8 +52,11 @@ class DecoderTraining:
     copy_paste: Fraction = 0.0  # inpaint: fraction of images with an object pasted into the hole
     emb_mix: Fraction = 0.0  # inpaint: largest interpolation to another image's embedding
     layout: str | None = None  # folder of a trained layout network; null: the one in --init
-    # folder of a layout prior, which then redraws 70 % of the layouts: see training/redrawing.py
+    # folder of a layout prior; half of the layouts are then those of the images, with noise
     layout_prior: str | None = None
+    layout_noise: NonNegative = (
+        0.5  # largest noise on these layouts, on scaled principal components
+    )
     agreement: NonNegative = 0.0  # inpaint with a layout: largest weight of embedding guidance
     emb_noise: NonNegative = 0.0  # with a layout: largest noise on embeddings, in std
 
@@ -101,11 +103,10 @@ def main(run: Run[DecoderTraining]) -> None:
     run = initialize(decoder, run, warm)
     schedule = Schedule(config.schedule)
     holes = config.holes if config.task == "inpaint" else None
-    redraw = None
+    layout_prior = None
     if config.layout_prior:
         layout_prior = load_as(config.layout_prior, LayoutPrior, "a layout prior")
         layout_prior = layout_prior.to(run.device).requires_grad_(False)
-        redraw = LayoutRedrawing(layout_prior, Schedule(load_schedule(config.layout_prior)))
     loss = DecoderLoss(
         decoder,
         clip,
@@ -117,7 +118,8 @@ def main(run: Run[DecoderTraining]) -> None:
         emb_mix=config.emb_mix,
         copy_paste=config.copy_paste,
         agreement=config.agreement,
-        redraw=redraw,
+        layout_prior=layout_prior,
+        layout_noise=config.layout_noise,
     )
     loader = open_data(config.data)
     report_long_captions(clip.tokenizer, loader, clip.context_length)

@@ -19,9 +19,7 @@ from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.stages import LayoutStage
-from unclip.training import redrawing
 from unclip.training.losses import ConditionDropout, LayoutPriorLoss
-from unclip.training.redrawing import LayoutRedrawing, forget_words
 from unclip.types import TextEncoding
 
 SHAPE = LayoutPriorConfig(
@@ -136,38 +134,6 @@ def test_training_learns_two_layouts_of_one_caption_instead_of_their_mean():
     brightness = x.mean(dim=(1, 2, 3))
     assert (brightness.abs() > 0.5).float().mean() > 0.8
     assert 8 < (brightness > 0).sum() < 32
-
-
-def test_redrawn_layouts_keep_less_of_the_image_with_more_noise(monkeypatch):
-    network, schedule = make_prior(READER).eval(), Schedule(ScheduleConfig())
-    images, text, errors = torch.rand(64, 3, 8, 8) * 2 - 1, random_text(64), []
-    own = network.decode(network.encode(torch.nn.functional.avg_pool2d(images, 2))).clamp(-1, 1)
-    contexts = set()
-
-    def denoise(x_t, t, context):  # the best estimate for codes of unit variance
-        contexts.add(len(context))
-        return schedule.alpha_bar[int(t)].sqrt().float() * x_t
-
-    monkeypatch.setattr(network, "denoise", denoise)
-    for level in (0.01, 0.5, 1.0):
-        monkeypatch.setattr(redrawing, "NOISE", (level, level))
-        layouts = LayoutRedrawing(network, schedule)(images, text)
-        assert layouts.shape == (64, 3, 4, 4) and layouts.abs().max() <= 1
-        errors.append((layouts - own).square().mean().item())
-    assert errors[0] < 0.01 < 0.5 * errors[1] < errors[2]
-    assert contexts == {128}  # with and without the caption
-
-
-def test_words_are_forgotten_but_never_all():
-    torch.manual_seed(0)
-    text = random_text(400)
-    some = forget_words(text)
-    left = some.mask.sum(dim=1) / text.mask.sum(dim=1)
-    assert (some.mask <= text.mask).all() and left.min() > 0
-    assert 0.4 < left.mean() < 0.75 and (left == 1).any() and (left < 0.5).any()
-    assert torch.equal(some.states, text.states) and torch.equal(random_text(4).mask, text.mask[:4])
-    moved = (some.emb - text.emb).square().mean(dim=1)
-    assert moved.min() < 0.05 and 1 < moved.max() < 16
 
 
 def make_pipe(own: UnCLIPPipeline, network: LayoutPrior | None) -> UnCLIPPipeline:

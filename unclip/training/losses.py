@@ -31,10 +31,7 @@ from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
-from unclip.training.redrawing import LayoutRedrawing
 from unclip.types import TextEncoding
-
-REDRAWN = 0.7  # share of the layouts, if there is a layout prior
 
 # "image" (B, 3, S, S) in [-1, 1] or precomputed "image_emb" (B, D), and "caption"
 Batch = dict[str, Any]
@@ -248,7 +245,9 @@ class DecoderLoss:
     # Fraction of images with holes that get the object of another image and its conditions.
     copy_paste: float = 0.0
     agreement: float = 0.0  # largest weight of `Layout.guide_embedding`; needs a layout
-    redraw: LayoutRedrawing | None = None  # None: all layouts are the means for the embeddings
+    # With a layout prior, half of the layouts are those of the images, with noise.
+    layout_prior: LayoutPrior | None = None
+    layout_noise: float = 0.5  # largest, on scaled components
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         config = self.decoder.config
@@ -261,19 +260,22 @@ class DecoderLoss:
         if self.emb_noise:
             assert self.decoder.layout is not None
             image_emb = add_embedding_noise(image_emb, self.decoder.layout, self.emb_noise)
-        layout = self._layouts(x_0, image_emb, text)
+        layout = self._true_layouts(x_0, image_emb)
         conditions = image_emb, text, drop_image, drop_text, known, layout
         kind = config.prediction, config.learned_variance
         return _denoising_loss(model, conditions, x_0, self.schedule, self.config, *kind)
 
     @torch.no_grad()
-    def _layouts(self, x_0: Tensor, image_emb: Tensor, text: TextEncoding) -> Tensor | None:
-        """Return layouts (B, 3, h, h), most of them redrawn; None = the means for embeddings."""
-        if self.redraw is None:
+    def _true_layouts(self, x_0: Tensor, image_emb: Tensor) -> Tensor | None:
+        """Return layouts (B, 3, h, h): for half of the rows those of the images, with noise."""
+        if self.layout_prior is None:
             return None
         assert self.decoder.layout is not None
-        redrawn = torch.rand(len(x_0), 1, 1, 1).to(x_0) < REDRAWN
-        return torch.where(redrawn, self.redraw(x_0, text), self.decoder.layout(image_emb))
+        prior, B = self.layout_prior, len(x_0)
+        codes = prior.encode(F.adaptive_avg_pool2d(x_0, prior.config.size))
+        codes += self.layout_noise * torch.rand(B, 1).to(codes) * torch.randn_like(codes)
+        use = torch.rand(B, 1, 1, 1).to(codes) < 0.5
+        return torch.where(use, prior.decode(codes).clamp(-1, 1), self.decoder.layout(image_emb))
 
     def _with_holes(
         self, x_0: Tensor, image_emb: Tensor, text: TextEncoding, config: HoleConfig

@@ -117,8 +117,12 @@ def unclip_stages(
 def dalle_stages(
     pipe: DallePipeline, prompt: str, num_images: int, options: CodeOptions
 ) -> StageCalls:
-    """Return the stages that generate images of one prompt; a step samples one code of each."""
+    """Return the stages that generate images of one prompt; a step samples one code of each.
+
+    All candidates are sampled; their selection by CLIP is part of no stage.
+    """
     dalle, codec, num_codes = pipe.dalle, pipe.codec, pipe.dalle.config.num_codes
+    num_images *= options.candidates
     tokens = dalle.tokens(*pipe.tokenizer([prompt]))
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(codec.vocab_size, (num_images, *codec.grid), generator=generator)
