@@ -54,7 +54,7 @@ def test_sampling_flags_set_the_options(run):
     flags = "--temperature 0.5 --top-k 3 --top-p 0.9 --guidance 2".split()
     done = run("generate", "a", "--seed", "0", *flags, "-o", "a.png", "--quiet")
     assert done == (0, "", "")
-    expected = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}
+    expected = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0, "candidates": 1}
     assert read_metadata("a.png")[0]["options"] == expected
 
 
