@@ -129,8 +129,9 @@ class DallePipeline(Pipeline):
 
         With num_candidates, that number of images is sampled for each prompt, and those that CLIP
         finds closest to the prompt are kept, the best first, with their scores. It replaces
-        `options.candidates`, the number for each image. on_step is called after every code of every
-        batch of at most `batch_size` images, candidates included, with a preview after every row.
+        `options.candidates`, the number for each image. A batch has at most `batch_size`
+        candidates, or those of one image. on_step is called after every code of a batch, with a
+        preview after every row.
         """
         prompts = check_prompts(prompt)
         task = Task([*prompts], [{"prompt": text} for text in prompts])
