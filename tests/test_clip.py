@@ -1,6 +1,8 @@
 """The CLIP wrapper against open_clip itself."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +207,32 @@ def test_the_activation_follows_the_pretrained_weights(monkeypatch):
     model_cfg["quick_gelu"], tag["quick_gelu"] = True, False
     with pytest.raises(ValueError, match="computes QuickGELU but 'laion' was trained without it"):
         CLIP.from_open_clip("some-model-quickgelu", "laion")
+
+
+def test_a_text_tower_of_transformers_is_built(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    transformers.BertConfig(**sizes, intermediate_size=32).save_pretrained(tmp_path)
+    text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "context_length": 8}
+    text |= {"hf_proj_type": "linear", "hf_pooler_type": "mean_pooler"}
+    config = CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text})
+    clip = CLIP(config, lambda texts: (torch.ones(len(texts), 8).long(), torch.ones(1, 8) > 0))
+    encoding = clip.encode_text(["a red apple", "a green pear"])
+    assert encoding.emb.shape == (2, 16) and encoding.states.shape == (2, 8, clip.text_width)
+
+
+def test_what_open_clip_did_not_import_works_afterwards():
+    script = (
+        "import sys, torch, unclip.clip\n"
+        "assert not {'torch._dynamo', 'transformers'} & set(sys.modules)\n"
+        "supported = sys.modules['torchvision.ops.roi_align'].is_compile_supported('cpu')\n"
+        "double = torch.compile(lambda x: 2 * x, backend='eager')\n"
+        "print(supported, torch._dynamo.is_compiling(), double(torch.ones(1)).item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "True False 2.0\n"
 
 
 def test_unknown_architectures_and_tags_are_errors():

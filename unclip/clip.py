@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +23,36 @@ from unclip.files import read_json
 from unclip.image_io import resize
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
 from unclip.types import TextEncoding
-from unclip.weights import TensorFile, load_strictly, write_tensors
+from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
+
+
+@contextlib.contextmanager
+def _slow_imports_left_out() -> Iterator[None]:
+    """Import neither torch._dynamo nor transformers, which take two thirds of open_clip's import.
+
+    torchvision and timm only ask torch._dynamo not to compile some functions, all of models that
+    open_clip cannot build. transformers is needed for text towers of Hugging Face alone, see
+    `_find_transformers`. Modules that were imported before are not replaced.
+    """
+    dynamo, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
+
+    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
+        return function or (lambda function: function)
+
+    def is_compile_supported(device: str) -> bool:
+        return importlib.import_module("torch._dynamo.utils").is_compile_supported(device)
+
+    vars(dynamo).update(disable=disable, utils=utils)
+    vars(utils).update(is_compile_supported=is_compile_supported)
+    modules: dict[str, Any] = sys.modules
+    stand_ins = {"transformers": None, "torch._dynamo": dynamo, "torch._dynamo.utils": utils}
+    stand_ins = {name: module for name, module in stand_ins.items() if name not in modules}
+    modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        for name in stand_ins:
+            del modules[name]
 
 
 def _import_open_clip() -> Any:
@@ -45,7 +77,15 @@ def _import_open_clip() -> Any:
     return open_clip
 
 
-open_clip = _import_open_clip()
+def _find_transformers() -> None:
+    """Import transformers for open_clip's text towers of Hugging Face, if it is installed."""
+    if open_clip.hf_model.transformers is None:
+        importlib.reload(open_clip.hf_model)
+        open_clip.model.HFTextEncoder = open_clip.hf_model.HFTextEncoder
+
+
+with _slow_imports_left_out():
+    open_clip = _import_open_clip()
 
 # B batch, L text tokens, W text width, D embedding width, S image size, C channels
 
@@ -120,7 +160,8 @@ class CLIP(nn.Module):
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
             raise ValueError("the configuration is a captioner (multimodal_cfg); expected a CLIP")
-        has_hf_text = "hf_model_name" in model_cfg["text_cfg"]
+        if has_hf_text := "hf_model_name" in model_cfg["text_cfg"]:
+            _find_transformers()
         custom_text = model_cfg.pop("custom_text", False) or has_hf_text
         has_images = bool(model_cfg.get("vision_cfg"))
         model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else MINIMAL_VISION
@@ -157,6 +198,8 @@ class CLIP(nn.Module):
             fault = f"{architecture} computes QuickGELU but {pretrained!r} was trained without it"
             raise ValueError(f"{fault}; use {other!r}")
         model_cfg["quick_gelu"] = quick_gelu or tag.get("quick_gelu", False)
+        if "hf_model_name" in model_cfg["text_cfg"]:
+            _find_transformers()
         source = open_clip.create_model(
             architecture,
             pretrained=pretrained,
@@ -199,7 +242,7 @@ class CLIP(nn.Module):
     ) -> CLIP:
         """Build a float32 model from tensors with open_clip's names; errors refer to `source`."""
         # The meta device skips initialisation; towers from timm and transformers do not support it.
-        with torch.device("meta") if config.plain else contextlib.nullcontext():
+        with meta_device() if config.plain else contextlib.nullcontext():
             clip = cls(config, tokenizer)
         load_strictly(clip.model, tensors, source)
         tower = clip.model.text if isinstance(clip.model, open_clip.CustomTextCLIP) else clip.model

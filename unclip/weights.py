@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unclip.files import open_safetensors, printable
 from unclip.types import DTYPES, DType
@@ -123,6 +126,25 @@ def save_tensors(
             part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write {path}: {error}") from None
+
+
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def meta_device() -> Iterator[None]:
+    """Build modules on the meta device, for `load_strictly`.
+
+    Normal distributions are not drawn from: torch would do so in Python, and import its compiler,
+    which takes longer than to load a small model.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 def load_strictly(

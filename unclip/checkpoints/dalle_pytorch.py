@@ -26,6 +26,7 @@ from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.published.plain_dvae import PlainDVAE, PlainDVAEConfig
 from unclip.tokenizer import BPETokenizer
 from unclip.types import CodeOptions
+from unclip.weights import meta_device
 
 KINDS: dict[str, Kind]
 KINDS = {"full": "full", "axial_row": "own_row", "axial_col": "column", "conv_like": "corner"}
@@ -254,7 +255,7 @@ def read_plain_dvae(params: Mapping[str, Any]) -> PlainDVAEConfig:
 
 def plain_dvae_rules(config: PlainDVAEConfig) -> list[Rule]:
     """DiscreteVAE -> PlainDVAE: all names are the same."""
-    with torch.device("meta"):
+    with meta_device():
         names = PlainDVAE(config).state_dict()
     return [move(name, name) for name in names]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from unclip.checkpoints.folders import weight_files
 from unclip.checkpoints.pickles import read_state
-from unclip.weights import TensorFile, fit_error
+from unclip.weights import TensorFile, fit_error, meta_device
 
 M = TypeVar("M", bound=nn.Module)
 Tensors = Sequence[Tensor]
@@ -222,7 +222,7 @@ def build(
 
     It is built on the meta device, so that only the loaded weights take memory.
     """
-    with torch.device("meta"):
+    with meta_device():
         module = network(config)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -62,7 +62,7 @@ from unclip.models.unclip.prior import DenoisingPrior, DiffusionPrior, DirectPri
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.tokenizer import load_tokenizer
 from unclip.types import OPTIONS
-from unclip.weights import TensorFile, load_strictly, write_tensors
+from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
@@ -128,7 +128,7 @@ def load_component(
     """
     folder = Path(folder)
     network, config = component_config(folder)
-    with torch.device("meta"):
+    with meta_device():
         module = network(config)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -55,6 +55,11 @@ class TimeMLP(nn.Module):
         return self.fc2(F.silu(self.fc1(h)))
 
 
+def normal_parameter(*shape: int, std: float = 1.0) -> nn.Parameter:
+    """Return a parameter that is drawn from a normal distribution of mean 0."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+
+
 def zeroed(module: M) -> M:
     """Set all parameters to zero, so that a residual branch starts as the identity."""
     for p in module.parameters():

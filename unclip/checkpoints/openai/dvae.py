@@ -12,6 +12,7 @@ from unclip.checkpoints.formats import Format
 from unclip.checkpoints.pickles import Stub, module_state, read_checkpoint
 from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, move
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.weights import meta_device
 
 PARTS = ("encoder", "decoder")
 
@@ -28,7 +29,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> DVAE:
 def build_dvae(state: Mapping[str, Tensor], source: str | Path, dtype: torch.dtype) -> DVAE:
     """Build a dVAE from OpenAI's tensors."""
     config = infer_config(state, source)
-    with torch.device("meta"):
+    with meta_device():
         names = DVAE(config).state_dict()
     return build(DVAE, config, [Part(state, rules(names), source)], dtype)
 

@@ -26,6 +26,7 @@ from unclip.checkpoints.transformers.tokenizer import end_last, read_tokenizer
 from unclip.clip import CLIP, CLIPConfig, OpenCLIPTokenizer
 from unclip.files import read_json
 from unclip.tokenizer import BPETokenizer
+from unclip.weights import meta_device
 
 TEXT = (
     move("text_model.embeddings.token_embedding", "token_embedding"),
@@ -98,7 +99,7 @@ def read_clip(folder: Path, with_images: bool) -> CLIP:
     if tokenizer.vocab_size > (slots := config.model_cfg["text_cfg"]["vocab_size"]):
         sizes = f"{tokenizer.vocab_size} tokens, but the text encoder has {slots}"
         raise ValueError(f"{folder / 'tokenizer'} has {sizes}")
-    with torch.device("meta"):
+    with meta_device():
         own = CLIP(config, tokenizer).model.state_dict()
     text_rules, vision_rules = rules(config)
     towers = {text: text_rules} | ({vision: vision_rules} if with_images else {})

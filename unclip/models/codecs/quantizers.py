@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import DropRate, NonNegative, Positive, config
+from unclip.models.layers import normal_parameter
 
 CHUNK = 4096  # features compared with the codebook at once, to limit the memory of their distances
 USES_DECAY = 0.99  # decay of the running mean of code uses if `ema` is None
@@ -152,7 +153,7 @@ class GumbelQuantizer(Codebook):
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.head = nn.Conv2d(width, vocab_size, 1)
-        self.codebook = nn.Parameter(torch.randn(vocab_size, width))
+        self.codebook = normal_parameter(vocab_size, width)
 
     def encode(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> codes (B, h, w)."""

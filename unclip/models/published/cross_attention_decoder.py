@@ -18,7 +18,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.layers import Denoiser, DenoiserCache, Timestep, per_row, replace_rows
+from unclip.models.layers import (
+    Denoiser,
+    DenoiserCache,
+    Timestep,
+    normal_parameter,
+    per_row,
+    replace_rows,
+)
 from unclip.models.published.cross_attention_unet import (
     CrossAttentionUNet,
     CrossAttentionUNetConfig,
@@ -76,11 +83,11 @@ class CrossAttentionDecoder(Denoiser):
         C, T = config.unet.token_dim, config.unet.time_width
         self.image_to_time = nn.Linear(config.emb_dim, T)
         self.image_to_tokens = nn.Linear(config.emb_dim, config.image_tokens * C)
-        self.null_image_time = nn.Parameter(torch.randn(T))
-        self.null_image_tokens = nn.Parameter(torch.randn(config.image_tokens, C))
+        self.null_image_time = normal_parameter(T)
+        self.null_image_tokens = normal_parameter(config.image_tokens, C)
         if config.text_width is not None:
             self.text_to_tokens = nn.Linear(config.text_width, C)
-            self.null_text_tokens = nn.Parameter(torch.randn(config.text_slots, C))
+            self.null_text_tokens = normal_parameter(config.text_slots, C)
         self.unet = CrossAttentionUNet(config.unet)
 
     def condition(

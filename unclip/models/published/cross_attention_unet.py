@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import NonNegativeInt, PositiveInt, check_multiple, config
-from unclip.models.layers import GroupNorm, ModuleList
+from unclip.models.layers import GroupNorm, ModuleList, normal_parameter
 from unclip.models.published.relative_prior import COSINE_SCALE, PeakLayerNorm, sinusoids
 from unclip.models.unet import UNetShape
 
@@ -102,7 +102,7 @@ class TokenAttention(Sandwich):
         self.cosine = config.token_similarity == "cosine"
         self.q = nn.Linear(channels, inner, bias=False)
         self.kv = nn.Linear(config.token_dim, 2 * inner, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, TOKEN_HEAD_DIM))
+        self.null_kv = normal_parameter(2, TOKEN_HEAD_DIM)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         q = rearrange(self.q(self.norm1(x)), "b s (h d) -> b h s d", h=TOKEN_HEADS)
@@ -121,7 +121,7 @@ class PixelAttention(Sandwich):
         self.cosine = config.pixel_similarity == "cosine"
         self.q = nn.Linear(channels, config.heads * config.head_dim, bias=False)
         self.kv = nn.Linear(channels, 2 * config.head_dim, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, config.head_dim))
+        self.null_kv = normal_parameter(2, config.head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.layers import DenoiserCache, ModuleList, Timestep, TransformerBlock
+from unclip.models.layers import (
+    DenoiserCache,
+    ModuleList,
+    Timestep,
+    TransformerBlock,
+    normal_parameter,
+)
 from unclip.models.unclip.decoder import ContextUNet, DecoderContext, TextTransformer
 from unclip.models.unet import UNet, UNetConfig
 
@@ -41,8 +47,8 @@ class PaddedTextTransformer(nn.Module):
     def __init__(self, config: TextTransformer) -> None:
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Parameter(torch.randn(config.context_length, config.width) * 0.02)
-        self.padding = nn.Parameter(torch.randn(config.context_length, config.width) * 0.02)
+        self.positions = normal_parameter(config.context_length, config.width, std=0.02)
+        self.padding = normal_parameter(config.context_length, config.width, std=0.02)
         self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(config.width, config.heads) for _ in range(config.depth)
         )

@@ -20,7 +20,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import Positive, PositiveInt, config
-from unclip.models.layers import DenoiserCache, KeyValues, ModuleList, Timestep, per_row
+from unclip.models.layers import (
+    DenoiserCache,
+    KeyValues,
+    ModuleList,
+    Timestep,
+    normal_parameter,
+    per_row,
+)
 from unclip.types import TextEncoding
 
 BUCKETS = 32  # of distances, with one bias each
@@ -94,7 +101,7 @@ class RelativeBlock(nn.Module):
         self.norm1 = Norm(C, bias=False)
         self.q = nn.Linear(C, inner, bias=False)
         self.kv = nn.Linear(C, 2 * config.head_dim, bias=False)
-        self.null_kv = nn.Parameter(torch.randn(2, config.head_dim))
+        self.null_kv = normal_parameter(2, config.head_dim)
         self.out = nn.Linear(inner, C, bias=False)
         self.norm2 = Norm(C, bias=False)
         self.norm3 = Norm(C, bias=False)
@@ -188,12 +195,12 @@ class RelativePrior(nn.Module):
         C = config.width
         steps = config.num_timesteps
         self.time = TimeSinusoids(C) if steps is None else TimeTable(steps, C)
-        self.query = nn.Parameter(torch.randn(C))
+        self.query = normal_parameter(C)
         self.bias = nn.Embedding(BUCKETS, config.heads)
         if config.padding == "learned":
-            self.no_token = nn.Parameter(torch.randn(config.context_length, C))
+            self.no_token = normal_parameter(config.context_length, C)
         if config.text_null == "learned":
-            self.null_emb = nn.Parameter(torch.randn(C))
+            self.null_emb = normal_parameter(C)
         self.norm_in = self._norm("all") if config.norm_in else nn.Identity()
         self.blocks = ModuleList[RelativeBlock](RelativeBlock(config) for _ in range(config.depth))
         self.norm = self._norm("last", "all") if config.norm_out else nn.Identity()

@@ -21,6 +21,7 @@ from unclip.models.layers import (
     ModuleList,
     Timestep,
     TransformerBlock,
+    normal_parameter,
     per_row,
     replace_rows,
 )
@@ -144,8 +145,8 @@ class ClipStatesEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.unet.context_dim)
         if config.null_text == "learned":
             if config.text_emb_in_time:
-                self.null_text_emb = nn.Parameter(torch.randn(self.emb_dim) * self.emb_dim**-0.5)
-            self.null_text_state = nn.Parameter(torch.randn(config.text_width))
+                self.null_text_emb = normal_parameter(self.emb_dim, std=self.emb_dim**-0.5)
+            self.null_text_state = normal_parameter(config.text_width)
 
     def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         emb, states, mask = text.emb, text.states, text.mask
@@ -166,7 +167,7 @@ class TextTransformerEncoder(nn.Module):
         assert isinstance(text, TextTransformer) and config.unet.context_dim is not None
         self.emb_dim = text.width
         self.tokens = nn.Embedding(text.vocab_size, text.width)
-        self.positions = nn.Parameter(torch.randn(text.context_length, text.width) * 0.02)
+        self.positions = normal_parameter(text.context_length, text.width, std=0.02)
         self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(text.width, text.heads) for _ in range(text.depth)
         )
@@ -174,7 +175,7 @@ class TextTransformerEncoder(nn.Module):
         self.proj = nn.Linear(text.width, config.unet.context_dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         if config.null_text == "learned":
-            self.null_text_state = nn.Parameter(torch.randn(text.width) * 0.02)
+            self.null_text_state = normal_parameter(text.width, std=0.02)
 
     def forward(self, text: TextEncoding, drop: Tensor | None) -> EncodedText:
         ids, mask = text.ids, text.mask
@@ -221,7 +222,7 @@ class Decoder(ContextUNet):
         self.config = config
         width, time_dim = config.unet.context_dim, config.unet.time_width
         assert width is not None
-        self.null_image = nn.Parameter(torch.randn(config.emb_dim) * config.emb_dim**-0.5)
+        self.null_image = normal_parameter(config.emb_dim, std=config.emb_dim**-0.5)
         self.image_to_time = nn.Linear(config.emb_dim, time_dim)
         self.image_to_context = nn.Linear(config.emb_dim, config.context_tokens * width)
         is_clip = isinstance(config.text, ClipStates)

@@ -25,6 +25,7 @@ from unclip.models.layers import (
     TimeMLP,
     Timestep,
     mix_rows,
+    normal_parameter,
     per_row,
     replace_rows,
     zeroed,
@@ -94,8 +95,8 @@ class LayoutPrior(EmbeddingStats, Denoiser):
         self.register_buffer("basis", torch.zeros(K, pixels))
         self.register_buffer("scale", torch.ones(K))
         self.image_proj, self.text_proj = nn.Linear(D, M), nn.Linear(D, M)
-        self.null_image = nn.Parameter(torch.randn(M) * 0.02)
-        self.null_text = nn.Parameter(torch.randn(M) * 0.02)
+        self.null_image = normal_parameter(M, std=0.02)
+        self.null_text = normal_parameter(M, std=0.02)
         self.time = TimeMLP(M, M)
         self.x_proj = nn.Linear(K, M)
         self.mlp = ModuleList[ModulatedBlock](

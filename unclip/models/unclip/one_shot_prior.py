@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import config
-from unclip.models.layers import KeyValues, random_rows, zeroed
+from unclip.models.layers import KeyValues, normal_parameter, random_rows, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
 from unclip.types import TextEncoding
 
@@ -29,7 +29,7 @@ class OneShotPrior(DirectPrior):
         super().__init__(config, own_tokens=1)
         D, C = config.emb_dim, config.width
         if config.query == "learned":
-            self.query = nn.Parameter(torch.randn(C) * 0.02)
+            self.query = normal_parameter(C, std=0.02)
         else:
             self.noise_proj = nn.Linear(D, C)
         self.head = zeroed(nn.Linear(C, D))

@@ -25,6 +25,7 @@ from unclip.models.layers import (
     TimeMLP,
     Timestep,
     TransformerBlock,
+    normal_parameter,
     per_row,
     replace_rows,
     zeroed,
@@ -110,15 +111,15 @@ class TextPrior(EmbeddingStats):
         D, C, positions = config.emb_dim, config.width, config.context_length + 1 + own_tokens
         self.state_proj = nn.Linear(config.text_width, C)
         self.emb_proj = nn.Linear(D, C)
-        self.positions = nn.Parameter(torch.randn(positions, C) * 0.02)
+        self.positions = normal_parameter(positions, C, std=0.02)
         self.blocks = ModuleList[TransformerBlock](
             TransformerBlock(C, config.heads, config.mlp_ratio, config.dropout)
             for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(C)
         if config.null_text == "learned":
-            self.null_emb = nn.Parameter(torch.randn(D) * D**-0.5)
-            self.null_state = nn.Parameter(torch.randn(config.text_width))
+            self.null_emb = normal_parameter(D, std=D**-0.5)
+            self.null_state = normal_parameter(config.text_width)
 
     def null_text(self, batch: int) -> TextEncoding:
         """Return the learned null: one token and an embedding. ValueError if there is none."""
@@ -237,7 +238,7 @@ class DiffusionPrior(DenoisingPrior):
         D, C = config.emb_dim, config.width
         self.time = TimeMLP(C, C)
         self.x_proj = nn.Linear(D, C)
-        self.query = nn.Parameter(torch.randn(C) * 0.02)
+        self.query = normal_parameter(C, std=0.02)
         self.head = zeroed(nn.Linear(C, D))
 
     def predict(self, x_t: Tensor, time: Tensor, context: KeyValues) -> Tensor:
