@@ -62,8 +62,8 @@ def test_augmentation_keeps_the_image_recognisable():
     changed = augment(images)
     assert changed.shape == images.shape and changed.abs().max() <= 1
     assert not torch.equal(changed[0], changed[1])
-    center, corner = changed[:, 0, 18:22, 18:22].mean((1, 2)), changed[:, 0, :2, :2].mean((1, 2))
-    assert (center < -0.4).all() and (corner > 0.4).all()
+    centre, corner = changed[:, 0, 18:22, 18:22].mean((1, 2)), changed[:, 0, :2, :2].mean((1, 2))
+    assert (centre < -0.4).all() and (corner > 0.4).all()
 
 
 def test_training_depends_on_the_seed_only(pairs):

@@ -61,7 +61,7 @@ class DataConfig:
 
     # see `open_dataset`; a list of shards, or several sources with weights: {a: 2, b: 0.5}
     path: str | tuple[str, ...] | dict[str, Positive]
-    image_size: PositiveInt  # side: the shorter side is resized to it, the center is cropped
+    image_size: PositiveInt  # side: the shorter side is resized to it, the centre is cropped
     batch_size: PositiveInt  # per process
     captions: Literal["canonical", "any"] = "any"
     crop: PositiveInt | None = None  # side of a random crop, for upsamplers
@@ -427,7 +427,7 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def shift_and_scale(image: np.ndarray, augment: Augment, draws: np.ndarray) -> np.ndarray:
-    """Scale about the center and shift on white: uint8 (S, S, 3) -> (S, S, 3).
+    """Scale about the centre and shift on white: uint8 (S, S, 3) -> (S, S, 3).
 
     draws (3,) in [0, 1) determine the scale and the shifts in x and y.
     """

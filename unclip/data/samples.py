@@ -77,7 +77,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` (Lanczos) and crop the center: uint8 (size, size, 3)."""
+    """Resize the shorter side to `size` (Lanczos) and crop the centre: uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 

@@ -85,10 +85,10 @@ def _crescent() -> list[tuple[float, float]]:
     outer = [(math.cos(a), math.sin(a)) for a in np.linspace(0.9, 2 * math.pi - 0.9, 60)]
     (x, y), n = outer[0], 60
     radius = 0.85
-    center = x - math.sqrt(radius**2 - y**2) + 2 * math.sqrt(radius**2 - y**2)
-    start = math.atan2(y, x - center)
+    centre = x - math.sqrt(radius**2 - y**2) + 2 * math.sqrt(radius**2 - y**2)
+    start = math.atan2(y, x - centre)
     inner = np.linspace(2 * math.pi - start, start, n)
-    return outer + [(center + radius * math.cos(a), radius * math.sin(a)) for a in inner]
+    return outer + [(centre + radius * math.cos(a), radius * math.sin(a)) for a in inner]
 
 
 POLYGONS: dict[str, list[tuple[float, float]]] = {  # within the unit circle
@@ -119,7 +119,7 @@ class Shape:
     shape: str
     colour: str
     size: float  # of the longer side of its bounding box
-    x: float  # of the center of its bounding box
+    x: float  # of the centre of its bounding box
     y: float
     hollow: bool = False
 

@@ -97,9 +97,9 @@ def precision_and_recall(features: Tensor, true: Tensor, k: int = 3) -> tuple[fl
     balls that reach to the k-th nearest neighbour; recall swaps the two sets.
     """
 
-    def covered(queries: Tensor, centers: Tensor) -> float:
-        radii = torch.cdist(centers, centers).kthvalue(k + 1, dim=1).values  # the first is itself
-        return (torch.cdist(queries, centers) <= radii).any(dim=1).float().mean().item()
+    def covered(queries: Tensor, centres: Tensor) -> float:
+        radii = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the first is itself
+        return (torch.cdist(queries, centres) <= radii).any(dim=1).float().mean().item()
 
     if min(len(features), len(true)) <= k:
         raise ValueError(f"got {len(features)} and {len(true)} images; expected more than k = {k}")

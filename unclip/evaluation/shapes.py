@@ -30,7 +30,7 @@ class Found:
 
     shape: str
     colour: str
-    x: float  # of the center of the bounding box, as a fraction of the side
+    x: float  # of the centre of the bounding box, as a fraction of the side
     y: float
 
 
@@ -45,13 +45,13 @@ def find_shapes(image: np.ndarray) -> list[Found]:
         silhouette = _cropped(_filled(mask))
         inner = mask & ~_edge(mask)
         pixels = image[inner if inner.any() else mask]
-        center = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+        centre = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
         found.append(
             Found(
                 shape=_match(silhouette),
                 colour=_nearest_colour(np.median(pixels, axis=0)),
-                x=center[0] / side,
-                y=center[1] / side,
+                x=centre[0] / side,
+                y=centre[1] / side,
             )
         )
     return found

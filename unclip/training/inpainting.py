@@ -134,9 +134,9 @@ def _rectangle(side: int, least: float, most: float) -> tuple[int, int, int, int
 
 
 def _pixel_centers(side: int) -> Tensor:
-    """Return the coordinates (s, s, 2) of pixel centers in [0, 1]."""
-    centers = (torch.arange(side) + 0.5) / side
-    return torch.stack(torch.meshgrid(centers, centers, indexing="ij"), dim=-1)
+    """Return the coordinates (s, s, 2) of pixel centres in [0, 1]."""
+    centres = (torch.arange(side) + 0.5) / side
+    return torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1)
 
 
 def _uniform(low: float, high: float) -> float:
