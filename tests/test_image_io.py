@@ -61,6 +61,15 @@ def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
     assert np.abs(np.asarray(opened, dtype=int)[..., 0].ravel() - np.arange(256)).max() <= 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_is_ignored_without_a_warning(tmp_path):
+    cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # five tags, of which none is complete
+    path = saved(Image.new("RGB", (4, 2), "red"), tmp_path / "cut.jpg", exif=cut)
+    assert open_image(path).size == (4, 2)
+    with pytest.raises(ValueError, match="no unclip metadata"):
+        read_metadata(path)
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (8, 4), "blue")
     image.paste("red", (0, 0, 4, 4))

@@ -5,10 +5,10 @@ accelerate launch train/layout_prior.py --config configs/emoji/layout_prior.yaml
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 
-from unclip.checkpoints.store import save_component
+from unclip.checkpoints.store import save_component, with_base
 from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
@@ -25,10 +25,11 @@ from unclip.training.optim import OptimConfig
 @config
 class LayoutPriorTraining:
     clip: str  # folder of a trained CLIP
-    model: LayoutPriorConfig
     data: DataConfig  # images, or embeddings with layouts
     optim: OptimConfig
     fit: FitConfig
+    model: LayoutPriorConfig | None = None
+    base: str | None = None  # instead of model: a layout prior to fine-tune, with its schedule
     val_data: DataConfig | None = None
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -40,7 +41,9 @@ class LayoutPriorTraining:
 
 
 def main(run: Run[LayoutPriorTraining]) -> None:
-    config = run.config
+    config = with_base(run.config, LayoutPrior)
+    if run.config.base and not (run.init or run.resume):
+        run = replace(run, init=run.config.base)
     clip = load_clip(config.clip, config.model, run.device)
     embed_once = config.embed_once and not run.dry_run
     loader = open_loader(config.data, clip, embed_once)

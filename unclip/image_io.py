@@ -15,7 +15,7 @@ import subprocess
 import textwrap
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -98,14 +98,21 @@ def open_mask(source: ImageSource) -> Image.Image:
     return image.convert("L").point([0] * 128 + [255] * 128)
 
 
+@contextlib.contextmanager
+def _pillow_warnings_ignored() -> Iterator[None]:
+    """Ignore what Pillow warns of: images that `MAX_DECODED` allows, damaged EXIF."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def identify(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an encoded image; its pixels are decoded on `load()`, while `file` must stay open.
 
     All images are opened here, because Pillow starts other programs for some formats (EPS) whatever
     the file name. Raises ValueError if the image is too large, else the errors of Pillow.
     """
-    with warnings.catch_warnings():  # Pillow warns of images that `MAX_DECODED` allows
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with _pillow_warnings_ignored():
         image = Image.open(file, formats=formats)  # noqa: TID251
     width, height = image.size
     pixel = 8 if image.mode.startswith("I") else 4  # bytes; 16 bits are converted in 32
@@ -152,7 +159,8 @@ def _open(source: ImageSource) -> Image.Image:
     name = "the image" if isinstance(source, (Image.Image, io.IOBase)) else printable(source)
     is_ours = not isinstance(source, Image.Image)
     try:
-        image = ImageOps.exif_transpose(image, in_place=is_ours) or image
+        with _pillow_warnings_ignored():
+            image = ImageOps.exif_transpose(image, in_place=is_ours) or image
     except Exception as error:
         raise _unreadable(name, error) from None
     if image.mode in ("F", "LAB"):
@@ -358,7 +366,8 @@ def read_metadata(path: str | Path) -> list[dict[str, Any]]:
 
 def _user_comment(image: Image.Image) -> bytes:
     try:
-        comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
+        with _pillow_warnings_ignored():
+            comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
     except Exception:  # Pillow raises almost any type for damaged EXIF
         return b""
     return comment if isinstance(comment, bytes) else b""

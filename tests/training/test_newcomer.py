@@ -1,6 +1,8 @@
 """A newcomer's fine-tuning: from an empty environment to images in a new style, by train/README.md.
 
-python tests/training/test_newcomer.py FOLDER    with all documented steps, in a new folder
+PYTHONPATH=tests python tests/training/test_newcomer.py FOLDER
+
+runs all documented steps in a new folder.
 """
 
 from __future__ import annotations
