@@ -30,9 +30,9 @@ from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 def _slow_imports_left_out() -> Iterator[None]:
     """Import neither torch._dynamo nor transformers, which take two thirds of open_clip's import.
 
-    torchvision and timm only ask torch._dynamo not to compile some functions, all of models that
-    open_clip cannot build. transformers is needed for text towers of Hugging Face alone, see
-    `_find_transformers`. Modules that were imported before are not replaced.
+    torchvision asks torch._dynamo which devices it compiles for, and timm not to compile functions
+    of NaFlexViT, which open_clip cannot build. transformers is needed for text towers of Hugging
+    Face alone: see `_find_transformers`. Modules that were imported before are not replaced.
     """
     dynamo, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
 
