@@ -26,6 +26,26 @@ from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 
 
+class _StandIn(ModuleType):
+    """A module with some of the names of another one, which is imported if any other is needed."""
+
+    def __init__(self, name: str, **known: Any) -> None:
+        super().__init__(name)
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked of all modules
+            raise AttributeError(name)
+        self.remove_all()
+        return getattr(importlib.import_module(self.__name__), name)
+
+    @staticmethod
+    def remove_all() -> None:
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _StandIn):
+                del sys.modules[name]
+
+
 @contextlib.contextmanager
 def _slow_imports_left_out() -> Iterator[None]:
     """Import neither torch._dynamo nor transformers, which take two thirds of open_clip's import.
@@ -34,25 +54,25 @@ def _slow_imports_left_out() -> Iterator[None]:
     of NaFlexViT, which open_clip cannot build. transformers is needed for text towers of Hugging
     Face alone: see `_find_transformers`. Modules that were imported before are not replaced.
     """
-    dynamo, utils = ModuleType("torch._dynamo"), ModuleType("torch._dynamo.utils")
-
-    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
-        return function or (lambda function: function)
 
     def is_compile_supported(device: str) -> bool:
         return importlib.import_module("torch._dynamo.utils").is_compile_supported(device)
 
-    vars(dynamo).update(disable=disable, utils=utils)
-    vars(utils).update(is_compile_supported=is_compile_supported)
+    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
+        return function or (lambda function: function)
+
     modules: dict[str, Any] = sys.modules
-    stand_ins = {"transformers": None, "torch._dynamo": dynamo, "torch._dynamo.utils": utils}
-    stand_ins = {name: module for name, module in stand_ins.items() if name not in modules}
-    modules.update(stand_ins)
+    if "torch._dynamo" not in modules:
+        utils = _StandIn("torch._dynamo.utils", is_compile_supported=is_compile_supported)
+        dynamo = _StandIn("torch._dynamo", disable=disable, utils=utils)
+        modules |= {dynamo.__name__: dynamo, utils.__name__: utils}
+    modules.setdefault("transformers", None)
     try:
         yield
     finally:
-        for name in stand_ins:
-            del modules[name]
+        _StandIn.remove_all()
+        if modules["transformers"] is None:
+            del modules["transformers"]
 
 
 def _import_open_clip() -> Any:
