@@ -423,11 +423,15 @@ def train(script: str, name: str, *arguments: str) -> None:
 
 
 def test_a_fine_tuned_model_has_the_parts_of_the_bundled_one():
-    prior, decoder, model = (
-        config(f"finetune/{name}.yaml") for name in ("prior", "decoder", "model")
+    prior, layout_prior, decoder, model = (
+        config(f"finetune/{name}.yaml") for name in ("prior", "layout_prior", "decoder", "model")
     )
-    assert (prior.base, prior.clip, decoder.clip) == (model.prior, model.clip, model.clip)
-    assert model.decoder == f"{decoder.fit.output}/model"
+    assert prior.base == model.prior
+    assert {prior.clip, layout_prior.clip, decoder.clip} == {model.clip}
+    for name, trained in (("layout_prior", layout_prior), ("decoder", decoder)):
+        assert trained.base == f"assets/emoji/{name}"
+        assert getattr(model, name) == f"{trained.fit.output}/model"
+    assert decoder.layout_prior == model.layout_prior
     assert model.loras == (f"{prior.fit.output}/model",)
 
 
@@ -439,6 +443,7 @@ def test_a_fine_tuned_model_has_the_parts_of_the_bundled_one():
         ("prior", ["model=null", f"base={ROOT}/assets/emoji/decoder"], "decoder is a Decoder; exp"),
         ("prior", ["model=null", "base=nowhere"], "nowhere/config.json is missing"),
         ("decoder", ["model=null", f"base={ROOT}/assets/emoji/prior"], "expected Decoder"),
+        ("layout_prior", ["model=null", f"base={ROOT}/assets/emoji/decoder"], "expected LayoutPr"),
     ],
 )
 def test_errors_of_base(script, settings, message):
