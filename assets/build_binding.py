@@ -1,8 +1,8 @@
 """Measure where a model binds attributes to objects, and where it does not (unCLIP section 7).
 
-    python -m unclip.data.shapes data/shapes --count 3000
-    train/all.sh configs/small
-    python assets/build_binding.py --model runs/small/model --out assets/binding.md
+    python -m unclip.data.shapes data/shapes --count 40000 --size 32 --axes colour attribution
+    train/all.sh configs/binding
+    python assets/build_binding.py --model runs/binding/model --out assets/binding.md
 
 Scenes have two shapes of two colours: "a red star and a blue heart". Each has a swapped twin, with
 the colours exchanged. It measures whether CLIP, prior and decoder each distinguish the two.
@@ -42,8 +42,8 @@ INTRODUCTION = """# Binding
 At which stage does an unCLIP model lose which object has which attribute? The paper shows the
 loss (section 7) and suspects the CLIP embedding. Here it is measured on {scenes} scenes of two
 shapes in two colours, "a red star and a blue heart", with the {name} model of
-[configs/small](../configs/small). The twin of a scene has the colours exchanged. Combinations of
-colour and shape occur in training. [build_binding.py](build_binding.py) repeats this; all
+[configs/binding](../configs/binding). The twin of a scene has the colours exchanged. Combinations
+of colour and shape occur in training. [build_binding.py](build_binding.py) repeats this; all
 intervals are 95 % bootstrap intervals.
 """
 CHOICES = "Choices between a scene and its twin; chance is 50 %:"
