@@ -96,7 +96,7 @@ def _stroke(side: int) -> Tensor:
     """Return a line through three to six random points, 1/16 to 1/4 of the image thick."""
     points = torch.rand(int(torch.randint(3, 7, ())), 2)
     radius = _uniform(1 / 32, 1 / 8)
-    pixels = _pixel_centers(side)  # (s, s, 2)
+    pixels = _pixel_centres(side)  # (s, s, 2)
     segments = points[1:] - points[:-1]  # (P, 2)
     offsets = pixels[:, :, None] - points[:-1]  # (s, s, P, 2)
     squares = segments.square().sum(-1).clamp(min=1e-6)
@@ -107,7 +107,7 @@ def _stroke(side: int) -> Tensor:
 def _half(side: int) -> Tensor:
     angle, offset = _uniform(0, 2 * math.pi), _uniform(-0.25, 0.25)
     normal = torch.tensor([math.cos(angle), math.sin(angle)])
-    return (_pixel_centers(side) - 0.5) @ normal > offset
+    return (_pixel_centres(side) - 0.5) @ normal > offset
 
 
 def _border(side: int) -> Tensor:
@@ -133,7 +133,7 @@ def _rectangle(side: int, least: float, most: float) -> tuple[int, int, int, int
     return top, left, top + height, left + width
 
 
-def _pixel_centers(side: int) -> Tensor:
+def _pixel_centres(side: int) -> Tensor:
     """Return the coordinates (s, s, 2) of pixel centres in [0, 1]."""
     centres = (torch.arange(side) + 0.5) / side
     return torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1)
