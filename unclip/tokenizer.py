@@ -22,6 +22,8 @@ TOKENIZER_FILE = "tokenizer.json"
 MAX_FILE = 16 * 2**20  # bytes; 50,000 tokens take 4 MB
 
 MIN_WORDS = 1000  # tokens of a vocabulary that is expected to hold words
+KNOWN = 1.5  # letters per token
+SPACE = "Ġ"  # stands for the space before a word
 PAD, START, END = "<pad>", "<start>", "<end>"
 CLIP_PAD, CLIP_START, CLIP_END = "!", "<|startoftext|>", "<|endoftext|>"
 BART = ("<pad>", "<s>", "</s>")
@@ -189,16 +191,20 @@ class BPETokenizer:
         return _pad(rows, self.context_length, self.pad_id)
 
     def knows_a_word_of(self, text: str) -> bool:
-        """Return whether a word of the text is one token.
+        """Return whether a word of the text was probably in the captions.
 
-        Always true if the vocabulary was not learned from captions by `train`, or is too small to
-        hold words.
+        Its tokens then have at least `KNOWN` letters on average; the letters of other words are
+        mostly tokens of their own. Always true if the vocabulary was not learned from captions by
+        `train`, or is too small to hold words.
         """
         if self.tokenizer.token_to_id(PAD) is None or self.tokenizer.token_to_id(START) is None:
             return True  # CLIP's or BART's
         words = self.tokenizer.normalizer.normalize_str(text).split()[:100]
-        encoded = (self.tokenizer.encode(word, add_special_tokens=False).ids for word in words)
-        known = any(len(ids) == 1 for ids in encoded)
+        encoded = [self.tokenizer.encode(word, add_special_tokens=False).tokens for word in words]
+        known = any(
+            len("".join(tokens)) - len(SPACE) >= KNOWN * len(tokens) or len(tokens) == 1
+            for tokens in encoded
+        )
         return known or not words or self.vocab_size < MIN_WORDS
 
     def _with_dropout(self, text: str, p: float, room: int) -> list[int]:

@@ -143,6 +143,13 @@ def test_unusual_guidance_is_warned_of(guidance, tiny_pipe):
         tiny_pipe("a", options=replace(tiny_pipe.options, decoder=decoder), progress=False)
 
 
+def test_concepts_of_the_training_data_are_known():
+    tokenizer = unclip.load("emoji").clip.tokenizer
+    rare = ["wolf", "zebra", "avocado", "crocodile", "volcano", "jar", "goose", "T-Rex"]
+    unknown = ["zzyzx", "собака", "hjkl"]
+    assert [text for text in rare + unknown if not tokenizer.knows_a_word_of(text)] == unknown
+
+
 def test_prompts_without_a_known_word_are_warned_of(tiny_pipe, monkeypatch):
     words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyzabcd"]
     tokenizer = BPETokenizer.train([f"{word} apple" for word in words], 1200, 24)
