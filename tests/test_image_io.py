@@ -28,6 +28,7 @@ from unclip.image_io import (
     read_metadata,
     resize,
     save_animation,
+    save_image,
     save_png,
 )
 
@@ -277,12 +278,24 @@ def test_input_images_that_are_too_large_are_left_out_with_a_warning(frames, tmp
         {"seed": 2, "sources": [{"picture": "Q" * 2000}]},
     ]
     for metadata in (entries, {"picture": "P" * 3000}):
-        with pytest.warns(UserWarning, match="too large for metadata") as caught:
+        with pytest.warns(UserWarning, match="input images are too large for a png") as caught:
             save_png(frames[0], tmp_path / "a.png", metadata)
         assert caught[0].filename == __file__
         assert all(map(lacks_image, read_metadata(tmp_path / "a.png")))
     save_png(frames[0], tmp_path / "a.png", entries[:1] * 9)
     assert read_metadata(tmp_path / "a.png") == entries[:1] * 9
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_what_jpeg_and_webp_have_no_room_for_is_left_out_with_a_warning(suffix, frames, tmp_path):
+    path, entry = tmp_path / f"a{suffix}", {"seed": 1, "picture": "P" * 70_000}
+    with pytest.warns(UserWarning, match="input images are too large for a .* a .png file has"):
+        save_image(frames[0], path, [entry])
+    assert read_metadata(path) == [{"seed": 1, "picture": None}]
+    with pytest.warns(UserWarning, match="metadata is too large"):
+        save_image(frames[0], path, [{"image_emb": "E" * 9000}] * 7)
+    with pytest.raises(ValueError, match="no unclip metadata"):
+        read_metadata(path)
 
 
 # -- animations

@@ -64,7 +64,7 @@ _TEXTS = ("picture", "mask", "image_emb", "model", "prior_model", "dtype", "quan
 FIELD_TYPES = {  # of an entry of the metadata and of the sources in it
     **dict.fromkeys(("options", "arguments", "inversion"), dict),
     **dict.fromkeys(_TEXTS, (str, type(None))),
-    "sources": list,
+    **dict.fromkeys(("sources", "lora"), list),
 }
 MAX_FPS = {".gif": 100, ".mp4": 1000}
 MIN_FPS = 0.1
@@ -213,8 +213,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
-    if metadata is not None:
-        info.add_itxt(METADATA_KEY, _to_json(metadata))
+    if text := _to_json(metadata, "png"):
+        info.add_itxt(METADATA_KEY, text)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         image.save(part, format="PNG", pnginfo=info)
@@ -267,24 +267,19 @@ def encode_image(
 ) -> bytes:
     """Encode a generated image as "png", "jpeg" or "webp", marked as generated in its XMP.
 
-    quality: 0 to 100 of a JPEG or WebP. metadata: JSON types, for `read_metadata`; images in it are
-    left out where the format has no room for them.
+    quality: 0 to 100 of a JPEG or WebP. metadata: JSON types, for `read_metadata`; what the
+    format has no room for is left out, with a warning.
     """
     file = io.BytesIO()
     if kind == "png":
         info = PngImagePlugin.PngInfo()
         info.add_itxt(XMP_KEY, XMP)
-        if metadata is not None:
-            info.add_itxt(METADATA_KEY, _to_json(metadata))
+        if text := _to_json(metadata, kind):
+            info.add_itxt(METADATA_KEY, text)
         return _encode_png(image.convert("RGB"), info)
     exif = Image.Exif()
-    if metadata is not None:
-        text = _to_json(metadata, ensure_ascii=True)
-        if len(text) > MAX_EXIF:
-            entries = metadata if isinstance(metadata, list) else [metadata]
-            text = json.dumps(_with_images(entries, lambda _: None))
-        if len(text) <= MAX_EXIF:
-            exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII_COMMENT + text.encode()
+    if text := _to_json(metadata, kind):
+        exif.get_ifd(EXIF_IFD)[USER_COMMENT] = ASCII_COMMENT + text.encode()
     quality = 90 if quality is None else max(quality, 1 if kind == "jpeg" else 0)
     image.save(file, kind, exif=exif.tobytes(), xmp=XMP.encode(), quality=quality)
     return file.getvalue()
@@ -381,31 +376,37 @@ def _is_valid(source: dict[str, Any]) -> bool:
 
 
 def lacks_image(entry: dict[str, Any]) -> bool:
-    """Return whether an input image was too large to be stored in this metadata entry."""
+    """Return whether an input image is not stored in this metadata entry for lack of room."""
     return any(None in (part.get("picture", ""), part.get("mask", "")) for part in _sources(entry))
 
 
-def _to_json(metadata: Any, ensure_ascii: bool = False) -> str:
-    """Serialise metadata; several entries store each image once.
+def _to_json(metadata: Any, kind: str) -> str | None:
+    """Serialise metadata for a kind of file; several entries store each image once.
 
-    Warns and leaves the images out if the text would be too large for a PNG.
+    Images are left out if the text would be too large for the file, and all if it still is, with a
+    warning.
     """
-    data = metadata
+    if metadata is None:
+        return None
+    data, entries = metadata, metadata if isinstance(metadata, list) else [metadata]
     if isinstance(metadata, list):
         index: dict[str, int] = {}
-        entries = _with_images(
-            metadata, lambda image: None if image is None else index.setdefault(image, len(index))
+        numbered = _with_images(
+            entries, lambda image: None if image is None else index.setdefault(image, len(index))
         )
-        data = {"pictures": list(index), "entries": entries} if index else entries
-    text = json.dumps(data, ensure_ascii=ensure_ascii)
-    if len(text) <= MAX_METADATA:
+        data = {"pictures": list(index), "entries": numbered} if index else numbered
+    most = MAX_EXIF if kind in ("jpeg", "webp") else MAX_METADATA
+    dump = json.JSONEncoder(ensure_ascii=kind != "png").encode
+    if len(text := dump(data)) <= most:
         return text
+    text = dump(_with_images(entries, lambda _: None))
+    what = "input images are" if len(text) <= most else "metadata is"
+    advice = "; a .png file has more room" if most == MAX_EXIF else ""
     warnings.warn(
-        "the input images are too large for metadata; this file cannot be generated again from it",
+        f"the {what} too large for a {kind} file, which cannot be generated again{advice}",
         stacklevel=3,
     )
-    bare = _with_images(metadata if isinstance(metadata, list) else [metadata], lambda _: None)
-    return json.dumps(bare, ensure_ascii=ensure_ascii)
+    return text if len(text) <= most else None
 
 
 def _sources(entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -508,7 +509,7 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
     sheet = grid(images, columns=len(images), gap=0)
     palette = sheet.quantize(256, dither=Image.Dither.NONE)
     frames = [x.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for x in images]
-    comment = _to_json(metadata, ensure_ascii=True).encode() if metadata is not None else b""
+    comment = (_to_json(metadata, "gif") or "").encode()
     # In ms; a GIF counts in hundredths of a second.
     ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]
     lengths = [end - start for start, end in pairwise(ends)]

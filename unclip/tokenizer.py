@@ -21,7 +21,8 @@ from unclip.files import printable, read_bytes, read_json
 TOKENIZER_FILE = "tokenizer.json"
 MAX_FILE = 16 * 2**20  # bytes; 50,000 tokens take 4 MB
 
-MIN_WORDS = 1000  # tokens of a vocabulary that is expected to hold words
+MIN_WORDS = 4000  # tokens of a vocabulary that is expected to hold words
+FUNCTION_WORDS = frozenset({"a", "an", "and", "in", "of", "on", "the", "with"})
 KNOWN = 1.5  # letters per token
 SPACE = "Ġ"  # stands for the space before a word
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -191,7 +192,7 @@ class BPETokenizer:
         return _pad(rows, self.context_length, self.pad_id)
 
     def knows_a_word_of(self, text: str) -> bool:
-        """Return whether a word of the text was probably in the captions.
+        """Return whether a word of the text, function words aside, was probably in the captions.
 
         Its tokens then have at least `KNOWN` letters on average; the letters of other words are
         mostly tokens of their own. Always true if the vocabulary was not learned from captions by
@@ -199,7 +200,7 @@ class BPETokenizer:
         """
         if self.tokenizer.token_to_id(PAD) is None or self.tokenizer.token_to_id(START) is None:
             return True  # CLIP's or BART's
-        words = self.tokenizer.normalizer.normalize_str(text).split()[:100]
+        words = set(self.tokenizer.normalizer.normalize_str(text).split()[:100]) - FUNCTION_WORDS
         encoded = [self.tokenizer.encode(word, add_special_tokens=False).tokens for word in words]
         known = any(
             len("".join(tokens)) - len(SPACE) >= KNOWN * len(tokens) or len(tokens) == 1

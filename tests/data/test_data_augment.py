@@ -7,7 +7,7 @@ from PIL import Image
 from unclip.data.augment import can_recolour, recolour
 from unclip.data.colours import COLOURS, main_colour, recolour_caption, rotate_hue
 from unclip.data.duplicates import find_duplicates
-from unclip.data.everyday import everyday_captions, synonyms
+from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.loader import Augment, DataConfig, Loader
 from unclip.data.samples import Sample
 
@@ -107,6 +107,22 @@ def test_the_loader_recolours_reproducibly():
     for image, caption in zip(some["image"], some["caption"], strict=True):
         pixels = ((image.numpy() + 1) * 127.5).round().astype(np.uint8).transpose(1, 2, 0)
         assert main_colour(pixels) in caption
+
+
+@pytest.mark.parametrize(
+    ("noun", "phrase"),
+    [
+        ("hourglass", "an hourglass"),
+        ("x-ray", "an x-ray"),
+        ("ukulele", "a ukulele"),
+        ("unicorn", "a unicorn"),
+        ("smiling face with sunglasses", "a smiling face with sunglasses"),
+        ("scissors", "scissors"),
+        ("Statue of Liberty", "Statue of Liberty"),
+    ],
+)
+def test_articles(noun, phrase):
+    assert with_article(noun) == phrase
 
 
 def test_everyday_captions_contain_colours_and_synonyms():

@@ -126,8 +126,10 @@ def test_the_command_resumes(tiny_folder, tmp_path, monkeypatch, capsys):
         assert len(stored) == count and f"| {stored[-1]['name']} |" in output.out
     assert "drift is deprecated" in output.err
     assert stored[0]["name"] == EXACT and len({row["name"] for row in stored}) == 4
-    assert main(["evaluate-approximations", *options.split(), "--seed", "5"]) == 2
-    assert "other settings" in capsys.readouterr().err
+    write_shape_images(tmp_path / "others")
+    for other in (["--seed", "5"], ["--data", f"{tmp_path}/others"]):
+        assert main(["evaluate-approximations", *options.split(), *other]) == 2
+        assert "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

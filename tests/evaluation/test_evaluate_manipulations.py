@@ -123,8 +123,9 @@ def test_an_interrupted_command_resumes(model, data, tmp_path, monkeypatch, caps
     assert run(model, data, "--steps", 6, "--json", file, *wanted) == 130
     assert parts == ["reconstruction", "text_diff"]
     assert json.loads(file.read_text()).keys() == {"settings", "pca", "reconstruction"}
-    assert run(model, data, "--steps", 7, "--json", file, "--parts", "pca") == 2
-    assert "other settings" in capsys.readouterr().err
+    for other in (["--steps", 7], ["--steps", 6, "--train-data", data]):
+        assert run(model, data, *other, "--json", file, "--parts", "pca") == 2
+        assert "other settings" in capsys.readouterr().err
 
 
 def test_one_pair_is_too_few(invertible_pipe, data):

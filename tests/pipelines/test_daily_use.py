@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import unclip
+from unclip.config import flatten, to_dict
 from unclip.image_io import read_metadata
 from unclip.pipelines.request import seeds_from, warn_of_unknown
 from unclip.tokenizer import BPETokenizer
@@ -51,6 +52,17 @@ def test_several_images_are_saved_into_a_folder(result, tmp_path):
     assert read_metadata(files[3])[0]["prompt"] == "a fish"
     same = replace(result, seeds=[1] * 4)
     assert len(set(same.save(tmp_path / "same"))) == 4
+
+
+def test_a_new_folder_is_not_named_like_an_image(result, tmp_path):
+    for name in ("run.v2", "out.2024", ".hidden"):
+        assert result.save(tmp_path / name)[0].parent == tmp_path / name
+    for name in ("a.bmp", "new/a.JPGG", "a.mp4"):
+        with pytest.raises(ValueError, match=f"{name}: images are written as .png, .jpg or .webp"):
+            result.save(tmp_path / name)
+        assert not (tmp_path / name).parent.joinpath("new").exists()
+    (tmp_path / "a.bmp").mkdir()
+    assert len(result.save(tmp_path / "a.bmp")) == 4
 
 
 def test_notebooks_show_images(result):
@@ -93,8 +105,6 @@ def test_other_seeds_are_refused(seed):
     [
         ("generator", "did you mean seed?"),
         ("num_images_per_prompt", "did you mean num_images?"),
-        ("num_inference_steps", "steps=..."),
-        ("guidance_scale", "guidance=..."),
         ("num_image", "did you mean num_images?"),
         ("width", "expected one of prompt, "),
     ],
@@ -106,6 +116,45 @@ def test_arguments_of_other_libraries_get_a_suggestion(name, hint, tiny_pipe, ti
         assert hint in str(error.value)
     with pytest.raises(TypeError, match="unknown argument generator; did you mean seed?"):
         tiny_pipe.vary(None, generator=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "changed"),
+    [
+        ("steps", 2, "decoder.steps"),
+        ("num_inference_steps", 2, "decoder.steps"),
+        ("guidance_scale", 3.0, "decoder.guidance"),
+        ("sampler", "ancestral", "decoder.sampler"),
+        ("prior_steps", 2, "prior.steps"),
+        ("prior_num_inference_steps", 2, "prior.steps"),
+        ("embedding", "text", "embedding"),
+    ],
+)
+def test_a_suggested_option_can_be_used(name, value, changed, tiny_pipe):
+    options = suggested_options(tiny_pipe, name, value)
+    assert flatten(to_dict(options)) == {**flatten(to_dict(tiny_pipe.options)), changed: value}
+    tiny_pipe("a", options=options, progress=False)
+
+
+@pytest.mark.parametrize("name", ["guidance", "guidance_scale"])
+def test_a_suggested_option_of_dalle_can_be_used(name, tiny_dalle):
+    options = suggested_options(tiny_dalle, name, 3.0)
+    assert options == replace(tiny_dalle.options, guidance=3.0)
+    tiny_dalle("a", options=options, progress=False)
+
+
+@pytest.mark.parametrize("name", ["steps", "num_inference_steps", "prior_steps"])
+def test_options_that_a_model_does_not_have_are_not_suggested(name, tiny_dalle):
+    with pytest.raises(TypeError, match=f"unknown argument {name}; expected one of prompt, "):
+        tiny_dalle("a", **{name: 2})
+
+
+def suggested_options(pipe, name, value):
+    """Return the options that the error for an unknown argument suggests, with `value`."""
+    with pytest.raises(TypeError, match=f"unknown argument {name}; did you mean ") as error:
+        pipe("a", **{name: value})
+    expression = str(error.value).partition("did you mean options=")[2].removesuffix("?")
+    return eval(expression.replace("...", "value"), {"replace": replace}, locals())
 
 
 def test_loaders_suggest_arguments(tiny_folder):
@@ -145,19 +194,22 @@ def test_unusual_guidance_is_warned_of(guidance, tiny_pipe):
 
 def test_concepts_of_the_training_data_are_known():
     tokenizer = unclip.load("emoji").clip.tokenizer
-    rare = ["wolf", "zebra", "avocado", "crocodile", "volcano", "jar", "goose", "T-Rex"]
-    unknown = ["zzyzx", "собака", "hjkl"]
+    rare = ["wolf", "zebra", "an avocado", "crocodile", "volcano", "jar", "goose", "T-Rex"]
+    unknown = ["zzyzx", "a zzyzx", "собака", "hjkl"]
     assert [text for text in rare + unknown if not tokenizer.knows_a_word_of(text)] == unknown
+    small = unclip.load("emoji-dalle1").tokenizer  # 2,048 tokens: most words are several
+    assert all(map(small.knows_a_word_of, ["owl", "a wolf", "avocado"]))
 
 
 def test_prompts_without_a_known_word_are_warned_of(tiny_pipe, monkeypatch):
     words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyzabcd"]
     tokenizer = BPETokenizer.train([f"{word} apple" for word in words], 1200, 24)
+    monkeypatch.setattr("unclip.tokenizer.MIN_WORDS", 1000)
     with pytest.warns(UserWarning, match="knows no word of the prompt 'zzyzx qwrt'"):
         warn_of_unknown(["zzyzx qwrt"], tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_unknown(["zzyzx apple", ""], tokenizer)
+        warn_of_unknown(["zzyzx apple", "a", ""], tokenizer)
         tiny_pipe.encode_text("zzyzx")  # its vocabulary is too small for words
     monkeypatch.setattr("unclip.tokenizer.MIN_WORDS", 0)
     with pytest.warns(UserWarning, match="knows no word of the prompt 'zzyzx'"):

@@ -205,7 +205,7 @@ def test_metadata_regenerates_edited_images(pipe, tmp_path):
         assert (
             difference(regenerate(pipe, metadata, progress=False).images[0], result.images[1]) <= 2
         )
-    with pytest.raises(ValueError, match="too large for metadata"):
+    with pytest.raises(ValueError, match="source image is not stored"):
         regenerate(pipe, {**results[2].metadata[0], "picture": None}, progress=False)
 
 

@@ -160,7 +160,9 @@ def test_the_command_line_generates_with_adapters(extra, capsys):
 
     again = ["generate", "--from", "lora.png", "--model", "runs/tiny/model", "-o", "again.png"]
     assert cli([*again, "--quiet"]) == 2
-    assert "'path': 'runs/prior/model'" in capsys.readouterr().err
+    assert "with LoRA adapters; give --lora runs/prior/model:2" in capsys.readouterr().err
+    assert cli(["info", "lora.png"]) == 0
+    assert capsys.readouterr().out.endswith("--trust-model --lora runs/prior/model:2\n")
     assert cli([*again, "--quiet", "--lora", "runs/prior/model:2", *extra]) == 0
     assert Path("again.png").read_bytes() == Path("lora.png").read_bytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -70,6 +71,12 @@ def lora(text: str) -> tuple[str, float]:
         return (path, number(scale)) if colon and path else (text, 1.0)
     except ArgumentTypeError:
         return text, 1.0
+
+
+def lora_options(stored: Sequence[Any]) -> str:
+    """Return the --lora options that give the adapters stored in metadata."""
+    specs = [f"{one['path']}:{one['scale']:g}" for one in stored if isinstance(one, dict)]
+    return "".join(f" --lora {shlex.quote(spec)}" for spec in specs)
 
 
 COUNT = {"type": at_least(1), "metavar": "N"}

@@ -301,6 +301,8 @@ def evaluate_manipulations(args: Namespace) -> None:
 
     settings = {
         "model": args.model,
+        "data": args.data,
+        "train_data": args.train_data,
         "options": to_dict(pipe.options),
         "pairs": args.limit,
         "steps": args.steps,
@@ -359,6 +361,7 @@ def evaluate_approximations(args: Namespace) -> None:
     )
     settings = {
         "model": args.model,
+        "data": args.data,
         "seed": args.seed,
         "images": len(pairs),
         "options": to_dict(pipe.options),

@@ -163,13 +163,11 @@ def _regenerate(args: Namespace) -> None:
     )
 
 
-def _check_lora(args: Namespace, stored: Any) -> None:
+def _check_lora(args: Namespace, stored: list[Any]) -> None:
     """Raise a ValueError unless --lora is given once for each adapter in the metadata."""
-    if not isinstance(stored, list) or len(stored) != len(args.lora or ()):
-        raise ValueError(
-            f"{args.source} was generated with the LoRA adapters {stored}; "
-            "give the same with --lora PATH:SCALE"
-        )
+    if len(stored) != len(args.lora or ()):
+        wanted = flags.lora_options(stored).strip() or "no --lora"
+        raise ValueError(f"{args.source} was generated with LoRA adapters; give {wanted}")
 
 
 def _check_trust(args: Namespace, entry: dict[str, Any]) -> None:

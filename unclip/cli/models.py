@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.cli.arguments import add_command, add_dtype
+from unclip.cli.arguments import add_command, add_dtype, lora_options
 from unclip.files import printable
 
 LAYOUTS = ("unclip", "diffusers")
@@ -76,12 +76,12 @@ def _image_info(path: Path) -> None:
     if (source_type := read_source_type(path)) is not None:
         print(f"digital source type: {source_type}\n")
     if any(map(lacks_image, entries)):
-        print("It cannot be generated again: its source image was too large for the metadata.")
+        print("It cannot be generated again: its source image is not stored in this file.")
     else:
         named = {entries[0].get(key) for key in ("model", "prior_model")} - {None}
         trust = "" if named <= bundled_models().keys() else " --trust-model"
-        source = shlex.quote(str(path))
-        print(f"generate it again: unclip generate --from {source} -o again.png{trust}")
+        source, adapters = shlex.quote(str(path)), lora_options(entries[0].get("lora", ()))
+        print(f"generate it again: unclip generate --from {source} -o again.png{trust}{adapters}")
 
 
 def _model_info(name: str) -> None:

@@ -11,15 +11,18 @@ from unclip.data.colours import COLOURS
 
 RARE = 3  # a tag that at most this many emoji have is a synonym
 PLAIN_WORDS = re.compile(r"[a-z][a-z '-]*")  # annotations that a colour can precede
+VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "hour", "honest", "heir", "x-")
+CONSONANT_SOUNDS = ("uni", "us", "ut", "uk", "eu", "one")
 LETTER = re.compile(r"regional indicator (\w)|(\w\w?) button \(blood type\)")
 
 
 def with_article(noun: str) -> str:
     """Add an article: "a red apple". Plurals, proper names and numbers are unchanged."""
-    plural = noun.endswith("s") and not noun.endswith(("ss", "us", "is"))
+    head = noun.split(" with ")[0]
+    plural = head.endswith("s") and not head.endswith(("ss", "us", "is"))
     if plural or not noun[:1].islower():
         return noun
-    vowel_sound = noun[0] in "aeiou" and not noun.startswith(("uni", "us", "ut", "eu", "one"))
+    vowel_sound = noun.startswith(VOWEL_SOUNDS) and not noun.startswith(CONSONANT_SOUNDS)
     return f"{'an' if vowel_sound else 'a'} {noun}"
 
 

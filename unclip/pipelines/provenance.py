@@ -182,7 +182,7 @@ def encode_image(image: Image.Image) -> str | None:
 def decode_image(text: str | None) -> Image.Image:
     """Decode the output of `encode_image`."""
     if text is None:
-        raise _incomplete("the source image was too large for metadata")
+        raise _incomplete("the source image is not stored in the metadata")
     try:
         return open_image(io.BytesIO(base64.b64decode(text)))
     except ValueError as error:  # binascii.Error is a subclass
