@@ -303,3 +303,31 @@ def test_the_contrastive_loss_spans_all_processes(tmp_path):
     # DistributedDataParallel averages gradients over processes.
     for name, whole in (("image", image.grad), ("text", text.grad)):
         torch.testing.assert_close((first[name] + second[name]) / 2, whole)
+
+
+@pytest.mark.parametrize(
+    ("model_cfg", "message"),
+    [
+        ({"text_cfg": {**TEXT, "widht": 32}}, r"text_cfg\.widht is unknown; did you mean 'width'"),
+        ({"vision_cfg": {**VISION, "layer": 2}}, r"vision_cfg\.layer is .* did you mean 'layers'"),
+        ({"vison_cfg": VISION}, r"model_cfg\.vison_cfg is unknown; did you mean 'vision_cfg'"),
+        ({"text_cfg": 3}, "text_cfg is 3; expected a mapping"),
+        ({"text_cfg": {**TEXT, "xyz": 1}}, r"xyz is unknown; expected one of: context_length, .*"),
+    ],
+)
+def test_unknown_keys_of_a_config_are_errors(model_cfg, message):
+    with pytest.raises(ValueError, match=message):
+        make(**model_cfg)
+
+
+def test_a_folder_with_an_unknown_key_is_named(clip, tmp_path):
+    clip.save_pretrained(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(file.read_text().replace('"heads"', '"haeds"'))
+    with pytest.raises(ValueError, match=rf"{file.name}: model_cfg\.text_cfg\.haeds is unknown"):
+        CLIP.from_pretrained(tmp_path)
+
+
+def test_the_configs_of_open_clip_are_accepted():
+    for name in open_clip.list_models():
+        CLIPConfig(open_clip.get_model_config(name))

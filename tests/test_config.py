@@ -187,6 +187,31 @@ def test_errors_name_the_override(tmp_path: Path, override: str, message: str) -
     assert error_message(tmp_path, GOOD, override) == message
 
 
+@dataclass(frozen=True)
+class Run:
+    model: States | Transformer
+    optim: Optim = Optim()
+    tuning: Optim | None = None
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("clip_norm=1", "did you mean 'optim.clip_norm' or 'tuning.clip_norm'?"),
+        ("norm=true", "did you mean 'model.norm'?"),
+        ("optim.depth=3", "did you mean 'model.depth'?"),
+        ("model.depth=3", "expected one of: norm, kind"),  # a key of the other member of the union
+        ("optims=1", "did you mean 'optim'?"),
+        ("other=1", "expected one of: model, optim, tuning"),
+    ],
+)
+def test_a_key_of_another_section_is_suggested(tmp_path: Path, override: str, hint: str) -> None:
+    file = write_config(tmp_path, "model: {kind: states}\n")
+    with pytest.raises(ValueError) as error:
+        load_config(file, Run, [override])
+    assert str(error.value).partition(" is unknown; ")[2] == hint
+
+
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     text = error_message(tmp_path, GOOD.replace("64", "x") + "  lrr: 3\n")
     assert text.splitlines() == [

@@ -116,7 +116,8 @@ def bench(words: list[str]) -> None:
     words = [word.replace("karlo-random", "karlo-tiny") for word in words]
     # Cold starts run in processes of their own, which need the folder.
     model = () if "--model" in words else ("--model", str(folders.locate("emoji")))
-    assert main([*words[1:], *model, "--repeat=1", "--quiet"]) == 0
+    fast = () if "--data" in words else (*model, "--repeat=1")
+    assert main([*words[1:], *fast, "--quiet"]) == 0
 
 
 RULES: dict[str, Callable[[list[str]], None]] = {

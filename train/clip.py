@@ -52,7 +52,10 @@ def main(run: Run[CLIPTraining]) -> None:
         return train_text_tower(run, run.config.text_tower)
     config = run.config
     loader = open_data(config.data)
-    vocab_size = config.model.model_cfg["text_cfg"]["vocab_size"]
+    vocab_size = config.model.model_cfg["text_cfg"].get("vocab_size")
+    if vocab_size is None:
+        expected = "expected the size of the vocabulary to learn"
+        raise ValueError(f"model.model_cfg.text_cfg.vocab_size is missing; {expected}")
     if loader.samples_per_step < 2:
         given = f"a batch has {loader.samples_per_step} image"
         raise ValueError(f"{given}; the contrastive loss needs at least 2, set data.batch_size")

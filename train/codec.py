@@ -76,11 +76,11 @@ def main(run: Run[CodecTraining]) -> None:
         if run.init:  # weights of a codec, without a discriminator
             load_weights(codec, run.init)
             run = replace(run, init=None)
-    val_loader = open_data(config.val_data) if config.val_data else None
+    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
     fit(
         model,
         loss,
-        open_data(config.data),
+        open_data(config.data, captions_needed=False),
         config.fit,
         config.optim,
         run=run,

@@ -22,7 +22,8 @@ BATCH = 600  # the pooling is fitted to one batch
 
 def main(clip_folder: str, data: str, out: str, images: int, keep: int) -> None:
     clip = CLIP.from_pretrained(clip_folder)
-    loader = open_data(DataConfig(data, clip.image_size, min(images, BATCH)))
+    data_config = DataConfig(data, clip.image_size, min(images, BATCH))
+    loader = open_data(data_config, captions_needed=False)
     needed = max(1, images // BATCH)
     batches = [batch["image"] for batch in islice(loader, needed)]
     if len(batches) < needed:

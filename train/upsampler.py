@@ -45,11 +45,11 @@ def main(run: Run[UpsamplerTraining]) -> None:
             )
         upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)
-    val_loader = open_data(config.val_data) if config.val_data else None
+    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
     fit(
         upsampler,
         UpsamplerLoss(upsampler, schedule, config.corruption, config.loss),
-        open_data(config.data),
+        open_data(config.data, captions_needed=False),
         config.fit,
         config.optim,
         run=run,

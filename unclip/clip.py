@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unclip.config import save_json
-from unclip.files import read_json
+from unclip.config import save_json, unknown_key
+from unclip.files import printable, read_json
 from unclip.image_io import resize
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
 from unclip.types import TextEncoding
@@ -119,12 +120,26 @@ Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # B strings -> ids 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """The two tables of an `open_clip_config.json`, in open_clip's own format."""
+    """The two tables of an `open_clip_config.json`, in open_clip's own format.
+
+    Raises ValueError for a key that open_clip does not know.
+    """
 
     # embed_dim, vision_cfg (None = no image tower), text_cfg, quick_gelu, custom_text
     model_cfg: dict[str, Any]
     # size, mean, std, interpolation, resize_mode
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        towers = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
+        model = (*inspect.signature(open_clip.CLIP).parameters, "custom_text", "multimodal_cfg")
+        _check_keys("model_cfg", self.model_cfg, model)
+        for name, tower in towers.items():
+            _check_keys(f"model_cfg.{name}", self.model_cfg.get(name) or {}, _names(tower))
+        if "text_cfg" not in self.model_cfg:
+            raise ValueError("model_cfg.text_cfg is missing; expected the text tower's table")
+        preprocess = _names(open_clip.transform.PreprocessCfg)
+        _check_keys("preprocess_cfg", self.preprocess_cfg, preprocess)
 
     @property
     def context_length(self) -> int:
@@ -142,6 +157,18 @@ class CLIPConfig:
         text = self.model_cfg["text_cfg"]
         other = text.get("hf_model_name") or text.get("no_causal_mask") or text.get("embed_cls")
         return not other and text.get("pool_type", "argmax") in ("argmax", "eos")
+
+
+def _check_keys(section: str, given: Any, known: Sequence[str]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"{section} is {given!r}; expected a mapping")
+    for key in given:
+        if key not in known:
+            raise ValueError(unknown_key(f"{section}.{printable(key)}", known))
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls)]
 
 
 class OpenCLIPTokenizer:
@@ -247,7 +274,10 @@ class CLIP(nn.Module):
         if not (isinstance(model_cfg, dict) and is_valid and isinstance(preprocess_cfg, dict)):
             expected = "expected objects model_cfg, with text_cfg, and preprocess_cfg"
             raise ValueError(f"{folder / CONFIG_FILE}: {expected}")
-        config = CLIPConfig(model_cfg, preprocess_cfg)
+        try:
+            config = CLIPConfig(model_cfg, preprocess_cfg)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         own = folder / TOKENIZER_FILE
         tokenizer = BPETokenizer.load(own, config.context_length) if own.is_file() else None
         return cls.from_tensors(config, TensorFile(folder / WEIGHTS_FILE), folder, tokenizer)

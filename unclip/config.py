@@ -78,25 +78,36 @@ def check_multiple(name: str, value: int, **divisors: int) -> None:
 OTHER_NAMES = {
     **dict.fromkeys(("generator", "generators", "seeds"), "seed"),
     "num_images_per_prompt": "num_images",
-    "num_inference_steps": "options=replace(pipe.options, decoder=replace(pipe.options.decoder, "
-    "steps=...))",
-    "guidance_scale": "options=replace(pipe.options, decoder=replace(pipe.options.decoder, "
-    "guidance=...))",
     **dict.fromkeys(("callback", "callback_on_step_end"), "on_step"),
     "torch_dtype": "dtype",
     "use_auth_token": "token",
 }
 
 
-def check_keywords(given: Iterable[str], known: Iterable[str], more: Iterable[str] = ()) -> None:
-    """Raise TypeError for an argument not in `known`, with a suggestion from `known` and `more`."""
+def check_keywords(
+    given: Iterable[str],
+    known: Iterable[str],
+    more: Iterable[str] = (),
+    suggest: Callable[[str], str | None] = OTHER_NAMES.get,
+) -> None:
+    """Raise TypeError for an argument not in `known`.
+
+    The error contains what `suggest` returns, else the closest name of `known` and `more`.
+    """
     names = [*known, *more]
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, names, n=1)
-            other = OTHER_NAMES.get(name, close[0] if close else None)
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)  # not steps -> on_step
+            other = suggest(name) or next(iter(close), None)
             hint = f"did you mean {other}?" if other else f"expected one of {', '.join(names)}"
             raise TypeError(f"unknown argument {name}; {hint}")
+
+
+def unknown_key(key: str, names: Sequence[str]) -> str:
+    """Describe a key that is not in `names`, with the closest of them, or all."""
+    if close := difflib.get_close_matches(key.rpartition(".")[2], names, n=1):
+        return f"{key} is unknown; did you mean {close[0]!r}?"
+    return f"{key} is unknown" + (f"; expected one of: {', '.join(names)}" if names else "")
 
 
 @functools.cache
@@ -369,7 +380,7 @@ def _messages(
         path, owner = _resolve(cls, data, entry["loc"][1:])
         name, kind = printable(".".join(map(str, path))) or "the config", entry["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            text = f"{name} is unknown{_suggestion(str(path[-1]), owner)}"
+            text = _unknown(name, cls, owner)
         elif kind in ("missing", "missing_argument"):
             text = f"{name} is missing"
         elif kind == "value_error":  # raised by a __post_init__
@@ -422,12 +433,29 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _suggestion(key: str, owner: Any) -> str:
-    """Suggest the closest field of the dataclass `owner` for an unknown key, or list all fields."""
+def _unknown(key: str, cls: Any, owner: Any) -> str:
+    """Describe an unknown key, with its name in other sections of `cls`, or similar in `owner`."""
+    found = [other for other in _keys(cls, key.rpartition(".")[2]) if other != key]
+    if found:
+        shortest = sorted(dict.fromkeys(found), key=lambda other: other.count("."))[:3]
+        return f"{key} is unknown; did you mean {' or '.join(map(repr, shortest))}?"
     names = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-    if close := difflib.get_close_matches(key, names, n=1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; expected one of: {', '.join(names)}" if names else ""
+    return unknown_key(key, names)
+
+
+def _keys(hint: Any, name: str, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all fields `name` in a section and its sections."""
+    for section in filter(dataclasses.is_dataclass, _members(hint)):
+        for field, inner in _hints(section).items():
+            if field == name:
+                yield prefix + field
+            yield from _keys(inner, name, f"{prefix}{field}.")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the annotation itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
 def _resolve(cls: Any, data: Any, loc: KeyPath) -> tuple[KeyPath, Any]:
@@ -438,8 +466,7 @@ def _resolve(cls: Any, data: Any, loc: KeyPath) -> tuple[KeyPath, Any]:
     path: list[str | int] = []
     owner = None
     for i, key in enumerate(loc):
-        is_union = typing.get_origin(cls) in (typing.Union, types.UnionType)
-        options = typing.get_args(cls) if is_union else (cls,)
+        options = _members(cls)
         classes: list[Any] = [option for option in options if dataclasses.is_dataclass(option)]
         if isinstance(data, list) and isinstance(key, int):
             items = [a for o in options for a in typing.get_args(o) if a is not Ellipsis]

@@ -136,6 +136,17 @@ def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:
         raise ValueError(f"{file} is {reason}; {advice}") from None
 
 
+def check_image_folder(path: Path) -> None:
+    """Raise ValueError if images would be written into a new folder that is named like a file.
+
+    A suffix of letters, as in "a.heic", names a file; "run.v2" and "out.2024" are folders.
+    """
+    suffix = path.suffix.lower()
+    if (suffix == ".mp4" or suffix[1:].isalpha()) and not path.is_dir():
+        advice = "to write into a folder of this name, create it first"
+        raise ValueError(f"{path}: images are written as .png, .jpg or .webp; {advice}")
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it once everything is on disk.

@@ -12,6 +12,7 @@ from annotated_types import Interval
 
 from unclip._deprecated import renamed_fields
 from unclip.config import Fraction, PositiveFraction, PositiveInt, config
+from unclip.files import check_image_folder
 
 if TYPE_CHECKING:  # `import unclip` must not import torch
     import torch
@@ -252,7 +253,8 @@ class GenerationResult:
         """Write the images with their metadata and return the files.
 
         path: a .png, .jpg or .webp file for one image, or a folder, whose files are named after
-        prompt and seed. PIL's `result.images[0].save` writes no metadata.
+        prompt and seed. A new folder cannot have a suffix of letters, as in "a.bmp". PIL's
+        `result.images[0].save` writes no metadata.
         """
         from unclip.image_io import WRITTEN, image_name, save_image
 
@@ -262,6 +264,7 @@ class GenerationResult:
                 raise ValueError(f"{path} is one file for {len(self)} images; give a folder")
             files = [path]
         else:
+            check_image_folder(path)
             rows = enumerate(zip(self.prompts, self.seeds, strict=True))
             names = [
                 image_name(prompt or "image", i if s is None else s) for i, (prompt, s) in rows

@@ -145,6 +145,18 @@ def test_the_error_has_the_hub_s_reason(status, reason, tmp_path, monkeypatch):
         unclip.load("someone/gone")
 
 
+def test_a_download_that_breaks_off_is_reported(monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(hub_id, allow_patterns):
+        raise RuntimeError("peer closed connection\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: OURS)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="'me/tiny' .* not be downloaded: peer closed connection;"):
+        unclip.load("me/tiny")
+
+
 def test_revisions_and_arguments_reach_the_hub(tiny_folder, monkeypatch):
     import huggingface_hub
 
@@ -235,11 +247,21 @@ def test_the_push_command(tiny_folder, tmp_path, monkeypatch, capsys):
     assert "'tiny' is not a name on the Hub; expected ORG/NAME" in capsys.readouterr().err
 
     def refuse(*_, **__):
-        raise OSError("401 Client Error")
+        raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required")
 
     monkeypatch.setattr(FakeHub, "create_repo", refuse)
     assert main(command) == 2
-    assert "401 Client Error; check the name, and log in" in capsys.readouterr().err
+    assert "Token is required; check the name, and log in" in capsys.readouterr().err
+
+
+def test_a_push_without_a_network_is_one_line(tiny_folder, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main(["push", str(tiny_folder), "me/tiny"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: me/tiny could not be uploaded: the Hub cannot be reached (")
+    assert err.count("\n") == 1 and "log in" not in err
 
 
 def test_licences_without_an_identifier_are_named():

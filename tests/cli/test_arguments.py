@@ -135,6 +135,9 @@ def test_fit_accepts_an_image_of_another_size(run, command):
         ("dalle", "generate a --top-k 0", ("--top-k", "'0'", "at least 1")),
         ("dalle", "generate a -n 3 --candidates 2", ("at least num_images", "3")),
         ("unclip", "generate a --candidates 0", ("--candidates", "'0'", "at least 1")),
+        ("unclip", "generate a --embedding text --prior-steps 3", ("--prior-steps", "text")),
+        ("unclip", "generate a --embedding text --temperature 1", ("--temperature", "text")),
+        ("unclip", "generate a --embedding none --prior x", ("--prior cannot", "--embedding none")),
         (None, "generate --from a.png --top-k 3", ("--from", "cannot be given with it")),
         (None, "generate --from a.png --preset fast", ("--from", "cannot be given with it")),
         ("dalle", "generate a --preset fast", ("has no --preset",)),
@@ -146,6 +149,13 @@ def test_flags_that_a_model_lacks_are_rejected_in_one_line(run, model, arguments
     code, out, err = run(*arguments.split(), model=model)
     assert (code, out) == (2, "") and all(message in err for message in messages)
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_embedding_is_chosen(run):
+    for flags in (["text"], ["none"], ["prior", "--prior-steps", "3"]):
+        args = ["generate", "a", "--embedding", *flags, "-o", "a.png", "--quiet"]
+        assert run(*args, model="unclip") == (0, "", "")
+        assert read_metadata("a.png")[0]["options"]["embedding"] == flags[0]
 
 
 @pytest.mark.parametrize("model", ["unclip", "dalle"])

@@ -1,3 +1,5 @@
+import tarfile
+
 import pytest
 from PIL import Image
 
@@ -23,3 +25,17 @@ def test_the_report_counts_and_names_what_is_left_out(tmp_path, capsys):
     assert broken[1].startswith(f"broken: {tmp_path}/b.png: the image: not a readable image")
     with pytest.raises(SystemExit, match="error: no data at .*nowhere"):
         main([str(tmp_path / "nowhere")])
+
+
+def test_images_next_to_a_tar_are_reported(tmp_path, capsys):
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    with tarfile.open(tmp_path / "backup.tar", "w") as tar:
+        for name in ("a.png", "a.txt"):
+            tar.add(tmp_path / name, name)
+    main([str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: 1 samples, 0 broken",
+        "left out: 2 images outside the tar shards, which take precedence",
+    ]

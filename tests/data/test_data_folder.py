@@ -91,6 +91,56 @@ def test_broken_rows_are_named_with_their_line(folder, line, message):
     assert re.search(message, reason) and len(reason) < 200 and reason.isprintable()
 
 
+def test_images_that_a_table_does_not_list_are_counted(folder):
+    rows = f"./b.png,red\n{folder}/sub/c.webp,\n"  # the second one is broken, but listed
+    (folder / "selection.csv").write_text(f"file_name,text\n{rows}")
+    dataset = FolderDataset(folder)
+    assert [sample.captions for sample in dataset] == [["red"]] and len(dataset.broken) == 1
+    assert dataset.left_out == {"images that selection.csv does not list": 1}
+    assert not FolderDataset(folder / "selection.csv").left_out  # the table was chosen
+
+
+@pytest.mark.parametrize(
+    "content", ["id,price\n1,2\n", "", "file_name;price\nb.png;2\n", "id\n".encode("utf-16")]
+)
+def test_a_table_of_another_purpose_is_left_out_if_images_have_captions(folder, content):
+    notes = folder / "notes.csv"
+    notes.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"notes\.csv"):
+        FolderDataset(folder)
+    for name in ("a", "b", "sub/c"):
+        (folder / f"{name}.txt").write_text(name)
+    dataset = FolderDataset(folder)
+    assert len(dataset) == 3 and not dataset.broken
+    reason = "tables without the columns file_name and text or caption or captions"
+    assert dataset.left_out == {reason: 1}
+    (folder / "good.csv").write_text("file_name,text\nb.png,red\n")
+    dataset = FolderDataset(folder)
+    assert as_pairs(dataset) == [("b", ["red"])]
+    assert dataset.left_out == {reason: 1, "images that good.csv does not list": 2}
+
+
+def test_captions_may_be_missing_if_none_are_needed(folder):
+    dataset = FolderDataset(folder, captions_needed=False)
+    assert as_pairs(dataset) == [("a", [""]), ("b", [""]), ("sub/c", [""])]
+    (folder / "b.txt").write_text("red")
+    (folder / "sub/c.txt").write_text(" ")
+    (folder / "notes.csv").write_text("id,price\n1,2\n")
+    dataset = FolderDataset(folder, captions_needed=False)
+    assert as_pairs(dataset) == [("a", [""]), ("b", ["red"]), ("sub/c", [""])]
+    assert not dataset.broken and dataset.weights.tolist() == [1, 1, 1]
+    rows = '{"file_name": "a.JPG"}\n{"file_name": "b.png", "text": "red"}\n'
+    (folder / "metadata.jsonl").write_text(rows)
+    dataset = FolderDataset(folder, captions_needed=False)
+    assert as_pairs(dataset) == [("a", [""]), ("b", ["red"])] and not dataset.broken
+
+
+def test_a_folder_without_images_is_an_error_if_no_captions_are_needed(tmp_path):
+    (tmp_path / "a.svg").write_text("<svg/>")
+    with pytest.raises(ValueError, match=r"0 images \(1 \.svg files\); expected images \(png, "):
+        FolderDataset(tmp_path, captions_needed=False)
+
+
 def test_errors_name_the_file(folder):
     with pytest.raises(ValueError, match=r"a\.JPG is not a table \(\.jsonl, \.csv, \.tsv\)"):
         FolderDataset(folder / "a.JPG")

@@ -36,5 +36,7 @@ def test_rows_are_batches_of_captioned_images(tmp_path):
     rows.rename_column("text", "label").save_to_disk(tmp_path / "other")
     with pytest.raises(ValueError, match="has the columns image .*, label .*; expected one Image"):
         open_dataset(f"datasets:{tmp_path / 'other'}")
+    images = open_dataset(f"datasets:{tmp_path / 'other'}", captions_needed=False)
+    assert images[0].captions == [""] and images[0].image.size == (16, 16)
     with pytest.raises(ValueError, match="datasets:.*nowhere"):
         open_dataset(f"datasets:{tmp_path / 'nowhere'}")

@@ -73,6 +73,24 @@ def test_samples_are_grouped_up_to_the_first_dot(tmp_path):
     assert dataset.left_out == {".seg.png images besides the first of a sample": 1}
 
 
+def test_captions_may_be_missing_if_none_are_needed(tmp_path):
+    write_members(tmp_path / "a.tar", {"a.png": png(), "b.png": png(), "b.txt": b"red"})
+    assert len(ShardDataset(tmp_path)) == 1
+    dataset = ShardDataset(tmp_path, captions_needed=False)
+    assert [sample.captions for sample in dataset] == [[""], ["red"]] and not dataset.broken
+
+
+def test_images_outside_the_shards_of_a_folder_are_counted(tmp_path):
+    write_members(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"red"})
+    for name in ("b.png", "sub/c.JPG", ".hidden.png", "__MACOSX/d.png", "b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    for source in (tmp_path, [tmp_path / "a.tar", tmp_path]):
+        reason = "images outside the tar shards, which take precedence"
+        assert ShardDataset(source).left_out == {reason: 2}
+    assert not ShardDataset(tmp_path / "a.tar").left_out
+
+
 def test_json_captions_take_precedence_over_txt(tmp_path):
     members = {
         "a.txt": b"from txt",

@@ -445,12 +445,15 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--model dalle-tiny --preset fast", "a DALL-E model does not support presets"),
         ("--model dalle-tiny --candidates 2", "dalle-tiny has no CLIP"),
         ("--model dalle-tiny --candidates 0", "'0' is not a whole number"),
+        ("--batch-size 4", "--batch-size is for a data loader; give --data PATH"),
+        ("--data none --batch 1", "--batch cannot be given with --data"),
+        ("--data none --model x", "--model cannot be given with --data"),
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(
     arguments, message, tiny_folder, fixed_peak, in_process, capsys
 ):
-    model = () if "--model" in arguments else ("--model", str(tiny_folder))
+    model = () if {"--model", "--data"} & {*arguments.split()} else ("--model", str(tiny_folder))
     assert main(["bench", *model, "--quiet", *arguments.split()]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line

@@ -15,6 +15,7 @@ from unclip.checkpoints.store import save_component
 from unclip.cli.main import main
 from unclip.evaluation.codec import evaluate_codec, reconstructions
 from unclip.evaluation.metrics import high_frequency_energy, psnr, ssim
+from unclip.evaluation.report import evaluation_rows
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqvae import ConvNetConfig
@@ -48,6 +49,12 @@ def test_results_are_means_over_the_images():
         "bits": 16 * 3,
     }
     assert results == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_of_one_colour_have_no_details_to_compare():
+    results = evaluate_codec(dvae(), torch.full((2, 3, 16, 16), 200, dtype=torch.uint8))
+    assert results["psnr"] > 0 and "high_band_error" not in results
+    assert not any("details" in row.figure for row in evaluation_rows({"codec": results}))
 
 
 def test_blurred_reconstructions_lose_high_frequencies():

@@ -165,6 +165,17 @@ def test_pairs_of_a_folder_without_metadata(tmp_path):
         assert load_pairs(tmp_path, 8, progress=False).broken == 1
 
 
+def test_pairs_need_captions_unless_only_images_are_used(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(png("apple", "dark"))
+    with pytest.raises(ValueError, match="2 images, no captions"):
+        load_pairs(tmp_path, 8, progress=False)
+    (tmp_path / "c.svg").write_text("<svg/>")
+    with pytest.warns(UserWarning, match=r"left out 1 \.svg files"):
+        pairs = load_pairs(tmp_path, 8, progress=False, captions_needed=False)
+    assert pairs.captions == ["", ""] and pairs.images.shape == (2, 3, 8, 8)
+
+
 # -- styles
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from dataclasses import replace
 
@@ -352,6 +353,25 @@ def test_strength_without_a_mask_changes_the_whole_image(client, tiny_pipe):
     call = dict(strength=0.5, seed=3, progress=False)
     (expected,) = tiny_pipe.image_to_image(image, "a red apple", **call).images
     assert (pixels(data) == np.asarray(expected)).all()
+
+
+def encode(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_opaque_alpha_channel_is_no_mask(client):
+    white = Image.new("L", (16, 16))
+    white.paste(255, (0, 0, 8, 16))
+    (data,) = images_of(edit(client, png(16), encode(white.convert("RGBA"))))
+    assert [data] == images_of(edit(client, png(16), encode(white)))
+    assert (pixels(data)[:, :8] != pixels(png(16))[:, :8]).any()
+    opaque = encode(opened(png(16)).convert("RGBA"))
+    (data,) = images_of(edit(client, opaque, strength="0.5"))
+    (expected,) = images_of(edit(client, png(16), strength="0.5"))
+    assert (pixels(data) == pixels(expected)).all()
+    assert "no transparent pixels" in error_of(edit(client, opaque), 400, "image")
 
 
 @pytest.mark.parametrize(

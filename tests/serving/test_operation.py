@@ -175,6 +175,22 @@ def test_the_command_checks_its_arguments(capsys):
     assert "--api-key" in capsys.readouterr().err
     assert main(["serve", "--model", "no-such-model"]) == 2
     assert "no-such-model" in capsys.readouterr().err
+    assert main(["serve", "--port", "99999"]) == 2
+    assert "'99999' is not a port; expected a number from 1 to 65535" in capsys.readouterr().err
+    for flag in ("--replicas", "--num-cpus", "--num-gpus"):
+        assert main(["serve", flag, "2"]) == 2
+        assert f"{flag} needs --ray" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_one_line_and_no_model_is_loaded(tiny_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "unclip", "serve", "--port", port]
+        done = subprocess.run(
+            [*command, "--model", str(tiny_folder)], cwd=ROOT, capture_output=True, text=True
+        )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: address already in")
 
 
 def test_sigterm_drains_and_exits_with_0(tiny_folder):

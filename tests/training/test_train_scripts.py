@@ -338,6 +338,35 @@ def test_a_typo_is_reported_with_its_line(workplace, tmp_path):
         run_script(ROOT / "train/prior.py", "--config", str(config))
 
 
+def test_a_typo_in_the_config_of_clip_is_reported_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = r"clip\.yaml:2: model: model_cfg\.text_cfg\.widht is unknown; did you mean 'width'"
+    with pytest.raises(SystemExit, match=message):
+        train("clip", "--dry-run", "--set=model.model_cfg.text_cfg.widht=32")
+
+
+def test_a_config_of_clip_without_a_vocabulary_is_reported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shape_images(tmp_path / "data/tiny")
+    with pytest.raises(SystemExit, match=r"text_cfg\.vocab_size is missing; expected the size"):
+        train("clip", "--dry-run", "--set=model.model_cfg.text_cfg.vocab_size=null")
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [("codec", ("perceptual=null", "adversarial=null")), ("upsampler", ())],
+)
+def test_images_suffice_where_no_captions_are_used(network, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shape_images(tmp_path / "data/tiny")
+    for caption in (tmp_path / "data/tiny").glob("*.txt"):
+        caption.unlink()
+    train(network, "--set=fit.steps=1", *(f"--set={setting}" for setting in settings))
+    assert (tmp_path / f"runs/tiny/{network}/model").is_dir()
+    with pytest.raises(SystemExit, match="no captions; expected"):
+        train("clip")
+
+
 def test_a_codec_is_exported_without_its_discriminator(workplace):
     codec = load_codec(workplace / "runs/tiny/codec/model")
     assert (codec.grid, codec.vocab_size) == ((4, 4), 32)

@@ -111,14 +111,14 @@ def fetch(
         reason = _first_line(error)
     except Exception:  # network errors, whose classes change with the versions of the Hub's library
         pass
+    wanted: dict[str, Any] = {"allow_patterns": list(ALWAYS), "local_files_only": True}
+    if names is not None:
+        wanted = {"allow_patterns": select(names, files)}
     try:
-        if names is not None:
-            return Path(snapshot_download(hub_id, allow_patterns=select(names, files), **arguments))
-        cached = {"allow_patterns": list(ALWAYS), "local_files_only": True}
-        return Path(snapshot_download(hub_id, **cached, **arguments))
+        return Path(snapshot_download(hub_id, **wanted, **arguments))
     except LocalEntryNotFoundError:
         raise ValueError(f"{reason}, and the model is not cached") from None
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # HTTP errors, a full disk, or network errors as above
         raise ValueError(_first_line(error)) from None
 
 
@@ -130,7 +130,7 @@ def upload(
     ValueError with the reason on failure.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         api = HfApi(token=token)
@@ -144,10 +144,12 @@ def upload(
             commit_message="Upload a model of unclip",
         )
         return str(url)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = _first_line(error)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         advice = "check the name, and log in with `hf auth login` or give a token"
-        raise ValueError(f"{repo_id} could not be uploaded: {reason}; {advice}") from None
+        reason = f"{_first_line(error)}; {advice}"
+    except Exception as error:  # network errors, as in `fetch`
+        reason = f"the Hub cannot be reached ({_first_line(error)})"
+    raise ValueError(f"{repo_id} could not be uploaded: {reason}")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,20 @@ COMPARISONS = {
     "dalle-pytorch": "compare_dalle.py --reference dalle-pytorch",
     "plain": "compare_dalle.py --reference plain",
 }
+# Flags with --data, and their defaults.
+LOADER = {"image_size": 64, "batch_size": 64, "workers": (0, 1, 2), "batches": 50, "step": 0.0}
 
 
 def add_commands(commands: Any) -> None:
     about = "measure the speed and the memory of a model, or the speed of a data loader"
     parser = flags.add_command(commands, bench, about)
     flags.add_model(parser)
+    parser.set_defaults(model=None)  # to notice --model with --data
     parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
     about = "number of images per warm call (default: 1)"
-    parser.add_argument("--batch", default=1, help=about, **flags.COUNT)
+    parser.add_argument("--batch", help=about, **flags.COUNT)
     about = "number of measurements of each kind (default: 5)"
-    parser.add_argument("--repeat", default=5, help=about, **flags.COUNT)
+    parser.add_argument("--repeat", help=about, **flags.COUNT)
     unclip, dalle = (",".join(STAGES[kind]) for kind in ("unclip", "dalle"))
     about = f"some of {unclip}, or for a DALL-E of {dalle} (default: all)"
     parser.add_argument("--stages", type=lambda x: tuple(x.split(",")), metavar="A,B", help=about)
@@ -49,15 +53,15 @@ def add_commands(commands: Any) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="PATH", help=about)
     about = "side of the images (default: 64)"
-    data.add_argument("--image-size", default=64, help=about, **flags.COUNT)
+    data.add_argument("--image-size", help=about, **flags.COUNT)
     about = "images per batch (default: 64)"
-    data.add_argument("--batch-size", default=64, help=about, **flags.COUNT)
+    data.add_argument("--batch-size", help=about, **flags.COUNT)
     about = "numbers of worker processes to compare (default: 0,1,2)"
-    data.add_argument("--workers", type=_numbers, default=(0, 1, 2), metavar="A,B", help=about)
+    data.add_argument("--workers", type=_numbers, metavar="A,B", help=about)
     about = "batches to load (default: 50)"
-    data.add_argument("--batches", default=50, help=about, **flags.COUNT)
+    data.add_argument("--batches", help=about, **flags.COUNT)
     about = "seconds per training step, during which workers load (default: 0)"
-    data.add_argument("--step", type=flags.number, default=0.0, metavar="X", help=about)
+    data.add_argument("--step", type=flags.number, metavar="X", help=about)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -71,21 +75,33 @@ def _moved(name: str) -> str:
     return name
 
 
+def _refuse(names: Iterable[str], args: Namespace, reason: str) -> None:
+    """Raise a ValueError if one of these flags is given."""
+    for name in names:
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} {reason}")
+
+
 def bench(args: Namespace) -> None:
-    if args.data is not None:
-        return _bench_data(args)
     from unclip.evaluation import bench as benchmark
     from unclip.evaluation.bench import tables
     from unclip.evaluation.report import Row, plain_table
 
+    names = [field.name for field in fields(benchmark.BenchConfig)]
+    if args.data is not None:
+        reason = "cannot be given with --data, which measures a data loader"
+        _refuse((*names, "whole"), args, reason)
+        return _bench_data(args)
+    _refuse(LOADER, args, "is for a data loader; give --data PATH with it")
+    args.model = args.model or flags.DEFAULT_MODEL
     check_json(args.json)
     if args.model not in benchmark.RANDOM_MODELS:
         locate(args.model)  # an unknown name is reported before torch is imported
     if args.model in benchmark.KARLO and not (args.whole or args.preset):
         args.steps_only = True  # all steps take minutes on a CPU
     args.dtype = flags.DTYPES.get(args.dtype, args.dtype)
-    names = [field.name for field in fields(benchmark.BenchConfig)]
-    config = benchmark.BenchConfig(**{name: getattr(args, name) for name in names})
+    given = {name: value for name in names if (value := getattr(args, name))}
+    config = benchmark.BenchConfig(**given)
     results = benchmark.bench(config, not args.quiet)
     print(tables.describe_machine(results["machine"]))
     print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))
@@ -107,6 +123,9 @@ def _bench_data(args: Namespace) -> None:
     from unclip.data.loader import DataConfig
 
     check_json(args.json)
+    for name, default in LOADER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     config = DataConfig(args.data, args.image_size, args.batch_size)
     results = []
     print(f"{'workers':>7}  {'images/s':>9}  {'per worker':>10}  {'wait per step':>13}")

@@ -197,7 +197,8 @@ def evaluate_codec(args: Namespace) -> None:
     from unclip.image_io import save_png
 
     codec = load_codec(path / "codec" if (path / "codec").is_dir() else path, args.device)
-    images = load_pairs(args.data, args.size or codec.image_size, args.limit, not args.quiet).images
+    size = args.size or codec.image_size
+    images = load_pairs(args.data, size, args.limit, not args.quiet, captions_needed=False).images
     results = evaluation.evaluate_codec(codec, images, args.batch_size)
     width = max(map(len, results))
     for name, value in results.items():

@@ -16,7 +16,7 @@ from unclip.checkpoints.folders import (
     locate,
     read_model_json,
 )
-from unclip.cli.arguments import check_flags, sampling_options
+from unclip.cli.arguments import check_flags, given_flags, sampling_options
 from unclip.config import parse
 from unclip.files import read_json
 from unclip.pipelines.presets import preset
@@ -92,6 +92,7 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     kind: the kind of model that the command needs, and its description. Returns the header and the
     options; None for formats other than ours.
     """
+    _check_embedding(args)
     if (header := read_header(locate(args.model))) is None:
         return None
     if kind:
@@ -106,6 +107,18 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
         if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):
             raise ValueError(f"steps of the {name} are {stage.steps}; expected at most {most}")
     return header, options
+
+
+def _check_embedding(args: Namespace) -> None:
+    """Raise a ValueError for flags without effect on an --embedding that is not the prior's."""
+    if (embedding := getattr(args, "embedding", None)) not in ("text", "none"):
+        return
+    for flag in given_flags(args):
+        of_prior = (flag.sets.get("unclip") or "").startswith("prior")
+        if of_prior or (embedding == "none" and flag.name == "--prior"):
+            raise ValueError(
+                f"{flag.name} cannot be given with --embedding {embedding}, which samples no prior"
+            )
 
 
 def load_named(

@@ -10,12 +10,12 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unclip.files import check_image_folder
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from unclip.types import GenerationResult
-
-OTHER_FORMATS = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".mp4")
 
 
 def check_output(args: Namespace, num_images: int) -> None:
@@ -23,11 +23,10 @@ def check_output(args: Namespace, num_images: int) -> None:
     path = args.output
     if path is None:
         return
-    if path.suffix.lower() in OTHER_FORMATS:
-        raise ValueError(f"{path}: images are written as .png, .jpg or .webp; expected one of them")
     if not is_image(path):
         if path.is_file():
             raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
+        check_image_folder(path)
         return _check_parents(path)
     if num_images > 1 and not args.grid:
         raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")

@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="data type of the networks")
     about = "address to bind; any but a loopback address needs an API key (default: 127.0.0.1)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=_port, default=8000, help="default: 8000")
     about = f"key that clients must send; may be repeated (default: ${KEY_VARIABLE}, or none)"
     parser.add_argument("--api-key", action="append", dest="keys", metavar="KEY", help=about)
     about = "base of the URLs in responses (default: the Host header, on loopback only)"
@@ -50,9 +50,15 @@ def add_commands(commands: Any) -> None:
     about = "with --ray: number of replicas, grows with the load from A to B (default: 1)"
     parser.add_argument("--replicas", type=_replicas, metavar="A[:B]", help=about)
     about = "with --ray: CPUs of each replica (default: 1)"
-    parser.add_argument("--num-cpus", type=float, default=1.0, metavar="N", help=about)
+    parser.add_argument("--num-cpus", type=float, metavar="N", help=about)
     about = "with --ray: GPUs of each replica (default: 0)"
-    parser.add_argument("--num-gpus", type=float, default=0.0, metavar="N", help=about)
+    parser.add_argument("--num-gpus", type=float, metavar="N", help=about)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise ArgumentTypeError(f"{text!r} is not a port; expected a number from 1 to 65535")
+    return int(text)
 
 
 def _replicas(text: str) -> tuple[int, int]:
@@ -71,8 +77,10 @@ def _model(text: str) -> tuple[str, str]:
 
 
 def serve(args: Namespace) -> None:
-    if args.replicas and not args.ray:
-        raise ValueError("--replicas needs --ray")
+    names = ("replicas", "num_cpus", "num_gpus")
+    of_ray = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if of_ray and not args.ray:
+        raise ValueError(f"--{next(iter(of_ray)).replace('_', '-')} needs --ray")
     extra = "ray" if args.ray else "serve"
     try:
         from unclip.serving.server import serve as run
@@ -114,5 +122,5 @@ def serve(args: Namespace) -> None:
     from unclip.serving.replicas import ReplicaConfig
     from unclip.serving.replicas import serve as run_replicas
 
-    low, high = args.replicas or (1, 1)
-    run_replicas(config, ReplicaConfig(low, high, args.num_cpus, args.num_gpus))
+    low, high = of_ray.pop("replicas", (1, 1))
+    run_replicas(config, ReplicaConfig(low, high, **of_ray))

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from unclip.data.paths import is_foreign, list_files
-from unclip.data.samples import EXTENSIONS, Sample, count_left_out, describe, json_weight
-from unclip.data.tables import TABLES, read_rows
+from unclip.data.paths import list_files
+from unclip.data.samples import (
+    EXTENSIONS,
+    Sample,
+    count_left_out,
+    describe,
+    is_image,
+    json_weight,
+)
+from unclip.data.tables import TABLES, read_columns, read_rows
 from unclip.data.text import (
     MAX_JSON,
     ColumnNames,
@@ -41,19 +49,27 @@ class FolderDataset:
 
     `source` is the folder, or a .jsonl, .csv or .tsv file in it. The captions are a column of the
     table, else the lines of a text file or the caption in a JSON file next to each image. Broken
-    samples are left out and named in `broken`; other files are counted in `left_out`.
+    samples are left out and named in `broken`; other files, and images that the table of a folder
+    does not list, are counted in `left_out`. Images without a caption are broken, or have the
+    captions [""] if none are needed.
     """
 
-    def __init__(self, source: str | Path, columns: ColumnNames | None = None) -> None:
+    def __init__(
+        self, source: str | Path, columns: ColumnNames | None = None, captions_needed: bool = True
+    ) -> None:
         source, self._columns = Path(source), columns or ColumnNames()
+        self._captions_needed = captions_needed
+        usual = ("text", "caption", "captions")
+        self._image = self._columns.image or "file_name"  # names of columns
+        self._captions = (self._columns.caption,) if self._columns.caption else usual
+        self._expected_columns = f"{self._image} and {' or '.join(self._captions)}"
         self.broken: dict[str, str] = {}  # place -> reason
         self.left_out: Counter[str] = Counter()  # reason -> number of files
-        table = source if source.is_file() else _find_table(source)
-        self.folder = table.parent if table else source
         self._sidecars: dict[str, dict[str, str]] = {}  # name without suffix -> kind -> file
-        self._rows = self._read_table(table) if table else self._list_images(source)
+        self.folder = source.parent if source.is_file() else source
+        self._rows = self._read_table(source) if source.is_file() else self._read_folder()
         if not self._rows:
-            found = f"{table or source}: no usable sample"
+            found = f"{source}: no usable sample"
             reasons = "; ".join(f"{place}: {why}" for place, why in list(self.broken.items())[:3])
             raise ValueError(f"{found} ({reasons})" if reasons else f"{found}; expected {LAYOUTS}")
         self.weights = np.array([row.weight for row in self._rows], np.float64)
@@ -76,90 +92,119 @@ class FolderDataset:
 
     def _describe(self, stem: str) -> tuple[list[str], Mapping[str, Any]]:
         """Return the captions and metadata in the files next to an image."""
-        files = self._sidecars[stem]
-        return describe({kind: self._read(name) for kind, name in files.items()}, self._columns)
+        names = self._sidecars.get(stem, {})
+        files = {kind: self._read(name) for kind, name in names.items()}
+        return describe(files, self._columns, self._captions_needed)
 
     def _read(self, file_name: str) -> bytes:
         with open(self.folder / file_name, "rb") as file:
             return file.read(MAX_JSON + 1)  # `describe` refuses more
 
-    def _read_table(self, table: Path) -> list[_Row]:
+    def _read_folder(self) -> list[_Row]:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} is not a directory")
+        files, links = list_files(self.folder)
+        images, others = [], []
+        for name in files:
+            if is_image(name):
+                images.append(name)
+                continue
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in (".txt", ".json"):
+                self._sidecars.setdefault(stem, {})[suffix[1:].lower()] = name
+            else:
+                others.append(name)
+        captioned = any(os.path.splitext(name)[0] in self._sidecars for name in images)
+        if table := self._find_table(others, captioned):
+            return self._read_table(self.folder / table, images)
+        self.left_out.update(["broken links and devices"] * len(links))
+        for name in others:
+            suffix = os.path.splitext(name)[1].lower()
+            self.left_out[f"{suffix} files" if suffix else "files without suffix"] += 1
+        if not images or (self._captions_needed and not captioned):
+            found = f"{self.folder}: {len(images)} images"
+            expected = f"images ({', '.join(EXTENSIONS)})"
+            if self._captions_needed:
+                found, expected = f"{found}, no captions", LAYOUTS
+            if left_out := count_left_out(self.left_out):
+                found += f" ({left_out})"
+            raise ValueError(f"{found}; expected {expected}")
+        return self._list_images(images)
+
+    def _find_table(self, names: list[str], captioned: bool) -> str | None:
+        """Return the name of the folder's table.
+
+        If the images have captions, or need none, a CSV or TSV without the expected columns has
+        another purpose: it is moved from `names` to `left_out`.
+        """
+        tables = [
+            name
+            for name in names
+            if "/" not in name and os.path.splitext(name)[1].lower() in TABLES[1:]
+        ]
+        if captioned or not self._captions_needed:
+            for name in tables[:]:
+                columns = {*read_columns(self.folder / name)}
+                if self._image not in columns or columns.isdisjoint(self._captions):
+                    tables.remove(name)
+                    names.remove(name)
+                    self.left_out[f"tables without the columns {self._expected_columns}"] += 1
+        if "metadata.jsonl" in names:
+            return "metadata.jsonl"
+        if len(tables) > 1:
+            count = f"{len(tables)} CSV or TSV files"
+            raise ValueError(f"{self.folder} has {count}; give one, e.g. {self.folder / tables[0]}")
+        return tables[0] if tables else None
+
+    def _read_table(self, table: Path, images: Iterable[str] = ()) -> list[_Row]:
+        """Return the rows of a table; count the others of `images` in `left_out`."""
         if table.suffix.lower() not in TABLES:
             raise ValueError(f"{table} is not a table ({', '.join(TABLES)}); expected {LAYOUTS}")
-        is_json, image = table.suffix.lower() == ".jsonl", self._columns.image or "file_name"
-        usual = ("text", "caption", "captions")
-        captions = (self._columns.caption,) if self._columns.caption else usual
-        weight = self._columns.weight or ("weight" if is_json else None)
-        rows = []
+        weight = self._columns.weight or ("weight" if table.suffix.lower() == ".jsonl" else None)
+        rows, unlisted, folder = [], {*images}, f"{self.folder.absolute()}/"
         for line, entry in read_rows(table):
             try:
                 if isinstance(entry, ValueError):
                     raise entry
-                if image not in entry or not any(name in entry for name in captions):
-                    expected = f"expected {image} and {' or '.join(captions)}"
+                captioned = any(name in entry for name in self._captions)
+                if self._image not in entry or (self._captions_needed and not captioned):
+                    expected = f"expected {self._expected_columns}"
                     found = f"the columns are {quote(list(entry))}; {expected} (set data.columns)"
                     raise ValueError(found)
-                rows.append(self._parse_row(entry, image, captions, weight))
+                file_name = self._file_name(entry[self._image])
+                unlisted.discard(posixpath.normpath(file_name).removeprefix(folder))
+                captions = caption_list(first_of(entry, self._captions), self._captions_needed)
+                rows.append(_Row(file_name, captions, sample_weight(entry, weight), entry))
             except ValueError as error:
                 self.broken[f"{readable(str(table))}: line {line}"] = str(error)
         if not rows and not self.broken:
             raise ValueError(f"{table} is empty; expected {LAYOUTS}")
+        if unlisted:
+            self.left_out[f"images that {readable(table.name)} does not list"] = len(unlisted)
         return rows
 
-    def _parse_row(
-        self, entry: Mapping[str, Any], image: str, captions: tuple[str, ...], weight: str | None
-    ) -> _Row:
-        file_name = entry[image]
-        if not isinstance(file_name, str) or not file_name.strip():
-            raise ValueError(f"{image} is {quote(file_name)}; expected the name of a file")
-        if "\\" in file_name and not os.path.lexists(self.folder / file_name):
-            file_name = file_name.replace("\\", "/")  # written on Windows
-        texts = caption_list(first_of(entry, captions))
-        return _Row(file_name, texts, sample_weight(entry, weight), entry)
+    def _file_name(self, value: Any) -> str:
+        """Return the path of an image in a table."""
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self._image} is {quote(value)}; expected the name of a file")
+        if "\\" in value and not os.path.lexists(self.folder / value):
+            return value.replace("\\", "/")  # written on Windows
+        return value
 
-    def _list_images(self, folder: Path) -> list[_Row]:
-        files, others = list_files(folder)
-        self.left_out.update(["broken links and devices"] * len(others))
-        images = []
-        for name in files:
-            stem, suffix = os.path.splitext(name)
-            if suffix[1:].lower() in EXTENSIONS:
-                images.append(name)
-            elif suffix.lower() in (".txt", ".json"):
-                self._sidecars.setdefault(stem, {})[suffix[1:].lower()] = name
-            else:
-                self.left_out[f"{suffix.lower()} files" if suffix else "files without suffix"] += 1
-        stems = [os.path.splitext(name)[0] for name in images]
-        if not any(stem in self._sidecars for stem in stems):
-            count = f"{len(images)} images, no captions"
-            if left_out := count_left_out(self.left_out):
-                count += f" ({left_out})"
-            raise ValueError(f"{folder}: {count}; expected {LAYOUTS}")
-        rows = []
+    def _list_images(self, images: list[str]) -> list[_Row]:
+        rows, stems = [], [os.path.splitext(name)[0] for name in images]
         for name, stem in zip(images, stems, strict=True):
             try:
-                if stem not in self._sidecars:
+                if self._captions_needed and stem not in self._sidecars:
                     raise ValueError("no caption")
                 rows.append(_Row(name, None, self._weight(stem), {}))
             except ValueError as error:
-                self.broken[readable(str(folder / name))] = str(error)
+                self.broken[readable(str(self.folder / name))] = str(error)
         unused = self._sidecars.keys() - set(stems)
         self.left_out.update(["captions without image"] * len(unused))
         return rows
 
     def _weight(self, stem: str) -> float:
         """Return the weight in the JSON file of an image, or 1 without one."""
-        file_name = self._sidecars[stem].get("json")
+        file_name = self._sidecars.get(stem, {}).get("json")
         return json_weight(self._read(file_name), self._columns) if file_name else 1.0
-
-
-def _find_table(folder: Path) -> Path | None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a directory")
-    if (folder / "metadata.jsonl").is_file():
-        return folder / "metadata.jsonl"
-    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLES[1:]]
-    tables = [path for path in found if not is_foreign(path.name)]
-    if len(tables) > 1:
-        raise ValueError(f"{folder} has {len(tables)} CSV or TSV files; give one, e.g. {tables[0]}")
-    return tables[0] if tables else None

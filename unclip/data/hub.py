@@ -24,7 +24,9 @@ CAPTIONS = ("text", "caption", "captions", "prompt")
 class HubDataset:
     """Rows of a map-style dataset: its image column, and the first column of CAPTIONS."""
 
-    def __init__(self, source: str, columns: ColumnNames | None = None) -> None:
+    def __init__(
+        self, source: str, columns: ColumnNames | None = None, captions_needed: bool = True
+    ) -> None:
         rows, split = _load(source)
         self.broken: dict[str, str] = {}
         self.left_out: Counter[str] = Counter()
@@ -32,12 +34,12 @@ class HubDataset:
         names = columns or ColumnNames()
         images = [n for n, kind in kinds.items() if kind == "Image" and names.image in (None, n)]
         captions = [n for n in ([names.caption] if names.caption else CAPTIONS) if n in kinds]
-        if len(images) != 1 or not captions:
+        if len(images) != 1 or (captions_needed and not captions):
             found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise ValueError(
-                f"{source} has the columns {found}; expected one Image and one of {CAPTIONS}"
-            )
-        self.image, self.caption = images[0], captions[0]
+            expected = "one Image" + (f" and one of {CAPTIONS}" if captions_needed else "")
+            raise ValueError(f"{source} has the columns {found}; expected {expected}")
+        self.image, self.caption = images[0], next(iter(captions), None)
+        self.captions_needed = captions_needed
         images_only = _datasets().Image(decode=False)  # decoded by our own reader
         self.rows = rows.cast_column(self.image, images_only)
         self.split, self.weights = split, np.ones(len(rows), np.float64)
@@ -49,7 +51,7 @@ class HubDataset:
         row = self.rows[index]
         key = f"{self.split}-{index}"
         try:
-            captions = caption_list(row[self.caption])
+            captions = caption_list(row.get(self.caption), self.captions_needed)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
         return Sample(key, captions, partial(_encoded, key, row[self.image]))

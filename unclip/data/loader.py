@@ -83,10 +83,13 @@ class DataConfig:
 def open_dataset(
     path: str | Path | Sequence[str | Path] | Mapping[str, float],
     columns: ColumnNames | None = None,
+    captions_needed: bool = True,
 ) -> Dataset | PrecomputedDataset:
     """Open a dataset by the content of its path, or several with weights.
 
-    A path that exists is not read as a pattern.
+    A path that exists is not read as a pattern. In a folder, tar shards take precedence over a
+    table, and a table over images; images that are not used are counted in `left_out`. Images
+    without a caption have the captions [""] if none are needed.
 
     tar shards            a folder, a file, a pattern, a URL that fsspec can open, or a list
     datasets              "datasets:NAME" or "datasets:NAME:SPLIT"
@@ -94,18 +97,18 @@ def open_dataset(
     precomputed data      a folder of embeddings or codes
     """
     if isinstance(path, Mapping):
-        return _open_mixture(path, columns)
+        return _open_mixture(path, columns, captions_needed)
     if not isinstance(path, (str, Path)):
         if len(path) != 1:
-            return ShardDataset(path, columns)
+            return ShardDataset(path, columns, captions_needed)
         (path,) = path
     place = Path(path)
     if str(path).startswith(SCHEME):
-        return HubDataset(str(path), columns)
+        return HubDataset(str(path), columns, captions_needed)
     exists = os.path.lexists(place)
     is_pattern = not exists and any(sign in str(path) for sign in WILDCARDS)
     if is_url(path) or place.suffix == ".tar" or is_pattern:
-        return ShardDataset(path, columns)
+        return ShardDataset(path, columns, captions_needed)
     if not exists:
         expected = "tar shards, a folder with images and captions, a table, embeddings, or codes"
         raise FileNotFoundError(f"no data at {path}; expected {expected}")
@@ -114,14 +117,16 @@ def open_dataset(
     if (place / "codes").is_dir():
         return CodeDataset(place, columns)
     if place.is_dir() and any(not is_foreign(tar.name) for tar in place.glob("*.tar")):
-        return ShardDataset(place, columns)
-    return FolderDataset(place, columns)
+        return ShardDataset(place, columns, captions_needed)
+    return FolderDataset(place, columns, captions_needed)
 
 
-def _open_mixture(sources: Mapping[str, float], columns: ColumnNames | None) -> Mixture:
+def _open_mixture(
+    sources: Mapping[str, float], columns: ColumnNames | None, captions_needed: bool
+) -> Mixture:
     datasets = []
     for path in sources:
-        dataset = open_dataset(path, columns)
+        dataset = open_dataset(path, columns, captions_needed)
         if isinstance(dataset, PrecomputedDataset):
             raise ValueError(
                 f"{path} contains {dataset.content}, which cannot be mixed; use images"
@@ -132,12 +137,15 @@ def _open_mixture(sources: Mapping[str, float], columns: ColumnNames | None) -> 
     return Mixture(datasets, list(sources.values()))
 
 
-def open_data(config: DataConfig, *precomputed: type[PrecomputedDataset]) -> Loader:
+def open_data(
+    config: DataConfig, *precomputed: type[PrecomputedDataset], captions_needed: bool = True
+) -> Loader:
     """Return a loader of captioned images, or of one of the given types of precomputed data.
 
-    Raises ValueError for precomputed data of another type.
+    Without `captions_needed`, images without a caption have the caption "". Raises ValueError for
+    precomputed data of another type.
     """
-    loader = Loader(config)
+    loader = Loader(config, captions_needed=captions_needed)
     dataset = loader.dataset
     if isinstance(dataset, PrecomputedDataset) and not isinstance(dataset, precomputed):
         expected = " or ".join(["images", *(kind.content for kind in precomputed)])
@@ -169,13 +177,18 @@ class Loader:
         dataset: Dataset | PrecomputedDataset | None = None,
         num_processes: int | None = None,
         process_index: int | None = None,
+        captions_needed: bool = True,
     ) -> None:
         if num_processes is None:
             num_processes = int(os.environ.get("WORLD_SIZE", 1))
         if process_index is None:
             process_index = int(os.environ.get("RANK", 0))
         self.config, self.num_processes, self.process_index = config, num_processes, process_index
-        self.dataset = open_dataset(config.path, config.columns) if dataset is None else dataset
+        self.dataset = (
+            open_dataset(config.path, config.columns, captions_needed)
+            if dataset is None
+            else dataset
+        )
         weights = self.dataset.weights if config.weighted else np.ones(len(self.dataset))
         self._order = EpochOrder(weights, config.seed)
         self.epoch, self.batch = 0, 0  # of the next batch

@@ -6,7 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 # Files that operating systems and tools add to folders and archives, besides hidden ones.
 FOREIGN = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "icon\r"}
@@ -16,8 +16,10 @@ MAX_RANGE = 1_000_000
 
 def is_foreign(name: str) -> bool:
     """Return whether a component of a path is hidden or was added by an operating system."""
-    parts = PurePosixPath(name).parts
-    return any(part.startswith(".") and part != ".." or part.lower() in FOREIGN for part in parts)
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in FOREIGN
+        for part in name.split("/")
+    )
 
 
 def list_files(folder: Path) -> tuple[list[str], list[str]]:

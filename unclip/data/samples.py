@@ -34,6 +34,7 @@ SUFFIXES = {
     "AVIF": ("avif",),
 }
 EXTENSIONS = tuple(suffix for name in FORMATS for suffix in SUFFIXES[name])
+_DOTTED = tuple(f".{suffix}" for suffix in EXTENSIONS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sample:
     """An encoded image with its captions and metadata."""
 
     key: str  # unique within the dataset
-    captions: list[str]  # at least one; the canonical one first
+    captions: list[str]  # the canonical one first; [""] if there is none and none is needed
     read: Callable[[], bytes] = field(repr=False)  # returns the encoded image
     weight: float = 1.0  # expected number of occurrences in an epoch
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -81,12 +82,18 @@ def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
+def is_image(name: str) -> bool:
+    """Return whether a file has the suffix of a supported image format."""
+    return name.lower().endswith(_DOTTED)
+
+
 def describe(
-    files: Mapping[str, bytes], columns: ColumnNames
+    files: Mapping[str, bytes], columns: ColumnNames, captions_needed: bool = True
 ) -> tuple[list[str], Mapping[str, Any]]:
     """Return the captions and metadata in the "json" and "txt" files of a sample.
 
-    Captions are those of the JSON, else the lines of the text. Raises ValueError if there are none.
+    Captions are those of the JSON, else the lines of the text. If there are none: [""], or a
+    ValueError if they are needed.
     """
     meta = parse_bounded(files["json"]) if "json" in files else {}
     if not isinstance(meta, dict):
@@ -96,7 +103,7 @@ def describe(
         if len(files["txt"]) > MAX_TEXT:
             raise ValueError(f"a caption file of more than {MAX_TEXT:,} bytes")
         value = decode_text(files["txt"]).splitlines()
-    return caption_list(value), meta
+    return caption_list(value, captions_needed), meta
 
 
 def json_weight(data: bytes, columns: ColumnNames) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,14 @@ import numpy as np
 
 from unclip.data.paths import expand, expand_braces, is_foreign
 from unclip.data.remote import find_urls, is_url, local_copies
-from unclip.data.samples import EXTENSIONS, Sample, count_left_out, describe, json_weight
+from unclip.data.samples import (
+    EXTENSIONS,
+    Sample,
+    count_left_out,
+    describe,
+    is_image,
+    json_weight,
+)
 from unclip.data.tars import EndMark, Loss, Member, read_members
 from unclip.data.text import MAX_JSON, ColumnNames, readable
 
@@ -80,18 +88,24 @@ class ShardDataset:
     these. The captions are `captions` (a list) or `caption` in the JSON member, else the lines of
     the txt member. The JSON may contain a `weight`.
 
-    Samples that lost a member to a damaged header are left out and named in `broken`; other members
-    are counted in `left_out`.
+    Samples that lost a member to a damaged header are left out and named in `broken`; other
+    members, and images of a folder that are not in a tar, are counted in `left_out`. Samples
+    without a caption are broken, or have the captions [""] if none are needed.
     """
 
     def __init__(
-        self, source: str | Path | Sequence[str | Path], columns: ColumnNames | None = None
+        self,
+        source: str | Path | Sequence[str | Path],
+        columns: ColumnNames | None = None,
+        captions_needed: bool = True,
     ) -> None:
         sources = [source] if isinstance(source, (str, Path)) else source
-        self.columns = columns or ColumnNames()
+        self.columns, self.captions_needed = columns or ColumnNames(), captions_needed
         self.shards = [shard for one in sources for shard in find_shards(one)]
         self.broken: dict[str, str] = {}  # place -> reason
-        self.left_out: Counter[str] = Counter()  # kind -> number of members
+        self.left_out: Counter[str] = Counter()  # kind -> number of members or files
+        if images := sum(map(_count_images, sources)):
+            self.left_out["images outside the tar shards, which take precedence"] = images
         # number of the shard, key, kind ("image", "txt", "json"): member
         self._index: list[tuple[int, str, dict[str, Member]]] = []
         self._usual: tuple[str, ...] = ()  # extensions of a sample
@@ -123,7 +137,7 @@ class ShardDataset:
         where = f"{readable(str(shard))}: {key}"
         files = {kind: _read(shard, members[kind]) for kind in members if kind != "image"}
         try:
-            captions, meta = describe(files, self.columns)
+            captions, meta = describe(files, self.columns, self.captions_needed)
             weight = json_weight(files.get("json", b""), self.columns)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -190,7 +204,7 @@ class ShardDataset:
     def _select(self, group: _Group, usual: Sequence[str]) -> dict[str, Member] | None:
         """Return the image and the captions of a sample; None if it has no image.
 
-        Raises ValueError if the caption is missing or the image was lost to damage.
+        Raises ValueError if a needed caption is missing or the image was lost to damage.
         """
         ranks = {
             name: (name.count("."), EXTENSIONS.index(kind))
@@ -210,7 +224,7 @@ class ShardDataset:
             for name in (kind, f"{prefix}{kind}"):
                 if name in group.members:
                     selected[kind] = group.members[name]
-        if len(selected) == 1:
+        if self.captions_needed and len(selected) == 1:
             raise ValueError("no caption")
         others = set(group.members) - {image, "txt", "json", f"{prefix}txt", f"{prefix}json"}
         for name in others:
@@ -297,6 +311,15 @@ def find_shards(source: str | Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"no shards at {source}; expected a folder or pattern of tars")
     return found
+
+
+def _count_images(source: str | Path) -> int:
+    """Count the image files below `source`, if it is a folder."""
+    count = 0
+    for _, folders, files in os.walk(source):  # skips folders that cannot be read
+        folders[:] = [name for name in folders if not is_foreign(name)]
+        count += sum(is_image(name) and not is_foreign(name) for name in files)
+    return count
 
 
 def shard_urls(source: str | Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from unclip.data.text import MAX_JSON, check_content, parse_bounded, quote
 
@@ -27,6 +27,15 @@ def read_rows(table: Path) -> Iterator[tuple[int, Row]]:
     return _read_json_lines(table) if table.suffix.lower() == ".jsonl" else _read_csv(table)
 
 
+def read_columns(table: Path) -> list[str]:
+    """Return the names of the columns of a CSV or TSV file; [] if it has no readable header."""
+    with _open_csv(table) as file:
+        try:
+            return _names(_csv_reader(file, table))
+        except csv.Error:
+            return []
+
+
 def _read_json_lines(table: Path) -> Iterator[tuple[int, Row]]:
     with table.open("rb") as file:
         lines = iter(lambda: file.readline(MAX_JSON + 1), b"")
@@ -45,16 +54,10 @@ def _read_json_lines(table: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_csv(table: Path) -> Iterator[tuple[int, Row]]:
-    # Bytes that are not UTF-8 become surrogates: valid in file names, errors in captions.
-    with table.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header = file.readline(MAX_JSON)
-        is_tsv = table.suffix.lower() == ".tsv"
-        delimiter = "\t" if is_tsv else max(",;\t", key=header.count)
-        file.seek(0)
-        rows = csv.reader(file, delimiter=delimiter)
-        last = 0
+    with _open_csv(table) as file:
+        rows, last = _csv_reader(file, table), 0
         try:
-            names = [name.strip() for name in next(rows, [])]
+            names = _names(rows)
             last = rows.line_num
             for row in rows:
                 if row:
@@ -62,3 +65,19 @@ def _read_csv(table: Path) -> Iterator[tuple[int, Row]]:
                 last = rows.line_num
         except csv.Error as error:
             raise ValueError(f"{table}: line {last + 1}: {error}") from None
+
+
+def _open_csv(table: Path) -> IO[str]:
+    # Bytes that are not UTF-8 become surrogates: valid in file names, errors in captions.
+    return table.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_reader(file: IO[str], table: Path) -> Any:
+    header = file.readline(MAX_JSON)
+    file.seek(0)
+    is_tsv = table.suffix.lower() == ".tsv"
+    return csv.reader(file, delimiter="\t" if is_tsv else max(",;\t", key=header.count))
+
+
+def _names(rows: Iterator[list[str]]) -> list[str]:
+    return [name.strip() for name in next(rows, [])]

@@ -79,13 +79,16 @@ def check_caption(value: Any) -> str:
     return value
 
 
-def caption_list(value: Any) -> list[str]:
-    """Strip captions and drop empty ones. Raises ValueError if none is left."""
+def caption_list(value: Any, needed: bool = True) -> list[str]:
+    """Strip captions and drop empty ones.
+
+    If none is left: [""], or a ValueError if captions are `needed`.
+    """
     values = value if isinstance(value, list) else [value]
     captions = [text for v in values if v is not None and (text := check_caption(v).strip())]
-    if not captions:
+    if needed and not captions:
         raise ValueError("no caption")
-    return captions
+    return captions or [""]
 
 
 def first_of(meta: Mapping[str, Any], names: tuple[str, ...]) -> Any:

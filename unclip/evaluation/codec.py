@@ -20,7 +20,8 @@ def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> 
     """Evaluate a codec on images (N, 3, S, S) uint8.
 
     psnr (dB) and ssim: means over the images. high_band_error, high_band_energy: energy above
-    HIGH_FREQUENCY of the error and of the reconstructions, relative to the images (< 1: blurred).
+    HIGH_FREQUENCY of the error and of the reconstructions, relative to the images (< 1: blurred),
+    unless all have one colour.
     Discrete codecs also give usage and perplexity of the codebook, and bits per image.
     """
     device, codes = codec.last_layer.device, []
@@ -43,9 +44,10 @@ def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> 
     results = {
         "psnr": sums["psnr"] / len(images),
         "ssim": sums["ssim"] / len(images),
-        "high_band_error": sums["error_energy"] / sums["true_energy"],
-        "high_band_energy": sums["output_energy"] / sums["true_energy"],
     }
+    if sums["true_energy"] > 0:  # else all images have one colour
+        results["high_band_error"] = sums["error_energy"] / sums["true_energy"]
+        results["high_band_energy"] = sums["output_energy"] / sums["true_energy"]
     if isinstance(codec, ImageCodec):
         statistics = code_statistics(torch.cat([x.flatten() for x in codes]), codec.vocab_size)
         results |= {name: value.item() for name, value in statistics.items()}

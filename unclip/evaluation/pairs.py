@@ -23,7 +23,7 @@ from tqdm import tqdm
 from unclip.data.augment import can_recolour
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
-from unclip.data.samples import Dataset, Sample, resize_center_crop
+from unclip.data.samples import Dataset, Sample, count_left_out, resize_center_crop
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 
@@ -118,14 +118,16 @@ def load_pairs(
     size: int,
     limit: int | None = None,
     progress: bool = True,
+    captions_needed: bool = True,
 ) -> Pairs:
     """Read a dataset (any that training accepts, or several tars), resized to `size` x `size`.
 
-    `limit` selects that many evenly spaced pairs. Unreadable images are skipped with a warning;
-    raises ValueError if none can be read.
+    `limit` selects that many evenly spaced pairs. Without `captions_needed`, images without a
+    caption have the caption "". Unreadable images are skipped with a warning; raises ValueError if
+    none can be read.
     """
     sources = [source] if isinstance(source, (str, Path)) else list(source)
-    dataset = open_dataset(sources)
+    dataset = open_dataset(sources, captions_needed=captions_needed)
     if isinstance(dataset, PrecomputedDataset):
         raise ValueError(f"{sources[0]} contains precomputed data; evaluation needs images")
     if limit is not None and limit < 1:
@@ -149,6 +151,8 @@ def load_pairs(
     if not loaded:
         raise ValueError(f"{sources[0]}: none of {count} images can be read, e.g. {errors[0]}")
     errors += [f"{place}: {why}" for place, why in dataset.broken.items()]
+    if left_out := count_left_out(dataset.left_out):
+        warnings.warn(f"{sources[0]}: left out {left_out}", stacklevel=2)
     if errors:
         warnings.warn(f"skipped {len(errors)} unreadable images, e.g. {errors[0]}", stacklevel=2)
     indices, entries, images = zip(*loaded, strict=True)

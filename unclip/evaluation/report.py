@@ -176,10 +176,12 @@ def _candidates(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 
 
 def _codec(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    energy = f"energy {part['high_band_energy']:.1%} of the true images"
     yield Row("codec alone: PSNR", f"{part['psnr']:.2f} dB")
     yield Row("codec alone: SSIM", f"{part['ssim']:.3f}")
-    yield Row("codec alone: error of the finest details", f"{part['high_band_error']:.1%}", energy)
+    if "high_band_error" in part:
+        energy = f"energy {part['high_band_energy']:.1%} of the true images"
+        error = f"{part['high_band_error']:.1%}"
+        yield Row("codec alone: error of the finest details", error, energy)
     perplexity = f"perplexity {part['perplexity']:.0f}"
     yield Row("codec alone: codes in use", f"{part['usage']:.1%}", perplexity)
 

@@ -21,7 +21,7 @@ from unclip.checkpoints.folders import CARD_FILE
 from unclip.checkpoints.formats import Bundle
 from unclip.checkpoints.hub import upload
 from unclip.checkpoints.store import load_bundle, save_bundle
-from unclip.config import check_keywords
+from unclip.config import OTHER_NAMES, check_keywords
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import Batch
@@ -31,6 +31,8 @@ from unclip.weights import to_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+DIFFUSERS_NAMES = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 
 P = ParamSpec("P")
 Output = TypeVar("Output", Tensor, TextEncoding)
@@ -257,10 +259,27 @@ def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
         if not kwargs.keys() <= known:
-            check_keywords(kwargs, parameters)
+            pipe: Any = args[0]
+            check_keywords(kwargs, parameters, suggest=lambda name: _suggest(name, pipe.options))
         return method(*args, **kwargs)
 
     return run
+
+
+def _suggest(name: str, options: Any) -> str | None:
+    """Return the argument to use for one of another library, or for the name of an option."""
+    for theirs, ours in DIFFUSERS_NAMES.items():  # also prior_num_inference_steps
+        name = name.replace(theirs, ours)
+    known = vars(options)
+    if name in known:
+        return f"options=replace(pipe.options, {name}=...)"
+    stage, _, option = name.partition("_")  # prior_steps
+    if not isinstance(known.get(stage), StageOptions):
+        stage, option = "decoder", name
+    if stage in known and option in vars(known[stage]):
+        changed = f"{stage}=replace(pipe.options.{stage}, {option}=...)"
+        return f"options=replace(pipe.options, {changed})"
+    return OTHER_NAMES.get(name)
 
 
 def inference(stage: Callable[P, Output]) -> Callable[P, Output]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -64,8 +65,26 @@ def configure_process() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
 
 
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Bind a port on all addresses of a host. OSError if it is taken, or not permitted."""
+
+    async def bound() -> list[socket.socket]:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(asyncio.Protocol, host, port, start_serving=False)
+        sockets = [one.dup() for one in server.sockets]
+        server.close()
+        return sockets
+
+    try:
+        return asyncio.run(bound())
+    except OSError as error:
+        reason = str(error.strerror).rpartition(": ")[2]
+        advice = "choose another address (--host, --port)"
+        raise OSError(f"cannot listen on {host}:{port}: {reason}; {advice}") from None
+
+
 def serve(config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT. OSError if the port is taken."""
+    """Serve until SIGTERM or SIGINT. OSError, before a model is loaded, if the port is taken."""
     configure_process()
     app = create_app(config)
     settings = uvicorn.Config(
@@ -80,8 +99,9 @@ def serve(config: ServerConfig) -> None:
         timeout_graceful_shutdown=10,
         lifespan="on",
     )
+    sockets = bind(config.host, config.port)
     log.info("listening", extra={"host": config.host, "port": config.port, "models": config.models})
     server = Server(settings, app.state.engine, config.drain_seconds)
-    server.run()
+    server.run(sockets)
     if app.state.engine.failure is not None:
         raise ValueError(app.state.engine.failure)

@@ -85,22 +85,21 @@ def edit_mask(
 ) -> Image.Image | None:
     """Return the part to paint as 255 in mode L: what is transparent in the mask, or in the image.
 
-    A mask without transparency marks it in white, unless strict. None if there is no mask at all,
-    which is an APIError if it is required.
+    A mask without transparent pixels marks it in white, unless strict. None if there is no mask at
+    all, which is an APIError if it is required.
     """
     source, param = (image, "image") if mask is None else (mask, "mask")
-    if source.has_transparency_data or source.mode in ("RGBA", "LA"):
-        alpha = upright(source).convert("RGBA").getchannel("A")
-        hole = alpha.point([255] * 128 + [0] * 128)
+    if (clear := _transparent_part(source)) is not None:
+        hole = clear
     elif mask is not None and not strict:
         hole = upright(mask).convert("L").point([0] * 128 + [255] * 128)
     elif mask is None and not required:
         return None
     else:
-        raise bad_request(
-            f"Invalid input image - format must be in {list(ALPHA_MODES)}, got {source.mode}.",
-            param,
-        )
+        reason = f"format must be in {list(ALPHA_MODES)}, got {source.mode}"
+        if source.has_transparency_data:
+            reason = "it has no transparent pixels; expected them where it is to be painted"
+        raise bad_request(f"Invalid input image - {reason}.", param)
     if hole.size != upright(image).size:
         raise bad_request(
             f"Invalid mask image - it is {hole.width}x{hole.height}, but the image is "
@@ -108,6 +107,15 @@ def edit_mask(
             "mask",
         )
     return hole
+
+
+def _transparent_part(image: Image.Image) -> Image.Image | None:
+    """Return the transparent pixels as 255 in mode L; None if there are none."""
+    if not image.has_transparency_data:
+        return None
+    alpha = upright(image).convert("RGBA").getchannel("A")
+    clear = alpha.point([255] * 128 + [0] * 128)
+    return clear if clear.getbbox() else None
 
 
 def upright(image: Image.Image) -> Image.Image:
