@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,8 +130,15 @@ def test_an_interrupted_command_resumes(model, data, tmp_path, monkeypatch, caps
 
 
 def test_one_pair_is_too_few(invertible_pipe, data):
-    with pytest.raises(ValueError, match="1 held-out pair; expected at least 2"):
+    with pytest.raises(ValueError, match="the only held-out caption is"):
         ManipulationEvaluation(invertible_pipe, load_pairs(data, 8, 1, False), list)
+
+
+def test_targets_have_another_caption(invertible_pipe, data):
+    pairs = load_pairs(data, 8, None, False)
+    repeated = replace(pairs, entries=[pairs.entries[row] for row in (0, 1, 0, 1)])
+    evaluation = ManipulationEvaluation(invertible_pipe, repeated, list)
+    assert evaluation.targets == [3, 0, 1, 2]
 
 
 def test_the_seam_is_a_step_of_colour():

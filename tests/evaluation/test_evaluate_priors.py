@@ -118,7 +118,7 @@ def test_the_command_prints_a_table_and_writes_results(tiny_folder, data, tmp_pa
         ("--prior-guidance diffusion=much", "--prior-guidance: 'much' is not a finite number"),
         ("--batch-size 0", "'0' is not a whole number"),
         ("--json nowhere/priors.json", "nowhere"),
-        ("--limit 1", "only one held-out pair"),
+        ("--limit 1", "expected at least two different captions"),
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(arguments, message, tiny_folder, data, capsys):

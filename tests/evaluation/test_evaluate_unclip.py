@@ -205,7 +205,7 @@ def test_renamed_flags_still_work(tiny_folder, data, tmp_path, capsys):
     [
         ("--data nowhere", "nowhere"),
         ("--data {data}/heldout-*.tar --limit 0", "'0' is not a whole number"),
-        ("--data {data}/heldout-*.tar --limit 1", "only one held-out pair"),
+        ("--data {data}/heldout-*.tar --limit 1", "expected at least two different captions"),
         ("--data {data}/heldout-*.tar --batch-size 0", "'0' is not a whole number"),
         ("--data {data}/heldout-*.tar --json no/folder/e.json", "no/folder"),
         ("--data {data}/heldout-*.tar --model emojy", "emojy"),

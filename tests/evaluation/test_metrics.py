@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,10 +60,18 @@ def test_equal_captions_share_a_target():
 
 def test_cosine_gap_compares_the_diagonal_to_the_rest():
     true = torch.eye(3) * torch.tensor([1.0, 2.0, 3.0])  # lengths have no effect
-    matching = cosine_gap(true, true)
+    matching = cosine_gap(true, true, "abc")
     assert matching == pytest.approx({"matching": 1.0, "mismatched": 0.0, "gap": 1.0})
-    shifted = cosine_gap(true.roll(1, 0), true)
+    shifted = cosine_gap(true.roll(1, 0), true, "abc")
     assert shifted == pytest.approx({"matching": 0.0, "mismatched": 0.5, "gap": -0.5})
+    twice = true[[0, 0, 1]]  # rows with the same caption are not mismatched
+    assert cosine_gap(twice, twice, "aab")["mismatched"] == 0
+
+
+def test_recall_without_a_choice_is_left_out():
+    emb, targets = torch.eye(5), torch.arange(5)
+    assert recall(emb, emb, targets) == {"recall@1": 1.0}
+    assert recall(torch.eye(6), torch.eye(6), torch.arange(6)).keys() == {"recall@1", "recall@5"}
 
 
 def test_diversity_is_0_for_copies_and_1_for_orthogonal_embeddings():
@@ -148,6 +157,8 @@ def test_spread_balances_styles_and_puts_skin_tones_last(held_out, train):
     assert sorted(rows) == [0, 1, 2, 3] and held_out.entries[rows[-1]].toned
     assert {held_out.entries[row].style for row in rows[:2]} == set(STYLES)
     assert len({train.entries[row].concept for row in train.spread(6)}) == 6
+    repeated = replace(held_out, entries=held_out.entries[:1] * 3 + held_out.entries[1:2])
+    assert repeated.spread(4) == [0, 3]
 
 
 def test_pairs_of_a_folder_without_metadata(tmp_path):

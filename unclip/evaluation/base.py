@@ -27,6 +27,7 @@ from unclip.evaluation import PARTS
 from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
+    NEIGHBOURS,
     caption_targets,
     distribution_distances,
     diversity,
@@ -125,8 +126,7 @@ class Evaluation(ABC):
         judge: classifies what the images show; see judge.py.
         """
         pipe = generator.pipe
-        if len(held_out) < 2:
-            raise ValueError("got only one held-out pair; an evaluation needs at least 2")
+        held_out.check_captions()
         if pipe.clip is None:
             raise ValueError(f"{pipe.name} has no CLIP, which the evaluation needs")
         if baseline is not None and baseline.size != generator.size:
@@ -182,7 +182,9 @@ class Evaluation(ABC):
         if any(pair.scene for pair in self.held_out.entries):
             results["axes"] = self.axes()
         if self.judge is not None:
-            results |= {"judge": self.judged(self.judge), "realism": self.realism(self.judge)}
+            results["judge"] = self.judged(self.judge)
+            if len(self.held_out) > NEIGHBOURS:
+                results["realism"] = self.realism(self.judge)
             if wanted := combinations(self.held_out):
                 results["colours"] = self.colours(self.judge, wanted)
         if self.train is not None:

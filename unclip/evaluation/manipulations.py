@@ -57,13 +57,12 @@ class ManipulationEvaluation:
         progress: bool = True,
     ) -> None:
         """pca_embeddings: returns the embeddings (M, D) to fit the PCA on; called if needed."""
-        if len(pairs) < 2:
-            raise ValueError(f"got {len(pairs)} held-out pair; expected at least 2")
+        pairs.check_captions()
         self.pipe, self.pairs, self.pca_embeddings, self.seed = pipe, pairs, pca_embeddings, seed
         self.progress, self.batching = progress, {"batch_size": batch_size, "progress": progress}
         size = pipe.decoder.config.image_size
         self.images = [pairs.image(row, size) for row in range(len(pairs))]
-        self.targets = [(row + len(pairs) // 2) % len(pairs) for row in range(len(pairs))]
+        self.targets = [_target(pairs.captions, row) for row in range(len(pairs))]
         self.options, self.short_options = (
             replace(deterministic(pipe.options, count), upsamplers=())
             for count in (steps, min(steps, MAX_STEPS))
@@ -285,6 +284,13 @@ class ManipulationEvaluation:
 
     def _progress(self, rows: Sequence[int]) -> Iterator[int]:
         return iter(tqdm(rows, disable=not self.progress, leave=False))
+
+
+def _target(captions: Sequence[str], row: int) -> int:
+    """Return a row with another caption: the first one from half of all rows after `row`."""
+    count = len(captions)
+    rows = ((row + count // 2 + k) % count for k in range(count))
+    return next(other for other in rows if captions[other] != captions[row])
 
 
 def _mean(values: Tensor) -> float:

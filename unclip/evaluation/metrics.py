@@ -16,14 +16,19 @@ from unclip.embeddings import normalise
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 KID_SUBSET = 100  # images
+NEIGHBOURS = 3  # k of precision and recall, which need more images than that
 
 
-def cosine_gap(emb: Tensor, true_emb: Tensor) -> dict[str, float]:
-    """Return the mean cosine of matching rows, of mismatched rows, and their gap; both (N, D)."""
+def cosine_gap(emb: Tensor, true_emb: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Return the mean cosine of matching rows, of rows with other captions, and their gap.
+
+    emb and true_emb are (N, D); at least two of the N captions differ.
+    """
     cosines = normalise(emb) @ normalise(true_emb).T  # (N, N)
     matching = cosines.diagonal().mean().item()
-    off_diagonal = ~torch.eye(len(emb), dtype=torch.bool, device=emb.device)
-    mismatched = cosines[off_diagonal].mean().item()
+    _, index = caption_targets(captions)
+    labels = torch.tensor([index[caption] for caption in captions], device=emb.device)
+    mismatched = cosines[labels[:, None] != labels].mean().item()
     return {"matching": matching, "mismatched": mismatched, "gap": matching - mismatched}
 
 
@@ -32,11 +37,16 @@ def recall(
 ) -> dict[str, float]:
     """Return the fraction of emb (N, D) with targets (N,) among its k nearest candidates (M, D).
 
-    A tie counts as a miss, so identical embeddings have a recall of zero.
+    A tie counts as a miss, so identical embeddings have a recall of zero. A k > 1 that is not below
+    M is left out.
     """
     cosines = normalise(emb) @ normalise(candidates).T  # (N, M)
     rank = (cosines >= cosines.gather(1, targets[:, None])).sum(dim=1)  # (N,), from 1
-    return {f"recall@{k}": (rank <= k).float().mean().item() for k in ks}
+    return {
+        f"recall@{k}": (rank <= k).float().mean().item()
+        for k in ks
+        if k == 1 or k < len(candidates)
+    }
 
 
 def caption_targets(
@@ -90,7 +100,9 @@ def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> list[float]:
     return values.float()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def precision_and_recall(features: Tensor, true: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_and_recall(
+    features: Tensor, true: Tensor, k: int = NEIGHBOURS
+) -> tuple[float, float]:
     """Return the improved precision and recall of 1904.06991; features (N, D) and (M, D).
 
     Precision is the fraction of generated images within the manifold of the true ones, the union of

@@ -24,6 +24,7 @@ from unclip.data.augment import can_recolour
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, count_left_out, resize_center_crop
+from unclip.evaluation.metrics import caption_targets
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 
@@ -84,6 +85,12 @@ class Pairs:
         """All styles, sorted; empty if no pair has one."""
         return sorted({pair.style for pair in self.entries if pair.style})
 
+    def check_captions(self) -> None:
+        """Raise ValueError unless there are two different captions, which evaluations compare."""
+        if len(set(self.captions)) < 2:
+            only = f"the only held-out caption is {self.captions[0]!r}"
+            raise ValueError(f"{only}; expected at least two different captions")
+
     def floats(self, rows: slice | Sequence[int] | Tensor = slice(None)) -> Tensor:
         """Return the images of some rows as (n, 3, S, S) in [-1, 1]."""
         return self.images[rows].float().div(127.5).sub(1)
@@ -95,9 +102,9 @@ class Pairs:
     def spread(self, count: int) -> list[int]:
         """Select `count` diverse rows: new concepts first, then untoned, then rare styles, groups.
 
-        Ties go to the earlier row, so the selection is deterministic.
+        Ties go to the earlier row, so the selection is deterministic. A caption is selected once.
         """
-        remaining, selected = list(range(len(self))), []
+        remaining, selected = caption_targets(self.captions)[0], []
         counts: Counter[tuple[str, str | None]] = Counter()
 
         def repetition(row: int) -> tuple[int, ...]:

@@ -47,8 +47,7 @@ class PriorComparison:
         progress: bool = True,
     ) -> None:
         """priors: by name, added to the model's own. guidance: by name, overrides the options'."""
-        if len(held_out) < 2:
-            raise ValueError("got only one held-out pair; a comparison needs at least 2")
+        held_out.check_captions()
         self.pipe, self.held_out, self.seed = pipe, held_out, seed
         own = {} if pipe.prior is None else {_name(pipe.prior): pipe.prior}
         reserved = {*own, TEXT_EMBEDDING, TEXT_ONLY, TRUE_EMBEDDING}
@@ -122,7 +121,7 @@ class PriorComparison:
         found = recall(self.generator.embed(samples.images), self.text_emb[first], targets)
         if emb is None:
             return found
-        similarity = cosine_gap(emb, self.true_emb)
+        similarity = cosine_gap(emb, self.true_emb, captions)
         return {"cosine": similarity["matching"], "gap": similarity["gap"], **found}
 
     def _cosine_of_seeds(self, generator: UnCLIPGenerator) -> float:

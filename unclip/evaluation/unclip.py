@@ -175,8 +175,8 @@ class UnCLIPEvaluation(Evaluation):
             prior.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
         )
         return {
-            "cosine": cosine_gap(emb, self.true_emb),
-            "text_cosine": cosine_gap(self.text_emb, self.true_emb),
+            "cosine": cosine_gap(emb, self.true_emb, self.held_out.captions),
+            "text_cosine": cosine_gap(self.text_emb, self.true_emb, self.held_out.captions),
             "normalised_mse": F.mse_loss(normalised, target).item(),
         }
 
