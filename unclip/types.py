@@ -307,16 +307,20 @@ class GenerationResult:
 
     @staticmethod
     def cat(parts: Sequence[GenerationResult]) -> GenerationResult:
-        """Concatenate results of the same kind."""
+        """Concatenate results of the same kind. A column that one of them lacks is left out."""
         import torch
 
-        def joined(columns: list[Any]) -> Any:
-            if isinstance(columns[0], list):
-                return [entry for column in columns for entry in column]
-            return None if columns[0] is None else torch.cat(columns)
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            if any(column is None for column in columns):
+                return None
+            if not isinstance(columns[0], list):
+                return torch.cat(columns)
+            if any(len(part) and not column for part, column in zip(parts, columns, strict=True)):
+                return []  # metadata may be left out
+            return [entry for column in columns for entry in column]
 
-        names = [field.name for field in fields(GenerationResult)]
-        return GenerationResult(**{n: joined([getattr(part, n) for part in parts]) for n in names})
+        return GenerationResult(**{f.name: joined(f.name) for f in fields(GenerationResult)})
 
 
 OnStep = Callable[[Progress], None]

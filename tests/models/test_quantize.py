@@ -122,6 +122,18 @@ def test_quantized_models_cannot_be_saved(tiny_pipe, tmp_path):
     assert images[0] == images[1]
 
 
+def test_a_prior_that_is_added_later_is_quantized(tiny_pipe):
+    pipe, prior = copy.deepcopy(tiny_pipe).quantize(), copy.deepcopy(tiny_pipe.prior)
+    before = pipe("a", seed=0, progress=False)
+    pipe.prior = prior
+    assert is_quantized(prior)
+    assert torch.equal(pipe("a", seed=0, progress=False).image_emb, before.image_emb)
+
+
+def test_sizes_in_the_repr_do_not_change(tiny_pipe):
+    assert repr(copy.deepcopy(tiny_pipe).quantize()) == repr(tiny_pipe)
+
+
 def test_codec_of_dalle_is_not_quantized(tiny_dalle):
     pipe = copy.deepcopy(tiny_dalle)
     pipe.codec.more, pipe.dalle.more = nn.Linear(64, 64), nn.Linear(64, 64)

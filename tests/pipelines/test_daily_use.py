@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from dataclasses import replace
 
@@ -13,9 +14,12 @@ from PIL import Image
 
 import unclip
 from unclip.config import flatten, to_dict
+from unclip.diffusion.schedules import ScheduleConfig
 from unclip.image_io import read_metadata
 from unclip.pipelines.request import seeds_from, warn_of_unknown
+from unclip.pipelines.unclip.stages import LoadedPrior
 from unclip.tokenizer import BPETokenizer
+from unclip.types import GenerationResult
 from unclip.weights import to_dtype
 
 
@@ -35,6 +39,18 @@ def test_a_result_is_a_sequence_of_results(result):
     )
     assert len(repr(replace(result, prompts=["x" * 5000] * 4))) < 200
     assert copy.deepcopy(result).seeds == copy.copy(result).seeds == result.seeds
+
+
+def test_results_are_concatenated(result, tiny_dalle):
+    cat, prompt = GenerationResult.cat, "a red apple"
+    assert cat([result[:1], result[1:]]).metadata == result.metadata
+    assert cat([result, replace(result, metadata=[])]).metadata == []
+    best = tiny_dalle(prompt, num_candidates=2, seed=0, progress=False)
+    plain = tiny_dalle(prompt, seed=1, progress=False)
+    for parts in ([best, plain], [plain, best]):
+        joined = cat(parts)
+        assert joined.scores is None and joined.seeds == [one.seeds[0] for one in parts]
+        assert len(joined.codes) == 2
 
 
 @pytest.mark.parametrize("name", ["a.png", "new/a.JPG", "a.webp"])
@@ -74,6 +90,24 @@ def test_notebooks_show_images(result):
 def test_a_pipeline_has_a_short_repr(tiny_pipe, tiny_dalle):
     assert repr(tiny_pipe).startswith("<UnCLIPPipeline 'tiny' on cpu in float32: clip 0.")
     assert "DallePipeline" in repr(tiny_dalle) and len(repr(tiny_dalle)) < 200
+
+
+@pytest.mark.parametrize("name", ["tiny_pipe", "tiny_dalle"])
+def test_a_pickled_pipeline_generates_the_same_image(name, request):
+    pipe = request.getfixturevalue(name)
+    image = pipe("a red apple", seed=0, progress=False).images[0]
+    again = pickle.loads(pickle.dumps(pipe))
+    assert again("a red apple", seed=0, progress=False).images[0].tobytes() == image.tobytes()
+
+
+def test_a_copied_pipeline_remembers_the_schedules_of_its_priors(tiny_pipe):
+    first, pipe = copy.deepcopy(tiny_pipe.prior), copy.deepcopy(tiny_pipe)
+    pipe.prior = LoadedPrior(first, ScheduleConfig("linear"))
+    pipe.prior = copy.deepcopy(tiny_pipe.prior)
+    copied, unpickled = copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))
+    copied.prior, unpickled.prior = first, copy.deepcopy(first)
+    assert copied.schedules["prior"].config == ScheduleConfig("linear")
+    assert unpickled.schedules["prior"].config == ScheduleConfig()
 
 
 @pytest.mark.parametrize("seeds", [[7, 9], (7, 9), np.array([7, 9]), [np.int64(7), np.uint8(9)]])

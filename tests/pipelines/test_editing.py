@@ -226,6 +226,9 @@ def test_unsupported_options_are_rejected(pipe):
         pipe.inpaint([photo(16, 16)] * 2, mask(16, 16, (0, 0, 4, 4)), "a")
     with pytest.raises(ValueError, match="2 prompts for 1 images"):
         pipe.image_to_image(photo(16, 16), ["a", "b"])
+    options = replace(pipe.options, embedding="none")
+    with pytest.raises(ValueError, match="embedding is 'none'; painting, .* need 'prior'"):
+        pipe.inpaint(photo(16, 16), mask(16, 16, (0, 0, 4, 4)), "a fish", options=options)
 
 
 @pytest.mark.parametrize("prompts", [None, ["a", "b", "c"]])

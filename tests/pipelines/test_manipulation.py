@@ -124,6 +124,7 @@ def test_latents_are_indexed_and_concatenated(latent):
     parts = Latent.cat([latent[[2]], latent[:2]])
     assert [one.sources for one in latent] == [(source,) for source in latent.sources]
     assert torch.equal(latent[-1].noise[0], latent.noise[0][2:])
+    assert torch.equal(latent[np.int64(2)].image_emb, latent[2].image_emb)
     with pytest.raises(IndexError):
         latent[3]
     torch.testing.assert_close(parts.noise[1], latent.noise[1][[2, 0, 1]])
@@ -241,6 +242,16 @@ def test_even_frames_between_equal_images_are_uniform(pipe, latent):
     assert [entry["arguments"]["frames"] for entry in path.metadata] == [[0.0], [0.5], [1.0]]
 
 
+def test_interpolation_between_latents(pipe, latent):
+    expected = pipe.interpolate(latent[:2], frames=3, **FEW)
+    path = pipe.interpolate([latent[0], latent[1]], frames=np.linspace(0, 1, 3), **FEW)
+    assert [difference(*pair) for pair in zip(path.images, expected.images, strict=True)] == [0] * 3
+    assert path.metadata == expected.metadata
+    assert len(pipe.vary([latent[0], latent[1:]], seed=0, **FEW)) == 3
+    with pytest.raises(ValueError, match="got images and latents; expected one of the two"):
+        pipe.interpolate([latent[0], PHOTOS[0]], **FEW)
+
+
 def test_interpolation_between_prompts(pipe, options):
     path = pipe.interpolate(
         prompts=["a red apple", "a blue fish"], frames=3, seed=5, options=options, **FEW
@@ -270,6 +281,12 @@ def test_interpolation_between_prompts(pipe, options):
             {"prompts": ["a", "b"], "frames": [0.5, 1], "even": True},
             "even=True",
         ),
+        (
+            {"prompts": ["a", "b"], "frames": np.array([0.5, 1]), "even": True},
+            "even=True",
+        ),
+        ({"prompts": ["a", "b"], "frames": np.array([])}, "expected positions on the path"),
+        ({"prompts": ["a", "b"], "frames": np.zeros((2, 2))}, "expected positions on the path"),
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ def test_texts_of_mixtures_are_ordered_by_position():
     ]
 
 
+@pytest.mark.parametrize("weight", [np.float32(2), np.int64(2), Fraction(2)])
+def test_weights_are_any_real_numbers(weight):
+    assert PromptBatch.of({APPLE: weight}).metadata() == [{"prompt": {APPLE: 2.0}}]
+
+
 def test_negative_prompts_are_shared_or_one_for_each():
     assert PromptBatch.of([APPLE, FISH], "grey").negative == ["grey", "grey"]
     assert PromptBatch.of([APPLE, FISH], ["a", "b"])[1:].negative == ["b"]
@@ -56,6 +62,7 @@ def test_negative_prompts_are_shared_or_one_for_each():
         ({"a": 1, "b": -2}, None, "a sum above 0"),
         ({"a": float("nan")}, None, "expected numbers"),
         ({"a": "much"}, None, "expected numbers"),
+        ({"a": True}, None, "expected numbers"),
         ({1: 1}, None, "prompt 0 is 1"),
         ([{"a": 1}, 3], None, "prompt 1 is 3, a int"),
         ([["a", "b"], {"c": 1}], None, r"prompt 0 is \['a', 'b'\], a list; expected a string"),

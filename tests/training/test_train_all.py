@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,19 @@ from scripts import ROOT, write_shape_images
 
 import unclip
 
+# Trains up to step 2 of 4, as with a time limit, if the command contains $STOP.
 FAKE = """#!/bin/sh
+case "$*" in -c*) exec "$PYTHON" "$@";; esac
 echo "$*" >> commands.txt
+steps=4
 case "$*" in
   *"$FAIL"*) exit 3;;
-  *train/bundle.py*) ;;
-  *) mkdir -p "runs/tiny/$(basename "$4" .yaml)/model";;
+  *"$STOP"*) steps=2;;
+  *train/bundle.py*) exit;;
 esac
+run="runs/tiny/$(basename "$4" .yaml)"
+mkdir -p "$run/model" "$run/checkpoints/step-000000$steps"
+echo '{"fit": {"steps": 4}}' > "$run/config.json"
 """
 
 
@@ -41,25 +50,55 @@ def run_all(folder: Path, *arguments: str, **environment: str) -> subprocess.Com
     )
 
 
-def test_finished_networks_are_skipped_and_interrupted_ones_resumed(folder):
+@pytest.fixture
+def run_fakes(folder) -> Callable[..., subprocess.CompletedProcess]:
+    """Run all.sh with fake training scripts, which stop or fail at the one given."""
     for name in ("accelerate", "python"):
         fake = folder / f"bin/{name}"
         fake.parent.mkdir(exist_ok=True)
         fake.write_text(FAKE)
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    path = f"{folder}/bin:{os.environ['PATH']}"
-    failed = run_all(folder, "configs/tiny", "--set", "fit.steps=9", PATH=path, FAIL="decoder.py")
-    assert failed.returncode == 3
-    (folder / "runs/tiny/decoder/checkpoints/step-5").mkdir(parents=True)
-    (folder / "commands.txt").unlink()
-    assert run_all(folder, "configs/tiny", PATH=path, FAIL="nothing").returncode == 0
+
+    def run(*arguments: str, stop: str = "none", fail: str = "none"):
+        (folder / "commands.txt").unlink(missing_ok=True)
+        path = f"{folder}/bin:{os.environ['PATH']}"
+        variables = {"PATH": path, "PYTHON": sys.executable, "STOP": stop, "FAIL": fail}
+        return run_all(folder, "configs/tiny", *arguments, **variables)
+
+    return run
+
+
+def commands(folder: Path) -> dict[str, str]:
+    """Return the command lines of the last run, by script."""
     lines = (folder / "commands.txt").read_text().splitlines()
-    assert [line.split("train/")[1].split(".py")[0] for line in lines] == [
-        "decoder",
-        "upsampler",
-        "bundle",
-    ]
-    assert lines[0].endswith("--resume latest") and "--resume" not in lines[1]
+    return {line.split("train/")[1].split(".py")[0]: line for line in lines}
+
+
+def test_finished_networks_are_skipped(folder, run_fakes):
+    assert run_fakes("--set", "fit.steps=4", fail="decoder.py").returncode == 3
+    assert run_fakes().returncode == 0
+    lines = commands(folder)
+    assert list(lines) == ["decoder", "upsampler", "bundle"]
+    assert not any("--resume" in line for line in lines.values())
+
+
+def test_an_interrupted_network_is_continued_before_the_next_one(folder, run_fakes):
+    stopped = run_fakes(stop="prior.py")
+    assert (stopped.returncode, list(commands(folder))) == (1, ["clip", "prior"])
+    assert stopped.stderr == (
+        "runs/tiny/prior stopped before its last step; run the same command again to continue\n"
+    )
+    assert run_fakes().returncode == 0
+    lines = commands(folder)
+    assert list(lines)[:2] == ["prior", "layout"] and list(lines)[-1] == "bundle"
+    assert [name for name, line in lines.items() if "--resume latest" in line] == ["prior"]
+
+
+def test_a_network_without_checkpoints_is_finished(folder, run_fakes):
+    run_fakes(fail="prior.py")
+    shutil.rmtree(folder / "runs/tiny/clip/checkpoints")  # to free disk space
+    assert run_fakes().returncode == 0
+    assert "clip" not in commands(folder)
 
 
 def test_the_usage_is_shown():
@@ -69,7 +108,10 @@ def test_the_usage_is_shown():
 
 @pytest.mark.nightly
 def test_a_model_of_toy_size_is_trained(folder):
-    result = run_all(folder, "configs/tiny", "--set", "fit.steps=2", LAUNCH="python")
+    arguments = ["configs/tiny", "--set", "fit.steps=2"]
+    stopped = run_all(folder, *arguments, "--set", "fit.max_hours=1.0e-9", LAUNCH="python")
+    assert (stopped.returncode, os.listdir(folder / "runs/tiny")) == (1, ["clip"])
+    result = run_all(folder, *arguments, LAUNCH="python")
     assert result.returncode == 0, result.stderr
     pipe = unclip.load(folder / "runs/tiny/model")
     assert pipe("a red circle", seed=0, progress=False).images[0].size == (32, 32)

@@ -207,6 +207,19 @@ def test_a_resumed_run_may_change_only_some_settings(tmp_path: Path) -> None:
         run_fit(fit_config(tmp_path, 4))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_without_steps_left_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture, steps: int
+) -> None:
+    run_fit(fit_config(tmp_path, 2))
+    settings = (tmp_path / "config.json").read_text()
+    assert "nothing to train" not in capsys.readouterr().out
+    run_fit(fit_config(tmp_path, steps), start={"resume": "latest"})
+    line = f"nothing to train: the checkpoint is at step 2 and fit.steps is {steps}; set fit.steps"
+    assert line in capsys.readouterr().out
+    assert (tmp_path / "config.json").read_text() == settings
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_a_checkpoint_and_exits_0(
     tmp_path: Path,

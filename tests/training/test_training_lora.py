@@ -91,6 +91,23 @@ def test_several_adapters_and_metadata():
     assert "lora" not in pipe("a red circle", seed=0, progress=False).metadata[0]
 
 
+def test_a_path_is_the_same_however_it_is_written():
+    pipe, path = unclip.load("runs/tiny/model"), "runs/prior/model"
+    pipe.load_lora(path, 0.5).load_lora(os.path.abspath(path), 1.0)
+    assert [one.scale for one in pipe.adapters.loaded] == [1.0]
+    pipe.unload_lora(path)
+    assert not pipe.adapters.loaded
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_merged_adapter_is_not_added_again(merge):
+    pipe, path = unclip.load("runs/tiny/model"), "runs/prior/model"
+    merged = sample(pipe.load_lora(path, merge=True))
+    with pytest.raises(ValueError, match="model is merged already; load the model again"):
+        pipe.load_lora(os.path.abspath(path), merge=merge)
+    assert len(pipe.adapters.loaded) == 1 and np.array_equal(sample(pipe), merged)
+
+
 def test_bundling_merges_adapters():
     bundle("runs/merged", "loras=[runs/prior/model, runs/decoder/model]")
     pipe = unclip.load("runs/tiny/model")
@@ -112,6 +129,40 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(network):
     )
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def adapter_of(run: str) -> dict[str, torch.Tensor]:
+    return read_tensors(f"runs/{run}/model/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("network", ["prior", "decoder"])
+@pytest.mark.parametrize("source", ["checkpoints/step-0000004", "model"])
+def test_other_settings_start_from_an_adapter(network, source):
+    run, init = f"{network}_{Path(source).name}", f"runs/{network}/{source}"
+    base = [f"base=runs/tiny/{network}/model", "model=null"] if source == "model" else []
+    settings = ["lora.rank=2", "data.batch_size=2", "optim.lr=1.0e-30", "optim.weight_decay=0"]
+    train(network, f"runs/{run}", *settings, "fit.steps=1", *base, init=init)
+    before, after = adapter_of(network), adapter_of(run)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved = (f"{folder}/checkpoints" for folder in (f"runs/{network}", f"runs/{run}"))
+    old, new = (read_tensors(next(Path(f).glob("*/ema.safetensors"))) for f in saved)
+    assert all(torch.equal(old[name], new[name]) for name in old if name in new)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["lora.rank=2"], "runs/prior/model is an adapter; set base, not model"),
+        (
+            ["lora.rank=3", "base=runs/tiny/prior/model", "model=null"],
+            "lora.rank is 3 and lora.alpha is 3.*; expected 2 and 2.*, as in runs/prior/model",
+        ),
+    ],
+)
+def test_an_adapter_that_cannot_be_continued(settings, message):
+    with pytest.raises(SystemExit, match=message):
+        train("prior", "runs/none", *settings, init="runs/prior/model")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveInt, config
 from unclip.files import read_json
-from unclip.weights import read_tensors, write_safetensors
+from unclip.weights import load_strictly, read_tensors, write_safetensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of peft's tensor names
@@ -135,6 +135,20 @@ def read_lora(folder: str | Path) -> Adapter:
         r=r, lora_alpha=alpha, use_rslora=bool(scaled), target_modules=sorted(names)
     )
     return Adapter(str(folder), config, tensors)
+
+
+def load_lora(network: nn.Module, adapter: Adapter) -> None:
+    """Load a stored adapter into the one that `add_lora` added; ValueError if they differ."""
+    configs: Any = network.peft_config
+    own, stored = configs[TRAINED], adapter.config
+    alpha = stored.lora_alpha * (stored.r**0.5 if stored.use_rslora else 1)
+    if (stored.r, alpha) != (own.r, own.lora_alpha):
+        raise ValueError(
+            f"lora.rank is {own.r} and lora.alpha is {own.lora_alpha}; expected {stored.r} and "
+            f"{alpha}, as in {adapter.source}"
+        )
+    tensors = {f"{n.removesuffix('weight')}{TRAINED}.weight": x for n, x in adapter.tensors.items()}
+    load_strictly(network, network.state_dict() | tensors, Path(adapter.source) / WEIGHTS_FILE)
 
 
 def attach(network: nn.Module, adapter: Adapter, name: str, scale: float = 1.0) -> None:

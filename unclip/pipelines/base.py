@@ -23,6 +23,7 @@ from unclip.checkpoints.hub import upload
 from unclip.checkpoints.store import load_bundle, save_bundle
 from unclip.config import OTHER_NAMES, check_keywords
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
+from unclip.models.cpu import int8
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import Batch
 from unclip.pipelines.runtime import Runtime
@@ -65,7 +66,7 @@ class Pipeline(ABC):
 
     def __repr__(self) -> str:
         counts = {
-            name: sum(parameter.numel() for parameter in network.parameters())
+            name: sum(weight.numel() for weight in int8.weights(network))
             for name, network in self.runtime.networks.items()
         }
         sizes = ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items())

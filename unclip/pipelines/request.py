@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -312,8 +313,8 @@ def describe_prompt(prompt: str | Mixture) -> str:
 def _check_mixture(mixture: Mixture) -> dict[str, float]:
     texts = check_prompts(list(mixture))
     weights = [mixture[text] for text in texts]
-    finite = all(isinstance(one, (int, float)) and math.isfinite(one) for one in weights)
-    if not finite or sum(weights) <= 0:
+    real = all(isinstance(one, Real) and not isinstance(one, bool) for one in weights)
+    if not real or not all(map(math.isfinite, weights)) or sum(weights) <= 0:
         raise ValueError(
             f"weights of the mixture are {weights}; expected numbers with a sum above 0"
         )

@@ -95,10 +95,12 @@ class Runtime:
         self._prepare = prepare
 
     def add(self, name: str, network: nn.Module) -> None:
-        """Add or replace a network; it is cast, moved, offloaded or compiled like the others."""
+        """Add or replace a network; it is cast, moved, quantized, offloaded or compiled too."""
         dtype, device = self.dtype, self.device
         prepare_for_inference(network, dtype, device)
         self._cache.clear()
+        if self.quantized:
+            int8.quantize(network)
         if self.offloader is not None:
             self.offloader.add(network)
         else:

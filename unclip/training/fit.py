@@ -205,7 +205,7 @@ class _Trainer:
         self, val_loader: Loader | None, preview: Preview | None, export: Export | None
     ) -> Path:
         config, accelerator, state = self.config, self.accelerator, self.state
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and state.step <= config.steps:
             save_json(state.settings, self.output / "config.json")
         progress = (config.steps, state.step, state.hours)
         self.log = Log(
@@ -250,6 +250,11 @@ class _Trainer:
     def _loop(self, val_loader: Loader | None, preview: Preview | None) -> None:
         """Train up to the last step or a request to stop, which is followed by a checkpoint."""
         config, state, batches = self.config, self.state, self._batches()
+        if state.step >= config.steps:
+            self.log.print(
+                f"nothing to train: the checkpoint is at step {state.step} and fit.steps is "
+                f"{config.steps}; set fit.steps higher"
+            )
         if self._evaluate(val_loader, preview):  # what was pending at the end of the last run
             return
         stopping = False

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from unclip.clip import CLIP, Tokenize
 from unclip.data.loader import Loader
-from unclip.models.lora import add_lora
+from unclip.models.lora import CONFIG_FILE, add_lora, load_lora, read_lora
 from unclip.models.unclip.decoder import Decoder
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, TruncationCount
-from unclip.training.checkpoints import Checkpoints
+from unclip.training.checkpoints import STATE, Checkpoints, read_state
 from unclip.training.launch import Run
 from unclip.training.tensors import SavedTensors
 from unclip.weights import load_strictly, read_tensors
@@ -32,17 +32,34 @@ def initialize(
 ) -> Run[Any]:
     """Load the weights of --init or of the config's `base`, and add the config's adapter.
 
+    With `lora`, --init may also be an adapter of `base`, or a checkpoint of a run with `lora`.
     load: `load_weights` by default. Returns `run` without --init. ValueError for an adapter of a
     network with random weights.
     """
-    config = run.config
-    if not run.resume and (source := run.init or config.base):
-        (load or load_weights)(network, source)
-    if config.lora is not None:
-        if not (run.init or config.base or run.resume or run.dry_run):
-            raise ValueError("lora adapts a trained network; set base, or give --init")
-        add_lora(network, config.lora)
+    config, load = run.config, load or load_weights
+    lora = config.lora
+    source: Any = None if run.resume else run.init or config.base
+    is_adapter = lora and source and (Path(source) / CONFIG_FILE).is_file()
+    is_adapted = lora and source and _is_adapted(Path(source))
+    base = config.base if is_adapter else source
+    if is_adapter and not base:
+        raise ValueError(f"{source} is an adapter; set base, not model, to the network it adapts")
+    if lora and not (base or run.resume or run.dry_run):
+        raise ValueError("lora adapts a trained network; set base, or give --init")
+    if base and not is_adapted:
+        load(network, base)
+    if lora:
+        add_lora(network, lora)
+    if is_adapted:
+        load(network, source)
+    if is_adapter:
+        load_lora(network, read_lora(source))
     return replace(run, init=None)
+
+
+def _is_adapted(source: Path) -> bool:
+    """Return whether `source` is a checkpoint of a run with `lora`: a network and its adapter."""
+    return (source / STATE).is_file() and read_state(source).settings.get("lora") is not None
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:

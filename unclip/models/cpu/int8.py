@@ -7,7 +7,7 @@ Only weights are rounded (absmax quantisation, as in 2208.07339); activations ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,6 +82,12 @@ def quantize(network: nn.Module) -> None:
     for name, layer in list(network.named_modules()):
         if type(layer) in LAYERS and layer.get_parameter("weight").numel() >= MIN_SIZE:
             network.set_submodule(name, LAYERS[type(layer)](layer))
+
+
+def weights(network: nn.Module) -> Iterator[Tensor]:
+    """Iterate over the weights of a network, also those that `quantize` made buffers."""
+    yield from network.parameters()
+    yield from (layer.int8 for layer in network.modules() if isinstance(layer, Int8Layer))
 
 
 def is_quantized(network: nn.Module) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ from unclip.pipelines.runtime import Runtime
 @dataclass
 class LoadedLoRA:
     source: str  # as it was given
+    path: Path  # resolved
     scale: float
     network: nn.Module
     name: str | None  # of its layers; None once they are merged
 
     def is_from(self, path: str | Path) -> bool:
-        return Path(self.source) == Path(path)
+        return self.path == Path(path).resolve()
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Adapters:
 
     runtime: Runtime
     loaded: list[LoadedLoRA] = field(default_factory=list)
-    _number: Iterator[int] = field(default_factory=itertools.count)
+    _number: int = 0  # of the next adapter
 
     def load(self, path: str | Path, scale: float, component: str | None, merged: bool) -> None:
         """See `UnCLIPPipeline.load_lora`."""
@@ -51,13 +50,18 @@ class Adapters:
             reasons = "; ".join(f"{name}: {misfit}" for name, misfit in misfits.items())
             raise ValueError(f"the LoRA {path} fits no network of the model: {reasons}")
         network = networks[stage]
-        for same in [one for one in self._current() if one.name and one.is_from(path)]:
+        loaded = [one for one in self._current() if one.is_from(path)]
+        if any(one.name is None and one.network is network for one in loaded):
+            raise ValueError(f"the LoRA {path} is merged already; load the model again")
+        for same in [one for one in loaded if one.name is not None]:
             self._remove(same)  # it is loaded with another scale
-        name = f"lora_{next(self._number)}"
+        name = f"lora_{self._number}"
+        self._number += 1
         attach(network, adapter, name, scale)
         if merged:
             merge(network, name)
-        self.loaded.append(LoadedLoRA(str(path), scale, network, None if merged else name))
+        source, resolved = str(path), Path(path).resolve()
+        self.loaded.append(LoadedLoRA(source, resolved, scale, network, None if merged else name))
         self.runtime.refresh(network)
 
     def unload(self, path: str | Path | None) -> None:

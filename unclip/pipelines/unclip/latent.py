@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +43,10 @@ class Latent:
     def __len__(self) -> int:
         return len(self.image_emb)
 
-    def __getitem__(self, rows: int | slice | Sequence[int]) -> Latent:
+    def __getitem__(self, rows: int | np.integer | slice | Sequence[int]) -> Latent:
         """Select images, also repeatedly."""
-        if isinstance(rows, int):
-            rows = [rows]
+        if isinstance(rows, int | np.integer):
+            rows = [int(rows)]
         rows = list(range(len(self))[rows] if isinstance(rows, slice) else rows)
         return replace(
             self,
@@ -122,12 +123,14 @@ def check_invertible(options: UnCLIPOptions) -> None:
             )
 
 
-def path_positions(frames: int | Sequence[float]) -> list[float]:
+def path_positions(frames: int | Sequence[float] | np.ndarray) -> list[float]:
     """Return positions in [0, 1]: the given ones, or a number of them, evenly from 0 to 1."""
-    if isinstance(frames, Sequence):
-        if not frames or not all(0.0 <= position <= 1.0 for position in frames):
+    if isinstance(frames, Sequence | np.ndarray):
+        positions = np.asarray(frames, dtype=float)
+        valid = positions.ndim == 1 and positions.size > 0
+        if not valid or not all(0.0 <= position <= 1.0 for position in positions):
             raise ValueError(f"frames is {frames}; expected positions on the path, each in [0, 1]")
-        return [float(position) for position in frames]
+        return positions.tolist()
     check_count("frames", frames)
     if frames < 2:
         raise ValueError("frames is 1; expected at least 2, for the ends of the path")

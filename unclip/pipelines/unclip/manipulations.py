@@ -45,6 +45,8 @@ from unclip.pipelines.unclip.latent import (
 from unclip.pipelines.unclip.stages import StagedPipeline, bind_stage, check_stages, stage_sizes
 from unclip.types import GenerationResult, Prompt, UnCLIPOptions
 
+Source = Images | Latent | Sequence[Latent]
+
 EVEN_ROUNDS = 3  # of sampling frames to find positions with even steps
 
 
@@ -114,7 +116,7 @@ def imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
 
 def reconstruct(
     pipe: StagedPipeline,
-    source: Images | Latent,
+    source: Source,
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
@@ -126,7 +128,7 @@ def reconstruct(
 
 def vary(
     pipe: StagedPipeline,
-    source: Images | Latent,
+    source: Source,
     eta: float,
     inversion: InversionOptions | None,
     request: Request,
@@ -145,15 +147,15 @@ def vary(
 
 def interpolate(
     pipe: StagedPipeline,
-    path: Sequence[ImageInput] | Latent | None,
+    path: Sequence[ImageInput] | Sequence[Latent] | Latent | None,
     prompts: Sequence[str] | None,
-    frames: int | Sequence[float],
+    frames: int | Sequence[float] | np.ndarray,
     even: bool,
     noise: Literal["slerp", "first", "random"],
     inversion: InversionOptions | None,
     request: Request,
 ) -> GenerationResult:
-    """Decode points on the path through two or more images, or two or more prompts (unCLIP 3.2).
+    """Decode points on the path through two or more images, latents or prompts (unCLIP 3.2).
 
     frames: number of evenly spaced points, of which the ends are the reconstructions; or positions
     in [0, 1]. Embeddings follow great circles. noise: "slerp" = great circles too, "first" = that
@@ -164,7 +166,7 @@ def interpolate(
         raise ValueError("expected either images (or their latents) or prompts, one of the two")
     if noise not in ("slerp", "first", "random"):
         raise ValueError(f"noise is {noise!r}; expected 'slerp', 'first' or 'random'")
-    if even and isinstance(frames, Sequence):
+    if even and isinstance(frames, Sequence | np.ndarray):
         raise ValueError(f"frames is {frames} with even=True; expected a number of frames")
     positions = path_positions(frames)
     seed = request.seeds(1)[0]
@@ -190,7 +192,7 @@ def interpolate(
 
 def text_diff(
     pipe: StagedPipeline,
-    source: Images | Latent,
+    source: Source,
     base: str,
     target: str,
     theta: float | Sequence[float],
@@ -271,14 +273,15 @@ def _even_positions(
 
 def _latent(
     pipe: StagedPipeline,
-    source: Images | Latent,
+    source: Source,
     inversion: InversionOptions | None,
     request: Request,
 ) -> Latent:
-    if not isinstance(source, Latent):
-        return invert(pipe, source, inversion, request)
-    check_latent(pipe, source, request.options)
-    return source
+    latent = _joined(source)
+    if not isinstance(latent, Latent):
+        return invert(pipe, latent, inversion, request)
+    check_latent(pipe, latent, request.options)
+    return latent
 
 
 def _decode(
@@ -331,8 +334,19 @@ def _with_source_options(entry: dict[str, Any], options: UnCLIPOptions) -> dict[
     return {**entry, "sources": [{**source, **extra} for source in entry["sources"]]}
 
 
-def _count(source: Images | Latent) -> int:
-    return len(source if isinstance(source, Latent) else list_images(source))
+def _joined(source: Source) -> Any:
+    """Concatenate a sequence of latents; return images or one latent as given."""
+    if not isinstance(source, Sequence):
+        return source
+    latents = [one for one in source if isinstance(one, Latent)]
+    if latents and len(latents) < len(source):
+        raise ValueError("got images and latents; expected one of the two: invert the images")
+    return Latent.cat(latents) if latents else source
+
+
+def _count(source: Source) -> int:
+    joined = _joined(source)
+    return len(joined if isinstance(joined, Latent) else list_images(joined))
 
 
 def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,6 +64,13 @@ from unclip.pipelines.unclip.stages import (
 from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding, UnCLIPOptions
 
 # P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
+
+
+class _PriorSchedules(WeakKeyDictionary[Any, ScheduleConfig]):
+    """Schedules of the priors that a pipeline had; pickled empty, as those priors are left out."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()
 
 
 class UnCLIPPipeline(Pipeline):
@@ -132,7 +140,7 @@ class UnCLIPPipeline(Pipeline):
         )
         self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(ups))
         # Schedules of earlier priors, to restore them on `pipe.prior = network`.
-        self._prior_schedules: WeakKeyDictionary[Any, ScheduleConfig] = WeakKeyDictionary()
+        self._prior_schedules = _PriorSchedules()
         self.adapters = Adapters(self.runtime)
         self._check_compatible(inpainter)
         check_upsamplers(self.options.upsamplers, len(ups))
@@ -292,8 +300,6 @@ class UnCLIPPipeline(Pipeline):
         if stage is None:
             return None
         size = stage.network.config.size
-        if isinstance(images, Tensor):
-            return F.adaptive_avg_pool2d(check_images(images).float(), size)
         squares = [fit(open_image(image), 4 * size) for image in list_images(images)]
         return F.avg_pool2d(to_tensor(squares), 4)
 
@@ -423,7 +429,7 @@ class UnCLIPPipeline(Pipeline):
 
     def reconstruct(
         self,
-        source: Images | Latent,
+        source: manipulations.Source,
         *,
         options: UnCLIPOptions | None = None,
         inversion: InversionOptions | None = None,
@@ -437,7 +443,7 @@ class UnCLIPPipeline(Pipeline):
 
     def vary(
         self,
-        source: Images | Latent,
+        source: manipulations.Source,
         *,
         eta: float = 0.5,
         num_images: int = 1,
@@ -454,10 +460,10 @@ class UnCLIPPipeline(Pipeline):
 
     def interpolate(
         self,
-        path: Sequence[ImageInput] | Latent | None = None,
+        path: Sequence[ImageInput] | Sequence[Latent] | Latent | None = None,
         *,
         prompts: Sequence[str] | None = None,
-        frames: int | Sequence[float] = 9,
+        frames: int | Sequence[float] | np.ndarray = 9,
         even: bool = False,
         noise: Literal["slerp", "first", "random"] = "slerp",
         seed: Seed = None,
@@ -467,7 +473,7 @@ class UnCLIPPipeline(Pipeline):
         batch_size: int = 16,
         progress: bool = True,
     ) -> GenerationResult:
-        """Interpolate between images or prompts; see `manipulations.interpolate`."""
+        """Interpolate between images, latents or prompts; see `manipulations.interpolate`."""
         request = Request(1, seed, on_step, batch_size, progress, options)
         return manipulations.interpolate(
             self, path, prompts, frames, even, noise, inversion, request
@@ -475,7 +481,7 @@ class UnCLIPPipeline(Pipeline):
 
     def text_diff(
         self,
-        source: Images | Latent,
+        source: manipulations.Source,
         base: str,
         target: str,
         theta: float | Sequence[float] = 0.3,
@@ -566,7 +572,8 @@ class UnCLIPPipeline(Pipeline):
         """Use another prior of the same CLIP, such as `unclip.load_prior` returns.
 
         A network without a schedule gets the one that it had in this pipeline, or the default. It
-        is moved to the device and dtype of the others, and offloaded or compiled like them.
+        is moved to the device and dtype of the others, and quantized, offloaded or compiled like
+        them.
         """
         network = prior.network if isinstance(prior, LoadedPrior) else prior
         if not isinstance(network, AnyPrior):

@@ -686,7 +686,8 @@ def bind_stage(
 
 
 def check_stages(pipe: StagedPipeline, options: Any, of_prompts: bool = False) -> None:
-    """Raise ValueError unless `options` are valid for this model; of_prompts: with prompts."""
+    """Raise ValueError unless `options` are valid; of_prompts: for images of prompts alone."""
     check_options(options, UnCLIPOptions, len(pipe.upsampler_stages))
     if options.embedding != "prior" and not of_prompts:
-        raise ValueError(f"embedding is {options.embedding!r}; expected 'prior' without a prompt")
+        needed = "painting, variations, inversion and interpolation need 'prior'"
+        raise ValueError(f"embedding is {options.embedding!r}; {needed}")
