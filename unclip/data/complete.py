@@ -186,7 +186,6 @@ class TranslatorTraining:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = StyleTranslator(len(table.styles))
-        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.average = copy.deepcopy(self.network)
         parameters = self.network.parameters()
         self.optimizer = torch.optim.AdamW(parameters, LR, (0.9, 0.98), weight_decay=0.02)
@@ -342,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder for train-*.tar")
     about = "styles to complete (default: all)"
     parser.add_argument("--styles", nargs="+", metavar="STYLE", help=about)
-    about = "updates of the U-Net (default: %(default)s, about 40 minutes of one core)"
+    about = "updates of the U-Net (default: %(default)s, about half an hour of one core)"
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     options = parser.parse_args(arguments)
