@@ -76,17 +76,18 @@ def test_the_command_resumes_exactly(data, tmp_path, monkeypatch, capsys):
     words = [str(data), "--steps", "6", "--styles", "blue"]
     main([words[0], str(tmp_path / "whole"), *words[1:]])
     assert f"{tmp_path}/whole: 2 predicted images" in capsys.readouterr().out
-    update = TranslatorTraining.update
+    update, stop = TranslatorTraining.update, 0
 
     def interrupt(self):
-        if self.step == 5:
+        if self.step == stop:
             raise KeyboardInterrupt
         update(self)
 
     command = [words[0], str(tmp_path / "again"), *words[1:]]
-    with monkeypatch.context() as patched, pytest.raises(SystemExit, match="command resumes"):
-        patched.setattr(TranslatorTraining, "update", interrupt)
-        main(command)
+    for stop in (0, 5):  # noqa: B007  # read by `interrupt`; 0 is before the first update
+        with monkeypatch.context() as patched, pytest.raises(SystemExit, match="command resumes"):
+            patched.setattr(TranslatorTraining, "update", interrupt)
+            main(command)
     with pytest.raises(SystemExit, match=r"training\.pt is of other data or settings"):
         main([*command, "--seed", "1"])
     main(command)

@@ -192,8 +192,8 @@ class TranslatorTraining:
 
     def run(self, file: Path | None = None, progress: bool = True) -> StyleTranslator:
         """Train to the end and return the averaged network; resume from `file` and save to it."""
-        if file is not None and file.is_file():
-            self.load(file)
+        if file is not None:
+            self.load(file) if file.is_file() else self.save(file)
         steps = range(self.step, self.steps)
         bar = tqdm(steps, "learning styles", self.steps, initial=self.step, disable=not progress)
         for _ in bar:
