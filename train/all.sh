@@ -6,7 +6,7 @@
 #
 # CONFIGS is a folder such as configs/emoji/gpu. All other arguments go to each training script. A network whose run is
 # complete is skipped, and an interrupted one continues, so that the command can be repeated; it stops at a network whose run
-# ends before fit.steps. The variable LAUNCH replaces `accelerate launch`, for example LAUNCH="torchrun --nproc_per_node 8".
+# is interrupted. The variable LAUNCH replaces `accelerate launch`, for example LAUNCH="torchrun --nproc_per_node 8".
 set -euo pipefail
 
 configs=${1:?usage: train/all.sh CONFIGS [--set KEY=VALUE ...]}
@@ -14,13 +14,17 @@ shift
 
 output_of() { sed -n 's/^ *output: *//p' "$configs/$1.yaml"; }
 
-# complete RUN: whether it has a model, and its newest checkpoint is of the last step or all checkpoints were deleted
+# complete RUN: whether it has a model, and its newest checkpoint is of the last step, with no validation or preview left to
+# do, or all checkpoints were deleted
 complete() {
   [ -d "$1/model" ] && python -c '
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
-steps = [int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")]
-sys.exit(bool(steps) and max(steps) < json.loads((run / "config.json").read_text())["fit"]["steps"])' "$1"
+newest = max(run.glob("checkpoints/step-*"), key=lambda path: int(path.name.removeprefix("step-")), default=None)
+if newest:
+    state = json.loads((newest / "state.json").read_text())
+    steps = json.loads((run / "config.json").read_text())["fit"]["steps"]
+    sys.exit(state["step"] < steps or bool(state.get("pending")))' "$1"
 }
 
 # train NAME [ARGUMENT ...]
@@ -32,7 +36,7 @@ train() {
   compgen -G "$run/checkpoints/step-*" > /dev/null && resume=(--resume latest)
   ${LAUNCH:-accelerate launch} "train/$name.py" --config "$configs/$name.yaml" ${resume[@]+"${resume[@]}"} "$@"
   complete "$run" && return
-  echo "$run stopped before its last step; run the same command again to continue" >&2
+  echo "$run is not complete; run the same command again to continue" >&2
   exit 1
 }
 

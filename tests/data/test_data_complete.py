@@ -88,8 +88,10 @@ def test_the_command_resumes_exactly(data, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patched, pytest.raises(SystemExit, match="command resumes"):
             patched.setattr(TranslatorTraining, "update", interrupt)
             main(command)
-    with pytest.raises(SystemExit, match=r"training\.pt is of other data or settings"):
+    with pytest.raises(SystemExit, match="started with seed 0, now 1; use another folder"):
         main([*command, "--seed", "1"])
+    with pytest.raises(SystemExit, match=r"started with styles \['blue'\], now \['red'\]"):
+        main([*command[:-1], "red"])
     main(command)
     files = [(tmp_path / name / "train-00000.tar").read_bytes() for name in ("whole", "again")]
     assert files[0] == files[1] and len([*(tmp_path / "again").iterdir()]) == 1
@@ -98,6 +100,18 @@ def test_the_command_resumes_exactly(data, tmp_path, monkeypatch, capsys):
     assert sample.captions == ["thing 2, blue emoji", "thing 2"]
     assert (sample.key, sample.meta["style"]) == ("blue-A2", "blue")
     assert sample.image.size == (64, 64)
+
+
+def test_captions_do_not_name_the_colour_of_the_source():
+    captions = ["apple, noto emoji", "a red apple", "a picture of an apple"]
+    meta = {"captions": captions, "colour": "red", "tone": None}
+    image = Image.new("RGB", (8, 8), COLOURS["green"])
+    changed = module._with_colour(meta, image)
+    assert changed["captions"] == [captions[0], captions[2]] and changed["colour"] == "green"
+    named = {**meta, "captions": ["red apple, noto emoji", "a red apple"]}
+    assert module._with_colour(named, image)["captions"] == named["captions"]
+    toned = {**meta, "tone": "dark"}
+    assert module._with_colour(toned, image) == toned
 
 
 def test_skin_tones_are_variants_of_a_concept(data):

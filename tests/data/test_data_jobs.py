@@ -18,7 +18,7 @@ from scripts import ROOT
 
 from unclip.data.embeddings import main
 from unclip.data.loader import open_dataset
-from unclip.data.parts import sha256
+from unclip.data.parts import ABANDONED, PartWriter, sha256
 from unclip.data.shards import ShardWriter
 
 pytest.importorskip("pyarrow")
@@ -50,7 +50,8 @@ def command(data: Path, out: Path, clip: Path, *more: str) -> list[str]:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    # A killed process may leave a temporary file, which a later run deletes.
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp")
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
@@ -78,6 +79,19 @@ def test_an_unfinished_job_says_how_far_it_is(clip, tmp_path, capsys):
     main(command(data, tmp_path / "out", clip, "--tasks", "2", "--task", "1"))
     assert "1 of 3 parts; the other tasks have not finished" in capsys.readouterr().out
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_only_old_temporary_files_are_deleted(tmp_path):
+    writer = PartWriter(tmp_path)
+    writer.write_part(0, {}, {"caption": ["a"]})
+    names = (".manifest.json.1.tmp", "parts/.part_0.json.2.tmp")
+    written, abandoned = (tmp_path / name for name in names)
+    for file in (written, abandoned):
+        file.touch()
+    old = time.time() - ABANDONED - 60
+    os.utime(abandoned, (old, old))
+    writer.write_manifest(1)
+    assert written.exists() and not abandoned.exists()
 
 
 def test_changed_files_are_computed_again(clip, tmp_path):

@@ -75,7 +75,31 @@ def test_resizing_resumes_by_shards_and_is_the_same_in_tasks(shards, tmp_path):
         main([*command, "--tasks", "2", "--task", task])
     for name in ("train-00000.tar", "train-00001.tar"):
         assert sha256(tmp_path / "one" / name) == sha256(tmp_path / "two" / name)
-    assert len(list((tmp_path / "two").iterdir())) == 2
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {"train-00000.tar", "train-00001.tar", "resize.json"}
+
+
+def test_a_resumed_resizing_has_the_same_settings(shards, tmp_path):
+    command = [str(shards), str(tmp_path / "small"), "--format", "jpeg"]
+    main([*command, "--size", "8"])
+    (tmp_path / "small/train-00001.tar").unlink()
+    for change, message in (
+        (["--size", "16"], "size 8, now 16"),
+        (["--size", "8", "--format", "png"], "format 'JPEG', now 'PNG'"),
+        (["--size", "8", "--quality", "50"], "quality 95, now 50"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*command, *change])
+    assert not (tmp_path / "small/train-00001.tar").exists()
+
+
+def test_shards_without_captions_are_resized(tmp_path):
+    (tmp_path / "large").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
+    with ShardWriter(tmp_path / "large", "train") as writer:
+        writer.write("k", {"png": (tmp_path / "image.png").read_bytes()})
+    main([str(tmp_path / "large"), str(tmp_path / "small"), "--size", "8"])
+    assert open_dataset(tmp_path / "small", captions_needed=False)[0].captions == [""]
 
 
 def test_errors_of_resizing(shards, tmp_path):

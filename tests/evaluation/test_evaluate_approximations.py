@@ -78,6 +78,19 @@ def test_differences_and_recall_are_those_of_the_images(measurement):
     assert measurement._compare(constant)["pixels"] == 10.0
 
 
+def test_images_of_a_repeated_caption_have_one_target(measurement):
+    measurement.captions = ["a fish", "a blue fish", "a fish"]
+    first, second, _ = measurement.exact
+    measurement.exact = [first, second, first]
+    measurement._text_emb = measurement._exact_emb
+    assert measurement._compare(measurement.exact)["recall@1"] == 1.0
+
+
+def test_recall_needs_two_distinct_captions(tiny_pipe):
+    with pytest.raises(ValueError, match="only one distinct caption"):
+        ApproximationError(tiny_pipe, ["a fish"] * 2, lambda dtype: tiny_pipe)
+
+
 def test_calls_are_interleaved_with_exact_ones(measurement, monkeypatch):
     monkeypatch.setattr(module, "REPEATS", 2)
     order = []
@@ -136,7 +149,7 @@ def test_the_command_resumes(tiny_folder, tmp_path, monkeypatch, capsys):
     ("arguments", "message"),
     [
         ("--data nowhere", "nowhere"),
-        ("--data {data} --limit 1", "only one caption"),
+        ("--data {data} --limit 1", "only one distinct caption"),
         ("--data {data} --batch-size 0", "'0' is not a whole number"),
         ("--data {data} --json no/folder/e.json", "no/folder"),
         ("", "--data"),

@@ -173,6 +173,42 @@ def test_metrics_of_an_interrupted_run_equal_those_of_an_uninterrupted_one(
     assert same(tmp_path / "run", tmp_path / "whole", 9)
 
 
+def test_a_validation_skipped_at_the_last_step_is_done_by_the_resumed_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = {"log_every": 1, "val_every": 2}
+    config = fit_config(tmp_path / "run", 2, **settings)
+    with pytest.raises(SystemExit) as stop:
+        run_fit(config, interrupting(3, terminate), val_loader=TinyLoader(2))
+    assert stop.value.code == 0
+    assert "stopped after step 2; to resume: " in capsys.readouterr().out
+    state = tmp_path / "run/checkpoints/step-0000002/state.json"
+    assert json.loads(state.read_text())["pending"] == ["validation"]
+    run_fit(config, start={"resume": "latest"}, val_loader=TinyLoader(2))
+    assert "nothing to train" not in capsys.readouterr().out
+    assert json.loads(state.read_text())["pending"] == []
+    run_fit(fit_config(tmp_path / "whole", 2, **settings), val_loader=TinyLoader(2))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert same(tmp_path / "run", tmp_path / "whole", 2)
+
+
+def test_a_validation_that_is_repeated_twice_has_one_row(tmp_path: Path) -> None:
+    def preview(model: nn.Module) -> Image.Image:
+        raise RuntimeError("power cut")
+
+    settings = {"log_every": 1, "val_every": 1}
+    config = fit_config(tmp_path / "run", 3, preview_every=2, **settings)
+    options: dict[str, Any] = {"val_loader": TinyLoader(2), "preview": preview}
+    with pytest.raises(SystemExit):  # in the validation of step 2
+        run_fit(config, interrupting(5, terminate), **options)
+    with pytest.raises(RuntimeError, match="power cut"):  # after that validation
+        run_fit(config, start={"resume": "latest"}, **options)
+    assert "val_loss" in metrics(tmp_path / "run")[-1]
+    run_fit(config, start={"resume": "latest"}, val_loader=TinyLoader(2))
+    run_fit(fit_config(tmp_path / "whole", 3, **settings), val_loader=TinyLoader(2))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def test_a_signal_interrupts_a_preview_which_the_resumed_run_makes(tmp_path: Path) -> None:
     previews = []
 

@@ -66,7 +66,9 @@ def start(output: Path, processes: int, env: dict[str, str] | None = None, **set
         loader = SampleLoader(rank=rank, processes=processes)
         run = Run({"fit": vars(config)}, resume=resume)
         validation = {"val_loader": SampleLoader()} if config.val_every else {}
-        fit(Scaled(), plain_loss, loader, config, OPTIM, run=run, **validation)
+        model = Scaled()
+        model.mean += rank  # like statistics of its own data; those of rank 0 count
+        fit(model, plain_loss, loader, config, OPTIM, run=run, **validation)
 
     assert wait(fork(train, processes, env), 300) == [0] * processes
 

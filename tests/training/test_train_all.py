@@ -15,18 +15,22 @@ from scripts import ROOT, write_shape_images
 
 import unclip
 
-# Trains up to step 2 of 4, as with a time limit, if the command contains $STOP.
+# If the command contains $STOP, trains up to step 2 of 4, as with a time limit; if it contains
+# $SKIP, without the last validation.
 FAKE = """#!/bin/sh
 case "$*" in -c*) exec "$PYTHON" "$@";; esac
 echo "$*" >> commands.txt
-steps=4
+steps=4 pending=
 case "$*" in
   *"$FAIL"*) exit 3;;
   *"$STOP"*) steps=2;;
+  *"$SKIP"*) pending='"validation"';;
   *train/bundle.py*) exit;;
 esac
 run="runs/tiny/$(basename "$4" .yaml)"
-mkdir -p "$run/model" "$run/checkpoints/step-000000$steps"
+checkpoint="$run/checkpoints/step-000000$steps"
+mkdir -p "$run/model" "$checkpoint"
+echo '{"step": '$steps', "pending": ['$pending']}' > "$checkpoint/state.json"
 echo '{"fit": {"steps": 4}}' > "$run/config.json"
 """
 
@@ -59,10 +63,11 @@ def run_fakes(folder) -> Callable[..., subprocess.CompletedProcess]:
         fake.write_text(FAKE)
         fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
 
-    def run(*arguments: str, stop: str = "none", fail: str = "none"):
+    def run(*arguments: str, stop: str = "none", skip: str = "none", fail: str = "none"):
         (folder / "commands.txt").unlink(missing_ok=True)
         path = f"{folder}/bin:{os.environ['PATH']}"
-        variables = {"PATH": path, "PYTHON": sys.executable, "STOP": stop, "FAIL": fail}
+        variables = {"PATH": path, "PYTHON": sys.executable}
+        variables |= {"STOP": stop, "SKIP": skip, "FAIL": fail}
         return run_all(folder, "configs/tiny", *arguments, **variables)
 
     return run
@@ -82,11 +87,12 @@ def test_finished_networks_are_skipped(folder, run_fakes):
     assert not any("--resume" in line for line in lines.values())
 
 
-def test_an_interrupted_network_is_continued_before_the_next_one(folder, run_fakes):
-    stopped = run_fakes(stop="prior.py")
+@pytest.mark.parametrize("interruption", ["stop", "skip"])
+def test_an_interrupted_network_is_continued_before_the_next_one(folder, run_fakes, interruption):
+    stopped = run_fakes(**{interruption: "prior.py"})
     assert (stopped.returncode, list(commands(folder))) == (1, ["clip", "prior"])
     assert stopped.stderr == (
-        "runs/tiny/prior stopped before its last step; run the same command again to continue\n"
+        "runs/tiny/prior is not complete; run the same command again to continue\n"
     )
     assert run_fakes().returncode == 0
     lines = commands(folder)

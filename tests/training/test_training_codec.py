@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +127,33 @@ def test_fit_passes_the_step_and_resumes_it(tmp_path):
 
     assert run(3) == [0, 1, 2]
     assert run(5, resume="latest") == [3, 4]
+
+
+def test_a_repeated_validation_has_the_annealed_values_of_its_step(tmp_path):
+    def run(folder: Path, interrupted: bool = False, resume: str | None = None) -> None:
+        model = AdversarialCodec(dvae(), ADVERSARIAL)
+        anneal = {"temperature": Annealing(1.0, 0.1, 4)}
+        late = replace(ADVERSARIAL, start=1)
+        codec_loss = CodecLoss(model.codec, anneal, adversarial=late)
+
+        def loss(network: nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
+            if interrupted and not torch.is_grad_enabled():
+                os.kill(os.getpid(), signal.SIGTERM)
+            return codec_loss(network, data)
+
+        config = FitConfig(str(folder), 3, val_every=2, preview_every=0, log_every=0, trackers=())
+        options = {"val_loader": SameBatches(), "before_step": codec_loss.before_step}
+        fit(model, loss, SameBatches(), config, OptimConfig(), run=Run({}, resume), **options)
+
+    def rows(folder: Path) -> list[dict[str, float]]:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "hours": 0} for line in lines]
+
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", interrupted=True)
+    run(tmp_path / "run", resume="latest")
+    run(tmp_path / "whole")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_the_perceptual_distance_of_known_features():

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_clip, tiny_prior
+from fitting import OPTIM, fit_config, run_fit, tiny_model
 from safetensors.torch import save_file
+from scripts import write_shape_images
 from torch import nn
 
 from unclip.config import to_dict
+from unclip.data.loader import DataConfig, Loader
 from unclip.files import atomic_folder
 from unclip.models.codecs.quantizers import NearestConfig, VectorQuantizer
 from unclip.training.checkpoints import Checkpoints, SavedState
@@ -22,6 +25,7 @@ from unclip.training.ema import EMA
 from unclip.training.initialization import load_weights
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.random_state import random_state, set_random_state
+from unclip.training.run_state import RunState
 
 
 def test_the_ema_decay_warms_up() -> None:
@@ -198,3 +202,29 @@ def test_initial_weights_are_loaded(tmp_path: Path) -> None:
         load_weights(model, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no ema\.safetensors or model\.safetensors in"):
         load_weights(model, tmp_path.parent)
+
+
+def test_more_processes_resume_in_the_remainder_of_an_epoch(tmp_path: Path) -> None:
+    data = DataConfig(str(tmp_path / "data"), image_size=8, batch_size=1)
+    write_shape_images(tmp_path / "data")
+
+    def remove(*images: int) -> None:
+        for image in images:
+            for file in (tmp_path / "data").glob(f"{image}.*"):
+                file.unlink()
+
+    def resume() -> Loader:
+        model, loader = tiny_model(), Loader(data, num_processes=2, process_index=0)
+        settings = {"fit": vars(config), "model": {"width": 8}}
+        optimizer = build_optimizer(model, OPTIM)
+        state = RunState(model, optimizer, None, loader, None, settings, processes=2)
+        state.restore(tmp_path / "run/checkpoints/step-0000010")
+        return loader
+
+    remove(11)
+    config = fit_config(tmp_path / "run", 10)
+    run_fit(config, loader=Loader(data))  # 10 of 11 batches
+    assert resume().state_dict() == {"epoch": 1, "batch": 0}  # 5 of 5 batches
+    remove(9, 10)
+    with pytest.raises(ValueError, match="batch 5, but an epoch has 4 .*the data has changed"):
+        resume()

@@ -6,6 +6,7 @@ A dataset of several styles has most concepts in some of them only. A small U-Ne
 the image of a concept in one style from its images in others, where there are both, and then
 predicts the missing ones. They have the size of a layout: a layout prior that is also trained on
 them does not have to combine concept and style for the first time when it generates.
+`train/draw.py` draws images from them.
 
 Samples need "style" and "hexcode" in their metadata, as `unclip.data.emoji` writes them.
 """
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import io
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from unclip.data.colours import main_colour
 from unclip.data.loader import open_dataset
+from unclip.data.precompute import start
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample
 from unclip.data.shards import ShardWriter
@@ -43,7 +48,8 @@ SAVED_SIZE = 64  # side of the saved images
 WIDTHS = (48, 96, 192)
 STYLE_WIDTH = 64
 BATCH, STEPS, LR, EMA = 64, 2400, 1.5e-3, 0.99
-SAVE_EVERY, STATE = 100, "training.pt"  # updates; file in the output folder until all is done
+SAVE_EVERY = 100  # updates
+SETTINGS, STATE = "settings.json", "training.pt"  # files in the output folder until all is done
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 NEAR = 0.1  # a source at less than this root mean square distance is nearly the target
 NEAR_DROP, VARIANT_DROP, DROP = 0.9, 0.7, 0.15  # probabilities of hiding sources in training
@@ -192,8 +198,8 @@ class TranslatorTraining:
 
     def run(self, file: Path | None = None, progress: bool = True) -> StyleTranslator:
         """Train to the end and return the averaged network; resume from `file` and save to it."""
-        if file is not None:
-            self.load(file) if file.is_file() else self.save(file)
+        if file is not None and file.is_file():
+            self.load(file)
         steps = range(self.step, self.steps)
         bar = tqdm(steps, "learning styles", self.steps, initial=self.step, disable=not progress)
         for _ in bar:
@@ -224,34 +230,23 @@ class TranslatorTraining:
 
     def save(self, file: Path) -> None:
         """Write the state of the training atomically."""
+        state = {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         part = file.with_name(f".{file.name}")
-        torch.save(
-            {
-                "settings": self.settings,
-                "step": self.step,
-                "network": self.network.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-            part,
-        )
+        torch.save(state, part)
         part.replace(file)
 
     def load(self, file: Path) -> None:
-        """Load the state. Raises ValueError for one of other data or settings."""
+        """Load the state of a training with the same data and settings."""
         state = torch.load(file, weights_only=True)
-        if state["settings"] != self.settings:
-            raise ValueError(f"{file} is of other data or settings; choose another folder")
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        counts = self.table.present.sum(dim=1).tolist()
-        styles = dict(zip(self.table.styles, counts, strict=True))
-        return {"steps": self.steps, "seed": self.seed, "images": styles}
 
 
 def _augment(table: Table, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,8 +282,8 @@ def complete(
 ) -> int:
     """Write the missing images of some styles (default: all) as `out/train-*.tar`.
 
-    Returns their number; resumes what was interrupted. Raises ValueError for unknown styles, and if
-    nothing is missing.
+    Returns their number; resumes what was interrupted. Raises ValueError for unknown styles, other
+    settings than those of the interrupted run, and if nothing is missing.
     """
     table = read_table(dataset, progress)
     if unknown := sorted({*(styles or ())} - {*table.styles}):
@@ -296,21 +291,25 @@ def complete(
     cells = table.missing(styles or table.styles)
     if not len(cells):
         raise ValueError("every concept exists in these styles; nothing is missing")
-    folder = Path(out)
+    settings = {
+        "data": hashlib.sha256(table.images.numpy().tobytes()).hexdigest()[:16],
+        "styles": sorted(styles or table.styles),
+        "steps": steps,
+        "seed": seed,
+    }
     training = TranslatorTraining(table, steps, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = start(out, SETTINGS, settings).folder
     network = training.run(folder / STATE, progress)
     images = to_pil(F.interpolate(predict(table, network, cells, seed), SAVED_SIZE, mode="bicubic"))
     with ShardWriter(folder, "train") as writer:
         for (style, concept), image in zip(cells.tolist(), images, strict=True):
             file = io.BytesIO()
             image.save(file, "PNG")
-            meta = _describe(table, style, concept)
-            if meta.get("tone") is None:  # else the captions name the colour of the skin
-                meta["colour"] = main_colour(np.asarray(image))
+            meta = _with_colour(_describe(table, style, concept), image)
             files = {"png": file.getvalue(), "json": meta}
             writer.write(f"{table.styles[style]}-{table.concepts[concept]}", files)
     (folder / STATE).unlink()
+    (folder / SETTINGS).unlink()
     return len(cells)
 
 
@@ -325,6 +324,21 @@ def _describe(table: Table, style: int, concept: int) -> dict[str, Any]:
     old, new = sample.meta["style"], table.styles[style]
     captions = [caption.replace(old, new) for caption in sample.captions]
     return {**sample.meta, "captions": captions, "style": new}
+
+
+def _with_colour(meta: dict[str, Any], image: Image.Image) -> dict[str, Any]:
+    """Return metadata with the image's main colour, without captions that name the source's."""
+    if meta.get("tone") is not None:  # the captions name the colour of the skin
+        return meta
+    old, new = meta.get("colour"), main_colour(np.asarray(image))
+    if old is None or old == new or old in _words(meta["captions"][0]):
+        return {**meta, "colour": new}
+    captions = [caption for caption in meta["captions"] if old not in _words(caption)]
+    return {**meta, "colour": new, "captions": captions}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
 
 
 def _without_tone(hexcode: str) -> str:
@@ -347,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         out = Path(options.out)
-        if out.exists() and not (out / STATE).is_file():
+        if out.exists() and not (out / SETTINGS).is_file():
             raise ValueError(f"{options.out} exists; remove it or choose another folder")
         if options.steps < 1:
             raise ValueError(f"--steps is {options.steps}; expected 1 or more")

@@ -162,7 +162,8 @@ class Loader:
 
     Iterating returns the rest of the current epoch; the next iteration starts the next epoch. A
     last, smaller batch is dropped unless it is the only one. With P processes, batch n of a process
-    is every P-th sample of the batch n that one process would get with batch_size * P.
+    is every P-th sample of the batch n that one process would get with batch_size * P. The
+    exception is `augment.compose`, which puts two images of one process together.
 
     What the dataset left out when it was opened is reported at the start. An image that turns out
     to be broken is replaced by the next one in the order and reported once. Both are collected in

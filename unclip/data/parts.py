@@ -9,8 +9,10 @@ manifest.json                                              all parts, once they 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from unclip.data.text import ColumnNames
 from unclip.files import read_json
 
 MANIFEST = "manifest.json"
+ABANDONED = 3600.0  # seconds: the age of temporary files that no process is writing any more
 
 
 class SampleParts:
@@ -50,8 +53,10 @@ class ShardParts:
 
     samples = None  # unknown before all shards are read
 
-    def __init__(self, source: str, columns: ColumnNames | None = None) -> None:
-        self.columns = columns
+    def __init__(
+        self, source: str, columns: ColumnNames | None = None, captions_needed: bool = True
+    ) -> None:
+        self.columns, self.captions_needed = columns, captions_needed
         # Remote shards are downloaded by the process that opens them.
         self.shards = shard_urls(source) if is_url(source) else find_shards(source)
         if not self.shards:
@@ -63,7 +68,7 @@ class ShardParts:
 
     def open(self, number: int) -> tuple[Dataset, range]:
         """Return a dataset and the indices of the samples of a part."""
-        dataset = ShardDataset(self.shards[number], self.columns)
+        dataset = ShardDataset(self.shards[number], self.columns, self.captions_needed)
         return dataset, range(len(dataset))
 
 
@@ -126,8 +131,10 @@ class PartWriter:
         """Write the manifest if all parts are complete."""
         if not all(self.has(part) for part in range(parts)):
             return
-        for abandoned in self.folder.glob("**/.*.tmp"):  # of killed processes
-            abandoned.unlink(missing_ok=True)
+        for temporary in self.folder.glob("**/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # another task has completed it
+                if time.time() - temporary.stat().st_mtime > ABANDONED:  # by a killed process
+                    temporary.unlink()
         records = [read_json(self._record(part)) for part in range(parts)]
         manifest = {
             "parts": parts,

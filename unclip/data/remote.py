@@ -41,8 +41,9 @@ def find_urls(pattern: str) -> list[str]:
 def local_copies(urls: Sequence[str]) -> list[Path]:
     """Return local copies of shards, downloaded unless they are in the cache.
 
-    Several processes may ask for the same shards. Without a network, cached
-    shards are used as they are. Raises OSError that names a URL that failed after several attempts.
+    Several processes may ask for the same shards. Without a network, cached shards are used as they
+    are, if they are given by name or numbered range: a folder or a pattern with `*` must be listed.
+    Raises OSError that names a URL that failed after several attempts.
     """
     missing = [url for url in urls if not _place(url).is_file()]
     with ThreadPoolExecutor(THREADS) as pool:
@@ -56,13 +57,14 @@ def _local_copy(url: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         fs, path = _filesystem(url)
+        cached = place.is_file()
         try:
-            size = _retry(url, lambda: fs.info(path).get("size"))
+            size = _retry(url, lambda: fs.info(path).get("size"), 1 if cached else ATTEMPTS)
         except OSError:
-            if place.is_file():
+            if cached:
                 return place
             raise
-        if not place.is_file() or size not in (None, place.stat().st_size):
+        if not cached or size not in (None, place.stat().st_size):
             _retry(url, lambda: _download(fs, path, place, size))
     return place
 
@@ -77,16 +79,16 @@ def _download(fs: Any, path: str, place: Path, size: int | None) -> None:
     part.replace(place)
 
 
-def _retry(url: str, call: Any) -> Any:
-    for attempt in range(ATTEMPTS):
+def _retry(url: str, call: Any, attempts: int = ATTEMPTS) -> Any:
+    for attempt in range(attempts):
         try:
             return call()
         except FileNotFoundError:
             raise FileNotFoundError(f"{url} does not exist") from None
         except Exception as error:  # storage clients raise their own types
-            if attempt == ATTEMPTS - 1:
+            if attempt == attempts - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                raise OSError(f"{url}: {reason} ({ATTEMPTS} attempts)") from None
+                raise OSError(f"{url}: {reason} ({attempts} attempts)") from None
             time.sleep(FIRST_WAIT * 2**attempt)
 
 

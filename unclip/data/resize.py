@@ -16,10 +16,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from unclip.data.parts import ShardParts
+from unclip.data.precompute import start
 from unclip.data.samples import Dataset, resize_center_crop
 from unclip.data.shards import add_members
 
 MAX_BROKEN = 0.01
+SETTINGS_FILE = "resize.json"
 
 
 def resize_shard(
@@ -78,14 +80,14 @@ def _run(options: argparse.Namespace) -> None:
             f"size {options.size}, task {options.task} of {options.tasks}; "
             "expected a size of at least 1, and a task from 0 to tasks - 1"
         )
-    parts = ShardParts(options.data)
+    parts = ShardParts(options.data, captions_needed=False)
     names = [Path(str(shard).partition("?")[0]).name for shard in parts.shards]
     if len(set(names)) < len(names):
         raise ValueError(f"{options.data}: several shards share a name; resize each folder alone")
-    options.out.mkdir(parents=True, exist_ok=True)
     save = {"format": options.format.upper()}
     if options.format != "png":
         save["quality"] = options.quality
+    start(options.out, SETTINGS_FILE, {"size": options.size, **save})
     broken, images = {}, 0
     for number in tqdm(range(options.task, len(parts), options.tasks), unit=" shards"):
         out = options.out / names[number]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from unclip.evaluation.base import ignore_cut_warnings
 from unclip.evaluation.bench.timing import interleave
-from unclip.evaluation.metrics import recall
+from unclip.evaluation.metrics import caption_targets, recall
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions
 
@@ -82,8 +82,8 @@ class ApproximationError:
         progress: bool = True,
     ) -> None:
         """reload: function that loads another copy of the model, to be cast or quantized."""
-        if len(captions) < 2:
-            raise ValueError("got only one caption; recall needs at least 2")
+        if len(set(captions)) < 2:
+            raise ValueError("got only one distinct caption; recall needs at least 2")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.pipe, self.captions, self.reload = pipe, list(captions), reload
@@ -159,7 +159,9 @@ class ApproximationError:
         return {name: values[1:] for name, values in times.items()}
 
     def _compare(self, images: list[Image.Image]) -> dict[str, float]:
-        emb, targets = self._embed(images), torch.arange(len(images))
+        emb = self._embed(images)
+        first, index = caption_targets(self.captions)
+        targets = torch.tensor([index[caption] for caption in self.captions])
         differences = [
             np.abs(np.asarray(image, dtype=float) - np.asarray(exact, dtype=float)).mean()
             for image, exact in zip(images, self.exact, strict=True)
@@ -167,7 +169,7 @@ class ApproximationError:
         return {
             "pixels": float(np.mean(differences)),  # of 255
             "cosine": F.cosine_similarity(emb, self._exact_emb).mean().item(),
-            **recall(emb, self._text_emb, targets, ks=(1,)),
+            **recall(emb, self._text_emb[first], targets, ks=(1,)),
         }
 
     def _embed(self, images: list[Image.Image]) -> Tensor:

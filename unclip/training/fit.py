@@ -122,7 +122,8 @@ def fit(
     preview(model)          returns an image; called with the averaged weights.
     export(model, folder)   writes the averaged weights at each checkpoint; default:
                             model.safetensors. The model is an unsharded copy on the CPU.
-    before_step(step)       is called before each update, for losses that change over time.
+    before_step(step)       is called before each update, for losses that change over time; and by
+                            a resumed run before the evaluations that the last one had skipped.
     tokenizer               is stored in the checkpoints.
 
     Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
@@ -209,7 +210,13 @@ class _Trainer:
             save_json(state.settings, self.output / "config.json")
         progress = (config.steps, state.step, state.hours)
         self.log = Log(
-            accelerator, self.output, state.settings, *progress, config.progress, config.trackers
+            accelerator,
+            self.output,
+            state.settings,
+            *progress,
+            config.progress,
+            config.trackers,
+            validation_pending=VALIDATION in state.pending,
         )
         self.saver = Saver(
             accelerator,
@@ -223,7 +230,7 @@ class _Trainer:
         try:
             with StopRequest(config.max_hours) as self.stop:
                 self._loop(val_loader, preview)
-            if state.step < config.steps:
+            if state.step < config.steps or state.pending:
                 self.log.print(f"stopped after step {state.step}; to resume: {resume_command()}")
                 raise SystemExit(0)
         finally:
@@ -250,13 +257,18 @@ class _Trainer:
     def _loop(self, val_loader: Loader | None, preview: Preview | None) -> None:
         """Train up to the last step or a request to stop, which is followed by a checkpoint."""
         config, state, batches = self.config, self.state, self._batches()
-        if state.step >= config.steps:
+        if state.pending:  # the last run stopped before these evaluations
+            if self.before_step is not None:
+                self.before_step(state.step - 1)  # as for the update before them
+            if self._evaluate(val_loader, preview):
+                return
+            if state.step >= config.steps:  # no later checkpoint says that they are done
+                self._save()
+        elif state.step >= config.steps:
             self.log.print(
                 f"nothing to train: the checkpoint is at step {state.step} and fit.steps is "
                 f"{config.steps}; set fit.steps higher"
             )
-        if self._evaluate(val_loader, preview):  # what was pending at the end of the last run
-            return
         stopping = False
         while state.step < config.steps and not stopping:
             stopping = self._update(batches)

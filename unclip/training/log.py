@@ -69,6 +69,7 @@ class Log:
         hours: float,
         progress: bool,
         trackers: Trackers = (),
+        validation_pending: bool = False,
     ) -> None:
         self._accelerator, self._folder, self._steps = accelerator, folder, steps
         self._is_main = accelerator.is_main_process
@@ -79,7 +80,7 @@ class Log:
             )
         self._file = folder / "metrics.jsonl"
         if self._is_main:
-            _drop_rows_after(self._file, step)
+            _drop_rows_after(self._file, (step, not validation_pending))
         _start_trackers(accelerator, folder.name, trackers)
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # it would add a folder for them at every start
@@ -192,28 +193,33 @@ class Log:
         self._batches = self._updates = 0
 
 
-def _drop_rows_after(file: Path, step: int) -> None:
-    """Remove the rows that a resumed run will write again."""
+def _drop_rows_after(file: Path, last: tuple[int, bool]) -> None:
+    """Remove the rows after `last` (see `_order_of`), which a resumed run will write again."""
     if not file.exists():
         return
     kept = [
         row + "\n"
         for row in file.read_text(encoding="utf-8", errors="replace").splitlines()
-        if (number := _step_of(row)) is not None and number <= step
+        if (order := _order_of(row)) is not None and order <= last
     ]
     part = file.with_name(f".{file.name}.part")  # a kill here must not lose the other rows
     part.write_text("".join(kept), encoding="utf-8")
     part.replace(file)
 
 
-def _step_of(row: str) -> float | None:
-    """Return the step of a row; None for a damaged one, such as the last row of a killed run."""
+def _order_of(row: str) -> tuple[float, bool] | None:
+    """Return the step of a row, and whether it is the validation, which follows the training.
+
+    None for a damaged row, such as the last one of a killed run.
+    """
     try:
         values = json.loads(row)
     except ValueError:
         return None
     step = values.get("step") if isinstance(values, dict) else None
-    return step if isinstance(step, (int, float)) else None
+    if not isinstance(step, (int, float)):
+        return None
+    return step, any(name.startswith("val_") for name in values)
 
 
 def _line(values: dict[str, float]) -> str:

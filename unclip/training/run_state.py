@@ -35,6 +35,7 @@ MUTABLE_SETTINGS = (
 class Resumable(Protocol):
     """A data loader whose position can be saved and restored."""
 
+    def __len__(self) -> int: ...  # batches per epoch
     def state_dict(self) -> dict[str, int]: ...
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
@@ -164,6 +165,8 @@ class RunState:
         position = dict(state.data)
         if state.processes != self.processes and "batch" in position:
             position["batch"] = position["batch"] * state.processes // self.processes
+            if position["batch"] == len(self.loader):  # the rest is less than a batch
+                position = {"epoch": position["epoch"] + 1, "batch": 0}
         return position
 
     def _load_moments(self, saved: SavedTensors) -> None:

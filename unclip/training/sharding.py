@@ -57,8 +57,11 @@ def make_mesh(device_type: str, processes: int) -> DeviceMesh:
 def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     """Shard the trained parameters of a model in place; frozen ones and scalars stay whole.
 
-    In bf16 the units are gathered in bf16 and their gradients reduced in fp32.
+    In bf16 the units are gathered in bf16 and their gradients reduced in fp32. The buffers become
+    those of the first process, as in DDP: each process measures statistics of its own data.
     """
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
     # torch warns about changing the output of a unit in place, which no network here does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
