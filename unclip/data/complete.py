@@ -6,7 +6,6 @@ A dataset of several styles has most concepts in some of them only. A small U-Ne
 the image of a concept in one style from its images in others, where there are both, and then
 predicts the missing ones. They have the size of a layout: a layout prior that is also trained on
 them does not have to combine concept and style for the first time when it generates.
-`train/draw.py` draws images from them.
 
 Samples need "style" and "hexcode" in their metadata, as `unclip.data.emoji` writes them.
 """
