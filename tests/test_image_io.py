@@ -22,6 +22,7 @@ from unclip import image_io
 from unclip.image_io import (
     cell,
     encode_image,
+    image_name,
     lacks_image,
     open_image,
     open_mask,
@@ -389,3 +390,20 @@ def test_files_that_are_not_images_are_rejected(tmp_path):
         open_image(tmp_path / "half.png")
     with pytest.raises(ValueError, match=r"whole\.png .*metadata"):
         read_metadata(tmp_path / "whole.png")
+
+
+def test_file_names_tell_texts_apart():
+    assert image_name("A red apple, noto emoji!", 3) == "a-red-apple-noto-emoji-3"
+    long = "a " * 40 + "red apple"
+    similar = [
+        "C++",
+        "C#",
+        "c",
+        "\N{RED APPLE}",
+        "\N{GREEN APPLE}",
+        long,
+        long.replace("red", "blue"),
+    ]
+    names = [image_name(text, 0) for text in similar]
+    assert len(set(names)) == len(similar) and names[2] == "c-0"
+    assert all(name.replace("-", "").isalnum() for name in names)

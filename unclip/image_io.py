@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import html
 import io
 import json
@@ -66,6 +67,7 @@ FIELD_TYPES = {  # of an entry of the metadata and of the sources in it
     **dict.fromkeys(_TEXTS, (str, type(None))),
     **dict.fromkeys(("sources", "lora"), list),
 }
+SEPARATORS = re.compile(r"[\s_.,;:!?'\"-]+")  # that a file name need not tell apart
 MAX_FPS = {".gif": 100, ".mp4": 1000}
 MIN_FPS = 0.1
 MAX_METADATA = 60_000_000  # characters; Pillow refuses PNG files with more than 64 MB of text
@@ -241,8 +243,14 @@ def save_image(image: Image.Image, path: str | Path, metadata: Any = None) -> No
 
 
 def image_name(text: str, seed: int) -> str:
-    """Return a file name, without suffix, for an image of a text and a seed."""
-    return f"{slug(text)}-{seed}"
+    """Return a file name, without suffix, for an image of a text and a seed.
+
+    If the name does not contain all of the text, a hash distinguishes it from similar texts.
+    """
+    name = slug(text)
+    if name != SEPARATORS.sub("-", text.lower()).strip("-"):
+        name = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return f"{name}-{seed}"
 
 
 def slug(text: str) -> str:

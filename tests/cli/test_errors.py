@@ -118,3 +118,15 @@ def test_invalid_files_of_a_model_are_reported(here):
     (folder / "model.json").write_text("{}")
     with pytest.raises(ValueError, match=r"model\.json .*format"):
         unclip.load("emoji")
+
+
+def test_a_folder_without_permission_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "locked")
+    for output in ("locked/a.png", "locked", "locked/new/folder"):
+        output = tmp_path / output
+        assert main(["generate", "a cat", "--model", "emoji", "--output", str(output)]) == 2
+        expected = (
+            f"error: cannot write {output}: no permission to write in {tmp_path / 'locked'}\n"
+        )
+        assert capsys.readouterr().err == expected

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
+from unclip.serving.server import Server
 
 LOCAL = "http://127.0.0.1"
 CONFIG = ServerConfig(models=("tiny", "tiny-dalle"), batch_seconds=0.02)
@@ -56,6 +57,10 @@ def server(load) -> Iterator[str]:
         yield url
 
 
+class ThreadServer(Server):
+    capture_signals = uvicorn.Server.capture_signals  # none outside the main thread
+
+
 @contextlib.contextmanager
 def serving(app: Any) -> Iterator[str]:
     """Serve an application on a free port, in a thread; yield its address."""
@@ -63,7 +68,7 @@ def serving(app: Any) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = uvicorn.Config(app, port=port, log_config=None, lifespan="on")
-    server = uvicorn.Server(settings)
+    server = ThreadServer(settings, app.state.engine, drain_seconds=60)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait_until(lambda: server.started and app.state.engine.ready)

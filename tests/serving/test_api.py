@@ -186,6 +186,31 @@ def test_inapplicable_and_unknown_fields_are_listed(client):
     assert hostile.headers["x-unclip-ignored"].startswith("a??set-cookie")
 
 
+def test_fields_and_files_that_a_call_does_not_use_are_listed(client):
+    form = {"prompt": "a red apple", "response_format": "b64_json"}
+    image, mask = ("image.png", png(16), "image/png"), ("mask.png", png(16), "image/png")
+    response = client.post(VARIATIONS, data=form, files={"image": image, "mask": mask})
+    assert response.headers["x-unclip-ignored"] == "prompt, mask"
+    response = client.post(GENERATIONS, data=form, files={"image": image})
+    assert response.headers["x-unclip-ignored"] == "image"
+    emb = base64.b64encode(np.ones(16, "<f4").tobytes()).decode()
+    response = generate(client, image_embedding=emb, num_candidates=2)
+    assert response.headers["x-unclip-ignored"] == "prompt, num_candidates"
+    files = {"image": image}
+    data = {"image_embedding": emb, "weights": "1", "response_format": "b64_json"}
+    response = client.post(VARIATIONS, data=data, files=files)
+    assert response.headers["x-unclip-ignored"] == "image, weights"
+
+
+def test_a_stream_whose_images_cannot_be_stored_ends_with_an_error(load, tmp_path, caplog):
+    with client_of(load, storage=str(tmp_path / "results")) as client:
+        (tmp_path / "results").rmdir()
+        response = generate(client, stream=True, response_format="url")
+        ((_, fields),) = events_of(response)
+        assert fields["error"]["type"] == "server_error"
+        assert "stream_failed" in caplog.text and "FileNotFoundError" in caplog.text
+
+
 def test_strict_refuses_unknown_fields(load):
     with client_of(load, strict=True) as client:
         message = error_of(generate(client, quality="hd"), 400, "quality", "unknown_parameter")
@@ -223,6 +248,8 @@ def test_strict_refuses_unknown_fields(load):
         ({"num_candidates": 1, "n": 2}, "num_candidates", "less than 'n'"),
         ({"image_embedding": "!"}, "image_embedding", "base64"),
         ({"image_embedding": [1.0]}, None, "expected 16"),
+        ({"image_embedding": [1] * 70_000}, "image_embedding", "maximum of 65536"),
+        ({"image_embedding": ["x"]}, "image_embedding", "valid number"),
         ({"image_embedding": [1.0], "layout": "!"}, "layout", "base64"),
         ({"image_embedding": [1.0] * 16, "layout": [1.0]}, None, "samples no layouts"),
     ],
@@ -316,6 +343,16 @@ def test_the_images_own_alpha_is_the_mask(client):
     (masked,) = images_of(edit(client, png(16), image))
     assert (pixels(data)[8:] == pixels(image)[8:]).all()
     assert (pixels(masked)[8:] == pixels(image)[8:]).all()
+
+
+def test_a_mask_of_16_bits_is_split_at_mid_grey(client):
+    pixels_16 = np.full((16, 16), 600, np.uint16)  # nearly black
+    pixels_16[:8] = 2**15 + 600
+    file = io.BytesIO()
+    Image.fromarray(pixels_16).save(file, "PNG")
+    (data,) = images_of(edit(client, png(16), file.getvalue()))
+    assert (pixels(data)[8:] == pixels(png(16))[8:]).all()
+    assert (pixels(data)[:8] != pixels(png(16))[:8]).any()
 
 
 def test_json_edits_take_data_urls(client):

@@ -402,14 +402,13 @@ def test_models_are_loaded_when_used_and_offloaded_when_idle(tiny_pipe):
         engine.stop()
 
 
-def test_a_stopped_engine_returns_the_jobs_that_waited(make, recorder):
+def test_a_stopped_engine_answers_all_jobs_with_503(make, recorder):
     client = make()
-    first = blocked(client, recorder)
-    job = client.submit()
+    jobs = [blocked(client, recorder), client.submit()]
     threading.Timer(0.1, recorder.gate.set).start()
-    assert client.engine.stop() == [job]
-    assert isinstance(client.outcome(first), Done)
-    assert not client.engine.ready
+    client.engine.stop()
+    assert [client.outcome(job).status for job in jobs] == [503, 503]
+    assert client.engine.idle and not client.engine.ready
 
 
 def test_previews_follow_the_rows_of_a_batch(make, recorder):

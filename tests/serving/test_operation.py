@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from scripts import ROOT
@@ -99,6 +101,7 @@ def test_waiting_too_long_is_503(load):
         assert 1 <= int(late.headers["retry-after"]) <= 60
         streamed = client.post(GENERATIONS, json={**BODY, "stream": True})
         assert '"code": "unavailable"' in streamed.text
+        assert client.app.state.engine.metrics.cancellations._value.get() == 0
         gate.open.set()
         thread.join()
         assert results[0].status_code == 200
@@ -147,12 +150,47 @@ def test_a_client_that_disconnects_cancels_its_job(load, stream, started):
         assert post(url, BODY) == 200
 
 
-def post(url, body):
+def test_jobs_that_outlast_the_shutdown_are_answered_with_503(load):
+    gate = Gate(load)
+    app = create_app(replace(CONFIG, max_batch=1), gate)
+    threads, answers = [], {}
+
+    def send(key, **fields):
+        answers[key] = answer(url, {**BODY, **fields})
+
+    def open_gate():
+        for thread in threads:
+            thread.join()
+        gate.open.set()
+
+    with serving(app) as url:
+        for key, fields in (("running", {}), ("waiting", {}), ("streamed", {"stream": True})):
+            threads.append(threading.Thread(target=send, args=(key,), kwargs=fields))
+            threads[-1].start()
+            wait_until(lambda: gate.waiting and app.state.engine.queue.images == len(threads) - 1)
+        threading.Thread(target=open_gate).start()
+    for key in ("running", "waiting"):
+        status, retry_after, text = answers[key]
+        assert (status, retry_after) == (503, "5")
+        assert json.loads(text)["error"]["message"] == "The server is shutting down."
+    assert "The server is shutting down." in answers["streamed"][2]
+
+
+def answer(url, body):
+    """Return status, Retry-After and text of the response."""
     request = urllib.request.Request(
         url + GENERATIONS, json.dumps(body).encode(), {"content-type": "application/json"}
     )
-    with urllib.request.urlopen(request) as response:
-        return response.status
+    try:
+        response = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        response = error
+    with response:
+        return response.status, response.headers["retry-after"], response.read().decode()
+
+
+def post(url, body):
+    return answer(url, body)[0]
 
 
 def test_waiting_streams_tell_their_position(load):
@@ -175,6 +213,10 @@ def test_the_command_checks_its_arguments(capsys):
     assert "--api-key" in capsys.readouterr().err
     assert main(["serve", "--model", "no-such-model"]) == 2
     assert "no-such-model" in capsys.readouterr().err
+    assert main(["serve", "--model", "emoji", "--model", "emoji=emoji-dalle1"]) == 2
+    assert (
+        "two models have the id emoji; choose ids with --model ID=NAME" in capsys.readouterr().err
+    )
     assert main(["serve", "--port", "99999"]) == 2
     assert "'99999' is not a port; expected a number from 1 to 65535" in capsys.readouterr().err
     for flag in ("--replicas", "--num-cpus", "--num-gpus"):

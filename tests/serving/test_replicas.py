@@ -17,7 +17,7 @@ from unclip.serving.replicas import ReplicaConfig, build, start
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
-httpx = pytest.importorskip("httpx")
+requests = pytest.importorskip("requests")
 
 
 def test_several_replicas_need_shared_storage():
@@ -41,13 +41,13 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
         start(config, address="local", num_cpus=2, include_dashboard=False, **memory)
         serve.run(build(config, ReplicaConfig(2, 2, num_cpus=0.5)), name="unclip")
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
+        wait_until(lambda: requests.get(f"{url}/readyz").status_code == 200, 240)
         answers, urls, stop = Counter(), [], threading.Event()
 
         def client():
             while not stop.is_set():
                 body = {"prompt": "a red apple", "steps": 20}
-                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+                response = requests.post(f"{url}/v1/images/generations", json=body, timeout=60)
                 answers[response.status_code] += 1
                 if response.status_code == 200:
                     urls.append(response.json()["data"][0]["url"])
@@ -66,7 +66,7 @@ def test_a_killed_replica_leaves_no_request_without_an_answer(tiny_folder, tmp_p
             thread.join(timeout=60)
             assert not thread.is_alive()
         assert set(answers) == {200} and answers[200] > 40, dict(answers)
-        statuses = Counter(httpx.get(one).status_code for one in urls)
+        statuses = Counter(requests.get(one).status_code for one in urls)
         assert statuses == {200: len(urls)}
     finally:
         serve.shutdown()
@@ -92,14 +92,14 @@ def test_replicas_spread_over_machines_with_the_load(tiny_folder, tmp_path):
         start(config, address=cluster.address)
         serve.run(build(config, ReplicaConfig(1, 2)), name="unclip")
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == 200, 240)
+        wait_until(lambda: requests.get(f"{url}/readyz").status_code == 200, 240)
         assert len(replica_nodes()) == 1
         statuses = Counter()
 
         def client():
             while not stop.is_set():
                 body = {"prompt": "a red apple", "steps": 20}
-                response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=300)
+                response = requests.post(f"{url}/v1/images/generations", json=body, timeout=300)
                 statuses[response.status_code] += 1
 
         threads = [threading.Thread(target=client) for _ in range(6)]  # 2 are wanted per replica

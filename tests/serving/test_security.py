@@ -15,7 +15,7 @@ from serving_helpers import CONFIG, client, client_of, load, png
 
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig, is_loopback
-from unclip.serving.logs import JSONFormatter
+from unclip.serving.logs import JSONFormatter, log_warning
 
 KEY = "sk-0123456789abcdef"
 PUBLIC = {"/", "/page/{name}", "/healthz", "/readyz", "/v1/files/{name:path}"}
@@ -101,6 +101,15 @@ def test_urls_of_other_hosts_are_not_made_up(load, keyed):
 )
 def test_other_web_sites_cannot_use_a_server_without_keys(client, headers):
     assert client.get("/v1/models", headers=headers).status_code == 403
+
+
+def test_the_public_address_is_compared_as_browsers_write_it(load):
+    with client_of(load, public_base_url="https://Images.Example:443/api") as client:
+        for headers in ({}, {"origin": "https://images.example"}):
+            headers = {"host": "images.example", **headers}
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        headers = {"host": "images.example", "origin": "https://images.example:8443"}
+        assert client.get("/v1/models", headers=headers).status_code == 403
 
 
 def test_the_page_may_use_its_own_server(client):
@@ -220,6 +229,13 @@ def test_warnings_do_not_quote_prompts(load, tiny_pipe, recwarn):
             body = {"prompt": prompt, "response_format": "b64_json"}
             assert client.post(GENERATIONS, json=body).status_code == 200
     assert not recwarn.list
+
+
+def test_python_warnings_are_log_lines(caplog):
+    log_warning(UserWarning("guidance is 500"), UserWarning, "file.py", 1)
+    (record,) = caplog.records
+    entry = json.loads(JSONFormatter().format(record))
+    assert (entry["event"], entry["text"]) == ("warning", "guidance is 500")
 
 
 def test_prompts_are_logged_on_request(load, caplog):

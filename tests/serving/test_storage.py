@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 from serving_helpers import client_of, load
 
@@ -26,6 +28,13 @@ def test_files_are_returned_until_they_expire(target, monkeypatch):
     assert storage.get(name) is None
     assert storage.sweep() == 1
     assert storage.files.read(name) is None
+
+
+def test_a_file_system_that_is_not_installed_is_one_line(monkeypatch):
+    error = ImportError("Install s3fs to access S3")
+    monkeypatch.setattr("fsspec.core.url_to_fs", mock.Mock(side_effect=error))
+    with pytest.raises(ValueError, match="s3://bucket/x: Install s3fs.*remote"):
+        open_storage("s3://bucket/x", 3600, 2**20)
 
 
 def test_names_are_random_and_checked(target):

@@ -301,6 +301,8 @@ def test_settings_are_read_from_a_png(visit, tiny_pipe):
     assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
     choose(page, "#load-png", png())
     page.locator("#form-error", has_text="no unclip settings").wait_for()
+    choose(page, "#load-png", encode_image(result.images[0], metadata=[{"operation": "text_diff"}]))
+    page.locator("#form-error", has_text='cannot repeat the operation "text_diff"').wait_for()
 
 
 @pytest.mark.slow
@@ -422,6 +424,36 @@ def test_alpha_of_an_image_and_of_a_mask_file_is_used(visit, app):
     page.locator(DONE).nth(1).wait_for()
     alpha = np.asarray(opened(app.last()[2]["mask"][0]))[..., 3]
     assert (alpha[:, :16] == 0).all() and (alpha[:, 16:] == 255).all()
+
+
+@pytest.mark.slow
+def test_mask_file_of_an_image_that_is_not_square_is_cropped_with_it(visit, app):
+    page = visit()
+    page.check("[value=edit]")
+    photo, mask = Image.new("RGB", (64, 32), "red"), Image.new("L", (64, 32), 0)
+    mask.paste(255, (16, 0, 32, 32))  # the left half of the central square
+    for button, image in (("[data-slot=image] button", photo), ("#import-mask", mask)):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        choose(page, button, file.getvalue())
+        page.locator("text=Change mask" if image is mask else "text=Paint mask").wait_for()
+    page.fill("#prompt", "a red apple")
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    alpha = np.asarray(opened(app.last()[2]["mask"][0]))[..., 3]
+    assert (alpha[:, :16] == 0).all() and (alpha[:, 16:] == 255).all()
+
+
+@pytest.mark.slow
+def test_a_wrong_value_of_a_hidden_field_is_not_checked(visit, app):
+    page = visit()
+    page.click("summary >> nth=0")
+    page.fill("#num_candidates", "100")
+    page.check("[value=vary]")
+    choose(page, "[data-slot=image] button", png(32))
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    assert "num_candidates" not in app.last()[1]
 
 
 @pytest.mark.slow
@@ -572,7 +604,7 @@ def copied(page, button):
 
 
 @pytest.mark.slow
-def test_copied_commands_make_the_same_image(visit, tmp_path):
+def test_copied_commands_make_the_same_image(visit, tiny_pipe, tmp_path):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     generate(page, prompt='an apple\'s "core"', steps=2)
     expected = pixels(image_of(page))
@@ -582,9 +614,17 @@ def test_copied_commands_make_the_same_image(visit, tmp_path):
         data = base64.b64decode(json.loads(done.stdout)["data"][0]["b64_json"])
         assert (pixels(data) == expected).all()
     pytest.importorskip("openai")
+    pytest.importorskip("requests")
     code = copied(page, "#copy-python")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     assert (pixels((tmp_path / "image-0.png").read_bytes()) == expected).all()
+
+    result = tiny_pipe.variations(Image.open(io.BytesIO(png(32))), seed=5, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("text=Settings loaded").wait_for()
+    subprocess.run([sys.executable, "-c", copied(page, "#copy-python")], cwd=tmp_path, check=True)
+    varied = pixels((tmp_path / "image-0.png").read_bytes())
+    assert (varied == np.asarray(result.images[0])).all()
 
 
 # -- layout and accessibility

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, islice
@@ -27,7 +28,7 @@ def check_output(args: Namespace, num_images: int) -> None:
         if path.is_file():
             raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
         check_image_folder(path)
-        return _check_parents(path)
+        return _check_writable(path, path, *path.parents)
     if num_images > 1 and not args.grid:
         raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")
     check_file(path)
@@ -37,13 +38,16 @@ def check_file(path: Path) -> None:
     """Raise a ValueError if a file cannot be written at `path`; missing folders are created."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a file name")
-    _check_parents(path)
+    _check_writable(path, *path.parents)
 
 
-def _check_parents(path: Path) -> None:
-    for parent in path.parents:
-        if parent.exists() and not parent.is_dir():
-            raise ValueError(f"cannot write {path}: {parent} is not a directory")
+def _check_writable(path: Path, *folders: Path) -> None:
+    """Raise a ValueError if nothing can be written to the first of the folders that exists."""
+    folder = next(folder for folder in folders if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def is_image(path: Path) -> bool:

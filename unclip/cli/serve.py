@@ -96,7 +96,11 @@ def serve(args: Namespace) -> None:
     from unclip.checkpoints.folders import locate
     from unclip.serving.config import ServerConfig
 
-    sources = dict(map(_model, args.models or (DEFAULT_MODEL,)))
+    sources: dict[str, str] = {}
+    for name, source in map(_model, args.models or (DEFAULT_MODEL,)):
+        if name in sources:
+            raise ValueError(f"two models have the id {name}; choose ids with --model ID=NAME")
+        sources[name] = source
     for name in sources.values():
         locate(name)  # a wrong name fails at once
     variable = os.environ.get(KEY_VARIABLE)

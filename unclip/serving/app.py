@@ -22,7 +22,7 @@ from unclip import __version__
 from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
-from unclip.serving.errors import APIError, bad_request, not_found, unavailable
+from unclip.serving.errors import APIError, bad_request, not_found
 from unclip.serving.jobs import ClientGone, EventStream, RunningJob, stream, submit
 from unclip.serving.metrics import Metrics
 from unclip.serving.middleware import Guard, host_name
@@ -68,8 +68,7 @@ def create_app(
         sweeper = asyncio.create_task(_sweep(storage))
         yield
         sweeper.cancel()
-        for job in await run_in_threadpool(engine.stop):
-            job.notify(unavailable("The server is shutting down.", 5))
+        await run_in_threadpool(engine.stop)
 
     app = FastAPI(
         title="unclip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unclip.serving.config import ServerConfig
-from unclip.serving.errors import APIError, bad_request, failed
+from unclip.serving.errors import APIError, bad_request, failed, unavailable
 from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
@@ -71,7 +71,8 @@ class Engine:
         self.known: dict[str, dict[str, Any]] = {}  # about models that were loaded once
         self.seconds_per_image = 1.0  # moving average
         self._load, self._closing = load, False
-        self._lock, self._running = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._running: dict[int, list[Job]] = {}  # of each busy device
         self._ready = {i: False for i in range(len(config.devices))}
         self._failure: str | None = None
         self._threads = [
@@ -125,14 +126,21 @@ class Engine:
         """Accept no more jobs; those in the queue are still generated."""
         self._closing = True
 
-    def stop(self) -> list[Job]:
-        """Stop all threads after their current batch; return the jobs still in the queue."""
+    def abandon(self) -> None:
+        """Answer all jobs with 503, also those in progress, whose batches end at the next step."""
         self._closing = True
-        jobs = self.queue.close()
+        with self._lock:
+            jobs = [*self.queue.close(), *itertools.chain(*self._running.values())]
+        for job in jobs:
+            job.cancelled = True
+            job.notify(unavailable("The server is shutting down.", 5))
+
+    def stop(self) -> None:
+        """Abandon all jobs and end all threads."""
+        self.abandon()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=10)
-        return jobs
 
     # -- on the thread of a device
 
@@ -165,9 +173,9 @@ class Engine:
                 )
             with self._lock:
                 jobs = self.queue.take(1 if config.deterministic else config.max_batch)
-                self._running += bool(jobs)
-            if not jobs:
-                continue
+                if not jobs:
+                    continue
+                self._running[index] = jobs
             self.metrics.queue_images.set(self.queue.images)
             started = time.monotonic()
             try:
@@ -177,7 +185,7 @@ class Engine:
                 _notify(jobs, failed())
             finally:
                 with self._lock:
-                    self._running -= 1
+                    del self._running[index]
             last_images = sum(job.cost for job in jobs)
             last_seconds = time.monotonic() - started
             done = last_seconds / max(1, last_images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -13,9 +14,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from unclip.serving.engine import Done, Engine, Event, Started, Step
-from unclip.serving.errors import APIError, queue_full, unavailable
+from unclip.serving.errors import APIError, failed, queue_full, unavailable
 from unclip.serving.queue import Job, QueueFull
 from unclip.serving.tasks import Task
+
+log = logging.getLogger("unclip.serving")
 
 PING_SECONDS = 10.0
 POSITION_SECONDS = 1.0
@@ -96,6 +99,7 @@ class RunningJob:
                     raise ClientGone
                 elif not self.started and time.monotonic() >= self.deadline:
                     if self.engine.queue.remove(self.job):
+                        self.job.cancelled = True
                         self.engine.metrics.rejections.labels("deadline").inc()
                         yield unavailable(
                             "The request waited too long in the queue.", self.engine.retry_after()
@@ -144,12 +148,24 @@ class EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def put(body: bytes, more: bool) -> None:
+            try:
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            except OSError:
+                raise ClientGone from None
+
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
-        with contextlib.suppress(ClientGone, OSError):
-            async for chunk in self._events(receive):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+        with contextlib.suppress(ClientGone):
+            try:
+                async for chunk in self._events(receive):
+                    await put(chunk, True)
+            except ClientGone:
+                raise
+            except Exception:  # the images cannot be encoded or stored
+                log.exception("stream_failed")
+                await put(error_event(failed()), True)
+            await put(b"", False)
 
 
 async def stream(
@@ -182,7 +198,7 @@ async def stream(
                 for fields in await complete(event):
                     yield sse(f"{prefix}.completed", fields)
             elif isinstance(event, APIError):
-                chunk = b"data: " + json.dumps(event.body()).encode() + b"\n\n"
+                chunk = error_event(event)
             if chunk:
                 last_sent = now
                 yield chunk
@@ -191,6 +207,11 @@ async def stream(
 def sse(kind: str, fields: dict[str, Any]) -> bytes:
     """Encode an event."""
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+def error_event(error: APIError) -> bytes:
+    """Encode an error."""
+    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
 
 
 def comment(fields: dict[str, Any]) -> bytes:

@@ -36,3 +36,8 @@ def configure_logs(level: int = logging.INFO) -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level if name == "unclip.serving" else logging.ERROR)
+
+
+def log_warning(message: Warning | str, *_: object) -> None:
+    """Write a Python warning to the server's logs; used as `warnings.showwarning`."""
+    logging.getLogger("unclip.serving").warning("warning", extra={"text": str(message)})

@@ -27,6 +27,7 @@ DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees th
 BODY_SECONDS = 60.0  # without a byte
 PROBES = ("/healthz", "/readyz", "/metrics")
 IMAGES = frozenset(f"/v1/images/{operation}" for operation in BODIES)
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -109,12 +110,12 @@ class Guard:
 
     def _check_origin(self, headers: Headers) -> None:
         """Reject other web sites, which can reach a loopback address through the user's browser."""
-        url, host = self.config.public_base_url, headers.get("host", "")
-        allowed = set() if url is None else {urlsplit(url).netloc}
+        url, host = self.config.public_base_url, headers.get("host", "").lower()
+        allowed = set() if url is None else {site(url)}
         if not is_loopback(host_name(host)) and host not in allowed:
             raise APIError(403, "The Host header is not a name of this server.", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc not in {host, *allowed}:
+        if origin is not None and site(origin) not in {host, *allowed}:
             raise APIError(
                 403, "Requests from other web sites are not allowed.", code="wrong_origin"
             )
@@ -177,6 +178,12 @@ def is_public(path: str, method: str) -> bool:
     if path.startswith("/v1/files/"):
         return True
     return not path.startswith("/v1") and path not in ("/metrics", "/openapi.json")
+
+
+def site(url: str) -> str:
+    """Return host and port of a URL as browsers write them: without the scheme's default port."""
+    parts = urlsplit(url)
+    return parts.netloc.lower().removesuffix(DEFAULT_PORTS.get(parts.scheme, ""))
 
 
 def host_name(host: str) -> str:

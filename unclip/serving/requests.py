@@ -26,6 +26,7 @@ SIZES = ("256x256", "512x512", "1024x1024")
 MIN_SIDE, MAX_SIDE = 16, 2048
 MAX_PROMPT, STRICT_PROMPT = 32_000, 1_000  # characters
 MAX_IMAGES = 16  # of one request
+MAX_VECTOR = 65_536  # numbers of an embedding or layout
 DEFAULT_NAMES = (None, "", "auto", "dall-e-2")  # of the default model
 
 
@@ -41,7 +42,8 @@ def _numbers(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-Vector = str | list[Number]  # base64 of little-endian float32, or numbers
+# numbers, or base64 of little-endian float32
+Vector = Annotated[list[Number], Field(max_length=MAX_VECTOR)] | str
 Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
 
 
@@ -105,6 +107,8 @@ BODIES: dict[str, type[Common]] = {
     "variations": Variation,
 }
 FILES = ("image", "image[]", "mask")
+# fields that `image_embedding` replaces
+REPLACED = ("prompt", "negative_prompt", "num_candidates", "image", "images", "weights")
 TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 
@@ -204,8 +208,13 @@ def parse(
     if not body.stream:
         ignored += [name for name in ("partial_images", "indexed_partials") if name in fields]
     values = body.model_dump(exclude=set(body.model_extra or ()))
+    if masks and operation != "edits":
+        ignored.append("mask")
+    if images and operation == "generations":
+        ignored.append("image")
     if values.get("image_embedding") is not None:
-        ignored += [name for name in ("prompt", "negative_prompt", "image") if name in fields]
+        given = {**fields, **({"image": images} if images else {})}
+        ignored += [name for name in REPLACED if name in given]
     elif values.get("layout") is not None:
         ignored.append("layout")
     if config.strict and ignored:
@@ -384,9 +393,13 @@ def _as_api_error(error: ValidationError) -> APIError:
     """Return the first problem in OpenAI's words."""
     first = error.errors(include_url=False, include_context=True)[0]
     param = _printable(str(first["loc"][0])) if first["loc"] else None
-    value, context = first.get("input"), first.get("ctx", {})
+    value, context, kind = first.get("input"), first.get("ctx", {}), first["type"]
+    if kind == "too_long":
+        given, limit = len(value), context.get("max_length")
+        return bad_request(
+            f"{given} values are more than the maximum of {limit} - '{param}'", param
+        )
     shown = _printable(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
-    kind = first["type"]
     if kind == "missing":
         message = f"'{param}' is a required property"
     elif kind in ("less_than_equal", "less_than"):

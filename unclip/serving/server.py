@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 
 import uvicorn
@@ -16,7 +17,7 @@ import uvicorn
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
 from unclip.serving.engine import Engine
-from unclip.serving.logs import configure_logs
+from unclip.serving.logs import configure_logs, log_warning
 
 # Thread switch interval; with Python's default of 5 ms, responses wait for the engine's steps.
 SWITCH_SECONDS = 0.0005
@@ -25,7 +26,7 @@ log = logging.getLogger("unclip.serving")
 
 
 class Server(uvicorn.Server):
-    """A server that exits with status 0 after SIGTERM, when all jobs are done."""
+    """A server that exits with status 0 after SIGTERM, when all jobs are done or abandoned."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
         super().__init__(config)
@@ -42,6 +43,11 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop, also if the default model cannot be loaded."""
         return await super().on_tick(counter) or self.engine.failure is not None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer the requests that are not finished with 503, and close all connections."""
+        self.engine.abandon()
+        await super().shutdown(sockets)
 
     def _on_signal(self) -> None:
         if self._draining is not None:  # the second signal
@@ -62,6 +68,7 @@ class Server(uvicorn.Server):
 def configure_process() -> None:
     """Configure logs and thread switching of a process that runs only the application."""
     configure_logs()
+    warnings.showwarning = log_warning
     sys.setswitchinterval(SWITCH_SECONDS)
 
 

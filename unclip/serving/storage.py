@@ -130,7 +130,11 @@ class RemoteFiles:
         import fsspec
 
         self.fs: Any
-        self.fs, self.root = fsspec.core.url_to_fs(url)
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            advice = "run `pip install 'unclip[remote]'`, or install it"
+            raise ValueError(f"cannot store results at {url}: {error}; {advice}") from None
         self.fs.makedirs(self.root, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:

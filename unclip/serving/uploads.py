@@ -8,7 +8,7 @@ import io
 
 from PIL import Image, ImageOps
 
-from unclip.image_io import identify, open_image
+from unclip.image_io import identify, open_image, open_mask
 from unclip.serving.config import ServerConfig
 from unclip.serving.errors import bad_request
 
@@ -92,7 +92,7 @@ def edit_mask(
     if (clear := _transparent_part(source)) is not None:
         hole = clear
     elif mask is not None and not strict:
-        hole = upright(mask).convert("L").point([0] * 128 + [255] * 128)
+        hole = open_mask(upright(mask))
     elif mask is None and not required:
         return None
     else:

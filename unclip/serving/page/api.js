@@ -166,8 +166,8 @@ export function asCurl(settings) {
   return parts.join(" \\\n  ");
 }
 
-/** Return Python code that makes the call and saves the images: with `openai`, or, for several
- * images, which its method does not take, with `httpx`. */
+/** Return Python code that makes the call and saves the images: with `openai`, or, for an embedding
+ * or several images, which its method does not take, with `requests`. */
 export function asPython(settings) {
   const { path, fields, files } = call(settings);
   const python = JSON.stringify; // there are no booleans
@@ -175,16 +175,17 @@ export function asPython(settings) {
   const key = apiKey.get() ? 'os.environ["OPENAI_API_KEY"]' : '"none"';
   fields.response_format = "b64_json";
   const opened = files.map(([name, , file]) => [name, `open("${file}", "rb")`]);
+  const list = (pairs) => pairs.map(([name, file]) => `("${name}", ${file})`).join(", ");
   let library, lines;
-  if (files.some(([name]) => name === "image[]")) {
-    library = "import httpx";
+  if (fields.image_embedding || files.some(([name]) => name === "image[]")) {
+    library = "import requests";
     lines = [
-      `response = httpx.post(\n    ${base} + "/${path}",`,
+      `response = requests.post(\n    ${base} + "/${path}",`,
       `    headers={"Authorization": "Bearer " + ${key}},`,
-      `    data=${python(fields)},`,
-      `    files=[${opened.map(([name, file]) => `("${name}", ${file})`).join(", ")}],`,
-      "    timeout=600,\n)",
-      'images = [image["b64_json"] for image in response.raise_for_status().json()["data"]]',
+      `    ${files.length ? "data" : "json"}=${python(fields)},`,
+      ...(files.length ? [`    files=[${list(opened)}],`] : []),
+      "    timeout=600,\n)\nresponse.raise_for_status()",
+      'images = [image["b64_json"] for image in response.json()["data"]]',
     ];
   } else {
     library = "from openai import OpenAI";

@@ -76,8 +76,9 @@ export function read() {
   const settings = { mode: mode(), model: byId("model").value || undefined };
   for (const name of [...NUMBERS, ...TEXTS]) {
     const field = fields[name];
+    if (field.closest("[hidden]")) continue;
     if (!field.checkValidity()) return refuse(name, field.validationMessage);
-    if (!field.value.trim() || field.closest("[hidden]")) continue;
+    if (!field.value.trim()) continue;
     settings[name] = NUMBERS.includes(name) ? field.valueAsNumber : field.value.trim();
   }
   settings.n ??= 1;

@@ -1,7 +1,7 @@
 /** The mask editor: a brush, an eraser, zoom and undo over an image. */
 
 import { byId, chooseFile, toast } from "./ui.js";
-import { canvasOf, checkered, maskPNG, paintedPart } from "./png.js";
+import { canvasOf, checkered, maskPNG, paintedPart, squarePNG } from "./png.js";
 
 const MAX_UNDO = 20;
 const MAX_ZOOM = 16;
@@ -42,7 +42,7 @@ export async function importMask(imageBlob) {
   const file = await chooseFile();
   if (!file) return null;
   const { width } = await createImageBitmap(imageBlob);
-  const part = await paintedPart(file, width);
+  const part = await paintedPart(await squarePNG(file), width); // cropped as the image was
   if (!part) throw new Error("This mask has no transparent or light part. Choose another file.");
   return maskPNG(part);
 }

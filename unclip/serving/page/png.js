@@ -57,6 +57,8 @@ export async function readSettings(file) {
   } else if (entry.image_emb) {
     Object.assign(settings, { mode: "vary", image_embedding: entry.image_emb });
     if (entry.layout) settings.layout = entry.layout;
+  } else if (typeof settings.prompt !== "string") {
+    throw new Error(`This page cannot repeat the operation "${entry.operation}" of this PNG.`);
   }
   return settings;
 }
