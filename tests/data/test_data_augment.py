@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip.data.augment import can_recolour, recolour
-from unclip.data.colours import COLOURS, main_colour, recolour_caption, rotate_hue
+from unclip.data.augment import can_recolour, is_held_out_colour, recolour, recolour_to_all
+from unclip.data.colours import (
+    CHROMATIC,
+    COLOURS,
+    main_colour,
+    recolour_caption,
+    rotate_hue,
+    rotations_by_colour,
+)
 from unclip.data.duplicates import find_duplicates
 from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.loader import Augment, DataConfig, Loader
@@ -73,6 +80,29 @@ def test_the_caption_names_the_measured_colour():
     assert not can_recolour(meta | {"group": "flags"}) and not can_recolour(meta | {"tone": [1]})
     assert not can_recolour(meta | {"colour": None}) and not can_recolour({})
     assert recolour(square("red"), ["a flag"], meta | {"group": "flags"}, rng) is None
+
+
+@pytest.mark.parametrize("side", [32, 256])
+def test_the_middle_rotation_of_each_colour_is_found(side):
+    image = square("red").repeat(side // 32, axis=0).repeat(side // 32, axis=1)
+    found = rotations_by_colour(image)
+    assert "red" not in found and {"yellow", "green", "blue", "purple"} <= set(found)
+    for colour, degrees in found.items():
+        assert main_colour(rotate_hue(image, degrees)) == colour
+    for degrees in (-30, 30):  # green and blue have wide ranges
+        assert main_colour(rotate_hue(image, found["green"] + degrees)) == "green"
+        assert main_colour(rotate_hue(image, found["blue"] + degrees)) == "blue"
+    assert rotations_by_colour(np.full((8, 8, 3), 128, np.uint8)) == {}
+
+
+def test_an_image_is_returned_in_every_colour_that_is_not_held_out():
+    meta = {"annotation": "red apple", "colour": "red", "group": "food & drink"}
+    copies = recolour_to_all(square("red"), ["a red apple", "fruit"], meta)
+    colours = [main_colour(image) for image, _ in copies]
+    held_out = {colour for colour in CHROMATIC if is_held_out_colour(colour, "red apple")}
+    assert held_out and set(colours) == set(rotations_by_colour(square("red"))) - held_out
+    assert [captions[1] for _, captions in copies] == [f"fruit, {colour}" for colour in colours]
+    assert recolour_to_all(square("red"), ["a flag"], meta | {"group": "flags"}) == []
 
 
 class _Squares:

@@ -13,12 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from unclip.data.colours import CHROMATIC, COLOURS, main_colour, recolour_caption, rotate_hue
+from unclip.data.colours import (
+    CHROMATIC,
+    COLOURS,
+    main_colour,
+    recolour_caption,
+    rotate_hue,
+    rotations_by_colour,
+)
 from unclip.data.compose import is_held_out
 
 MIN_ROTATION = 40  # degrees of hue
 HELD_OUT_COLOURS = 13  # of 256 combinations of a colour and an annotation
 EXCLUDED_GROUPS = ("flags",)  # their colours have a meaning
+Recoloured = tuple[np.ndarray, list[str]]  # image, captions
 PLAIN_WORDS = re.compile(r"[A-Za-z][A-Za-z '-]*")
 
 
@@ -45,7 +53,7 @@ def is_held_out_colour(colour: str, annotation: str) -> bool:
 
 def recolour(
     image: np.ndarray, captions: Sequence[str], meta: Mapping[str, Any], rng: np.random.Generator
-) -> tuple[np.ndarray, list[str]] | None:
+) -> Recoloured | None:
     """Rotate the hues by a random angle and name the new main colour in the captions.
 
     None if `can_recolour` is False, the new image has no main colour, or the combination of colour
@@ -54,14 +62,35 @@ def recolour(
     if not can_recolour(meta):
         return None
     rotated = rotate_hue(image, rng.uniform(MIN_ROTATION, 360 - MIN_ROTATION))
-    colour = main_colour(rotated)
-    if colour not in CHROMATIC:
-        return None
-    if is_held_out_colour(colour, meta["annotation"]):
-        return None
-    old = (_colours_in(meta["annotation"]) or [meta["colour"]])[0]
+    return _with_captions(rotated, main_colour(rotated), captions, meta)
+
+
+def recolour_to_all(
+    image: np.ndarray, captions: Sequence[str], meta: Mapping[str, Any]
+) -> list[Recoloured]:
+    """Return the image once in each other main colour, with captions that name it.
+
+    Empty if `can_recolour` is False. Combinations of colour and annotation that are held out for
+    evaluation are omitted.
+    """
+    if not can_recolour(meta):
+        return []
+    copies = [
+        _with_captions(rotate_hue(image, degrees), colour, captions, meta)
+        for colour, degrees in rotations_by_colour(image).items()
+    ]
+    return [copy for copy in copies if copy is not None]
+
+
+def _with_captions(
+    image: np.ndarray, colour: str | None, captions: Sequence[str], meta: Mapping[str, Any]
+) -> Recoloured | None:
+    """Return an image and captions that name its colour; None unless they may be trained on."""
     noun = meta["annotation"]
-    return rotated, [recolour_caption(caption, noun, old, colour) for caption in captions]
+    if colour not in CHROMATIC or is_held_out_colour(colour, noun):
+        return None
+    old = (_colours_in(noun) or [meta["colour"]])[0]
+    return image, [recolour_caption(caption, noun, old, colour) for caption in captions]
 
 
 def _colours_in(text: str) -> list[str]:

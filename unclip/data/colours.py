@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
 import numpy as np
 
@@ -12,6 +13,8 @@ CHROMATIC = ("red", "orange", "brown", "yellow", "green", "blue", "purple", "pin
 COLOURS = (*CHROMATIC, "black", "grey", "white")
 MAIN_FRACTION = 0.5  # of the foreground pixels that must have the main colour
 BACKGROUND = 12  # a background pixel differs from white by at most this in every channel
+ROTATIONS = range(10, 360, 10)  # of hue in degrees, that `rotations_by_colour` compares
+MEASURED_SIDE = 64  # pixels of larger images that it looks at, in each direction
 HUES = (  # upper limits in degrees
     (12, "red"),
     (42, "orange"),
@@ -75,6 +78,21 @@ def rotate_hue(image: np.ndarray, degrees: float) -> np.ndarray:
     k = (np.array([5, 3, 1], np.float32) + sector) % 6
     rgb = value - chroma * np.clip(np.minimum(k, 4 - k), 0, 1)
     return (255 * rgb).round().clip(0, 255).astype(np.uint8)
+
+
+def rotations_by_colour(image: np.ndarray) -> dict[str, int]:
+    """Return the rotation of the hues in degrees that makes each colour the image's main one.
+
+    Of all rotations that do, it is the middle one, which gives the colour most clearly. The image's
+    present main colour and those that no rotation gives are omitted.
+    """
+    step = max(1, len(image) // MEASURED_SIDE)
+    small = image[::step, ::step]
+    found = defaultdict(list)
+    for degrees in ROTATIONS:
+        found[main_colour(rotate_hue(small, degrees))].append(degrees)
+    colours = set(CHROMATIC) - {main_colour(small)}
+    return {c: fitting[len(fitting) // 2] for c, fitting in found.items() if c in colours}
 
 
 def recolour_caption(caption: str, noun: str, old: str | None, new: str) -> str:

@@ -104,19 +104,19 @@ def embedder(
 
 
 def recoloured(sample: Sample, image: Image.Image, copies: int) -> list[tuple[Sample, Image.Image]]:
-    """Return a sample and its copies in other colours, which their captions name.
+    """Return a sample and up to `copies` of it in other colours, which their captions name.
 
     The copies together have half of the weight. The result depends on the sample's key alone.
     """
-    found = []
-    for k in range(copies):
-        rng = np.random.default_rng([k, *hashlib.sha256(sample.key.encode()).digest()[:8]])
-        if changed := augment.recolour(np.asarray(image), sample.captions, sample.meta, rng):
-            found.append((changed[1], Image.fromarray(changed[0])))
+    if not copies:
+        return [(sample, image)]
+    found = augment.recolour_to_all(np.asarray(image), sample.captions, sample.meta)
+    rng = np.random.default_rng([*hashlib.sha256(sample.key.encode()).digest()[:8]])
+    found = [found[k] for k in rng.permutation(len(found))[:copies]]
     own = sample.weight / 2 if found else sample.weight
     others = [
-        (replace(sample, captions=captions, weight=own / len(found)), copy)
-        for captions, copy in found
+        (replace(sample, captions=captions, weight=own / len(found)), Image.fromarray(copy))
+        for copy, captions in found
     ]
     return [(replace(sample, weight=own), image), *others]
 
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", required=True, metavar="MODEL_FOLDER", help="a saved CLIP")
     about = "also store images of SIZE x SIZE pixels, for train/layout_prior.py"
     parser.add_argument("--layout", type=int, metavar="SIZE", help=about)
-    about = "also embed COPIES of each image in other colours (see data.augment.recolour)"
+    about = "also embed each image in COPIES other colours, of which there are 7 at most"
     parser.add_argument("--recolour", type=int, default=0, metavar="COPIES", help=about)
     options = parser.parse_args(arguments)
     if options.recolour < 0:

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from unclip.data.augment import is_held_out_colour
-from unclip.data.colours import CHROMATIC, main_colour, recolour_caption, rotate_hue
+from unclip.data.colours import (
+    CHROMATIC,
+    main_colour,
+    recolour_caption,
+    rotate_hue,
+    rotations_by_colour,
+)
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.pairs import Pair, Pairs
-
-ROTATIONS = range(10, 360, 10)  # degrees of hue
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,12 @@ def combinations(pairs: Pairs) -> list[Combination]:
         colours = [c for c in CHROMATIC if is_held_out_colour(c, pair.concept)]
         if pair.colour is None or not colours:
             continue
-        image = to_array(pairs.images[row])
-        measured = {degrees: main_colour(rotate_hue(image, degrees)) for degrees in ROTATIONS}
+        rotations = rotations_by_colour(to_array(pairs.images[row]))
         for colour in colours:
-            fitting = [degrees for degrees, main in measured.items() if main == colour]
-            if fitting and colour != pair.colour:
+            if colour in rotations and colour != pair.colour:
                 caption = recolour_caption(pair.caption, pair.concept, pair.colour, colour)
-                middle = fitting[len(fitting) // 2]
-                found.append(Combination(row, replace(pair, caption=caption), colour, middle))
+                wanted = replace(pair, caption=caption)
+                found.append(Combination(row, wanted, colour, rotations[colour]))
     return found
 
 
