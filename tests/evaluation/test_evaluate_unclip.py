@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_samples_are_the_images_of_the_pipeline(evaluation, tiny_pipe):
         expected = tiny_pipe(caption, seed=5 + row, progress=False).images[0]
         assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 2
         assert np.abs(np.asarray(image, int) - np.asarray(same, int)).max() <= 2
+
+
+@pytest.mark.parametrize("embedding", ["text", "none"])
+def test_embeddings_are_those_that_the_options_ask_for(tiny_pipe, held_out, train, embedding):
+    options = replace(tiny_pipe.options, embedding=embedding)
+    generator = UnCLIPGenerator(tiny_pipe, batch_size=3, options=options, progress=False)
+    evaluation = UnCLIPEvaluation(generator, held_out, train, seed=5)
+    (image,) = generator.upsample(evaluation.samples, [3])
+    caption = held_out.captions[3]
+    expected = tiny_pipe(caption, seed=8, options=options, progress=False).images[0]
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 2
+    assert "prior" not in evaluation.run()
 
 
 def test_results_are_json_and_have_all_parts(evaluation):

@@ -196,6 +196,10 @@ def test_variations_keep_the_layout_of_their_image(invertible_pipe):
     given = pipe.variations(image_emb=emb, layout=layout, seed=3, progress=False)
     free = pipe.variations(image_emb=emb, seed=3, progress=False)
     assert result.images[0].tobytes() == given.images[0].tobytes() != free.images[0].tobytes()
+    other = pipe.variations(image, layout=-layout, seed=3, progress=False)
+    assert other.images[0].tobytes() != given.images[0].tobytes()
+    with pytest.raises(ValueError, match=r"layout is of shape \(1, 3, 2, 2\); expected"):
+        pipe.variations(image, layout=torch.zeros(1, 3, 2, 2))
     again = regenerate(pipe, result.metadata[0])
     assert again.images[0].tobytes() == result.images[0].tobytes()
 

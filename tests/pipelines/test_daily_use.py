@@ -105,6 +105,16 @@ def test_a_copied_pipeline_remembers_the_schedules_of_its_priors(tiny_pipe):
     assert copied.schedules["prior"].config == ScheduleConfig("linear")
 
 
+def test_metadata_names_a_foreign_prior_again(tiny_pipe):
+    foreign, pipe = copy.deepcopy(tiny_pipe.prior), copy.deepcopy(tiny_pipe)
+    own, sources = pipe.prior, []
+    for prior in (LoadedPrior(foreign, source="foreign"), own, foreign):
+        pipe.prior = prior
+        (entry,) = pipe("a", seed=0, progress=False).metadata
+        sources.append(entry.get("prior_model"))
+    assert sources == ["foreign", None, "foreign"]
+
+
 @pytest.mark.parametrize("seeds", [[7, 9], (7, 9), np.array([7, 9]), [np.int64(7), np.uint8(9)]])
 def test_seeds_may_be_a_list_or_numpy_s(seeds, tiny_pipe):
     several = tiny_pipe("a", num_images=2, seed=seeds, progress=False)

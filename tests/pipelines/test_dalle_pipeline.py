@@ -400,3 +400,5 @@ def test_every_codec_works(tiny_dalle, photo):
     assert torch.equal(result.codes[0, 0], pipe.encode(photo)[0, 0])
     bound = pipe.elbo(photo, "a fish", seed=0)
     assert bound.entropy.tolist() == [0] and bound.bits_per_dim.isfinite().all()
+    packed = unclip.compile(pipe).complete(photo, "a fish", seed=0, progress=False)
+    assert torch.equal(packed.codes, result.codes)

@@ -75,6 +75,26 @@ def test_other_images_keep_their_pixels(tiny_pipe, options, stage):
     assert_kept_equal(result, expected, dropped)
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder", "upsampler_0"])
+def test_all_images_may_be_dropped(tiny_pipe, stage):
+    def drop(progress):
+        if (progress.stage, progress.step) == (stage, 1):
+            progress.dropped.update(range(len(PROMPTS)))
+
+    assert len(tiny_pipe(PROMPTS, seed=3, on_step=drop, progress=False)) == len(PROMPTS)
+
+
+def test_no_codes_are_sampled_if_all_images_are_dropped(tiny_dalle):
+    steps = []
+
+    def drop(progress):
+        steps.append(progress.step)
+        progress.dropped.update({0, 1} if progress.step == 5 else ())
+
+    result = tiny_dalle(PROMPTS[:2], seed=3, on_step=drop, progress=False)
+    assert steps == [1, 2, 3, 4, 5] and (result.codes.flatten(1)[:, 5:] == 0).all()
+
+
 def test_networks_do_not_compute_dropped_images(tiny_pipe):
     steps = tiny_pipe.options.decoder.steps
     drop = Dropper(1, "decoder", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,14 @@ def test_offloaded_dalle(tiny_dalle, tiny_dalle_folder):
     assert (chosen.images, chosen.scores) == (best.images, best.scores)
     with pytest.raises(ValueError, match="offloaded; compute the bound"):
         pipe.elbo(best.images, ["a red apple"])
+
+
+@pytest.mark.parametrize("embedding", ["text", "none"])
+def test_images_of_text_embeddings_are_the_same_while_offloaded(pipe, embedding):
+    options = replace(pipe.options, embedding=embedding)
+    expected = generate(pipe, options=options)
+    pipe.offload()
+    assert generate(pipe, options=options) == expected
 
 
 def test_priors_are_exchanged_while_offloaded(pipe):

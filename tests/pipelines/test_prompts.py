@@ -162,6 +162,14 @@ def test_a_negative_prompt_equal_to_the_prompt_cancels_guidance(invertible_pipe)
     torch.testing.assert_close(emb(5.0, text), emb(1.0), rtol=1e-4, atol=1e-4)
 
 
+def test_the_number_of_negative_texts_is_checked(invertible_pipe):
+    texts, two = (invertible_pipe.encode_text([APPLE] * n) for n in (4, 2))
+    with pytest.raises(ValueError, match="2 negative texts for 4 texts; expected 1 or 4"):
+        invertible_pipe.sample_prior(texts, negative=two)
+    with pytest.raises(ValueError, match="2 negative texts for 4 images; expected 4"):
+        invertible_pipe.decode(texts.emb, texts, negative=two)
+
+
 def test_a_negative_prompt_without_guidance_is_rejected(generate, invertible_pipe):
     options = invertible_pipe.options
     stages = {

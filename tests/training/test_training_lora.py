@@ -175,6 +175,7 @@ def test_an_adapter_that_cannot_be_continued(settings, message):
             "fits no network of the model: decoder: there is no linear layer blocks.0",
         ),
         (lambda pipe: pipe.load_lora("runs/prior/model", float("nan")), "scale is nan"),
+        (lambda pipe: pipe.load_lora("runs/prior/model", "x"), "scale is 'x'"),
         (lambda pipe: pipe.unload_lora("a"), "the LoRA a is not loaded; loaded: none"),
         (
             lambda pipe: pipe.load_lora("runs/prior/model", merge=True).unload_lora(),

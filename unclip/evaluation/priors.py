@@ -100,7 +100,8 @@ class PriorComparison:
 
     def _evaluate_prior(self, name: str, prior: nn.Module) -> dict[str, Any]:
         guidance = self.guidance.get(name, self.options.prior.guidance)
-        options = replace(self.options, prior=replace(self.options.prior, guidance=guidance))
+        sampling = replace(self.options.prior, guidance=guidance)
+        options = replace(self.options, prior=sampling, embedding="prior")
         generator = self._generator(options)
         predicted = generator.predict_embeddings(self.held_out.captions, self.seed)
         return {

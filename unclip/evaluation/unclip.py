@@ -51,9 +51,13 @@ class UnCLIPGenerator(ImageGenerator):
         return self.pipe.decoder.config.image_size
 
     def predict_embeddings(self, captions: Sequence[str], seed: int) -> PredictedEmbeddings:
-        """Sample the prior."""
+        """Return embeddings of the kind that `options.embedding` asks for."""
         text = self.encode_text(captions)
         generators = generators_from(range(seed, seed + len(captions)))
+        if self.options.embedding != "prior":
+            of_text = self.options.embedding == "text"
+            image_emb = self.pipe.as_image(text.emb).cpu() if of_text else None
+            return PredictedEmbeddings(list(captions), text, image_emb, generators)
         options, candidates = self.options.prior, self.options.prior_candidates
         with self._progress(len(captions), self.pipe.prior_steps(options)) as on_step:
             image_emb = [
@@ -133,7 +137,10 @@ class UnCLIPEvaluation(Evaluation):
     def _evaluate(self, part: str) -> dict[str, Any]:
         if part == "images":
             return self.images()
-        if part == "upsampler" and not self.generator.options.upsamplers:
+        options = self.generator.options
+        if part == "upsampler" and not options.upsamplers:
+            return {}
+        if part == "prior" and options.embedding != "prior":
             return {}
         parts = {"prior": self.prior, "decoder": self.decoder, "upsampler": self.upsampler}
         return {part: {**parts, "repeatable": self.repeatable}[part]()}

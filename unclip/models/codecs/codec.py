@@ -54,7 +54,8 @@ class Autoencoder(nn.Module, ABC):
     @property
     def last_layer(self) -> Tensor:
         """The last weight of the decoder, where VQ-GAN's adaptive weight compares gradients."""
-        return self.decoder[-1].get_parameter("weight")
+        last: Any = self.decoder[-1]
+        return last.weight  # a parameter, or a property of a packed layer
 
     def forward(self, images: Tensor, **annealed: float) -> LossTerms:
         return self.loss(self.checked(images), **annealed)

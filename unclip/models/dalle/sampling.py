@@ -78,6 +78,8 @@ def sample_codes(
             logits = guide(logits, options.guidance)
         codes[wanted, n] = sample_code(logits, uniform[wanted, n], options)
         still = None if on_code is None else on_code(n + 1, codes[:, : n + 1])
+        if still is not None and not still:
+            break
         if still is not None and len(still) < len(wanted) and compiled_step is None:
             left = torch.tensor([i for i, k in enumerate(wanted.tolist()) if k in still])
             left = left.to(codes.device)

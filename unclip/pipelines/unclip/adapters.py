@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class Adapters:
 
     def load(self, path: str | Path, scale: float, component: str | None, merged: bool) -> None:
         """See `UnCLIPPipeline.load_lora`."""
-        if not math.isfinite(scale):
-            raise ValueError(f"scale is {scale}; expected a finite number")
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ValueError(f"scale is {scale!r}; expected a finite number")
         self._check("load_lora()")
         adapter = read_lora(path)
         networks = {n: net for n, net in self.runtime.networks.items() if n != "clip"}

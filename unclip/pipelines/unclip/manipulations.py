@@ -87,7 +87,7 @@ def invert(
 def random_latent(
     pipe: StagedPipeline, image_emb: Tensor, seed: Seed, options: UnCLIPOptions | None
 ) -> Latent:
-    """Combine embeddings (B, D) with the noise of `variations` for seeds `seed`, `seed` + 1, ..."""
+    """Combine embeddings (B, D) with the noise of seeds `seed`, `seed` + 1, ..."""
     options = options or deterministic(pipe.options)
     _check(pipe, options)
     check_embeddings(pipe, image_emb)

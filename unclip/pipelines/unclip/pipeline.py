@@ -66,8 +66,11 @@ from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEnc
 # P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
 
 
-class _PriorSchedules(WeakKeyDictionary[Any, ScheduleConfig]):
-    """Schedules of the priors that a pipeline had; pickled empty, as those priors are left out."""
+class _EarlierPriors(WeakKeyDictionary[Any, tuple[ScheduleConfig | None, str | None]]):
+    """Schedule and source of the priors that a pipeline had.
+
+    Pickled empty, as those priors are left out.
+    """
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
@@ -139,8 +142,7 @@ class UnCLIPPipeline(Pipeline):
             for stage, network in ups.items()
         )
         self.options = options or UnCLIPOptions(upsamplers=(StageOptions(steps=7),) * len(ups))
-        # Schedules of earlier priors, to restore them on `pipe.prior = network`.
-        self._prior_schedules = _PriorSchedules()
+        self._earlier_priors = _EarlierPriors()  # for `pipe.prior = network`
         self.adapters = Adapters(self.runtime)
         self._check_compatible(inpainter)
         check_upsamplers(self.options.upsamplers, len(ups))
@@ -240,14 +242,16 @@ class UnCLIPPipeline(Pipeline):
     ) -> GenerationResult:
         """Generate images with the meaning of an image, several, or CLIP embeddings (N, D).
 
-        If the model samples layouts, those of variations resemble the images' own; with image_emb,
-        pass them as `layout`, as returned by `encode_layout`.
+        If the model samples layouts, those of variations resemble the images' own, or `layout`
+        (N, 3, h, h), as returned by `encode_layout`; with image_emb, there is none unless it is
+        given.
         """
         if (image is None) == (image_emb is None):
             raise ValueError("expected either an image or image_emb, one of the two")
         if image_emb is None:
             assert image is not None
-            image_emb, layout = self.encode_image(image), self.encode_layout(image)
+            image_emb = self.encode_image(image)
+            layout = self.encode_layout(image) if layout is None else layout
         manipulations.check_embeddings(self, image_emb)
         if not image_emb.isfinite().all():
             raise ValueError("image_emb contains infinity or nan; expected finite numbers")
@@ -337,7 +341,9 @@ class UnCLIPPipeline(Pipeline):
     @inference
     def as_image(self, text_emb: Tensor) -> Tensor:
         """Scale text embeddings (N, D) to the length of image embeddings, to decode (5.1)."""
-        return normalise(text_emb.float()) * self._need_prior().network.emb_norm
+        prior = self._need_prior().network
+        self.runtime.use(prior)
+        return normalise(text_emb.float()) * prior.emb_norm
 
     @inference
     def decode(
@@ -407,7 +413,10 @@ class UnCLIPPipeline(Pipeline):
     def random_latent(
         self, image_emb: Tensor, *, seed: Seed = None, options: UnCLIPOptions | None = None
     ) -> Latent:
-        """Return latents of embeddings (B, D), with the noise that `variations` uses for `seed`."""
+        """Return latents of embeddings (B, D), with random noise.
+
+        Without a layout prior, it is the noise that `variations` uses for `seed`.
+        """
         return manipulations.random_latent(self, image_emb, seed, options)
 
     def imagine(
@@ -571,8 +580,8 @@ class UnCLIPPipeline(Pipeline):
     def prior(self, prior: LoadedPrior | AnyPrior) -> None:
         """Use another prior of the same CLIP, such as `unclip.load_prior` returns.
 
-        A network without a schedule gets the one that it had in this pipeline, or the default. It
-        is moved to the device and dtype of the others, and quantized, offloaded or compiled like
+        A network on its own gets the schedule that it had in this pipeline, or the default. It is
+        moved to the device and dtype of the others, and quantized, offloaded or compiled like
         them.
         """
         network = prior.network if isinstance(prior, LoadedPrior) else prior
@@ -580,11 +589,13 @@ class UnCLIPPipeline(Pipeline):
             kind = type(network).__name__
             raise ValueError(f"prior is a {kind}; expected a prior, as from unclip.load_prior")
         if not isinstance(prior, LoadedPrior):
-            prior = LoadedPrior(prior, self._prior_schedules.get(prior))
+            prior = LoadedPrior(prior, *self._earlier_priors.get(prior, (None, None)))
         self._check_clip("prior", network.config)
         before = self.prior_stage
-        if before is not None and before.diffusion is not None:
-            self._prior_schedules[before.network] = before.diffusion.schedule.config
+        if before is not None:
+            diffusion = before.diffusion
+            config = None if diffusion is None else diffusion.schedule.config
+            self._earlier_priors[before.network] = config, before.source
         self.runtime.add("prior", network)
         schedule = None if prior.schedule is None else Schedule(prior.schedule)
         self.prior_stage = PriorStage(network, schedule, self.encoder, prior.source)

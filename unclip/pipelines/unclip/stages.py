@@ -247,6 +247,8 @@ class WantedEstimate:
         samples = torch.arange(num_rows).view(self.num_contexts, -1)
         wanted = wanted.repeat_interleave(num_rows // len(wanted)).view_as(samples).any(dim=1)
         still = wanted[self.contexts]
+        if not still.any():  # networks take at least one image
+            still[0] = True
         if not still.all():
             rows = still.nonzero()[:, 0].to(self.bound.stage.runtime.device)
             self.bound, self.contexts = self.bound.select(rows), self.contexts[still]
@@ -324,6 +326,8 @@ class PriorStage:
         if options.temperature != 1 and self.diffusion is not None:
             temperature = options.temperature
             raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
+        if negative is not None and len(negative) not in (1, P):
+            raise ValueError(f"{len(negative)} negative texts for {P} texts; expected 1 or {P}")
         each = num_images * candidates
         mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
         # One row of the context per prompt is shared by all of its embeddings.
@@ -533,6 +537,8 @@ class DecoderStage:
             image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
         self._check(image_emb, text, K)
         B, layout = len(image_emb), None
+        if negative is not None and len(negative) != B:
+            raise ValueError(f"{len(negative)} negative texts for {B} images; expected {B}")
         if self.layout_stage is not None and generators and not blind:
             layout = self.layout_stage.sample(image_emb, text, negative, generators, weights, like)
             layout = layout.repeat(K, 1, 1, 1)
