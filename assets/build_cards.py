@@ -22,6 +22,7 @@ from typing import Any
 from unclip.cli.main import main as unclip
 from unclip.evaluation import report
 from unclip.evaluation.bench.tables import bench_rows, describe_machine
+from unclip.files import exit_on_error
 
 README, LOSS, METRICS = "README.md", "loss.png", "metrics.jsonl"
 EVALUATION, BENCH, PRIORS = "evaluation.json", "bench.json", "priors.json"
@@ -39,14 +40,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = "training runs with a metrics.jsonl, or folders of several"
     parser.add_argument("--runs", type=Path, nargs="+", default=(), metavar="FOLDER", help=about)
     args, evaluate_arguments = parser.parse_known_args(argv)
-    try:
+    with exit_on_error():
         if evaluate_arguments:
             outputs = ["--json", str(args.out / EVALUATION), "--sheets", str(args.out)]
             if code := unclip(["evaluate", *evaluate_arguments, *outputs]):
                 sys.exit(code)
         build_card(args.out, args.runs)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def build_card(folder: Path, run_folders: Sequence[Path] = ()) -> None:

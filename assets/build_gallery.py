@@ -29,7 +29,7 @@ import unclip
 from unclip.checkpoints.folders import CONFIG_FILE, locate, read_model_json
 from unclip.cli.main import main as run_unclip
 from unclip.evaluation.report import HEAD, manipulation_rows, markdown_table, upgrade
-from unclip.files import read_json
+from unclip.files import exit_on_error, read_json
 from unclip.image_io import identify
 
 DEFAULT_MODEL = "emoji"
@@ -65,10 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", choices=names, metavar="NAME", help=about)
     parser.add_argument("--quiet", action="store_true", help="show no commands or progress bars")
     args = parser.parse_args(argv)
-    try:
+    with exit_on_error():
         build_gallery(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def build_gallery(args: argparse.Namespace) -> None:

@@ -155,7 +155,7 @@ def test_sparse_tar():
 
 def test_long_captions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="48 of 48 captions are longer than 16 tokens") as caught:
+    with pytest.warns(UserWarning, match="48 of 48 captions are longer than 14 tokens") as caught:
         assert train("clip", f"data.path={CASES}/long_captions/data") is None
     assert sum("captions" in str(warning.message) for warning in caught) == 1
 

@@ -105,7 +105,7 @@ def test_only_the_tokens_of_captions_are_computed(custom):
 
 
 def test_long_prompts_are_truncated_with_a_warning_that_shows_the_cut(clip):
-    with pytest.warns(UserWarning, match="more than 77 tokens.*the end'"):
+    with pytest.warns(UserWarning, match="more than 75 tokens.*the end'"):
         clip.encode_text(["apple " * 80 + "the end"])
 
 

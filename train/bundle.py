@@ -7,7 +7,6 @@ python train/bundle.py --config configs/emoji/model_dalle.yaml
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from unclip.checkpoints.registry import load_codec
 from unclip.checkpoints.store import is_diffused, load_as, load_schedule, save_bundle
 from unclip.clip import CLIP
 from unclip.config import config, load_config
-from unclip.files import error_text
+from unclip.files import exit_on_error
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.transformer import DALLE
 from unclip.models.published.cross_attention_decoder import (
@@ -176,7 +175,5 @@ if __name__ == "__main__":
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting"
     )
     args = parser.parse_args()
-    try:
+    with exit_on_error():
         main(load_config(args.config, Parts, args.set))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error_text(error)}")

@@ -60,11 +60,14 @@ def main(run: Run[CLIPTraining]) -> None:
         given = f"a batch has {loader.samples_per_step} image"
         raise ValueError(f"{given}; the contrastive loss needs at least 2, set data.batch_size")
     tokenizer = make_tokenizer(run, loader.captions(), vocab_size, config.model.context_length)
-    report_long_captions(tokenizer, loader, config.model.context_length)
+    report_long_captions(tokenizer, loader)
     clip = CLIP(config.model, tokenizer)
-    if run.init and (weights := Path(run.init) / WEIGHTS_FILE).is_file():  # a saved CLIP
-        load_weights(clip.model, weights)
-        run = replace(run, init=None)
+    if run.init:
+        init = Path(run.init)
+        weights = init if init.name == WEIGHTS_FILE else init / WEIGHTS_FILE
+        if weights.is_file():  # a saved CLIP
+            load_weights(clip.model, weights)
+            run = replace(run, init=None)
     if config.reconstruction is None:
         network, loss, export = clip, CLIPLoss(clip), CLIP.save_pretrained
     else:

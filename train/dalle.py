@@ -48,7 +48,7 @@ def main(run: Run[DALLETraining]) -> None:
     val_loader = open_loader(config.val_data, codec) if config.val_data else None
     captions = loader.captions()
     tokenizer = make_tokenizer(run, captions, model.text_vocab, model.context_length, marked=False)
-    report_long_captions(tokenizer, loader, model.context_length)
+    report_long_captions(tokenizer, loader)
     dalle = DALLE(model).to(run.device)
     dalle.attention_kernel = config.attention_kernel
 

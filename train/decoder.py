@@ -122,7 +122,7 @@ def main(run: Run[DecoderTraining]) -> None:
         layout_noise=config.layout_noise,
     )
     loader = open_data(config.data)
-    report_long_captions(clip.tokenizer, loader, clip.context_length)
+    report_long_captions(clip.tokenizer, loader)
     val_loader = open_data(config.val_data) if config.val_data else None
     fit(
         decoder,

@@ -10,7 +10,7 @@ from typing import Any
 
 from unclip.checkpoints.store import load_as
 from unclip.data.codes import code_settings, encoder
-from unclip.data.job_command import add_arguments, run_command
+from unclip.data.job_command import add_arguments, run_command, source_settings
 from unclip.data.precompute import Compute
 from unclip.data.precomputed import CODES_FILE
 from unclip.models.codecs.codec import ImageCodec
@@ -29,8 +29,8 @@ def load_encoder(options: argparse.Namespace, device: str) -> tuple[Compute, dic
     """Load --codec; return its computation and the settings of the command line."""
     codec = load_as(options.codec, ImageCodec, "a codec of train/codec.py", device=device)
     settings = code_settings(codec, options.all_captions)
-    source = {"data": options.data, "codec": options.codec}
-    return encoder(codec, options.all_captions), settings | source
+    settings |= source_settings(options) | {"codec": options.codec}
+    return encoder(codec, options.all_captions), settings
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ accelerate launch train/clip.py --config configs/emoji/clip_reconstruct.yaml --i
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import islice
 
 import torch
 
 from unclip.clip import CLIP
 from unclip.data.loader import DataConfig, open_data
-from unclip.files import error_text
+from unclip.files import exit_on_error
 from unclip.training.room import make_room, pool_by_attention
 
 BATCH = 600  # the pooling is fitted to one batch
@@ -52,7 +51,5 @@ if __name__ == "__main__":
         help="directions of the embedding to keep (default: %(default)s)",
     )
     args = parser.parse_args()
-    try:
+    with exit_on_error():
         main(args.clip, args.data, args.out, args.images, args.keep)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error_text(error)}")

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from dataclasses import replace
 
 import torch
 
 from unclip.checkpoints.store import load_as, load_schedule, save_component
-from unclip.files import error_text
+from unclip.files import exit_on_error
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unet import LevelSpec
 
@@ -60,13 +59,11 @@ def main() -> None:
     add("--out", required=True, metavar="FOLDER", help="output folder")
     args = parser.parse_args()
     torch.manual_seed(0)
-    try:
+    with exit_on_error():
         small = load_as(args.small, Decoder, "a decoder of train/decoder.py")
         large = progressive_grow(small, LevelSpec(args.channels, args.blocks))
         schedule = load_schedule(args.small)
         save_component(large, args.out, schedule=replace(schedule, shift=2 * schedule.shift))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error_text(error)}")
     print(f"{args.out}: {large.config.image_size} pixels, levels {large.config.unet.levels}")
 
 

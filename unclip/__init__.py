@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from unclip.pipelines import load_prior as load_prior
     from unclip.pipelines.compilation import compile as compile
     from unclip.pipelines.dalle.pipeline import DallePipeline as DallePipeline
+    from unclip.pipelines.glide import GLIDEPipeline as GLIDEPipeline
     from unclip.pipelines.unclip.latent import Latent as Latent
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline as UnCLIPPipeline
     from unclip.types import CodeOptions as CodeOptions
     from unclip.types import GenerationResult as GenerationResult
+    from unclip.types import GLIDEOptions as GLIDEOptions
     from unclip.types import Progress as Progress
     from unclip.types import StageOptions as StageOptions
     from unclip.types import TextEncoding as TextEncoding
@@ -34,6 +36,8 @@ _HOME = {
     "CLIP": "unclip.clip",
     "CodeOptions": "unclip.types",
     "DallePipeline": "unclip.pipelines.dalle.pipeline",
+    "GLIDEOptions": "unclip.types",
+    "GLIDEPipeline": "unclip.pipelines.glide",
     "GenerationResult": "unclip.types",
     "InversionOptions": "unclip.diffusion.inversion",
     "Latent": "unclip.pipelines.unclip.latent",

@@ -190,7 +190,7 @@ class OpenCLIPTokenizer:
         tokenized = [(text, self.tokenizer.encode(text)) for text in texts]
         long = [(text, tokens[room:]) for text, tokens in tokenized if len(tokens) > room]
         truncated = [(text, self.tokenizer.decode(rest)) for text, rest in long]
-        warn_truncated(truncated, self.context_length)
+        warn_truncated(truncated, room)
         # CLIP pads with 0, which is also the token "!"; only the first end token delimits the text.
         end = (ids == self.tokenizer.eot_token_id).int().argmax(dim=-1, keepdim=True)
         return ids, torch.arange(ids.shape[1]) <= end

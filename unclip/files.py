@@ -40,6 +40,19 @@ def error_text(error: object) -> str:
     return "\n".join(printable(line, 4 * LONGEST) for line in str(error).split("\n"))
 
 
+@contextlib.contextmanager
+def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
+    """Turn a user's error, a full disk or Ctrl-C into one line, and exit."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error_text(error)}") from None
+    except MemoryError as error:
+        raise SystemExit(f"error: out of memory ({error})") from None
+    except KeyboardInterrupt:
+        raise SystemExit(interrupted) from None
+
+
 def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> BinaryIO:
     """Open a file for reading.
 
@@ -63,7 +76,7 @@ def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> 
     return stream
 
 
-def read_bytes(file: str | Path, max_bytes: int = MAX_TEXT) -> bytes:
+def read_bytes(file: str | Path, max_bytes: int | None = MAX_TEXT) -> bytes:
     """Read a whole file; errors as in `open_regular`."""
     with open_regular(file, max_bytes) as stream:
         return stream.read()

@@ -188,6 +188,13 @@ def to_tensor(images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> Tensor
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
+def small_images(images: Sequence[Image.Image], size: int) -> Tensor:
+    """Crop and reduce B images to means of 4 x 4 pixels: (B, 3, size, size) in [-1, 1]."""
+    import torch.nn.functional as F
+
+    return F.avg_pool2d(to_tensor([fit(image, 4 * size) for image in images]), 4)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert (B, 3, H, W) in [-1, 1] to B images; values outside are clipped."""
     pixels = images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte()

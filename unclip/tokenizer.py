@@ -37,15 +37,18 @@ class PromptWarning(UserWarning):
 
 
 class TruncationWarning(PromptWarning):
-    """Texts that are longer than the context: `truncated` has each with the part that was cut."""
+    """Texts of more than `limit` tokens: `truncated` has each with the part that was cut."""
 
-    def __init__(self, message: str, truncated: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, message: str, truncated: Sequence[tuple[str, str]], limit: int) -> None:
         super().__init__(message)
-        self.truncated = truncated
+        self.truncated, self.limit = truncated, limit
 
 
-def warn_truncated(truncated: Sequence[tuple[str, str]], context_length: int) -> None:
-    """Warn once of truncated prompts, given as pairs (text, the part that was cut)."""
+def warn_truncated(truncated: Sequence[tuple[str, str]], limit: int) -> None:
+    """Warn once of truncated prompts, given as pairs (text, the part that was cut).
+
+    limit: number of tokens that a text may have, without the start and end tokens.
+    """
     if not truncated:
         return
     text, cut = max(truncated, key=lambda pair: len(pair[1]))
@@ -53,16 +56,16 @@ def warn_truncated(truncated: Sequence[tuple[str, str]], context_length: int) ->
     cut = cut if len(cut) <= QUOTED else f"{cut[:QUOTED]}..."
     others = f"{len(truncated)} prompts, such as" if len(truncated) > 1 else "the prompt"
     have, it = ("have", "this one") if len(truncated) > 1 else ("has", "it")
-    message = f"{others} {text[:40]!r}... {have} more than {context_length} tokens"
-    warning = TruncationWarning(f"{message}; {it} was truncated by {cut!r}", truncated)
-    warnings.warn(warning, stacklevel=3)
+    message = f"{others} {text[:40]!r}... {have} more than {limit} tokens"
+    message = f"{message}; {it} was truncated by {cut!r}"
+    warnings.warn(TruncationWarning(message, truncated, limit), stacklevel=3)
 
 
 class TruncationCount:
     """Counts captions that are longer than the context, instead of a warning for each batch."""
 
     def __init__(self) -> None:
-        self.captions = self.truncated = 0
+        self.captions = self.truncated = self.limit = 0
         self._longest = ""
 
     @contextlib.contextmanager
@@ -76,16 +79,17 @@ class TruncationCount:
             if isinstance(warning.message, TruncationWarning):
                 texts = [text for text, _ in warning.message.truncated]
                 self.truncated += len(texts)
+                self.limit = warning.message.limit
                 self._longest = max(self._longest, *texts, key=len)
             else:
                 warnings.warn(warning.message, stacklevel=3)
 
-    def report(self, context_length: int) -> None:
+    def report(self) -> None:
         """Warn of the captions that are cut, if there are any."""
         if self.truncated:
             count = f"{self.truncated:,} of {self.captions:,} captions"
             end = f"the longest ends {self._longest[-QUOTED:]!r}"
-            fault = f"{count} are longer than {context_length} tokens and are cut; {end}"
+            fault = f"{count} are longer than {self.limit} tokens and are cut; {end}"
             warnings.warn(fault, stacklevel=3)
 
 
@@ -188,7 +192,7 @@ class BPETokenizer:
                     truncated.append((text, text[code.offsets[room][0] :]))
                 tokens = code.ids[:room]
             rows.append([self.start_id, *tokens, self.end_id] if self.marked else tokens)
-        warn_truncated(truncated, self.context_length)
+        warn_truncated(truncated, room)
         return _pad(rows, self.context_length, self.pad_id)
 
     def knows_a_word_of(self, text: str) -> bool:

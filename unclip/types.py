@@ -120,10 +120,10 @@ class StageOptions:
     guidance: Scale = 1.0  # classifier-free guidance scale; 1 = no guidance, at half the cost
     # "ancestral" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
     sampler: Any = "ddim"
-    eta: Scale = 0.0  # DDIM only: 0 deterministic, 1 ancestral
+    eta: Fraction = 0.0  # DDIM only: 0 deterministic, 1 ancestral
     # Guide only where t / T is in this interval (2404.07724).
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    guidance_rescale: Scale = 0.0  # 2305.08891
+    guidance_rescale: Fraction = 0.0  # 2305.08891
     # Percentile in (0, 1] of |x_0| (Imagen 2.3); None = static clipping
     dynamic_threshold: PositiveFraction | None = None
     # Autoregressive prior: divides the logits of the codes; 0 = always the likeliest code.
@@ -144,6 +144,11 @@ class StageOptions:
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"guidance_interval is {self.guidance_interval}; expected low <= high")
+
+    def with_steps(self, steps: int, **changes: Any) -> Self:
+        """Return a copy of `steps` steps, evenly spaced if their number changes."""
+        timesteps = self.timesteps if steps == self.steps else None
+        return replace(self, steps=steps, timesteps=timesteps, **changes)
 
 
 @config
@@ -167,7 +172,7 @@ class UnCLIPOptions:
     decoder: StageOptions = field(default_factory=lambda: StageOptions(steps=25, guidance=4.0))
     upsamplers: tuple[StageOptions, ...] = field(default_factory=lambda: (StageOptions(steps=7),))
     # unCLIP 2.2: sample this many image embeddings, keep the one most similar to the text embedding
-    prior_candidates: int = 2
+    prior_candidates: PositiveInt = 2
     # The decoder's image embedding: the prior's, the caption's own (unCLIP 5.1), or none
     embedding: Literal["prior", "text", "none"] = "prior"
 

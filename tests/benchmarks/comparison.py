@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from unclip.evaluation.bench.tables import (
 from unclip.evaluation.bench.timing import Stage, StepCosts, interleave, time_stage
 from unclip.evaluation.bench.worker import machine, placement
 from unclip.evaluation.report import markdown_table
+from unclip.files import exit_on_error
 from unclip.pipelines.memory import enable_memory_reuse
 
 REFERENCE, OURS = "reference", "unclip"
@@ -135,11 +135,9 @@ def run(
 ) -> None:
     """Print rows as they are measured, then the table; errors in one line."""
     enable_memory_reuse()  # as the command line does, for both sides
-    try:
+    with exit_on_error():
         reference, rows = compare()
         _run(config, reference, rows, json_file)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def _run(

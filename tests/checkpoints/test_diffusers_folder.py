@@ -163,6 +163,8 @@ def test_diffusers_generates_our_images(bundled: bool, kind: Prior, tmp_path: Pa
     ours = model(bundled, kind, layouts=kind == "mlp")
     ours.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
+    with pytest.raises(ValueError, match="the pipeline has code of its own"):
+        unclip.load(tmp_path / "theirs")
     theirs = load(tmp_path / "theirs")
     expected = ours(["a red apple", "a fish"], num_images=2, seed=3, progress=False).images
     generators = [torch.Generator().manual_seed(seed) for seed in range(3, 7)]

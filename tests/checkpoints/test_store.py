@@ -199,6 +199,9 @@ def test_a_folder_with_other_content_is_not_replaced(tiny_pipe, tmp_path):
     with pytest.raises(ValueError, match="is not a model folder"):
         tiny_pipe.save_pretrained(tmp_path)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "dear"
+    tiny_pipe.clip.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="is not a model folder"):
+        tiny_pipe.save_pretrained(tmp_path / "clip")
 
 
 def test_a_newer_version_is_refused(tiny_folder, tmp_path):
@@ -207,6 +210,9 @@ def test_a_newer_version_is_refused(tiny_folder, tmp_path):
     model = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**model, "version": 2}))
     with pytest.raises(ValueError, match="version 2; expected 'unclip' version 1"):
+        load_any(folder)
+    (folder / "model.json").write_text(json.dumps({**model, "components": [1, None]}))
+    with pytest.raises(ValueError, match=r"components are \[1, None\]; expected names"):
         load_any(folder)
 
 

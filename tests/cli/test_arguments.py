@@ -61,7 +61,7 @@ def test_sampling_flags_set_the_options(run):
 @pytest.mark.parametrize("model", ["unclip", "dalle"])
 def test_candidates_keeps_the_best_images(run, model):
     generate = ["generate", "a", "b", "-n", "2", "--seed", "0", "--quiet"]
-    args = [*generate, "--candidates", "5", "--grid", "-o", "a.png"]
+    args = [*generate, "--num-candidates", "5", "--grid", "-o", "a.png"]
     assert run(*args, model=model)[0] == 0
     entries = read_metadata("a.png")
     assert [entry["prompt"] for entry in entries] == ["a", "a", "b", "b"]
@@ -69,7 +69,7 @@ def test_candidates_keeps_the_best_images(run, model):
     assert all(entry["candidates"] == 5 and -1 <= entry["score"] <= 1 for entry in entries)
     assert entries[0]["score"] >= entries[1]["score"]
     # Without a grid the prompts are separate calls.
-    assert run(*generate, "--candidates", "9", "-o", ".", model=model)[0] == 0
+    assert run(*generate, "--num-candidates", "9", "-o", ".", model=model)[0] == 0
     for i, prompt in enumerate("ab"):
         seeds = [int(path.stem[2:]) for path in Path().glob(f"{prompt}-*.png")]
         assert len(seeds) == 2 and all(9 * i <= seed < 9 * (i + 1) for seed in seeds)
@@ -78,7 +78,7 @@ def test_candidates_keeps_the_best_images(run, model):
 def test_complete(run):
     run("generate", "a red apple", "--seed", "1", "-o", "apple.png", "--quiet")
     args = ["complete", "apple.png", "a fish", "--keep", "0.5", "--seed", "3"]
-    code, out, _ = run(*args, "-n", "2", "--candidates", "4", "-o", "more")
+    code, out, _ = run(*args, "-n", "2", "--num-candidates", "4", "-o", "more")
     assert code == 0 and len(out.split()) == 2
     first = out.split()[0]
     (metadata,) = read_metadata(first)
@@ -125,16 +125,16 @@ def test_fit_accepts_an_image_of_another_size(run, command):
         ),
         ("dalle", "generate a --prior-candidates 3", ("has no --prior-candidates",)),
         ("dalle", "generate a --prior x", ("has no --prior;",)),
-        ("dalle", "generate a --negative b", ("has no --negative",)),
+        ("dalle", "generate a --negative-prompt b", ("has no --negative-prompt",)),
         ("dalle", "generate a b --mix 1 2", ("has no --mix",)),
         ("unclip", "generate a --top-k 3", ("tiny is of kind unclip, which has no --top-k",)),
         ("unclip", "variations a.png --keep 0.5", ("has no --keep",)),
         ("unclip", "complete a.png fish", ("tiny is of kind unclip", "needs a DALL-E model")),
         ("dalle", "complete a.png --keep 1", ("keep is 1.0; expected", "[0, 1)")),
-        ("dalle", "complete a.png --candidates 3", ("give one",)),
+        ("dalle", "complete a.png --num-candidates 3", ("give one",)),
         ("dalle", "generate a --top-k 0", ("--top-k", "'0'", "at least 1")),
-        ("dalle", "generate a -n 3 --candidates 2", ("at least num_images", "3")),
-        ("unclip", "generate a --candidates 0", ("--candidates", "'0'", "at least 1")),
+        ("dalle", "generate a -n 3 --num-candidates 2", ("at least num_images", "3")),
+        ("unclip", "generate a --num-candidates 0", ("--num-candidates", "'0'", "at least 1")),
         ("unclip", "generate a --embedding text --prior-steps 3", ("--prior-steps", "text")),
         ("unclip", "generate a --embedding text --temperature 1", ("--temperature", "text")),
         ("unclip", "generate a --embedding none --prior x", ("--prior cannot", "--embedding none")),
@@ -207,7 +207,7 @@ def test_help_lists_the_sampling_flags(run, command, capsys):
         main([command, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--temperature X" in shown
-    assert ("--candidates N" in shown) == (command != "variations")
+    assert ("--num-candidates N" in shown) == (command != "variations")
     assert ("--prior-candidates N" in shown) == (command == "generate")
 
 
@@ -218,6 +218,7 @@ def test_help_lists_the_sampling_flags(run, command, capsys):
         ("evaluate --data none --pictures x", "--sheets"),
         ("evaluate-codec none --data none --picture x", "--sheet"),
         ("drift --data none", "evaluate-approximations"),
+        ("generate a --candidates 2 -n 3", "--num-candidates"),
     ],
 )
 def test_old_names_work_with_a_warning(run, old, new):

@@ -87,7 +87,10 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
         ("variations evil.png", ("evil.png", "not a readable image")),
         ("variations none.png", ("none.png",)),
         ("variations empty.txt", ("empty.txt", "image")),
-        ("variations plain.png --candidates 2", ("--candidates 2", "unclip variations --help")),
+        (
+            "variations plain.png --num-candidates 2",
+            ("--num-candidates 2", "unclip variations --help"),
+        ),
         ("generate a --modle y", ("--modle y; did you mean --model?", "unclip generate --help")),
         ("info nothing", ("'nothing'", *UNKNOWN_MODEL)),
         ("info plain.png", ("plain.png", "metadata")),

@@ -292,7 +292,7 @@ def test_probe_word(run):
 
 
 def test_mix_and_negative_prompts_are_stored_and_regenerated(run):
-    args = ["--mix", "2", "1", "--negative", "a cat", "--seed", "1", "--quiet"]
+    args = ["--mix", "2", "1", "--negative-prompt", "a cat", "--seed", "1", "--quiet"]
     assert run("generate", "a red apple", "a blue fish", *args) == (0, "", "")
     (metadata,) = read_metadata("a-red-apple-and-a-blue-fish-1.png")
     assert metadata["prompt"] == {"a red apple": 2.0, "a blue fish": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,16 @@ def test_the_command_resumes_exactly(data, tmp_path, monkeypatch, capsys):
     assert sample.image.size == (64, 64)
 
 
+def test_a_damaged_state_and_weights_of_zero_are_errors(data, tmp_path):
+    table = read_table(open_dataset(data), progress=False)
+    (tmp_path / "training.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="training.pt is damaged; delete it to start again"):
+        TranslatorTraining(table, steps=2).run(tmp_path / "training.pt", progress=False)
+    unweighted = {cell: replace(sample, weight=0.0) for cell, sample in table.samples.items()}
+    with pytest.raises(ValueError, match="the weights of all images are 0"):
+        TranslatorTraining(replace(table, samples=unweighted))
+
+
 def test_captions_do_not_name_the_colour_of_the_source():
     captions = ["apple, noto emoji", "a red apple", "a picture of an apple"]
     meta = {"captions": captions, "colour": "red", "tone": None}
@@ -135,6 +146,7 @@ def test_skin_tones_are_variants_of_a_concept(data):
         ("{data} {out} --styles gold", "no style 'gold'; expected some of blue, green, red"),
         ("{data} {out} --styles green", "nothing is missing"),
         ("{data} {out} --steps 0", "--steps is 0; expected 1 or more"),
+        ("{data} {out} --seed -1", "--seed is -1; expected 0 to 2147483647"),
         ("{tiny} {out}", 'expected "style" and "hexcode" in its metadata'),
     ],
 )

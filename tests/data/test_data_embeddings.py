@@ -228,6 +228,41 @@ def test_the_command_embeds_and_reports_errors(shards, clip, tmp_path, capsys):
         with pytest.raises(SystemExit, match=f"error: {message}"):
             main([command[0], str(tmp_path / "other"), *command[2:], option, value])
     assert not list(tmp_path.glob("other/*"))
+    for size in ("0", "100000"):
+        with pytest.raises(SystemExit):
+            main([*command, "--layout", size])
+        assert f"--layout is {size}; expected 1 to 256 pixels" in capsys.readouterr().err
+
+
+def test_a_job_is_not_resumed_with_other_options(shards, clip, tmp_path):
+    clip.save_pretrained(tmp_path / "clip")
+    command = [str(shards), str(tmp_path / "emb"), "--clip", str(tmp_path / "clip")]
+    first = ["--layout", "8", "--recolour", "2"]
+    main([*command, *first])
+    main([*command, *first])
+    for options, message in (
+        (["--recolour", "2"], "started with layout 8, now None"),
+        (["--layout", "8"], "started with recolour 2, now None"),
+        ([*first, "--caption", "title"], "started with caption None, now 'title'"),
+    ):
+        with pytest.raises(SystemExit, match=f"{message}; use another folder"):
+            main([*command, *options])
+    record = tmp_path / "emb/parts/part_0.json"
+    record.write_text("{}")
+    with pytest.raises(SystemExit, match="part_0.json is damaged; delete it and run again"):
+        main([*command, *first])
+    (tmp_path / "emb/embeddings.json").write_text("[]")
+    with pytest.raises(SystemExit, match="embeddings.json holds a list; expected a JSON object"):
+        main([*command, *first])
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("98304 requested and 8192 written")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"cannot write .*img_emb_0.npy: 98304.*is the disk full\?"):
+        write(tmp_path)
 
 
 def test_too_many_broken_images_are_an_error(shards, clip, tmp_path):
@@ -290,6 +325,9 @@ def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
         EmbeddingDataset(tmp_path)
     np.save(write(tmp_path) / "text_emb/text_emb_1.npy", np.zeros((3, 4), np.float32))
     with pytest.raises(ValueError, match=r"part 1 has unequal numbers of rows: .*'text_emb': 3"):
+        EmbeddingDataset(tmp_path)
+    np.save(tmp_path / "text_emb/text_emb_1.npy", np.zeros((2, 5), np.float32))
+    with pytest.raises(ValueError, match="the parts of text_emb differ in shape"):
         EmbeddingDataset(tmp_path)
     (tmp_path / "metadata/metadata_1.parquet").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"metadata_1\.parquet is not a readable parquet"):

@@ -91,6 +91,25 @@ def test_broken_rows_are_named_with_their_line(folder, line, message):
     assert re.search(message, reason) and len(reason) < 200 and reason.isprintable()
 
 
+def test_a_row_that_names_a_pipe_is_broken(folder):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "pipe.png", "text": "b"}\n')
+    (sample,) = FolderDataset(folder)
+    with pytest.raises(ValueError, match=r"pipe.png: a folder, a pipe or a device; expected a f"):
+        sample.image  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["any.csv", "any.tsv"])
+def test_a_quote_that_is_never_closed_is_an_error(folder, name):
+    tab = "\t" if name == "any.tsv" else ","
+    rows = [["file_name", "text"], ["b.png", '"two\nlines"'], ["a.JPG", '"5 inch'], ["b.png", "x"]]
+    (folder / name).write_text("\n".join(map(tab.join, rows[:2])) + "\n")
+    assert as_pairs(FolderDataset(folder / name)) == [("b", ["two\nlines"])]
+    (folder / name).write_text("\n".join(map(tab.join, rows)) + "\n")
+    with pytest.raises(ValueError, match=f"{name}: line 4: a quote is opened and never closed"):
+        FolderDataset(folder / name)
+
+
 def test_images_that_a_table_does_not_list_are_counted(folder):
     rows = f"./b.png,red\n{folder}/sub/c.webp,\n"  # the second one is broken, but listed
     (folder / "selection.csv").write_text(f"file_name,text\n{rows}")

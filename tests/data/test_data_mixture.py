@@ -51,6 +51,8 @@ def test_sources_occur_by_their_weights(shards, tmp_path):
 def test_errors_of_sources(tmp_path):
     with pytest.raises(ValueError, match="more than 0"):
         parse(DataConfig, {"path": {"a": 0}, "image_size": 16, "batch_size": 5})
+    with pytest.raises(ValueError, match=r"path\.a is 1000000000.0; .*at most 10000"):
+        parse(DataConfig, {"path": {"a": 1e9}, "image_size": 16, "batch_size": 5})
     with pytest.raises(FileNotFoundError, match="no data at .*nowhere"):
         open_dataset({str(tmp_path / "nowhere"): 1.0})
 

@@ -243,7 +243,6 @@ def test_randn_rows_depend_on_their_own_generator():
         (StageOptions(1001), "only 1000 timesteps"),
         (StageOptions(1000, sampler="dpm++"), r"steps is 1000; expected at most 999"),
         (StageOptions(1000, sampler="unipc"), "steps is 1000; expected at most 999"),
-        (StageOptions(2, eta=1.5), "eta is 1.5"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -86,6 +86,19 @@ def test_held_out_combinations_are_not_in_the_training_images(tmp_path):
         shapes.main([str(tmp_path / "others"), "--count", "0"])
 
 
+def test_an_interrupted_command_leaves_no_images(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shapes, "describe", interrupt)
+    with pytest.raises(SystemExit, match="interrupted; nothing was written"):
+        shapes.main([str(tmp_path / "shapes"), "--count", "6"])
+    assert not (tmp_path / "shapes").exists()
+    monkeypatch.undo()
+    shapes.main([str(tmp_path / "shapes"), "--count", "6"])
+    assert [folder.name for folder in tmp_path.iterdir()] == ["shapes"]
+
+
 def test_only_the_chosen_kinds_of_scenes_are_drawn(tmp_path):
     shapes.main([str(tmp_path / "shapes"), "--count", "6", "--axes", "colour", "single"])
     for split, count in (("train", 6), ("heldout", 2)):

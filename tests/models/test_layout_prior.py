@@ -103,6 +103,8 @@ def test_layouts_are_those_of_the_batch():
     torch.testing.assert_close(layouts({"layout": pooled.flatten(1)}, 4), pooled)
     with pytest.raises(ValueError, match="layouts of 48 numbers; expected 192, for model.size 8"):
         layouts({"layout": pooled.flatten(1)}, 8)
+    with pytest.raises(ValueError, match="embeddings have no layouts; compute them with --layout"):
+        layouts({"image_emb": images}, 8)
 
 
 def test_training_learns_two_layouts_of_one_caption_instead_of_their_mean():

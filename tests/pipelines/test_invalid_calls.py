@@ -14,6 +14,7 @@ from PIL import Image
 
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pipelines.provenance import regenerate
+from unclip.pipelines.unclip.latent import deterministic
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import CodeOptions, StageOptions
 
@@ -37,7 +38,6 @@ from unclip.types import CodeOptions, StageOptions
         ("a", {"seed": -1}, "seed is -1; expected a whole number from 0"),
         ("a", {"seed": "one"}, "seed is 'one'"),
         ("a", {"options": StageOptions(3)}, "options is a StageOptions; expected UnCLIPOptions"),
-        ("a", {"options": replace(TINY_OPTIONS, prior_candidates=0)}, "prior_candidates is 0"),
         (
             "a",
             {"options": replace(TINY_OPTIONS, upsamplers=(StageOptions(1),) * 2)},
@@ -94,9 +94,31 @@ def test_invalid_variations_are_rejected(tiny_pipe, given, message):
         tiny_pipe.variations(**given, progress=False)
 
 
-def test_an_unknown_embedding_is_rejected():
-    with pytest.raises(ValueError, match="embedding is 'imge'; expected 'prior', 'text' or 'none'"):
-        replace(TINY_OPTIONS, embedding="imge")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding": "imge"}, "embedding is 'imge'; expected 'prior', 'text' or 'none'"),
+        ({"prior_candidates": 0}, "prior_candidates is 0; expected at least 1"),
+    ],
+)
+def test_options_of_unclip_out_of_range_are_rejected(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY_OPTIONS, **change)
+
+
+@pytest.mark.parametrize("name", ["eta", "guidance_rescale"])
+@pytest.mark.parametrize("value", [-0.1, 1.5])
+def test_fractions_out_of_range_are_rejected(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}; expected at least 0 and at most 1"):
+        StageOptions(3, **{name: value})
+
+
+def test_another_number_of_steps_has_evenly_spaced_timesteps():
+    chosen = StageOptions(3, timesteps=(900, 500, 10))
+    assert chosen.with_steps(3, guidance=2.0).timesteps == (900, 500, 10)
+    assert chosen.with_steps(5) == StageOptions(5)
+    options = replace(TINY_OPTIONS, decoder=chosen)
+    assert deterministic(options, 50).decoder == StageOptions(50)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
@@ -127,10 +149,6 @@ def test_stages_check_their_inputs(tiny_pipe):
             ValueError, match=f"candidates is {candidates}; expected a whole number of at least 1"
         ):
             tiny_pipe.sample_prior(text, candidates=candidates)
-        with pytest.raises(ValueError, match=f"candidates is {candidates}"):
-            tiny_pipe.imagine(
-                "a", options=replace(TINY_OPTIONS, prior_candidates=candidates), progress=False
-            )
     bright = torch.full((1, 3, 16, 16), 255.0)
     for edit in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
         with pytest.raises(ValueError, match="image has values from 255 to 255"):

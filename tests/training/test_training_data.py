@@ -52,9 +52,11 @@ def test_long_prompts_give_one_short_warning(clip):
 def test_long_captions_are_counted_and_reported_once(clip, tmp_path):
     captions = ["short"] * 5 + [f"long {i} " * 60 for i in range(3)]
     loader = Loader(DataConfig(str(write_images(tmp_path / "data", captions)), 8, 4))
-    expected = rf"3 of 8 captions are longer than {CONTEXT} tokens and are cut; the longest ends '"
+    expected = (
+        rf"3 of 8 captions are longer than {CONTEXT - 2} tokens and are cut; the longest ends '"
+    )
     with pytest.warns(UserWarning, match=expected) as caught:
-        report_long_captions(clip.tokenizer, loader, CONTEXT)
+        report_long_captions(clip.tokenizer, loader)
     assert len(caught) == 1 and len(str(caught[0].message)) < 200
     with pytest.warns(UserWarning, match=expected) as caught:
         embed(FolderDataset(tmp_path / "data"), clip, tmp_path / "emb", batch_size=2)

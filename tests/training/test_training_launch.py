@@ -55,6 +55,10 @@ def script_config(folder: Path, **settings: Any) -> str:
     return str(folder / "run.yaml")
 
 
+def raise_interrupt(_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
     config = script_config(tmp_path)
     for argv, message in [
@@ -71,6 +75,8 @@ def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(stop.value.code)
     with pytest.raises(FileNotFoundError):
         launch(main, Script, None, ["--config", config, "--resume", "latest", "--traceback"])
+    with pytest.raises(SystemExit, match="error: interrupted"):
+        launch(raise_interrupt, Script, None, ["--config", config])
 
 
 def test_a_script_trains_and_resumes(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     for key, kind in {"kind": str, "name": str, "licence": str, "components": list}.items():
         if not isinstance(model.get(key), kind):
             raise ValueError(f"{file}: {key} is {model.get(key)!r}; expected a {kind.__name__}")
+    if not all(isinstance(name, str) for name in model["components"]):
+        raise ValueError(f"{file}: components are {model['components']!r}; expected names")
     return model
 
 

@@ -37,6 +37,7 @@ from unclip.checkpoints.folders import (
 )
 from unclip.checkpoints.formats import Bundle, Components, Format, LoadedPrior
 from unclip.checkpoints.renaming import read_weights
+from unclip.clip import CONFIG_FILE as CLIP_CONFIG_FILE
 from unclip.config import parse, save_json, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import atomic_folder, keep_others, printable, read_json
@@ -197,7 +198,9 @@ def save_bundle(
     """
     folder = Path(folder)
     old = read_model_json(folder)["components"] if recognise(folder) else []
-    occupied = folder.is_dir() and any(map(Path.is_dir, folder.iterdir()))
+    occupied = folder.is_dir() and any(
+        file.is_dir() or file.name in (CONFIG_FILE, CLIP_CONFIG_FILE) for file in folder.iterdir()
+    )
     if not recognise(folder) and (folder.is_file() or occupied):
         raise ValueError(f"{folder} exists and is not a model folder; choose a new folder")
     with atomic_folder(folder) as part:

@@ -186,6 +186,7 @@ class SamplingFlag:
     parse: Mapping[str, Any]  # arguments for argparse
     about: str
     sets: Mapping[str, str | None]
+    former: str | None = None  # its name in development versions
 
     @property
     def dest(self) -> str:
@@ -256,7 +257,7 @@ FROM_TEXT = (
         "embedding to decode: from the prior, of the text itself, or none",
         {"unclip": "embedding"},
     ),
-    SamplingFlag("--negative", {"metavar": "TEXT"}, "negative prompt", {"unclip": None}),
+    SamplingFlag("--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None}),
     SamplingFlag(
         "--mix",
         {"nargs": "+", "type": number, "metavar": "WEIGHT"},
@@ -265,10 +266,11 @@ FROM_TEXT = (
     ),
 )
 CANDIDATES = SamplingFlag(
-    "--candidates",
+    "--num-candidates",
     COUNT,
     "number of images generated per prompt; those with the highest CLIP similarity are kept",
     {"unclip": None, "dalle": None},
+    former="--candidates",
 )
 FROM_IMAGE = (
     SamplingFlag("--prompt", {"metavar": "TEXT"}, "DALL-E: caption of the image", {"dalle": None}),
@@ -282,6 +284,8 @@ def add_sampling(parser: ArgumentParser, *flags: SamplingFlag) -> None:
     """Add the flags that `sampling_options` reads."""
     for flag in flags:
         parser.add_argument(flag.name, help=flag.about, **flag.parse)
+        if flag.former:
+            add_renamed(parser, flag.former, flag.name, **flag.parse)
     parser.set_defaults(flags=flags)
 
 
@@ -317,7 +321,6 @@ def _set(options: Any, path: Sequence[str], value: Any) -> Any:
     name, *rest = path
     if name == "*":
         return tuple(_set(one, rest, value) for one in options)
-    changes = {name: _set(getattr(options, name), rest, value)}
     if name == "steps":
-        changes["timesteps"] = None  # of the former number
-    return replace(options, **changes)
+        return options.with_steps(value)
+    return replace(options, **{name: _set(getattr(options, name), rest, value)})

@@ -100,7 +100,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _part(name: str) -> str:
-    return {"pictures": "images"}.get(name, name)  # its name in version 0.1.0
+    return {"pictures": "images"}.get(name, name)  # its name in development versions
 
 
 def evaluate(args: Namespace) -> None:

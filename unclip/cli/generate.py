@@ -29,9 +29,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--prompts-file", type=flags.prompts_file, default=[], metavar="FILE", help=about
     )
-    about = "generate the image in a PNG again, from its metadata"
-    parser.add_argument("--from", dest="source", type=Path, metavar="PNG", help=about)
-    about = "with --from: load the models that the PNG names even if they are not bundled"
+    about = "generate an image again, from the metadata in its file"
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help=about)
+    about = "with --from: load the models that the file names even if they are not bundled"
     parser.add_argument("--trust-model", action="store_true", help=about)
     _add_generation(parser)
     parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
@@ -81,9 +81,9 @@ def generate(args: Namespace) -> None:
     args.model = args.model or flags.DEFAULT_MODEL
     _check_generation(prompts, args)
     pipe = load_model(args)
-    given = _given(negative_prompt=args.negative, num_candidates=args.candidates)
+    given = _given(negative_prompt=args.negative_prompt, num_candidates=args.num_candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
-    parts = parts_of(args, len(prompts), args.candidates)
+    parts = parts_of(args, len(prompts), args.num_candidates)
     results = (pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE) for rows, part in parts)
     _write_all(results, args)
 
@@ -93,9 +93,9 @@ def _check_generation(prompts: Sequence[Any], args: Namespace) -> None:
     from unclip.pipelines.request import PromptBatch
     from unclip.pipelines.rerank import check_candidates
 
-    if args.candidates is not None:
-        check_candidates(args.num_images, args.candidates)
-    batch, known = PromptBatch.of(prompts, args.negative), check_before_loading(args)
+    if args.num_candidates is not None:
+        check_candidates(args.num_images, args.num_candidates)
+    batch, known = PromptBatch.of(prompts, args.negative_prompt), check_before_loading(args)
     if known is not None and known[0].kind == "unclip":
         batch.check(known[1])
 
@@ -204,10 +204,10 @@ def complete(args: Namespace) -> None:
     image = open_image(args.image)
     check_output(args, args.num_images)
     pipe = load_dalle(args)
-    given = _given(keep=args.keep, num_candidates=args.candidates)
+    given = _given(keep=args.keep, num_candidates=args.num_candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
-    parts = parts_of(args, candidates=args.candidates)
+    parts = parts_of(args, candidates=args.num_candidates)
     results = (pipe.complete(image, args.caption, **part, **given) for _, part in parts)
     _write_all(results, args, args.image.stem)
 

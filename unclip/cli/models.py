@@ -1,4 +1,4 @@
-"""`unclip info`, `models`, `convert` and `push`: what models and PNGs hold, layouts, uploads."""
+"""`unclip info`, `models`, `convert` and `push`: what models and images hold, formats, uploads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from unclip.cli.arguments import add_command, add_dtype, lora_options
 from unclip.files import printable
 
-LAYOUTS = ("unclip", "diffusers")
+FORMATS = ("unclip", "diffusers")
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".safetensors")
 # Keys of the metadata that hold what an image was generated from.
 SOURCES = {
@@ -22,17 +22,17 @@ SOURCES = {
 def add_commands(commands: Any) -> None:
     about = "show what a model holds, or how an image was generated"
     parser = add_command(commands, info, about)
-    about = "bundled name, folder, checkpoint file or Hub id of a model; or a PNG made by unclip"
-    parser.add_argument("target", metavar="MODEL|PNG", help=about)
+    about = "bundled name, folder, checkpoint file or Hub id of a model; or an image made by unclip"
+    parser.add_argument("target", metavar="MODEL|IMAGE", help=about)
 
     add_command(commands, models, "list the bundled models")
 
-    parser = add_command(commands, convert, "write a model in another layout")
+    parser = add_command(commands, convert, "convert a model to another format")
     about = "bundled name, folder, checkpoint file or Hub id"
     parser.add_argument("source", metavar="MODEL", help=about)
     parser.add_argument("output", type=Path, metavar="FOLDER")
-    about = "our own layout (default), or that of diffusers' unCLIP pipelines"
-    parser.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help=about)
+    about = "our own format (default), or that of diffusers' unCLIP pipelines"
+    parser.add_argument("--to", choices=FORMATS, default=FORMATS[0], help=about)
     about = "data type of the weights (default: as stored)"
     add_dtype(parser, about)
 

@@ -8,9 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from unclip.cli.arguments import COUNT, DTYPES, add_command
+from unclip.cli.arguments import COUNT, DEFAULT_MODEL, DTYPES, add_command, add_dtype
 
-DEFAULT_MODEL = "emoji"
 KEY_VARIABLE = "UNCLIP_API_KEY"
 
 
@@ -24,7 +23,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--model", action="append", dest="models", metavar="NAME", help=about)
     about = "cpu, cuda, cuda:1, mps; repeated: one engine for each (default: the fastest)"
     parser.add_argument("--device", action="append", dest="devices", metavar="DEVICE", help=about)
-    parser.add_argument("--dtype", choices=DTYPES, help="data type of the networks")
+    add_dtype(parser, "data type of the networks (default: fp16 on CUDA, else fp32)")
     about = "address to bind; any but a loopback address needs an API key (default: 127.0.0.1)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
     parser.add_argument("--port", type=_port, default=8000, help="default: 8000")
@@ -108,7 +107,7 @@ def serve(args: Namespace) -> None:
         models=tuple(sources),
         sources=tuple(sources.items()),
         devices=tuple(args.devices or (None,)),
-        dtype=args.dtype and DTYPES[args.dtype],
+        dtype=DTYPES.get(args.dtype, args.dtype),
         host=args.host,
         port=args.port,
         api_keys=tuple(args.keys or ([variable] if variable else ())),

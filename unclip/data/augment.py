@@ -1,6 +1,6 @@
 """Augmentation that changes an image together with its caption.
 
-An apple whose hue is rotated to blue gets the caption "a blue apple".
+A red apple whose hue is rotated to purple gets the caption "a purple apple".
 """
 
 # S image side; images are uint8 (S, S, 3) on a white background

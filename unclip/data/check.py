@@ -14,6 +14,7 @@ from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import count_left_out
 from unclip.data.text import ColumnNames, readable
+from unclip.files import exit_on_error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,10 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--caption", metavar="NAME", help="column, or JSON key, that holds the captions")
     add("--decode", action="store_true", help="read each caption and image")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error():
         _check(options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def _check(options: argparse.Namespace) -> None:

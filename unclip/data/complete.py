@@ -40,9 +40,10 @@ from unclip.data.precompute import start
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample
 from unclip.data.shards import ShardWriter
-from unclip.image_io import fit, to_pil, to_tensor
+from unclip.files import exit_on_error
+from unclip.image_io import small_images, to_pil
 
-SIZE, OVERSAMPLED = 16, 4  # side of the images, which are means of 4 x 4 pixels
+SIZE = 16  # side of the images, as of a layout
 SAVED_SIZE = 64  # side of the saved images
 WIDTHS = (48, 96, 192)
 STYLE_WIDTH = 64
@@ -167,8 +168,7 @@ def read_table(dataset: Dataset, progress: bool = True) -> Table:
     }
     images = torch.zeros(len(styles), len(concepts), 3, SIZE, SIZE)
     for cell, sample in tqdm(cells.items(), "reading", disable=not progress, leave=False):
-        pixels = to_tensor([fit(sample.image, OVERSAMPLED * SIZE)])
-        images[cell] = F.avg_pool2d(pixels, OVERSAMPLED)[0]
+        images[cell] = small_images([sample.image], SIZE)[0]
     present = torch.zeros(len(styles), len(concepts), dtype=torch.bool)
     present[tuple(torch.tensor(list(cells)).T)] = True
     return Table(styles, concepts, cells, images, present)
@@ -188,6 +188,8 @@ class TranslatorTraining:
             raise ValueError(f"no concept exists in two of the styles {names}; nothing to learn")
         weights = [table.samples[style, concept].weight for style, concept in self.cells.tolist()]
         self.weights = torch.tensor(weights)
+        if not self.weights.any():
+            raise ValueError("the weights of all images are 0; nothing to learn")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = StyleTranslator(len(table.styles))
@@ -241,7 +243,10 @@ class TranslatorTraining:
 
     def load(self, file: Path) -> None:
         """Load the state of a training with the same data and settings."""
-        state = torch.load(file, weights_only=True)
+        try:
+            state = torch.load(file, weights_only=True)
+        except Exception:  # torch has no specific type
+            raise ValueError(f"{file} is damaged; delete it to start again") from None
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
@@ -306,7 +311,8 @@ def complete(
             image.save(file, "PNG")
             meta = _with_colour(_describe(table, style, concept), image)
             files = {"png": file.getvalue(), "json": meta}
-            writer.write(f"{table.styles[style]}-{table.concepts[concept]}", files)
+            key = f"{table.styles[style]}-{table.concepts[concept]}"
+            writer.write(key.replace(".", "_"), files)  # shards end a key at a dot
     (folder / STATE).unlink()
     (folder / SETTINGS).unlink()
     return len(cells)
@@ -358,20 +364,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=about)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error("interrupted; the same command resumes"):
         out = Path(options.out)
         if out.exists() and not (out / SETTINGS).is_file():
             raise ValueError(f"{options.out} exists; remove it or choose another folder")
+        if not 0 <= options.seed < 2**31:
+            raise ValueError(f"--seed is {options.seed}; expected 0 to {2**31 - 1}")
         if options.steps < 1:
             raise ValueError(f"--steps is {options.steps}; expected 1 or more")
         dataset = open_dataset(options.data)
         if isinstance(dataset, PrecomputedDataset):
             raise ValueError(f"{options.data} contains precomputed data; expected images")
         count = complete(dataset, out, options.styles, steps=options.steps, seed=options.seed)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command resumes") from None
     print(f"{options.out}: {count} predicted images")
 
 

@@ -105,7 +105,7 @@ def change_background(
     if named and is_held_out(colour, "background", caption):
         return image, caption
     outside = ~foreground(image)
-    edge = _grown(outside)[..., None]  # pixels of the object's edge contain some white
+    edge = grow_mask(outside)[..., None]  # pixels of the object's edge contain some white
     tinted = (image.astype(np.float32) * np.array(BACKGROUNDS[colour]) / 255).round()
     changed = np.where(edge, tinted, image).astype(np.uint8)
     changed[outside] = BACKGROUNDS[colour]
@@ -119,7 +119,7 @@ def foreground(image: np.ndarray) -> np.ndarray:
     border[1:-1, 1:-1] = False
     outside, reached = white & border, -1
     while (count := int(outside.sum())) > reached:  # flood fill
-        outside, reached = _grown(outside) & white, count
+        outside, reached = grow_mask(outside) & white, count
     return ~outside
 
 
@@ -137,7 +137,7 @@ def plural(name: str) -> str:
     return f"{noun}s"
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
+def grow_mask(mask: np.ndarray) -> np.ndarray:
     """Add the four neighbours of each pixel."""
     grown = mask.copy()
     grown[1:] |= mask[:-1]

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from unclip.clip import CLIP
 from unclip.data import augment
-from unclip.data.job_command import add_arguments, run_command
+from unclip.data.job_command import add_arguments, run_command, source_settings
 from unclip.data.parts import PartWriter
 from unclip.data.precompute import (
     Arrays,
@@ -34,11 +33,11 @@ from unclip.data.precompute import (
     precompute,
 )
 from unclip.data.samples import Dataset, Sample
-from unclip.image_io import fit, to_tensor
+from unclip.image_io import small_images
 from unclip.tokenizer import TruncationCount
 
 SETTINGS_FILE = "embeddings.json"
-OVERSAMPLED = 4  # layouts are means of this many pixels in each direction, as in training
+MAX_LAYOUT = 256  # pixels
 
 
 class EmbeddingWriter(PartWriter):
@@ -94,12 +93,11 @@ def embedder(
             text_emb = clip.encode_captions(texts).emb  # (N, D)
         arrays = {"img_emb": image_emb, "text_emb": _to_numpy(text_emb)}
         if layout is not None:
-            pixels = to_tensor([fit(image, OVERSAMPLED * layout) for image in images])
-            pooled = F.avg_pool2d(pixels, OVERSAMPLED).flatten(1)
-            arrays["layout"] = pooled.half().numpy().repeat(repeats, axis=0)
+            small = small_images(images, layout).flatten(1)
+            arrays["layout"] = small.half().numpy().repeat(repeats, axis=0)
         return columns, arrays
 
-    weakref.finalize(compute, count.report, clip.context_length)  # once, when all is done
+    weakref.finalize(compute, count.report)  # once, when all is done
     return compute
 
 
@@ -122,10 +120,8 @@ def recoloured(sample: Sample, image: Image.Image, copies: int) -> list[tuple[Sa
 
 
 def _settings(all_captions: bool, layout: int | None, recolour: int) -> dict[str, Any]:
-    settings: dict[str, Any] = {"captions": "all" if all_captions else "canonical"}
-    if layout is not None:
-        settings["layout"] = layout
-    return settings | ({"recolour": recolour} if recolour else {})
+    captions = "all" if all_captions else "canonical"
+    return {"captions": captions, "layout": layout, "recolour": recolour or None}
 
 
 def _to_numpy(emb: Tensor) -> np.ndarray:
@@ -146,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.recolour < 0:
         parser.error(f"--recolour is {options.recolour}; expected a number of copies, 0 or more")
+    if options.layout is not None and not 1 <= options.layout <= MAX_LAYOUT:
+        parser.error(f"--layout is {options.layout}; expected 1 to {MAX_LAYOUT} pixels")
     run_command(options, load_embedder, SETTINGS_FILE)
 
 
@@ -153,7 +151,7 @@ def load_embedder(options: argparse.Namespace, device: str) -> tuple[Compute, di
     """Load --clip; return its computation and the settings of the command line."""
     clip = CLIP.from_pretrained(options.clip).to(device)
     chosen = options.all_captions, options.layout, options.recolour
-    settings = _settings(*chosen) | {"data": options.data, "clip": options.clip}
+    settings = _settings(*chosen) | source_settings(options) | {"clip": options.clip}
     return embedder(clip, *chosen), settings
 
 

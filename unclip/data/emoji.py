@@ -37,6 +37,7 @@ from unclip.data.duplicates import find_duplicates, thumbnail
 from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.iconify import EmojiNames, find_icons, named_entry, read_icons
 from unclip.data.shards import ShardWriter
+from unclip.files import exit_on_error
 from unclip.image_io import open_image
 
 GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
@@ -86,7 +87,7 @@ class Emoji:
 
     @property
     def key(self) -> str:
-        return f"{self.style}-{self.hexcode}"
+        return f"{self.style}-{self.hexcode}".replace(".", "_")  # shards end a key at a dot
 
 
 def digest(style: str, hexcode: str) -> bytes:
@@ -427,12 +428,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--jobs", type=int, help="processes (default: one per core)")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error("interrupted; nothing was written"):
         summary = render_all(options.sources, options.out, options.size, options.jobs)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; nothing was written") from None
     counts = {split: sum(summary[split].values()) for split in ("train", "heldout")}
     print(f"{options.out}: {counts['train']} training images, {counts['heldout']} held out")
     print(f"{summary['duplicates']} duplicates of another style are left out")

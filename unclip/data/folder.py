@@ -6,6 +6,7 @@ import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,13 @@ LAYOUTS = (
     "captions in name.txt or name.json for each name.png, or metadata.jsonl, a CSV or a TSV with "
     "the columns file_name and text (columns of other names: data.columns)"
 )
+
+
+def _read_image(path: Path) -> bytes:
+    """Read a file, but neither a pipe nor a device, which may block or never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("a folder, a pipe or a device; expected a file")
+    return path.read_bytes()
 
 
 class _Row(NamedTuple):
@@ -88,7 +96,8 @@ class FolderDataset:
             except ValueError as error:
                 raise ValueError(f"{readable(str(path))}: {error}") from None
         where = readable(str(path))
-        return Sample(readable(stem), captions, path.read_bytes, row.weight, meta, where)
+        read = partial(_read_image, path)
+        return Sample(readable(stem), captions, read, row.weight, meta, where)
 
     def _describe(self, stem: str) -> tuple[list[str], Mapping[str, Any]]:
         """Return the captions and metadata in the files next to an image."""

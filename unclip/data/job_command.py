@@ -11,7 +11,7 @@ from unclip.data.precompute import Load, find_device, precompute
 from unclip.data.precomputed import PrecomputedDataset, import_parquet
 from unclip.data.samples import Dataset
 from unclip.data.text import ColumnNames, readable
-from unclip.files import read_json
+from unclip.files import exit_on_error, read_json
 
 
 def add_arguments(parser: ArgumentParser, content: str, part_size: int) -> None:
@@ -31,12 +31,17 @@ def add_arguments(parser: ArgumentParser, content: str, part_size: int) -> None:
     add("--ray", type=int, metavar="N", help="use N workers on a Ray cluster; one part per shard")
 
 
+def source_settings(options: Namespace) -> dict[str, str | None]:
+    """Return the settings that choose the images and captions."""
+    return {"data": options.data, "image": options.image, "caption": options.caption}
+
+
 def run_command(options: Namespace, load: Load, settings_file: str) -> None:
     """Open the data, compute the parts of this process or start Ray, and print a summary.
 
     Raises SystemExit with a one-line message on an error.
     """
-    try:
+    with exit_on_error("interrupted; rerun to resume after the last complete part"):
         import_parquet()
         source = _open(options)
         if options.ray:
@@ -49,10 +54,6 @@ def run_command(options: Namespace, load: Load, settings_file: str) -> None:
             broken = precompute(
                 source, compute, options.out, settings_file, settings, tasks=tasks, **sizes
             )
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; rerun to resume after the last complete part") from None
     parts = source if isinstance(source, ShardParts) else SampleParts(source, options.part_size)
     writer, out = PartWriter(options.out), readable(options.out)
     if not (manifest := writer.folder / MANIFEST).is_file():

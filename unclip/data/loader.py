@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -31,7 +32,7 @@ from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDa
 from unclip.data.remote import is_url
 from unclip.data.samples import Dataset, count_left_out, resize_center_crop
 from unclip.data.shards import ShardDataset
-from unclip.data.text import ColumnNames
+from unclip.data.text import MAX_WEIGHT, ColumnNames
 
 Batch = dict[str, Any]
 Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
@@ -60,7 +61,7 @@ class DataConfig:
     """Location of the data and the construction of batches."""
 
     # see `open_dataset`; a list of shards, or several sources with weights: {a: 2, b: 0.5}
-    path: str | tuple[str, ...] | dict[str, Positive]
+    path: str | tuple[str, ...] | dict[str, Annotated[float, Interval(gt=0, le=MAX_WEIGHT)]]
     image_size: PositiveInt  # side: the shorter side is resized to it, the centre is cropped
     batch_size: PositiveInt  # per process
     captions: Literal["canonical", "any"] = "any"
@@ -72,7 +73,8 @@ class DataConfig:
     seed: NonNegativeInt = 0
     max_broken: ProperFraction = 0.01  # loading stops above this fraction of broken samples
     columns: ColumnNames = field(default_factory=ColumnNames)  # names of columns and JSON keys
-    # factor of precomputed image embeddings; null: 1, or measured where it is not (see README)
+    # factor of precomputed image embeddings; null: 1 for the length of the CLIP's embeddings, else
+    # measured (train/README.md)
     emb_scale: Positive | None = None
 
     def __post_init__(self) -> None:
@@ -157,7 +159,8 @@ class Loader:
     """An iterable of batches that can be saved and resumed at any batch.
 
     images      {"image": float (B, 3, S, S) in [-1, 1], "caption": B strings, "key": B strings}
-    embeddings  {"image_emb": float (B, D), "text_emb": float (B, D), "caption", "key"}
+    embeddings  {"image_emb": float (B, D), "caption", "key"}, and if they are stored
+                "text_emb": float (B, D) and "layout": float (B, 3 * s * s)
     codes       {"codes": long (B, h, w), "caption", "key"}
 
     Iterating returns the rest of the current epoch; the next iteration starts the next epoch. A

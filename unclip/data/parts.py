@@ -88,7 +88,7 @@ class PartWriter:
 
     def is_whole(self, part: int) -> bool:
         """Return whether the files of a complete part have the recorded hashes."""
-        files = read_json(self._record(part))["files"]
+        files = self._read_record(part)["files"]
         paths = {self.folder / name: hash_ for name, hash_ in files.items()}
         return all(path.is_file() and sha256(path) == hash_ for path, hash_ in paths.items())
 
@@ -111,7 +111,10 @@ class PartWriter:
         for name, array in arrays.items():
             files.append(path := self._file(name, f"{part}.npy"))
             with open(path.with_suffix(".part"), "wb") as file:
-                np.save(file, array, allow_pickle=False)
+                try:
+                    np.save(file, array, allow_pickle=False)
+                except OSError as error:  # numpy names neither the file nor a full disk
+                    raise OSError(f"cannot write {path}: {error}; is the disk full?") from None
             path.with_suffix(".part").replace(path)
         if columns:
             files.append(path := self._file("metadata", f"{part}.parquet"))
@@ -135,7 +138,7 @@ class PartWriter:
             with contextlib.suppress(FileNotFoundError):  # another task has completed it
                 if time.time() - temporary.stat().st_mtime > ABANDONED:  # by a killed process
                     temporary.unlink()
-        records = [read_json(self._record(part)) for part in range(parts)]
+        records = [self._read_record(part) for part in range(parts)]
         manifest = {
             "parts": parts,
             "rows": sum(record["rows"] for record in records),
@@ -143,6 +146,12 @@ class PartWriter:
             "files": {name: hash_ for one in records for name, hash_ in one["files"].items()},
         }
         write_json(manifest, self.folder / MANIFEST)
+
+    def _read_record(self, part: int) -> dict[str, Any]:
+        record = read_json(self._record(part))
+        if not {"rows", "files", "broken"} <= record.keys():
+            raise ValueError(f"{self._record(part)} is damaged; delete it and run again")
+        return record
 
     def _record(self, part: int) -> Path:
         return self.folder / "parts" / f"part_{part}.json"

@@ -8,7 +8,6 @@ again, it computes the parts without a record, and its files are the same, byte 
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from unclip.data.parts import Parts, PartWriter, SampleParts, ShardParts, write_json
 from unclip.data.samples import Dataset, Sample
+from unclip.files import read_json
 
 MAX_BROKEN = 0.01
 
@@ -141,7 +141,7 @@ def start(out: str | Path, settings_file: str, settings: Mapping[str, Any]) -> P
     if not path.is_file():
         write_json(settings, path)
         return writer
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_json(path)
     if different := [name for name in settings if settings[name] != earlier.get(name)]:
         changes = (f"{name} {earlier.get(name)!r}, now {settings[name]!r}" for name in different)
         raise ValueError(f"{out} was started with {', '.join(changes)}; use another folder")

@@ -57,10 +57,10 @@ class PrecomputedDataset(ABC):
             rows["metadata"] = metadata[i].num_rows
             if len(set(rows.values())) > 1:
                 raise ValueError(f"{self.folder}: part {part} has unequal numbers of rows: {rows}")
-        shapes = [array.shape[1:] for array in self._arrays[first]]
-        if len(set(shapes)) > 1:
-            raise ValueError(f"{self.folder}: parts differ in shape: {shapes}")
-        self.shape: tuple[int, ...] = shapes[0]  # of a row of the first array
+        for name, arrays in self._arrays.items():
+            if len(shapes := {array.shape[1:] for array in arrays}) > 1:
+                raise ValueError(f"{self.folder}: the parts of {name} differ in shape: {shapes}")
+        self.shape: tuple[int, ...] = self._arrays[first][0].shape[1:]  # of a row
         self._ends = np.cumsum([len(array) for array in self._arrays[first]])
         starts = [0, *self._ends[:-1]]
         # The rows that are not broken, counted over all parts.

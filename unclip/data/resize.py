@@ -19,6 +19,7 @@ from unclip.data.parts import ShardParts
 from unclip.data.precompute import start
 from unclip.data.samples import Dataset, resize_center_crop
 from unclip.data.shards import add_members
+from unclip.files import exit_on_error
 
 MAX_BROKEN = 0.01
 SETTINGS_FILE = "resize.json"
@@ -66,12 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tasks", type=int, default=1, metavar="N", help="processes that share the shards")
     add("--task", type=int, default=0, metavar="I", help="number of this process, from 0")
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error("interrupted; rerun to resume after the last complete shard"):
         _run(options)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; rerun to resume after the last complete shard") from None
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -80,6 +77,8 @@ def _run(options: argparse.Namespace) -> None:
             f"size {options.size}, task {options.task} of {options.tasks}; "
             "expected a size of at least 1, and a task from 0 to tasks - 1"
         )
+    if not 1 <= options.quality <= 100:
+        raise ValueError(f"--quality is {options.quality}; expected 1 to 100")
     parts = ShardParts(options.data, captions_needed=False)
     names = [Path(str(shard).partition("?")[0]).name for shard in parts.shards]
     if len(set(names)) < len(names):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,6 +31,7 @@ from unclip.config import save_json
 from unclip.data.compose import is_held_out, plural
 from unclip.data.everyday import with_article
 from unclip.data.shards import ShardWriter
+from unclip.files import exit_on_error
 
 COLOURS = {
     "red": (220, 40, 45),
@@ -85,7 +87,7 @@ def _crescent() -> list[tuple[float, float]]:
     outer = [(math.cos(a), math.sin(a)) for a in np.linspace(0.9, 2 * math.pi - 0.9, 60)]
     (x, y), n = outer[0], 60
     radius = 0.85
-    centre = x - math.sqrt(radius**2 - y**2) + 2 * math.sqrt(radius**2 - y**2)
+    centre = x + math.sqrt(radius**2 - y**2)
     start = math.atan2(y, x - centre)
     inner = np.linspace(2 * math.pi - start, start, n)
     return outer + [(centre + radius * math.cos(a), radius * math.sin(a)) for a in inner]
@@ -250,12 +252,14 @@ def write_shapes(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists; remove it or choose another folder")
     rng = np.random.default_rng(seed)
-    out.mkdir(parents=True, exist_ok=True)
+    partial_out = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    partial_out.mkdir(parents=True)
     wanted = {"train": count, "heldout": max(len(axes), round(count * HELD_OUT_IMAGES))}
     written = dict.fromkeys(wanted, 0)
     with (
-        ShardWriter(out, "train") as train,
-        ShardWriter(out, "heldout") as held_out,
+        ShardWriter(partial_out, "train") as train,
+        ShardWriter(partial_out, "heldout") as held_out,
         tqdm(total=sum(wanted.values()), unit=" images") as bar,
     ):
         writers, turns = {"train": train, "heldout": held_out}, dict.fromkeys(wanted, 0)
@@ -273,7 +277,11 @@ def write_shapes(
             written[split] += 1
             turns[split] += 1
             bar.update()
-    save_json({"size": size, "seed": seed, "axes": axes, **written}, out / "dataset.json")
+    summary = {"size": size, "seed": seed, "axes": axes, **written}
+    save_json(summary, partial_out / "dataset.json")
+    if out.exists():
+        out.rmdir()
+    partial_out.rename(out)
     return written
 
 
@@ -292,14 +300,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--axes", nargs="+", default=AXES, choices=AXES, metavar="AXIS", help=about)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error("interrupted; nothing was written"):
         for name in ("count", "size"):
             if getattr(options, name) < (smallest := {"count": 1, "size": 32}[name]):
                 value = getattr(options, name)
                 raise ValueError(f"--{name} is {value}; expected at least {smallest}")
         written = write_shapes(options.out, options.count, options.size, options.seed, options.axes)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(f"{options.out}: {written['train']} training images, {written['heldout']} held out")
 
 

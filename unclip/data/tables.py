@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,7 @@ def read_columns(table: Path) -> list[str]:
     """Return the names of the columns of a CSV or TSV file; [] if it has no readable header."""
     with _open_csv(table) as file:
         try:
-            return _names(_csv_reader(file, table))
+            return _names(csv.reader(file, delimiter=_delimiter(file, table)))
         except csv.Error:
             return []
 
@@ -54,12 +55,22 @@ def _read_json_lines(table: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _read_csv(table: Path) -> Iterator[tuple[int, Row]]:
+    latest = ""
+
+    def line_of(file: IO[str]) -> str:
+        nonlocal latest
+        latest = file.readline()
+        return latest
+
     with _open_csv(table) as file:
-        rows, last = _csv_reader(file, table), 0
+        lines = iter(partial(line_of, file), "")
+        rows, last = csv.reader(lines, delimiter=_delimiter(file, table)), 0
         try:
             names = _names(rows)
             last = rows.line_num
             for row in rows:
+                if row and "\n" in row[-1] and not latest.rstrip().endswith('"'):
+                    raise csv.Error("a quote is opened and never closed")
                 if row:
                     yield last + 1, dict(zip(names, row, strict=False))
                 last = rows.line_num
@@ -72,11 +83,10 @@ def _open_csv(table: Path) -> IO[str]:
     return table.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _csv_reader(file: IO[str], table: Path) -> Any:
+def _delimiter(file: IO[str], table: Path) -> str:
     header = file.readline(MAX_JSON)
     file.seek(0)
-    is_tsv = table.suffix.lower() == ".tsv"
-    return csv.reader(file, delimiter="\t" if is_tsv else max(",;\t", key=header.count))
+    return "\t" if table.suffix.lower() == ".tsv" else max(",;\t", key=header.count)
 
 
 def _names(rows: Iterator[list[str]]) -> list[str]:

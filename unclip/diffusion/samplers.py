@@ -184,8 +184,6 @@ def sampling_timesteps(options: StageOptions, schedule: Schedule) -> list[float]
     steps, T = options.steps, schedule.num_timesteps
     if steps > T:
         raise ValueError(f"steps is {steps}, but the model has only {T} timesteps")
-    if not 0.0 <= options.eta <= 1.0:
-        raise ValueError(f"eta is {options.eta}; expected 0 (deterministic) to 1 (ancestral)")
     if options.timesteps is not None and options.sampler in ("ancestral", "ddim"):
         if options.timesteps[0] >= T:
             raise ValueError(f"timesteps start at {options.timesteps[0]}; the model has {T}")

@@ -42,13 +42,14 @@ def approximations(options: UnCLIPOptions, fast: UnCLIPOptions) -> dict[str, App
     prior, decoder = options.prior, options.decoder
 
     def with_decoder(**changes: Any) -> Approximation:
-        return Approximation(replace(options, decoder=replace(decoder, **changes)))
+        changed = decoder.with_steps(**{"steps": decoder.steps, **changes})
+        return Approximation(replace(options, decoder=changed))
 
     def fewer(stage: StageOptions, share: float) -> int:
         return max(2, round(share * stage.steps))
 
     half, third, few = fewer(decoder, 1 / 2), fewer(decoder, 1 / 3), fewer(prior, 0.4)
-    fast_prior = replace(prior, steps=few, sampler="unipc")
+    fast_prior = prior.with_steps(few, sampler="unipc")
     cached_upsamplers = tuple(replace(stage, cache_interval=2) for stage in options.upsamplers)
     return {
         f"prior: {few} steps of UniPC": Approximation(replace(options, prior=fast_prior)),

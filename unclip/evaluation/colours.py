@@ -37,7 +37,7 @@ class Combination:
 
 
 def combinations(pairs: Pairs) -> list[Combination]:
-    """Return the held-out combinations of the pairs' concepts, at most one for each colour."""
+    """Return each pair's concept in the held-out colours that a rotation of its hues gives."""
     found = []
     for row, pair in enumerate(pairs.entries):
         colours = [c for c in CHROMATIC if is_held_out_colour(c, pair.concept)]

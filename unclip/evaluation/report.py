@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
 
 HEAD = Row("figure", "model", "reference")
-_RENAMED = {  # keys of results, and names of rows, that version 0.1.0 wrote
+_RENAMED = {  # keys of results, and names of rows, that development versions wrote
     "beside": "baseline",
     "caption alone": "text only",
     "caption's own embedding": "text embedding",

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from unclip.data.compose import foreground
+from unclip.data.compose import foreground, grow_mask
 from unclip.data.shapes import COLOURS, RELATIONS, SHAPES, Scene, Shape, draw
 
 MATCHED_SIDE = 48  # side of silhouettes in comparisons
@@ -85,19 +85,14 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
         part[tuple(np.argwhere(remaining)[0])] = True
         reached = 0
         while (count := int(part.sum())) > reached:
-            part, reached = _grown(part) & remaining, count
+            part, reached = grow_mask(part) & remaining, count
         parts.append(part)
         remaining &= ~part
     return parts
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
-    padded = np.pad(mask, 1)
-    return mask | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
-
-
 def _edge(mask: np.ndarray) -> np.ndarray:
-    return _grown(~mask) & mask
+    return grow_mask(~mask) & mask
 
 
 def _filled(mask: np.ndarray) -> np.ndarray:

@@ -190,7 +190,8 @@ class UnCLIPEvaluation(Evaluation):
     def decoder(self) -> dict[str, Any]:
         """Return the mean squared error of one-step estimates of x_0, clipped to [-1, 1].
 
-        The decoder is conditioned on the caption and the embedding of the true image.
+        The decoder is conditioned on the caption, the embedding of the true image, and the mean
+        layout of that embedding if the network has layouts.
         """
         pipe, decoder, schedule = self.pipe, self.pipe.decoder, self.pipe.schedules["decoder"]
         generators = generators_from(range(self.seed, self.seed + len(self.held_out)))

@@ -168,8 +168,8 @@ class GLIDEPipeline(Pipeline):
 
         def null() -> DecoderContext:
             one = self._condition(stage.network, [""], None if low_res is None else low_res[:1])
-            null = one.repeat_interleave(len(captions))
-            return replace(null, extra_channels=context.extra_channels)
+            nulls = one.repeat_interleave(len(captions))
+            return replace(nulls, extra_channels=context.extra_channels)
 
         bound, size = stage.bind(context, options, null), stage.network.config.image_size
         x_T = bound.noise((len(captions), 3, size, size), generators)

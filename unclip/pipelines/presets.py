@@ -41,4 +41,4 @@ def preset(name: str, options: Any, separate_last: Sequence[bool] = ()) -> Any:
 def _fewer(stage: StageOptions, share: float, **changes: Any) -> StageOptions:
     """Reduce the steps to a share; by default, use a solver of higher order to compensate."""
     steps = max(2, round(share * stage.steps))
-    return replace(stage, **{"steps": steps, "timesteps": None, "sampler": "unipc", **changes})
+    return stage.with_steps(steps, **{"sampler": "unipc", **changes})

@@ -64,7 +64,7 @@ def regenerate(
     progress: bool = True,
     latents: dict[str, Latent] | None = None,
 ) -> GenerationResult:
-    """Generate an image again from the metadata in its PNG.
+    """Generate an image again from the metadata in its file.
 
     latents: a cache of inverted latents, to share between calls. ValueError for metadata that is
     incomplete, damaged or of another kind of model.

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.image_io import encode_image
+from unclip.pipelines.provenance import encode_array
 from unclip.serving.requests import Delivery
 from unclip.serving.storage import Storage
-from unclip.serving.tasks import Task, encode_vector
+from unclip.serving.tasks import Task
 from unclip.types import GenerationResult
 
 
@@ -45,7 +46,7 @@ def deliver(
         if result.scores is not None:
             entry["score"] = result.scores[k]
         if delivery.embedding and result.image_emb is not None:
-            entry["image_embedding"] = encode_vector(result.image_emb[k])
+            entry["image_embedding"] = encode_array(result.image_emb[k])
         entries.append(entry)
     return entries, note
 

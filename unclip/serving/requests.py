@@ -37,7 +37,7 @@ def _no_bool(value: Any) -> Any:
 
 
 def _numbers(value: Any) -> Any:
-    return [part for part in value.split(",")] if isinstance(value, str) else value
+    return value.split(",") if isinstance(value, str) else value
 
 
 Integer = Annotated[int, BeforeValidator(_no_bool)]

@@ -123,7 +123,9 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     """Return the options of a pipeline with the settings of a request."""
     given = {name: value for name, value in vars(settings).items() if value is not None}
     if pipe.kind != "dalle":
-        return replace(pipe.options, decoder=replace(pipe.options.decoder, **given))
+        decoder = pipe.options.decoder
+        changed = decoder.with_steps(given.pop("steps", decoder.steps), **given)
+        return replace(pipe.options, decoder=changed)
     if unknown := given.keys() - {"guidance"}:
         raise ValueError(f"{pipe.name} samples codes and has no {' and no '.join(sorted(unknown))}")
     return replace(pipe.options, **given)
@@ -200,11 +202,6 @@ def model_size(pipe: Any) -> int:
 def count_stages(pipe: Any) -> int:
     """Return how many stages of a pipeline make images."""
     return 1 if pipe.kind == "dalle" else 1 + len(pipe.options.upsamplers)
-
-
-def encode_vector(emb: Tensor) -> str:
-    """Encode a vector as base64 of little-endian float32."""
-    return base64.b64encode(emb.float().numpy().astype("<f4").tobytes()).decode()
 
 
 def decode_vector(value: str | Sequence[float]) -> tuple[float, ...]:

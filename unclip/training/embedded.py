@@ -78,7 +78,7 @@ def open_loader(
     """
     loader = open_data(config) if images_only else open_data(config, EmbeddingDataset)
     if not images_only:
-        report_long_captions(clip.tokenizer, loader, clip.context_length)
+        report_long_captions(clip.tokenizer, loader)
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:

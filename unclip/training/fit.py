@@ -15,11 +15,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object, set_seed
+from annotated_types import Interval
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -74,7 +75,7 @@ class FitConfig:
     ema: ProperFraction | None = 0.999  # decay; null: no average
     compile: bool = False  # torch.compile
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, lt=2**31)] = 0
     log_every: NonNegativeInt = 50
     val_every: NonNegativeInt = 1000
     val_batches: PositiveInt | None = None  # per validation; null: all

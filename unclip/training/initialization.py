@@ -153,7 +153,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def report_long_captions(tokenizer: Tokenize, loader: Loader, context_length: int) -> None:
+def report_long_captions(tokenizer: Tokenize, loader: Loader) -> None:
     """Warn once about captions longer than the context, in up to `SAMPLED` samples."""
     if loader.process_index:
         return
@@ -161,7 +161,7 @@ def report_long_captions(tokenizer: Tokenize, loader: Loader, context_length: in
     while chunk := list(islice(captions, CHUNK)):
         with count.counting(len(chunk)):
             tokenizer(chunk)
-    count.report(context_length)
+    count.report()
 
 
 def _tokenizer_file(weights: Path) -> Path:

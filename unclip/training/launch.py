@@ -77,7 +77,7 @@ def launch(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run a script's `main`; a user error, a full disk or a NaN exits with one line and code 1.
+    """Run a script's `main`. A user error, a full disk, a NaN or Ctrl-C exits with one line and 1.
 
     If there are several processes, only the first one that fails prints its message.
     """
@@ -93,10 +93,12 @@ def launch(
             # Long captions are counted once at the start, by `report_long_captions`.
             warnings.simplefilter("ignore", TruncationWarning)
             main(run)
+    except KeyboardInterrupt:  # outside the loop of `fit`, which saves
+        fail("interrupted before or after the training")
     except Exception as error:
         if run is not None and run.traceback:
             raise
-        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        if isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)):
             fail(error_text(error))
         if lost_connection(error):
             reason = " ".join(str(error).split())

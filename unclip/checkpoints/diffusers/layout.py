@@ -12,6 +12,7 @@ karlo/
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from unclip.checkpoints.hub import INDEX_FILE
 from unclip.files import read_json
@@ -50,9 +51,19 @@ def recognise(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file()
 
 
+def _read_pipeline(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """Return the index and the class of the pipeline. ValueError if it has code of its own."""
+    index = read_json(folder / INDEX_FILE)
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str | None):  # [module, class]
+        reason = "the pipeline has code of its own, such as an export by unclip"
+        raise ValueError(f"{folder}: {reason}; load it with diffusers, or load what was exported")
+    return index, pipeline
+
+
 def is_prior_only(folder: Path) -> bool:
     """Return whether the pipeline, such as Kandinsky's, has a prior but no supported decoder."""
-    pipeline = read_json(folder / INDEX_FILE).get("_class_name")
+    _, pipeline = _read_pipeline(folder)
     return pipeline not in PIPELINES and (folder / "prior").is_dir()
 
 
@@ -61,9 +72,8 @@ def read_index(folder: Path) -> list[str]:
 
     Raises ValueError or FileNotFoundError if a component is unknown, missing or of another class.
     """
+    index, pipeline = _read_pipeline(folder)
     file = folder / INDEX_FILE
-    index = read_json(file)
-    pipeline = index.get("_class_name")
     if pipeline not in PIPELINES:
         raise ValueError(f"{file}: _class_name is {pipeline!r}; expected {' or '.join(PIPELINES)}")
     entries = {

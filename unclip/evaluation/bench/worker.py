@@ -28,6 +28,7 @@ from unclip.evaluation.bench.memory import PeakMemory
 from unclip.evaluation.bench.random_models import build_dalle, build_karlo
 from unclip.evaluation.bench.stage_calls import StageCalls, dalle_stages, unclip_stages
 from unclip.evaluation.bench.timing import count_operations, interleave, measure_peak, time_stage
+from unclip.files import exit_on_error
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.offload import parts
@@ -190,14 +191,12 @@ def main(arguments: Sequence[str]) -> None:
         return
     config = parse(BenchConfig, data)
     enable_memory_reuse()  # as the command line does
-    try:
+    with exit_on_error():
         if task == "save":
             open_model(replace(config, device="cpu", stages=None)).save_pretrained(out)
         else:
             results = measure(open_model(config), config)
             Path(out).write_text(json.dumps(results), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,10 @@ class LayoutPrior(EmbeddingStats, Denoiser):
 def layouts(batch: dict[str, Any], size: int) -> Tensor:
     """Return the layouts (B, 3, size, size) of a batch, precomputed or of its images.
 
-    Raises ValueError for precomputed ones of another size.
+    Raises ValueError for precomputed ones of another size, and for embeddings without layouts.
     """
+    if "layout" not in batch and "image" not in batch:
+        raise ValueError(f"the embeddings have no layouts; compute them with --layout {size}")
     if "layout" not in batch:
         return F.adaptive_avg_pool2d(batch["image"], size)
     if (width := batch["layout"].shape[1]) != 3 * size**2:

@@ -1,7 +1,8 @@
 """The diffusion prior (unCLIP 2.2), and the base classes of all priors.
 
-A prior is a causal transformer from a caption's encoding to a CLIP image embedding. Its tokens are
-[text states, text embedding | its own tokens]; the keys and values of the text are computed once.
+The priors of the paper are causal transformers from a caption's encoding to a CLIP image embedding.
+Their tokens are [text states, text embedding | their own tokens]; the keys and values of the text
+are computed once. `MLPPrior` uses the transformer for the caption alone.
 """
 
 # B batch, L text tokens, D CLIP embedding width, W text width, C width, H heads, d width of a head

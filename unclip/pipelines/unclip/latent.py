@@ -103,7 +103,7 @@ def deterministic(options: UnCLIPOptions, steps: int = 50) -> UnCLIPOptions:
 
     def invertible(stage: StageOptions, steps: int) -> StageOptions:
         steps = max(steps, stage.steps)
-        return replace(stage, sampler="ddim", eta=0.0, cache_interval=1, steps=steps)
+        return stage.with_steps(steps, sampler="ddim", eta=0.0, cache_interval=1)
 
     upsamplers = tuple(invertible(stage, 1) for stage in options.upsamplers)
     return replace(options, decoder=invertible(options.decoder, steps), upsamplers=upsamplers)

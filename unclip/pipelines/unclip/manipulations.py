@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip import embeddings
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.samplers import randn
 from unclip.embeddings import normalise, text_direction
-from unclip.embeddings import text_diff as turn
 from unclip.image_io import fit, open_image, to_pil, to_tensor
 from unclip.pipelines.base import options_metadata
 from unclip.pipelines.provenance import image_source, random_source
@@ -220,13 +220,13 @@ def text_diff(
     latent = _latent(pipe, source, inversion, request)
     each = thetas * len(latent)
     latent = latent.repeat_interleave(len(thetas))
-    turned = turn(latent.image_emb, text_emb, base_emb, torch.tensor(each))
+    rotated = embeddings.text_diff(latent.image_emb, text_emb, base_emb, torch.tensor(each))
     texts = {"base": base, "target": target}
     entries = [
         {"sources": [made_of], "arguments": {**texts, "theta": one, "eta": eta}}
         for made_of, one in zip(latent.sources, each, strict=False)
     ]
-    latent = replace(latent, image_emb=turned)
+    latent = replace(latent, image_emb=rotated)
     return _decode(pipe, "text_diff", latent, entries, request, eta=eta, seeds=seeds)
 
 

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -19,7 +18,7 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
-from unclip.image_io import fit, open_image, to_tensor
+from unclip.image_io import open_image, small_images
 from unclip.models.layers import mix_rows
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
@@ -36,7 +35,6 @@ from unclip.pipelines.request import (
     PromptBatch,
     Request,
     Seed,
-    check_count,
     check_images,
     check_upsamplers,
     describe_prompt,
@@ -61,7 +59,15 @@ from unclip.pipelines.unclip.stages import (
     UpsamplerStage,
     check_stages,
 )
-from unclip.types import GenerationResult, OnStep, Prompt, StageOptions, TextEncoding, UnCLIPOptions
+from unclip.types import (
+    DType,
+    GenerationResult,
+    OnStep,
+    Prompt,
+    StageOptions,
+    TextEncoding,
+    UnCLIPOptions,
+)
 
 # P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
 
@@ -303,9 +309,8 @@ class UnCLIPPipeline(Pipeline):
         stage = self.decoder_stage.layout_stage
         if stage is None:
             return None
-        size = stage.network.config.size
-        squares = [fit(open_image(image), 4 * size) for image in list_images(images)]
-        return F.avg_pool2d(to_tensor(squares), 4)
+        opened = [open_image(image) for image in list_images(images)]
+        return small_images(opened, stage.network.config.size)
 
     @inference
     def sample_prior(
@@ -659,7 +664,7 @@ class UnCLIPPipeline(Pipeline):
         adapters = self.adapters.metadata() if self.adapters.loaded else {}
         return {**super().describe(options), **prior, **adapters}
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: DType | None = None) -> None:
         """Write a model folder; see `Pipeline.save_pretrained`. Adapters must be merged."""
         self.adapters.check_saveable()
         super().save_pretrained(folder, dtype)
@@ -726,7 +731,6 @@ class UnCLIPPipeline(Pipeline):
     def _check_options(self, options: UnCLIPOptions, prompts: PromptBatch | None = None) -> None:
         """Raise ValueError unless the options are valid; prompts: None for images without one."""
         check_stages(self, options, of_prompts=prompts is not None)
-        check_count("prior_candidates", options.prior_candidates)
         if prompts is not None:
             prompts.check(options)
             if options.embedding != "none":

@@ -387,10 +387,7 @@ class PriorStage:
             if guided:
                 cond, uncond = predicted.chunk(2)
                 predicted = torch.lerp(uncond, cond, options.guidance)
-            if weights is None:
-                return predicted
-            predicted = predicted.unflatten(0, weights.shape)
-            return einsum(predicted, weights.to(predicted), "k b ..., k b -> b ...")
+            return mix_rows(predicted, weights)
 
         def report(step: int) -> None:
             assert on_step is not None
@@ -408,7 +405,7 @@ class PriorStage:
 
 
 class LayoutStage:
-    """Samples layouts, small images that a decoder starts from, by diffusion."""
+    """Samples layouts, small blurred images that condition a decoder, by diffusion."""
 
     def __init__(self, network: LayoutPrior, schedule: Schedule, runtime: Runtime) -> None:
         self.network, self.runtime = network, runtime
