@@ -172,10 +172,21 @@ FIGURES = (
             'unclip generate "a smiling face" "a smiling cat" --mix 1 1 -n 4 --seed 0 --grid '
             "-o catlike.png",
             'unclip generate "a heart" -n 4 --seed 0 --grid -o heart.png',
-            'unclip generate "a heart" --negative "a red heart" -n 4 --seed 0 --grid '
+            'unclip generate "a heart" --negative-prompt "a red heart" -n 4 --seed 0 --grid '
             "-o not-red.png",
         ),
         ("catlike.png", "heart.png", "not-red.png"),
+    ),
+    Figure(
+        "colours",
+        "New colours",
+        "Colours that these objects do not have in the data sets. The model was also trained on "
+        "recoloured copies of the images.",
+        (
+            'unclip generate "a blue apple" "a green heart" "an orange cat" "a purple car" '
+            '"a pink house" "a purple fish" --seed 0 --grid -o colours.png',
+        ),
+        ("colours.png",),
     ),
     Figure(
         "ablations",
