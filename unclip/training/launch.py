@@ -77,7 +77,7 @@ def launch(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run a script's `main`. A user error, a full disk, a NaN or Ctrl-C exits with one line and 1.
+    """Run a script's `main`. User errors, a full disk, NaN and Ctrl-C exit with one line, code 1.
 
     If there are several processes, only the first one that fails prints its message.
     """
@@ -99,7 +99,7 @@ def launch(
         if run is not None and run.traceback:
             raise
         if isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)):
-            fail(error_text(error))
+            fail(error_text(error) or "out of memory")
         if lost_connection(error):
             reason = " ".join(str(error).split())
             fail(f"process {rank()} lost the connection to another one ({reason})", wait=2.0)
