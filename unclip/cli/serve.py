@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--model", action="append", dest="models", metavar="NAME", help=about)
     about = "cpu, cuda, cuda:1, mps; repeated: one engine for each (default: the fastest)"
     parser.add_argument("--device", action="append", dest="devices", metavar="DEVICE", help=about)
-    add_dtype(parser, "data type of the networks (default: fp16 on CUDA, else fp32)")
+    add_dtype(parser, "data type of the networks (default: half precision on CUDA, else fp32)")
     about = "address to bind; any but a loopback address needs an API key (default: 127.0.0.1)"
     parser.add_argument("--host", default="127.0.0.1", help=about)
     parser.add_argument("--port", type=_port, default=8000, help="default: 8000")

@@ -69,10 +69,10 @@ def _read_csv(table: Path) -> Iterator[tuple[int, Row]]:
             names = _names(rows)
             last = rows.line_num
             for row in rows:
-                # csv accepts a quote without end: the field then has all further lines.
-                if row and "\n" in row[-1] and not latest.rstrip().endswith('"'):
-                    raise csv.Error("a quote is opened and never closed")
                 if row:
+                    # csv accepts a quote without end: the field then has all further lines.
+                    if "\n" in row[-1] and not latest.rstrip().endswith('"'):
+                        raise csv.Error("a quote is opened and never closed")
                     yield last + 1, dict(zip(names, row, strict=False))
                 last = rows.line_num
         except csv.Error as error:
