@@ -84,10 +84,14 @@ def test_a_changed_shard_is_downloaded_again(memory, shards):
 
 
 class Unreliable(http.server.SimpleHTTPRequestHandler):
-    """Serves files of the data folder; the first requests for each shard fail in several ways."""
+    """Serves files of the data folder, without ranges.
+
+    The first requests for each shard fail in several ways; `status` fails all.
+    """
 
     folder: Path
     requests: dict[str, int] = {}
+    status: int | None = None
 
     def do_HEAD(self) -> None:
         self.answer(head=True)
@@ -97,6 +101,8 @@ class Unreliable(http.server.SimpleHTTPRequestHandler):
 
     def answer(self, head: bool) -> None:
         file = self.folder / self.path.lstrip("/")
+        if self.status is not None:
+            return self.send_error(self.status)
         if not file.is_file():
             return self.send_error(404)
         count = self.requests[self.path] = self.requests.get(self.path, 0) + (not head)
@@ -115,9 +121,13 @@ class Unreliable(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(shards: Path) -> Iterator[str]:
+def handler(shards: Path) -> type[Unreliable]:
+    return type("Handler", (Unreliable,), {"folder": shards, "requests": {}})
+
+
+@pytest.fixture
+def server(handler: type[Unreliable]) -> Iterator[str]:
     pytest.importorskip("aiohttp")
-    handler = type("Handler", (Unreliable,), {"folder": shards, "requests": {}})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
         thread = threading.Thread(target=served.serve_forever)
         thread.start()
@@ -135,6 +145,33 @@ def test_failed_and_truncated_downloads_are_tried_again(server, shards, tmp_path
     )
     with pytest.raises(FileNotFoundError, match="train-00009.tar does not exist"):
         open_dataset(f"{server}/train-00009.tar")
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_a_failing_server_is_not_a_missing_shard(server, handler, status):
+    handler.status = status
+    with pytest.raises(OSError, match=rf"train-00000.tar: {status}, .*\(5 attempts\)"):
+        open_dataset(f"{server}/train-00000.tar")
+    with pytest.raises(OSError, match=r"127.0.0.1:9/a.tar: Cannot connect.*\(5 attempts\)"):
+        open_dataset("http://127.0.0.1:9/a.tar")
+
+
+def test_a_shard_is_larger_than_a_block_of_a_server_without_ranges(server, shards):
+    png = (shards.parent / "image.png").read_bytes()
+    with ShardWriter(shards, "large", 1) as writer:
+        writer.write("a", {"png": png, "txt": "a", "bin": bytes(12 * 2**20)})
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(Loader(config(f"{server}/large-00000.tar", batch_size=1))) == 1
+
+
+def test_a_damaged_copy_is_downloaded_again_by_the_next_run(memory, shards):
+    fs, url = fsspec.filesystem("memory"), f"{memory}/train-00000.tar"
+    shard = (shards / "train-00000.tar").read_bytes()
+    fs.pipe("/bucket/train-00000.tar", b"<html>log in</html>".ljust(len(shard)))
+    with pytest.raises(ValueError, match=r"is not a tar.*removed from the cache: the next run"):
+        open_dataset(url)
+    fs.pipe("/bucket/train-00000.tar", shard)  # of the same size
+    assert len(open_dataset(url)) == 4
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +22,8 @@ from tqdm import tqdm
 THREADS = 8
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each attempt
-BLOCK = 1 << 22  # bytes
+SILENCE = 30.0  # seconds without an answer of an HTTP server; a download may take any time
+ABSENT = 404, 410  # HTTP status
 
 
 def is_url(source: str | Path) -> bool:
@@ -69,11 +71,17 @@ def _local_copy(url: str) -> Path:
     return place
 
 
+def remove_copy(shard: Path) -> bool:
+    """Remove a damaged shard if it is in the cache, so that the next run downloads it again."""
+    if shard.parent != _cache():
+        return False
+    shard.unlink(missing_ok=True)
+    return True
+
+
 def _download(fs: Any, path: str, place: Path, size: int | None) -> None:
     part = place.with_suffix(".part")
-    with fs.open(path, "rb", block_size=BLOCK) as source, open(part, "wb") as copy:
-        while block := source.read(BLOCK):
-            copy.write(block)
+    fs.get_file(path, str(part))  # as a stream: not every HTTP server supports ranges
     if size not in (None, part.stat().st_size):
         raise OSError(f"{part.stat().st_size:,} of {size:,} bytes were received")
     part.replace(place)
@@ -83,9 +91,13 @@ def _retry(url: str, call: Any, attempts: int = ATTEMPTS) -> Any:
     for attempt in range(attempts):
         try:
             return call()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{url} does not exist") from None
         except Exception as error:  # storage clients raise their own types
+            if isinstance(error, FileNotFoundError):
+                # fsspec raises it whenever an HTTP server does not give the size.
+                cause = error.__cause__
+                if cause is None or getattr(cause, "status", None) in ABSENT:
+                    raise FileNotFoundError(f"{url} does not exist") from None
+                error = cause
             if attempt == attempts - 1:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise OSError(f"{url}: {reason} ({attempts} attempts)") from None
@@ -94,13 +106,26 @@ def _retry(url: str, call: Any, attempts: int = ATTEMPTS) -> Any:
 
 def _filesystem(url: str) -> tuple[Any, str]:
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **_client_options(url))
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{url} cannot be opened: {reason}") from None
 
 
+def _client_options(url: str) -> dict[str, Any]:
+    """Return options for HTTP, whose client would end each download after five minutes."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    timeout = import_module("aiohttp").ClientTimeout(
+        total=None, sock_connect=SILENCE, sock_read=SILENCE
+    )
+    return {"client_kwargs": {"timeout": timeout}}
+
+
 def _place(url: str) -> Path:
-    cache = Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip")
     name = PurePosixPath(url.partition("?")[0]).name
-    return cache / "shards" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    return _cache() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("UNCLIP_CACHE") or Path.home() / ".cache" / "unclip") / "shards"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from unclip.data.paths import expand, expand_braces, is_foreign
-from unclip.data.remote import find_urls, is_url, local_copies
+from unclip.data.remote import find_urls, is_url, local_copies, remove_copy
 from unclip.data.samples import (
     EXTENSIONS,
     Sample,
@@ -116,7 +116,9 @@ class ShardDataset:
                     self._index.append((number, key, members))
                     weights.append(weight)
             except (ValueError, OSError) as error:
-                unreadable.append(str(error))
+                is_removed = isinstance(error, ValueError) and remove_copy(shard)
+                advice = "(removed from the cache: the next run downloads it again)"
+                unreadable.append(f"{error} {advice}" if is_removed else str(error))
         if unreadable:
             count = f"{len(unreadable)} of {len(self.shards)} shards cannot be read"
             raise ValueError(f"{count}: {'; '.join(unreadable[:3])}")
