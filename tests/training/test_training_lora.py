@@ -156,13 +156,33 @@ def test_other_settings_start_from_an_adapter(network, source):
         (["lora.rank=2"], "runs/prior/model is an adapter; set base, not model"),
         (
             ["lora.rank=3", "base=runs/tiny/prior/model", "model=null"],
-            "lora.rank is 3 and lora.alpha is 3.*; expected 2 and 2.*, as in runs/prior/model",
+            "lora.rank is 3 and lora.alpha is 3; expected 2 and 2, as in runs/prior/model",
         ),
+        ([], "runs/prior/model is an adapter; set lora to train it further"),
     ],
 )
 def test_an_adapter_that_cannot_be_continued(settings, message):
     with pytest.raises(SystemExit, match=message):
         train("prior", "runs/none", *settings, init="runs/prior/model")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["lora={rank: 3}"], "lora.rank is 3 and lora.alpha is 3; expected 2 and 2, as in runs/"),
+        (["lora={rank: 2, alpha: 8}"], "lora.alpha is 8; expected 2 and 2, as in runs/prior/check"),
+        ([], "runs/prior/checkpoints/step-0000004 is an adapter; set lora to train it further"),
+    ],
+)
+def test_a_checkpoint_of_an_adapter_that_cannot_be_continued(settings, message):
+    with pytest.raises(SystemExit, match=message):
+        train("prior", "runs/none", *settings, init="runs/prior/checkpoints/step-0000004")
+
+
+def test_an_adapter_is_not_a_network():
+    base = ["base=runs/prior/model", "model=null", "lora.rank=2"]
+    with pytest.raises(SystemExit, match=r"runs/prior/model is an adapter \(LoRA\); expected the"):
+        train("prior", "runs/none", *base)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ from unclip.models.codecs.vae import GaussianVAE
 from unclip.models.codecs.vqgan import VQGAN
 from unclip.models.codecs.vqvae import VQVAE
 from unclip.models.dalle.transformer import DALLE
+from unclip.models.lora import CONFIG_FILE as LORA_CONFIG_FILE
 from unclip.models.published.bart_dalle import BartDALLE
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
@@ -104,6 +105,8 @@ def save_component(
 def component_config(folder: str | Path) -> tuple[type[nn.Module], Any]:
     """Read the class and config of the network in a folder; raises as `load_component` does."""
     file = Path(folder) / CONFIG_FILE
+    if not file.is_file() and (Path(folder) / LORA_CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is an adapter (LoRA); expected the network that it adapts")
     config = read_json(file)
     kind = config.pop("type", None)
     if kind not in NETWORKS:

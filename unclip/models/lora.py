@@ -33,6 +33,19 @@ class LoRAConfig:
     dropout: DropRate = 0.0
     targets: tuple[str, ...] | None = None  # ends of layer names, e.g. qkv; null: all linear layers
 
+    @property
+    def scale(self) -> float:
+        """alpha, or the rank if it is null."""
+        return self.rank if self.alpha is None else self.alpha
+
+    def check_continues(self, rank: int, alpha: float, source: str | Path) -> None:
+        """Raise ValueError unless the adapter at `source`, of this rank and alpha, keeps both."""
+        if (self.rank, self.scale) != (rank, alpha):
+            raise ValueError(
+                f"lora.rank is {self.rank} and lora.alpha is {self.scale:g}; expected {rank} and "
+                f"{alpha:g}, as in {source}"
+            )
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -79,7 +92,7 @@ def add_lora(network: nn.Module, config: LoRAConfig) -> None:
     network.requires_grad_(False)
     lora = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_alpha=config.scale,
         lora_dropout=config.dropout,
         target_modules=chosen,
     )
@@ -137,16 +150,11 @@ def read_lora(folder: str | Path) -> Adapter:
     return Adapter(str(folder), config, tensors)
 
 
-def load_lora(network: nn.Module, adapter: Adapter) -> None:
+def load_lora(network: nn.Module, config: LoRAConfig, adapter: Adapter) -> None:
     """Load a stored adapter into the one that `add_lora` added; ValueError if they differ."""
-    configs: Any = network.peft_config
-    own, stored = configs[TRAINED], adapter.config
+    stored = adapter.config
     alpha = stored.lora_alpha * (stored.r**0.5 if stored.use_rslora else 1)
-    if (stored.r, alpha) != (own.r, own.lora_alpha):
-        raise ValueError(
-            f"lora.rank is {own.r} and lora.alpha is {own.lora_alpha}; expected {stored.r} and "
-            f"{alpha}, as in {adapter.source}"
-        )
+    config.check_continues(stored.r, alpha, adapter.source)
     tensors = {f"{n.removesuffix('weight')}{TRAINED}.weight": x for n, x in adapter.tensors.items()}
     load_strictly(network, network.state_dict() | tensors, Path(adapter.source) / WEIGHTS_FILE)
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from unclip.clip import CLIP, Tokenize
+from unclip.config import parse
 from unclip.data.loader import Loader
-from unclip.models.lora import CONFIG_FILE, add_lora, load_lora, read_lora
+from unclip.models.lora import CONFIG_FILE, LoRAConfig, add_lora, load_lora, read_lora
 from unclip.models.unclip.decoder import Decoder
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, TruncationCount
 from unclip.training.checkpoints import STATE, Checkpoints, read_state
@@ -39,27 +40,33 @@ def initialize(
     config, load = run.config, load or load_weights
     lora = config.lora
     source: Any = None if run.resume else run.init or config.base
-    is_adapter = lora and source and (Path(source) / CONFIG_FILE).is_file()
-    is_adapted = lora and source and _is_adapted(Path(source))
+    is_adapter = source and (Path(source) / CONFIG_FILE).is_file()
+    adapted = source and _saved_lora(Path(source))
+    if not lora and (is_adapter or adapted):
+        raise ValueError(f"{source} is an adapter; set lora to train it further, or merge it first")
     base = config.base if is_adapter else source
     if is_adapter and not base:
         raise ValueError(f"{source} is an adapter; set base, not model, to the network it adapts")
     if lora and not (base or run.resume or run.dry_run):
         raise ValueError("lora adapts a trained network; set base, or give --init")
-    if base and not is_adapted:
+    if base and not adapted:
         load(network, base)
     if lora:
         add_lora(network, lora)
-    if is_adapted:
+    if adapted:
+        lora.check_continues(adapted.rank, adapted.scale, source)
         load(network, source)
     if is_adapter:
-        load_lora(network, read_lora(source))
+        load_lora(network, lora, read_lora(source))
     return replace(run, init=None)
 
 
-def _is_adapted(source: Path) -> bool:
-    """Return whether `source` is a checkpoint of a run with `lora`: a network and its adapter."""
-    return (source / STATE).is_file() and read_state(source).settings.get("lora") is not None
+def _saved_lora(source: Path) -> LoRAConfig | None:
+    """Return the settings of a checkpoint of a run with `lora`: a network and its adapter."""
+    if not (source / STATE).is_file():
+        return None
+    settings = read_state(source).settings.get("lora")
+    return None if settings is None else parse(LoRAConfig, settings, f"{source / STATE}: lora")
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:
