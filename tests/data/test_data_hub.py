@@ -8,6 +8,7 @@ import pytest
 from scripts import write_shape_images
 
 from unclip.data.loader import DataConfig, Loader, open_dataset
+from unclip.data.text import ColumnNames
 
 
 @pytest.mark.skipif(
@@ -23,7 +24,8 @@ def test_rows_are_batches_of_captioned_images(tmp_path):
     captions = write_shape_images(tmp_path / "shapes", size=16)
     paths = [str(tmp_path / f"shapes/{i}.png") for i in range(len(captions))]
     rows = datasets.Dataset.from_dict({"image": paths, "text": captions})
-    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "saved")
+    rows = rows.cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "saved")
     source = f"datasets:{tmp_path / 'saved'}"
     dataset = open_dataset(source)
     assert [dataset[i].captions for i in range(12)] == [[caption] for caption in captions]
@@ -34,9 +36,41 @@ def test_rows_are_batches_of_captioned_images(tmp_path):
     assert batch["caption"][0] == captions[number]
 
     rows.rename_column("text", "label").save_to_disk(tmp_path / "other")
-    with pytest.raises(ValueError, match="has the columns image .*, label .*; expected one Image"):
+    with pytest.raises(
+        ValueError, match="has the columns image .*, label .*; expected one Image, one of"
+    ):
         open_dataset(f"datasets:{tmp_path / 'other'}")
     images = open_dataset(f"datasets:{tmp_path / 'other'}", captions_needed=False)
     assert images[0].captions == [""] and images[0].image.size == (16, 16)
     with pytest.raises(ValueError, match="datasets:.*nowhere"):
         open_dataset(f"datasets:{tmp_path / 'nowhere'}")
+
+
+def saved_rows(folder, split, images):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    columns = {"image": images, "text": ["a"] * len(images)}
+    rows = datasets.Dataset.from_dict(columns, features, split=split)
+    return datasets, rows, f"datasets:{folder}"
+
+
+def test_a_split_that_does_not_exist_is_an_error(tmp_path):
+    datasets, rows, source = saved_rows(tmp_path / "rows", None, [None])
+    rows.save_to_disk(tmp_path / "rows")
+    assert len(open_dataset(f"{source}:train")) == len(open_dataset(source)) == 1
+    with pytest.raises(ValueError, match="rows:test: there is no split test; expected train"):
+        open_dataset(f"{source}:test")
+    both = {"train": rows, "dev": saved_rows(tmp_path, "dev", [None])[1]}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "dict")
+    assert open_dataset(f"datasets:{tmp_path}/dict:dev")[0].key == "dev-0"
+    with pytest.raises(ValueError, match="there is no split test; expected train or dev"):
+        open_dataset(f"datasets:{tmp_path}/dict:test")
+
+
+def test_errors_name_the_columns_that_were_given_and_the_row_once(tmp_path):
+    _, rows, source = saved_rows(tmp_path / "rows", "test", [None])
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="text .*; expected an Image 'photo' and 'title'"):
+        open_dataset(source, ColumnNames("photo", "title"))
+    with pytest.raises(ValueError, match="^test-0: no image$"):
+        _ = open_dataset(f"{source}:test")[0].image

@@ -18,6 +18,7 @@ from unclip.data.samples import Sample
 from unclip.data.text import ColumnNames, caption_list
 
 SCHEME = "datasets:"
+SAVED = "dataset_dict.json", "dataset_info.json"  # of `save_to_disk`
 CAPTIONS = ("text", "caption", "captions", "prompt")
 
 
@@ -36,7 +37,9 @@ class HubDataset:
         captions = [n for n in ([names.caption] if names.caption else CAPTIONS) if n in kinds]
         if len(images) != 1 or (captions_needed and not captions):
             found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            expected = "one Image" + (f" and one of {CAPTIONS}" if captions_needed else "")
+            expected = f"an Image {names.image!r}" if names.image else "one Image"
+            if captions_needed:
+                expected += f" and {names.caption!r}" if names.caption else f", one of {CAPTIONS}"
             raise ValueError(f"{source} has the columns {found}; expected {expected}")
         self.image, self.caption = images[0], next(iter(captions), None)
         self.captions_needed = captions_needed
@@ -54,30 +57,35 @@ class HubDataset:
             captions = caption_list(row.get(self.caption), self.captions_needed)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-        return Sample(key, captions, partial(_encoded, key, row[self.image]))
+        return Sample(key, captions, partial(_encoded, row[self.image]))
 
 
-def _encoded(key: str, image: Mapping[str, Any] | None) -> bytes:
+def _encoded(image: Mapping[str, Any] | None) -> bytes:
     """Return the bytes of an image that is stored in the row or in a file."""
     if image is None or (image["bytes"] is None and image["path"] is None):
-        raise ValueError(f"{key}: no image")
+        raise ValueError("no image")
     return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
 
 def _load(source: str) -> tuple[Any, str]:
     """Return the rows and the name of the split. Raises ValueError with a one-line message."""
     datasets = _datasets()
-    name, _, split = source.removeprefix(SCHEME).partition(":")
-    split = split or "train"
+    name, _, given = source.removeprefix(SCHEME).partition(":")
+    split = given or "train"
+    is_saved = any((Path(name) / file).is_file() for file in SAVED)
     try:
-        if (Path(name) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)[split], split
-        if (Path(name) / "dataset_info.json").is_file():
-            return datasets.load_from_disk(name), split
-        return datasets.load_dataset(name, split=split), split
+        rows = (
+            datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, split=split)
+        )
     except Exception as error:  # network, format and split errors of many types
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: {type(error).__name__}: {reason[:300]}") from None
+    if not is_saved or not given and not isinstance(rows, Mapping):
+        return rows, split
+    splits = rows if isinstance(rows, Mapping) else {str(rows.split or "train"): rows}
+    if split not in splits:
+        raise ValueError(f"{source}: there is no split {split}; expected {' or '.join(splits)}")
+    return splits[split], split
 
 
 def _datasets() -> Any:
