@@ -160,6 +160,10 @@ def check_image_folder(path: Path) -> None:
         raise ValueError(f"{path}: images are written as .png, .jpg or .webp; {advice}")
 
 
+class _NotWritten(OSError):
+    """The error of `atomic_folder`, which one around it does not describe again."""
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `target` that replaces it once everything is on disk.
@@ -182,8 +186,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         temporary.rename(target)
         _flush(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+    except _NotWritten:
+        raise
     except (OSError, SafetensorError) as error:
-        raise OSError(
+        raise _NotWritten(
             f"cannot write {target}: {error}; what was saved before is untouched"
         ) from error
     finally:

@@ -281,6 +281,12 @@ def test_an_unused_lock_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to .*file/run: .*; choose another fit.output"):
+        run_fit(fit_config(tmp_path / "file/run", 1))
+
+
 def test_saving_in_the_background_changes_nothing(tmp_path: Path) -> None:
     settings = {"save_every": 2, "keep": 9}
     run_fit(fit_config(tmp_path / "waiting", **settings))

@@ -75,7 +75,7 @@ def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(stop.value.code)
     with pytest.raises(FileNotFoundError):
         launch(main, Script, None, ["--config", config, "--resume", "latest", "--traceback"])
-    with pytest.raises(SystemExit, match="error: interrupted"):
+    with pytest.raises(SystemExit, match="error: interrupted; nothing was saved"):
         launch(raise_interrupt, Script, None, ["--config", config])
 
 

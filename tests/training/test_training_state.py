@@ -166,6 +166,13 @@ def test_a_folder_is_written_completely_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_failure_of_a_folder_inside_another_is_described_once(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="^cannot write [^:]*model: full; [^;]*untouched$"):
+        with atomic_folder(tmp_path / "step"), atomic_folder(tmp_path / "model"):
+            raise OSError("full")
+    assert not [*tmp_path.iterdir()]
+
+
 def write_empty_checkpoint(folder: Path) -> None:
     for name in ("model", "optimizer"):
         save_file({}, folder / f"{name}.safetensors")

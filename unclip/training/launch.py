@@ -93,8 +93,8 @@ def launch(
             # Long captions are counted once at the start, by `report_long_captions`.
             warnings.simplefilter("ignore", TruncationWarning)
             main(run)
-    except KeyboardInterrupt:  # outside the loop of `fit`, which saves
-        fail("interrupted before or after the training")
+    except KeyboardInterrupt:  # outside the loop of `fit`, which saves, or twice inside it
+        fail("interrupted; nothing was saved after the last checkpoint")
     except Exception as error:
         if run is not None and run.traceback:
             raise

@@ -22,11 +22,14 @@ LOCK_FILE = ".lock"
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, which is created; ValueError names the process that has it.
 
-    It is a POSIX record lock: the system releases it when the process ends, however it ends, and
-    NFS knows it too.
+    OSError if the folder cannot be written. It is a POSIX record lock: the system releases it when
+    the process ends, however it ends, and NFS knows it too.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _acquire(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _acquire(folder)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error}; choose another fit.output") from None
     try:
         yield
     finally:
