@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY_OPTIONS
 from PIL import Image
+from scripts import ROOT
 from serving_helpers import CONFIG, client, client_of, load, opened, pixels, png
 
 import unclip
@@ -19,6 +20,13 @@ from unclip.image_io import read_metadata, read_source_type
 GENERATIONS, EDITS, VARIATIONS = (
     f"/v1/images/{name}" for name in ("generations", "edits", "variations")
 )
+
+
+def test_the_documentation_lists_the_statuses_of_the_schema(client):
+    page = (ROOT / "unclip/serving/README.md").read_text()
+    listed = page.partition("**Errors**")[2].partition("**Streaming**")[0]
+    responses = client.get("/openapi.json").json()["paths"][GENERATIONS]["post"]["responses"]
+    assert [status for status in responses if status not in listed] == ["200"]
 
 
 def images_of(response):
