@@ -9,6 +9,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     UnCLIPScheduler,
 )
 from sampling import COSINE, SAMPLERS, sample_from, seeds, toy_network
@@ -28,6 +30,11 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers, numpy 2
 
+TWO_CALLS = [
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+]
 DIFFUSERS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
@@ -264,6 +271,24 @@ def test_diffusers_schedulers_reproduce_the_data_distribution(kind, expects):
     assert scheduler.timesteps is before  # the caller's object is not changed
     assert float(x_0.mean()) == pytest.approx(MIXTURE_MEAN, abs=0.03)
     assert float(x_0.std()) == pytest.approx(MIXTURE_STD, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", TWO_CALLS)
+@pytest.mark.parametrize("steps", [10, 25])
+def test_schedulers_with_two_calls_a_step_need_few_steps(kind, steps):
+    """Their steps from the noisy end of the cosine schedule would be too long, or not finite."""
+    x_0 = sample_mixture(kind(trained_betas=scheduler_betas(COSINE)), steps, prediction="eps")
+    assert float(x_0.mean()) == pytest.approx(MIXTURE_MEAN, abs=0.06)
+    assert float(x_0.std()) == pytest.approx(MIXTURE_STD, abs=0.12 if steps == 10 else 0.04)
+
+
+def test_the_prediction_type_of_a_scheduler_between_timesteps_changes_nothing():
+    kind, betas = KDPM2DiscreteScheduler, scheduler_betas(COSINE)
+    eps, v = (
+        sample_mixture(kind(trained_betas=betas, prediction_type=name), 5)
+        for name in ("epsilon", "v_prediction")
+    )
+    torch.testing.assert_close(eps, v, rtol=0, atol=1e-3)
 
 
 def test_diffusers_scheduler_may_repeat_a_timestep():

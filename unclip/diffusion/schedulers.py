@@ -26,6 +26,9 @@ It may return another estimate, which is used from then on.
 """
 
 
+MIN_LEVEL = 1e-3  # alpha_bar at which schedulers with two calls of the network a step start
+
+
 def sample(
     estimate: Estimate,
     x_t: Tensor,
@@ -50,7 +53,7 @@ def sample(
         t_scheduler = scheduler.timesteps[step - 1]
         x_model = scheduler.scale_model_input(x_t, t_scheduler)
         x_0, variance = estimate(x_model, t)
-        level = schedule.level(round(t))
+        level = _level(scheduler, t, schedule)
         output = _as_prediction(x_0, x_model, level, scheduler.config.prediction_type)
         if takes_variance and variance is not None:
             output = torch.cat([output, variance], dim=1)
@@ -104,8 +107,27 @@ def _prepare(options: StageOptions, schedule: Schedule) -> Any:
         expected = "'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
         raise ValueError(f"sampler is {options.sampler!r}; expected {expected}")
     _check(scheduler, schedule)
+    if _calls(scheduler) > 1:
+        # Heun and KDPM2 follow the slope of x_t / α_t. The cosine schedule ends at σ/α = 20,000,
+        # and the few steps from there to 1 are too long for them: levels of up to 32 suffice.
+        levels = scheduler.alphas_cumprod
+        scheduler.alphas_cumprod = MIN_LEVEL + (1 - MIN_LEVEL) * levels
     scheduler.set_timesteps(steps)  # its tables stay on the CPU: no step waits for the device
     return scheduler
+
+
+def _level(scheduler: Any, t: float, schedule: Schedule) -> float:
+    """Return alpha_bar at the scheduler's noise level, which may lie between two timesteps."""
+    if _calls(scheduler) == 1 and isinstance(t, int):
+        return schedule.level(t)
+    # Schedulers of x_t / α_t scale the network's input by α_t; others leave it as it is.
+    alpha = float(scheduler.scale_model_input(torch.ones((), dtype=torch.float64), t))
+    return schedule.level(round(t)) if alpha == 1 else alpha**2
+
+
+def _calls(scheduler: Any) -> int:
+    """Return how often a step calls the network: twice in Heun's method and in DPM-Solver-2."""
+    return getattr(scheduler, "order", 1)
 
 
 def _timesteps(scheduler: Any) -> list[float]:
