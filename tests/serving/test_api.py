@@ -114,6 +114,23 @@ def test_extensions_change_the_image(client):
         assert (pixels(changed) != pixels(plain)).any(), fields
 
 
+def test_the_prior_and_its_use_are_chosen(client, tiny_pipe):
+    base = tiny_pipe.options
+    prior = replace(base.prior.with_steps(3), guidance=1.5)
+    for fields, options in (
+        ({"embedding": "text"}, replace(base, embedding="text")),
+        (
+            {"prior_steps": 3, "prior_guidance": 1.5, "prior_candidates": 3, "steps": 2},
+            replace(base, prior=prior, prior_candidates=3, decoder=base.decoder.with_steps(2)),
+        ),
+    ):
+        (data,) = images_of(generate(client, **fields))
+        (image,) = tiny_pipe("a red apple", seed=3, options=options, progress=False).images
+        assert (pixels(data) == np.asarray(image)).all(), fields
+    message = error_of(generate(client, model="tiny-dalle", prior_steps=3), 400)
+    assert "tiny-dalle is of kind dalle, which has no prior_steps" in message
+
+
 def test_the_best_candidates_are_kept(client, tiny_pipe):
     response = generate(client, n=2, num_candidates=4)
     call = dict(num_images=2, num_candidates=4, seed=3, progress=False)
@@ -202,8 +219,8 @@ def test_fields_and_files_that_a_call_does_not_use_are_listed(client):
     response = client.post(GENERATIONS, data=form, files={"image": image})
     assert response.headers["x-unclip-ignored"] == "image"
     emb = base64.b64encode(np.ones(16, "<f4").tobytes()).decode()
-    response = generate(client, image_embedding=emb, num_candidates=2)
-    assert response.headers["x-unclip-ignored"] == "prompt, num_candidates"
+    response = generate(client, image_embedding=emb, num_candidates=2, embedding="text")
+    assert response.headers["x-unclip-ignored"] == "prompt, num_candidates, embedding"
     files = {"image": image}
     data = {"image_embedding": emb, "weights": "1", "response_format": "b64_json"}
     response = client.post(VARIATIONS, data=data, files=files)
@@ -253,6 +270,8 @@ def test_strict_refuses_unknown_fields(load):
         ({"seed": -1}, "seed", "-1 is less than the minimum of 0 - 'seed'"),
         ({"seed": 2**53}, "seed", "seed"),
         ({"steps": 0}, "steps", "steps"),
+        ({"prior_steps": 0}, "prior_steps", "minimum of 1"),
+        ({"embedding": "image"}, "embedding", "'image' is not one of"),
         ({"num_candidates": 1, "n": 2}, "num_candidates", "less than 'n'"),
         ({"image_embedding": "!"}, "image_embedding", "base64"),
         ({"image_embedding": [1.0]}, None, "expected 16"),

@@ -24,6 +24,7 @@ FIELDS = (
     "prompt model n size response_format user image images mask stream partial_images "
     "output_format "
     "output_compression background seed steps guidance sampler negative_prompt num_candidates "
+    "embedding prior_steps prior_guidance prior_candidates "
     "strength image_embedding weights return_embedding indexed_partials quality x"
 ).split()
 VALUES = [

@@ -85,6 +85,36 @@ def test_modules_import_existing_files_only():
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
 
 
+READ = """
+globalThis.document = { baseURI: "http://localhost/" };
+const { readSettings } = await import(process.argv[1]);
+const data = (await import("node:fs")).readFileSync(process.argv[2]);
+console.log(JSON.stringify(await readSettings(new Blob([data]))));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+def test_settings_of_a_png_have_the_prior_and_its_use(tiny_pipe, tmp_path):
+    prior = replace(tiny_pipe.options.prior.with_steps(3), guidance=1.5)
+    options = replace(tiny_pipe.options, prior=prior, prior_candidates=3, embedding="text")
+    result = tiny_pipe("a blue fish", seed=11, options=options, progress=False)
+    file = tmp_path / "image.png"
+    file.write_bytes(encode_image(result.images[0], metadata=result.metadata[0]))
+    command = ["node", "--input-type=module", "-e", READ, FILES["png.js"].as_uri(), str(file)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    expected = {"prompt": "a blue fish", "seed": 11, "steps": options.decoder.steps}
+    expected |= {"embedding": "text", "prior_candidates": 3}
+    expected |= {"prior_steps": 3, "prior_guidance": 1.5}
+    assert expected.items() <= json.loads(done.stdout).items()
+
+
+def test_every_setting_has_a_field():
+    ids = {attributes.get("id") for _, attributes in parsed_page().tags}
+    settings = FILES["api.js"].read_text(encoding="utf-8").partition("SETTINGS = {")[2]
+    names = re.findall(r"^  (\w+): \{ label", settings, re.MULTILINE)
+    assert "prior_steps" in names and set(names) <= ids
+
+
 # -- with a browser
 
 
@@ -303,6 +333,21 @@ def test_settings_are_read_from_a_png(visit, tiny_pipe):
     page.locator("#form-error", has_text="no unclip settings").wait_for()
     choose(page, "#load-png", encode_image(result.images[0], metadata=[{"operation": "text_diff"}]))
     page.locator("#form-error", has_text='cannot repeat the operation "text_diff"').wait_for()
+
+
+@pytest.mark.slow
+def test_the_prior_of_a_png_is_restored(visit, app, tiny_pipe):
+    page = visit()
+    prior = replace(tiny_pipe.options.prior.with_steps(3), guidance=1.5)
+    options = replace(tiny_pipe.options, prior=prior, embedding="text")
+    result = tiny_pipe("a blue fish", seed=11, options=options, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("text=Settings loaded").wait_for()
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    expected = {"embedding": "text", "prior_steps": 3, "prior_guidance": 1.5}
+    assert expected.items() <= app.last()[1].items()
+    assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from fastapi import Request
@@ -44,6 +44,10 @@ Integer = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 # numbers, or base64 of little-endian float32
 Vector = Annotated[list[Number], Field(max_length=MAX_VECTOR)] | str
+Steps = Annotated[Integer, Field(ge=1, le=1000)]
+Guidance = Annotated[Number, Field(ge=-1000, le=1000)]
+Candidates = Annotated[Integer, Field(ge=1, le=64)]
+Embedding = Literal["prior", "text", "none"]
 Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
 
 
@@ -63,8 +67,8 @@ class Common(BaseModel):
     output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque", "transparent"] = "auto"
     seed: Annotated[Integer, Field(ge=0, le=MAX_SEED)] | None = None
-    steps: Annotated[Integer, Field(ge=1, le=1000)] | None = None
-    guidance: Annotated[Number, Field(ge=-1000, le=1000)] | None = None
+    steps: Steps | None = None
+    guidance: Guidance | None = None
     sampler: Literal["ddim", "ancestral", "dpm++", "unipc"] | None = None
     indexed_partials: bool = False
 
@@ -74,7 +78,11 @@ class Generation(Common):
 
     prompt: str | None = Field(None, max_length=MAX_PROMPT)
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
-    num_candidates: Annotated[Integer, Field(ge=1, le=64)] | None = None
+    num_candidates: Candidates | None = None
+    embedding: Embedding | None = None
+    prior_steps: Steps | None = None
+    prior_guidance: Guidance | None = None
+    prior_candidates: Candidates | None = None
     image_embedding: Vector | None = None
     layout: Vector | None = None
     return_embedding: bool = False
@@ -88,6 +96,10 @@ class Edit(Common):
     images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     mask: str | dict[str, Any] | None = None
     strength: Annotated[Number, Field(gt=0, le=1)] | None = None
+    embedding: Embedding | None = None
+    prior_steps: Steps | None = None
+    prior_guidance: Guidance | None = None
+    prior_candidates: Candidates | None = None
 
 
 class Variation(Common):
@@ -107,8 +119,12 @@ BODIES: dict[str, type[Common]] = {
     "variations": Variation,
 }
 FILES = ("image", "image[]", "mask")
+FOR_PRIOR = ("embedding", "prior_steps", "prior_guidance", "prior_candidates")
 # fields that `image_embedding` replaces
-REPLACED = ("prompt", "negative_prompt", "num_candidates", "image", "images", "weights")
+REPLACED = (
+    *("prompt", "negative_prompt", "num_candidates", "image", "images", "weights"),
+    *FOR_PRIOR,
+)
 TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 
@@ -256,6 +272,9 @@ def _task(
             "num_candidates",
         )
     n = candidates or values["n"]
+    settings = {option.name: values.get(option.name) for option in fields(Settings)}
+    if embedding is not None:
+        settings |= dict.fromkeys(FOR_PRIOR)
     seed = random.SystemRandom().randrange(2**31) if values["seed"] is None else values["seed"]
     if seed + n > MAX_SEED:
         raise bad_request(f"{seed} is greater than the maximum of {MAX_SEED - n} - 'seed'", "seed")
@@ -275,7 +294,7 @@ def _task(
         model=_model(values["model"], config),
         n=values["n"],
         seed=seed,
-        settings=Settings(values["steps"], values["guidance"], values["sampler"]),
+        settings=Settings(**settings),
         prompt=None if embedding is not None else prompt,
         negative=None if embedding is not None else values.get("negative_prompt"),
         candidates=None if embedding is not None else candidates,

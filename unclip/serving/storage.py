@@ -12,6 +12,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
 
+from unclip.extras import install
+
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # The time of expiry and a random id, so that every replica knows when a file expires.
 NAME = re.compile(r"([0-9a-f]{8,10})-([A-Za-z0-9_-]{32})\.(png|jpeg|webp)", re.ASCII)
@@ -133,7 +135,7 @@ class RemoteFiles:
         try:
             self.fs, self.root = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            advice = "run `pip install 'unclip[remote]'`, or install it"
+            advice = f"{install('remote')}, or the package it names"
             raise ValueError(f"cannot store results at {url}: {error}; {advice}") from None
         self.fs.makedirs(self.root, exist_ok=True)
 

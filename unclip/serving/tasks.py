@@ -21,6 +21,10 @@ from unclip.embeddings import mix, slerp
 from unclip.types import GenerationResult, OnStep
 
 SAMPLERS = ("ddim", "ancestral", "dpm++", "unipc")
+SETTINGS = {  # that change the options of each kind of pipeline, except unclip, which has all
+    "dalle": {"guidance"},
+    "glide": {"steps", "guidance", "sampler"},
+}
 OPERATIONS = {  # of each kind of pipeline
     "unclip": ("generations", "edits", "variations", "mix"),
     "dalle": ("generations", "variations"),
@@ -35,6 +39,10 @@ class Settings:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
+    embedding: str | None = None
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    prior_candidates: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +130,18 @@ def generate(
 def change_options(pipe: Any, settings: Settings) -> Any:
     """Return the options of a pipeline with the settings of a request."""
     given = {name: value for name, value in vars(settings).items() if value is not None}
-    if pipe.kind != "dalle":
-        decoder = pipe.options.decoder
-        changed = decoder.with_steps(given.pop("steps", decoder.steps), **given)
-        return replace(pipe.options, decoder=changed)
-    if unknown := given.keys() - {"guidance"}:
-        raise ValueError(f"{pipe.name} samples codes and has no {' and no '.join(sorted(unknown))}")
-    return replace(pipe.options, **given)
+    if unknown := given.keys() - SETTINGS.get(pipe.kind, given.keys()):
+        names = " and no ".join(sorted(unknown))
+        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no {names}")
+    if pipe.kind == "dalle":
+        return replace(pipe.options, **given)
+    whole = {k: given.pop(k) for k in ("embedding", "prior_candidates") if k in given}
+    prior = {k.removeprefix("prior_"): given.pop(k) for k in [*given] if k.startswith("prior_")}
+    for name, changes in {"prior": prior, "decoder": given}.items():
+        if changes:
+            stage = getattr(pipe.options, name)
+            whole[name] = stage.with_steps(changes.pop("steps", stage.steps), **changes)
+    return replace(pipe.options, **whole)
 
 
 def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:

@@ -7,8 +7,9 @@ import { checkered, paintedPart, squarePNG } from "./png.js";
 
 const form = byId("composer");
 const fields = form.elements;
-const NUMBERS = ["n", "seed", "steps", "guidance", "num_candidates"];
-const TEXTS = ["prompt", "negative_prompt", "sampler"];
+const PRIOR = ["prior_steps", "prior_guidance", "prior_candidates"];
+const NUMBERS = ["n", "seed", "steps", "guidance", "num_candidates", ...PRIOR];
+const TEXTS = ["prompt", "negative_prompt", "sampler", "embedding"];
 const AXES = Object.keys(SETTINGS).filter((name) => name !== "num_candidates");
 const OPERATIONS = { generate: "generations", edit: "edits", vary: "variations" };
 const SAMPLERS = ["ddim", "ancestral", "dpm++", "unipc"];

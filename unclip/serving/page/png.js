@@ -40,11 +40,13 @@ function withPictures(entry, pictures) {
 /** Return the settings that a PNG was made with. @returns {Promise<import("./api.js").Settings>} */
 export async function readSettings(file) {
   const [entry] = await readMetadata(file);
-  const { decoder = entry.options ?? {} } = entry.options ?? {};
-  const { steps, guidance, sampler } = decoder;
+  const options = entry.options ?? {};
+  const { steps, guidance, sampler } = options.decoder ?? options;
+  const { embedding, prior, prior_candidates } = options;
   const { seed, model } = entry;
   const settings = { mode: "generate", n: 1, model: model ?? undefined, seed };
-  Object.assign(settings, { steps, guidance, sampler });
+  Object.assign(settings, { steps, guidance, sampler, embedding, prior_candidates });
+  Object.assign(settings, { prior_steps: prior?.steps, prior_guidance: prior?.guidance });
   if (typeof entry.prompt === "string") settings.prompt = entry.prompt;
   if (typeof entry.negative_prompt === "string") settings.negative_prompt = entry.negative_prompt;
   if (["inpaint", "image_to_image"].includes(entry.operation)) {
