@@ -1,5 +1,7 @@
 """Assemble trained networks into a model folder for `unclip.load`.
 
+A part may also be a bundled model's name, such as clip=emoji, which stands for its component.
+
 python train/bundle.py --config configs/emoji/model.yaml
 python train/bundle.py --config configs/emoji/model_dalle.yaml
 """
@@ -7,7 +9,7 @@ python train/bundle.py --config configs/emoji/model_dalle.yaml
 from __future__ import annotations
 
 import argparse
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +36,8 @@ from unclip.models.unclip.prior import DiffusionPrior, DirectPrior
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
+from unclip.tokenizer import BPETokenizer
+from unclip.training.initialization import find_tokenizer
 from unclip.types import CodeOptions, UnCLIPOptions
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,7 +45,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @config
 class UnCLIPParts:
-    """The parts of an unCLIP model. Components are folders `<fit.output>/model` of a training."""
+    """The parts of an unCLIP model.
+
+    Components are folders `<fit.output>/model` of a training, or names of bundled models.
+    """
 
     name: str
     licence: str
@@ -99,6 +105,8 @@ Parts = UnCLIPParts | DalleParts  # selected by `kind`
 
 def main(parts: Parts) -> None:
     dtype = DTYPES[parts.dtype]
+    shared_clip = parts.clip if isinstance(parts, DalleParts) else None
+    parts = _find_bundled(parts)
     _check_folders(parts)
     if isinstance(parts, UnCLIPParts):
         pipe = assemble_unclip(parts)
@@ -106,11 +114,32 @@ def main(parts: Parts) -> None:
             pipe.load_lora(path, merge=True)
         pipe.save_pretrained(parts.output, dtype)
     else:
-        shared = {"clip": parts.clip} if parts.clip in bundled_models() else {}
+        shared = {"clip": shared_clip} if shared_clip in bundled_models() else {}
         save_bundle(assemble_dalle(parts, copy_clip=not shared), parts.output, dtype, shared)
     size = sum(file.stat().st_size for file in Path(parts.output).rglob("*.safetensors"))
     components = ", ".join(component_folders(Path(parts.output)))
     print(f"{parts.output}: {components}; {size / 1e6:.1f} MB of weights in {parts.dtype}")
+
+
+def _find_bundled(parts: Parts) -> Parts:
+    """Replace the names of bundled models by the folders of their components.
+
+    ValueError if a model has no such component.
+    """
+
+    def find(name: str, path: str | None) -> str | None:
+        if path not in (bundled := bundled_models()):
+            return path
+        folders = component_folders(bundled[path])
+        if name not in folders:
+            raise ValueError(f"{name}: {path} has no {name}; it has {', '.join(folders)}")
+        return str(folders[name])
+
+    found: dict[str, Any] = {n: find(n, getattr(parts, n)) for n in SCRIPTS if hasattr(parts, n)}
+    if isinstance(parts, UnCLIPParts):
+        upsamplers = enumerate(parts.upsamplers)
+        found["upsamplers"] = tuple(find(f"upsampler_{i}", path) for i, path in upsamplers)
+    return replace(parts, **found)
 
 
 def _check_folders(parts: Parts) -> None:
@@ -121,7 +150,7 @@ def _check_folders(parts: Parts) -> None:
     missing = [
         f"{name} {path}: train it with {SCRIPTS[name.split()[0]]}"
         for name, path in folders.items()
-        if path and path not in bundled_models() and not Path(path).is_dir()
+        if path and not Path(path).is_dir()
     ]
     if missing:
         raise FileNotFoundError(f"missing {'; '.join(missing)}")
@@ -153,9 +182,9 @@ def assemble_dalle(parts: DalleParts, copy_clip: bool) -> Bundle:
     codec = load_codec(parts.codec)
     if not isinstance(codec, ImageCodec):
         raise ValueError(f"{parts.codec} is a {type(codec).__name__}; expected discrete codes")
-    file, length = Path(parts.dalle) / TOKENIZER_FILE, dalle.config.context_length
+    file = find_tokenizer(Path(parts.dalle))
     components: dict[str, Any] = {
-        "tokenizer": BPETokenizer.load(file, length, marked=False),
+        "tokenizer": BPETokenizer.load(file, dalle.config.context_length, marked=False),
         "codec": codec,
         "dalle": dalle,
     }

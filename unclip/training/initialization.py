@@ -147,11 +147,11 @@ def make_tokenizer(
     config = run.config
     if run.resume:
         checkpoints = Checkpoints(Path(config.fit.output) / "checkpoints", config.fit.keep)
-        file = _tokenizer_file(checkpoints.find(run.resume, only=TOKENIZER_FILE))
+        file = find_tokenizer(checkpoints.find(run.resume, only=TOKENIZER_FILE))
     elif config.tokenizer:
         file = Path(config.tokenizer)
     elif run.init:
-        file = _tokenizer_file(Path(run.init))
+        file = find_tokenizer(Path(run.init))
     else:
         return BPETokenizer.train(captions, vocab_size, context_length, marked)
     tokenizer = BPETokenizer.load(file, context_length, marked)
@@ -171,7 +171,7 @@ def report_long_captions(tokenizer: Tokenize, loader: Loader) -> None:
     count.report()
 
 
-def _tokenizer_file(weights: Path) -> Path:
+def find_tokenizer(weights: Path) -> Path:
     """Return the tokenizer of a weights file, a component or model folder, or a checkpoint."""
     folder = (weights if weights.is_dir() else weights.parent).resolve()
     places = [folder / TOKENIZER_FILE, folder.parent / "tokenizer" / TOKENIZER_FILE]
