@@ -32,6 +32,7 @@ from PIL import (
     features,
 )
 
+from unclip.extras import install
 from unclip.files import open_regular, parse_json, printable
 
 if TYPE_CHECKING:  # the command line reads metadata without importing torch
@@ -544,7 +545,7 @@ def find_ffmpeg() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError):
         if (found := shutil.which("ffmpeg")) is None:
-            advice = "pip install imageio-ffmpeg, or write a .gif"
+            advice = f"{install('video')}, or write a .gif"
             raise ValueError(f"writing an .mp4 needs ffmpeg, which is missing; {advice}") from None
         return found
 

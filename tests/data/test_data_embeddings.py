@@ -336,7 +336,7 @@ def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"metadata_1\.parquet is missing"):
         EmbeddingDataset(tmp_path)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="pip install pyarrow"):
+    with pytest.raises(ValueError, match=r"needs pyarrow.parquet: pip install 'unclip\[data\]'"):
         EmbeddingDataset(tmp_path)
 
 

@@ -15,7 +15,7 @@ from unclip.data.text import ColumnNames
     importlib.util.find_spec("datasets") is not None, reason="datasets is installed"
 )
 def test_the_package_is_named():
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match=r"needs datasets: pip install 'unclip\[remote\]'"):
         open_dataset("datasets:org/name")
 
 

@@ -375,7 +375,7 @@ def test_a_missing_default_tracker_is_a_warning(monkeypatch: pytest.MonkeyPatch)
         UserWarning, match=r"tensorboard is not installed; logging to metrics\.jsonl only"
     ):
         assert available_trackers(("tensorboard",)) == []
-    with pytest.raises(ValueError, match="the tracker 'wandb' is not installed; pip install wandb"):
+    with pytest.raises(ValueError, match="the tracker 'wandb' is not installed: pip install wandb"):
         available_trackers(("wandb", "tensorboard"))
 
 

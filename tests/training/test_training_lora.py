@@ -264,5 +264,5 @@ def test_8_bit_state_is_resumed_exactly(tmp_path):
     importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
 )
 def test_an_8_bit_optimizer_that_is_not_installed(tmp_path):
-    with pytest.raises(ValueError, match="needs bitsandbytes; pip install bitsandbytes"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'unclip\[finetune\]'"):
         run_fit(fit_config(tmp_path), optim=replace(OPTIM, kind="adamw8bit"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from unclip.cli.loading import load_model, load_named, load_unclip
 from unclip.cli.output import check_json, write_json
 from unclip.config import to_dict
 from unclip.evaluation import MANIPULATION_PARTS, PARTS
+from unclip.extras import import_extra
 from unclip.files import read_json
 
 if TYPE_CHECKING:
@@ -156,8 +156,7 @@ def _find_judge(args: Namespace, pairs: list[Pairs]) -> Judge | None:
         return None
     if args.judge and args.train_judge:
         raise ValueError("got --judge and --train-judge; expected one of them")
-    if find_spec("torchmetrics") is None:
-        raise ValueError("judging needs torchmetrics: pip install 'unclip[eval]'")
+    import_extra("torchmetrics", "eval", "judging")
 
     from unclip.evaluation.judge import Judge, train_judge
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO, cast
 
 from unclip import __version__
 from unclip.cli import bench, edit, evaluate, generate, manipulate, models, probe, serve
+from unclip.extras import import_extra
 from unclip.files import error_text
 from unclip.pipelines.memory import enable_memory_reuse
 
@@ -91,10 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _PrintCompletion(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        try:
-            import shtab
-        except ImportError:
-            parser.error("shell completion needs shtab; pip install 'unclip[completion]'")
+        shtab = import_extra("shtab", "completion", "shell completion")
         for command in parser._subparsers._group_actions[0].choices.values():
             for action in command._actions:
                 if action.type is Path:

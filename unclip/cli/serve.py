@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.cli.arguments import COUNT, DEFAULT_MODEL, DTYPES, add_command, add_dtype
+from unclip.extras import install
 
 KEY_VARIABLE = "UNCLIP_API_KEY"
 
@@ -89,9 +90,7 @@ def serve(args: Namespace) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("unclip"):
             raise
-        raise ValueError(
-            f"{error.name} is not installed; run `pip install 'unclip[{extra}]'`"
-        ) from None
+        raise ValueError(f"unclip serve needs {error.name}: {install(extra)}") from None
     from unclip.checkpoints.folders import locate
     from unclip.serving.config import ServerConfig
 

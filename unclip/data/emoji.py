@@ -37,6 +37,7 @@ from unclip.data.duplicates import find_duplicates, thumbnail
 from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.iconify import EmojiNames, find_icons, named_entry, read_icons
 from unclip.data.shards import ShardWriter
+from unclip.extras import import_extra
 from unclip.files import exit_on_error
 from unclip.image_io import open_image
 
@@ -298,10 +299,7 @@ def render_all(
         raise ValueError(f"{out} exists; remove it or choose another folder")
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     found, unnamed = find_emoji(*sources)
-    try:
-        import resvg_py  # noqa: F401
-    except ImportError:
-        raise ValueError("rendering needs resvg_py: pip install resvg_py") from None
+    import_extra("resvg_py", "data", "rendering")
 
     partial_out = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial_out, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from unclip.data.samples import Sample
 from unclip.data.text import ColumnNames, caption_list
+from unclip.extras import import_extra
 
 SCHEME = "datasets:"
 SAVED = "dataset_dict.json", "dataset_info.json"  # of `save_to_disk`
@@ -89,7 +89,4 @@ def _load(source: str) -> tuple[Any, str]:
 
 
 def _datasets() -> Any:
-    try:
-        return import_module("datasets")
-    except ImportError as error:
-        raise ValueError(f"datasets: needs a package; pip install datasets ({error})") from None
+    return import_extra("datasets", "remote", '"datasets:"')

@@ -8,6 +8,7 @@ from typing import Any
 from unclip.data.parts import PartWriter, ShardParts
 from unclip.data.precompute import Job, Load, complete, find_device, start
 from unclip.data.text import ColumnNames
+from unclip.extras import import_extra
 
 
 class Worker:
@@ -31,10 +32,9 @@ def precompute_on_ray(options: Namespace, load: Load, settings_file: str) -> dic
     Uses the cluster of RAY_ADDRESS, or starts Ray on this machine. A worker that is lost is
     restarted, and its part computed again. OUT must be a folder that all nodes share.
     """
-    try:
-        import ray.data  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"--ray needs Ray Data; pip install 'ray[data]' ({error})") from None
+    import_extra("ray.data", "ray", "--ray")
+    import ray  # pyright: ignore[reportMissingImports]
+
     parts = ShardParts(options.data, ColumnNames(options.image, options.caption))
     _, settings = load(options, "cpu")
     writer = start(options.out, settings_file, {**parts.settings, **settings})

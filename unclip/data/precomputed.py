@@ -27,6 +27,7 @@ from unclip.data.text import (
     readable,
     sample_weight,
 )
+from unclip.extras import import_extra
 from unclip.files import open_regular, printable, read_json
 
 CODES_FILE = "codes.json"
@@ -174,11 +175,7 @@ class CodeDataset(PrecomputedDataset):
 
 def import_parquet() -> Any:
     """Import pyarrow.parquet. Raises ValueError if it is not installed."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("precomputed data needs pyarrow: pip install pyarrow") from None
-    return pyarrow.parquet
+    return import_extra("pyarrow.parquet", "data", "precomputed data")
 
 
 def _find_parts(folder: Path, name: str, content: str) -> list[str]:

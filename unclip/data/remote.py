@@ -19,6 +19,8 @@ import fsspec
 from filelock import FileLock
 from tqdm import tqdm
 
+from unclip.extras import install
+
 THREADS = 8
 ATTEMPTS = 5
 FIRST_WAIT = 1.0  # seconds; doubled after each attempt
@@ -109,7 +111,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, **_client_options(url))
     except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{url} cannot be opened: {reason}") from None
+        advice = f" ({install('remote')})" if isinstance(error, ImportError) else ""
+        raise ValueError(f"{url} cannot be opened: {reason}{advice}") from None
 
 
 def _client_options(url: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.embeddings import normalise
+from unclip.extras import import_extra
 
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -120,6 +121,7 @@ def precision_and_recall(
 
 def distribution_distances(features: Tensor, true: Tensor) -> dict[str, float]:
     """Return Fréchet and kernel distance, precision and recall; features (N, D) and (M, D)."""
+    import_extra("torchmetrics", "eval", "the Fréchet distance")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 

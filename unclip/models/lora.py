@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveInt, config
+from unclip.extras import import_extra
 from unclip.files import read_json
 from unclip.weights import load_strictly, read_tensors, write_safetensors
 
@@ -209,8 +210,4 @@ def is_lora(module: Any) -> bool:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError(f"LoRA needs peft; pip install peft ({error})") from None
-    return peft
+    return import_extra("peft", "finetune", "LoRA")

@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.extras import install
+
 Trackers = tuple[str, ...] | dict[str, dict[str, Any]]
 DEFAULT_TRACKERS = ("tensorboard",)
 
@@ -35,7 +37,10 @@ def available_trackers(trackers: Trackers) -> list[str]:
     packages = {str(kind.value) for kind in LoggerType}
     missing = [n for n in trackers if n in packages and importlib.util.find_spec(n) is None]
     if missing and trackers != DEFAULT_TRACKERS:
-        raise ValueError(f"the tracker {missing[0]!r} is not installed; pip install {missing[0]}")
+        command = (
+            install("train") if missing[0] in DEFAULT_TRACKERS else f"pip install {missing[0]}"
+        )
+        raise ValueError(f"the tracker {missing[0]!r} is not installed: {command}")
     if missing:
         warnings.warn(f"{missing[0]} is not installed; logging to metrics.jsonl only", stacklevel=2)
     return [name for name in trackers if name not in missing]

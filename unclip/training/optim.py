@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from unclip.config import Fraction, NonNegativeInt, Positive, config
+from unclip.extras import import_extra
 
 # Names of parameters that are embedding tables.
 TABLES = ("positions", "positional_embedding", "padding", "no_token", "codebook")
@@ -67,15 +67,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.kind == "adamw8bit":
-        return _import_bitsandbytes().optim.AdamW8bit(groups, **options)
+        bitsandbytes = import_extra("bitsandbytes", "finetune", 'optim.kind "adamw8bit"')
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
     return torch.optim.AdamW(groups, **options, fused=fused)
-
-
-def _import_bitsandbytes() -> Any:
-    try:
-        return import_module("bitsandbytes")
-    except ImportError:
-        raise ValueError(
-            'optim.kind "adamw8bit" needs bitsandbytes; pip install bitsandbytes'
-        ) from None
