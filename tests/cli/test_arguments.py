@@ -219,6 +219,7 @@ def test_help_lists_the_sampling_flags(run, command, capsys):
         ("evaluate-codec none --data none --picture x", "--sheet"),
         ("drift --data none", "evaluate-approximations"),
         ("generate a --candidates 2 -n 3", "--num-candidates"),
+        ("bench --candidates 2 --batch-size 4", "--num-candidates"),
     ],
 )
 def test_old_names_work_with_a_warning(run, old, new):

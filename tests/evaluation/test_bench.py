@@ -244,7 +244,7 @@ def test_all_stages_of_unclip_are_measured(tiny_pipe, steps_only):
 
 
 def test_all_stages_of_a_dalle_are_measured(tiny_dalle):
-    results = measure(tiny_dalle, BenchConfig("tiny", batch=2, repeat=2, candidates=3))
+    results = measure(tiny_dalle, BenchConfig("tiny", batch=2, repeat=2, num_candidates=3))
     seconds = results["seconds"]
     assert list(seconds) == ["call", "generated", "reranked", *STAGES["dalle"]]
     assert all(len(values) == 2 and min(values) > 0 for values in seconds.values())
@@ -261,7 +261,7 @@ def test_stages_can_be_selected(tiny_dalle):
 
 
 def test_reranking_of_unclip_is_measured(tiny_pipe):
-    results = measure(tiny_pipe, BenchConfig("tiny", repeat=1, stages=("text",), candidates=2))
+    results = measure(tiny_pipe, BenchConfig("tiny", repeat=1, stages=("text",), num_candidates=2))
     assert list(results["seconds"]) == ["generated", "reranked", "text"]
 
 
@@ -412,7 +412,7 @@ def test_peak_memory_is_compared_to_its_bound():
 
 def test_token_rate_and_cost_of_reranking():
     seconds = {"generated": [2.0, 4.0, 6.0], "reranked": [3.0, 5.0, 6.0], "codes": [2.0]}
-    results = {"seconds": seconds, "batch": 2, "steps": {"codes": 1024}, "candidates": 64}
+    results = {"seconds": seconds, "batch": 2, "steps": {"codes": 1024}, "num_candidates": 64}
     rate, reranking = tables.token_and_reranking_lines(results)
     assert rate == "1,024 image tokens per second"
     assert "64 candidates" in reranking and "1.25x" in reranking and "(1x to 1.5x)" in reranking
@@ -443,8 +443,8 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--against diffusers", "tests/benchmarks/compare_diffusers.py"),
         ("--against plain", "tests/benchmarks/compare_dalle.py --reference plain"),
         ("--model dalle-tiny --preset fast", "a DALL-E model does not support presets"),
-        ("--model dalle-tiny --candidates 2", "dalle-tiny has no CLIP"),
-        ("--model dalle-tiny --candidates 0", "'0' is not a whole number"),
+        ("--model dalle-tiny --num-candidates 2", "dalle-tiny has no CLIP"),
+        ("--model dalle-tiny --num-candidates 0", "'0' is not a whole number"),
         ("--batch-size 4", "--batch-size is for a data loader; give --data PATH"),
         ("--data none --batch 1", "--batch cannot be given with --data"),
         ("--data none --model x", "--model cannot be given with --data"),

@@ -38,7 +38,8 @@ def add_commands(commands: Any) -> None:
     about = f"some of {unclip}, or for a DALL-E of {dalle} (default: all)"
     parser.add_argument("--stages", type=lambda x: tuple(x.split(",")), metavar="A,B", help=about)
     about = "also time N images with and without reranking by CLIP"
-    parser.add_argument("--candidates", help=about, **flags.COUNT)
+    parser.add_argument("--num-candidates", help=about, **flags.COUNT)
+    flags.add_renamed(parser, "--candidates", "--num-candidates", **flags.COUNT)
     extent = parser.add_mutually_exclusive_group()
     about = "extrapolate each stage from two of its steps (default for karlo-random)"
     extent.add_argument("--steps-only", action="store_true", help=about)

@@ -39,7 +39,7 @@ class BenchConfig:
     compile: bool = False
     quantize: str | None = None
     offload: bool = False
-    candidates: PositiveInt | None = None  # also time this many images with and without reranking
+    num_candidates: PositiveInt | None = None  # also time as many images with and without reranking
 
     def __post_init__(self) -> None:
         known = dict.fromkeys(stage for stages in STAGES.values() for stage in stages)

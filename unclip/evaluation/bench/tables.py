@@ -15,7 +15,7 @@ RESIDENT_SHARE, OFFLOAD_ROOM = 1.3, 1e9
 
 def bench_rows(results: dict[str, Any]) -> list[Row]:
     """Return the median of each time, with the lowest and highest, and the peak memory."""
-    count = results.get("candidates")
+    count = results.get("num_candidates")
     names = {
         "import": "import unclip",
         "cold": "unclip generate, from cold start to PNG",
@@ -78,8 +78,8 @@ def token_and_reranking_lines(results: dict[str, Any]) -> list[str]:
         ratios = [b / a for a, b in zip(generated, reranked, strict=True)]
         ratio = statistics.median(reranked) / statistics.median(generated)
         lines.append(
-            f"generating and reranking {results['candidates']} candidates takes {ratio:.3g}x as "
-            f"long as generating them ({min(ratios):.3g}x to {max(ratios):.3g}x)"
+            f"generating and reranking {results['num_candidates']} candidates takes {ratio:.3g}x "
+            f"as long as generating them ({min(ratios):.3g}x to {max(ratios):.3g}x)"
         )
     return lines
 

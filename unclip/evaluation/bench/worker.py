@@ -60,8 +60,8 @@ def open_model(config: BenchConfig) -> UnCLIPPipeline | DallePipeline:
 
 def measure(pipe: UnCLIPPipeline | DallePipeline, config: BenchConfig) -> dict[str, Any]:
     """Measure warm calls and each stage: seconds, operations, bytes of weights and peak memory."""
-    if config.candidates and pipe.clip is None:
-        raise ValueError(f"{config.model} has no CLIP, which --candidates needs")
+    if config.num_candidates and pipe.clip is None:
+        raise ValueError(f"{config.model} has no CLIP, which --num-candidates needs")
     memory = PeakMemory(pipe.device)
     weights = {name: _num_bytes(module) for name, module in _offloaded_parts(pipe).items()}
     options = _configure(pipe, config)
@@ -118,9 +118,9 @@ def _time_calls(
     candidates: dict[str, Callable[[int], float]] = {}
     if config.stages is None and not config.steps_only:
         candidates["call"] = call(num_images=config.batch, batch_size=config.batch)
-    if config.candidates:
-        candidates["generated"] = call(num_images=config.candidates)
-        candidates["reranked"] = call(num_images=1, num_candidates=config.candidates)
+    if config.num_candidates:
+        candidates["generated"] = call(num_images=config.num_candidates)
+        candidates["reranked"] = call(num_images=1, num_candidates=config.num_candidates)
     return interleave(candidates, repeat)
 
 
