@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import operator
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,22 +19,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf
 from typing_extensions import dataclass_transform
 
-from unclip.files import printable, read_text
+from unclip.files import printable, read_text, shorten
+from unclip.safe_yaml import KeyPath, parse_yaml
 
 T = TypeVar("T")
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 MAX_CONFIG = 2**16  # bytes
-MAX_VALUES = 20_000  # in a config, aliases expanded
-MAX_DEPTH, TOO_DEEP = 50, "nested too deeply"
 MAX_ERRORS = 20  # errors that are reported
-KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
-
-KeyPath = tuple[str | int, ...]  # ("optim", "lr"); ("levels", 0, "channels")
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -129,11 +123,11 @@ def _check(name: str, value: Any, hint: Any) -> None:
         bounds = [bound for item in args[1:] for bound in _flat(item)]
         if bounds and not all(_satisfies(value, bound) for bound in bounds):
             expected = " and ".join(_expected(bound) for bound in bounds)
-            raise ValueError(f"{name} is {_shorten(value)}; expected {expected}")
+            raise ValueError(f"{name} is {shorten(value)}; expected {expected}")
     elif origin is Literal and value not in args:
         *others, last = map(repr, args)
         expected = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"{name} is {_shorten(value)}; expected {expected}")
+        raise ValueError(f"{name} is {shorten(value)}; expected {expected}")
     elif origin in (tuple, list) and isinstance(value, (tuple, list)):
         items = [args[0]] * len(value) if len(args) == 1 or args[-1] is ... else args
         for i, (element, item) in enumerate(zip(value, items, strict=False)):
@@ -177,33 +171,6 @@ def _satisfies(value: Any, bound: Any) -> bool:
 def _expected(bound: Any) -> str:
     name, _, text = _BOUNDS[type(bound)]
     return text.format(getattr(bound, name))
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-4 as a number (valid in YAML 1.2; YAML 1.1 needs 1.0e-4)."""
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
-        if self.flow_level > MAX_DEPTH:  # time grows with its square
-            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, OverflowError):  # "!!int x", 2001-99-99
-            kind = node.tag.rpartition(":")[-1]
-            raise _fault(node, f"{_shorten(node.value)} is not a valid {kind}") from None
-
-
-def _fault(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def load_config(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -254,73 +221,6 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in data.items() if isinstance(data, dict) else enumerate(data):
         flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
-
-
-def parse_yaml(text: str, where: str) -> tuple[Any, dict[KeyPath, int]]:
-    """Return the plain data in an untrusted YAML text, and the line of each value in it.
-
-    Raises ValueError, with one line that starts with `where` and the line number, if the text is
-    not valid, repeats a key, has a key that is not text, or has aliases that expand to more than
-    `MAX_VALUES` values.
-    """
-    loader = None
-    try:
-        loader = _Loader(text)
-        if (node := loader.get_single_node()) is None:
-            return {}, {}
-        _count(node, {})
-        lines = dict(_line_numbers(node))
-        return _without_aliases(loader.construct_document(node)), lines
-    except yaml.reader.ReaderError as error:  # a character that YAML excludes
-        line = text.count("\n", 0, error.position) + 1
-        problem = f"the character {chr(error.character)!r} is not allowed"
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = printable(error.problem)
-    except RecursionError:
-        line = loader.line + 1 if loader else 1
-        problem = TOO_DEEP
-    raise ValueError(f"{where}:{line}: not valid YAML: {problem}")
-
-
-def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Return the number of values in a node, counting aliased values at every use."""
-    if node not in counts:
-        counts[node] = 0  # until its children are counted
-        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-        children = node.value if isinstance(node, yaml.SequenceNode) else sum(pairs, ())
-        counts[node] = 1 + sum(_count(child, counts) for child in children)
-    if not 0 < counts[node] <= MAX_VALUES:
-        fault = "more values than a config can have" if counts[node] else "a value contains itself"
-        raise _fault(node, fault)
-    return counts[node]
-
-
-def _line_numbers(node: yaml.Node, up: KeyPath = ()) -> Iterator[tuple[KeyPath, int]]:
-    """Yield (key path, line number) of every value. Raises an error for a wrong or repeated key."""
-    if isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = key.value, key.start_mark.line + 1
-            if key.tag not in KEY_TAGS:
-                given = _shorten(name) if isinstance(name, str) else f"a {key.id}"
-                raise _fault(key, f"a key is {given}; expected text; put it in quotes")
-            if name in first:
-                raise _fault(key, f"{_shorten(name)} is given twice; see line {first[name]}")
-            first[name] = line
-            yield (*up, name), line
-            yield from _line_numbers(value, (*up, name))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield (*up, i), value.start_mark.line + 1
-            yield from _line_numbers(value, (*up, i))
-
-
-def _without_aliases(data: Any) -> Any:
-    """Copy data so that YAML anchors and aliases become separate objects."""
-    if isinstance(data, dict):
-        return {key: _without_aliases(value) for key, value in data.items()}
-    return [_without_aliases(value) for value in data] if isinstance(data, list) else data
 
 
 def _override(data: Any, override: str) -> KeyPath:
@@ -393,7 +293,7 @@ def _messages(
                 expected = entry["msg"].removeprefix("Input should be ")
                 expected = expected.replace("an object", "a mapping")
                 expected = expected.replace("a valid array", "a list")
-            text = f"{name} is {_shorten(entry['input'])}; expected {expected}"
+            text = f"{name} is {shorten(entry['input'])}; expected {expected}"
         messages[f"{locate(path)}: {text}"] = None
     return list(messages)
 
@@ -426,11 +326,6 @@ def _relevant(errors: Sequence[Any]) -> list[Any]:
             expected = [e["ctx"]["expected"] for e in ordered if "ctx" in e]
             relevant.append({**error, "msg": " or ".join(expected) or error["msg"]})
     return relevant
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _unknown(key: str, cls: Any, owner: Any) -> str:

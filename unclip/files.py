@@ -35,6 +35,12 @@ def printable(text: object, most: int = LONGEST) -> str:
     return _UNPRINTABLE.sub(lambda x: x[0].encode("unicode_escape").decode(), text)
 
 
+def shorten(value: object) -> str:
+    """Return the repr of a value for a message, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def error_text(error: object) -> str:
     """Return the lines of an error or a warning, which may quote a file, each printable."""
     return "\n".join(printable(line, 4 * LONGEST) for line in str(error).split("\n"))

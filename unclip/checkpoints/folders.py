@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints import hub
 from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES, HubArguments
-from unclip.config import MAX_CONFIG, check_keywords, parse_yaml
+from unclip.config import MAX_CONFIG, check_keywords
 from unclip.files import printable, read_json, read_text
+from unclip.safe_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,11 +21,12 @@ from unclip.checkpoints.renaming import (
     prefixed,
     without_prefix,
 )
-from unclip.config import MAX_CONFIG, parse_yaml
+from unclip.config import MAX_CONFIG
 from unclip.files import read_text
 from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.unet import LevelSpec
+from unclip.safe_yaml import parse_yaml
 
 IGNORED = ("loss.*",)  # the discriminator and the perceptual network
 FIRST_STAGE = "first_stage_model."  # prefix of a VQGAN that another network was trained on
