@@ -118,11 +118,10 @@ class UnCLIPPipeline(Pipeline):
         already holds the networks. source: the argument of `unclip.load`.
         """
         ups = {f"upsampler_{i}": network for i, network in enumerate(upsamplers)}
-        first = {"prior": prior, "layout_prior": layout_prior, "decoder": decoder}
-        optional = {**first, "inpainter": inpainter, **ups}
+        other = None if inpainter is decoder else inpainter
+        optional = {"prior": prior, "layout_prior": layout_prior, "decoder": decoder}
+        optional |= {"inpainter": other, **ups}
         networks: dict[str, Any] = {key: net for key, net in optional.items() if net is not None}
-        if inpainter is decoder:
-            del networks["inpainter"]
         super().__init__(Runtime({"clip": clip, **networks}, offloader), name, licence, source)
         diffused = [key for key, net in networks.items() if not isinstance(net, DirectPrior)]
         made = make_schedules(schedules, diffused)
@@ -137,12 +136,9 @@ class UnCLIPPipeline(Pipeline):
         self.decoder_stage = DecoderStage(
             "decoder", decoder, made["decoder"], self.encoder, layouts
         )
-        self.inpainter_stage: DecoderStage | None = None
-        if inpainter is None or inpainter is decoder:
-            self.inpainter_stage = self.decoder_stage if self.decoder_stage.inpaints else None
-        else:
-            schedule = made["inpainter"]
-            self.inpainter_stage = DecoderStage("inpainter", inpainter, schedule, self.encoder)
+        self.inpainter_stage = self.decoder_stage if self.decoder_stage.inpaints else None
+        if other is not None:
+            self.inpainter_stage = DecoderStage("inpainter", other, made["inpainter"], self.encoder)
         self.upsampler_stages = tuple(
             UpsamplerStage(stage, network, made[stage], self.runtime)
             for stage, network in ups.items()
@@ -279,10 +275,8 @@ class UnCLIPPipeline(Pipeline):
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
             entries = [{"image_emb": encode_array(one)} for one in part]
             if like is not None:
-                entries = [
-                    {**entry, "layout": encode_array(one)}
-                    for entry, one in zip(entries, like, strict=True)
-                ]
+                for entry, one in zip(entries, like, strict=True):
+                    entry["layout"] = encode_array(one)
             names = [None] * len(part)
             results.append(self.make_result(x, batch, names, entries, options, image_emb=part))
         return GenerationResult.cat(results)
@@ -621,15 +615,10 @@ class UnCLIPPipeline(Pipeline):
     @property
     def schedules(self) -> dict[str, Schedule]:
         """The noise schedule of each diffusion stage."""
-        prior = None if self.prior_stage is None else self.prior_stage.diffusion
-        stages = [self.decoder_stage.diffusion]
-        if self.decoder_stage.layout_stage is not None:
-            stages.append(self.decoder_stage.layout_stage.diffusion)
-        if self.inpainter_stage not in (None, self.decoder_stage):
-            stages.append(self.inpainter_stage.diffusion)
-        stages += [stage.diffusion for stage in self.upsampler_stages]
-        stages = stages if prior is None else [prior, *stages]
-        return {stage.name: stage.schedule for stage in stages}
+        decoder = self.decoder_stage
+        stages = [self.prior_stage, decoder, decoder.layout_stage, self.inpainter_stage]
+        diffusions = [stage.diffusion for stage in (*stages, *self.upsampler_stages) if stage]
+        return {part.name: part.schedule for part in diffusions if part is not None}
 
     def load_lora(
         self,

@@ -87,10 +87,7 @@ class DiffusionStage:
         timesteps = sampling_timesteps(options, self.schedule)
         denoise, denoise_both = self.denoiser(context, options, timesteps), None
         if null is not None and options.guidance != 1:
-            without = null()
-            without = without.repeat_interleave(len(context) // len(without))
-            both = type(context).cat([context, without])
-            denoise_both = self.denoiser(both, options, timesteps)
+            denoise_both = self.denoiser(_with_null(context, null()), options, timesteps)
         return BoundStage(self, options, timesteps, denoise, denoise_both, weights, clip)
 
     def denoiser(
@@ -107,6 +104,11 @@ class DiffusionStage:
         denoise = self.runtime.bind(network.denoise, module)
         cache = DenoiserCache(timesteps, options.cache_interval)
         return partial(denoise, context=context, cache=cache)
+
+
+def _with_null(context: Any, null: Any) -> Any:
+    """Append the null context of guidance, of one row or as many as `context`."""
+    return type(context).cat([context, null.repeat_interleave(len(context) // len(null))])
 
 
 @dataclass(frozen=True)
@@ -379,9 +381,7 @@ class PriorStage:
         guided = options.guidance != 1
         rows = len(generators) * (1 if weights is None else len(weights))
         if guided:
-            without = null()
-            without = without.repeat_interleave(len(context) // len(without))
-            context, rows = KeyValues.cat([context, without]), 2 * rows
+            context, rows = _with_null(context, null()), 2 * rows
 
         def combine(predicted: Tensor) -> Tensor:
             if guided:
