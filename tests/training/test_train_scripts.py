@@ -17,6 +17,7 @@ from scripts import ROOT, run_in_two_processes, run_script, write_shape_images
 import unclip
 from unclip.checkpoints import folders
 from unclip.checkpoints.registry import load_codec
+from unclip.data import embeddings
 from unclip.data.embeddings import EmbeddingWriter
 from unclip.data.parts import PartWriter
 from unclip.weights import read_tensors
@@ -317,6 +318,21 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
         train("decoder", "--set=copy_paste=2.0")
 
 
+def test_a_layout_network_learns_the_same_from_precomputed_embeddings(workplace):
+    pytest.importorskip("pyarrow")
+    clip, output = ("--clip", "runs/tiny/clip/model"), "--set=fit.output=runs/tiny/layout_emb"
+    embeddings.main(["data/tiny", "emb_plain", *clip])
+    embeddings.main(["data/tiny", "emb_layout", *clip, "--layout", "8"])
+    with pytest.raises(SystemExit, match="have no layouts; compute them with --layout 8"):
+        train("layout", "--set=data.path=emb_plain", "--set=val_data=null", output)
+    train("layout", "--set=data.path=emb_layout", output)
+    losses = [
+        json.loads((workplace / f"runs/tiny/{run}/metrics.jsonl").read_text().splitlines()[0])
+        for run in ("layout", "layout_emb")
+    ]
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=0.05)
+
+
 def test_a_dry_run_prints_the_costs_and_writes_nothing(workplace, capsys):
     train("upsampler", "--dry-run", "--set=fit.output=runs/tiny/dry")
     printed = capsys.readouterr().out
@@ -480,7 +496,7 @@ def test_unsuitable_data_is_rejected(workplace, tmp_path):
     codes.write_part(0, {"codes": torch.zeros(2, 4, 4).byte().numpy()}, captions)
     (tmp_path / "codes/codes.json").write_text('{"vocab_size": 32}')
     output = "--set=fit.output=runs/tiny/unfit"
-    for network in ("clip", "codec", "decoder", "upsampler", "layout"):
+    for network in ("clip", "codec", "decoder", "upsampler"):
         with pytest.raises(SystemExit, match="emb contains embeddings(; expected images$|, which)"):
             train(network, f"--set=data.path={tmp_path}/emb", output)
     with pytest.raises(

@@ -68,17 +68,14 @@ class EmbeddedLoader:
         self.loader.load_state_dict(state)
 
 
-def open_loader(
-    config: DataConfig, clip: CLIP, embed_once: bool, images_only: bool = False
-) -> Loader | EmbeddedLoader:
-    """Return a loader of captioned images or, unless `images_only`, of precomputed embeddings.
+def open_loader(config: DataConfig, clip: CLIP, embed_once: bool) -> Loader | EmbeddedLoader:
+    """Return a loader of captioned images or of precomputed embeddings.
 
     With `embed_once`, images are embedded here. Raises ValueError for other data, and for
     embeddings of another width than CLIP's.
     """
-    loader = open_data(config) if images_only else open_data(config, EmbeddingDataset)
-    if not images_only:
-        report_long_captions(clip.tokenizer, loader)
+    loader = open_data(config, EmbeddingDataset)
+    report_long_captions(clip.tokenizer, loader)
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:
