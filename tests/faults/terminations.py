@@ -62,29 +62,33 @@ LAUNCHERS = {
 }
 
 
-def start(folder: Path, launcher: list[str], steps: int = 100_000, **env: str) -> subprocess.Popen:
-    """Start a run in `folder`; its output goes to output.txt."""
+def write_script(folder: Path, steps: int = 100_000) -> list[str]:
+    """Write a training script and its config to `folder`; return the command line after Python."""
     (folder / "run.py").write_text(SCRIPT)
     fit = {"output": str(folder / "run"), "steps": steps, "log_every": 1, "trackers": []}
     fit |= {"val_every": 0, "preview_every": 0, "save_every": 0, "precision": "fp32"}
     (folder / "run.yaml").write_text(json.dumps({"fit": fit}))
+    return [str(folder / "run.py"), "--config", str(folder / "run.yaml")]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "tests"), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(folder: Path, launcher: list[str], steps: int = 100_000, **env: str) -> subprocess.Popen:
+    """Start a run in `folder`; its output goes to output.txt."""
+    script = write_script(folder, steps)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, *launcher, f"--main_process_port={port}"]
     if "torch.distributed.run" in launcher:
         command[-1] = f"--master_port={port}"
-    paths = [str(ROOT), str(ROOT / "tests"), *sys.path]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-        **env,
-    }
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
-            [*command, str(folder / "run.py"), "--config", str(folder / "run.yaml")],
-            env=environment,
+            [*command, *script],
+            env=environment(**env),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -35,6 +35,7 @@ from unclip.training.fit import fit
 from unclip.training.launch import Run
 from unclip.training.log import available_trackers
 from unclip.training.optim import OptimConfig
+from unclip.training.stopping import SIGNALS
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -220,7 +221,7 @@ def test_a_run_without_steps_left_says_so(
     assert (tmp_path / "config.json").read_text() == settings
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 def test_a_signal_saves_a_checkpoint_and_exits_0(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,

@@ -18,6 +18,11 @@ import psutil
 
 from unclip.training.multiprocess import lost_connection
 
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP")  # Windows has no SIGHUP
+    if hasattr(signal, name)
+]
 START = time.monotonic()  # approximate start of this process, after some imports
 PARENT = os.getppid()
 
@@ -29,8 +34,9 @@ class Interrupted(Exception):
 class StopRequest:
     """Inside `with`, `requested` becomes true when the run has to save and exit.
 
-    It does so after the first SIGTERM or Ctrl-C (a second Ctrl-C interrupts), when the launcher has
-    ended without a signal to this process, and `max_hours` after the start of the process.
+    It does so after the first SIGTERM, Ctrl-C (a second Ctrl-C interrupts) or SIGHUP (unless nohup
+    ignores it), when the launcher has ended without a signal to this process, and `max_hours` after
+    the start of the process.
     """
 
     def __init__(self, max_hours: float | None = None) -> None:
@@ -45,8 +51,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+            for number in SIGNALS:
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, self._on_signal)
             if launched():
                 threading.Thread(target=self._watch_launcher, daemon=True).start()
         return self
