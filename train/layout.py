@@ -34,10 +34,10 @@ def main(run: Run[LayoutTraining]) -> None:
     config = run.config
     clip = load_clip(config.clip, config.model, run.device)
     embed_once = config.embed_once and not run.dry_run
-    loader = open_loader(config.data, clip, embed_once)
+    loader = open_loader(config.data, clip, embed_once, reads_captions=False)
     val_loader = None
     if config.val_data:
-        val_loader = open_loader(config.val_data, clip, config.embed_once)
+        val_loader = open_loader(config.val_data, clip, config.embed_once, reads_captions=False)
     layout = Layout(config.model).to(run.device)
     if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(layout, clip, loader, config.stats_batches)

@@ -35,7 +35,7 @@ from unclip.training.fit import fit
 from unclip.training.launch import Run
 from unclip.training.log import available_trackers
 from unclip.training.optim import OptimConfig
-from unclip.training.stopping import SIGNALS
+from unclip.training.stopping import SIGNALS, StopRequest
 
 
 def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -250,6 +250,17 @@ def test_a_signal_saves_a_checkpoint_and_exits_0(
     run_fit(fit_config(tmp_path, accumulate=2), start={"resume": "latest"})
     run_fit(fit_config(tmp_path / "uninterrupted", accumulate=2))
     assert_same(checkpoint_tensors(tmp_path, 6), checkpoint_tensors(tmp_path / "uninterrupted", 6))
+
+
+def test_a_signal_that_nohup_ignores_does_not_stop() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

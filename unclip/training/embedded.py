@@ -68,14 +68,18 @@ class EmbeddedLoader:
         self.loader.load_state_dict(state)
 
 
-def open_loader(config: DataConfig, clip: CLIP, embed_once: bool) -> Loader | EmbeddedLoader:
+def open_loader(
+    config: DataConfig, clip: CLIP, embed_once: bool, reads_captions: bool = True
+) -> Loader | EmbeddedLoader:
     """Return a loader of captioned images or of precomputed embeddings.
 
-    With `embed_once`, images are embedded here. Raises ValueError for other data, and for
+    With `embed_once`, images are embedded here. Captions that are too long for CLIP are reported
+    only to a network that reads captions. Raises ValueError for other data, and for
     embeddings of another width than CLIP's.
     """
     loader = open_data(config, EmbeddingDataset)
-    report_long_captions(clip.tokenizer, loader)
+    if reads_captions:
+        report_long_captions(clip.tokenizer, loader)
     if not isinstance(loader.dataset, EmbeddingDataset):
         return EmbeddedLoader(loader, clip) if embed_once else loader
     if (width := loader.dataset.shape[0]) != clip.emb_dim:
