@@ -1,4 +1,4 @@
-"""Fill in a model card: loss curves, sheets of images, and the tables between markers of README.md.
+"""Fill in a model card: loss curves, sheets of images, and the tables between markers of its pages.
 
     python assets/build_cards.py --out assets/emoji-dalle1 --runs runs/emoji/codec runs/emoji/dalle
     python assets/build_cards.py --out assets/emoji --model assets/emoji \
@@ -6,7 +6,9 @@
 
 With --data the model is evaluated first, by `unclip evaluate`, which gets all other arguments.
 Without, the figures are those of evaluation.json in the folder. The tables of bench.json (`unclip
-bench --json`) and priors.json (`unclip evaluate-priors --json`) are added where they exist.
+bench --json`) and priors.json (`unclip evaluate-priors --json`) are added where they exist. Each
+block `<!-- name -->` ... `<!-- /name -->` is in one of the folder's .md files: `runs` (losses of
+--runs), `figures` (all results), and `summary` (the main results).
 """
 
 from __future__ import annotations
@@ -24,9 +26,17 @@ from unclip.evaluation import report
 from unclip.evaluation.bench.tables import bench_rows, describe_machine
 from unclip.files import exit_on_error
 
-README, LOSS, METRICS = "README.md", "loss.png", "metrics.jsonl"
+LOSS, METRICS = "loss.png", "metrics.jsonl"
 EVALUATION, BENCH, PRIORS = "evaluation.json", "bench.json", "priors.json"
 ORDER = ("clip", "prior", "decoder", "upsampler", "codec", "dalle")  # other runs follow
+SUMMARY = (  # starts of the rows in the summary
+    "recall@1 of the caption, all",
+    "judge:",
+    "unseen combinations",
+    "unclip generate, from cold start",
+    "warm call",
+    "peak memory of unclip generate",
+)
 
 Metrics = list[dict[str, float]]
 
@@ -50,15 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_card(folder: Path, run_folders: Sequence[Path] = ()) -> None:
     """Fill in the card of a folder from the metrics of runs and the results in the folder."""
-    card = (folder / README).read_text(encoding="utf-8")
     runs = read_runs(run_folders)
     if runs:
         plot_losses(runs, folder / LOSS)
-        card = fill(card, "runs", runs_table(runs))
+        fill(folder, "runs", runs_table(runs))
     if not runs or (folder / EVALUATION).is_file():
-        card = fill(card, "figures", figures(folder))
-    (folder / README).write_text(card, encoding="utf-8")
-    print(folder / README)
+        fill(folder, "figures", figures(folder))
+        fill(folder, "summary", summary(folder))
 
 
 def figures(folder: Path) -> str:
@@ -82,6 +90,18 @@ def figures(folder: Path) -> str:
         table = report.markdown_table([head, *bench_rows(timed)])
         parts += [describe_machine(timed["machine"]), table]
     return "\n\n".join(parts)
+
+
+def summary(folder: Path) -> str:
+    """Format the main results in a folder as a Markdown table."""
+    results = read_results(folder / EVALUATION)
+    rows = report.evaluation_rows(results)
+    if (folder / BENCH).is_file():
+        timed = read_results(folder / BENCH)
+        machine = describe_machine(timed["machine"]).split(";")[0]
+        rows += [row._replace(reference=machine) for row in bench_rows(timed)]
+    selected = [row for row in rows if row.figure.startswith(SUMMARY)]
+    return report.markdown_table([report.HEAD, *selected])
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -110,14 +130,18 @@ def describe_options(options: dict[str, Any]) -> str:
     )
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """Replace the text between the markers <!-- name --> and <!-- /name -->."""
-    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if len(block.findall(text)) != 1:
-        raise ValueError(
-            f"expected the lines <!-- {name} --> and <!-- /{name} --> once in {README}"
-        )
-    return block.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+def fill(folder: Path, block: str, content: str) -> None:
+    """Replace the text between the markers <!-- block --> and <!-- /block --> in a page."""
+    pattern = re.compile(rf"(<!-- {block} -->\n).*?(<!-- /{block} -->)", re.DOTALL)
+    pages = {page: page.read_text(encoding="utf-8") for page in sorted(folder.glob("*.md"))}
+    if sum(len(pattern.findall(text)) for text in pages.values()) != 1:
+        markers = f"<!-- {block} --> and <!-- /{block} -->"
+        raise ValueError(f"expected the lines {markers} once in the .md files of {folder}")
+    for page, text in pages.items():
+        filled = pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
+        if filled != text:
+            page.write_text(filled, encoding="utf-8")
+            print(page)
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, Metrics]:

@@ -13,15 +13,16 @@ from styled import write_pairs
 
 from unclip.evaluation.report import upgrade
 
+BLOCKS = ("runs", "figures", "summary")
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
 
 @pytest.fixture
 def card(tmp_path):
-    """A folder with an empty card."""
-    names = ("hours", "runs", "figures")
-    blocks = "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in names)
-    (tmp_path / "README.md").write_text(f"# A card\n{blocks}the end\n")
+    """A folder with an empty card of two pages."""
+    blocks = {name: f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in BLOCKS}
+    (tmp_path / "README.md").write_text(f"# A card\n{blocks['summary']}the end\n")
+    (tmp_path / "more.md").write_text(f"# Runs\n{blocks['runs']}\n{blocks['figures']}the end\n")
     return tmp_path
 
 
@@ -41,8 +42,8 @@ def test_a_card_gets_runs_curves_and_results(tiny_folder, card, tmp_path_factory
         f"--data {data}/heldout-*.tar --parts prior --steps 1"
     )
     build_cards.main(arguments.split())
-    text = (card / "README.md").read_text()
-    assert text.startswith("# A card\n<!-- hours -->\nold\n")
+    text = (card / "more.md").read_text()
+    assert text.startswith("# Runs\n<!-- runs -->\n| run |")
     assert text.endswith("<!-- /figures -->\nthe end\n")
     assert "| clip | 290 | 2.9 | 0.0345 | 0.2500 |" in text and "started" not in text
     assert text.index("| clip |") < text.index("| prior |") < text.index("| another |")
@@ -52,7 +53,18 @@ def test_a_card_gets_runs_curves_and_results(tiny_folder, card, tmp_path_factory
     assert {"evaluation.json", "heldout.png"} <= {path.name for path in card.iterdir()}
 
     build_cards.main(["--out", str(card)])  # from evaluation.json alone
-    assert (card / "README.md").read_text() == text
+    assert (card / "more.md").read_text() == text
+
+
+def test_the_summary_has_the_main_rows(card):
+    for file in ("evaluation.json", "bench.json"):
+        (card / file).write_bytes((ROOT / "assets" / "emoji" / file).read_bytes())
+    build_cards.main(["--out", str(card)])
+    text = (card / "README.md").read_text()
+    assert text.startswith("# A card\n<!-- summary -->\n| figure |") and text.endswith("the end\n")
+    for row in ("judge: style", "unclip generate, from cold start", "peak memory of unclip"):
+        assert f"\n| {row}" in text
+    assert "prior: cosine" not in text and "prior: cosine" in (card / "more.md").read_text()
 
 
 def test_runs_can_be_named_one_by_one(card):
@@ -61,7 +73,7 @@ def test_runs_can_be_named_one_by_one(card):
         write_run(card / "runs" / name, [row])
     runs = [str(card / "runs" / name) for name in ("dalle", "codec")]
     build_cards.main(["--out", str(card), "--runs", *runs])
-    text = (card / "README.md").read_text()
+    text = (card / "more.md").read_text()
     assert "| codec | 7 | 0.2 | 2.5000 | 3.5000 |\n| dalle |" in text and "clip" not in text
 
 
@@ -72,7 +84,7 @@ def test_a_comparison_of_priors_is_added(card):
     results = {"pairs": 128, "rows": [{**row, "recall@1": 0.25}]}
     (card / "priors.json").write_text(json.dumps(results))
     build_cards.main(["--out", str(card)])
-    text = (card / "README.md").read_text()
+    text = (card / "more.md").read_text()
     assert "seed 0; temperature 0.9, top-p 1." in text and "on 128 held-out captions" in text
     assert "| one-shot | 2.3 M | 1 | 0.700 |  | 25.0% |  |  |" in text
 
@@ -91,7 +103,7 @@ def test_results_of_an_earlier_version_are_upgraded():
 
 
 def test_markers_must_exist(card):
-    (card / "README.md").write_text("# A card without markers\n")
+    (card / "more.md").write_text("# A page without markers\n")
     evaluation = {"held_out": {"pairs": 4}, "seed": 0, "options": {}}
     (card / "evaluation.json").write_text(json.dumps(evaluation))
     with pytest.raises(SystemExit, match="<!-- figures -->"):
@@ -99,12 +111,15 @@ def test_markers_must_exist(card):
 
 
 @pytest.mark.parametrize("name", ["emoji", "emoji-dalle1"])
-def test_bundled_cards_have_the_stored_results(name):
+def test_bundled_cards_have_the_stored_results(name, tmp_path):
     folder = ROOT / "assets" / name
-    readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert build_cards.fill(readme, "figures", build_cards.figures(folder)) == readme
-    for block in ("hours", "runs"):
-        assert "new" in build_cards.fill(readme, block, "new").split(f"<!-- {block} -->")[1]
+    pages = {page.name: page.read_bytes() for page in folder.glob("*.md")}
+    for file in (*folder.glob("*.json"), *folder.glob("*.md")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    build_cards.build_card(tmp_path)
+    assert {page.name: page.read_bytes() for page in tmp_path.glob("*.md")} == pages
+    build_cards.fill(tmp_path, "runs", "new")
+    assert "new" in (tmp_path / "training.md").read_text(encoding="utf-8")
 
 
 def test_plots_need_matplotlib(tmp_path, monkeypatch):
