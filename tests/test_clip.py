@@ -1,6 +1,7 @@
 """The CLIP wrapper against open_clip itself."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unclip.clip import CLIP, CLIPConfig, contrastive_loss, open_clip
+from unclip.clip import CLIP, CLIPConfig, _import_open_clip, contrastive_loss, open_clip
 from unclip.tokenizer import BPETokenizer
 from unclip.weights import load_strictly
 
@@ -224,7 +225,7 @@ def test_a_text_tower_of_transformers_is_built(tmp_path):
 def test_what_open_clip_did_not_import_works_afterwards():
     script = (
         "import sys, torch, unclip.clip\n"
-        "assert not {'torch._dynamo', 'transformers'} & set(sys.modules)\n"
+        "assert not {'torch._dynamo', 'timm', 'transformers'} & set(sys.modules)\n"
         "supported = sys.modules['torchvision.ops.roi_align'].is_compile_supported('cpu')\n"
         "double = torch.compile(lambda x: 2 * x, backend='eager')\n"
         "print(supported, torch._dynamo.is_compiling(), double(torch.ones(1)).item())"
@@ -233,6 +234,34 @@ def test_what_open_clip_did_not_import_works_afterwards():
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
     assert done.stdout == "True False 2.0\n"
+
+
+def test_a_torchvision_that_needs_more_of_torch_is_imported():
+    script = (
+        "import sys, unclip.weights\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torchvision.ops':\n"
+        "            from torch._dynamo.utils import counters\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import unclip.clip\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_torchvision_that_does_not_fit_torch_is_one_error(monkeypatch):
+    class Finder:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::x does not exist")
+
+    monkeypatch.delitem(sys.modules, "torchvision")
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    with pytest.raises(
+        ImportError, match=rf"torch {re.escape(torch.__version__)} \(operator .*; install"
+    ):
+        _import_open_clip()
 
 
 def test_unknown_architectures_and_tags_are_errors():

@@ -27,53 +27,27 @@ from unclip.types import TextEncoding
 from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 
 
-class _StandIn(ModuleType):
-    """A module with some of the names of another one, which is imported if any other is needed."""
-
-    def __init__(self, name: str, **known: Any) -> None:
-        super().__init__(name)
-        vars(self).update(known)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked of all modules
-            raise AttributeError(name)
-        self.remove_all()
-        return getattr(importlib.import_module(self.__name__), name)
-
-    @staticmethod
-    def remove_all() -> None:
-        for name, module in list(sys.modules.items()):
-            if isinstance(module, _StandIn):
-                del sys.modules[name]
-
-
 @contextlib.contextmanager
 def _slow_imports_left_out() -> Iterator[None]:
-    """Import neither torch._dynamo nor transformers, which take two thirds of open_clip's import.
+    """Import none of three packages that take most of the time of open_clip's import.
 
-    torchvision asks torch._dynamo which devices it compiles for, and timm not to compile functions
-    of NaFlexViT, which open_clip cannot build. transformers is needed for text towers of Hugging
-    Face alone: see `_find_transformers`. Modules that were imported before are not replaced.
+    timm and transformers are needed for their own towers alone: see `_find_towers`. torchvision
+    asks torch._dynamo which devices it compiles for, but only when an operator runs.
     """
 
     def is_compile_supported(device: str) -> bool:
         return importlib.import_module("torch._dynamo.utils").is_compile_supported(device)
 
-    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
-        return function or (lambda function: function)
-
-    modules: dict[str, Any] = sys.modules
-    if "torch._dynamo" not in modules:
-        utils = _StandIn("torch._dynamo.utils", is_compile_supported=is_compile_supported)
-        dynamo = _StandIn("torch._dynamo", disable=disable, utils=utils)
-        modules |= {dynamo.__name__: dynamo, utils.__name__: utils}
-    modules.setdefault("transformers", None)
+    dynamo: Any = ModuleType("torch._dynamo.utils")
+    dynamo.is_compile_supported = is_compile_supported
+    modules: dict[str, Any] = {"timm": None, "transformers": None, dynamo.__name__: dynamo}
+    left_out = {name: module for name, module in modules.items() if name not in sys.modules}
+    sys.modules.update(left_out)
     try:
         yield
     finally:
-        _StandIn.remove_all()
-        if modules["transformers"] is None:
-            del modules["transformers"]
+        for name in left_out:
+            del sys.modules[name]
 
 
 def _import_open_clip() -> Any:
@@ -85,27 +59,33 @@ def _import_open_clip() -> Any:
     """
     try:
         import torchvision  # noqa: F401
-    except RuntimeError:
+    except RuntimeError as error:
+        fault = f"the installed torchvision does not fit torch {torch.__version__} ({error})"
         try:
             for name in ("nms", "qnms"):
                 torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
             import torchvision  # noqa: F401
-        except RuntimeError as error:
-            fault = f"the installed torchvision does not fit torch {torch.__version__} ({error})"
+        except RuntimeError:
             raise ImportError(f"{fault}; install both as pytorch.org describes") from None
     import open_clip
 
     return open_clip
 
 
-def _find_transformers() -> None:
-    """Import transformers for open_clip's text towers of Hugging Face, if it is installed."""
-    if open_clip.hf_model.transformers is None:
-        importlib.reload(open_clip.hf_model)
-        open_clip.model.HFTextEncoder = open_clip.hf_model.HFTextEncoder
+def _find_towers(model_cfg: Mapping[str, Any]) -> None:
+    """Import what the towers of a model need, timm or transformers, if it is installed."""
+    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg["text_cfg"]
+    timm, hf = open_clip.timm_model, open_clip.hf_model
+    if vision.get("timm_model_name") and timm.timm is None:
+        open_clip.model.TimmModel = importlib.reload(timm).TimmModel
+    if text.get("hf_model_name") and hf.transformers is None:
+        open_clip.model.HFTextEncoder = importlib.reload(hf).HFTextEncoder
 
 
-with _slow_imports_left_out():
+try:
+    with _slow_imports_left_out():
+        open_clip = _import_open_clip()
+except ImportError:  # a version of torchvision or open_clip that needs more of them
     open_clip = _import_open_clip()
 
 # B batch, L text tokens, W text width, D embedding width, S image size, C channels
@@ -207,8 +187,8 @@ class CLIP(nn.Module):
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
             raise ValueError("the configuration is a captioner (multimodal_cfg); expected a CLIP")
-        if has_hf_text := "hf_model_name" in model_cfg["text_cfg"]:
-            _find_transformers()
+        _find_towers(model_cfg)
+        has_hf_text = "hf_model_name" in model_cfg["text_cfg"]
         custom_text = model_cfg.pop("custom_text", False) or has_hf_text
         has_images = bool(model_cfg.get("vision_cfg"))
         model_cfg["vision_cfg"] = model_cfg["vision_cfg"] if has_images else MINIMAL_VISION
@@ -245,8 +225,7 @@ class CLIP(nn.Module):
             fault = f"{architecture} computes QuickGELU but {pretrained!r} was trained without it"
             raise ValueError(f"{fault}; use {other!r}")
         model_cfg["quick_gelu"] = quick_gelu or tag.get("quick_gelu", False)
-        if "hf_model_name" in model_cfg["text_cfg"]:
-            _find_transformers()
+        _find_towers(model_cfg)
         source = open_clip.create_model(
             architecture,
             pretrained=pretrained,
