@@ -161,8 +161,7 @@ class ApproximationError:
 
     def _compare(self, images: list[Image.Image]) -> dict[str, float]:
         emb = self._embed(images)
-        first, index = caption_targets(self.captions)
-        targets = torch.tensor([index[caption] for caption in self.captions])
+        first, targets = caption_targets(self.captions)
         differences = [
             np.abs(np.asarray(image, dtype=float) - np.asarray(exact, dtype=float)).mean()
             for image, exact in zip(images, self.exact, strict=True)

@@ -167,14 +167,12 @@ class Evaluation(ABC):
             results["baseline"] = self.baseline.pipe.name
         for part in known:
             if parts is None or part in parts:
-                results |= self._evaluate(part)
+                found = getattr(self, part)()
+                # A model without the stage gives no results; those of images have several names.
+                results |= found if part == "images" or not found else {part: found}
                 save(results)
         self.results = results
         return results
-
-    @abstractmethod
-    def _evaluate(self, part: str) -> dict[str, Any]:
-        """Return the results of one part by name; empty if the model has no such stage."""
 
     def images(self) -> dict[str, Any]:
         """Evaluate the generated images: recall, judge, diversity, nearest images and style."""
@@ -271,13 +269,10 @@ class Evaluation(ABC):
 
     def judged(self, judge: Judge) -> dict[str, Any]:
         """Let the judge name concept and style of each image; means with 95 % intervals."""
-        verdicts = {
-            name: judge.judge(images, self.held_out.entries).figures()
-            for name, images in self.measured_images.items()
-        }
+        entries = self.held_out.entries
         return {
-            name: {figure: mean_and_interval(hits, self.seed) for figure, hits in verdict.items()}
-            for name, verdict in verdicts.items()
+            name: self._means(judge.judge(images, entries).figures())
+            for name, images in self.measured_images.items()
         }
 
     def colours(self, judge: Judge, wanted: Sequence[Combination]) -> dict[str, Any]:
@@ -287,13 +282,11 @@ class Evaluation(ABC):
         if self.baseline is not None:
             images["baseline"] = self.baseline.generate(captions, self.seed).images
         images["true"] = true_images(self.held_out, wanted)
-        results: dict[str, Any] = {"images": len(wanted)}
-        for name, part in images.items():
-            figures = judge_colours(part, wanted, judge)
-            results[name] = {
-                figure: mean_and_interval(hits, self.seed) for figure, hits in figures.items()
-            }
-        return results
+        means = {n: self._means(judge_colours(part, wanted, judge)) for n, part in images.items()}
+        return {"images": len(wanted), **means}
+
+    def _means(self, figures: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: mean_and_interval(hits, self.seed) for name, hits in figures.items()}
 
     def realism(self, judge: Judge) -> dict[str, Any]:
         """Compare the distributions of generated and true images in the judge's features."""
@@ -307,20 +300,21 @@ class Evaluation(ABC):
         entries = self.held_out.entries
         all_rows = list(range(len(entries)))
         untoned = [row for row in all_rows if not entries[row].toned]
-        groups = {"all": (all_rows, all_rows)}  # rows of the images, rows of the captions
+        groups = {"all": self._recall(all_rows, all_rows)}
         for style in self.held_out.styles:
-            groups[style] = ([row for row in all_rows if entries[row].style == style], all_rows)
+            rows = [row for row in all_rows if entries[row].style == style]
+            groups[style] = self._recall(all_rows, rows)
         if 0 < len(untoned) < len(entries):
-            groups["without skin tones"] = (untoned, untoned)
+            groups["without skin tones"] = self._recall(untoned, untoned)
         return {
-            "groups": {name: self._recall(*rows) for name, rows in groups.items()},
+            "groups": groups,
             "caption_cosine": {
                 name: F.cosine_similarity(self.text_emb, emb).mean().item()
                 for name, emb in self.image_embeddings.items()
             },
         }
 
-    def _recall(self, image_rows: list[int], caption_rows: list[int]) -> dict[str, Any]:
+    def _recall(self, caption_rows: list[int], image_rows: list[int]) -> dict[str, Any]:
         candidates, targets = self._candidates(caption_rows, image_rows)
         return {
             "images": len(image_rows),
@@ -335,9 +329,9 @@ class Evaluation(ABC):
         self, caption_rows: Sequence[int], image_rows: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Return embeddings of the distinct captions of some rows, and the target of each image."""
-        first, index = caption_targets(self.held_out.captions, caption_rows)
-        targets = torch.tensor([index[self.held_out.captions[row]] for row in image_rows])
-        return self.text_emb[first], targets
+        first, targets = caption_targets([self.held_out.captions[row] for row in caption_rows])
+        position = {row: i for i, row in enumerate(caption_rows)}
+        return self.text_emb[caption_rows][first], targets[[position[row] for row in image_rows]]
 
     def diversity(self) -> dict[str, Any]:
         """Compare CLIP distances between images of one prompt and of different prompts."""

@@ -82,12 +82,6 @@ class DalleEvaluation(Evaluation):
     pipe: DallePipeline
     generator: DalleGenerator
 
-    def _evaluate(self, part: str) -> dict[str, Any]:
-        if part == "images":
-            return self.images()
-        parts = {"candidates": self.candidates, "codec": self.codec, "bound": self.bound}
-        return {part: {**parts, "repeatable": self.repeatable}[part]()}
-
     @cached_property
     def best(self) -> BestCandidates:
         """Best candidates by number; the largest number is generated once and split into groups."""
@@ -110,7 +104,7 @@ class DalleEvaluation(Evaluation):
         """Compare the best of n candidates to the caption and, as a check, to the true image."""
         best = self.best
         text, truth = (emb[best.rows][:, None] for emb in (self.text_emb, self.true_emb))  # P 1 D
-        captions, targets = self._candidates(range(len(self.held_out)), best.rows)
+        captions, targets = self._candidates(list(range(len(self.held_out))), best.rows)
 
         def figures(emb: Tensor) -> dict[str, float]:  # (P, groups, D)
             return {

@@ -200,7 +200,7 @@ class ManipulationEvaluation:
         """Return cosine and recall of embeddings truncated to k components."""
         pca = PCA.fit(self.pca_embeddings())
         full = self.pipe.encode_image(self.images).cpu()
-        rows, targets = self._captions()
+        rows, targets = caption_targets(self.pairs.captions)
         results: dict[str, Any] = {"images": len(full), "captions": len(rows), "by_count": {}}
         for k in shown_components(pca):
             emb = pca.truncate(full, k)
@@ -243,7 +243,7 @@ class ManipulationEvaluation:
             whole = self.pipe(target, **sampling).images[0]
             by_target["pasted"].append(Image.composite(whole, image, mask))
         outside = np.asarray(mask) == 0
-        rows, own_targets = self._captions()
+        rows, own_targets = caption_targets(self.pairs.captions)
         results: dict[str, Any] = {
             "images": len(self.images),
             "captions": len(rows),
@@ -272,11 +272,6 @@ class ManipulationEvaluation:
         if isinstance(inpainter, Decoder) and inpainter.layout is not None:
             methods["fine-tuned, unguided"] = PaintOptions(trained=True, agreement=0.0)
         return methods
-
-    def _captions(self) -> tuple[list[int], Tensor]:
-        """Return rows of the distinct captions, and the target of each image among them."""
-        rows, index = caption_targets(self.pairs.captions)
-        return rows, torch.tensor([index[caption] for caption in self.pairs.captions])
 
     def _embed(self, result: GenerationResult) -> Tensor:
         """Return normalised CLIP embeddings (N, D)."""

@@ -27,8 +27,7 @@ def cosine_gap(emb: Tensor, true_emb: Tensor, captions: Sequence[str]) -> dict[s
     """
     cosines = normalise(emb) @ normalise(true_emb).T  # (N, N)
     matching = cosines.diagonal().mean().item()
-    _, index = caption_targets(captions)
-    labels = torch.tensor([index[caption] for caption in captions], device=emb.device)
+    labels = caption_targets(captions)[1].to(emb.device)
     mismatched = cosines[labels[:, None] != labels].mean().item()
     return {"matching": matching, "mismatched": mismatched, "gap": matching - mismatched}
 
@@ -50,14 +49,13 @@ def recall(
     }
 
 
-def caption_targets(
-    captions: Sequence[str], rows: Sequence[int] | None = None
-) -> tuple[list[int], dict[str, int]]:
-    """Return the first row of each distinct caption, and the index of each caption among them."""
+def caption_targets(captions: Sequence[str]) -> tuple[list[int], Tensor]:
+    """Return the first row of each distinct caption, and the index (N,) of each among them."""
     first: dict[str, int] = {}
-    for row in range(len(captions)) if rows is None else rows:
-        first.setdefault(captions[row], row)
-    return list(first.values()), {caption: i for i, caption in enumerate(first)}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    index = {caption: i for i, caption in enumerate(first)}
+    return list(first.values()), torch.tensor([index[caption] for caption in captions])
 
 
 def diversity(emb: Tensor) -> float:

@@ -117,8 +117,7 @@ class PriorComparison:
         """Compare embeddings to the true ones, and retrieve the captions of decoded images."""
         captions = self.held_out.captions
         samples = self.generator.decode(PredictedEmbeddings(captions, self.text, emb, generators))
-        first, index = caption_targets(captions)
-        targets = torch.tensor([index[caption] for caption in captions])
+        first, targets = caption_targets(captions)
         found = recall(self.generator.embed(samples.images), self.text_emb[first], targets)
         if emb is None:
             return found

@@ -1,7 +1,8 @@
 """An exact scorer of images of shapes: which shapes are there, and does the caption hold?
 
-It finds connected objects on white and compares their silhouettes to those of the shapes. On images
-drawn by unclip.data.shapes, it is wrong for fewer than 1 in 200.
+It finds connected objects on white and compares their silhouettes to those of the shapes. Words for
+size and "hollow" are not checked. On images drawn by unclip.data.shapes at 64 px, it is wrong for
+fewer than 1 in 200; at 32 px, for 1 in 40, and for 1 in 16 of those with several equal shapes.
 """
 
 # S image side

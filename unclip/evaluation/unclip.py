@@ -74,40 +74,36 @@ class UnCLIPGenerator(ImageGenerator):
 
     def decode(self, predicted: PredictedEmbeddings) -> Samples:
         """Sample the decoder. The generators of `predicted` are copied, not advanced."""
-        options, generators = self.options.decoder, _copies(predicted.generators)
-        count, image_emb = len(predicted.captions), predicted.image_emb
+        generators = _copies(predicted.generators)
+        images = self._decode(predicted.image_emb, predicted.text, generators)
+        return Samples(predicted.captions, images, generators)
+
+    def vary(self, images: Tensor, image_emb: Tensor, seed: int) -> Tensor:
+        """Return variations (N, 3, s, s) of images with CLIP embeddings (N, D), without text."""
+        generators = generators_from(range(seed, seed + len(image_emb)))
+        return self._decode(image_emb, None, generators, self.pipe.encode_layout(images))
+
+    def _decode(
+        self,
+        image_emb: Tensor | None,
+        text: TextEncoding | None,
+        generators: list[torch.Generator],
+        layout: Tensor | None = None,
+    ) -> Tensor:
+        options, count = self.options.decoder, len(generators)
         with self._progress(count, options.steps) as on_step:
             images = [
                 self.pipe.decode(
                     None if image_emb is None else image_emb[part],
-                    predicted.text[part],
-                    generators=generators[part],
-                    options=options,
-                    on_step=on_step,
-                ).cpu()
-                for part in self.batches(count)
-            ]
-        return Samples(predicted.captions, torch.cat(images), generators)
-
-    def vary(self, images: Tensor, image_emb: Tensor, seed: int) -> Tensor:
-        """Return variations (N, 3, s, s) of images with CLIP embeddings (N, D), without text."""
-        layout = self.pipe.encode_layout(images)
-        options, generators = (
-            self.options.decoder,
-            generators_from(range(seed, seed + len(image_emb))),
-        )
-        with self._progress(len(image_emb), options.steps) as on_step:
-            varied = [
-                self.pipe.decode(
-                    image_emb[part],
+                    None if text is None else text[part],
                     generators=generators[part],
                     options=options,
                     on_step=on_step,
                     like=None if layout is None else layout[part],
                 ).cpu()
-                for part in self.batches(len(image_emb))
+                for part in self.batches(count)
             ]
-        return torch.cat(varied)
+        return torch.cat(images)
 
     def generate(self, captions: Sequence[str], seed: int) -> Samples:
         return self.decode(self.predict_embeddings(captions, seed))
@@ -133,17 +129,6 @@ class UnCLIPEvaluation(Evaluation):
 
     pipe: UnCLIPPipeline
     generator: UnCLIPGenerator
-
-    def _evaluate(self, part: str) -> dict[str, Any]:
-        if part == "images":
-            return self.images()
-        options = self.generator.options
-        if part == "upsampler" and not options.upsamplers:
-            return {}
-        if part == "prior" and options.embedding != "prior":
-            return {}
-        parts = {"prior": self.prior, "decoder": self.decoder, "upsampler": self.upsampler}
-        return {part: {**parts, "repeatable": self.repeatable}[part]()}
 
     @cached_property
     def predicted(self) -> PredictedEmbeddings:
@@ -176,6 +161,8 @@ class UnCLIPEvaluation(Evaluation):
 
     def prior(self) -> dict[str, Any]:
         """Compare predicted embeddings to those of the images; text embeddings are a reference."""
+        if self.generator.options.embedding != "prior":
+            return {}
         emb, prior = self.predicted.image_emb, self.pipe.prior
         assert emb is not None and prior is not None
         normalised, target = (
@@ -217,6 +204,8 @@ class UnCLIPEvaluation(Evaluation):
     def upsampler(self) -> dict[str, Any]:
         """Return the PSNR of true images downsampled and upsampled, and of bicubic resizing."""
         pipe, options = self.pipe, self.generator.options.upsamplers
+        if not options:
+            return {}
         small = pipe.decoder.config.image_size
         large = pipe.upsamplers[len(options) - 1].config.high_size
         count = min(UPSAMPLED, len(self.held_out))
