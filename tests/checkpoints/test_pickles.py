@@ -17,7 +17,8 @@ import torch
 from bombs import BOMBS
 from torch import Tensor, nn
 
-from unclip.checkpoints.pickles import Stub, module_state, read_checkpoint, read_state
+from unclip.checkpoints.pickles import Stub, read_checkpoint
+from unclip.checkpoints.states import module_state, read_state
 from unclip.weights import TensorFile, write_safetensors
 
 DTYPES = [

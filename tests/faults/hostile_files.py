@@ -37,7 +37,7 @@ from bombs import BOMBS
 from conftest import tiny_decoder, tiny_prior
 from PIL import Image
 
-from unclip.checkpoints.pickles import read_state
+from unclip.checkpoints.states import read_state
 from unclip.checkpoints.store import load_component, save_component
 from unclip.checkpoints.summary import summary
 from unclip.cli.main import main as cli

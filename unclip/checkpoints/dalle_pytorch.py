@@ -16,8 +16,9 @@ from torch import Tensor
 from unclip.checkpoints import taming
 from unclip.checkpoints.formats import Bundle, Format, States
 from unclip.checkpoints.openai import dvae as openai_dvae
-from unclip.checkpoints.pickles import read_checkpoint, rename_plain
+from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import Part, Rule, build, move, repeated, without_prefix
+from unclip.checkpoints.states import rename_plain
 from unclip.checkpoints.transformers.tokenizer import clip_tokenizer, open_clip_vocabulary
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.attention import Kind

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from unclip.checkpoints import adm
 from unclip.checkpoints.formats import Bundle, Format, States
-from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Part, Rule, build, expecting, move, prefixed
+from unclip.checkpoints.states import read_state
 from unclip.checkpoints.transformers.tokenizer import parse_merges
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.files import parse_json, printable, read_gzip

@@ -18,8 +18,9 @@ from unclip.checkpoints.diffusers.layout import KARLO_OPTIONS
 from unclip.checkpoints.folders import only_file
 from unclip.checkpoints.formats import Bundle, Format, LoadedPrior, States
 from unclip.checkpoints.openai.clip import read_clip
-from unclip.checkpoints.pickles import read_checkpoint, read_state
+from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import Part, Rule, build, expecting, move, prefixed, without_prefix
+from unclip.checkpoints.states import read_state
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from unclip.checkpoints import taming
 from unclip.checkpoints.formats import Bundle, Format, States
-from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, fuse, move, repeated
+from unclip.checkpoints.states import read_state
 from unclip.checkpoints.transformers.tokenizer import read_merges
 from unclip.files import read_json
 from unclip.models.codecs.vqgan import VQGAN

@@ -9,7 +9,6 @@ becomes a class that only records its arguments. Time and memory are bounded by 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import mmap
 import pickle
@@ -17,7 +16,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +25,6 @@ import torch
 from torch import Tensor
 
 from unclip.files import MAX_TEXT, open_regular, printable
-from unclip.weights import plain_names
 
 Data = mmap.mmap | bytearray
 # First object in a file of PyTorch before 1.6, which is a sequence of pickles and raw storages.
@@ -39,7 +37,6 @@ MAX_OPCODES = 600_000  # 55 for a tensor, 170 with the two averages of its optim
 MAX_LINE = 2**16  # bytes of a number or name
 MAX_AXES = 64  # of a tensor, as in NumPy
 MAX_NUMBERS = 2**20  # of an expanded tensor, which may be larger than its storage
-MAX_MODULES, MAX_DEPTH = 30_000, 100  # in a pickled module
 
 
 def read_checkpoint(file: str | Path) -> Any:
@@ -60,37 +57,6 @@ def read_checkpoint(file: str | Path) -> Any:
             raise ValueError(
                 f"{file} is truncated or not a PyTorch checkpoint ({reason}); download it again"
             ) from None
-
-
-def read_state(file: str | Path) -> dict[str, Tensor]:
-    """Return the state dict of a checkpoint: itself, its "state_dict" or that of a module.
-
-    Names are without the prefixes of wrappers (see `plain_names`).
-    """
-    content = read_checkpoint(file)
-    if state := find_state(content):
-        return state
-    raise ValueError(f"{file} holds {_describe(content)}; expected a state dict (name -> tensor)")
-
-
-def find_state(content: Any) -> dict[str, Tensor]:
-    """Return the state dict in the content of a checkpoint, as `read_state`; {} if it has none."""
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    state = module_state(content) if isinstance(content, Stub) else content
-    return rename_plain(state) if is_state(state) else {}
-
-
-def rename_plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without the prefixes of wrappers in its names."""
-    return {name: state[stored] for name, stored in plain_names(state).items()}
-
-
-def is_state(content: Any) -> bool:
-    """Return whether an object is a state dict, which has a tensor for every name."""
-    if not isinstance(content, Mapping) or not content:
-        return False
-    return all(isinstance(n, str) and isinstance(x, Tensor) for n, x in content.items())
 
 
 class Stub:
@@ -127,46 +93,6 @@ class Stub:
 
     def __repr__(self) -> str:
         return f"<{self.type_name}, not loaded>"
-
-
-def module_state(module: Stub) -> dict[str, Tensor]:
-    """Return the state dict of a pickled nn.Module, or of the module in a TorchScript archive.
-
-    TorchScript does not distinguish buffers from plain attributes: all its tensors are included.
-    """
-    return dict(_named_tensors(module, "", itertools.count()))
-
-
-def _named_tensors(
-    module: Stub, prefix: str, visits: Iterator[int]
-) -> Iterator[tuple[str, Tensor]]:
-    where = printable(prefix.rstrip(".")) or "the checkpoint"
-    attributes = module.state if isinstance(module, Stub) else None
-    if isinstance(attributes, dict) and "_parameters" in attributes:  # an nn.Module
-        parameters, buffers, modules = (
-            attributes.get(name) or {} for name in ("_parameters", "_buffers", "_modules")
-        )
-        if all(isinstance(part, dict) for part in (parameters, buffers, modules)):
-            transient = attributes.get("_non_persistent_buffers_set", ())
-            if isinstance(transient, (set, dict)):
-                buffers = {n: x for n, x in buffers.items() if n not in transient}
-            attributes = {**parameters, **buffers, **modules}
-    if not isinstance(attributes, dict):
-        raise ValueError(f"{where} is {_describe(module)}; expected a module")
-    if next(visits) > MAX_MODULES or prefix.count(".") > MAX_DEPTH:
-        raise ValueError("the checkpoint contains itself or too many modules; expected a module")
-    for name, value in attributes.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{name}", value
-        elif isinstance(value, Stub):
-            yield from _named_tensors(value, f"{prefix}{name}.", visits)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Stub):
-        return printable(f"a {value.type_name}")
-    keys = f" of {', '.join(map(str, list(value)[:4]))}" if isinstance(value, dict) else ""
-    return printable(f"a {type(value).__name__}{keys}")
 
 
 class _Dict(dict):

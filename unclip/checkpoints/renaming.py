@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.checkpoints.folders import weight_files
-from unclip.checkpoints.pickles import read_state
+from unclip.checkpoints.states import read_state
 from unclip.weights import TensorFile, fit_error, meta_device
 
 M = TypeVar("M", bound=nn.Module)

@@ -120,7 +120,7 @@ def _component(name: str, tensors: Iterable[tuple[str, Sequence[int]]], size: in
 def _header(file: Path) -> list[dict[str, Any]]:
     """Return dtype and shape of each tensor in a weight file."""
     if file.suffix != ".safetensors":
-        from unclip.checkpoints.pickles import read_state  # late: imports torch
+        from unclip.checkpoints.states import read_state  # late: imports torch
 
         return [{"dtype": str(x.dtype), "shape": x.shape} for x in read_state(file).values()]
     opened = open_safetensors(file, "numpy")

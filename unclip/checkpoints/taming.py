@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.formats import Format, States
-from unclip.checkpoints.pickles import find_state, read_checkpoint
+from unclip.checkpoints.pickles import read_checkpoint
 from unclip.checkpoints.renaming import (
     Part,
     Rule,
@@ -21,6 +21,7 @@ from unclip.checkpoints.renaming import (
     prefixed,
     without_prefix,
 )
+from unclip.checkpoints.states import find_state
 from unclip.config import MAX_CONFIG
 from unclip.files import read_text
 from unclip.models.codecs.quantizers import GumbelConfig, NearestConfig

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from unclip.checkpoints.pickles import Stub, is_state, read_checkpoint, rename_plain
+from unclip.checkpoints.pickles import Stub, read_checkpoint
+from unclip.checkpoints.states import is_state, rename_plain
 from unclip.files import read_json
 
 Release = tuple[int, ...]

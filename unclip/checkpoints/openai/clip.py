@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from unclip.checkpoints.adm import transformer_depth
-from unclip.checkpoints.pickles import read_state
 from unclip.checkpoints.renaming import expecting
+from unclip.checkpoints.states import read_state
 
 if TYPE_CHECKING:
     from unclip.clip import CLIP, CLIPConfig

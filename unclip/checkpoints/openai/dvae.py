@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.formats import Format
-from unclip.checkpoints.pickles import Stub, module_state, read_checkpoint
+from unclip.checkpoints.pickles import Stub, read_checkpoint
 from unclip.checkpoints.renaming import Part, Rule, build, count, expecting, move
+from unclip.checkpoints.states import module_state
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.weights import meta_device
 
