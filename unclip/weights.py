@@ -18,6 +18,7 @@ from unclip.files import open_safetensors, printable
 from unclip.types import DTYPES, DType
 
 MAX_MAPPED = 2**26  # bytes
+MAX_CALLS = 50_000  # of torch's functions to build a network; Karlo's upsampler takes 5,268
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -129,10 +130,14 @@ def save_tensors(
 
 
 class _NothingDrawn(TorchFunctionMode):
+    calls = 0
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        self.calls, kwargs = self.calls + 1, kwargs or {}
+        if self.calls > MAX_CALLS:
+            raise ValueError("a config describes a network of too many layers to be loaded")
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
@@ -141,7 +146,8 @@ def meta_device() -> Iterator[None]:
     """Build modules on the meta device, for `load_strictly`.
 
     Normal distributions are not drawn from: torch would do so in Python, and import its compiler,
-    which takes longer than to load a small model.
+    which takes longer than to load a small model. Raises ValueError for a network of more layers
+    than any real one has, whose modules would fill the memory.
     """
     with torch.device("meta"), _NothingDrawn():
         yield

@@ -306,3 +306,29 @@ def test_a_hub_id_without_a_network_is_an_error(tmp_path, monkeypatch):
         ValueError, match="'someone/unclip-test' is not a local folder.*cannot be reached"
     ):
         unclip.load("someone/unclip-test")
+
+
+@pytest.mark.parametrize("name", ["../decoder", "/decoder", "a/b", "", "."])
+def test_a_component_is_a_folder_of_the_model(name, tiny_folder, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**model, "components": ["clip", name]}))
+    with pytest.raises(ValueError, match="expected names"):
+        load_any(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/model.safetensors", 1, [], None])
+def test_a_shard_is_a_file_of_the_component(name, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(ValueError, match="expected a file in the same folder"):
+        folders.weight_files(tmp_path)
+
+
+def test_a_network_that_would_fill_the_memory_is_refused(tmp_path):
+    for file, key in (("config.json", "depth"), ("schedule.json", "num_timesteps")):
+        store.save_component(tiny_prior(), tmp_path, schedule=ScheduleConfig())
+        data = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps({**data, key: 10**9}))
+        with pytest.raises(ValueError, match="too many layers|expected at most"):
+            store.load_prior(tmp_path)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints import hub
 from unclip.checkpoints.hub import CONFIG_FILE, MODEL_FILE, MODEL_FILES, HubArguments
 from unclip.config import MAX_CONFIG, check_keywords
-from unclip.files import printable, read_json, read_text
+from unclip.files import printable, read_json, read_text, shorten
 from unclip.safe_yaml import parse_yaml
 
 if TYPE_CHECKING:
@@ -82,8 +82,9 @@ def read_model_json(folder: Path) -> dict[str, Any]:
     for key, kind in {"kind": str, "name": str, "licence": str, "components": list}.items():
         if not isinstance(model.get(key), kind):
             raise ValueError(f"{file}: {key} is {model.get(key)!r}; expected a {kind.__name__}")
-    if not all(isinstance(name, str) for name in model["components"]):
-        raise ValueError(f"{file}: components are {model['components']!r}; expected names")
+    # A name is that of a folder in this one, so it must not be a path.
+    if not all(isinstance(name, str) and name.isidentifier() for name in model["components"]):
+        raise ValueError(f"{file}: components are {shorten(model['components'])}; expected names")
     return model
 
 
@@ -147,6 +148,9 @@ def weight_files(folder: Path) -> list[Path]:
     names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{file} has no weight_map; expected the file name of each tensor")
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{file} names {shorten(name)}; expected a file in the same folder")
     shards = [folder / name for name in sorted(set(names.values()))]
     for shard in shards:
         if not shard.is_file():

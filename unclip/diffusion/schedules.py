@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from unclip.config import Positive, config
@@ -25,7 +25,7 @@ class ScheduleConfig:
     """Noise level at each timestep (unCLIP, table 3: cosine, but linear in the last upsampler)."""
 
     kind: Literal["cosine", "linear"] = "cosine"
-    num_timesteps: Annotated[int, Ge(2)] = 1000
+    num_timesteps: Annotated[int, Ge(2), Le(1_000_000)] = 1000
     zero_terminal_snr: bool = False  # end in pure noise (2305.08891); needs x0 or v prediction
     shift: Positive = 1.0  # divides α/σ; twice the image size needs 2 for the same visible noise
     precision: Literal["float64", "float32"] = "float64"  # of betas; diffusers uses float32
