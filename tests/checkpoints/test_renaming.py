@@ -152,3 +152,10 @@ def test_build_casts_parameters_and_keeps_buffers_in_float32() -> None:
     assert module.mean.dtype == torch.float32 and torch.equal(module.mean, torch.ones(2))
     with pytest.raises(ValueError, match=r"a\.ckpt does not fit: missing: b"):
         build(Scaled, 2, [Part({"w": state["w"], "mean": state["mean"]}, rules, "a.ckpt")])
+
+
+def test_parts_that_cannot_be_joined_are_reported():
+    parts = {"q.weight": torch.zeros(2, 3), "k.weight": torch.zeros(2, 4)}
+    shapes, dtypes = {"qk.weight": torch.Size((4, 3))}, {"qk.weight": torch.float16}
+    with pytest.raises(ValueError, match=r"k\.weight is \(2, 4\), expected \(2, 3\)$"):
+        import_state(parts, [fuse(["q", "k"], "qk")], shapes, "a file", dtypes=dtypes)
