@@ -43,7 +43,7 @@ def edited_source(image: Image.Image, mask: Image.Image | None = None) -> dict[s
         size = f"{image.width} x {image.height} px"
         warnings.warn(
             f"the image of {size} is too large for metadata: results cannot be regenerated",
-            stacklevel=5,
+            stacklevel=4,
         )
     return entries
 

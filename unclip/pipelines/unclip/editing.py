@@ -1,8 +1,8 @@
 """Inpainting, outpainting and image-to-image, with any decoder, trained for it or not.
 
-The functions take a pipeline and return `num_images` images of each input; image k has the seed
-`seed` + k. Known pixels are kept bit for bit. The prompt, one for all or one for each, describes
-the whole image; without a prompt, the CLIP embedding of the input is used.
+The public functions are methods of `UnCLIPPipeline`. They return `num_images` images of each input;
+image k has the seed `seed` + k. Known pixels are kept bit for bit. The prompt, one for all or one
+for each, describes the whole image; without a prompt, the CLIP embedding of the input is used.
 
 An image of any size is painted in square windows as wide as its shorter side, which are resized to
 the size of the model's images. A model with an inpainter uses it, unless painting.trained is False.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from unclip.pipelines.request import (
     ImageInput,
     Images,
     Request,
+    Seed,
     check_prompts,
     open_images,
 )
@@ -44,7 +45,7 @@ from unclip.pipelines.unclip.stages import (
     check_stages,
     stage_sizes,
 )
-from unclip.types import GenerationResult, Prompt, TextEncoding, UnCLIPOptions
+from unclip.types import GenerationResult, OnStep, Prompt, TextEncoding, UnCLIPOptions
 
 ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers, whose input is consistent
 MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
@@ -74,15 +75,22 @@ def inpaint(
     pipe: StagedPipeline,
     image: Images,
     mask: Mask | Sequence[Mask],
-    prompt: Prompt | None,
-    painting: PaintOptions | None,
-    request: Request,
+    prompt: Prompt | None = None,
+    *,
+    painting: PaintOptions | None = None,
+    num_images: int = 1,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
     """Paint the white part of a mask of the same size, or the transparent part if it has one.
 
     Several images need a mask each. With painting.strength below 1, the old content remains
     partly visible. Warns if nothing or everything is marked.
     """
+    request = Request(num_images, seed, on_step, batch_size, progress, options)
     sources = open_images(image)
     masks: Sequence[Any] = mask if isinstance(mask, list | tuple) else [mask]
     if len(masks) != len(sources):
@@ -95,9 +103,9 @@ def inpaint(
             raise ValueError(f"the mask is {sizes}; expected the same size")
         hole = np.asarray(marked) > 0
         if not hole.any():
-            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=4)
+            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
         elif hole.all():
-            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=4)
+            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
         metadata = {"operation": "inpaint", **edited_source(source, marked)}
         canvases.append(Canvas(source, np.asarray(source), hole, metadata))
     return _paint(pipe, canvases, prompt, painting or PaintOptions(), request)
@@ -106,34 +114,58 @@ def inpaint(
 def outpaint(
     pipe: StagedPipeline,
     image: ImageInput,
-    prompt: str | None,
-    borders: Mapping[str, int],
-    painting: PaintOptions | None,
-    request: Request,
+    prompt: str | None = None,
+    *,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    painting: PaintOptions | None = None,
+    num_images: int = 1,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
-    """Extend an image by `borders` pixels: "left", "top", "right" and "bottom"."""
+    """Extend an image by a number of pixels on each side."""
+    request = Request(num_images, seed, on_step, batch_size, progress, options)
+    borders = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, width in borders.items():
         if not isinstance(width, int) or width < 0:
             raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
     if not any(borders.values()):
         raise ValueError("left, top, right and bottom are all 0; expected one above 0")
     source = _open_one(image)
-    left, top, right, bottom = (borders[name] for name in ("left", "top", "right", "bottom"))
     width, height = source.width + left + right, source.height + top + bottom
     added = width * height - source.width * source.height
     _check_windows(0, added, min(source.size))  # before allocation
     around = ((top, bottom), (left, right))
     pixels = np.pad(np.asarray(source), (*around, (0, 0)))
     hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
-    metadata = {"operation": "outpaint", **edited_source(source), "arguments": dict(borders)}
+    metadata = {"operation": "outpaint", **edited_source(source), "arguments": borders}
     canvas = Canvas(source, pixels, hole, metadata)
     return _paint(pipe, [canvas], prompt, painting or PaintOptions(), request)
 
 
 def image_to_image(
-    pipe: StagedPipeline, image: Images, prompt: Prompt | None, strength: float, request: Request
+    pipe: StagedPipeline,
+    image: Images,
+    prompt: Prompt | None = None,
+    *,
+    strength: float = 0.6,
+    num_images: int = 1,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
-    """Repaint whole images from their noised versions (SDEdit, 2108.01073)."""
+    """Repaint whole images from their noised versions (SDEdit, 2108.01073).
+
+    strength: in (0, 1]; near 0 little changes, at 1 nothing of the image is kept.
+    """
+    request = Request(num_images, seed, on_step, batch_size, progress, options)
     canvases = []
     for source in open_images(image):
         metadata = {"operation": "image_to_image", **edited_source(source)}

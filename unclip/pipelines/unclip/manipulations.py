@@ -1,7 +1,8 @@
 """Manipulations of latents (unCLIP 3): inversion, variations, interpolation, text diffs.
 
-The functions take a pipeline, and images or their latents. Without options, those of the latent are
-used; for an image, the model's own with at least 50 steps of DDIM in the decoder.
+The public functions are methods of `UnCLIPPipeline`. A source is an image, several, or latents.
+Without options, those of the latent are used; for an image, the model's own with at least 50 steps
+of DDIM in the decoder. on_step, batch_size and progress are as in a call of the pipeline.
 """
 
 # B images, D CLIP embedding width, S size of a stage's images
@@ -43,7 +44,7 @@ from unclip.pipelines.unclip.latent import (
     path_positions,
 )
 from unclip.pipelines.unclip.stages import StagedPipeline, bind_stage, check_stages, stage_sizes
-from unclip.types import GenerationResult, Prompt, UnCLIPOptions
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 Source = Images | Latent | Sequence[Latent]
 
@@ -51,7 +52,14 @@ EVEN_ROUNDS = 3  # of sampling frames to find positions with even steps
 
 
 def invert(
-    pipe: StagedPipeline, images: Images, inversion: InversionOptions | None, request: Request
+    pipe: StagedPipeline,
+    images: Images,
+    *,
+    options: UnCLIPOptions | None = None,
+    inversion: InversionOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> Latent:
     """Compute latents: CLIP's embedding, and the noise by DDIM inversion with it.
 
@@ -59,6 +67,13 @@ def invert(
     with the small image that `reconstruct` will pass to it, so that errors of that image are
     corrected.
     """
+    request = Request(1, None, on_step, batch_size, progress, options)
+    return _invert(pipe, images, inversion, request)
+
+
+def _invert(
+    pipe: StagedPipeline, images: Images, inversion: InversionOptions | None, request: Request
+) -> Latent:
     options = request.options or deterministic(pipe.options)
     inversion = inversion or InversionOptions()
     _check(pipe, options)
@@ -85,9 +100,16 @@ def invert(
 
 
 def random_latent(
-    pipe: StagedPipeline, image_emb: Tensor, seed: Seed, options: UnCLIPOptions | None
+    pipe: StagedPipeline,
+    image_emb: Tensor,
+    *,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
 ) -> Latent:
-    """Combine embeddings (B, D) with the noise of seeds `seed`, `seed` + 1, ..."""
+    """Combine embeddings (B, D) with the noise of seeds `seed`, `seed` + 1, ...
+
+    Without a layout prior, it is the noise that `variations` uses for `seed`.
+    """
     options = options or deterministic(pipe.options)
     _check(pipe, options)
     check_embeddings(pipe, image_emb)
@@ -99,8 +121,20 @@ def random_latent(
     return Latent(image_emb, noise, options, sources)
 
 
-def imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
+def imagine(
+    pipe: StagedPipeline,
+    prompts: Prompt,
+    *,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    on_step: OnStep | None = None,
+    progress: bool = True,
+) -> Latent:
     """Combine the prior's embeddings of prompts with random noise."""
+    return _imagine(pipe, prompts, Request(1, seed, on_step, progress=progress, options=options))
+
+
+def _imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
     options, prompts = request.options or deterministic(pipe.options), check_prompts(prompts)
     seeds, stage = request.seeds(len(prompts)), pipe.prior_stage
     with request.track(0 if stage is None else stage.steps(options.prior)) as on_step:
@@ -111,16 +145,21 @@ def imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
             candidates=options.prior_candidates,
             on_step=on_step,
         )
-    return random_latent(pipe, image_emb, seeds, options)
+    return random_latent(pipe, image_emb, seed=seeds, options=options)
 
 
 def reconstruct(
     pipe: StagedPipeline,
     source: Source,
-    inversion: InversionOptions | None,
-    request: Request,
+    *,
+    options: UnCLIPOptions | None = None,
+    inversion: InversionOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
     """Decode the latents of images, or given ones."""
+    request = Request(1, None, on_step, batch_size, progress, options)
     latent = _latent(pipe, source, inversion, request)
     entries = [{"sources": [made_of]} for made_of in latent.sources]
     return _decode(pipe, "reconstruct", latent, entries, request)
@@ -129,31 +168,43 @@ def reconstruct(
 def vary(
     pipe: StagedPipeline,
     source: Source,
-    eta: float,
-    inversion: InversionOptions | None,
-    request: Request,
+    *,
+    eta: float = 0.5,
+    num_images: int = 1,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    inversion: InversionOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
     """Generate `num_images` variations of each image; a larger eta changes more (unCLIP 3.1).
 
     eta: amount of fresh noise in DDIM's steps, from 0 (reconstructions) to 1. Image k has the seed
     `seed` + k.
     """
+    request = Request(num_images, seed, on_step, batch_size, progress, options)
     _check_eta(eta)
     seeds = request.seeds(_count(source))
-    latent = _latent(pipe, source, inversion, request).repeat_interleave(request.num_images)
+    latent = _latent(pipe, source, inversion, request).repeat_interleave(num_images)
     entries = [{"sources": [made_of], "arguments": {"eta": eta}} for made_of in latent.sources]
     return _decode(pipe, "vary", latent, entries, request, eta=eta, seeds=seeds)
 
 
 def interpolate(
     pipe: StagedPipeline,
-    path: Sequence[ImageInput] | Sequence[Latent] | Latent | None,
-    prompts: Sequence[str] | None,
-    frames: int | Sequence[float] | np.ndarray,
-    even: bool,
-    noise: Literal["slerp", "first", "random"],
-    inversion: InversionOptions | None,
-    request: Request,
+    path: Sequence[ImageInput] | Sequence[Latent] | Latent | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    frames: int | Sequence[float] | np.ndarray = 9,
+    even: bool = False,
+    noise: Literal["slerp", "first", "random"] = "slerp",
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    inversion: InversionOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
     """Decode points on the path through two or more images, latents or prompts (unCLIP 3.2).
 
@@ -169,17 +220,17 @@ def interpolate(
     if even and isinstance(frames, Sequence | np.ndarray):
         raise ValueError(f"frames is {frames} with even=True; expected a number of frames")
     positions = path_positions(frames)
-    seed = request.seeds(1)[0]
-    request = replace(request, seed=seed)
+    (seed,) = seeds_from(seed, 1)
+    request = Request(1, seed, on_step, batch_size, progress, options)
     if prompts is not None:
         check_path(len(check_prompts(prompts)))
-        latent = imagine(pipe, prompts, request)
+        latent = _imagine(pipe, prompts, request)
     else:
         assert path is not None
         check_path(_count(path))
         latent = _latent(pipe, path, inversion, request)
     if noise != "slerp":
-        random = random_latent(pipe, latent.image_emb[:1], seed, latent.options)
+        random = random_latent(pipe, latent.image_emb[:1], seed=seed, options=latent.options)
         constant = latent[:1] if noise == "first" else random
         latent = replace(latent, noise=constant.repeat_interleave(len(latent)).noise)
     if even:
@@ -195,10 +246,15 @@ def text_diff(
     source: Source,
     base: str,
     target: str,
-    theta: float | Sequence[float],
-    eta: float,
-    inversion: InversionOptions | None,
-    request: Request,
+    theta: float | Sequence[float] = 0.3,
+    *,
+    eta: float = 0.5,
+    seed: Seed = None,
+    options: UnCLIPOptions | None = None,
+    inversion: InversionOptions | None = None,
+    on_step: OnStep | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
 ) -> GenerationResult:
     """Rotate embeddings towards the difference of the texts `target` and `base` (unCLIP 3.3).
 
@@ -208,6 +264,7 @@ def text_diff(
     become visible as theta grows. A larger eta removes them, and makes theta 0 less exact. Image k
     has the seed `seed` + k at each theta.
     """
+    request = Request(1, seed, on_step, batch_size, progress, options)
     _check_eta(eta)
     thetas = np.asarray(theta, dtype=float).ravel().tolist()
     if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
@@ -279,7 +336,7 @@ def _latent(
 ) -> Latent:
     latent = _joined(source)
     if not isinstance(latent, Latent):
-        return invert(pipe, latent, inversion, request)
+        return _invert(pipe, latent, inversion, request)
     check_latent(pipe, latent, request.options)
     return latent
 

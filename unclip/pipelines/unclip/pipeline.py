@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from unclip.checkpoints.formats import Bundle
 from unclip.clip import CLIP
-from unclip.diffusion.inversion import InversionOptions
-from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
 from unclip.image_io import open_image, small_images
@@ -29,7 +26,6 @@ from unclip.pipelines.presets import preset
 from unclip.pipelines.provenance import encode_array
 from unclip.pipelines.request import (
     Batch,
-    ImageInput,
     Images,
     Mixture,
     PromptBatch,
@@ -46,7 +42,6 @@ from unclip.pipelines.rerank import BestOf, check_candidates
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip import editing, manipulations
 from unclip.pipelines.unclip.adapters import Adapters
-from unclip.pipelines.unclip.latent import Latent
 from unclip.pipelines.unclip.stages import (
     AnyDecoder,
     AnyPrior,
@@ -393,180 +388,22 @@ class UnCLIPPipeline(Pipeline):
         generators = generators or random_generators(len(images))
         return self._upsample(images.to(self.device), options, generators, on_step)
 
-    # -- manipulations (unCLIP 3); on_step, batch_size and progress are as in a call
+    # -- manipulations (unCLIP 3): functions of a pipeline, as methods
 
-    def invert(
-        self,
-        images: Images,
-        *,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> Latent:
-        """Return the latents of images; see `manipulations.invert`."""
-        request = Request(1, None, on_step, batch_size, progress, options)
-        return manipulations.invert(self, images, inversion, request)
-
-    def random_latent(
-        self, image_emb: Tensor, *, seed: Seed = None, options: UnCLIPOptions | None = None
-    ) -> Latent:
-        """Return latents of embeddings (B, D), with random noise.
-
-        Without a layout prior, it is the noise that `variations` uses for `seed`.
-        """
-        return manipulations.random_latent(self, image_emb, seed, options)
-
-    def imagine(
-        self,
-        prompts: Prompt,
-        *,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        progress: bool = True,
-    ) -> Latent:
-        """Return latents of prompts: embeddings of the prior, and random noise."""
-        request = Request(1, seed, on_step, progress=progress, options=options)
-        return manipulations.imagine(self, prompts, request)
-
-    def check_latent(self, latent: Latent, options: UnCLIPOptions | None = None) -> None:
-        """Raise ValueError unless this model can decode the latent with options (or its own)."""
-        manipulations.check_latent(self, latent, options)
-
-    def reconstruct(
-        self,
-        source: manipulations.Source,
-        *,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Decode the latents of images, or given ones."""
-        request = Request(1, None, on_step, batch_size, progress, options)
-        return manipulations.reconstruct(self, source, inversion, request)
-
-    def vary(
-        self,
-        source: manipulations.Source,
-        *,
-        eta: float = 0.5,
-        num_images: int = 1,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Vary images; a larger eta changes more. See `manipulations.vary`."""
-        request = Request(num_images, seed, on_step, batch_size, progress, options)
-        return manipulations.vary(self, source, eta, inversion, request)
-
-    def interpolate(
-        self,
-        path: Sequence[ImageInput] | Sequence[Latent] | Latent | None = None,
-        *,
-        prompts: Sequence[str] | None = None,
-        frames: int | Sequence[float] | np.ndarray = 9,
-        even: bool = False,
-        noise: Literal["slerp", "first", "random"] = "slerp",
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Interpolate between images, latents or prompts; see `manipulations.interpolate`."""
-        request = Request(1, seed, on_step, batch_size, progress, options)
-        return manipulations.interpolate(
-            self, path, prompts, frames, even, noise, inversion, request
-        )
-
-    def text_diff(
-        self,
-        source: manipulations.Source,
-        base: str,
-        target: str,
-        theta: float | Sequence[float] = 0.3,
-        *,
-        eta: float = 0.5,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        inversion: InversionOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Edit images by the difference of two texts; see `manipulations.text_diff`."""
-        request = Request(1, seed, on_step, batch_size, progress, options)
-        return manipulations.text_diff(self, source, base, target, theta, eta, inversion, request)
+    invert = manipulations.invert
+    random_latent = manipulations.random_latent
+    imagine = manipulations.imagine
+    check_latent = manipulations.check_latent
+    reconstruct = manipulations.reconstruct
+    vary = manipulations.vary
+    interpolate = manipulations.interpolate
+    text_diff = manipulations.text_diff
 
     # -- editing; known pixels are kept bit for bit
 
-    def inpaint(
-        self,
-        image: Images,
-        mask: editing.Mask | Sequence[editing.Mask],
-        prompt: Prompt | None = None,
-        *,
-        painting: PaintOptions | None = None,
-        num_images: int = 1,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Paint the white or transparent part of each image's mask; see `editing.inpaint`."""
-        request = Request(num_images, seed, on_step, batch_size, progress, options)
-        return editing.inpaint(self, image, mask, prompt, painting, request)
-
-    def outpaint(
-        self,
-        image: ImageInput,
-        prompt: str | None = None,
-        *,
-        left: int = 0,
-        top: int = 0,
-        right: int = 0,
-        bottom: int = 0,
-        painting: PaintOptions | None = None,
-        num_images: int = 1,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Extend an image by a number of pixels on each side; see `editing.outpaint`."""
-        request = Request(num_images, seed, on_step, batch_size, progress, options)
-        borders = {"left": left, "top": top, "right": right, "bottom": bottom}
-        return editing.outpaint(self, image, prompt, borders, painting, request)
-
-    def image_to_image(
-        self,
-        image: Images,
-        prompt: Prompt | None = None,
-        *,
-        strength: float = 0.6,
-        num_images: int = 1,
-        seed: Seed = None,
-        options: UnCLIPOptions | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 16,
-        progress: bool = True,
-    ) -> GenerationResult:
-        """Repaint whole images from their noised versions (SDEdit, 2108.01073).
-
-        strength: in (0, 1]; near 0 little changes, at 1 nothing of the image is kept.
-        """
-        request = Request(num_images, seed, on_step, batch_size, progress, options)
-        return editing.image_to_image(self, image, prompt, strength, request)
+    inpaint = editing.inpaint
+    outpaint = editing.outpaint
+    image_to_image = editing.image_to_image
 
     # -- networks
 
