@@ -129,7 +129,7 @@ pipelines.networks pipelines.unclip.pipeline: UnCLIPNetworks=UnCLIPPipeline
 pipelines.placement pipelines.base: Placement=Pipeline
 pipelines.recipes pipelines.provenance: decode_picture=decode_image encode_picture=encode_image
 pipelines.recipes pipelines.provenance: picture_source=image_source
-pipelines.runs pipelines.unclip.stages: StageRun=BoundStage
+pipelines.runs pipelines.diffusion_stage: StageRun=BoundStage
 pipelines.runs image_io: fit to_tensor
 pipelines.runs pipelines.request: several=open_images unopened=list_images
 pipelines.stages pipelines.unclip.pipeline: UnCLIPStages=UnCLIPPipeline

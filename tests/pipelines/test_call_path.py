@@ -14,7 +14,7 @@ from unclip.pipelines import memory
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
 PACKAGE = str(Path(unclip.__file__).parent)
-MAX_FILES = 17
+MAX_FILES = 18
 NEW_LOCALS = 0x2  # flag of functions; the bodies of modules and classes do not have it
 
 

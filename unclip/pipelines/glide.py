@@ -14,6 +14,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
 from unclip.pipelines.base import Pipeline, inference, make_schedules
+from unclip.pipelines.diffusion_stage import DiffusionStage
 from unclip.pipelines.request import (
     Request,
     Seed,
@@ -22,7 +23,6 @@ from unclip.pipelines.request import (
     random_generators,
 )
 from unclip.pipelines.runtime import Runtime
-from unclip.pipelines.unclip.stages import DiffusionStage
 from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOptions
 

@@ -366,8 +366,9 @@ def _decode(
             x = None
             for i in range(len(sizes)):
                 stage = bind_stage(pipe, i, options, part.image_emb, x)
+                stage = replace(stage, options=replace(stage.options, eta=eta))
                 x_T = part.noise[i].to(pipe.runtime.device)
-                x = stage.sample(x_T, generators, on_step, eta).clamp(-1, 1)
+                x = stage.sample(x_T, generators, on_step).clamp(-1, 1)
             assert x is not None
             images += to_pil(x)
             embs.append(part.image_emb)
