@@ -19,7 +19,7 @@ from unclip.checkpoints.dalle2_pytorch.names import prior_rules
 from unclip.checkpoints.renaming import export_state
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
-from unclip.pipelines.unclip.stages import LoadedPrior
+from unclip.pipelines.unclip.stages import EncodedPrompts, LoadedPrior
 from unclip.types import StageOptions, TextEncoding, UnCLIPOptions
 
 
@@ -90,7 +90,7 @@ def test_ancestral_sampling_guides_the_learned_variance(model):
     """DALLE2-pytorch guides it; Karlo and GLIDE use the conditional variance."""
     pipe = unclip.load(model)
     options = StageOptions(3, guidance=3.0, sampler="ancestral")
-    bound = pipe.decoder_stage.bind(numbers("emb", (1, D)), None, options)
+    bound = pipe.decoder_stage.bind(numbers("emb", (1, D)), EncodedPrompts(), options)
     x_t = numbers("x", (1, 3, 16, 16))
     cond, null = bound.denoise_both(torch.cat([x_t, x_t]), 50.0).chunk(2)
     _, variance = bound.estimate(x_t, 50.0)

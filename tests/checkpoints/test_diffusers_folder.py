@@ -30,7 +30,7 @@ from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig  # noqa: E40
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig  # noqa: E402
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig  # noqa: E402
 from unclip.models.unet import LevelSpec, UNetConfig  # noqa: E402
-from unclip.pipelines.unclip.stages import LoadedPrior  # noqa: E402
+from unclip.pipelines.unclip.stages import EncodedPrompts, LoadedPrior  # noqa: E402
 from unclip.types import StageOptions, UnCLIPOptions  # noqa: E402
 
 D, OPTIONS = (
@@ -223,7 +223,7 @@ def test_mlp_prior_and_layout_prior_sample_our_numbers(bundled: bool, tmp_path: 
         if bundled:
             stage = ours.decoder_stage.layout_stage
             assert stage is not None
-            expected = stage.sample(emb, text, None, generators)
+            expected = stage.sample(emb, EncodedPrompts(text), generators)
             assert_close(theirs._sample_layout(emb, their_text, same), expected)
 
 

@@ -19,7 +19,7 @@ from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig, la
 from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.runtime import Runtime
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.pipelines.unclip.stages import LayoutStage
+from unclip.pipelines.unclip.stages import EncodedPrompts, LayoutStage
 from unclip.training.losses import ConditionDropout, LayoutPriorLoss
 from unclip.types import TextEncoding
 
@@ -133,7 +133,7 @@ def test_training_learns_two_layouts_of_one_caption_instead_of_their_mean():
     generators = [torch.Generator().manual_seed(seed) for seed in range(40)]
     with torch.inference_mode():
         text = replace(random_text(40), emb=torch.ones(40, EMB_DIM))
-        x = stage.sample(torch.ones(40, EMB_DIM), text, None, generators)
+        x = stage.sample(torch.ones(40, EMB_DIM), EncodedPrompts(text), generators)
     brightness = x.mean(dim=(1, 2, 3))
     assert (brightness.abs() > 0.5).float().mean() > 0.8
     assert 8 < (brightness > 0).sum() < 32
@@ -189,7 +189,7 @@ def test_variations_keep_the_layout_of_their_image(invertible_pipe):
     for variation in (0.01, 0.5, 1.0):
         stage.network.config = replace(SHAPE, variation=variation)
         generators = [torch.Generator().manual_seed(0)]
-        samples[variation] = stage.sample(emb, None, None, generators, like=layout)
+        samples[variation] = stage.sample(emb, EncodedPrompts(), generators, like=layout)
     projected = stage.network.decode(stage.network.encode(layout)).clamp(-1, 1)
     distances = [(x - projected).abs().mean().item() for x in samples.values()]
     assert distances[0] < distances[1] < distances[2]

@@ -6,7 +6,7 @@ import inspect
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
@@ -237,20 +237,21 @@ class Pipeline(ABC):
         x: Tensor,
         batch: Batch,
         prompts: Sequence[str | None],
-        entries: Iterable[dict[str, Any]],
+        entries: Sequence[dict[str, Any]],
         options: Any,
         **tensors: Tensor | None,
     ) -> GenerationResult:
-        """Make the result of a batch of images (B, 3, S, S); entries: metadata of each image."""
-        about = self.describe(options)
-        metadata = [
-            {**entry, "seed": seed, **about}
-            for entry, seed in zip(entries, batch.seeds, strict=True)
-        ]
+        """Make the result of a batch of images (B, 3, S, S).
+
+        prompts, entries: text and metadata of each prompt, for `batch.num_images` images of it.
+        tensors: columns of the result, one row for each image.
+        """
+        about, n, seeds = self.describe(options), batch.num_images, batch.seeds
+        metadata = [{**entries[k // n], "seed": seed, **about} for k, seed in enumerate(seeds)]
+        texts = [prompts[k // n] for k in range(len(seeds))]
         # Cloned outside of inference mode, so that the caller can compute with them.
         cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
-        seeds: list[int | None] = [*batch.seeds]
-        return GenerationResult(image_io.to_pil(x), seeds, [*prompts], metadata=metadata, **cloned)
+        return GenerationResult(image_io.to_pil(x), [*seeds], texts, metadata=metadata, **cloned)
 
 
 def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:

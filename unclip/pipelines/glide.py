@@ -111,12 +111,13 @@ class GLIDEPipeline(Pipeline):
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         request, results = Request(num_images, seed, on_step, batch_size, progress), []
         for batch in request.batches(len(prompts), steps):
-            captions = [text for text in prompts[batch.prompts] for _ in range(batch.num_images)]
+            part = prompts[batch.prompts]
+            captions = [text for text in part for _ in range(batch.num_images)]
             sampling: dict[str, Any] = {"generators": batch.generators, "on_step": batch.on_step}
             x = self.decode(captions, options=options.decoder, **sampling)
             x = self.upsample(x, captions, options=options.upsamplers, **sampling)
-            entries = ({"prompt": caption} for caption in captions)
-            results.append(self.make_result(x, batch, captions, entries, options))
+            entries = [{"prompt": text} for text in part]
+            results.append(self.make_result(x, batch, part, entries, options))
         return GenerationResult.cat(results)
 
     def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:

@@ -316,9 +316,9 @@ class DallePipeline(Pipeline):
                     images, codes = images[best], codes[best]
             if given == N:
                 batch.on_step(Progress(STAGE, 1, 1, images))
-            names = [prompt for prompt in prompts for _ in range(n)]
-            entries = [entry for entry in task.metadata[rows] for _ in range(n)]
-            yield self.make_result(images, batch, names, entries, options, codes=codes)
+            yield self.make_result(
+                images, batch, prompts, task.metadata[rows], options, codes=codes
+            )
 
     def _sample_again(
         self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions

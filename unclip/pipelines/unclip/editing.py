@@ -40,12 +40,13 @@ from unclip.pipelines.request import (
     open_images,
 )
 from unclip.pipelines.unclip.stages import (
+    EncodedPrompts,
     StagedPipeline,
     bind_stage,
     check_stages,
     stage_sizes,
 )
-from unclip.types import GenerationResult, OnStep, Prompt, TextEncoding, UnCLIPOptions
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers, whose input is consistent
 MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
@@ -286,12 +287,12 @@ def _content(
     prompts: list[str] | None,
     batch: Batch,
     options: UnCLIPOptions,
-) -> tuple[Tensor, TextEncoding | None]:
-    """Return image embeddings (B, D) of prompts or images, and B encodings of the prompts."""
+) -> tuple[Tensor, EncodedPrompts]:
+    """Return image embeddings (B, D) of prompts or images, and the encoded prompts."""
     n = batch.num_images
     if prompts is None:
         image_emb = pipe.encode_image([canvas.image for canvas in canvases])
-        return image_emb.repeat_interleave(n, dim=0), None
+        return image_emb.repeat_interleave(n, dim=0), EncodedPrompts()
     text = pipe.encode_text(prompts)
     image_emb = pipe.sample_prior(
         text,
@@ -301,14 +302,14 @@ def _content(
         candidates=options.prior_candidates,
         on_step=batch.on_step,
     )
-    return image_emb, text.repeat_interleave(n)
+    return image_emb, EncodedPrompts(text.repeat_interleave(n))
 
 
 def _paint_window(
     pipe: StagedPipeline,
     views: Sequence[View],
     image_emb: Tensor,
-    text: TextEncoding | None,
+    text: EncodedPrompts,
     batch: Batch,
     options: UnCLIPOptions,
     painting: PaintOptions,

@@ -16,7 +16,6 @@ from unclip.clip import CLIP
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
 from unclip.image_io import open_image, small_images
-from unclip.models.layers import mix_rows
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.prior import DirectPrior
@@ -47,6 +46,7 @@ from unclip.pipelines.unclip.stages import (
     AnyPrior,
     AnyUpsampler,
     DecoderStage,
+    EncodedPrompts,
     LayoutStage,
     LoadedPrior,
     PriorStage,
@@ -121,19 +121,20 @@ class UnCLIPPipeline(Pipeline):
         diffused = [key for key, net in networks.items() if not isinstance(net, DirectPrior)]
         made = make_schedules(schedules, diffused)
 
-        self.clip, self.encoder = clip, TextEncoder(clip, self.runtime)
+        text_encoder = TextEncoder(clip, self.runtime)
+        self.clip, self.text_encoder = clip, text_encoder
         self.prior_stage: PriorStage | None = None
         if prior is not None:
-            self.prior_stage = PriorStage(prior, made.get("prior"), self.encoder)
+            self.prior_stage = PriorStage(prior, made.get("prior"), text_encoder)
         layouts = None
         if layout_prior is not None:
             layouts = LayoutStage(layout_prior, made["layout_prior"], self.runtime)
         self.decoder_stage = DecoderStage(
-            "decoder", decoder, made["decoder"], self.encoder, layouts
+            "decoder", decoder, made["decoder"], text_encoder, layouts
         )
         self.inpainter_stage = self.decoder_stage if self.decoder_stage.inpaints else None
         if other is not None:
-            self.inpainter_stage = DecoderStage("inpainter", other, made["inpainter"], self.encoder)
+            self.inpainter_stage = DecoderStage("inpainter", other, made["inpainter"], text_encoder)
         self.upsampler_stages = tuple(
             UpsamplerStage(stage, network, made[stage], self.runtime)
             for stage, network in ups.items()
@@ -198,29 +199,24 @@ class UnCLIPPipeline(Pipeline):
         """
         prompts, options = PromptBatch.of(prompt, negative_prompt), options or self.options
         self._check_options(options, prompts)
-        best, results, count = None, [], num_images
+        best, results = None, []
         if num_candidates is not None:
-            best, count = self._best_of(prompts, num_images, num_candidates), num_candidates
-        request = Request(count, seed, on_step, batch_size, progress)
+            best = self._best_of(prompts, num_images, num_candidates)
+        request = Request(num_candidates or num_images, seed, on_step, batch_size, progress)
         for batch in request.batches(len(prompts), self._num_steps(options, prior=True)):
-            part, n = prompts[batch.prompts], batch.num_images
+            part = prompts[batch.prompts]
             with torch.inference_mode():
-                text, weights = self.encoder(part.texts), part.weights
-                negative = None if part.negative is None else self.encoder(part.negative)
-                image_emb = self._embed(text, negative, weights, batch, options)
+                encoded = self.text_encoder.encode(part)
+                image_emb = self._embed(encoded, batch, options)
+                encoded = encoded.repeat_interleave(batch.num_images)
                 x = self.decoder_stage.sample(
-                    image_emb,
-                    text.repeat_interleave(n),
-                    options.decoder,
-                    batch.generators,
-                    on_step=batch.on_step,
-                    negative=None if negative is None else negative.repeat_interleave(n),
-                    weights=None if weights is None else weights.repeat_interleave(n, dim=1),
+                    image_emb, encoded, options.decoder, batch.generators, on_step=batch.on_step
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            names = [describe_prompt(one) for one in part.prompts for _ in range(n)]
-            entries = [entry for entry in part.metadata() for _ in range(n)]
-            result = self.make_result(x, batch, names, entries, options, image_emb=image_emb)
+            names = [describe_prompt(one) for one in part.prompts]
+            result = self.make_result(
+                x, batch, names, part.metadata(), options, image_emb=image_emb
+            )
             results.append(result) if best is None else best.add(result)
         return GenerationResult.cat(results) if best is None else best.result()
 
@@ -265,14 +261,19 @@ class UnCLIPPipeline(Pipeline):
                 like = layout[batch.prompts].repeat_interleave(batch.num_images, dim=0)
             with torch.inference_mode():
                 x = self.decoder_stage.sample(
-                    part, None, options.decoder, batch.generators, on_step=batch.on_step, like=like
+                    part,
+                    EncodedPrompts(),
+                    options.decoder,
+                    batch.generators,
+                    on_step=batch.on_step,
+                    like=like,
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            entries = [{"image_emb": encode_array(one)} for one in part]
-            if like is not None:
-                for entry, one in zip(entries, like, strict=True):
+            entries = [{"image_emb": encode_array(one)} for one in emb[batch.prompts]]
+            if layout is not None:
+                for entry, one in zip(entries, layout[batch.prompts], strict=True):
                     entry["layout"] = encode_array(one)
-            names = [None] * len(part)
+            names = [None] * len(entries)
             results.append(self.make_result(x, batch, names, entries, options, image_emb=part))
         return GenerationResult.cat(results)
 
@@ -281,7 +282,7 @@ class UnCLIPPipeline(Pipeline):
     @inference
     def encode_text(self, prompts: Prompt) -> TextEncoding:
         """Encode P prompts in float32; texts beyond CLIP's context are cut, with a warning."""
-        return self.encoder(prompts)
+        return self.text_encoder(prompts)
 
     @inference
     def encode_image(self, images: Images) -> Tensor:
@@ -320,16 +321,14 @@ class UnCLIPPipeline(Pipeline):
         random. negative: 1 or P texts that replace the null of guidance. weights (K, P): mix K
         texts for each prompt; `text` holds the first text of all P prompts, then the second, ...
         """
-        P = len(text) if weights is None else weights.shape[1]
+        prompts = EncodedPrompts(text, negative, weights)
         return self._need_prior().sample(
-            text,
+            prompts,
             options or self.options.prior,
-            generators or random_generators(P * num_images),
+            generators or random_generators(len(text) // prompts.K * num_images),
             num_images=num_images,
             candidates=self.options.prior_candidates if candidates is None else candidates,
             on_step=on_step,
-            negative=negative,
-            weights=weights,
         )
 
     @inference
@@ -361,12 +360,10 @@ class UnCLIPPipeline(Pipeline):
         """
         return self.decoder_stage.sample(
             image_emb,
-            text,
+            EncodedPrompts(text, negative, weights),
             options or self.options.decoder,
             generators,
             on_step=on_step,
-            negative=negative,
-            weights=weights,
             like=like,
         )
 
@@ -434,7 +431,7 @@ class UnCLIPPipeline(Pipeline):
             self._earlier_priors[before.network] = config, before.source
         self.runtime.add("prior", network)
         schedule = None if prior.schedule is None else Schedule(prior.schedule)
-        self.prior_stage = PriorStage(network, schedule, self.encoder, prior.source)
+        self.prior_stage = PriorStage(network, schedule, self.text_encoder, prior.source)
 
     @property
     def decoder(self) -> AnyDecoder:
@@ -502,28 +499,20 @@ class UnCLIPPipeline(Pipeline):
     # -- helpers
 
     def _embed(
-        self,
-        text: TextEncoding,
-        negative: TextEncoding | None,
-        weights: Tensor | None,
-        batch: Batch,
-        options: UnCLIPOptions,
+        self, prompts: EncodedPrompts, batch: Batch, options: UnCLIPOptions
     ) -> Tensor | None:
         """Return image embeddings (B, D) of the kind that the options ask for, or None."""
         if options.embedding == "none":
             return None
         if options.embedding == "text":
-            emb = self.as_image(mix_rows(text.emb, weights))
-            return emb.repeat_interleave(batch.num_images, dim=0)
+            return self.as_image(prompts.emb).repeat_interleave(batch.num_images, dim=0)
         return self._need_prior().sample(
-            text,
+            prompts,
             options.prior,
             batch.generators,
             num_images=batch.num_images,
             candidates=options.prior_candidates,
             on_step=batch.on_step,
-            negative=negative,
-            weights=weights,
         )
 
     def _upsample(
@@ -539,7 +528,7 @@ class UnCLIPPipeline(Pipeline):
 
     def _best_of(self, prompts: PromptBatch, num_images: int, num_candidates: int) -> BestOf:
         check_candidates(num_images, num_candidates)
-        text_emb = mix_rows(self.encode_text(prompts.texts).emb, prompts.weights)
+        text_emb = EncodedPrompts(self.encode_text(prompts.texts), weights=prompts.weights).emb
         return BestOf(self.encode_image, text_emb, num_images, num_candidates)
 
     def _num_steps(self, options: UnCLIPOptions, prior: bool = False) -> int:

@@ -32,6 +32,7 @@ from unclip.models.unclip.upsampler import Upsampler
 from unclip.pipelines.diffusion_stage import BoundStage, DiffusionStage, Generators, with_null
 from unclip.pipelines.request import (
     Images,
+    PromptBatch,
     check_count,
     check_options,
     check_prompts,
@@ -53,6 +54,36 @@ AnyDecoder = Decoder | CrossAttentionDecoder
 AnyUpsampler = Upsampler | CrossAttentionUpsampler
 
 
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The texts that condition P samples; without any, the networks use their null."""
+
+    # The first text of all P, then the second, ...: K * P texts
+    text: TextEncoding | None = None
+    negative: TextEncoding | None = None  # P texts, or 1 for all; replaces the null of guidance
+    weights: Tensor | None = None  # (K, P), to mix the K texts of each sample; None: K = 1
+
+    @property
+    def K(self) -> int:
+        """Number of texts of each sample."""
+        return 1 if self.weights is None else len(self.weights)
+
+    @property
+    def emb(self) -> Tensor:
+        """The embeddings of the texts, mixed by their weights, (P, D) float32."""
+        assert self.text is not None
+        return mix_rows(self.text.emb.float(), self.weights)
+
+    def repeat_interleave(self, n: int) -> EncodedPrompts:
+        """Repeat the texts of each sample n times: P -> P * n."""
+        encodings = (self.text, self.negative)
+        text, negative = (x if x is None else x.repeat_interleave(n) for x in encodings)
+        weights = self.weights
+        if weights is not None:
+            weights = weights.repeat_interleave(n, dim=1)
+        return EncodedPrompts(text, negative, weights)
+
+
 class TextEncoder:
     """CLIP's text tower, and its encodings in the form that the networks take."""
 
@@ -65,6 +96,12 @@ class TextEncoder:
         warn_of_unknown(prompts, self.clip.tokenizer)
         self.runtime.use(self.clip)
         return self.clip.encode_text(prompts).to(dtype=torch.float32)
+
+    def encode(self, prompts: PromptBatch) -> EncodedPrompts:
+        """Encode P prompts or mixtures, and their negative prompts."""
+        text = self(prompts.texts)
+        negative = None if prompts.negative is None else self(prompts.negative)
+        return EncodedPrompts(text, negative, prompts.weights)
 
     def empty(self) -> TextEncoding:
         """Return the encoding of the empty prompt, cached across calls."""
@@ -108,19 +145,19 @@ class PriorStage:
 
     def sample(
         self,
-        text: TextEncoding,
+        prompts: EncodedPrompts,
         options: StageOptions,
         generators: Generators,
         *,
         num_images: int = 1,
         candidates: int = 1,
         on_step: OnStep | None = None,
-        negative: TextEncoding | None = None,
-        weights: Tensor | None = None,
     ) -> Tensor:
         """Sample image embeddings (P * N, D); see `UnCLIPPipeline.sample_prior`."""
         check_count("candidates", candidates)
-        K, P = (1, len(text)) if weights is None else weights.shape
+        text, negative, weights = prompts.text, prompts.negative, prompts.weights
+        assert text is not None
+        P = len(text) // prompts.K
         if options.temperature != 1 and self.diffusion is not None:
             temperature = options.temperature
             raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
@@ -130,7 +167,7 @@ class PriorStage:
         mixing = None if weights is None else weights.repeat_interleave(each, dim=1)
         # One row of the context per prompt is shared by all of its embeddings.
         context = self._condition(self.text_encoder.prepare(text))
-        null = partial(self._null, negative, K)
+        null = partial(self._null, negative, prompts.K)
         generators = [generator for generator in generators for _ in range(candidates)]
         if isinstance(self.network, DirectPrior):
             emb = self._sample_direct(context, null, generators, options, on_step, mixing)
@@ -140,9 +177,8 @@ class PriorStage:
             x_T = bound.noise((P * each, self.network.config.emb_dim), generators)
             emb = self.network.denormalize(bound.sample(x_T, generators, on_step))
         # Keep the best candidate by dot product with the text embedding (unCLIP 2.2).
-        text_emb = mix_rows(text.emb.float(), weights)
         emb = rearrange(emb, "(p n c) d -> p n c d", p=P, c=candidates)
-        best = einsum(emb, text_emb, "p n c d, p d -> p n c").argmax(dim=-1)
+        best = einsum(emb, prompts.emb, "p n c d, p d -> p n c").argmax(dim=-1)
         return rearrange(emb.take_along_dim(best[..., None, None], dim=2), "p n 1 d -> (p n) d")
 
     def _condition(self, text: TextEncoding) -> KeyValues:
@@ -211,21 +247,19 @@ class LayoutStage:
     def sample(
         self,
         image_emb: Tensor,
-        text: TextEncoding | None,
-        negative: TextEncoding | None,
+        prompts: EncodedPrompts,
         generators: Generators,
-        weights: Tensor | None = None,
         like: Tensor | None = None,
     ) -> Tensor:
         """Sample layouts (B, 3, h, h) in [-1, 1] for image embeddings (B, D) and texts.
 
-        weights: see `LayoutPrior.condition`. like: layouts that the samples should resemble;
-        sampling starts from their noised versions (SDEdit, 2108.01073).
+        like: layouts that the samples should resemble; sampling starts from their noised versions
+        (SDEdit, 2108.01073).
         """
         network, schedule = self.network, self.diffusion.schedule
         self.runtime.use(network)
-        context = network.condition(image_emb, text, weights=weights)
-        null = partial(network.condition, None, negative)
+        context = network.condition(image_emb, prompts.text, weights=prompts.weights)
+        null = partial(network.condition, None, prompts.negative)
         bound = self.diffusion.bind(context, self.options, null, clip=network.config.x0_limit)
         x_T = bound.noise((len(image_emb), network.config.components), generators)
         if like is not None:
@@ -276,70 +310,48 @@ class DecoderStage:
     def sample(
         self,
         image_emb: Tensor | None,
-        text: TextEncoding | None,
+        prompts: EncodedPrompts,
         options: StageOptions,
         generators: Generators | None,
         *,
         on_step: OnStep | None = None,
-        negative: TextEncoding | None = None,
-        weights: Tensor | None = None,
         like: Tensor | None = None,
     ) -> Tensor:
         """Sample images (B, 3, s, s) in [-1, 1]; see `UnCLIPPipeline.decode`.
 
         like: layouts (B, 3, h, h) that the sampled ones should resemble.
         """
-        rows: Any = text if image_emb is None else image_emb  # `bind` checks them
-        K = 1 if weights is None or image_emb is not None else len(weights)
-        B = 0 if rows is None else len(rows) // K
+        B, layout = self._check(image_emb, prompts), None
         generators = generators or random_generators(B)
-        bound = self.bind(
-            image_emb,
-            text,
-            options,
-            negative=negative,
-            weights=weights,
-            generators=generators,
-            like=like,
-        )
+        if self.layout_stage is not None and image_emb is not None:
+            layout = self.layout_stage.sample(image_emb, prompts, generators, like)
+        bound = self.bind(image_emb, prompts, options, layout=layout)
         x_T = bound.noise((B, 3, self.size, self.size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
     def bind(
         self,
         image_emb: Tensor | None,
-        text: TextEncoding | None,
+        prompts: EncodedPrompts,
         options: StageOptions,
         *,
-        negative: TextEncoding | None = None,
-        weights: Tensor | None = None,
         known: Tensor | None = None,
-        generators: Generators | None = None,
-        like: Tensor | None = None,
+        layout: Tensor | None = None,
     ) -> BoundStage:
-        """Fix image embeddings (B, D) or None, and texts or None; known: see `masked_image`.
+        """Fix image embeddings (B, D), or None, and texts.
 
-        generators: for sampled layouts, if the model has a layout prior; None = use the mean for
-        each embedding. like: see `sample`.
+        known: see `masked_image`. layout: (B, 3, h, h); None = the mean for each embedding.
         """
-        K, blind = 1 if weights is None else len(weights), image_emb is None
+        B, K, blind = self._check(image_emb, prompts), prompts.K, image_emb is None
         if image_emb is None:
-            if text is None:
-                raise ValueError("image_emb and text are both None; expected at least one")
-            # Replaced by the null.
-            image_emb = text.emb.new_zeros(len(text) // K, self.network.config.emb_dim)
-        self._check(image_emb, text, K)
-        B, layout = len(image_emb), None
-        if negative is not None and len(negative) != B:
-            raise ValueError(f"{len(negative)} negative texts for {B} images; expected {B}")
-        if self.layout_stage is not None and generators and not blind:
-            layout = self.layout_stage.sample(image_emb, text, negative, generators, weights, like)
-            layout = layout.repeat(K, 1, 1, 1)
+            image_emb = torch.zeros(B, self.network.config.emb_dim)  # replaced by the null
         image_emb = image_emb.to(self.runtime.device, self.runtime.dtype).repeat(K, 1)
+        if layout is not None:
+            layout = layout.repeat(K, 1, 1, 1)
 
         def null() -> Any:
-            if negative is not None:
-                context: Any = self._condition(image_emb[:B], negative, drop_image=True)
+            if prompts.negative is not None:
+                context: Any = self._condition(image_emb[:B], prompts.negative, drop_image=True)
                 return type(context).cat([context] * K)
             if known is not None:
                 return self._condition(image_emb, None, drop_image=True, known=known)
@@ -349,8 +361,10 @@ class DecoderStage:
                 lambda: self._condition(image_emb[:1], None, drop_image=True),
             )
 
-        context = self._condition(image_emb, text, drop_image=blind, known=known, layout=layout)
-        return self.diffusion.bind(context, options, null, weights)
+        context = self._condition(
+            image_emb, prompts.text, drop_image=blind, known=known, layout=layout
+        )
+        return self.diffusion.bind(context, options, null, prompts.weights)
 
     def guide_embedding(self, image_emb: Tensor, known: Tensor, weight: float) -> Tensor:
         """Move embeddings (B, D) towards known pixels (B, 4, s, s), if the network has a layout."""
@@ -382,14 +396,24 @@ class DecoderStage:
             image_emb, text, everything if drop_image else None, drop_text, **extra
         )
 
-    def _check(self, image_emb: Tensor, text: TextEncoding | None, K: int) -> None:
-        width = self.network.config.emb_dim
-        if image_emb.ndim != 2 or image_emb.shape[1] != width:
-            shape = tuple(image_emb.shape)
-            raise ValueError(f"image_emb is of shape {shape}; expected (B, {width})")
-        if text is not None and len(text) != K * len(image_emb):
-            given = f"{len(text)} texts for {len(image_emb)} image embeddings"
+    def _check(self, image_emb: Tensor | None, prompts: EncodedPrompts) -> int:
+        """Return the number of samples B. ValueError unless embeddings and texts are for B each."""
+        text, K, width = prompts.text, prompts.K, self.network.config.emb_dim
+        if image_emb is not None:
+            if image_emb.ndim != 2 or image_emb.shape[1] != width:
+                shape = tuple(image_emb.shape)
+                raise ValueError(f"image_emb is of shape {shape}; expected (B, {width})")
+            B = len(image_emb)
+        elif text is not None:
+            B = len(text) // K
+        else:
+            raise ValueError("image_emb and text are both None; expected at least one")
+        if text is not None and len(text) != K * B:
+            given = f"{len(text)} texts for {B} image embeddings"
             raise ValueError(f"{given}; expected {K} for each")
+        if prompts.negative is not None and len(prompts.negative) != B:
+            raise ValueError(f"{len(prompts.negative)} negative texts for {B} images; expected {B}")
+        return B
 
 
 class UpsamplerStage:
@@ -479,7 +503,7 @@ def bind_stage(
 ) -> BoundStage:
     """Bind the decoder (i = 0) to embeddings (B, D), or an upsampler to small images x."""
     if i == 0:
-        return pipe.decoder_stage.bind(image_emb, None, options.decoder)
+        return pipe.decoder_stage.bind(image_emb, EncodedPrompts(), options.decoder)
     assert x is not None
     return pipe.upsampler_stages[i - 1].bind(x, options.upsamplers[i - 1], end_at_0=True)
 
