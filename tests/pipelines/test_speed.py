@@ -61,7 +61,9 @@ def test_all_timesteps_are_embedded_at_once(kind, monkeypatch):
     network, context, shape = network_and_context(kind)
     time = network.time if kind == "prior" else network.unet.time
     embedded, cache = [], DenoiserCache(STEPS)
-    handle = time.register_forward_hook(lambda _, args, output: embedded.append(args[0].tolist()))
+    handle = time.register_forward_hook(
+        lambda _, args, output: embedded.append(args[0].flatten().tolist())
+    )
     for t in STEPS:
         x = torch.randn(shape).double()
         network.denoise(x, t, context, cache)

@@ -32,17 +32,17 @@ class ModuleList(nn.ModuleList, Generic[M]):
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids [cos, sin] of t at `dim` / 2 frequencies: (B,) -> (B, dim) float32 (ADM, GLIDE)."""
+    """Sinusoids [cos, sin] of t at `dim` / 2 frequencies: (...) -> (..., dim) float32 (ADM)."""
     half = dim // 2
     frequencies = torch.exp(
         -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
     )
-    angles = t[:, None].float() * frequencies[None]  # B half
+    angles = t[..., None].float() * frequencies  # ... half
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class TimeMLP(nn.Module):
-    """Timestep -> sinusoids of width `in_dim` -> Linear, SiLU, Linear: (B,) -> (B, out_dim)."""
+    """Timestep -> sinusoids of width `in_dim` -> Linear, SiLU, Linear: (...) -> (..., out_dim)."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -253,11 +253,12 @@ class DenoiserCache:
         self._deep_step = -math.inf  # at which `_deep` was computed
 
     def time(self, t: Timestep, embed: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-        """Return row t of `embed` of all timesteps, (T,) -> (T, ...). t is one number."""
+        """Return row t of `embed` of all timesteps, (T, 1) -> (T, B or 1, ...). t is one number."""
         t = float(t)
         if t not in self._time:  # a scheduler may round t to a number not in `timesteps`
             ts = list(self.steps if t in self.steps else [t])
-            self._time |= zip(ts, embed(torch.tensor(ts, device=device)), strict=True)
+            rows = embed(torch.tensor(ts, device=device)[:, None])
+            self._time |= zip(ts, rows, strict=True)
         return self._time[t]
 
     def deep_features(self, t: Timestep) -> Tensor | None:
@@ -279,3 +280,13 @@ class DenoiserCache:
         t = float(t)
         if self.interval > 1 and self.deep_features(t) is None:
             self._deep, self._deep_step = deep_features, self.steps.get(t, math.inf)
+
+
+def embed_time(
+    embed: Callable[[Tensor], Tensor], t: Timestep, x_t: Tensor, cache: DenoiserCache | None
+) -> Tensor:
+    """Return `embed` of the timestep of each row of x_t: (B, ...), or (1, ...) for all rows.
+
+    With a cache, t is one number, and all timesteps of the run are embedded at once.
+    """
+    return embed(per_row(t, x_t)) if cache is None else cache.time(t, embed, x_t.device)

@@ -21,8 +21,8 @@ from unclip.models.layers import (
     ModuleList,
     Timestep,
     TransformerBlock,
+    embed_time,
     normal_parameter,
-    per_row,
     replace_rows,
 )
 from unclip.models.unclip.prior import EmbeddingStats
@@ -120,16 +120,15 @@ class ContextUNet(Denoiser):
         x, unet = x_t, self.unet
         if context.extra_channels is not None:
             x = torch.cat([x, context.extra_channels.to(x.dtype)], dim=1)
-        if cache is None:
-            time = unet.time_embedding(per_row(t, x))  # B time_dim
-            return unet(x, unet.modulation(time + context.time_shift), context.kv)[0]
 
-        def modulations(ts: Tensor) -> Tensor:  # (T,) -> (T, B, M)
-            return unet.modulation(unet.time_embedding(ts)[:, None] + context.time_shift)
+        def modulate(t: Tensor) -> Tensor:
+            return unet.modulation(unet.time_embedding(t) + context.time_shift)
 
-        modulation = cache.time(t, modulations, x.device)  # B M
-        output, deep_features = unet(x, modulation, context.kv, cache.deep_features(t))
-        cache.store(t, deep_features)
+        modulation = embed_time(modulate, t, x, cache)  # B M
+        deep_features = None if cache is None else cache.deep_features(t)
+        output, deep_features = unet(x, modulation, context.kv, deep_features)
+        if cache is not None:
+            cache.store(t, deep_features)
         return output
 
 

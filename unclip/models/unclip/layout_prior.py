@@ -24,9 +24,9 @@ from unclip.models.layers import (
     ModuleList,
     TimeMLP,
     Timestep,
+    embed_time,
     mix_rows,
     normal_parameter,
-    per_row,
     replace_rows,
     zeroed,
 )
@@ -167,11 +167,7 @@ class LayoutPrior(EmbeddingStats, Denoiser):
         self, x_t: Tensor, t: Timestep, context: LayoutContext, cache: DenoiserCache | None = None
     ) -> Tensor:
         """Predict the components x_0 from x_t (B, K) at t, (B,) or one number -> (B, K)."""
-        if cache is None:
-            time = self.time(per_row(t, x_t))
-        else:
-            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)
-        condition = F.silu(time + context.summary)
+        condition = F.silu(embed_time(self.time, t, x_t, cache) + context.summary)
         x = self.x_proj(x_t.to(condition.dtype))
         for block in self.mlp:
             x = block(x, condition)

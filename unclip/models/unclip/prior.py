@@ -26,8 +26,8 @@ from unclip.models.layers import (
     TimeMLP,
     Timestep,
     TransformerBlock,
+    embed_time,
     normal_parameter,
-    per_row,
     replace_rows,
     zeroed,
 )
@@ -213,11 +213,7 @@ class DenoisingPrior(TextPrior, ABC):
 
         Each row of `context`, from `condition`, is used for an equal share of B.
         """
-        if cache is None:
-            time = self.time(per_row(t, x_t))  # B, width
-        else:
-            time = cache.time(t, lambda ts: self.time(ts)[:, None], x_t.device)  # 1, width
-        return self.predict(x_t, time, context)
+        return self.predict(x_t, embed_time(self.time, t, x_t, cache), context)
 
     def forward(
         self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
 from unclip.image_io import resize
-from unclip.models.layers import DenoiserCache, Timestep, per_row
+from unclip.models.layers import DenoiserCache, Timestep, embed_time
 from unclip.models.unet import UNet, UNetConfig
 
 
@@ -83,13 +83,14 @@ class Upsampler(nn.Module):
             )
         low_res = low_res.to(x_t.dtype)
         x = torch.cat([x_t, low_res], dim=1)  # B 6 S S
-        if cache is None:
-            output, _ = unet(x, unet.modulation(unet.time_embedding(per_row(t, x_t))))
-        else:
-            modulation = cache.time(
-                t, lambda ts: unet.modulation(unet.time_embedding(ts))[:, None], x_t.device
-            )  # 1 M
-            output, deep_features = unet(x, modulation, deep_features=cache.deep_features(t))
+
+        def modulate(t: Tensor) -> Tensor:
+            return unet.modulation(unet.time_embedding(t))
+
+        modulation = embed_time(modulate, t, x, cache)  # B or 1, M
+        deep_features = None if cache is None else cache.deep_features(t)
+        output, deep_features = unet(x, modulation, deep_features=deep_features)
+        if cache is not None:
             cache.store(t, deep_features)
         if not self.config.residual:
             return output
