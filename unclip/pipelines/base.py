@@ -25,7 +25,7 @@ from unclip.config import OTHER_NAMES, check_keywords
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.cpu import int8
 from unclip.pipelines.presets import preset
-from unclip.pipelines.request import Batch
+from unclip.pipelines.request import Batch, describe_prompt
 from unclip.pipelines.runtime import Runtime
 from unclip.types import DTYPES, DType, GenerationResult, StageOptions, TextEncoding
 from unclip.weights import to_dtype
@@ -236,22 +236,21 @@ class Pipeline(ABC):
         self,
         x: Tensor,
         batch: Batch,
-        prompts: Sequence[str | None],
         entries: Sequence[dict[str, Any]],
         options: Any,
         **tensors: Tensor | None,
     ) -> GenerationResult:
         """Make the result of a batch of images (B, 3, S, S).
 
-        prompts, entries: text and metadata of each prompt, for `batch.num_images` images of it.
-        tensors: columns of the result, one row for each image.
+        entries: metadata for the images of each prompt, `batch.num_images` of them. tensors:
+        columns of the result with one row for each image.
         """
         about, n, seeds = self.describe(options), batch.num_images, batch.seeds
         metadata = [{**entries[k // n], "seed": seed, **about} for k, seed in enumerate(seeds)]
-        texts = [prompts[k // n] for k in range(len(seeds))]
+        prompts = [describe_prompt(m["prompt"]) if "prompt" in m else None for m in metadata]
         # Cloned outside of inference mode, so that the caller can compute with them.
         cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
-        return GenerationResult(image_io.to_pil(x), [*seeds], texts, metadata=metadata, **cloned)
+        return GenerationResult(image_io.to_pil(x), [*seeds], prompts, metadata=metadata, **cloned)
 
 
 def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:

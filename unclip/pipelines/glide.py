@@ -117,7 +117,7 @@ class GLIDEPipeline(Pipeline):
             x = self.decode(captions, options=options.decoder, **sampling)
             x = self.upsample(x, captions, options=options.upsamplers, **sampling)
             entries = [{"prompt": text} for text in part]
-            results.append(self.make_result(x, batch, part, entries, options))
+            results.append(self.make_result(x, batch, entries, options))
         return GenerationResult.cat(results)
 
     def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:

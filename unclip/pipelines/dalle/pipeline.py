@@ -316,9 +316,7 @@ class DallePipeline(Pipeline):
                     images, codes = images[best], codes[best]
             if given == N:
                 batch.on_step(Progress(STAGE, 1, 1, images))
-            yield self.make_result(
-                images, batch, prompts, task.metadata[rows], options, codes=codes
-            )
+            yield self.make_result(images, batch, task.metadata[rows], options, codes=codes)
 
     def _sample_again(
         self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions

@@ -32,7 +32,6 @@ from unclip.pipelines.request import (
     Seed,
     check_images,
     check_upsamplers,
-    describe_prompt,
     list_images,
     open_images,
     random_generators,
@@ -213,10 +212,7 @@ class UnCLIPPipeline(Pipeline):
                     image_emb, encoded, options.decoder, batch.generators, on_step=batch.on_step
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            names = [describe_prompt(one) for one in part.prompts]
-            result = self.make_result(
-                x, batch, names, part.metadata(), options, image_emb=image_emb
-            )
+            result = self.make_result(x, batch, part.metadata(), options, image_emb=image_emb)
             results.append(result) if best is None else best.add(result)
         return GenerationResult.cat(results) if best is None else best.result()
 
@@ -253,15 +249,18 @@ class UnCLIPPipeline(Pipeline):
         options = options or self.options
         self._check_options(options)
         emb, results = image_emb.to(self.device, torch.float32), []
+        entries: list[dict[str, Any]] = [{"image_emb": encode_array(one)} for one in emb]
+        if layout is not None:
+            for entry, one in zip(entries, layout, strict=True):
+                entry["layout"] = encode_array(one)
         request = Request(num_images, seed, on_step, batch_size, progress)
         for batch in request.batches(len(emb), self._num_steps(options)):
-            part = emb[batch.prompts].repeat_interleave(batch.num_images, dim=0)
-            like = None
-            if layout is not None:
-                like = layout[batch.prompts].repeat_interleave(batch.num_images, dim=0)
+            rows, n = batch.prompts, batch.num_images
+            image_emb = emb[rows].repeat_interleave(n, dim=0)
+            like = None if layout is None else layout[rows].repeat_interleave(n, dim=0)
             with torch.inference_mode():
                 x = self.decoder_stage.sample(
-                    part,
+                    image_emb,
                     EncodedPrompts(),
                     options.decoder,
                     batch.generators,
@@ -269,12 +268,8 @@ class UnCLIPPipeline(Pipeline):
                     like=like,
                 )
                 x = self._upsample(x, options.upsamplers, batch.generators, batch.on_step)
-            entries = [{"image_emb": encode_array(one)} for one in emb[batch.prompts]]
-            if layout is not None:
-                for entry, one in zip(entries, layout[batch.prompts], strict=True):
-                    entry["layout"] = encode_array(one)
-            names = [None] * len(entries)
-            results.append(self.make_result(x, batch, names, entries, options, image_emb=part))
+            result = self.make_result(x, batch, entries[rows], options, image_emb=image_emb)
+            results.append(result)
         return GenerationResult.cat(results)
 
     # -- stages
