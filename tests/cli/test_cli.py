@@ -281,6 +281,43 @@ def test_a_closed_pipe_loses_no_image(run, monkeypatch):
     assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "b-1.png", "c-2.png"]
 
 
+def test_closed_standard_streams_lose_no_image(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("generate", "a", "b", "--seed", "0")[0] == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["a-0.png", "b-1.png"]
+
+
+def test_a_warning_stands_on_its_own_line_while_progress_is_shown(run):
+    _, _, err = run("generate", "an apple " * 200, "--seed", "0")
+    assert "step/s]" in err
+    (line,) = [line for line in err.split("\n") if "warning: " in line]
+    assert line.split("\r")[-1].startswith("warning: the prompt 'an apple ")
+
+
+def test_a_file_that_cannot_be_written_is_named(run):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        code, _, err = run("generate", "a", "-o", "a.png", "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert err == "error: cannot write a.png: File too large\n"
+
+
+def test_prompts_are_read_from_standard_input(run, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO("\ufeffein Käse\n\n a fish \n".encode()))
+    monkeypatch.setattr(sys, "stdin", stream)
+    assert run("generate", "--prompts-file", "-", "--seed", "0")[0] == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["a-fish-1.png", "ein-käse-0.png"]
+    for data, message in [(b"\xff", "is not UTF-8"), (b"\n", "- has no prompts")]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        code, _, err = run("generate", "--prompts-file", "-")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_reported_in_one_line(run, monkeypatch):
     with open("/dev/full", "w") as full:

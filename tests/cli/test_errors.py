@@ -97,6 +97,13 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
         ("info evil.png", ("evil.png", "not a readable image")),
         ("info lfs.safetensors", ("lfs.safetensors", "Git LFS")),
         ("info cut.safetensors", ("cut.safetensors", "truncated")),
+        ("info none.png", ("image file none.png does not exist",)),
+        ("evaluate --data none --json broken", ("broken is a folder",)),
+        ("evaluate --data none --table broken", ("broken is a folder",)),
+        ("evaluate --data none --train-judge broken", ("broken is a folder",)),
+        ("evaluate --data none --judge none.st", ("no judge at none.st", "--train-judge")),
+        ("evaluate --data none --judge a --train-judge b", ("--judge and --train-judge",)),
+        ("evaluate-codec emoji --data none --sheet broken", ("broken is a folder",)),
         ("info assets", ("assets", "model, codec or prior")),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -53,15 +54,26 @@ def fraction(text: str) -> float:
 
 
 def prompts_file(text: str) -> list[str]:
-    """Read the prompts in a UTF-8 file, one per line; a byte order mark is allowed."""
+    """Read the prompts in a UTF-8 file, or in standard input ("-"), one per line.
+
+    A byte order mark is allowed.
+    """
     try:
-        lines = read_text(text).splitlines()
+        lines = (_read_stdin() if text == "-" else read_text(text)).splitlines()
     except (ValueError, OSError) as error:
         raise ArgumentTypeError(f"{error}; expected one prompt per line") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ArgumentTypeError(f"{text} has no prompts; expected one per line")
     return prompts
+
+
+def _read_stdin() -> str:
+    stream = None if sys.stdin is None else sys.stdin.buffer  # None if the shell has closed it
+    try:
+        return "" if stream is None else stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("standard input is not UTF-8 text") from None
 
 
 def lora(text: str) -> tuple[str, float]:

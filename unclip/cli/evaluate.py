@@ -107,8 +107,12 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation import report
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
-    check_json(args.json)
-    check_json(args.table)
+    for file in (args.json, args.table, args.train_judge):
+        check_json(file)
+    if args.judge and args.train_judge:
+        raise ValueError("got --judge and --train-judge; expected one of them")
+    if args.judge and not args.judge.is_file():
+        raise ValueError(f"there is no judge at {args.judge}; --train-judge trains one")
     evaluation = _make_evaluation(args)
     results = evaluation.run(args.parts, lambda partial: write_json(partial, args.json, show=False))
     rows = [report.HEAD, *report.evaluation_rows(results)]
@@ -154,8 +158,6 @@ def _find_judge(args: Namespace, pairs: list[Pairs]) -> Judge | None:
     file = args.judge or args.train_judge
     if file is None:
         return None
-    if args.judge and args.train_judge:
-        raise ValueError("got --judge and --train-judge; expected one of them")
     import_extra("torchmetrics", "eval", "judging")
 
     from unclip.evaluation.judge import Judge, train_judge
@@ -188,6 +190,7 @@ def _add_evaluate_codec(commands: Any) -> None:
 
 def evaluate_codec(args: Namespace) -> None:
     check_json(args.json)
+    check_json(args.sheet)
     path = locate(args.codec)  # an unknown name is reported before torch is imported
 
     from unclip.checkpoints.registry import load_codec

@@ -31,13 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0 on success, 2 on bad input (one line on stderr), 130 if interrupted.
     """
-    # A stream is None if the shell has closed it.
-    out, err = (stream and cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
+    out, err = (cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
     enable_memory_reuse()
     with warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
-        warnings.showwarning = lambda message, *_: print(
-            f"warning: {error_text(message)}", file=sys.stderr
-        )
+        warnings.showwarning = lambda message, *_: _print_line(f"warning: {error_text(message)}")
         try:
             args = build_parser().parse_args(
                 _new_name(list(sys.argv[1:] if argv is None else argv))
@@ -50,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error_text(error)}", file=sys.stderr)
             return 2
     return 0
+
+
+def _print_line(text: str) -> None:
+    """Print a line on standard error, above the progress bar if there is one."""
+    if (module := sys.modules.get("tqdm")) is None:
+        print(text, file=sys.stderr)
+    else:
+        module.tqdm.write(text, file=sys.stderr)
 
 
 def _new_name(argv: list[str]) -> list[str]:
@@ -104,12 +109,13 @@ class _PrintCompletion(argparse.Action):
 class _Stream:
     """Standard output or error, flushed at every write.
 
-    Characters that its encoding lacks are escaped. If the reader of a pipe has gone, output is
-    dropped and the command continues. A full disk is an OSError.
+    Characters that its encoding lacks are escaped. If the shell has closed the stream (None), or
+    the reader of a pipe has gone, output is dropped and the command continues. A full disk is an
+    OSError.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 

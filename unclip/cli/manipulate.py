@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from unclip.cli import arguments as flags
 from unclip.cli.generate import BATCH_SIZE, parts_of
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, check_output, is_image, print_path, write_results
+from unclip.cli.output import (
+    check_file,
+    check_output,
+    is_image,
+    print_path,
+    write_results,
+    writing,
+)
 
 if TYPE_CHECKING:
     from unclip.pipelines.unclip.latent import Latent
@@ -115,7 +122,8 @@ def reconstruct(args: Namespace) -> None:
     pipe = load_unclip(args)
     latent = _invert(pipe, args)
     if args.save_latent is not None:
-        latent.save(args.save_latent)
+        with writing(args.save_latent):
+            latent.save(args.save_latent)
         print_path(args.save_latent, args)
     results = (
         pipe.reconstruct(latent[rows], progress=not args.quiet)
@@ -176,7 +184,8 @@ def interpolate(args: Namespace) -> None:
         )
     if animated:
         result = next(results)
-        save_animation(result.images, output, args.fps, result.metadata)
+        with writing(output):
+            save_animation(result.images, output, args.fps, result.metadata)
         return print_path(output, args)
     name = slug("-".join(args.prompts or [source.stem for source in args.sources]))
     write_results(results, args.frames, [name], args)

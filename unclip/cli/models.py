@@ -54,6 +54,8 @@ def info(args: Namespace) -> None:
     path = Path(args.target)
     if path.is_file() and path.suffix.lower() not in CHECKPOINTS:
         _image_info(path)
+    elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not path.exists():
+        raise ValueError(f"image file {path} does not exist")
     else:
         _model_info(args.target)
 

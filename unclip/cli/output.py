@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,15 @@ def _check_writable(path: Path, *folders: Path) -> None:
         raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in an OSError while it is written, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def is_image(path: Path) -> bool:
     from unclip.image_io import WRITTEN
 
@@ -81,7 +91,8 @@ def write_images(
         paths = [target / f"{name}.png" for name in names]
         files = list(zip(paths, images, metadata, strict=True))
     for path, image, entry in files:
-        save_image(image, path, entry)
+        with writing(path):
+            save_image(image, path, entry)
         print_path(path, args)
 
 
@@ -154,14 +165,18 @@ def print_path(path: Path, args: Namespace) -> None:
 
 
 def check_json(file: Path | None) -> None:
-    """Raise a ValueError if the folder of a JSON file does not exist."""
-    if file is not None and not file.parent.is_dir():
+    """Raise a ValueError if a file cannot be written, or its folder does not exist."""
+    if file is None:
+        return
+    if not file.parent.is_dir():
         raise ValueError(f"cannot write {file}: {file.parent} is not a directory")
+    check_file(file)
 
 
 def write_json(results: dict[str, Any], file: Path | None, show: bool = True) -> None:
     """Write results to `file`, if one is given, and print its name."""
     if file is not None:
-        file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        with writing(file):
+            file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if show:
             print(file)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, print_path
+from unclip.cli.output import check_file, print_path, writing
 
 if TYPE_CHECKING:
     from unclip.embeddings import PCA
@@ -68,7 +68,8 @@ def probe(args: Namespace) -> None:
         results = probing.draw_components(pipe, images, pca, components, **sampling)
         figure = probing.components_figure(images, components, results)
         metadata = [result.metadata[i] for i in range(len(images)) for result in results]
-    save_png(figure, args.output, metadata)
+    with writing(args.output):
+        save_png(figure, args.output, metadata)
     print_path(args.output, args)
 
 
@@ -108,6 +109,7 @@ def _load_pca(pipe: UnCLIPPipeline, args: Namespace) -> PCA:
                 f"{pipe.name} has embeddings of width {width}"
             )
     if args.save_pca is not None:
-        pca.save(args.save_pca)
+        with writing(args.save_pca):
+            pca.save(args.save_pca)
         print_path(args.save_pca, args)
     return pca
