@@ -551,3 +551,47 @@ def test_uploads_are_not_written_into_results(client, tmp_path):
     assert entry["operation"] == "inpaint"
     assert entry["picture"] is None and entry["mask"] is None
     assert CONFIG.metadata
+
+
+def test_options_of_all_stages_are_applied_before_the_other_fields(client, tiny_pipe, tmp_path):
+    usual = tiny_pipe.options
+    options = {"prior": {"sampler": "unipc"}, "decoder": {"steps": 2}, "upsamplers": [{"steps": 3}]}
+    wanted = replace(
+        usual,
+        prior=replace(usual.prior, sampler="unipc"),
+        decoder=usual.decoder.with_steps(4),
+        upsamplers=(usual.upsamplers[0].with_steps(3),),
+    )
+    expected = tiny_pipe("a red apple", seed=3, options=wanted, progress=False).images[0]
+    (image,) = images_of(generate(client, steps=4, options=options))
+    assert (pixels(image) == np.asarray(expected)).all()
+    form = {"options": json.dumps(options), "response_format": "b64_json"}
+    (image,) = images_of(client.post(VARIATIONS, data=form, files={"image": png()}))
+    (tmp_path / "varied.png").write_bytes(image)
+    (entry,) = read_metadata(tmp_path / "varied.png")
+    assert entry["options"]["upsamplers"][0]["steps"] == 3
+    assert entry["options"]["decoder"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "facts"),
+    [
+        ("tiny", "not JSON", ("'options'",)),
+        ("tiny", [1], ("'options'",)),
+        ("tiny", {"a": "b" * 70_000}, ("70", "65536", "'options'")),
+        ("tiny", {"decoder": {"stepz": 2}}, ("options", "decoder.stepz", "steps")),
+        ("tiny", {"decoder": 3}, ("options", "decoder")),
+        ("tiny", {"decoder": {"steps": 0}}, ("options", "steps", "0")),
+        ("tiny", {"upsamplers": [{"steps": 1001}]}, ("steps is 1001", "1000")),
+        ("tiny", {"upsamplers": [{"steps": 2}] * 3}, ("upsamplers", "3")),
+        ("tiny", {"prior": {"sampler": ["x"]}}, ("sampler", "['x']", "ddim")),
+        ("tiny", {"prior_candidates": 65}, ("prior_candidates is 65", "64")),
+        ("tiny-dalle", {"candidates": 10**9}, ("candidates is 1000000000", "64")),
+        ("tiny-dalle", {"decoder": {"steps": 2}}, ("options", "decoder")),
+    ],
+)
+def test_wrong_options_are_rejected(client, model, options, facts):
+    response = generate(client, model=model, options=options)
+    assert response.status_code == 400, response.text
+    message = response.json()["error"]["message"]
+    assert all(fact in message for fact in facts), message

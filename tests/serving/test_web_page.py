@@ -108,6 +108,51 @@ def test_settings_of_a_png_have_the_prior_and_its_use(tiny_pipe, tmp_path):
     assert expected.items() <= json.loads(done.stdout).items()
 
 
+SEND = (
+    READ.rpartition("console")[0]
+    + """
+const api = await import(process.argv[1].replace("png.js", "api.js"));
+const settings = await readSettings(new Blob([data]));
+settings.options = api.otherOptions(settings.options, JSON.parse(process.argv[3]));
+const { fields } = api.call(settings);
+const text = settings.options && api.optionsText(settings.options);
+console.log(JSON.stringify({ fields, text }));
+"""
+)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+def test_options_without_a_field_are_sent_if_they_differ_from_the_models(
+    client, tiny_pipe, tmp_path
+):
+    def call_of(options):
+        result = tiny_pipe("a fish", seed=11, options=options, progress=False)
+        file = tmp_path / "image.png"
+        file.write_bytes(encode_image(result.images[0], metadata=result.metadata[0]))
+        defaults = json.dumps(client.get("/v1/models/tiny").json()["options"])
+        arguments = [FILES["png.js"].as_uri(), str(file), defaults]
+        command = ["node", "--input-type=module", "-e", SEND, *arguments]
+        done = subprocess.run(command, capture_output=True, check=True, text=True)
+        return result, json.loads(done.stdout)
+
+    assert "options" not in call_of(tiny_pipe.options)[1]["fields"]
+    usual = tiny_pipe.options
+    options = replace(
+        usual,
+        prior=replace(usual.prior, sampler="unipc"),
+        decoder=replace(usual.decoder, guidance_interval=(0.25, 0.75)),
+        upsamplers=tuple(one.with_steps(one.steps + 1) for one in usual.upsamplers),
+    )
+    result, sent = call_of(options)
+    expected = "prior sampler unipc, decoder guidance interval 0.25 to 0.75, upsamplers 0 steps "
+    assert sent["text"].startswith(expected)
+    fields = sent["fields"] | {"model": "tiny", "response_format": "b64_json"}
+    response = client.post("/v1/images/generations", json=fields)
+    assert response.status_code == 200, response.text
+    image = base64.b64decode(response.json()["data"][0]["b64_json"])
+    assert (pixels(image) == np.asarray(result.images[0])).all()
+
+
 def test_every_setting_has_a_field():
     ids = {attributes.get("id") for _, attributes in parsed_page().tags}
     settings = FILES["api.js"].read_text(encoding="utf-8").partition("SETTINGS = {")[2]
@@ -348,6 +393,25 @@ def test_the_prior_of_a_png_is_restored(visit, app, tiny_pipe):
     expected = {"embedding": "text", "prior_steps": 3, "prior_guidance": 1.5}
     assert expected.items() <= app.last()[1].items()
     assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+
+
+@pytest.mark.slow
+def test_other_options_of_a_png_are_shown_sent_and_removed(visit, app, tiny_pipe):
+    page = visit()
+    usual = tiny_pipe.options
+    options = replace(usual, prior=replace(usual.prior, sampler="unipc"))
+    result = tiny_pipe("a blue fish", seed=11, options=options, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("#options", has_text="prior sampler unipc").wait_for()
+    page.click("#generate")
+    page.locator(DONE, has_text="Other options prior sampler unipc").wait_for()
+    assert json.loads(app.last()[1]["options"]) == {"prior": {"sampler": "unipc"}}
+    assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+    page.click("#options-clear")
+    assert page.locator("#options-field").is_hidden()
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    assert "options" not in app.last()[1]
 
 
 @pytest.mark.slow

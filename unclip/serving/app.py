@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from unclip import __version__
+from unclip.config import to_dict
 from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
@@ -276,7 +277,9 @@ async def get_model(request: Request, name: str) -> Any:
 def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": CREATED, "owned_by": "unclip"}
     known = engine.known.get(name)
-    unknown = dict.fromkeys(("kind", "size", "operations", "steps", "guidance", "samplers"))
+    unknown = dict.fromkeys(
+        ("kind", "size", "operations", "steps", "guidance", "samplers", "options")
+    )
     if known is None:
         return {**model, **unknown, "loaded": False}
     kind, options = known["kind"], known["options"]
@@ -289,6 +292,7 @@ def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
         "steps": None if kind == "dalle" else sampling.steps,
         "guidance": sampling.guidance,
         "samplers": [] if kind == "dalle" else list(SAMPLERS),
+        "options": to_dict(options),
         "loaded": True,
     }
 

@@ -27,6 +27,7 @@ MIN_SIDE, MAX_SIDE = 16, 2048
 MAX_PROMPT, STRICT_PROMPT = 32_000, 1_000  # characters
 MAX_IMAGES = 16  # of one request
 MAX_VECTOR = 65_536  # numbers of an embedding or layout
+MAX_OPTIONS = 65_536  # characters of JSON
 DEFAULT_NAMES = (None, "", "auto", "dall-e-2")  # of the default model
 
 
@@ -34,6 +35,11 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a boolean is not a number")
     return value
+
+
+def _options(value: Any) -> Any:
+    """Parse the JSON text that a form has in place of an object."""
+    return from_json(value, allow_inf_nan=False) if isinstance(value, str) else value
 
 
 def _numbers(value: Any) -> Any:
@@ -48,6 +54,7 @@ Steps = Annotated[Integer, Field(ge=1, le=1000)]
 Guidance = Annotated[Number, Field(ge=-1000, le=1000)]
 Candidates = Annotated[Integer, Field(ge=1, le=64)]
 Embedding = Literal["prior", "text", "none"]
+Options = Annotated[dict[str, Any], BeforeValidator(_options)]
 Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
 
 
@@ -70,6 +77,7 @@ class Common(BaseModel):
     steps: Steps | None = None
     guidance: Guidance | None = None
     sampler: Literal["ddim", "ancestral", "dpm++", "unipc"] | None = None
+    options: Options | None = None
     indexed_partials: bool = False
 
 
@@ -273,6 +281,8 @@ def _task(
         )
     n = candidates or values["n"]
     settings = {option.name: values.get(option.name) for option in fields(Settings)}
+    if settings["options"] is not None:
+        settings["options"] = _canonical(settings["options"])
     if embedding is not None:
         settings |= dict.fromkeys(FOR_PRIOR)
     seed = random.SystemRandom().randrange(2**31) if values["seed"] is None else values["seed"]
@@ -305,6 +315,17 @@ def _task(
         layout=layout,
         strength=values.get("strength"),
     )
+
+
+def _canonical(options: dict[str, Any]) -> str:
+    """Encode options; equal ones have equal texts. APIError if they are too long."""
+    text = json.dumps(options, sort_keys=True)
+    if len(text) > MAX_OPTIONS:
+        raise bad_request(
+            f"{len(text)} characters are more than the maximum of {MAX_OPTIONS} - 'options'",
+            "options",
+        )
+    return text
 
 
 def _vector(values: dict[str, Any], name: str) -> tuple[float, ...] | None:

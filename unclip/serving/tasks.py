@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
+import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,15 +17,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from unclip.config import parse, to_dict
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import mix, slerp
 from unclip.types import GenerationResult, OnStep
 
 SAMPLERS = ("ddim", "ancestral", "dpm++", "unipc")
 SETTINGS = {  # that change the options of each kind of pipeline, except unclip, which has all
-    "dalle": {"guidance"},
-    "glide": {"steps", "guidance", "sampler"},
+    "dalle": {"guidance", "options"},
+    "glide": {"steps", "guidance", "sampler", "options"},
 }
+LIMITS = {"steps": 1000, "candidates": 64, "prior_candidates": 64}  # of all stages
 OPERATIONS = {  # of each kind of pipeline
     "unclip": ("generations", "edits", "variations", "mix"),
     "dalle": ("generations", "variations"),
@@ -43,6 +46,7 @@ class Settings:
     prior_steps: int | None = None
     prior_guidance: float | None = None
     prior_candidates: int | None = None
+    options: str | None = None  # JSON of the pipeline's options or some of them; applied first
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +137,41 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     if unknown := given.keys() - SETTINGS.get(pipe.kind, given.keys()):
         names = " and no ".join(sorted(unknown))
         raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no {names}")
+    options = pipe.options
+    if (changes := given.pop("options", None)) is not None:
+        options = parse(type(options), _merge(to_dict(options), json.loads(changes)), "options")
+        _check_limits(to_dict(options))
     if pipe.kind == "dalle":
-        return replace(pipe.options, **given)
+        return replace(options, **given)
     whole = {k: given.pop(k) for k in ("embedding", "prior_candidates") if k in given}
     prior = {k.removeprefix("prior_"): given.pop(k) for k in [*given] if k.startswith("prior_")}
     for name, changes in {"prior": prior, "decoder": given}.items():
         if changes:
-            stage = getattr(pipe.options, name)
+            stage = getattr(options, name)
             whole[name] = stage.with_steps(changes.pop("steps", stage.steps), **changes)
-    return replace(pipe.options, **whole)
+    return replace(options, **whole)
+
+
+def _merge(values: Any, changes: Any) -> Any:
+    """Change values in objects, and in lists of as many objects."""
+    if isinstance(values, dict) and isinstance(changes, dict):
+        return values | {k: _merge(values.get(k), change) for k, change in changes.items()}
+    if isinstance(values, list) and isinstance(changes, list) and len(values) == len(changes):
+        return [_merge(*pair) for pair in zip(values, changes, strict=True)]
+    return changes
+
+
+def _check_limits(options: Any) -> None:
+    """Raise a ValueError for options that cost too much, or are of no use in a request."""
+    parts = options if isinstance(options, list) else options.values()
+    for part in parts:
+        if isinstance(part, (dict, list)):
+            _check_limits(part)
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if name in LIMITS and value > LIMITS[name]:
+            raise ValueError(f"{name} is {value}; expected at most {LIMITS[name]} - 'options'")
+        if name == "sampler" and value not in SAMPLERS:
+            raise ValueError(f"sampler is {value!r}; expected one of {SAMPLERS} - 'options'")
 
 
 def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:

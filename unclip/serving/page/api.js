@@ -6,6 +6,7 @@
  * @property {number} n and, where given, those of SETTINGS: prompt, seed, ...
  * @property {string} [image_embedding] base64, in place of the image of a variation
  * @property {string} [layout] base64, of the image with this embedding
+ * @property {Object} [options] sampling options of the model that have no field in the form
  * @property {Blob} [image] @property {Blob} [second] @property {Blob} [mask]
  * @property {{x: Axis, y: Axis=}} [grid]
  * @typedef {{name: string, values: Array<string|number>}} Axis
@@ -37,6 +38,34 @@ const MORE = { n: { modes: ALL }, image_embedding: { modes: "vary" }, layout: { 
 const METHODS = { generate: "generate", edit: "edit", vary: "create_variation" };
 const OPENAI_FIELDS = ["model", "prompt", "n", "response_format"];
 const BUSY = [429, 503];
+
+const isObject = (value) => typeof value === "object" && value !== null;
+const isList = (value) => Array.isArray(value) && !value.some(isObject);
+
+/** Return what of a model's options differs from its defaults; undefined if nothing does. */
+export function otherOptions(options, defaults) {
+  if (JSON.stringify(options) === JSON.stringify(defaults)) return undefined;
+  if (!isObject(options) || !isObject(defaults) || isList(options)) return options;
+  if (Array.isArray(options)) {
+    if (options.length !== defaults.length) return options;
+    return options.map((one, i) => otherOptions(one, defaults[i]) ?? {});
+  }
+  const parts = Object.entries(options).map(([name, value]) => [
+    name, otherOptions(value, defaults[name]),
+  ]);
+  const changed = parts.filter(([, value]) => value !== undefined);
+  return changed.length ? Object.fromEntries(changed) : undefined;
+}
+
+/** Return options as text: "prior sampler unipc, upsamplers 0 steps 5". */
+export function optionsText(options, before = "") {
+  const parts = Object.entries(options).map(([name, value]) => {
+    if (isObject(value) && !isList(value)) return optionsText(value, `${before}${name} `);
+    const shown = isList(value) ? value.join(" to ") : (value ?? "none");
+    return `${before}${name.replaceAll("_", " ")} ${shown}`;
+  });
+  return parts.filter(Boolean).join(", ");
+}
 
 /** Make the error that the API answered, or that kept it from answering. */
 const failure = (message, status = 0, param = null, retryAfter = null) =>
@@ -80,6 +109,7 @@ export function call(settings) {
     const given = settings[name] !== undefined && settings[name] !== "" && name !== "weight";
     if (given && modes.includes(settings.mode)) fields[name] = settings[name];
   }
+  if (settings.options) fields.options = JSON.stringify(settings.options);
   const files = [];
   const { mode, image, second, mask, weight } = settings;
   if (mode === "vary" && second && !settings.image_embedding) {

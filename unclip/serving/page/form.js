@@ -1,6 +1,6 @@
 /** The form: reads settings from its fields, writes them back, and shows what a model offers. */
 
-import { SETTINGS } from "./api.js";
+import { SETTINGS, optionsText, otherOptions } from "./api.js";
 import { blobURL, byId, chooseFile, clearErrors, el, icon, iconButton, showError } from "./ui.js";
 import { editMask, importMask } from "./mask.js";
 import { checkered, paintedPart, squarePNG } from "./png.js";
@@ -16,8 +16,10 @@ const SAMPLERS = ["ddim", "ancestral", "dpm++", "unipc"];
 const SLOTS = { image: "Choose or drop an image", second: "Second image, to mix" };
 const MAX_CELLS = 64;
 
-/** Images of the form, which no field can hold. */
-const held = { image: null, second: null, mask: null, image_embedding: null, layout: null };
+/** Images and options of the form, which no field can hold. */
+const held = {
+  image: null, second: null, mask: null, image_embedding: null, layout: null, options: null,
+};
 let served = [];
 
 const mode = () => fields.mode.value;
@@ -53,6 +55,8 @@ export function update() {
     radio.disabled = Boolean(offers) && !offers.includes(OPERATIONS[radio.value]);
     radio.parentElement.title = radio.disabled ? `${model().id} cannot do this` : "";
   }
+  byId("options-field").hidden = !held.options;
+  byId("options").textContent = held.options ? optionsText(held.options) : "";
   byId("steps").placeholder = model()?.steps ?? "default";
   byId("guidance").placeholder = model()?.guidance ?? "default";
 }
@@ -83,6 +87,7 @@ export function read() {
     settings[name] = NUMBERS.includes(name) ? field.valueAsNumber : field.value.trim();
   }
   settings.n ??= 1;
+  if (held.options) settings.options = held.options;
   const { image, second, mask, image_embedding, layout } = held;
   if (settings.mode !== "vary" && !settings.prompt) return refuse("prompt", "Describe the image.");
   if (settings.mode === "edit") {
@@ -147,6 +152,7 @@ export function write(settings) {
     fields[name].value = settings[name] ?? defaults[name] ?? "";
   }
   for (const name of Object.keys(held)) held[name] = settings[name] ?? null;
+  held.options = otherOptions(settings.options ?? {}, model()?.options ?? {}) ?? null;
   update();
   byId("grid").open = Boolean(settings.grid);
   for (const axis of ["x", "y"]) {
@@ -218,11 +224,17 @@ async function paint() {
   showSlots();
 }
 
+function dropOptions() {
+  held.options = null;
+  update();
+}
+
 /** Connect the fields; called once. */
 export function prepare() {
   form.addEventListener("input", update);
   for (const radio of fields.mode) radio.addEventListener("change", showSlots);
-  byId("model").addEventListener("change", showModel);
+  byId("model").addEventListener("change", () => (dropOptions(), showModel()));
+  byId("options-clear").onclick = dropOptions;
   byId("paint").onclick = paint;
   byId("import-mask").onclick = async () => {
     try {

@@ -2,7 +2,7 @@
 
 import * as history from "./history.js";
 import { blobURL, byId, el, iconButton, toast } from "./ui.js";
-import { SETTINGS } from "./api.js";
+import { SETTINGS, optionsText } from "./api.js";
 import { cancel, expected, range, settingsOf } from "./jobs.js";
 
 const PAGE = 30;
@@ -101,6 +101,7 @@ export function factsOf(settings) {
     if (name === "prompt" || value === undefined || !modes.includes(settings.mode)) continue;
     facts.push([label, share ? `${Math.round(value * 100)} %` : value]);
   }
+  if (settings.options) facts.push(["Other options", optionsText(settings.options)]);
   return facts;
 }
 

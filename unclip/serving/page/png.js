@@ -37,6 +37,19 @@ function withPictures(entry, pictures) {
   return { ...entry, picture: image(entry.picture), mask: image(entry.mask) };
 }
 
+/** Return options without those that have a field in the form. */
+function withoutFields({ embedding, prior_candidates, ...options }) {
+  const stage = ({ steps, guidance, sampler, ...others }) =>
+    others.timesteps ? { steps, ...others } : others;
+  if (!options.decoder) return stage(options); // of DALL-E
+  options.decoder = stage(options.decoder);
+  if (options.prior) {
+    const { sampler } = options.prior;
+    options.prior = { sampler, ...stage(options.prior) };
+  }
+  return options;
+}
+
 /** Return the settings that a PNG was made with. @returns {Promise<import("./api.js").Settings>} */
 export async function readSettings(file) {
   const [entry] = await readMetadata(file);
@@ -45,6 +58,7 @@ export async function readSettings(file) {
   const { embedding, prior, prior_candidates } = options;
   const { seed, model } = entry;
   const settings = { mode: "generate", n: 1, model: model ?? undefined, seed };
+  settings.options = withoutFields(options);
   Object.assign(settings, { steps, guidance, sampler, embedding, prior_candidates });
   Object.assign(settings, { prior_steps: prior?.steps, prior_guidance: prior?.guidance });
   if (typeof entry.prompt === "string") settings.prompt = entry.prompt;

@@ -26,7 +26,8 @@ async function show(item) {
   byId("viewer-image").src = blobURL(item.result.blob);
   byId("viewer-image").alt = `${titleOf(settings)}, seed ${item.result.seed}`;
   byId("viewer-title").textContent = titleOf(settings);
-  const stored = await readSettings(item.result.blob).catch(() => ({})); // with defaults
+  // With defaults; of the options without a field, those of the entry are enough.
+  const { options, ...stored } = await readSettings(item.result.blob).catch(() => ({}));
   if (shown !== item) return;
   const given = Object.entries(settings).filter(([, value]) => value !== undefined);
   const facts = factsOf({ ...stored, ...Object.fromEntries(given) });
