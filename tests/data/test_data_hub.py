@@ -19,6 +19,14 @@ def test_the_package_is_named():
         open_dataset("datasets:org/name")
 
 
+def test_a_dataset_must_be_named():
+    for source in ("datasets:", "datasets::train"):
+        with pytest.raises(
+            ValueError, match=f"'{source}' names no dataset; expected datasets:NAME"
+        ):
+            open_dataset(source)
+
+
 def test_rows_are_batches_of_captioned_images(tmp_path):
     datasets = pytest.importorskip("datasets")
     captions = write_shape_images(tmp_path / "shapes", size=16)
@@ -74,3 +82,15 @@ def test_errors_name_the_columns_that_were_given_and_the_row_once(tmp_path):
         open_dataset(source, ColumnNames("photo", "title"))
     with pytest.raises(ValueError, match="^test-0: no image$"):
         _ = open_dataset(f"{source}:test")[0].image
+
+
+def test_a_dataset_without_rows_is_named(tmp_path):
+    datasets, empty, source = saved_rows(tmp_path / "rows", "test", [])
+    empty.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="rows has no rows$"):
+        open_dataset(source)
+    both = {"train": saved_rows(tmp_path, None, [None])[1], "test": empty}
+    datasets.DatasetDict(both).save_to_disk(tmp_path / "dict")
+    assert len(open_dataset(f"datasets:{tmp_path}/dict")) == 1
+    with pytest.raises(ValueError, match="dict:test has no rows$"):
+        open_dataset(f"datasets:{tmp_path}/dict:test")

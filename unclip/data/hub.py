@@ -29,6 +29,8 @@ class HubDataset:
         self, source: str, columns: ColumnNames | None = None, captions_needed: bool = True
     ) -> None:
         rows, split = _load(source)
+        if not len(rows):
+            raise ValueError(f"{source} has no rows")
         self.broken: dict[str, str] = {}
         self.left_out: Counter[str] = Counter()
         kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
@@ -69,14 +71,23 @@ def _encoded(image: Mapping[str, Any] | None) -> bytes:
 
 def _load(source: str) -> tuple[Any, str]:
     """Return the rows and the name of the split. Raises ValueError with a one-line message."""
-    datasets = _datasets()
     name, _, given = source.removeprefix(SCHEME).partition(":")
-    split = given or "train"
-    is_saved = any((Path(name) / file).is_file() for file in SAVED)
+    if not name.strip():
+        expected = "datasets:NAME or datasets:NAME:SPLIT"
+        raise ValueError(f"{source!r} names no dataset; expected {expected}")
+    datasets, split = _datasets(), given or "train"
+    folder = Path(name)
+    if (folder / SAVED[0]).is_file() and (folder / split).is_dir():
+        folder, given = folder / split, ""  # the other splits are not read, and may be empty
+    is_saved = any((folder / file).is_file() for file in SAVED)
     try:
         rows = (
-            datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, split=split)
+            datasets.load_from_disk(folder)
+            if is_saved
+            else datasets.load_dataset(name, split=split)
         )
+    except IndexError:  # no data file
+        raise ValueError(f"{source} has no rows") from None
     except Exception as error:  # network, format and split errors of many types
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: {type(error).__name__}: {reason[:300]}") from None
