@@ -94,3 +94,13 @@ def test_a_dataset_without_rows_is_named(tmp_path):
     assert len(open_dataset(f"datasets:{tmp_path}/dict")) == 1
     with pytest.raises(ValueError, match="dict:test has no rows$"):
         open_dataset(f"datasets:{tmp_path}/dict:test")
+
+
+def test_datasets_of_equal_length_are_distinguished(tmp_path):
+    """Their keys are train-0, train-1, ..., so that a run could be resumed with another one."""
+    hashes = []
+    for name, text in (("one", "a cat"), ("other", "a dog"), ("moved", "a dog")):
+        _, rows, source = saved_rows(tmp_path / name, None, [None] * 3)
+        rows.map(lambda _, text=text: {"text": text}).save_to_disk(tmp_path / name)
+        hashes.append(Loader(DataConfig(source, image_size=16, batch_size=1)).samples_hash())
+    assert hashes[0] != hashes[1] == hashes[2]

@@ -334,6 +334,9 @@ def test_data_may_move_but_not_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path was old, is new"):
         resume("new", "pears", resume="latest")
     resume("new", "apples", resume="latest")
+    resume("newer", "apples and more", resume="latest")  # older versions saved a part of the hash
+    with pytest.warns(UserWarning, match="the data has other samples than .*step-0000003"):
+        resume("old", "pears", resume="latest")
 
 
 def test_a_kill_between_checkpoint_and_model_leaves_no_older_model(

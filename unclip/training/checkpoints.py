@@ -43,7 +43,7 @@ class SavedState:
     processes: PositiveInt
     settings: dict[str, Any]
     versions: dict[str, str]
-    samples: str | None = None  # hash of the keys of the data
+    samples: str | None = None  # hash of the data's samples
     pending: tuple[str, ...] = ()  # validation or preview of this step, still to be done
     reports: tuple[dict[str, Any], ...] = ()  # sums since the last report, of each process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,7 +77,7 @@ class RunState:
     processes: int = 1
     process: int = 0
     tokenizer: BPETokenizer | None = None
-    samples: str | None = None  # hash of the keys of the data
+    samples: str | None = None  # hash of the data's samples
     step: int = 0
     hours: float = 0.0
     pending: list[str] = field(default_factory=list)  # evaluations of this step, to be done
@@ -144,8 +145,15 @@ class RunState:
         The caller sets the random state just before the next step.
         """
         state = read_state(folder)
-        moved = state.samples is not None and state.samples == self.samples
-        self._check_settings(state, folder, moved)
+        # older versions saved only the start of the hash
+        same = state.samples is not None and (self.samples or "").startswith(state.samples)
+        self._check_settings(state, folder, moved=same)
+        if state.samples is not None and not same and self.process == 0:
+            warnings.warn(
+                f"the data has other samples than {folder} was trained on; the run continues at "
+                f"the same position, but does not equal an uninterrupted one",
+                stacklevel=2,
+            )
         saved, own = SavedTensors(folder, "model"), self.model.state_dict()
         _check_names(saved, own)
         with torch.no_grad():  # in place: the optimizer refers to these parameters
@@ -204,7 +212,7 @@ class RunState:
             raise ValueError(
                 f"{source} was trained with other settings: {'; '.join(different)}. "
                 f"A resumed run may change only {', '.join(MUTABLE_SETTINGS)}, and data.path if "
-                f"the keys of the samples are the same; "
+                f"the samples are the same; "
                 f"to change more, start from its weights with --init {source}"
             )
 
