@@ -166,6 +166,28 @@ def check_image_folder(path: Path) -> None:
         raise ValueError(f"{path}: images are written as .png, .jpg or .webp; {advice}")
 
 
+@contextlib.contextmanager
+def write_errors(target: Path) -> Iterator[None]:
+    """Name `target` in an OSError: that of a full disk has no file name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error}") from None
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file whose old content remains on failure. Raises OSError that names it."""
+    part = file.with_name(f".{file.name}.part")
+    with write_errors(file):
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+
+
 class _NotWritten(OSError):
     """The error of `atomic_folder`, which one around it does not describe again."""
 

@@ -287,6 +287,30 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         run_fit(fit_config(tmp_path / "file/run", 1))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_full_disk_at_a_resume_is_named_and_loses_nothing(tmp_path: Path, name: str) -> None:
+    import resource
+
+    run_fit(fit_config(tmp_path, 2, log_every=1))
+    rows = tmp_path / "metrics.jsonl"
+    if name == "metrics.jsonl":  # longer than the other file
+        rows.write_text(rows.read_text().replace("{", "{" + " " * 8000))
+    before = (tmp_path / name).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        size = 100 if name == "config.json" else 8000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        with pytest.raises(OSError, match=f"cannot write .*{name}: .*File too large"):
+            run_fit(fit_config(tmp_path, 3), start={"resume": "latest"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / name).read_bytes() == before
+    assert not [*tmp_path.glob(".*.part")]
+
+
 def test_saving_in_the_background_changes_nothing(tmp_path: Path) -> None:
     settings = {"save_every": 2, "keep": 9}
     run_fit(fit_config(tmp_path / "waiting", **settings))

@@ -126,7 +126,8 @@ class ShardDataset:
         if not self._index:
             reasons = [f"{place}: {why}" for place, why in list(self.broken.items())[:3]]
             reasons += [count_left_out(self.left_out)] if self.left_out else []
-            found = f"no usable sample in {len(self.shards)} shards ({'; '.join(reasons)})"
+            found = f"no usable sample in {len(self.shards)} shards"
+            found += f" ({'; '.join(reasons)})" if reasons else ""
             expected = f"images ({', '.join(EXTENSIONS)}) with a .txt or .json of the same name"
             raise ValueError(f"{source}: {found}; expected {expected}")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.extras import install
+from unclip.files import replace_text, write_errors
 
 Trackers = tuple[str, ...] | dict[str, dict[str, Any]]
 DEFAULT_TRACKERS = ("tensorboard",)
@@ -160,9 +161,10 @@ class Log:
         """Write a preview to previews/step-0001000.png and to the trackers that support images."""
         if not self._is_main:
             return
-        folder = self._folder / "previews"
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"step-{step:07d}.png")
+        file = self._folder / f"previews/step-{step:07d}.png"
+        with write_errors(file):
+            file.parent.mkdir(exist_ok=True)
+            image.save(file)
         pixels = np.asarray(image.convert("RGB"))[None]
         for tracker in self._accelerator.trackers:
             if hasattr(tracker, "log_images"):
@@ -188,7 +190,7 @@ class Log:
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._is_main:
             row = {"step": step, "hours": round(self.hours(), 5), **values}
-            with self._file.open("a", encoding="utf-8") as file:
+            with write_errors(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self._accelerator.log(values, step=step)
 
@@ -207,9 +209,7 @@ def _drop_rows_after(file: Path, last: tuple[int, bool]) -> None:
         for row in file.read_text(encoding="utf-8", errors="replace").splitlines()
         if (order := _order_of(row)) is not None and order <= last
     ]
-    part = file.with_name(f".{file.name}.part")  # a kill here must not lose the other rows
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(file)
+    replace_text(file, "".join(kept))
 
 
 def _order_of(row: str) -> tuple[float, bool] | None:
