@@ -275,6 +275,14 @@ def test_a_second_run_in_a_folder_stops_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run/.lock").exists()
 
 
+def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path: Path) -> None:
+    """Removal fails in a folder that has become read-only; root may write there, but not here."""
+    with pytest.raises(ValueError, match="the cause"), locked(tmp_path):
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").mkdir()
+        raise ValueError("the cause")
+
+
 def test_an_unused_lock_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError), locked(tmp_path / "run"):
         raise ValueError

@@ -33,7 +33,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # read-only by now: another error says so
+            (folder / LOCK_FILE).unlink()
         file.close()
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
