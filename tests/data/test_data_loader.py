@@ -1,6 +1,8 @@
 import io
 import multiprocessing
 import os
+import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import chain, repeat
@@ -10,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.loader import Augment, DataConfig, Loader, crop, open_dataset, shift_and_scale
+from unclip.data.loader import (
+    Augment,
+    DataConfig,
+    ImageReader,
+    Loader,
+    crop,
+    open_dataset,
+    shift_and_scale,
+)
 from unclip.data.order import EpochOrder
 from unclip.data.shards import ShardWriter
 
@@ -306,3 +316,25 @@ def test_ctrl_c_does_not_reach_the_workers(config):
     next(batches)
     workers = multiprocessing.active_children()
     assert workers and all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("during", ["the step", "loading"])
+def test_a_killed_worker_is_one_error_at_the_next_batch(config, during, monkeypatch):
+    read = ImageReader.__getitem__
+
+    def kill_first(reader, index):
+        if multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(reader, index)
+
+    if during == "loading":
+        monkeypatch.setattr(ImageReader, "__getitem__", kill_first)
+    before, batches = signal.getsignal(signal.SIGCHLD), iter(Loader(replace(config, workers=2)))
+    if during == "the step":
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(0.5)  # the training step, which the death of the worker does not interrupt
+    with pytest.raises(ChildProcessError, match=r"worker was killed \(signal 9\).*data.workers"):
+        list(batches)
+    assert signal.getsignal(signal.SIGCHLD) is before
