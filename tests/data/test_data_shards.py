@@ -249,6 +249,16 @@ def test_the_end_of_an_image_is_not_a_header_by_accident(tmp_path):
     assert [x.name for x in found if isinstance(x, Member)] == ["a.txt"]
 
 
+@pytest.mark.parametrize("size", [1024, tarfile.RECORDSIZE])
+def test_a_tar_without_members_is_a_shard_of_no_samples(tmp_path, size):
+    (tmp_path / "empty.tar").write_bytes(bytes(size))
+    with pytest.raises(ValueError, match="no usable sample in 1 shards"):
+        ShardDataset(tmp_path)
+    write_members(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a"})
+    dataset = ShardDataset(tmp_path)
+    assert [dataset[i].key for i in range(len(dataset))] == ["a"] and not dataset.broken
+
+
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no shards at .*missing-\*\.tar"):
         ShardDataset(str(tmp_path / "missing-*.tar"))
@@ -266,6 +276,7 @@ def test_errors_name_the_file(tmp_path):
     for data, message in (
         (b"\x1f\x8b" + whole, "compressed with gzip"),
         (b"x" * 20_000, "is not a tar: it has no valid header"),
+        (bytes(20_000), "is not a tar: it has no valid header"),
         (b"x", "is not a tar: it has 1 bytes"),
     ):
         (tmp_path / "other.tar").write_bytes(data)

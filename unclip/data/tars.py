@@ -79,7 +79,8 @@ def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
                 if not info.isdir():
                     yield Member(info.name, info.offset_data, info.size if regular else -1)
                 end, found = stop, True
-            if not found:
+            is_empty = size <= tarfile.RECORDSIZE and not data[:].strip(b"\0")  # only an end mark
+            if not found and not is_empty:
                 raise ValueError(f"{path} is not a tar: it has no valid header")
             rest = list(_between(data, end, size))
             if not any(isinstance(item, EndMark) for item in rest):
