@@ -92,6 +92,10 @@ def test_a_dataset_without_rows_is_named(tmp_path):
     both = {"train": saved_rows(tmp_path, None, [None])[1], "test": empty}
     datasets.DatasetDict(both).save_to_disk(tmp_path / "dict")
     assert len(open_dataset(f"datasets:{tmp_path}/dict")) == 1
+    datasets.DatasetDict().save_to_disk(tmp_path / "none")
+    for split in ("", ":test"):
+        with pytest.raises(ValueError, match=f"none{split} has no splits; save a dataset"):
+            open_dataset(f"datasets:{tmp_path}/none{split}")
     with pytest.raises(ValueError, match="dict:test has no rows$"):
         open_dataset(f"datasets:{tmp_path}/dict:test")
 

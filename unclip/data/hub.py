@@ -94,6 +94,8 @@ def _load(source: str) -> tuple[Any, str]:
     if not is_saved or not given and not isinstance(rows, Mapping):
         return rows, split
     splits = rows if isinstance(rows, Mapping) else {str(rows.split or "train"): rows}
+    if not splits:
+        raise ValueError(f"{source} has no splits; save a dataset with rows in it")
     if split not in splits:
         raise ValueError(f"{source}: there is no split {split}; expected {' or '.join(splits)}")
     return splits[split], split
