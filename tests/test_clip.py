@@ -1,5 +1,6 @@
 """The CLIP wrapper against open_clip itself."""
 
+import json
 import math
 import re
 import subprocess
@@ -177,6 +178,32 @@ def test_other_configs_are_errors(custom, tmp_path, content, message):
         CLIP.from_pretrained(tmp_path)
 
 
+def edit_config(folder, tower, **changes):
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"][tower].update(changes)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "tower, changes, message",
+    [
+        ("text_cfg", {"context_length": 10**10}, "its model_cfg cannot be built"),
+        ("text_cfg", {"heads": 3}, "its model_cfg cannot be built: .*divisible"),
+        ("vision_cfg", {"patch_size": 0}, "its model_cfg cannot be built"),
+        ("text_cfg", {"layers": 10**7}, "describes a network of too many layers"),
+        ("vision_cfg", {"timm_model_name": "hf-hub:org/x"}, "is hf-hub:org/x; expected an arch"),
+    ],
+)
+def test_towers_that_cannot_be_built_are_one_error(clip, tmp_path, tower, changes, message):
+    clip.save_pretrained(tmp_path / "model")
+    edit_config(tmp_path / "model", tower, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        CLIP.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "model") in str(error.value)
+
+
 def test_mismatched_tensors_are_listed(clip):
     tensors = dict(clip.model.state_dict())
     tensors["extra"] = torch.zeros(1)
@@ -220,6 +247,13 @@ def test_a_text_tower_of_transformers_is_built(tmp_path):
     clip = CLIP(config, lambda texts: (torch.ones(len(texts), 8).long(), torch.ones(1, 8) > 0))
     encoding = clip.encode_text(["a red apple", "a green pear"])
     assert encoding.emb.shape == (2, 16) and encoding.states.shape == (2, 8, clip.text_width)
+
+    config.model_cfg["text_cfg"]["hf_model_pretrained"] = True
+    with pytest.raises(OSError):
+        CLIP(config, clip.tokenizer)  # from weights in `tmp_path`, which has none
+    loaded = CLIP.from_tensors(config, clip.model.state_dict(), "the file", clip.tokenizer)
+    expected = clip.eval().encode_text(["a red apple"]).emb
+    assert torch.equal(loaded.encode_text(["a red apple"]).emb, expected)
 
 
 def test_what_open_clip_did_not_import_works_afterwards():

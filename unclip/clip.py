@@ -269,10 +269,18 @@ class CLIP(nn.Module):
         source: str | Path,
         tokenizer: Tokenize | None = None,
     ) -> CLIP:
-        """Build a float32 model from tensors with open_clip's names; errors refer to `source`."""
-        # The meta device skips initialisation; towers from timm and transformers do not support it.
-        with meta_device() if config.plain else contextlib.nullcontext():
-            clip = cls(config, tokenizer)
+        """Build a float32 model from tensors with open_clip's names; errors refer to `source`.
+
+        No other weights are read: the config's flags for pretrained towers are switched off.
+        """
+        try:
+            config = _without_downloads(config, source)
+            # The meta device skips initialisation; timm and transformers do not support it.
+            with meta_device(source) if config.plain else contextlib.nullcontext():
+                clip = cls(config, tokenizer)
+        except (ArithmeticError, AssertionError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())  # open_clip and torch check no size beforehand
+            raise ValueError(f"{source}: its model_cfg cannot be built: {reason}") from error
         load_strictly(clip.model, tensors, source)
         tower = clip.model.text if isinstance(clip.model, open_clip.CustomTextCLIP) else clip.model
         if config.plain and tower.attn_mask is not None:  # not in the checkpoint
@@ -417,6 +425,23 @@ class CLIP(nn.Module):
             for v in (cfg.mean, cfg.std)
         )
         return ((x * 0.5 + 0.5 - mean) / std).to(self.logit_scale.dtype)
+
+
+def _without_downloads(config: CLIPConfig, source: str | Path) -> CLIPConfig:
+    """Return a config whose towers are built without pretrained weights.
+
+    Raises ValueError for a timm tower whose architecture would be downloaded.
+    """
+    towers = {name: config.model_cfg.get(name) for name in ("vision_cfg", "text_cfg")}
+    flags = "timm_model_pretrained", "hf_model_pretrained"
+    for name, tower in towers.items():
+        timm = (tower or {}).get("timm_model_name")
+        if timm and ":" in timm:
+            fault = f"{source}: model_cfg.{name}.timm_model_name is {printable(timm)}"
+            raise ValueError(f"{fault}; expected an architecture of timm, not one to download")
+        if tower:
+            towers[name] = {**tower, **{flag: False for flag in flags if flag in tower}}
+    return CLIPConfig({**config.model_cfg, **towers}, config.preprocess_cfg)
 
 
 def _resized_size(height: int, width: int, shortest: int) -> tuple[int, int]:

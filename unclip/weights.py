@@ -130,26 +130,28 @@ def save_tensors(
 
 
 class _NothingDrawn(TorchFunctionMode):
-    calls = 0
+    def __init__(self, source: str | Path) -> None:
+        super().__init__()
+        self.source, self.calls = source, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         self.calls, kwargs = self.calls + 1, kwargs or {}
         if self.calls > MAX_CALLS:
-            raise ValueError("a config describes a network of too many layers to be loaded")
+            raise ValueError(f"{self.source} describes a network of too many layers to be loaded")
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def meta_device() -> Iterator[None]:
+def meta_device(source: str | Path = "a config") -> Iterator[None]:
     """Build modules on the meta device, for `load_strictly`.
 
     Normal distributions are not drawn from: torch would do so in Python, and import its compiler,
     which takes longer than to load a small model. Raises ValueError for a network of more layers
-    than any real one has, whose modules would fill the memory.
+    than any real one has, whose modules would fill the memory; it names `source`.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), _NothingDrawn(source):
         yield
 
 

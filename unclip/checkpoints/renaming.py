@@ -222,7 +222,7 @@ def build(
 
     It is built on the meta device, so that only the loaded weights take memory.
     """
-    with meta_device():
+    with meta_device(parts[0].source if parts else "a config"):
         module = network(config)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -132,7 +132,7 @@ def load_component(
     """
     folder = Path(folder)
     network, config = component_config(folder)
-    with meta_device():
+    with meta_device(folder / CONFIG_FILE):
         module = network(config)
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
