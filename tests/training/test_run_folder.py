@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -281,6 +282,26 @@ def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path: Path) -> None:
         (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").mkdir()
         raise ValueError("the cause")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_saved_in_a_run_folder_that_was_removed(tmp_path: Path, replaced: bool) -> None:
+    """After a removal, another run may have started in a folder of the same name."""
+    folder = tmp_path / "run"
+    others = [folder / ".lock", folder / "checkpoints/.writing/model.safetensors"]
+
+    def remove(step: int) -> None:
+        if step == 1:
+            shutil.rmtree(folder)
+        if step == 1 and replaced:
+            for file in others:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("another run's")
+
+    config = replace(fit_config(folder, 2), log_every=0, save_every=2)
+    with pytest.raises(OSError, match=f"{folder}: the folder was removed or replaced"):
+        fit(tiny_model(), denoising_loss, TinyLoader(), config, OPTIM, before_step=remove)
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == (others if replaced else [])
 
 
 def test_an_unused_lock_leaves_no_folder(tmp_path: Path) -> None:

@@ -34,10 +34,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # read-only by now: another error says so
-            (folder / LOCK_FILE).unlink()
+            if os.fstat(file.fileno()).st_nlink:  # else it was removed, and may be another run's
+                (folder / LOCK_FILE).unlink()
         file.close()
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
+
+
+def lock_id(folder: Path) -> int | None:
+    """Return a number that is the same as long as a run holds its lock; None without a lock."""
+    try:
+        return (folder / LOCK_FILE).stat().st_ino
+    except OSError:
+        return None
 
 
 def check_unlocked(folder: Path) -> None:

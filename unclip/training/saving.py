@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unclip.files import atomic_folder
 from unclip.training.checkpoints import Checkpoints, write_manifest
+from unclip.training.lock import lock_id
 from unclip.training.multiprocess import on_main
 from unclip.training.run_state import Snapshot
 from unclip.training.sharding import fill
@@ -43,6 +44,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "save") if in_background else None
         self._writing: Future[dict[str, Any]] | None = None
         self._step = 0
+        self._lock = lock_id(output)
         self._parts = checkpoints.folder / ".writing", output / ".writing-model"
 
     @property
@@ -97,11 +99,14 @@ class Saver:
         """End the thread; what was not published is dropped."""
         if self._pool is not None:
             self._pool.shutdown()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and lock_id(self.output) == self._lock:
             for part in self._parts:
                 shutil.rmtree(part, ignore_errors=True)
 
     def _make_folders(self) -> None:
+        if lock_id(self.output) != self._lock:  # another run may be writing there
+            reason = "the folder was removed or replaced during the training"
+            raise OSError(f"cannot save to {self.output}: {reason}; start the run again")
         for part in self._parts:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
