@@ -22,7 +22,8 @@ def image_and_noise(dtype=torch.float64):
 
 def output_for(estimate, x_t, schedule, prediction):
     """Return the network output that corresponds to an estimate of x_0."""
-    return schedule.target(estimate, schedule.predict_eps(estimate, x_t, T, "x0"), T, prediction)
+    alpha, sigma = schedule.at("alpha", T, x_t), schedule.at("sigma", T, x_t)
+    return schedule.target(estimate, (x_t - alpha * estimate) / sigma, T, prediction)
 
 
 def test_simple_loss_is_the_mean_square():

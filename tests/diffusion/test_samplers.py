@@ -49,7 +49,7 @@ def mixture_denoiser(schedule, prediction):
         rest, variance = x_t[..., None] - alpha * means, alpha**2 * std**2 + sigma**2
         weights = (log_weights - rest**2 / (2 * variance)).softmax(-1)
         x_0 = (weights * (means + alpha * std**2 / variance * rest)).sum(-1)
-        return schedule.target(x_0, schedule.predict_eps(x_0, x_t, t, "x0"), t, prediction)
+        return schedule.target(x_0, (x_t - alpha * x_0) / sigma, t, prediction)
 
     return denoise
 

@@ -48,7 +48,7 @@ def test_any_number_of_timesteps_ends_in_noise(kind, num_timesteps):
 
 @pytest.mark.parametrize("config", ALL, ids=str)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_predictions_recover_image_and_noise(config, prediction):
+def test_predictions_recover_the_image(config, prediction):
     schedule = Schedule(config)
     if prediction == "eps" and config.zero_terminal_snr:
         with pytest.raises(ValueError, match="needs 'v' or 'x0'"):
@@ -62,9 +62,6 @@ def test_predictions_recover_image_and_noise(config, prediction):
     target = schedule.target(x_0, noise, t, prediction)
     torch.testing.assert_close(
         schedule.predict_x0(target, x_t, t, prediction), x_0, rtol=0, atol=1e-10
-    )
-    torch.testing.assert_close(
-        schedule.predict_eps(target, x_t, t, prediction), noise, rtol=0, atol=1e-10
     )
 
 

@@ -118,13 +118,6 @@ class Schedule:
             return (x_t - sigma * output) / alpha
         return alpha * x_t - sigma * output
 
-    def predict_eps(
-        self, output: Tensor, x_t: Tensor, t: Tensor | int, prediction: Prediction
-    ) -> Tensor:
-        """Convert the network's output to an estimate of the noise, in float32 or wider."""
-        x_0, x_t = self.predict_x0(output, x_t, t, prediction), _widen(x_t)
-        return (x_t - self.at("alpha", t, x_t) * x_0) / self.at("sigma", t, x_t)
-
     def check(self, prediction: str) -> None:
         """Raise ValueError unless this prediction type works with this schedule."""
         if prediction not in (known := get_args(Prediction)):

@@ -48,11 +48,6 @@ class Saver:
         self._parts = checkpoints.folder / ".writing", output / ".writing-model"
 
     @property
-    def is_open(self) -> bool:
-        """Whether a checkpoint waits for `finish`; equal in all processes."""
-        return self._writing is not None
-
-    @property
     def is_busy(self) -> bool:
         """Whether this process still writes, and `finish` would wait."""
         return self._writing is not None and not self._writing.done()
