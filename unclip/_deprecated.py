@@ -122,7 +122,7 @@ pipelines.base pipelines.request: split_batches
 pipelines.base pipelines.runtime: default_dtype find_device
 pipelines.base pipelines.provenance: redraw=regenerate decode_array encode_array
 pipelines.base image_io: to_pil
-pipelines.base pipelines.base: TextToImage=Pipeline
+pipelines.base pipelines.base: TextToImage=Pipeline inference=in_inference_mode
 pipelines.dalle_stages pipelines.dalle.pipeline: DalleStages=DallePipeline
 pipelines.latent pipelines.unclip.latent: places_on_path=path_positions
 pipelines.networks pipelines.unclip.pipeline: UnCLIPNetworks=UnCLIPPipeline

@@ -283,7 +283,7 @@ def _suggest(name: str, options: Any) -> str | None:
     return OTHER_NAMES.get(name)
 
 
-def inference(stage: Callable[P, Output]) -> Callable[P, Output]:
+def in_inference_mode(stage: Callable[P, Output]) -> Callable[P, Output]:
     """Run a stage in inference mode; a caller outside of it gets a copy to compute with."""
 
     @wraps(stage)

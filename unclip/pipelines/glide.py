@@ -13,7 +13,7 @@ from unclip.checkpoints.formats import Bundle
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext
-from unclip.pipelines.base import Pipeline, inference, make_schedules
+from unclip.pipelines.base import Pipeline, in_inference_mode, make_schedules
 from unclip.pipelines.diffusion_stage import DiffusionStage
 from unclip.pipelines.request import (
     Request,
@@ -124,7 +124,7 @@ class GLIDEPipeline(Pipeline):
         """Raise ValueError: this model has no CLIP."""
         raise ValueError(f"{self.name} has no image embeddings to vary an image; give it a prompt")
 
-    @inference
+    @in_inference_mode
     def decode(
         self,
         captions: Sequence[str],
@@ -138,7 +138,7 @@ class GLIDEPipeline(Pipeline):
         stage_options = options or self.options.decoder
         return self._sample(self.stages[0], captions, generators, stage_options, on_step)
 
-    @inference
+    @in_inference_mode
     def upsample(
         self,
         images: Tensor,

@@ -25,7 +25,7 @@ from unclip.models.dalle.sampling import (
     sample_codes,
 )
 from unclip.models.dalle.transformer import DALLE
-from unclip.pipelines.base import Pipeline, inference
+from unclip.pipelines.base import Pipeline, in_inference_mode
 from unclip.pipelines.provenance import encode_image
 from unclip.pipelines.request import (
     Batch,
@@ -187,14 +187,14 @@ class DallePipeline(Pipeline):
         task = self._continue("variations", image, prompt, keep, self._num_kept(keep) or None)
         return self._run(task, request)
 
-    @inference
+    @in_inference_mode
     def encode(self, images: Images) -> Tensor:
         """Encode P images of S x S pixels to codes (P, h, w)."""
         x = to_tensor(self._open(images)).to(self.device)
         self.runtime.use(self.codec)
         return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
 
-    @inference
+    @in_inference_mode
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes (B, h, w) to images (B, 3, S, S) in [-1, 1]."""
         self.runtime.use(self.codec)

@@ -19,7 +19,7 @@ from unclip.image_io import open_image, small_images
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.prior import DirectPrior
-from unclip.pipelines.base import Pipeline, inference, make_schedules
+from unclip.pipelines.base import Pipeline, in_inference_mode, make_schedules
 from unclip.pipelines.offload import Offloader, parts
 from unclip.pipelines.presets import preset
 from unclip.pipelines.provenance import encode_array
@@ -274,12 +274,12 @@ class UnCLIPPipeline(Pipeline):
 
     # -- stages
 
-    @inference
+    @in_inference_mode
     def encode_text(self, prompts: Prompt) -> TextEncoding:
         """Encode P prompts in float32; texts beyond CLIP's context are cut, with a warning."""
         return self.text_encoder(prompts)
 
-    @inference
+    @in_inference_mode
     def encode_image(self, images: Images) -> Tensor:
         """Compute the CLIP embeddings (N, D) of images, not normalised."""
         self.runtime.use(self.clip)
@@ -297,7 +297,7 @@ class UnCLIPPipeline(Pipeline):
         opened = [open_image(image) for image in list_images(images)]
         return small_images(opened, stage.network.config.size)
 
-    @inference
+    @in_inference_mode
     def sample_prior(
         self,
         text: TextEncoding,
@@ -326,14 +326,14 @@ class UnCLIPPipeline(Pipeline):
             on_step=on_step,
         )
 
-    @inference
+    @in_inference_mode
     def as_image(self, text_emb: Tensor) -> Tensor:
         """Scale text embeddings (N, D) to the length of image embeddings, to decode (5.1)."""
         prior = self._need_prior().network
         self.runtime.use(prior)
         return normalise(text_emb.float()) * prior.emb_norm
 
-    @inference
+    @in_inference_mode
     def decode(
         self,
         image_emb: Tensor | None,
@@ -362,7 +362,7 @@ class UnCLIPPipeline(Pipeline):
             like=like,
         )
 
-    @inference
+    @in_inference_mode
     def upsample(
         self,
         images: Tensor,
