@@ -19,6 +19,7 @@ import unclip
 from unclip.diffusion.inversion import InversionOptions
 from unclip.embeddings import normalise
 from unclip.image_io import open_image, read_metadata, save_png
+from unclip.pipelines.diffusion_stage import BoundStage
 from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip import manipulations as manipulation
 from unclip.pipelines.unclip.latent import Latent, along, deterministic
@@ -291,7 +292,7 @@ def test_interpolation_between_prompts(pipe, options):
     ],
 )
 def test_invalid_paths_are_rejected(pipe, options, arguments, message, monkeypatch):
-    monkeypatch.setattr(UnCLIPPipeline, "invert", None)  # must fail before the slow inversion
+    monkeypatch.setattr(BoundStage, "invert", None)  # must fail before the slow inversion
     with pytest.raises(ValueError, match=message):
         pipe.interpolate(**arguments, options=options, progress=False)
 
@@ -329,7 +330,7 @@ def test_theta_accepts_any_sequence(pipe, latent, theta):
 
 
 def test_invalid_seeds_are_rejected_before_inversion(pipe, monkeypatch):
-    monkeypatch.setattr(UnCLIPPipeline, "invert", None)
+    monkeypatch.setattr(BoundStage, "invert", None)
     with pytest.raises(ValueError, match="seed is -1"):
         pipe.vary(PHOTOS, seed=-1)
     with pytest.raises(ValueError, match="seed is -1"):
