@@ -4,14 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +33,7 @@ from unclip.data.remote import is_url
 from unclip.data.samples import Dataset, count_left_out, resize_center_crop
 from unclip.data.shards import ShardDataset
 from unclip.data.text import MAX_WEIGHT, ColumnNames
+from unclip.data.workers import load_in_workers, own_process_group
 
 Batch = dict[str, Any]
 Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
@@ -269,13 +266,13 @@ class Loader:
         precomputed = isinstance(self.dataset, PrecomputedDataset)
         if self.config.workers == 0 or self.config.cache or precomputed:
             return (self._make(epoch, number) for number in range(first, len(self)))
-        return _load_in_workers(
+        return load_in_workers(
             DataLoader(
                 _Epoch(self, epoch),
                 sampler=range(first, len(self)),
                 batch_size=None,
                 num_workers=self.config.workers,
-                worker_init_fn=_own_process_group,
+                worker_init_fn=own_process_group,
                 generator=torch.Generator(),  # for DataLoader's seed, not from the global generator
             )
         )
@@ -392,62 +389,6 @@ def recompose(
     if rng.random() < augment.background:
         image, caption = change_background(image, caption, rng)
     return image, caption
-
-
-def _load_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over what workers load. Raises ChildProcessError if one of them is killed.
-
-    torch raises this from a signal handler, at any point of the program. Here the handler is in
-    place only while a batch is awaited.
-    """
-    with _child_handler(None):  # restores the handler that torch replaces
-        batches = iter(loader)
-    workers: list[Any] = batches._workers  # pyright: ignore[reportAttributeAccessIssue]
-
-    def check(*_: Any) -> None:
-        for worker in workers:
-            if worker.exitcode:
-                code = worker.exitcode
-                fault = f"was killed (signal {-code})" if code < 0 else f"ended (exit code {code})"
-                remedy = "perhaps for lack of memory; lower data.workers or data.batch_size"
-                raise ChildProcessError(f"a data worker {fault}, {remedy}")
-
-    while True:
-        try:
-            with _child_handler(check):
-                check()  # of a worker that was killed since the last batch
-                batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, EOFError, OSError):
-            time.sleep(0.5)  # the connections of a killed process end before the process does
-            check()
-            raise
-        yield batch
-
-
-@contextlib.contextmanager
-def _child_handler(handler: Callable[..., None] | None) -> Iterator[None]:
-    """Call `handler` when a child process ends, and restore the previous handler afterwards.
-
-    Does nothing outside of the main thread and on Windows, as torch.
-    """
-    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.getsignal(signal.SIGCHLD)
-    try:
-        if handler is not None:
-            signal.signal(signal.SIGCHLD, handler)
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, previous or signal.SIG_DFL)
-
-
-def _own_process_group(worker: int) -> None:
-    """Shield a worker from Ctrl-C, so that the training process still gets its last batch."""
-    if os.name != "nt":
-        os.setpgrp()
 
 
 class _Epoch(TorchDataset):
