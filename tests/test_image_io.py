@@ -63,6 +63,18 @@ def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
     assert np.abs(np.asarray(opened, dtype=int)[..., 0].ravel() - np.arange(256)).max() <= 1
 
 
+def test_integers_of_32_bits_are_taken_as_16_bits_or_refused(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.int32).reshape(16, 16)
+    opened = open_image(saved(Image.fromarray(ramp), tmp_path / "wide.tif"))
+    assert np.abs(np.asarray(opened, dtype=int)[..., 0].ravel() - np.arange(256)).max() <= 1
+    for value, name in ((2**31 - 1, "large.tif"), (-1, "negative.tif")):
+        ramp[0, 0] = value
+        path = saved(Image.fromarray(ramp), tmp_path / name)
+        for read in (open_image, open_mask):
+            with pytest.raises(ValueError, match=rf"{name}: .*{value}.*; expected 0 to 65535"):
+                read(path)
+
+
 @pytest.mark.filterwarnings("error")
 def test_damaged_exif_is_ignored_without_a_warning(tmp_path):
     cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # five tags, of which none is complete

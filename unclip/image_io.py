@@ -102,6 +102,18 @@ def open_mask(source: ImageSource) -> Image.Image:
 
 
 @contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` at the end, unless there is an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _pillow_warnings_ignored() -> Iterator[None]:
     """Ignore what Pillow warns of: images that `MAX_DECODED` allows, damaged EXIF."""
     with warnings.catch_warnings():
@@ -152,7 +164,8 @@ def _unreadable(name: str, error: Exception) -> ValueError:
     known = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
     unidentified = isinstance(error, UnidentifiedImageError)
     reason = printable(error) if known and not unidentified else "not a readable image"
-    reason = reason.removeprefix(f"{name} is ")  # of `open_regular`
+    if reason.startswith(f"{name} is "):  # of `open_regular`, with what is expected
+        return ValueError(reason)
     return ValueError(f"{name}: {reason}; expected an image ({', '.join(FORMATS)})")
 
 
@@ -171,7 +184,11 @@ def _open(source: ImageSource) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     # Pillow would clip 16 bits at 255.
-    return image.convert("I").point([round(value / 257) for value in range(2**16)], "L")
+    image = image.convert("I")
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    if low < 0 or high >= 2**16:
+        raise ValueError(f"{name}: values are {low} to {high}; expected 0 to 65535 (16 bits)")
+    return image.point([round(value / 257) for value in range(2**16)], "L")
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -220,17 +237,11 @@ def save_png(image: Image.Image, path: str | Path, metadata: Any = None) -> None
 
     Raises OSError if the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngImagePlugin.PngInfo()
     if text := _to_json(metadata, "png"):
         info.add_itxt(METADATA_KEY, text)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _replacing(Path(path)) as part:
         image.save(part, format="PNG", pnginfo=info)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_image(image: Image.Image, path: str | Path, metadata: Any = None) -> None:
@@ -241,13 +252,8 @@ def save_image(image: Image.Image, path: str | Path, metadata: Any = None) -> No
     path = Path(path)
     if (kind := WRITTEN[path.suffix.lower()]) == "png":
         return save_png(image, path, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with _replacing(path) as part:
         part.write_bytes(encode_image(image, kind, metadata=metadata))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def image_name(text: str, seed: int) -> str:
@@ -508,16 +514,11 @@ def save_animation(
     """
     path = Path(path)
     check_animation(path, fps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with _replacing(path) as part:
         if path.suffix.lower() == ".gif":
             _write_gif(images, part, fps, metadata)
         else:
             _write_mp4(images, part, fps)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: Any) -> None:
@@ -529,9 +530,8 @@ def _write_gif(images: Sequence[Image.Image], path: Path, fps: float, metadata: 
     # In ms; a GIF counts in hundredths of a second.
     ends = [10 * round(100 * k / fps) for k in range(len(images) + 1)]
     lengths = [end - start for start, end in pairwise(ends)]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=lengths, loop=0, comment=comment
-    )
+    animation = {"save_all": True, "append_images": frames[1:], "duration": lengths, "loop": 0}
+    frames[0].save(path, "GIF", comment=comment, **animation)
 
 
 def find_ffmpeg() -> str:
