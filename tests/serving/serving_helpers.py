@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
-from unclip.serving.server import Server
+from unclip.serving.server import Protocol, Server
 
 LOCAL = "http://127.0.0.1"
 CONFIG = ServerConfig(models=("tiny", "tiny-dalle"), batch_seconds=0.02)
@@ -67,7 +67,7 @@ def serving(app: Any) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = uvicorn.Config(app, port=port, log_config=None, lifespan="on")
+    settings = uvicorn.Config(app, http=Protocol, port=port, log_config=None, lifespan="on")
     server = ThreadServer(settings, app.state.engine, drain_seconds=60)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -227,13 +227,16 @@ def test_fields_and_files_that_a_call_does_not_use_are_listed(client):
     assert response.headers["x-unclip-ignored"] == "image, weights"
 
 
-def test_a_stream_whose_images_cannot_be_stored_ends_with_an_error(load, tmp_path, caplog):
+def test_images_that_cannot_be_stored_are_an_error_that_says_so(load, tmp_path, caplog):
     with client_of(load, storage=str(tmp_path / "results")) as client:
         (tmp_path / "results").rmdir()
         response = generate(client, stream=True, response_format="url")
         ((_, fields),) = events_of(response)
         assert fields["error"]["type"] == "server_error"
-        assert "stream_failed" in caplog.text and "FileNotFoundError" in caplog.text
+        assert "could not store the images" in fields["error"]["message"]
+        assert "storing_failed" in caplog.text and "FileNotFoundError" in caplog.text
+        assert "b64_json" in error_of(generate(client, response_format="url"), 500)
+        assert generate(client, response_format="b64_json").status_code == 200
 
 
 def test_strict_refuses_unknown_fields(load):
@@ -331,6 +334,15 @@ def test_unknown_routes_models_and_methods(client):
     error_of(client.get(GENERATIONS), 405)
     error_of(generate(client, model="gpt-9"), 404, "model", "model_not_found")
     error_of(client.get("/v1/models/gpt-9"), 404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/page/main.js", "/v1/models", "/v1/models/tiny", "/healthz", "/readyz", "/metrics"],
+)
+def test_head_has_the_status_and_headers_of_get(client, path):
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (200, get.headers["content-type"])
 
 
 def test_models(client):

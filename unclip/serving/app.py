@@ -88,16 +88,19 @@ def create_app(
             name=operation,
             openapi_extra=_schema(operation),
         )
-    app.add_api_route("/v1/models", list_models, name="models")
+
+    def add_get(path: str, endpoint: Callable[..., Any], **about: Any) -> None:
+        app.add_api_route(path, endpoint, **about)
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
     missing: dict[int | str, dict[str, Any]] = {404: {"description": "Not found"}}
-    app.add_api_route("/v1/models/{name:path}", get_model, name="model", responses=missing)
-    app.add_api_route(
-        "/v1/files/{name:path}", get_file, name="file", responses=missing, response_class=Response
-    )
-    app.add_api_route("/v1/files/{name:path}", get_file, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/healthz", healthz)
-    app.add_api_route("/readyz", readyz)
-    app.add_api_route("/metrics", get_metrics, response_class=PlainTextResponse)
+    add_get("/v1/models", list_models, name="models")
+    add_get("/v1/models/{name:path}", get_model, name="model", responses=missing)
+    about = {"responses": missing, "response_class": Response}
+    add_get("/v1/files/{name:path}", get_file, name="file", **about)
+    add_get("/healthz", healthz)
+    add_get("/readyz", readyz)
+    add_get("/metrics", get_metrics, response_class=PlainTextResponse)
     app.include_router(page)
     return app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from typing import Any
 
 from PIL import Image
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from unclip.image_io import encode_image
 from unclip.pipelines.provenance import encode_array
+from unclip.serving.errors import failed
 from unclip.serving.requests import Delivery
 from unclip.serving.storage import Storage
 from unclip.serving.tasks import Task
 from unclip.types import GenerationResult
+
+log = logging.getLogger("unclip.serving")
 
 
 def deliver(
@@ -26,7 +30,8 @@ def deliver(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Return an entry of the response for each image, and a note about resizing.
 
-    base_url: of URLs, if the client wants them. with_base64: include base64 in any case.
+    base_url: of URLs, if the client wants them. with_base64: include base64 in any case. APIError
+    if the images cannot be stored.
     """
     entries, note = [], None
     for k, image in enumerate(result.images):
@@ -38,7 +43,7 @@ def deliver(
         data = encode_image(resized, delivery.kind, delivery.quality, about)
         entry: dict[str, Any] = {}
         if base_url is not None:
-            entry["url"] = f"{base_url}/v1/files/{storage.put(data, delivery.kind)}"
+            entry["url"] = f"{base_url}/v1/files/{_store(data, delivery.kind, storage)}"
         if base_url is None or with_base64:
             entry["b64_json"] = base64.b64encode(data).decode()
         entry["seed"] = result.seeds[k]
@@ -49,6 +54,16 @@ def deliver(
             entry["image_embedding"] = encode_array(result.image_emb[k])
         entries.append(entry)
     return entries, note
+
+
+def _store(data: bytes, kind: str, storage: Storage) -> str:
+    """Store an image; return its name. APIError if there is no room, or another fault."""
+    try:
+        return storage.put(data, kind)
+    except Exception:  # file systems of fsspec raise any type
+        log.exception("storing_failed")
+        advice = "response_format 'b64_json' needs no storage"
+        raise failed(f"The server could not store the images; {advice}.") from None
 
 
 def encode_preview(preview: Tensor, delivery: Delivery) -> list[tuple[str, str]]:

@@ -162,7 +162,9 @@ class EventStream(Response):
                     await put(chunk, True)
             except ClientGone:
                 raise
-            except Exception:  # the images cannot be encoded or stored
+            except APIError as error:  # the images cannot be stored
+                await put(error_event(error), True)
+            except Exception:  # the images cannot be encoded
                 log.exception("stream_failed")
                 await put(error_event(failed()), True)
             await put(b"", False)

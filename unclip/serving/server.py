@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
@@ -21,8 +22,31 @@ from unclip.serving.logs import configure_logs, log_warning
 
 # Thread switch interval; with Python's default of 5 ms, responses wait for the engine's steps.
 SWITCH_SECONDS = 0.0005
+MAX_HEAD = 2**16  # bytes of a request before its body
 
 log = logging.getLogger("unclip.serving")
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP with a limit on the memory for a request's URL and headers, which httptools lacks."""
+
+    _in_head, _head = False, 0
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        headers = self.headers
+        super().data_received(data)
+        if self._in_head and self.headers is headers:  # a request that an earlier call began
+            self._head += len(data)
+            if self._head > MAX_HEAD and not self.transport.is_closing():
+                self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
 
 
 class Server(uvicorn.Server):
@@ -96,6 +120,7 @@ def serve(config: ServerConfig) -> None:
     app = create_app(config)
     settings = uvicorn.Config(
         app,
+        http=Protocol,
         host=config.host,
         port=config.port,
         log_config=None,

@@ -28,12 +28,12 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)  # these routes need no API key
 
 
-@router.get("/")
+@router.api_route("/", methods=["GET", "HEAD"])
 def index() -> Response:
     return page_file("index.html")
 
 
-@router.get("/page/{name}")
+@router.api_route("/page/{name}", methods=["GET", "HEAD"])
 def page_file(name: str) -> Response:
     """Return a file of the page; only the names of existing files are known."""
     path = FILES.get(name)
