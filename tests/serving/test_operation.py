@@ -217,6 +217,9 @@ def test_the_command_checks_its_arguments(capsys):
     assert (
         "two models have the id emoji; choose ids with --model ID=NAME" in capsys.readouterr().err
     )
+    for model in ("x=", "=emoji"):
+        assert main(["serve", "--model", model]) == 2
+        assert f"--model is {model!r}; expected a model, or ID=NAME" in capsys.readouterr().err
     assert main(["serve", "--port", "99999"]) == 2
     assert "'99999' is not a port; expected a number from 1 to 65535" in capsys.readouterr().err
     for flag in ("--replicas", "--num-cpus", "--num-gpus"):
@@ -233,6 +236,19 @@ def test_a_taken_port_is_one_line_and_no_model_is_loaded(tiny_folder):
         )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: address already in")
+
+
+@pytest.mark.parametrize("size", [1000, 2**20])
+def test_only_the_headers_of_a_request_are_limited(load, size):
+    """Long bodies, and short requests in one piece, are not."""
+    with serving(create_app(CONFIG, load)) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            head = f"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {size}\r\n\r\n"
+            last = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+            connection.sendall((head.encode() + b"a" * size) * 20 + last)
+            with connection.makefile("rb") as file:
+                received = file.read()
+    assert received.count(b"HTTP/1.1 404") == 20 and received.count(b"HTTP/1.1 200") == 1
 
 
 def test_sigterm_drains_and_exits_with_0(tiny_folder):
@@ -258,6 +274,13 @@ def test_sigterm_drains_and_exits_with_0(tiny_folder):
 
     try:
         wait_until(ready, 180)
+        # One connection cannot fill the memory with headers, not even without a key.
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as endless:
+            endless.sendall(b"GET / HTTP/1.1\r\nX: ")
+            with pytest.raises(OSError):
+                for _ in range(100):
+                    endless.sendall(b"a" * 2**20)
+        assert ready()
         statuses = []
         body = {**BODY, "n": 4, "steps": 50}
         thread = threading.Thread(target=lambda: statuses.append(post(url, body)))

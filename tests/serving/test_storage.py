@@ -37,6 +37,22 @@ def test_a_file_system_that_is_not_installed_is_one_line(monkeypatch):
         open_storage("s3://bucket/x", 3600, 2**20)
 
 
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
+    file = tmp_path / "pid"
+    file.write_text("1")
+    for folder in (file, file / "results"):
+        with pytest.raises(OSError, match="cannot store results in .*pid.*; give a folder"):
+            open_storage(str(folder), 3600, 2**20)
+    with pytest.raises(ValueError, match="cannot store results at foo://x: .*foo; give a folder"):
+        open_storage("foo://x", 3600, 2**20)
+
+
+def test_a_folder_without_permission_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OSError, match="no permission to write"):
+        open_storage(str(tmp_path), 3600, 2**20)
+
+
 def test_names_are_random_and_checked(target):
     storage = open_storage(target, 3600, 2**20)
     names = {storage.put(b"data", "webp") for _ in range(100)}

@@ -73,6 +73,8 @@ def _model(text: str) -> tuple[str, str]:
     if Path(text).is_dir():
         return Path(text).resolve().name, text
     name, separator, source = text.partition("=")
+    if separator and not (name and source):
+        raise ValueError(f"--model is {text!r}; expected a model, or ID=NAME with both parts")
     return (name, source) if separator else (text, text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -101,8 +102,15 @@ class FolderFiles:
     """Files in a folder, which survive a restart."""
 
     def __init__(self, folder: str | Path) -> None:
+        """Create the folder if it does not exist. OSError if files cannot be written in it."""
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write in it")
+        except OSError as error:
+            reason = "it is a file" if self.folder.is_file() else error.strerror
+            raise OSError(f"cannot store results in {folder}: {reason}; give a folder") from None
 
     def write(self, name: str, data: bytes) -> None:
         part = self.folder / f".{name}.part"
@@ -137,6 +145,8 @@ class RemoteFiles:
         except ImportError as error:
             advice = f"{install('remote')}, or the package it names"
             raise ValueError(f"cannot store results at {url}: {error}; {advice}") from None
+        except ValueError as error:  # an unknown protocol
+            raise ValueError(f"cannot store results at {url}: {error}; give a folder") from None
         self.fs.makedirs(self.root, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
