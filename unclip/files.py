@@ -155,15 +155,16 @@ def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:
         raise ValueError(f"{file} is {reason}; {advice}") from None
 
 
-def check_image_folder(path: Path) -> None:
+def check_image_folder(path: Path, kinds: str = ".png, .jpg or .webp") -> None:
     """Raise ValueError if images would be written into a new folder that is named like a file.
 
-    A suffix of letters, as in "a.heic", names a file; "run.v2" and "out.2024" are folders.
+    kinds: the files that may be named instead. A suffix of letters, as in "a.heic", names a file;
+    "run.v2" and "out.2024" are folders.
     """
     suffix = path.suffix.lower()
     if (suffix == ".mp4" or suffix[1:].isalpha()) and not path.is_dir():
         advice = "to write into a folder of this name, create it first"
-        raise ValueError(f"{path}: images are written as .png, .jpg or .webp; {advice}")
+        raise ValueError(f"{path}: images are written as {kinds}; {advice}")
 
 
 @contextlib.contextmanager

@@ -86,12 +86,15 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
         ("generate --prompts-file /dev/zero", ("/dev/zero", "device")),
         ("variations evil.png", ("evil.png", "not a readable image")),
         ("variations none.png", ("none.png",)),
+        ("variations broken", ("error: broken is a folder; expected a file\n",)),
         ("variations empty.txt", ("empty.txt", "image")),
         (
             "variations plain.png --num-candidates 2",
             ("--num-candidates 2", "unclip variations --help"),
         ),
         ("generate a --modle y", ("--modle y; did you mean --model?", "unclip generate --help")),
+        ("bench --steps 0", ("unrecognized arguments: --steps 0",)),
+        ("interpolate --prompts a b -o a.webm", ("a.webm", ".gif, .mp4, .png")),
         ("info nothing", ("'nothing'", *UNKNOWN_MODEL)),
         ("info plain.png", ("plain.png", "metadata")),
         ("info evil.png", ("evil.png", "not a readable image")),
@@ -115,6 +118,27 @@ def test_invalid_arguments_are_reported_in_one_line(here, capsys, command, facts
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert all(fact in err for fact in facts), err
     assert set(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate",),
+        ("edit", "plain.png", "--prompt"),
+        ("interpolate", "--prompts", "a"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(here, capsys, command, prompt):
+    assert main([*command, prompt]) == 2
+    assert "the prompt is empty; expected a description" in capsys.readouterr().err
+
+
+def test_a_temperature_of_a_diffusion_prior_is_refused_before_weights_are_read(here, capsys):
+    for file in (here / "assets" / "emoji").rglob("*.safetensors"):
+        file.unlink()
+    assert main(["generate", "a", "--temperature", "0.2"]) == 2
+    assert "temperature is 0.2; expected 1 for a diffusion prior" in capsys.readouterr().err
 
 
 def test_invalid_files_of_a_model_are_reported(here):

@@ -53,6 +53,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def prompt(text: str) -> str:
+    """Return a prompt that is not empty."""
+    if not text.strip():
+        raise ArgumentTypeError("the prompt is empty; expected a description of the image")
+    return text
+
+
 def prompts_file(text: str) -> list[str]:
     """Read the prompts in a UTF-8 file, or in standard input ("-"), one per line.
 

@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("image", type=Path, metavar="IMAGE")
     about = "description of the whole edited image (default: its own content)"
-    parser.add_argument("--prompt", metavar="TEXT", help=about)
+    parser.add_argument("--prompt", type=flags.prompt, metavar="TEXT", help=about)
     area = parser.add_mutually_exclusive_group()
     about = "inpaint where this image is white or transparent"
     area.add_argument("--mask", type=Path, metavar="IMAGE", help=about)

@@ -24,7 +24,7 @@ COMPLETION_MODEL = "emoji-dalle1"
 
 def add_commands(commands: Any) -> None:
     parser = flags.add_command(commands, generate, "generate images from prompts")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("prompts", nargs="*", type=flags.prompt, metavar="PROMPT")
     about = "more prompts, one per line; - reads standard input"
     parser.add_argument(
         "--prompts-file", type=flags.prompts_file, default=[], metavar="FILE", help=about

@@ -106,6 +106,10 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     for name, stage in stages.items():
         if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):
             raise ValueError(f"steps of the {name} are {stage.steps}; expected at most {most}")
+    # A prior without a schedule is autoregressive; its steps are tokens.
+    temperature = getattr(stages.get("prior"), "temperature", 1)
+    if temperature != 1 and "prior" in header.num_timesteps:
+        raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
     return header, options
 
 

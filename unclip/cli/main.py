@@ -81,6 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any) -> None:
+        # "bench --steps" is a mistake, not an abbreviation of --steps-only.
+        super().__init__(allow_abbrev=False, **kwargs)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown arguments here: a command's own parser knows its flags and its help."""
         known, unknown = super().parse_known_args(args, namespace)

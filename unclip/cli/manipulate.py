@@ -59,7 +59,9 @@ def add_commands(commands: Any) -> None:
     )
     _add_sources(parser, "*")
     about = "interpolate between prompts instead of images"
-    parser.add_argument("--prompts", nargs="+", default=[], metavar="PROMPT", help=about)
+    parser.add_argument(
+        "--prompts", nargs="+", type=flags.prompt, default=[], metavar="PROMPT", help=about
+    )
     about = "number of frames, both ends included (default: 9)"
     parser.add_argument("--frames", type=flags.at_least(2), default=9, metavar="N", help=about)
     about = "space the frames evenly by CLIP similarity, not by interpolation weight"
@@ -165,7 +167,7 @@ def interpolate(args: Namespace) -> None:
         check_file(output)
     else:
         args.grid = args.grid or is_image(output)
-        check_output(args, args.frames)
+        check_output(args, args.frames, ".gif, .mp4, .png, .jpg or .webp")
     pipe = load_unclip(args)
     seed = seeds_from(args.seed, 1)[0]
     chosen = {"noise": args.noise, "seed": seed, "progress": not args.quiet}

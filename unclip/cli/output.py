@@ -20,15 +20,18 @@ if TYPE_CHECKING:
     from unclip.types import GenerationResult
 
 
-def check_output(args: Namespace, num_images: int) -> None:
-    """Raise a ValueError if this number of images cannot be written to --output."""
+def check_output(args: Namespace, num_images: int, kinds: str = ".png, .jpg or .webp") -> None:
+    """Raise a ValueError if this number of images cannot be written to --output.
+
+    kinds: the files that the command can write, for the message.
+    """
     path = args.output
     if path is None:
         return
     if not is_image(path):
         if path.is_file():
             raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
-        check_image_folder(path)
+        check_image_folder(path, kinds)
         return _check_writable(path, path, *path.parents)
     if num_images > 1 and not args.grid:
         raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")
