@@ -72,12 +72,30 @@ def _import_open_clip() -> Any:
     return open_clip
 
 
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Import timm without torch._dynamo, which takes as long as torch.
+
+    timm asks it not to compile functions of NaFlexViT, which open_clip cannot build.
+    """
+
+    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
+        return function or (lambda function: function)
+
+    original, torch.compiler.disable = torch.compiler.disable, disable
+    try:
+        yield
+    finally:
+        torch.compiler.disable = original
+
+
 def _find_towers(model_cfg: Mapping[str, Any]) -> None:
     """Import what the towers of a model need, timm or transformers, if it is installed."""
     vision, text = model_cfg.get("vision_cfg") or {}, model_cfg["text_cfg"]
     timm, hf = open_clip.timm_model, open_clip.hf_model
     if vision.get("timm_model_name") and timm.timm is None:
-        open_clip.model.TimmModel = importlib.reload(timm).TimmModel
+        with _uncompiled():
+            open_clip.model.TimmModel = importlib.reload(timm).TimmModel
     if text.get("hf_model_name") and hf.transformers is None:
         open_clip.model.HFTextEncoder = importlib.reload(hf).HFTextEncoder
 
