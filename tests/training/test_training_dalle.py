@@ -21,6 +21,7 @@ from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqvae import ConvNetConfig
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.tokenizer import BPETokenizer
+from unclip.training.checkpoints import MANIFEST, write_manifest
 from unclip.training.dalle import DALLELoss, DALLELossConfig, image_codes
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle", "a black square"]
@@ -161,17 +162,15 @@ def test_a_run_is_resumed(workplace):
     "start",
     ["--init model", "--init file", "--init checkpoint", "--init bundle", "--resume", "old"],
 )
-def test_weights_keep_their_tokenizer(workplace, tmp_path, start):
-    run = tmp_path / "run"
-    shutil.copytree("runs/tiny/dalle", run)
-    shutil.copytree("data/tiny", tmp_path / "data")
+def test_weights_keep_their_tokenizer(workplace, tmp_path, monkeypatch, start):
+    for folder in ("runs", "data"):
+        shutil.copytree(workplace / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/tiny/dalle"
     expected = (run / "model/tokenizer.json").read_text()
     checkpoint = sorted((run / "checkpoints").iterdir())[-1]
     assert (checkpoint / "tokenizer.json").read_text() == expected
-    state = json.loads((checkpoint / "state.json").read_text())
-    state["settings"]["data"]["path"] = str(tmp_path / "data")
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    for text in (tmp_path / "data").glob("*.txt"):
+    for text in Path("data/tiny").glob("*.txt"):
         text.write_text("zwölf zwölf")  # a new tokenizer would differ
     (tmp_path / "bundle").mkdir()
     shutil.copytree(run / "model", tmp_path / "bundle/dalle")
@@ -191,10 +190,13 @@ def test_weights_keep_their_tokenizer(workplace, tmp_path, start):
         ]
         arguments += ["--set=fit.steps=1"]
     else:
-        arguments = ["--resume", "latest", f"--set=fit.steps={state['step'] + 1}"]
+        step = json.loads((checkpoint / "state.json").read_text())["step"]
+        arguments = ["--resume", "latest", f"--set=fit.steps={step + 1}"]
         if start == "old":
             (checkpoint / "tokenizer.json").unlink()
-    train(*arguments, f"--set=data.path={tmp_path / 'data'}", f"--set=fit.output={out}")
+            (checkpoint / MANIFEST).unlink()
+            write_manifest(checkpoint, {})
+    train(*arguments, f"--set=fit.output={out}")
     assert (out / "model/tokenizer.json").read_text() == expected
     assert all(
         (folder / "tokenizer.json").read_text() == expected

@@ -20,8 +20,8 @@ def load_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     place only while a batch is awaited.
     """
     with _child_handler(None):  # restores the handler that torch replaces
-        batches = iter(loader)
-    workers: list[Any] = batches._workers  # pyright: ignore[reportAttributeAccessIssue]
+        batches: Any = iter(loader)
+    workers = batches._workers
 
     def check(*_: Any) -> None:
         for worker in workers:
