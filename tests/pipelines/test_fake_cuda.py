@@ -32,6 +32,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
 from unclip.data.corruption import CorruptionConfig
+from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule
 from unclip.models.codecs.discriminator import DiscriminatorConfig
@@ -78,6 +79,7 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), d
 MASK = Image.new("L", (16, 16))
 MASK.paste(255, (4, 4, 12, 12))
 CALL: dict[str, Any] = {"seed": 0, "progress": False}
+INVERT: dict[str, Any] = {"inversion": InversionOptions(iterations=1), "progress": False}  # faster
 Operation = Callable[[Any], Any]
 
 
@@ -134,20 +136,20 @@ UNCLIP: dict[str, Operation] = {
     "variations of an embedding": lambda pipe: pipe.variations(
         image_emb=torch.linspace(-1, 1, EMB_DIM)[None], **CALL
     ),
-    "reconstruct": lambda pipe: pipe.reconstruct(
-        pipe.invert(PHOTO, progress=False), progress=False
-    ),
+    "reconstruct": lambda pipe: pipe.reconstruct(pipe.invert(PHOTO, **INVERT), progress=False),
     "random latent": lambda pipe: pipe.reconstruct(
         pipe.random_latent(pipe.encode_image(PHOTO), seed=0), progress=False
     ),
     "imagine": lambda pipe: pipe.reconstruct(pipe.imagine("a red apple", **CALL), progress=False),
-    "vary": lambda pipe: pipe.vary(PHOTO, eta=0.5, **CALL),
-    "interpolate": lambda pipe: pipe.interpolate([PHOTO, PHOTO.rotate(90)], frames=3, **CALL),
+    "vary": lambda pipe: pipe.vary(PHOTO, eta=0.5, seed=0, **INVERT),
+    "interpolate": lambda pipe: pipe.interpolate(
+        [PHOTO, PHOTO.rotate(90)], frames=3, seed=0, **INVERT
+    ),
     "interpolate prompts": lambda pipe: pipe.interpolate(
         prompts=["a red apple", "a fish"], frames=3, **CALL
     ),
     "text diff": lambda pipe: pipe.text_diff(
-        PHOTO, "a red apple", "a blue fish", theta=0.3, **CALL
+        PHOTO, "a red apple", "a blue fish", theta=0.3, seed=0, **INVERT
     ),
     "inpaint": lambda pipe: pipe.inpaint(PHOTO, MASK, "a red apple", **CALL),
     "outpaint": lambda pipe: pipe.outpaint(PHOTO, "a red apple", left=4, right=4, **CALL),
