@@ -135,7 +135,7 @@ pipelines.runs pipelines.request: several=open_images unopened=list_images
 pipelines.stages pipelines.unclip.pipeline: UnCLIPStages=UnCLIPPipeline
 pipelines.command_line cli.arguments: add_placement=add_runtime read_prompts=prompts_file
 pipelines.command_line cli.arguments: share=fraction
-pipelines.command_line cli.output: check_file check_output check_writable=check_json columns_of
+pipelines.command_line cli.output: check_file check_output check_writable=check_result columns_of
 pipelines.command_line image_io: slug
 pipelines.command_line cli.output: write=write_images write_figures=write_json
 pipelines.command_line cli.loading: load_model load_named

@@ -22,7 +22,7 @@ import pydantic
 from annotated_types import Ge, Gt, Interval, Le, Lt, MinLen, MultipleOf
 from typing_extensions import dataclass_transform
 
-from unclip.files import printable, read_text, shorten
+from unclip.files import printable, read_text, replace_text, shorten
 from unclip.safe_yaml import KeyPath, parse_yaml
 
 T = TypeVar("T")
@@ -208,9 +208,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_json(config: Any, path: str | Path) -> None:
-    """Write a dataclass, or plain data, as indented JSON."""
+    """Write a dataclass, or plain data, as indented JSON; an old file remains on failure."""
     data = to_dict(config) if dataclasses.is_dataclass(config) else config
-    Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    replace_text(Path(path), json.dumps(data, indent=2) + "\n")
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:

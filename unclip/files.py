@@ -173,7 +173,7 @@ def write_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {target}: {error}") from None
+        raise OSError(f"cannot write {target}: {error.strerror or error}") from None
 
 
 def replace_text(file: Path, text: str) -> None:

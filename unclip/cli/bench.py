@@ -10,7 +10,7 @@ from typing import Any
 
 from unclip.checkpoints.folders import locate
 from unclip.cli import arguments as flags
-from unclip.cli.output import check_json, write_json
+from unclip.cli.output import check_result, write_json
 from unclip.evaluation import STAGES
 from unclip.pipelines.presets import PRESETS
 
@@ -95,7 +95,7 @@ def bench(args: Namespace) -> None:
         return _bench_data(args)
     _refuse(LOADER, args, "is for a data loader; give --data PATH with it")
     args.model = args.model or flags.DEFAULT_MODEL
-    check_json(args.json)
+    check_result(args.json)
     if args.model not in benchmark.RANDOM_MODELS:
         locate(args.model)  # an unknown name is reported before torch is imported
     if args.model in benchmark.KARLO and not (args.whole or args.preset):
@@ -123,7 +123,7 @@ def _bench_data(args: Namespace) -> None:
     from unclip.data.bench import measure
     from unclip.data.loader import DataConfig
 
-    check_json(args.json)
+    check_result(args.json)
     for name, default in LOADER.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

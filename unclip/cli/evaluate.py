@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints.folders import locate
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_model, load_named, load_unclip
-from unclip.cli.output import check_json, write_json
+from unclip.cli.output import check_result, write_json
 from unclip.config import to_dict
 from unclip.evaluation import MANIPULATION_PARTS, PARTS
 from unclip.extras import import_extra
@@ -108,7 +108,7 @@ def evaluate(args: Namespace) -> None:
     from unclip.evaluation.sheets import PROMPTS, write_sheets
 
     for file in (args.json, args.table, args.train_judge):
-        check_json(file)
+        check_result(file)
     if args.judge and args.train_judge:
         raise ValueError("got --judge and --train-judge; expected one of them")
     if args.judge and not args.judge.is_file():
@@ -189,8 +189,8 @@ def _add_evaluate_codec(commands: Any) -> None:
 
 
 def evaluate_codec(args: Namespace) -> None:
-    check_json(args.json)
-    check_json(args.sheet)
+    check_result(args.json)
+    check_result(args.sheet)
     path = locate(args.codec)  # an unknown name is reported before torch is imported
 
     from unclip.checkpoints.registry import load_codec
@@ -233,7 +233,7 @@ def _add_evaluate_priors(commands: Any) -> None:
 
 
 def evaluate_priors(args: Namespace) -> None:
-    check_json(args.json)
+    check_result(args.json)
     pipe = load_unclip(args)
 
     from unclip.evaluation.pairs import load_pairs
@@ -295,7 +295,7 @@ def _add_evaluate_manipulations(commands: Any) -> None:
 def evaluate_manipulations(args: Namespace) -> None:
     from unclip.evaluation.report import HEAD, manipulation_rows, plain_table
 
-    check_json(args.json)
+    check_result(args.json)
     pipe = load_unclip(args)
 
     from unclip.evaluation.manipulations import ManipulationEvaluation
@@ -339,7 +339,7 @@ def _add_evaluate_approximations(commands: Any) -> None:
 
 
 def evaluate_approximations(args: Namespace) -> None:
-    check_json(args.json)
+    check_result(args.json)
     pipe = load_unclip(args)
 
     from unclip.evaluation.approximations import ApproximationError

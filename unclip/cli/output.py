@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.files import check_image_folder
+from unclip.files import check_image_folder, write_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,15 +53,6 @@ def _check_writable(path: Path, *folders: Path) -> None:
         raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file in an OSError while it is written, such as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-
-
 def is_image(path: Path) -> bool:
     from unclip.image_io import WRITTEN
 
@@ -94,7 +84,7 @@ def write_images(
         paths = [target / f"{name}.png" for name in names]
         files = list(zip(paths, images, metadata, strict=True))
     for path, image, entry in files:
-        with writing(path):
+        with write_errors(path):
             save_image(image, path, entry)
         print_path(path, args)
 
@@ -167,8 +157,8 @@ def print_path(path: Path, args: Namespace) -> None:
         print(path)
 
 
-def check_json(file: Path | None) -> None:
-    """Raise a ValueError if a file cannot be written, or its folder does not exist."""
+def check_result(file: Path | None) -> None:
+    """Raise a ValueError if a file of results cannot be written, or its folder does not exist."""
     if file is None:
         return
     if not file.parent.is_dir():
@@ -179,7 +169,7 @@ def check_json(file: Path | None) -> None:
 def write_json(results: dict[str, Any], file: Path | None, show: bool = True) -> None:
     """Write results to `file`, if one is given, and print its name."""
     if file is not None:
-        with writing(file):
+        with write_errors(file):
             file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         if show:
             print(file)

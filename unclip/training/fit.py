@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
@@ -33,9 +32,9 @@ from unclip.config import (
     PositiveInt,
     ProperFraction,
     config,
+    save_json,
     to_dict,
 )
-from unclip.files import replace_text
 from unclip.models.cpu.kernels import use_kernels
 from unclip.tokenizer import BPETokenizer
 from unclip.training import sharding
@@ -209,8 +208,7 @@ class _Trainer:
     ) -> Path:
         config, accelerator, state = self.config, self.accelerator, self.state
         if accelerator.is_main_process and state.step <= config.steps:
-            settings = json.dumps(state.settings, indent=2)
-            replace_text(self.output / "config.json", f"{settings}\n")
+            save_json(state.settings, self.output / "config.json")
         progress = (config.steps, state.step, state.hours)
         self.log = Log(
             accelerator,
