@@ -19,7 +19,9 @@ from scripts import ROOT
 from serving_helpers import CONFIG, client_of, load, serving, wait_until
 
 from unclip.cli.main import main
+from unclip.serving import server as server_module
 from unclip.serving.app import create_app
+from unclip.serving.server import PROBE_SECONDS
 
 GENERATIONS = "/v1/images/generations"
 BODY = {"prompt": "a red apple", "response_format": "b64_json"}
@@ -148,6 +150,40 @@ def test_a_client_that_disconnects_cancels_its_job(load, stream, started):
             other.join()
         assert engine.metrics.images.labels("tiny", "generations")._value.get() == (not started)
         assert post(url, BODY) == 200
+
+
+def test_a_client_that_closes_its_side_gets_the_responses(load):
+    gate = Gate(load)
+    with serving(create_app(CONFIG, gate)) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            body = json.dumps(BODY).encode()
+            head = "Host: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            connection.sendall(
+                f"POST {GENERATIONS} HTTP/1.1\r\n{head}Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+                + f"GET /healthz HTTP/1.1\r\n{head}\r\n".encode()
+            )
+            connection.shutdown(socket.SHUT_WR)
+            wait_until(lambda: gate.waiting == 1)
+            time.sleep(2 * PROBE_SECONDS)
+            gate.open.set()
+            with connection.makefile("rb") as file:
+                received = file.read()
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+    assert b'"b64_json"' in received and b'{"status":"ok"}' in received
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n\r\nGET"]
+)
+def test_a_connection_without_a_whole_request_is_closed(load, monkeypatch, sent):
+    monkeypatch.setattr(server_module, "HEAD_SECONDS", 0.3)
+    with serving(create_app(CONFIG, load)) as url:
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(sent)
+            with connection.makefile("rb") as file:
+                assert file.read().count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
 
 
 def test_jobs_that_outlast_the_shutdown_are_answered_with_503(load):

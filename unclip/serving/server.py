@@ -23,14 +23,29 @@ from unclip.serving.logs import configure_logs, log_warning
 # Thread switch interval; with Python's default of 5 ms, responses wait for the engine's steps.
 SWITCH_SECONDS = 0.0005
 MAX_HEAD = 2**16  # bytes of a request before its body
+HEAD_SECONDS = 60.0  # for all of them
+PROBE_SECONDS = 0.25
 
 log = logging.getLogger("unclip.serving")
 
 
 class Protocol(HttpToolsProtocol):
-    """HTTP with a limit on the memory for a request's URL and headers, which httptools lacks."""
+    """HTTP with limits on the size and time of a request's head, and for half-closed connections.
+
+    The head is the URL and the headers. uvicorn has no limit for it, and drops a client that
+    closes its side after a request.
+    """
 
     _in_head, _head = False, 0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -38,6 +53,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._stop_head_timer()
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
@@ -47,6 +63,44 @@ class Protocol(HttpToolsProtocol):
             self._head += len(data)
             if self._head > MAX_HEAD and not self.transport.is_closing():
                 self.send_400_response(f"The headers are longer than {MAX_HEAD} bytes.")
+        if self._head_timer is None and (self._in_head or not self._response_due):
+            self._start_head_timer()
+
+    def eof_received(self) -> bool:  # pyright: ignore
+        """Keep a half-closed connection open while a response is due, and close it then."""
+        if (
+            not self._response_due
+            or self.cycle.more_body
+            or self.cycle.scope["http_version"] < "1.1"
+        ):
+            return False
+        self.cycle.keep_alive = False
+        self._probe()
+        return True
+
+    @property
+    def _response_due(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _probe(self) -> None:
+        """Send interim responses until the final one: they fail if the client has gone."""
+        if not self.cycle.response_started and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.loop.call_later(PROBE_SECONDS, self._probe)
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._on_head_timeout)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _on_head_timeout(self) -> None:
+        if self._response_due:  # of the request before
+            self._start_head_timer()
+        else:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
