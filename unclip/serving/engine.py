@@ -243,6 +243,8 @@ class Engine:
                 for job in jobs:
                     self._attempt(model, [job])
                 return
+            if isinstance(error, APIError):
+                return jobs[0].notify(error)
             if isinstance(error, ValueError):
                 return jobs[0].notify(bad_request(str(error)))
             log.error("job_failed", exc_info=error)

@@ -413,13 +413,14 @@ def parse_size(size: str | None, strict: bool) -> int | None:
     """Return the side of square images. APIError if it is not allowed."""
     if size in (None, "auto"):
         return None
-    allowed = size in SIZES
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size, re.ASCII)
-    if found and not strict:
-        allowed = found[1] == found[2] and MIN_SIDE <= int(found[1]) <= MAX_SIDE
-    if not found or not allowed:
-        raise bad_request(f"'{_printable(size)}' is not one of {list(SIZES)} - 'size'", "size")
-    return int(found[1])
+    found = re.fullmatch(r"(\d{1,5})x\1", size, re.ASCII)
+    side = int(found[1]) if found else 0
+    if size in SIZES if strict else MIN_SIDE <= side <= MAX_SIDE:
+        return side
+    expected = f"one of {list(SIZES)}"
+    if not strict:
+        expected = f"SxS with S from {MIN_SIDE} to {MAX_SIDE}, such as '256x256', or 'auto'"
+    raise bad_request(f"'{_printable(size)}' is not {expected} - 'size'", "size")
 
 
 def _validate(kind: type[Common], fields: dict[str, Any]) -> Common:

@@ -20,6 +20,8 @@ from torch import Tensor
 from unclip.config import parse, to_dict
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import mix, slerp
+from unclip.pipelines.request import check_upsamplers
+from unclip.serving.errors import bad_request
 from unclip.types import GenerationResult, OnStep
 
 SAMPLERS = ("ddim", "ancestral", "dpm++", "unipc")
@@ -106,7 +108,7 @@ def generate(
 ) -> list[GenerationResult]:
     """Generate the images of tasks with equal batch keys in one call; return one result for each.
 
-    ValueError if the model does not support the operation.
+    ValueError if the model does not support the operation; APIError if it lacks its settings.
     """
     first = tasks[0]
     supported = OPERATIONS.get(pipe.kind, ("generations",))
@@ -132,15 +134,24 @@ def generate(
 
 
 def change_options(pipe: Any, settings: Settings) -> Any:
-    """Return the options of a pipeline with the settings of a request."""
+    """Return the options of a pipeline with the settings of a request.
+
+    APIError for settings that the pipeline lacks, and for wrong `options`.
+    """
     given = {name: value for name, value in vars(settings).items() if value is not None}
     if unknown := given.keys() - SETTINGS.get(pipe.kind, given.keys()):
-        names = " and no ".join(sorted(unknown))
-        raise ValueError(f"{pipe.name} is of kind {pipe.kind}, which has no {names}")
+        names = sorted(unknown)
+        message = f"{pipe.name} is of kind {pipe.kind}, which has no {' and no '.join(names)}"
+        raise bad_request(message, names[0])
     options = pipe.options
     if (changes := given.pop("options", None)) is not None:
-        options = parse(type(options), _merge(to_dict(options), json.loads(changes)), "options")
-        _check_limits(to_dict(options))
+        try:
+            options = parse(type(options), _merge(to_dict(options), json.loads(changes)), "options")
+            _check_limits(to_dict(options))
+            if pipe.kind != "dalle":
+                check_upsamplers(options.upsamplers, len(pipe.upsamplers))
+        except ValueError as error:
+            raise bad_request(str(error), "options") from None
     if pipe.kind == "dalle":
         return replace(options, **given)
     whole = {k: given.pop(k) for k in ("embedding", "prior_candidates") if k in given}
