@@ -193,6 +193,14 @@ def test_output_formats_carry_provenance(client, kind, name, tmp_path):
     assert read_source_type(file) == "trainedAlgorithmicMedia"
 
 
+@pytest.mark.parametrize("kind", ["gif", "svg"])
+def test_formats_of_newer_models_give_a_png(client, kind):
+    response = generate(client, output_format=kind, output_compression=80)
+    (data,) = images_of(response)
+    assert opened(data).format == "PNG"
+    assert response.headers["x-unclip-ignored"] == "output_format, output_compression"
+
+
 def test_metadata_can_be_turned_off(load, tmp_path):
     with client_of(load, metadata=False) as client:
         (data,) = images_of(generate(client))

@@ -20,7 +20,9 @@ from unclip.serving.logs import JSONFormatter, log_warning
 KEY = "sk-0123456789abcdef"
 PUBLIC = {"/", "/page/{name}", "/healthz", "/readyz", "/v1/files/{name:path}"}
 BEARER = {"authorization": f"Bearer {KEY}"}
-GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+GENERATIONS, EDITS, VARIATIONS = (
+    f"/v1/images/{name}" for name in ("generations", "edits", "variations")
+)
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +252,50 @@ def test_responses_have_security_headers(client):
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy and "http:" not in policy and "*" not in policy
+
+
+def test_pages_of_allowed_origins_may_call_the_api(load):
+    shop, other = "https://shop.example", "https://other.example"
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "x-a"}
+    with client_of(load, allow_origins=(shop,)) as client:
+        preflight = client.options(GENERATIONS, headers={"origin": shop, **asked})
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == shop
+        assert client.options(GENERATIONS, headers={"origin": other, **asked}).status_code == 400
+        answer = client.post(GENERATIONS, json={}, headers={"origin": shop})
+        assert answer.status_code == 400  # of the body; the page may read it
+        assert answer.headers["access-control-allow-origin"] == shop
+        assert answer.headers["cross-origin-resource-policy"] == "cross-origin"
+        refused = client.get("/v1/models", headers={"origin": other})
+        assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+
+
+@pytest.mark.parametrize("origin", ["*", "shop.example", "https://shop.example/page"])
+def test_a_wrong_origin_is_rejected_at_the_start(origin):
+    with pytest.raises(ValueError, match=re.escape(origin)):
+        ServerConfig(allow_origins=(origin,))
+
+
+def test_all_origins_need_a_key(load):
+    with client_of(load, allow_origins=("*",), api_keys=(KEY,)) as client:
+        headers = {"origin": "https://any.example", **BEARER}
+        answer = client.get("/v1/models", headers=headers)
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_a_prompt_filter_refuses_prompts(load, tmp_path, monkeypatch):
+    (tmp_path / "house_rules.py").write_text("def allowed(prompt):\n    return 'red' in prompt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with client_of(load, prompt_filter="house_rules:allowed") as client:
+        assert client.post(GENERATIONS, json={"prompt": "a red apple"}).status_code == 200
+        refused = client.post(GENERATIONS, json={"prompt": "a blue apple", "stream": True})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "content_policy_violation"
+        variation = client.post(VARIATIONS, files={"image": png(16)})
+        assert variation.status_code == 200  # it has no prompt
+
+
+@pytest.mark.parametrize("name", ["no_such_module:f", "os:no_such_function", "os:name", "a b"])
+def test_a_wrong_prompt_filter_is_rejected_at_the_start(name, load):
+    with pytest.raises(ValueError, match=name):
+        create_app(ServerConfig(prompt_filter=name), load)

@@ -32,6 +32,12 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--api-key", action="append", dest="keys", metavar="KEY", help=about)
     about = "base of the URLs in responses (default: the Host header, on loopback only)"
     parser.add_argument("--public-base-url", metavar="URL", help=about)
+    about = "web site whose pages may call the API, such as https://shop.example; may be repeated"
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], dest="origins", metavar="URL", help=about
+    )
+    about = "Python function that returns False for prompts to refuse, called for each request"
+    parser.add_argument("--prompt-filter", metavar="MODULE:FUNCTION", help=about)
     about = "folder or fsspec URL for results (default: memory)"
     parser.add_argument("--storage", metavar="DIR|URL", help=about)
     about = "reject unsupported fields, as dall-e-2 did, instead of ignoring them"
@@ -113,6 +119,8 @@ def serve(args: Namespace) -> None:
         port=args.port,
         api_keys=tuple(args.keys or ([variable] if variable else ())),
         public_base_url=args.public_base_url,
+        allow_origins=tuple(args.origins),
+        prompt_filter=args.prompt_filter,
         storage=args.storage,
         strict=args.strict,
         deterministic=args.deterministic,

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from pkgutil import resolve_name
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import Receive
 
@@ -76,7 +78,16 @@ def create_app(
     )
     app.state.config, app.state.engine, app.state.storage = config, engine, storage
     app.state.decoding = asyncio.Semaphore(DECODERS)
+    app.state.prompt_filter = config.prompt_filter and load_prompt_filter(config.prompt_filter)
     app.add_middleware(Guard, engine=engine)
+    if config.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_exception_handler(APIError, _handle_api_error)
     app.add_exception_handler(HTTPException, _handle_http_error)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
@@ -105,6 +116,22 @@ def create_app(
     return app
 
 
+def load_prompt_filter(name: str) -> Callable[[str], Any]:
+    """Import "module:function", which returns true for allowed prompts. ValueError on failure.
+
+    It is called in a thread, for several prompts at a time.
+    """
+    try:
+        function = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"prompt_filter is {name!r}: {error}; expected module:function, on PYTHONPATH"
+        ) from None
+    if not callable(function):
+        raise ValueError(f"prompt_filter is {name!r}, which is not a function")
+    return function
+
+
 async def _sweep(storage: Storage) -> None:
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
@@ -128,6 +155,12 @@ def _images_route(operation: str) -> Callable[..., Any]:
         else:
             parsed = parse(operation, fields, files, state.config)
         task, delivery = parsed
+        allowed, prompt = state.prompt_filter, task.prompt
+        if allowed and prompt is not None and not await run_in_threadpool(allowed, prompt):
+            raise bad_request(
+                "The prompt was refused by this server's filter.",
+                code="content_policy_violation",
+            )
         base_url = _base_url(request) if delivery.url else None
         request.state.log = describe(task)
         if state.config.log_prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -21,6 +22,8 @@ class ServerConfig:
     port: int = 8000
     api_keys: tuple[str, ...] = ()  # none: no authentication, on loopback only
     public_base_url: str | None = None  # of URLs in responses; None = the Host header, on loopback
+    allow_origins: tuple[str, ...] = ()  # web sites whose pages may call the API; "*" = all
+    prompt_filter: str | None = None  # "module:function"; false for prompts that are refused
     storage: str | None = None  # folder or fsspec URL of results; None = memory
     strict: bool = False  # reject what dall-e-2 rejected, instead of ignoring it
     deterministic: bool = False  # generate each image alone, so that its bytes never vary
@@ -57,6 +60,11 @@ class ServerConfig:
                 raise ValueError(
                     f"public_base_url is {self.public_base_url!r}; expected http(s)://host"
                 )
+        if "*" in self.allow_origins and not self.api_keys:
+            raise ValueError("allow_origins is '*'; set an API key (--api-key), or name the sites")
+        for origin in self.allow_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"allow_origins has {origin!r}; expected http(s)://host, or '*'")
         for name in ("max_batch", "max_queue", "max_body", "max_upload", "max_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -42,6 +42,9 @@ class Guard:
     def __init__(self, app: ASGIApp, engine: Engine) -> None:
         self.app, self.engine = app, engine
         self.config, self.metrics = engine.config, engine.metrics
+        self.headers = {**SECURITY_HEADERS}
+        if self.config.allow_origins:  # also <img> elements of these sites
+            self.headers["cross-origin-resource-policy"] = "cross-origin"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +62,7 @@ class Guard:
                 headers["openai-version"] = OPENAI_VERSION
                 elapsed = 1000 * (time.perf_counter() - started)
                 headers["openai-processing-ms"] = f"{elapsed:.0f}"
-                for name, value in SECURITY_HEADERS.items():
+                for name, value in self.headers.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -112,10 +115,11 @@ class Guard:
         """Reject other web sites, which can reach a loopback address through the user's browser."""
         url, host = self.config.public_base_url, headers.get("host", "").lower()
         allowed = set() if url is None else {site(url)}
+        foreign = {site(origin) for origin in self.config.allow_origins}
         if not is_loopback(host_name(host)) and host not in allowed:
             raise APIError(403, "The Host header is not a name of this server.", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and site(origin) not in {host, *allowed}:
+        if origin is not None and site(origin) not in {host, *allowed, *foreign}:
             raise APIError(
                 403, "Requests from other web sites are not allowed.", code="wrong_origin"
             )

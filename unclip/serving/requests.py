@@ -70,7 +70,7 @@ class Common(BaseModel):
     user: str | None = None
     stream: bool = False
     partial_images: Annotated[Integer, Field(ge=0, le=3)] = 0
-    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_format: Literal["png", "jpeg", "webp", "gif", "svg"] = "png"
     output_compression: Annotated[Integer, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque", "transparent"] = "auto"
     seed: Annotated[Integer, Field(ge=0, le=MAX_SEED)] | None = None
@@ -133,6 +133,7 @@ REPLACED = (
     *("prompt", "negative_prompt", "num_candidates", "image", "images", "weights"),
     *FOR_PRIOR,
 )
+UNWRITTEN = ("gif", "svg")  # formats of newer models; the result is a PNG
 TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 
@@ -227,7 +228,11 @@ def parse(
     ignored = [*(body.model_extra or {}), *files]
     if body.background == "transparent":
         ignored.append("background")
-    if body.output_compression is not None and body.output_format == "png":
+    kind: str = body.output_format
+    if kind in UNWRITTEN:
+        ignored.append("output_format")
+        kind = "png"
+    if body.output_compression is not None and kind == "png":
         ignored.append("output_compression")
     if not body.stream:
         ignored += [name for name in ("partial_images", "indexed_partials") if name in fields]
@@ -250,7 +255,7 @@ def parse(
     task = _task(operation, values, images, masks, config)
     partial_images = body.stream and (body.n == 1 or body.indexed_partials)
     delivery = Delivery(
-        kind=body.output_format,
+        kind=kind,
         quality=body.output_compression,
         side=parse_size(body.size, config.strict),
         url=body.response_format == "url" or (not body.stream and body.response_format is None),
