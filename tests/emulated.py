@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +27,6 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 # Operations that accept tensors of two devices.
@@ -80,9 +79,21 @@ class Emulated(torch.Tensor):
         raise AssertionError(f"{func} was called outside of `emulated_device`")
 
 
-def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what an operation's arguments or results contain: they nest sequences."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([map_leaves(function, x) for x in value])
+    return function(value)
+
+
+def leaves_of(args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    leaves: list[Any] = []
+    map_leaves(leaves.append, [*args, *kwargs.values()])
+    return leaves
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any], leaves: list[Any]) -> Any:
     """Check the devices of an operation, run it on the inner tensors and wrap its results."""
-    leaves = tree_flatten((args, kwargs))[0]
     ours = [x for x in leaves if isinstance(x, Emulated)]
     plain = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, Emulated)]
     target = kwargs.get("device")
@@ -99,15 +110,18 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         claimed = torch.device("cpu")  # the destination decides
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    inner_args, inner_kwargs = tree_map(
-        lambda x: x.inner if isinstance(x, Emulated) else x, (args, kwargs)
+
+    def inner(x: Any) -> Any:
+        return x.inner if isinstance(x, Emulated) else x
+
+    out = func(
+        *map_leaves(inner, args), **{name: map_leaves(inner, x) for name, x in kwargs.items()}
     )
-    out = func(*inner_args, **inner_kwargs)
     if func._schema.is_mutable and args and isinstance(out, torch.Tensor):
         return args[0]
     if claimed.type == "cpu":
         return out
-    return tree_map(lambda x: Emulated(x, claimed) if isinstance(x, torch.Tensor) else x, out)
+    return map_leaves(lambda x: Emulated(x, claimed) if isinstance(x, torch.Tensor) else x, out)
 
 
 class _Factories(TorchDispatchMode):
@@ -121,7 +135,7 @@ class _Factories(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in (aten.pin_memory.default, aten._pin_memory.default):
             return args[0]
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = leaves_of(args, kwargs)
         # A device without an index takes it from the guard, which is that of `meta`.
         names = {self.emulated.type, "meta"}
         on_device = any(isinstance(x, torch.device) and x.type in names for x in leaves)
@@ -133,7 +147,7 @@ class _Factories(TorchDispatchMode):
                     return out
         if on_device:
             kwargs = {**kwargs, "device": self.emulated}
-        return run(func, args, kwargs)
+        return run(func, args, kwargs, leaves)
 
 
 class Generator(torch.Generator):

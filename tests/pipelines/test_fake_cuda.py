@@ -43,6 +43,7 @@ from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.decoder import Layout, LayoutConfig
 from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
+from unclip.pipelines.unclip.latent import deterministic
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.pipelines.unclip.probing import class_probabilities
 from unclip.tokenizer import BPETokenizer
@@ -79,7 +80,7 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), d
 MASK = Image.new("L", (16, 16))
 MASK.paste(255, (4, 4, 12, 12))
 CALL: dict[str, Any] = {"seed": 0, "progress": False}
-INVERT: dict[str, Any] = {"inversion": InversionOptions(iterations=1), "progress": False}  # faster
+INVERSION = InversionOptions(iterations=2)  # the second one combines two corrections
 Operation = Callable[[Any], Any]
 
 
@@ -111,6 +112,11 @@ def stage_options(pipe: Any, **changes: Any) -> Any:
     return {"options": options, **CALL}
 
 
+def few_steps(pipe: Any) -> dict[str, Any]:
+    """Arguments of an inversion with 4 steps; the default has 50."""
+    return {"options": deterministic(pipe.options, 4), "progress": False}
+
+
 UNCLIP: dict[str, Operation] = {
     "prompts": lambda pipe: pipe(["a red apple", "a blue fish"], num_images=2, **CALL),
     "mixed prompts": lambda pipe: pipe({"a red apple": 1.0, "a fish": -0.5}, **CALL),
@@ -136,20 +142,30 @@ UNCLIP: dict[str, Operation] = {
     "variations of an embedding": lambda pipe: pipe.variations(
         image_emb=torch.linspace(-1, 1, EMB_DIM)[None], **CALL
     ),
-    "reconstruct": lambda pipe: pipe.reconstruct(pipe.invert(PHOTO, **INVERT), progress=False),
-    "random latent": lambda pipe: pipe.reconstruct(
-        pipe.random_latent(pipe.encode_image(PHOTO), seed=0), progress=False
+    "reconstruct": lambda pipe: pipe.reconstruct(
+        pipe.invert(PHOTO, inversion=INVERSION, **few_steps(pipe)), progress=False
     ),
-    "imagine": lambda pipe: pipe.reconstruct(pipe.imagine("a red apple", **CALL), progress=False),
-    "vary": lambda pipe: pipe.vary(PHOTO, eta=0.5, seed=0, **INVERT),
+    "random latent": lambda pipe: pipe.reconstruct(
+        pipe.random_latent(
+            pipe.encode_image(PHOTO), seed=0, options=deterministic(pipe.options, 4)
+        ),
+        progress=False,
+    ),
+    "imagine": lambda pipe: pipe.reconstruct(
+        pipe.imagine("a red apple", seed=0, **few_steps(pipe)), progress=False
+    ),
+    "vary": lambda pipe: pipe.vary(PHOTO, eta=0.5, seed=0, inversion=INVERSION, **few_steps(pipe)),
     "interpolate": lambda pipe: pipe.interpolate(
-        [PHOTO, PHOTO.rotate(90)], frames=3, seed=0, **INVERT
+        [PHOTO, PHOTO.rotate(90)], frames=3, seed=0, inversion=INVERSION, **few_steps(pipe)
     ),
     "interpolate prompts": lambda pipe: pipe.interpolate(
-        prompts=["a red apple", "a fish"], frames=3, **CALL
+        prompts=["a red apple", "a fish"], frames=3, seed=0, **few_steps(pipe)
     ),
     "text diff": lambda pipe: pipe.text_diff(
-        PHOTO, "a red apple", "a blue fish", theta=0.3, seed=0, **INVERT
+        *(PHOTO, "a red apple", "a blue fish", 0.3),
+        seed=0,
+        inversion=INVERSION,
+        **few_steps(pipe),
     ),
     "inpaint": lambda pipe: pipe.inpaint(PHOTO, MASK, "a red apple", **CALL),
     "outpaint": lambda pipe: pipe.outpaint(PHOTO, "a red apple", left=4, right=4, **CALL),
