@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import fork, wait
 from scripts import (
     ROOT,
     load_script,
@@ -181,9 +182,13 @@ def run(words: list[str]) -> None:
     elif launcher == "unclip":
         assert unclip_cli([*rest, "--quiet"]) == 0
     elif "--num_processes" in words or launcher == "torchrun":
-        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        output = f"--set=fit.output=runs/tiny/{launcher}"
-        run_in_two_processes(ROOT / words[script], *words[script + 1 :], output)
+        index = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script, output = ROOT / words[index], f"--set=fit.output=runs/tiny/{launcher}"
+        arguments = *words[index + 1 :], output
+        if launcher == "torchrun":
+            run_in_two_processes(script, *arguments)
+        else:
+            assert wait(fork(lambda rank: run_script(script, *arguments), 2), 300) == [0, 0]
     else:
         script, *arguments = rest[1:] if launcher == "accelerate" else rest
         if any("assets/" in word for word in arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from forks import FSDP, fork, wait
 from PIL import Image
-from scripts import ROOT, run_in_two_processes, run_script, write_shape_images
+from scripts import ROOT, run_script, write_shape_images
 
 import unclip
 from unclip.checkpoints import folders
@@ -519,9 +520,7 @@ def test_two_processes_agree_on_the_number_of_components(workplace):
         "--set=fit.output=runs/tiny/explained_by_two",
         "--set=explained_variance=0.7",
     )
-    run_in_two_processes(
-        ROOT / "train/ar_prior.py", f"--config={ROOT}/configs/tiny/ar_prior.yaml", *settings
-    )
+    assert wait(fork(lambda rank: train("ar_prior", *settings), 2), 300) == [0, 0]
     assert (workplace / "runs/tiny/explained_by_two/model").is_dir()
 
 
@@ -542,13 +541,14 @@ def test_two_processes_train_a_sharded_network_with_previews(workplace, network)
     assert all(parameter.isfinite().all() for parameter in loaded.parameters())
 
 
-def test_a_dry_run_of_two_processes_ends_with_a_gathering_loss(workplace):
-    arguments = (
-        f"--config={ROOT}/configs/tiny/clip.yaml",
-        "--dry-run",
-        "--set=fit.output=runs/tiny/dry",
-    )
-    assert run_in_two_processes(ROOT / "train/clip.py", *arguments).count("per step") == 1
+def test_a_dry_run_of_two_processes_ends_with_a_gathering_loss(workplace, tmp_path):
+    def dry_run(rank: int) -> None:
+        with (tmp_path / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
+            train("clip", "--dry-run", "--set=fit.output=runs/tiny/dry")
+
+    assert wait(fork(dry_run, 2), 300) == [0, 0]
+    printed = "".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert printed.count("per step") == 1
 
 
 def test_a_grown_decoder_keeps_its_trained_levels(workplace):

@@ -20,7 +20,7 @@ from fitting import (
     plain_model,
     run_fit,
 )
-from scripts import run_in_two_processes
+from forks import fork, wait
 
 from unclip.training.fit import FitConfig, fit
 from unclip.training.launch import Run, launch, this_process
@@ -124,7 +124,8 @@ def test_the_resume_command_uses_the_launcher(monkeypatch: pytest.MonkeyPatch) -
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     config = script_config(tmp_path / "two", precision="fp32", accumulate=2)
-    run_in_two_processes(__file__, "--config", config)
+    processes = fork(lambda rank: launch(main, Script, None, ["--config", config]), 2)
+    assert wait(processes, 300) == [0, 0]
     fit(
         plain_model(),
         plain_loss,
@@ -149,10 +150,6 @@ def test_unconnected_processes_are_rejected(
         SystemExit, match=r"error: WORLD_SIZE is 2, but accelerate trains with 1 process\(es\)"
     ):
         launch(main, Script, None, ["--config", script_config(tmp_path)])
-
-
-if __name__ == "__main__":  # run by run_in_two_processes
-    launch(main, Script, __doc__)
 
 
 def test_bf16_is_the_default_only_where_the_cpu_has_it(tmp_path, monkeypatch):
