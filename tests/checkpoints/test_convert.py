@@ -303,8 +303,9 @@ def test_an_unsupported_image_tower_is_left_out(tmp_path: Path) -> None:
         "no_ln_pre": True,
     }
     own_model(vision_cfg=vision).save_pretrained(tmp_path / "ours")
-    with pytest.warns(
-        UserWarning, match="the image encoder is left out: vision_cfg.no_ln_pre is True"
+    with (
+        pytest.warns(UserWarning, match="the image encoder is left out: .*no_ln_pre is True"),
+        pytest.warns(UserWarning, match="a diffusers folder holds no sampling options"),
     ):
         convert(tmp_path / "ours", tmp_path / "theirs", "diffusers")
     assert not (tmp_path / "theirs" / "image_encoder").exists()

@@ -340,6 +340,7 @@ def test_errors_name_the_file_and_the_value(tmp_path, monkeypatch):
         EmbeddingDataset(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:1 of 12 captions are longer")
 def test_copies_in_other_colours_are_embedded_with_their_captions(tmp_path, clip):
     (tmp_path / "data").mkdir()
     file = io.BytesIO()

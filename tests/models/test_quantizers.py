@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import fork, wait
 from torch import Tensor, nn
 
 from unclip.models.codecs import quantizers
@@ -169,7 +170,7 @@ def run_process(rank: int, folder: Path) -> None:
 
 
 def test_codebook_of_two_processes_equals_that_of_the_joint_batch(tmp_path):
-    torch.multiprocessing.spawn(run_process, args=(tmp_path,), nprocs=2)
+    assert wait(fork(lambda rank: run_process(rank, tmp_path), 2), 60) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     module = make_quantizer(ema=0.9)
     for step in range(3):

@@ -158,6 +158,7 @@ def test_a_run_is_resumed(workplace):
     assert (workplace / "runs/tiny/dalle/checkpoints/step-0000010").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore:the data has other samples")
 @pytest.mark.parametrize(
     "start",
     ["--init model", "--init file", "--init checkpoint", "--init bundle", "--resume", "old"],

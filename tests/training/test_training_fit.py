@@ -43,6 +43,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no bfloat16 instructions")
 @pytest.mark.parametrize(
     "options", [{"precision": "fp32"}, {"precision": "bf16", "channels_last": True}], ids=str
 )

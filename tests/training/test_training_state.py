@@ -211,6 +211,7 @@ def test_initial_weights_are_loaded(tmp_path: Path) -> None:
         load_weights(model, tmp_path.parent)
 
 
+@pytest.mark.filterwarnings("ignore:the data has other samples")  # it is not compared here
 def test_more_processes_resume_in_the_remainder_of_an_epoch(tmp_path: Path) -> None:
     data = DataConfig(str(tmp_path / "data"), image_size=8, batch_size=1)
     write_shape_images(tmp_path / "data")
