@@ -34,6 +34,9 @@ TRANSFERS = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.
 TRANSFERS |= {aten.index_put_.default}
 
 
+HAS_GPU = torch.cuda.is_available()
+
+
 class DeviceMismatch(RuntimeError):
     pass
 
@@ -201,7 +204,11 @@ def _register_cuda_guard() -> None:
 
 @contextlib.contextmanager
 def emulated_device(name: str = "cuda:0") -> Iterator[torch.device]:
-    """Emulate the device `name` ("cuda:0" or "meta") inside the context."""
+    """Emulate the device `name` ("cuda:0" or "meta"); with a GPU, use that instead."""
+    if HAS_GPU:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield torch.device("cuda:0")
+        return
     device = torch.device(name)
     if device.type == "cuda":
         _register_cuda_guard()

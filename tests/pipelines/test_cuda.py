@@ -1,7 +1,8 @@
-"""All pipelines and training steps on an emulated CUDA device: see `emulated.py`.
+"""All pipelines and training steps on a CUDA device, which is emulated if there is none.
 
-A tensor left on the CPU, a generator of another device or mixed dtypes raise an error, and results
-must equal those of the CPU. `unclip.compile` is not covered: on CUDA it needs a real compiler.
+On the emulated device (see `emulated.py`), a tensor left on the CPU, a generator of another device
+or mixed dtypes raise an error. Results must equal those of the CPU. Compilation, offloading and
+kernels that exist on CUDA only are tested if there is a GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from conftest import (
     tiny_unet,
     tiny_upsampler,
 )
-from emulated import DeviceMismatch, Generator, emulated_device, fake_networks
+from emulated import HAS_GPU, DeviceMismatch, Generator, emulated_device, fake_networks
 from PIL import Image
 from scripts import ROOT
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError
 
+import unclip
 from unclip.data.corruption import CorruptionConfig
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.losses import LossConfig
@@ -38,6 +40,7 @@ from unclip.diffusion.schedules import Schedule
 from unclip.models.codecs.discriminator import DiscriminatorConfig
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
+from unclip.models.dalle.attention import Pattern, flex_attend, stream_mask
 from unclip.models.dalle.transformer import DALLE, DALLEConfig
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.decoder import Layout, LayoutConfig
@@ -82,6 +85,9 @@ MASK.paste(255, (4, 4, 12, 12))
 CALL: dict[str, Any] = {"seed": 0, "progress": False}
 INVERSION = InversionOptions(iterations=2)  # the second one combines two corrections
 Operation = Callable[[Any], Any]
+GPU = "cuda:0"
+emulated_only = pytest.mark.skipif(HAS_GPU, reason="the device is not emulated")
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 
 
 def on_cuda(pipe: Any, operation: Operation, dtype: torch.dtype | None = None) -> list[np.ndarray]:
@@ -186,6 +192,7 @@ def test_unclip(operation, invertible_pipe):
     assert_same(on_cuda(invertible_pipe, operation), operation(invertible_pipe))
 
 
+@emulated_only
 def test_generators_of_the_device(invertible_pipe):
     result = on_cuda(invertible_pipe, lambda pipe: stages(pipe, Generator()))
     assert_same(result, stages(invertible_pipe, torch.Generator()))
@@ -273,6 +280,58 @@ def test_glide(tmp_path, monkeypatch):
     assert_same(on_cuda(pipe, generate), generate(pipe), tolerance=4)
 
 
+# -- on a GPU only
+
+
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "mean"), [("fp32", 0.5), ("bf16", 8), ("fp16", 4)])
+def test_the_bundled_model_gives_the_images_of_the_cpu(dtype, mean):
+    expected = unclip.load("emoji", "cpu")("a red apple", **CALL)
+    with emulated_device():
+        (image,) = arrays(unclip.load("emoji", GPU, dtype)("a red apple", **CALL))
+    assert np.abs(image - arrays(expected)[0]).mean() <= mean  # of 255
+
+
+@needs_gpu
+@pytest.mark.parametrize("model", ["emoji", "emoji-dalle1"])
+def test_compiled_steps_give_the_same_images(model):
+    with emulated_device():
+        pipe = unclip.load(model, GPU, "fp32")
+        prompts = ["a red apple", "a ghost"]
+        expected = pipe(prompts, **CALL)
+        compiled = unclip.compile(pipe)
+        for _ in range(2):  # the second call replays CUDA graphs
+            assert_same(arrays(compiled(prompts, **CALL)), expected, tolerance=4)
+
+
+@needs_gpu
+def test_offloading_gives_the_same_image_with_less_memory():
+    def peak(offload: bool) -> tuple[list[np.ndarray], int]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        pipe = unclip.load("emoji", GPU, "fp32", offload=offload)
+        result = arrays(pipe("a red apple", **CALL))
+        return result, torch.cuda.max_memory_allocated() - before
+
+    (image, resident), (same, offloaded) = peak(False), peak(True)
+    assert_same([same[0]], torch.from_numpy(image[0] / 127.5), tolerance=1)
+    assert offloaded < 0.9 * resident
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_compiled_block_sparse_attention_equals_masked_attention(kind):
+    torch.manual_seed(0)
+    pattern = Pattern(kind, (16, 16), kernel=5)
+    length = 32 + 256
+    q, k, v = torch.randn(3, 2, 2, length, 64, device=GPU)
+    found = flex_attend(q, k, v, pattern, 32)
+    mask = stream_mask(pattern, 32).to(GPU)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 # -- single networks under FakeTensorMode
 
 
@@ -292,6 +351,7 @@ def call_networks(networks: Any, device: torch.device) -> list[torch.Tensor]:
     ]
 
 
+@emulated_only
 def test_networks_under_fake_tensor_mode():
     networks = tiny_prior(), tiny_decoder(), tiny_upsampler()
     with fake_networks(*networks) as device:
@@ -310,6 +370,7 @@ def test_networks_under_fake_tensor_mode():
 # -- the emulation finds faults
 
 
+@emulated_only
 @pytest.mark.parametrize("part", ["clip", "prior", "decoder", "upsampler"])
 def test_a_tensor_on_the_cpu_is_an_error(part, invertible_pipe):
     def broken(pipe: Any) -> Any:
@@ -332,6 +393,7 @@ def test_a_tensor_on_the_cpu_is_an_error(part, invertible_pipe):
         on_cuda(invertible_pipe, broken)
 
 
+@emulated_only
 def test_mismatched_tensors_generators_and_dtypes_are_errors():
     with emulated_device() as device:
         x = torch.ones(2, 3, device=device)
@@ -512,6 +574,7 @@ def test_training_step(make):
     assert np.isfinite(value)
 
 
+@emulated_only
 def test_a_condition_on_the_cpu_is_an_error_in_training():
     torch.manual_seed(0)
     clip = frozen_clip()
