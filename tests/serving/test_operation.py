@@ -263,15 +263,16 @@ def test_the_command_checks_its_arguments(capsys):
         assert f"{flag} needs --ray" in capsys.readouterr().err
 
 
-def test_a_taken_port_is_one_line_and_no_model_is_loaded(tiny_folder):
+def test_a_taken_port_is_one_line_and_no_model_is_loaded(tiny_folder, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr("unclip.serving.server.configure_process", lambda: None)  # it is this one
+    monkeypatch.setattr("unclip.pipelines.load", lambda *where: loaded.append(where))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "unclip", "serve", "--port", port]
-        done = subprocess.run(
-            [*command, "--model", str(tiny_folder)], cwd=ROOT, capture_output=True, text=True
-        )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: cannot listen on 127.0.0.1:{port}: address already in")
+        assert main(["serve", "--port", port, "--model", str(tiny_folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot listen on 127.0.0.1:{port}: address already in")
+    assert not loaded
 
 
 @pytest.mark.parametrize("size", [1000, 2**20])
