@@ -118,7 +118,7 @@ class StageOptions:
 
     steps: PositiveInt
     guidance: Scale = 1.0  # classifier-free guidance scale; 1 = no guidance, at half the cost
-    # "ancestral" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
+    # "ancestral" | "analytic" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
     sampler: Any = "ddim"
     eta: Fraction = 0.0  # DDIM only: 0 deterministic, 1 ancestral
     # Guide only where t / T is in this interval (2404.07724).
@@ -131,7 +131,7 @@ class StageOptions:
     temperature: Temperature = 1.0
     # Compute the deep U-Net levels at every n-th step only (DeepCache, 2312.00858; approximate).
     cache_interval: PositiveInt = 1
-    # "ancestral" and "ddim" only: the `steps` timesteps, decreasing; None = evenly spaced
+    # "ancestral", "analytic", "ddim": the `steps` timesteps, decreasing; None = evenly spaced
     timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:

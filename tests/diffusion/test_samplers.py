@@ -250,6 +250,39 @@ def test_samplers_reproduce_the_data_distribution(sampler, config, prediction):
     assert float(x_0[~right].std()) == pytest.approx(0.1, abs=0.02)
 
 
+# -- analytic variances
+
+
+def sample_gaussian(sampler, steps, std=0.5):
+    """Sample pixels of N(0, std²) with the exact denoiser and its exact error at each timestep."""
+    level = COSINE.alpha_bar
+    gain = level.sqrt() * std**2 / (level * std**2 + 1 - level)
+    errors = std**2 * (1 - level) / (level * std**2 + 1 - level)
+    schedule = Schedule(ScheduleConfig(x0_errors=tuple(errors.tolist())))
+    generators = seeds(*range(8))
+    x_T = randn((8, 1, 64, 64), generators, dtype=torch.float64)
+    options = StageOptions(steps, sampler=sampler)
+    return sample_from(
+        lambda x_t, t: gain[t] * x_t,
+        *(x_T, schedule, options),
+        prediction="x0",
+        clip=None,
+        generators=generators,
+    )
+
+
+def test_analytic_variances_are_exact_for_gaussian_data():
+    """The last step returns the mean of x_0, whose variance lacks the error of x_0 there."""
+    found = {s: float(sample_gaussian(s, 8).std()) for s in ("ancestral", "analytic")}
+    assert found["analytic"] == pytest.approx(0.5, abs=0.005)
+    assert found["ancestral"] < 0.4
+
+
+def test_the_sampler_needs_measured_errors():
+    with pytest.raises(ValueError, match="no x0_errors; measure them with train/analytic.py"):
+        sample_mixture("analytic", 4)
+
+
 def test_multistep_solvers_beat_ddim_in_10_steps():
     exact = sample_mixture("ddim", 1000)
     errors = {

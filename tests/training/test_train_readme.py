@@ -1,6 +1,6 @@
 """The commands of train/README.md run, and the tables of train/settings.md list every setting.
 
-`python tests/training/test_train_readme.py` writes the tables.
+`PYTHONPATH=.:tests python tests/training/test_train_readme.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def names_and_defaults(tables: str) -> list[str]:
 def test_every_setting_is_listed_with_its_default():
     listed = SECTION.search(SETTINGS.read_text(encoding="utf-8"))[0]
     expected = names_and_defaults(settings_tables())
-    assert names_and_defaults(listed) == expected, "run python tests/training/test_train_readme.py"
+    assert names_and_defaults(listed) == expected, (
+        "run PYTHONPATH=.:tests python tests/training/test_train_readme.py"
+    )
 
 
 @pytest.fixture

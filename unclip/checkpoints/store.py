@@ -173,7 +173,8 @@ def with_base(config: C, kinds: type[nn.Module] | tuple[type[nn.Module], ...]) -
             kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
         )
         raise ValueError(f"base: {settings.base} is a {network.__name__}; expected {names}")
-    return replace(settings, base=None, model=model, schedule=load_schedule(settings.base))
+    schedule = replace(load_schedule(settings.base), x0_errors=None)  # training changes the errors
+    return replace(settings, base=None, model=model, schedule=schedule)
 
 
 def is_diffused(folder: str | Path) -> bool:

@@ -18,7 +18,7 @@ from unclip.pipelines.presets import PRESETS
 from unclip.types import DTYPES
 
 DEFAULT_MODEL = "emoji"
-SAMPLERS = ("ancestral", "ddim", "dpm++", "unipc")
+SAMPLERS = ("ancestral", "analytic", "ddim", "dpm++", "unipc")
 
 
 # Types of arguments: they raise ArgumentTypeError, which argparse reports with the flag's name.

@@ -1,4 +1,4 @@
-"""Sampling of diffusion models: guided estimates of x_0, ancestral sampling and DDIM.
+"""Sampling of diffusion models: guided estimates of x_0, ancestral and analytic sampling, DDIM.
 
 A sampler sees the network only as an estimate of x_0, in float32 or wider. diffusers' schedulers
 are adapted in `schedulers`.
@@ -21,6 +21,8 @@ from unclip.diffusion.schedules import Prediction, Schedule
 from unclip.types import StageOptions
 
 # B batch, K conditions of each sample, C channels of x
+
+OWN_SAMPLERS = ("ancestral", "analytic", "ddim")  # the others are diffusers'
 
 Denoise = Callable[[Tensor, float], Tensor]
 """x_t (B, C, ...) and t -> prediction (B, C, ...), or (B, 2C, ...) with a learned variance.
@@ -150,7 +152,7 @@ def sample(
 ) -> Tensor:
     """Sample x_0 (B, C, ...) from the noise x_T, in float32 or wider.
 
-    timesteps: decreasing, for "ancestral" and "ddim"; None = `sampling_timesteps`. generators:
+    timesteps: decreasing, for the samplers of this file; None = `sampling_timesteps`. generators:
     one for each sample, used once a step by stochastic samplers, except at the last step; noise is
     sampled in the dtype of x_T. A deterministic sampler needs none.
     """
@@ -158,13 +160,13 @@ def sample(
     if generators and len(generators) != len(x_T):
         raise ValueError(f"{len(generators)} generators for {len(x_T)} samples; give one for each")
     x_t = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    if options.sampler not in ("ancestral", "ddim"):
+    if options.sampler not in OWN_SAMPLERS:
         return schedulers.sample(estimate, x_t, schedule, options, generators, on_step)
-    ancestral = options.sampler == "ancestral"
+    ancestral, analytic = (options.sampler == kind for kind in ("ancestral", "analytic"))
     for step, (t, t_prev) in enumerate(pairwise([*ts, -1]), 1):
         x_0, variance = estimate(x_t, t)
         noise = None
-        if (ancestral or options.eta > 0) and t_prev >= 0:
+        if (ancestral or analytic or options.eta > 0) and t_prev >= 0:
             noise = randn(x_T.shape, generators, x_T.device, x_T.dtype).to(x_t.dtype)
         levels = schedule.level(t), schedule.level(t_prev)
         if ancestral:
@@ -172,6 +174,8 @@ def sample(
             # where timesteps are skipped.
             beta = float(schedule.betas[int(t)]) if t_prev == t - 1 else None
             x_t = ancestral_step(x_t, x_0, *levels, noise, variance, beta)
+        elif analytic:
+            x_t = ancestral_step(x_t, x_0, *levels, noise, x0_error=schedule.x0_error(t))
         else:
             x_t = ddim_step(x_t, x_0, *levels, options.eta, noise)
         if on_step is not None:
@@ -184,11 +188,11 @@ def sampling_timesteps(options: StageOptions, schedule: Schedule) -> list[float]
     steps, T = options.steps, schedule.num_timesteps
     if steps > T:
         raise ValueError(f"steps is {steps}, but the model has only {T} timesteps")
-    if options.timesteps is not None and options.sampler in ("ancestral", "ddim"):
+    if options.timesteps is not None and options.sampler in OWN_SAMPLERS:
         if options.timesteps[0] >= T:
             raise ValueError(f"timesteps start at {options.timesteps[0]}; the model has {T}")
         return [*options.timesteps]
-    if options.sampler == "ancestral":
+    if options.sampler in ("ancestral", "analytic"):
         return [*ancestral_timesteps(steps, T)]
     if options.sampler == "ddim":
         return [*ddim_timesteps(steps, T)]
@@ -216,11 +220,14 @@ def ancestral_step(
     noise: Tensor | None = None,
     variance: Tensor | None = None,
     beta: float | None = None,
+    x0_error: float = 0.0,
 ) -> Tensor:
     """Sample q(x_prev | x_t, x_0), or return its mean without noise (2006.11239, eq. 6 and 7).
 
     variance: raw output of the network (see `losses.log_variance`); None = the posterior's.
-    beta: of the step; None = computed from alpha_bar.
+    beta: of the step; None = computed from alpha_bar. x0_error: mean squared error of x_0, which
+    adds to the posterior's variance. The sum is the optimal one (Analytic-DPM, 2201.06503; for the
+    mean that the network predicts, 2206.07309).
     """
     if beta is None:
         beta = 1 - alpha_bar_t / alpha_bar_prev
@@ -230,7 +237,7 @@ def ancestral_step(
     if noise is None:
         return mean
     if variance is None:
-        return mean + math.sqrt(remaining * beta) * noise
+        return mean + math.sqrt(remaining * beta + weight_0**2 * x0_error) * noise
     log_var = log_variance(variance, math.log(remaining * beta), math.log(beta))
     return mean + (0.5 * log_var).exp() * noise
 

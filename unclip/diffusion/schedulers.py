@@ -104,7 +104,7 @@ def _prepare(options: StageOptions, schedule: Schedule) -> Any:
     elif hasattr(options.sampler, "set_timesteps"):
         scheduler = copy.deepcopy(options.sampler)
     else:
-        expected = "'ancestral', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
+        expected = "'ancestral', 'analytic', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
         raise ValueError(f"sampler is {options.sampler!r}; expected {expected}")
     _check(scheduler, schedule)
     if _calls(scheduler) > 1:

@@ -9,11 +9,12 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from unclip.config import Positive, config
+from unclip.config import NonNegative, Positive, config
 
 # B batch, T timesteps
 
@@ -29,6 +30,9 @@ class ScheduleConfig:
     zero_terminal_snr: bool = False  # end in pure noise (2305.08891); needs x0 or v prediction
     shift: Positive = 1.0  # divides α/σ; twice the image size needs 2 for the same visible noise
     precision: Literal["float64", "float32"] = "float64"  # of betas; diffusers uses float32
+    # For the sampler "analytic": mean squared error of the network's x_0 at evenly spaced timesteps
+    # from 0 to T - 1, measured by train/analytic.py
+    x0_errors: tuple[NonNegative, ...] | None = None
 
 
 class Schedule:
@@ -75,6 +79,16 @@ class Schedule:
     def level(self, t: float) -> float:
         """Return alpha_bar at t as a number on the host; 1 at t = -1, which stands for x_0."""
         return 1.0 if t < 0 else float(self.alpha_bar[int(t)])
+
+    def x0_error(self, t: float) -> float:
+        """Return the mean squared error of the network's x_0 at t, interpolated."""
+        errors = self.config.x0_errors
+        if not errors:
+            raise ValueError(
+                "sampler is 'analytic', but the model has no x0_errors; "
+                "measure them with train/analytic.py, or choose 'ancestral'"
+            )
+        return float(np.interp(t, np.linspace(0, self.num_timesteps - 1, len(errors)), errors))
 
     def at(self, name: str, t: Tensor | int, like: Tensor) -> Any:
         """Return a table's values at t as (B, 1, ...), to broadcast with `like`, or one number."""
