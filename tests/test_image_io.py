@@ -109,7 +109,7 @@ def test_large_images_open_without_a_warning_and_decompression_bombs_are_errors(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(path).size == (400, 400)
-    monkeypatch.setattr(image_io, "MAX_DECODED", 4 * 400 * 400)
+    monkeypatch.setattr("unclip.image_io.reading.MAX_DECODED", 4 * 400 * 400)
     assert open_image(path).size == (400, 400)
     deep = saved(Image.new("I;16", (400, 400)), tmp_path / "deep.png")
     with pytest.raises(
@@ -285,7 +285,7 @@ def test_an_input_image_is_stored_once_for_all_entries(frames, tmp_path):
 
 def test_input_images_that_are_too_large_are_left_out_with_a_warning(frames, tmp_path, monkeypatch):
     monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 3000)
-    monkeypatch.setattr(image_io, "MAX_METADATA", 2800)
+    monkeypatch.setattr("unclip.image_io.metadata.MAX_METADATA", 2800)
     entries = [
         {"seed": 1, "picture": "P" * 2000},
         {"seed": 2, "sources": [{"picture": "Q" * 2000}]},

@@ -113,7 +113,6 @@ models.packing models.cpu.packing: Packed=PackedLayer
 models.text_prior models.unclip.prior: OnDraw=OnPrediction
 models.text_prior models.layers: TextPrefix=KeyValues
 models.unet models.unet: double=upsample_nearest
-pictures image_io: FASTEST=MAX_FPS MOST_TEXT=MAX_METADATA SLOWEST=MIN_FPS TYPES=FIELD_TYPES
 pictures image_io: lacks_picture=lacks_image open_picture=open_image
 pipelines.arguments cli.arguments: Argument=SamplingFlag add_arguments=add_sampling
 pipelines.base pipelines.request: Picture=ImageInput check_count check_images check_prompts

@@ -176,17 +176,25 @@ def write_errors(target: Path) -> Iterator[None]:
         raise OSError(f"cannot write {target}: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `target` at the end; it is removed on an error.
+
+    The folder of `target` is created.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a text file whose old content remains on failure. Raises OSError that names it."""
-    part = file.with_name(f".{file.name}.part")
-    with write_errors(file):
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(file)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+    with write_errors(file), atomic_file(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class _NotWritten(OSError):

@@ -337,7 +337,7 @@ def test_a_full_disk_at_a_resume_is_named_and_loses_nothing(tmp_path: Path, name
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert (tmp_path / name).read_bytes() == before
-    assert not [*tmp_path.glob(".*.part")]
+    assert not [*tmp_path.glob(f".{name}.*")]
 
 
 def test_saving_in_the_background_changes_nothing(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from unclip.data.precompute import start
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample
 from unclip.data.shards import ShardWriter
-from unclip.files import exit_on_error
+from unclip.files import atomic_file, exit_on_error
 from unclip.image_io import small_images, to_pil
 
 SIZE = 16  # side of the images, as of a layout
@@ -237,9 +237,8 @@ class TranslatorTraining:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        part = file.with_name(f".{file.name}")
-        torch.save(state, part)
-        part.replace(file)
+        with atomic_file(file) as part:
+            torch.save(state, part)
 
     def load(self, file: Path) -> None:
         """Load the state of a training with the same data and settings."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unclip.extras import install
+from unclip.files import atomic_file
 
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # The time of expiry and a random id, so that every replica knows when a file expires.
@@ -113,12 +114,8 @@ class FolderFiles:
             raise OSError(f"cannot store results in {folder}: {reason}; give a folder") from None
 
     def write(self, name: str, data: bytes) -> None:
-        part = self.folder / f".{name}.part"
-        try:
+        with atomic_file(self.folder / name) as part:
             part.write_bytes(data)
-            os.replace(part, self.folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes | None:
         try:
