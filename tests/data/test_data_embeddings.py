@@ -11,8 +11,9 @@ import torch
 from conftest import tiny_clip
 from PIL import Image
 
-from unclip.data.embeddings import EmbeddingWriter, embed, main
+from unclip.data.embeddings import embed, main
 from unclip.data.loader import DataConfig, Loader, open_dataset
+from unclip.data.parts import PartWriter
 from unclip.data.precomputed import EmbeddingDataset
 from unclip.data.shards import ShardDataset, ShardWriter
 
@@ -40,11 +41,12 @@ def shards(tmp_path):
 
 
 def write(folder, sizes=(3, 2), text=True):
-    writer = EmbeddingWriter(folder)
+    writer = PartWriter(folder)
     rows = 0
     for number, size in enumerate(sizes):
         emb = torch.arange(rows, rows + size)[:, None] + torch.zeros(size, 4)
-        writer.write(number, emb, -emb, {"caption": [f"c{rows + i}" for i in range(size)]})
+        arrays = {"img_emb": emb.numpy(), "text_emb": -emb.numpy()}
+        writer.write_part(number, arrays, {"caption": [f"c{rows + i}" for i in range(size)]})
         rows += size
     return folder
 
@@ -99,20 +101,20 @@ def test_variants_of_clip_retrieval_are_read(tmp_path):
 def test_broken_rows_are_left_out_and_named(tmp_path, column, message):
     import pyarrow
 
-    emb = torch.arange(6.0)[:, None].repeat(1, 4)
+    emb, writer = torch.arange(6.0)[:, None].repeat(1, 4).numpy(), PartWriter(tmp_path)
     columns = {"caption": ["a", "b", "c"], **column}
     if isinstance(columns["caption"][0], bytes):
         data = pyarrow.array(columns["caption"], pyarrow.binary())
         columns["caption"] = pyarrow.Array.from_buffers(
             pyarrow.string(), 3, data.buffers()
         )  # like a writer that does not check
-        EmbeddingWriter(tmp_path).write(0, emb[:3], emb[:3], {"caption": ["", "", ""]})
+        writer.write_part(0, {"img_emb": emb[:3], "text_emb": emb[:3]}, {"caption": ["", "", ""]})
         pyarrow.parquet.write_table(
             pyarrow.table(columns), tmp_path / "metadata/metadata_0.parquet"
         )
     else:
-        EmbeddingWriter(tmp_path).write(0, emb[:3], emb[:3], columns)
-    EmbeddingWriter(tmp_path).write(1, emb[3:], emb[3:], {"caption": ["d", "e", "f"]})
+        writer.write_part(0, {"img_emb": emb[:3], "text_emb": emb[:3]}, columns)
+    writer.write_part(1, {"img_emb": emb[3:], "text_emb": emb[3:]}, {"caption": ["d", "e", "f"]})
     dataset = EmbeddingDataset(tmp_path)
     row = f"{tmp_path}/metadata/metadata_0.parquet: row 1"
     if message is None:  # lists of captions: there is no embedding for each caption

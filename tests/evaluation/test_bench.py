@@ -448,8 +448,6 @@ def test_a_random_dalle_is_measured(fixed_peak, in_process, tmp_path, capsys):
         ("--stages prior,decodr", "unknown stage 'decodr'"),
         ("--steps-only --preset fast", "preset 'fast'"),
         ("--steps-only --whole", "--whole: not allowed with argument --steps-only"),
-        ("--against diffusers", "tests/benchmarks/compare_diffusers.py"),
-        ("--against plain", "tests/benchmarks/compare_dalle.py --reference plain"),
         ("--model dalle-tiny --preset fast", "a DALL-E model does not support presets"),
         ("--model dalle-tiny --num-candidates 2", "dalle-tiny has no CLIP"),
         ("--model dalle-tiny --num-candidates 0", "'0' is not a whole number"),

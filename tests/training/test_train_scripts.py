@@ -19,7 +19,6 @@ import unclip
 from unclip.checkpoints import folders
 from unclip.checkpoints.registry import load_codec
 from unclip.data import embeddings
-from unclip.data.embeddings import EmbeddingWriter
 from unclip.data.parts import PartWriter
 from unclip.weights import read_tensors
 
@@ -490,9 +489,8 @@ def test_unsuitable_data_is_rejected(workplace, tmp_path):
     pytest.importorskip("pyarrow")
     captions = {"caption": ["a", "b"]}
     for name, width in (("emb", 32), ("wide", 48)):
-        EmbeddingWriter(tmp_path / name).write(
-            0, torch.rand(2, width), torch.rand(2, width), captions
-        )
+        emb = torch.rand(2, width).numpy()
+        PartWriter(tmp_path / name).write_part(0, {"img_emb": emb, "text_emb": emb}, captions)
     codes = PartWriter(tmp_path / "codes")
     codes.write_part(0, {"codes": torch.zeros(2, 4, 4).byte().numpy()}, captions)
     (tmp_path / "codes/codes.json").write_text('{"vocab_size": 32}')

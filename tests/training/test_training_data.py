@@ -10,9 +10,10 @@ import torch
 from conftest import CONTEXT, EMB_DIM, tiny_clip
 from PIL import Image
 
-from unclip.data.embeddings import EmbeddingWriter, embed
+from unclip.data.embeddings import embed
 from unclip.data.folder import FolderDataset
 from unclip.data.loader import DataConfig, Loader
+from unclip.data.parts import PartWriter
 from unclip.data.precomputed import EmbeddingDataset
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.tokenizer import BPETokenizer, TruncationWarning
@@ -94,7 +95,9 @@ def stored(clip, folder, change):
     images = [Image.effect_noise((16, 16), 10 * i + 5).convert("RGB") for i in range(20)]
     with torch.no_grad():
         pair = clip.encode_image(images), clip.encode_text(captions).emb
-    EmbeddingWriter(folder).write(0, *(change(emb) for emb in pair), {"caption": captions})
+    image_emb, text_emb = (change(emb).float().numpy() for emb in pair)
+    arrays = {"img_emb": image_emb, "text_emb": text_emb}
+    PartWriter(folder).write_part(0, arrays, {"caption": captions})
     return DataConfig(str(folder), image_size=16, batch_size=4), pair[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +14,6 @@ from unclip.cli.output import check_result, write_json
 from unclip.evaluation import STAGES
 from unclip.pipelines.presets import PRESETS
 
-COMPARISONS = {
-    "diffusers": "compare_diffusers.py",
-    "diffusers-compiled": "compare_diffusers.py --compile-reference",
-    "dalle-pytorch": "compare_dalle.py --reference dalle-pytorch",
-    "plain": "compare_dalle.py --reference plain",
-}
 # Flags with --data, and their defaults.
 LOADER = {"image_size": 64, "batch_size": 64, "workers": (0, 1, 2), "batches": 50, "step": 0.0}
 
@@ -29,7 +23,6 @@ def add_commands(commands: Any) -> None:
     parser = flags.add_command(commands, bench, about)
     flags.add_model(parser)
     parser.set_defaults(model=None)  # to notice --model with --data
-    parser.add_argument("--against", type=_moved, choices=COMPARISONS, help=SUPPRESS)
     about = "number of images per warm call (default: 1)"
     parser.add_argument("--batch", help=about, **flags.COUNT)
     about = "number of measurements of each kind (default: 5)"
@@ -67,13 +60,6 @@ def add_commands(commands: Any) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(flags.at_least(0)(part) for part in text.split(","))
-
-
-def _moved(name: str) -> str:
-    if name in COMPARISONS:
-        script = f"tests/benchmarks/{COMPARISONS[name]}"
-        raise ArgumentTypeError(f"the comparison with {name} has moved; run python {script}")
-    return name
 
 
 def _refuse(names: Iterable[str], args: Namespace, reason: str) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from unclip.data.precompute import Arrays, Columns, Compute, caption_rows, precompute
 from unclip.data.precomputed import CODES_FILE
 from unclip.data.samples import Dataset, Sample, resize_center_crop
+from unclip.image_io import to_tensor
 from unclip.models.codecs.codec import ImageCodec
 
 
@@ -45,10 +45,8 @@ def encoder(codec: ImageCodec, all_captions: bool) -> Compute:
 
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
         columns, repeats = caption_rows(samples, all_captions)
-        pixels = np.stack([resize_center_crop(image, codec.image_size) for image in images])
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, 3, S, S)
-        batch = batch.to(device).float().div(127.5).sub(1)
-        codes = codec.encode(batch).cpu().numpy().astype(dtype)  # (B, h, w)
+        batch = to_tensor([resize_center_crop(image, codec.image_size) for image in images])
+        codes = codec.encode(batch.to(device)).cpu().numpy().astype(dtype)  # (B, h, w)
         return columns, {"codes": codes.repeat(repeats, axis=0)}  # (N, h, w)
 
     return compute

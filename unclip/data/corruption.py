@@ -11,14 +11,12 @@ import io
 import math
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from unclip.config import Fraction, PositiveInt, config
-from unclip.image_io import open_image, resize
+from unclip.image_io import open_image, resize, to_pil, to_tensor
 
 RESIZE_MODES = ("bilinear", "bicubic", "nearest-exact")
 
@@ -145,11 +143,9 @@ def _resize(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
     """Compress and decompress an image (1, 3, H, W) in [-1, 1] at `quality` 1 to 100."""
-    pixels = (image[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
-    decoded = torch.from_numpy(np.array(open_image(file))).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    return decoded.to(image) / 127.5 - 1
+    to_pil(image)[0].save(file, "JPEG", quality=quality)
+    return to_tensor([open_image(file)]).to(image)
 
 
 def _interpolate(limits: tuple[float, float], draw: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from torch import Tensor
 from unclip.clip import CLIP
 from unclip.data import augment
 from unclip.data.job_command import add_arguments, run_command, source_settings
-from unclip.data.parts import PartWriter
 from unclip.data.precompute import (
     Arrays,
     Columns,
@@ -38,17 +37,6 @@ from unclip.tokenizer import TruncationCount
 
 SETTINGS_FILE = "embeddings.json"
 MAX_LAYOUT = 256  # pixels
-
-
-class EmbeddingWriter(PartWriter):
-    """Write parts in clip-retrieval's layout."""
-
-    def write(
-        self, part: int, image_emb: Tensor, text_emb: Tensor, columns: Mapping[str, Sequence[Any]]
-    ) -> None:
-        """Write embeddings (N, D) and columns of N values, including `caption`."""
-        arrays = {"img_emb": _to_numpy(image_emb), "text_emb": _to_numpy(text_emb)}
-        self.write_part(part, arrays, columns)
 
 
 def embed(

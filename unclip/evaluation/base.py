@@ -39,6 +39,7 @@ from unclip.evaluation.metrics import (
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
+from unclip.image_io import to_pil
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import TruncationWarning
@@ -251,13 +252,12 @@ class Evaluation(ABC):
     def axes(self) -> dict[str, Any]:
         """Score images of shapes by an exact program; means with 95 % intervals, by axis."""
         rows = [row for row, pair in enumerate(self.held_out.entries) if pair.scene]
-        pairs = [self.held_out.entries[row] for row in rows]
-        scenes = [read_scene(pair.scene, pair.caption) for pair in pairs if pair.scene]
+        entries = [self.held_out.entries[row] for row in rows]
+        scenes = [read_scene(pair.scene, pair.caption) for pair in entries if pair.scene]
         results: dict[str, Any] = {}
         for name, images in self.measured_images.items():
-            pixels = images[rows].add(1).mul(127.5).round().clamp(0, 255).byte()
-            arrays = pixels.permute(0, 2, 3, 1).numpy()
-            hits = [is_correct(array, scene) for array, scene in zip(arrays, scenes, strict=True)]
+            pairs = zip(to_pil(images[rows]), scenes, strict=True)
+            hits = [is_correct(np.asarray(image), scene) for image, scene in pairs]
             by_axis: dict[str, list[bool]] = {}
             for hit, scene in zip(hits, scenes, strict=True):
                 by_axis.setdefault(scene.axis, []).append(hit)

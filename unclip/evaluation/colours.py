@@ -24,6 +24,7 @@ from unclip.data.colours import (
 )
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.pairs import Pair, Pairs
+from unclip.image_io import to_pil, to_tensor
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def combinations(pairs: Pairs) -> list[Combination]:
 
 def true_images(pairs: Pairs, wanted: Sequence[Combination]) -> Tensor:
     """Return the pairs' images in the colours of the combinations, (C, 3, S, S) in [-1, 1]."""
-    rotated = [rotate_hue(to_array(pairs.images[c.row]), c.degrees) for c in wanted]
-    return to_images(rotated)
+    return to_tensor([rotate_hue(to_array(pairs.images[c.row]), c.degrees) for c in wanted])
 
 
 def judge_colours(images: Tensor, wanted: Sequence[Combination], judge: Judge) -> dict[str, Tensor]:
@@ -64,10 +64,10 @@ def judge_colours(images: Tensor, wanted: Sequence[Combination], judge: Judge) -
     The judge knows the concepts in their own colours: it sees the images with the hues rotated
     back.
     """
-    arrays = [to_array(image.add(1).mul(127.5).round().byte()) for image in images.clamp(-1, 1)]
+    arrays = [np.asarray(image) for image in to_pil(images)]
     colour = [main_colour(image) == c.colour for image, c in zip(arrays, wanted, strict=True)]
     back = [rotate_hue(image, -c.degrees) for image, c in zip(arrays, wanted, strict=True)]
-    concept = judge.judge(to_images(back), [c.pair for c in wanted]).concept
+    concept = judge.judge(to_tensor(back), [c.pair for c in wanted]).concept
     of_colour = torch.tensor(colour)
     return {"colour": of_colour, "concept": concept, "both": of_colour & concept}
 
@@ -75,9 +75,3 @@ def judge_colours(images: Tensor, wanted: Sequence[Combination], judge: Judge) -
 def to_array(image: Tensor) -> np.ndarray:
     """(3, S, S) uint8 -> (S, S, 3)."""
     return image.permute(1, 2, 0).numpy()
-
-
-def to_images(arrays: Sequence[np.ndarray]) -> Tensor:
-    """uint8 (S, S, 3) each -> (C, 3, S, S) in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(arrays))
-    return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unclip.image_io import encode_image
+from unclip.image_io import encode_image, to_pil
 from unclip.pipelines.provenance import encode_array
 from unclip.serving.errors import failed
 from unclip.serving.requests import Delivery
@@ -68,8 +68,7 @@ def _store(data: bytes, kind: str, storage: Storage) -> str:
 
 def encode_preview(preview: Tensor, delivery: Delivery) -> list[tuple[str, str]]:
     """Return (base64, size) of partial images (n, 3, s, s) in [-1, 1]."""
-    pixels = preview.mul(127.5).add(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    images = [resize(Image.fromarray(one), delivery.side) for one in pixels]
+    images = [resize(image, delivery.side) for image in to_pil(preview)]
     return [
         (
             base64.b64encode(encode_image(image, delivery.kind, delivery.quality)).decode(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unclip.clip import CLIP
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
-from unclip.image_io import grid
+from unclip.image_io import grid, to_pil
 from unclip.models.codecs.codec import Autoencoder, ImageCodec
 from unclip.models.dalle.sampling import sample_codes
 from unclip.models.dalle.transformer import DALLE
@@ -164,6 +164,4 @@ def _generators(count: int) -> list[torch.Generator]:
 
 def sheet(rows: list[Tensor]) -> Image.Image:
     """Arrange rows of images (B, 3, s, s) in [-1, 1] one above the other."""
-    pixels = torch.cat([row.float().cpu() for row in rows]).clamp(-1, 1).add(1).mul(127.5)
-    arrays = pixels.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    return grid([Image.fromarray(array) for array in arrays], columns=len(rows[0]))
+    return grid([image for row in rows for image in to_pil(row)], columns=len(rows[0]))
