@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from unittest import mock
 
 import pytest
@@ -43,7 +45,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path):
     for folder in (file, file / "results"):
         with pytest.raises(OSError, match="cannot store results in .*pid.*; give a folder"):
             open_storage(str(folder), 3600, 2**20)
-    with pytest.raises(ValueError, match="cannot store results at foo://x: .*foo; give a folder"):
+    with pytest.raises(ValueError, match="cannot store results in foo://x: .*foo; give a folder"):
         open_storage("foo://x", 3600, 2**20)
 
 
@@ -51,6 +53,20 @@ def test_a_folder_without_permission_is_refused_at_the_start(tmp_path, monkeypat
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(OSError, match="no permission to write"):
         open_storage(str(tmp_path), 3600, 2**20)
+
+
+def test_a_result_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
+    storage = open_storage(str(tmp_path), 3600, 2**20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            storage.put(bytes(200_000), "png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_names_are_random_and_checked(target):

@@ -1,4 +1,4 @@
-"""Results that are fetched by URL: in memory, in a folder, or in any fsspec file system."""
+"""Results that clients fetch by URL: in memory, in a folder, or in any fsspec file system."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any, Protocol
 
 from unclip.extras import install
-from unclip.files import atomic_file
 
 TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # The time of expiry and a random id, so that every replica knows when a file expires.
@@ -22,7 +20,7 @@ NAME = re.compile(r"([0-9a-f]{8,10})-([A-Za-z0-9_-]{32})\.(png|jpeg|webp)", re.A
 
 
 class Files(Protocol):
-    """Where bytes are kept by name."""
+    """A store of bytes by name."""
 
     def write(self, name: str, data: bytes) -> None: ...
 
@@ -99,55 +97,38 @@ class MemoryFiles:
             self._bytes -= len(self._files.pop(name, b""))
 
 
-class FolderFiles:
-    """Files in a folder, which survive a restart."""
+class StoredFiles:
+    """Files in a folder or in any other file system of fsspec: "s3://bucket/results".
 
-    def __init__(self, folder: str | Path) -> None:
+    They survive a restart, and replicas can share them.
+    """
+
+    def __init__(self, target: str) -> None:
         """Create the folder if it does not exist. OSError if files cannot be written in it."""
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "no permission to write in it")
-        except OSError as error:
-            reason = "it is a file" if self.folder.is_file() else error.strerror
-            raise OSError(f"cannot store results in {folder}: {reason}; give a folder") from None
-
-    def write(self, name: str, data: bytes) -> None:
-        with atomic_file(self.folder / name) as part:
-            part.write_bytes(data)
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError:
-            return None
-
-    def names(self) -> list[str]:
-        return os.listdir(self.folder)
-
-    def delete(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
-
-
-class RemoteFiles:
-    """Files of any fsspec file system, shared by replicas: "s3://bucket/results"."""
-
-    def __init__(self, url: str) -> None:
         import fsspec
 
         self.fs: Any
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            self.fs, self.root = fsspec.core.url_to_fs(target)
+            self.fs.makedirs(self.root, exist_ok=True)
+            if "://" not in target and not os.access(self.root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write in it")
         except ImportError as error:
             advice = f"{install('remote')}, or the package it names"
-            raise ValueError(f"cannot store results at {url}: {error}; {advice}") from None
+            raise ValueError(f"cannot store results in {target}: {error}; {advice}") from None
         except ValueError as error:  # an unknown protocol
-            raise ValueError(f"cannot store results at {url}: {error}; give a folder") from None
-        self.fs.makedirs(self.root, exist_ok=True)
+            raise ValueError(f"cannot store results in {target}: {error}; give a folder") from None
+        except OSError as error:
+            reason = "it is a file" if os.path.isfile(target) else error.strerror or error
+            raise OSError(f"cannot store results in {target}: {reason}; give a folder") from None
 
     def write(self, name: str, data: bytes) -> None:
-        self.fs.pipe_file(f"{self.root}/{name}", data)
+        try:
+            self.fs.pipe_file(f"{self.root}/{name}", data)
+        except Exception:  # a part of the file would occupy space until it expires
+            with contextlib.suppress(Exception):
+                self.delete(name)
+            raise
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -166,8 +147,4 @@ class RemoteFiles:
 
 def open_storage(target: str | None, seconds: float, memory_bytes: int) -> Storage:
     """Return storage in memory (None), in a folder, or at an fsspec URL."""
-    if target is None:
-        return Storage(MemoryFiles(memory_bytes), seconds)
-    if "://" in target:
-        return Storage(RemoteFiles(target), seconds)
-    return Storage(FolderFiles(target), seconds)
+    return Storage(MemoryFiles(memory_bytes) if target is None else StoredFiles(target), seconds)
