@@ -109,7 +109,7 @@ def read_results(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{file} is missing; write it with `unclip evaluate --json {file}`, or pass --data"
         )
-    return report.upgrade(json.loads(file.read_text(encoding="utf-8")))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def describe_options(options: dict[str, Any]) -> str:

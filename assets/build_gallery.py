@@ -28,7 +28,7 @@ from PIL import Image, ImageSequence
 import unclip
 from unclip.checkpoints.folders import CONFIG_FILE, locate, read_model_json
 from unclip.cli.main import main as run_unclip
-from unclip.evaluation.report import HEAD, manipulation_rows, markdown_table, upgrade
+from unclip.evaluation.report import HEAD, manipulation_rows, markdown_table
 from unclip.files import exit_on_error, read_json
 from unclip.image_io import identify
 
@@ -176,7 +176,7 @@ def page(name: str, folder: Path) -> str:
             parts.append(f"## {figure.title}\n\n{figure.about}\n\n{blocks}\n\n{images}\n")
     if (folder / RESULTS).is_file():
         results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        parts.append(results_section(upgrade(results)))
+        parts.append(results_section(results))
     return "\n".join(parts)
 
 

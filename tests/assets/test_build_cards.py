@@ -11,8 +11,6 @@ from PIL import Image
 from scripts import ROOT
 from styled import write_pairs
 
-from unclip.evaluation.report import upgrade
-
 BLOCKS = ("runs", "figures", "summary")
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
@@ -87,19 +85,6 @@ def test_a_comparison_of_priors_is_added(card):
     text = (card / "more.md").read_text()
     assert "seed 0; temperature 0.9, top-p 1." in text and "on 128 held-out captions" in text
     assert "| one-shot | 2.3 M | 1 | 0.700 |  | 25.0% |  |  |" in text
-
-
-def test_results_of_an_earlier_version_are_upgraded():
-    old = {
-        "beside": "emoji",
-        "recall": {"groups": {"all": {"pictures": 4, "drawn": {"recall@1": 1.0}}}},
-        "rows": [{"name": "caption alone"}],
-    }
-    assert upgrade(old) == {
-        "baseline": "emoji",
-        "recall": {"groups": {"all": {"images": 4, "generated": {"recall@1": 1.0}}}},
-        "rows": [{"name": "text only"}],
-    }
 
 
 def test_markers_must_exist(card):

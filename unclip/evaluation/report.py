@@ -14,35 +14,6 @@ class Row(NamedTuple):
 
 
 HEAD = Row("figure", "model", "reference")
-_RENAMED = {  # keys of results, and names of rows, that development versions wrote
-    "beside": "baseline",
-    "caption alone": "text only",
-    "caption's own embedding": "text embedding",
-    "chosen": "reranked",
-    "cosine_of_text": "text_cosine",
-    "drawn": "generated",
-    "fine-tuned, agreement 0": "fine-tuned, unguided",
-    "least": "minimum",
-    "most": "maximum",
-    "of": "by_count",
-    "pictures": "images",
-    "redrawn_same_bytes": "from_metadata_same_bytes",
-    "seam_of_true_pictures": "seam_of_true_images",
-    "where the true picture is told right": "true image classified correctly",
-    "whole": "full",
-}
-
-
-def upgrade(results: Any) -> Any:
-    """Rename the keys of results that an earlier version wrote."""
-    if isinstance(results, list):
-        return [upgrade(value) for value in results]
-    if not isinstance(results, dict):
-        return results
-    upgraded = {_RENAMED.get(key, key): upgrade(value) for key, value in results.items()}
-    if "name" in upgraded:
-        upgraded["name"] = _RENAMED.get(upgraded["name"], upgraded["name"])
-    return upgraded
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
