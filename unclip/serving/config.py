@@ -73,10 +73,6 @@ class ServerConfig:
         """Return what `unclip.load` takes for a model."""
         return dict(self.sources).get(model, model)
 
-    @property
-    def max_pixels(self) -> int:
-        return self.max_side**2
-
 
 def is_loopback(host: str) -> bool:
     """Return whether a host name or address means this machine only."""

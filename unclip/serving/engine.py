@@ -70,11 +70,12 @@ class Engine:
         self.queue = JobQueue(config.max_queue, config.ageing_seconds)
         self.known: dict[str, dict[str, Any]] = {}  # about models that were loaded once
         self.seconds_per_image = 1.0  # moving average
-        self._load, self._closing = load, False
+        self.closing = False  # jobs are no longer accepted
+        self.failure: str | None = None  # why the default model could not be loaded
+        self._load = load
         self._lock = threading.Lock()
         self._running: dict[int, list[Job]] = {}  # of each busy device
         self._ready = {i: False for i in range(len(config.devices))}
-        self._failure: str | None = None
         self._threads = [
             threading.Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True)
             for i in range(len(config.devices))
@@ -88,16 +89,7 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether the default model is loaded on every device, and jobs are accepted."""
-        return all(self._ready.values()) and not self._closing
-
-    @property
-    def closing(self) -> bool:
-        return self._closing
-
-    @property
-    def failure(self) -> str | None:
-        """Why the default model could not be loaded."""
-        return self._failure
+        return all(self._ready.values()) and not self.closing
 
     @property
     def idle(self) -> bool:
@@ -124,11 +116,11 @@ class Engine:
 
     def drain(self) -> None:
         """Accept no more jobs; those in the queue are still generated."""
-        self._closing = True
+        self.closing = True
 
     def abandon(self) -> None:
         """Answer all jobs with 503, also those in progress, whose batches end at the next step."""
-        self._closing = True
+        self.closing = True
         with self._lock:
             jobs = [*self.queue.close(), *itertools.chain(*self._running.values())]
         for job in jobs:
@@ -155,10 +147,10 @@ class Engine:
             pool.get(config.models[0])
             self._ready[index] = True
         except Exception as error:
-            self._failure = f"{config.models[0]} could not be loaded: {error}"
+            self.failure = f"{config.models[0]} could not be loaded: {error}"
             log.exception("model_failed", extra={"model": config.models[0]})
         last_images, last_seconds = 1, 0.0
-        while not (self._closing and not self.queue.images):
+        while not (self.closing and not self.queue.images):
             if not self.queue.wait(timeout=0.5):
                 if unloaded := pool.offload_idle():
                     gc.unfreeze()  # the models may be part of reference cycles

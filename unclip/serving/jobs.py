@@ -29,36 +29,27 @@ class ClientGone(Exception):
     """The client has closed its connection."""
 
 
-class Listener:
-    """A queue of a job's events, filled from any thread."""
-
-    def __init__(self, steps: bool) -> None:
-        """steps: whether events about sampling steps are wanted."""
-        self._loop, self._steps = asyncio.get_running_loop(), steps
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def notify(self, event: Event) -> None:
-        if isinstance(event, Step) and not self._steps:
-            return
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def get(self) -> Event:
-        return await self._events.get()
-
-
 def submit(engine: Engine, task: Task, client: str, steps: bool, partials: int) -> RunningJob:
-    """Queue a task. APIError if the server is full or shutting down."""
+    """Queue a task. APIError if the server is full or shutting down.
+
+    steps: whether events about sampling steps are wanted.
+    """
     if engine.closing:
         engine.metrics.rejections.labels("closing").inc()
         raise unavailable("The server is shutting down.", 5)
-    listener = Listener(steps)
-    job = Job(task, client, listener.notify, partials)
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+    def notify(event: Event) -> None:  # from any thread
+        if steps or not isinstance(event, Step):
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job = Job(task, client, notify, partials)
     try:
         engine.submit(job)
     except QueueFull:
         raise rejection(engine) from None
-    return RunningJob(engine, job, listener)
+    return RunningJob(engine, job, events)
 
 
 def rejection(engine: Engine) -> APIError:
@@ -70,8 +61,8 @@ def rejection(engine: Engine) -> APIError:
 class RunningJob:
     """A queued job, as its request sees it."""
 
-    def __init__(self, engine: Engine, job: Job, listener: Listener) -> None:
-        self.engine, self.job, self.listener = engine, job, listener
+    def __init__(self, engine: Engine, job: Job, events: asyncio.Queue[Event]) -> None:
+        self.engine, self.job, self._events = engine, job, events
         self.started = False
         self.deadline = time.monotonic() + engine.config.queue_seconds
 
@@ -83,7 +74,7 @@ class RunningJob:
         ClientGone if the client disconnects; the job is cancelled then.
         """
         gone = asyncio.ensure_future(disconnect(receive))
-        getter = asyncio.ensure_future(self.listener.get())
+        getter = asyncio.ensure_future(self._events.get())
         try:
             while True:
                 timeout = self._timeout(tick)
@@ -94,7 +85,7 @@ class RunningJob:
                     yield event
                     if isinstance(event, (Done, APIError)):
                         return
-                    getter = asyncio.ensure_future(self.listener.get())
+                    getter = asyncio.ensure_future(self._events.get())
                 elif gone.done():
                     raise ClientGone
                 elif not self.started and time.monotonic() >= self.deadline:
@@ -111,7 +102,8 @@ class RunningJob:
         finally:
             gone.cancel()
             getter.cancel()
-            if not (getter.done() and not getter.cancelled() and _is_final(getter.result())):
+            event = getter.result() if getter.done() and not getter.cancelled() else None
+            if not isinstance(event, (Done, APIError)):
                 self.engine.cancel(self.job)
 
     def _timeout(self, tick: float | None) -> float | None:
@@ -119,10 +111,6 @@ class RunningJob:
             return tick
         left = max(0.0, self.deadline - time.monotonic())
         return left if tick is None else min(tick, left)
-
-
-def _is_final(event: Event) -> bool:
-    return isinstance(event, (Done, APIError))
 
 
 async def disconnect(receive: Receive) -> None:

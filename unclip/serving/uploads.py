@@ -43,7 +43,7 @@ def decode_image(data: bytes, param: str, config: ServerConfig) -> Image.Image:
 
 def _check_size(image: Image.Image, param: str, config: ServerConfig) -> None:
     width, height = image.size
-    if max(width, height) > config.max_side or width * height > config.max_pixels:
+    if max(width, height) > config.max_side:
         raise bad_request(
             f"Uploaded image is {width}x{height} pixels; expected at most "
             f"{config.max_side}x{config.max_side}.",
