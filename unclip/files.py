@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -136,6 +137,15 @@ def read_json(file: Path, max_bytes: int = MAX_TEXT) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{file} holds a {type(data).__name__}; expected a JSON object")
     return data
+
+
+def sha256(file: Path) -> str:
+    """Return the hash of a file's bytes, in hexadecimal."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
 def open_safetensors(file: str | Path, framework: str = "pt") -> safe_open:

@@ -10,7 +10,6 @@ manifest.json                                              all parts, once they 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import time
 import uuid
@@ -25,7 +24,7 @@ from unclip.data.remote import is_url
 from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset, find_shards, shard_urls
 from unclip.data.text import ColumnNames
-from unclip.files import read_json
+from unclip.files import read_json, sha256
 
 MANIFEST = "manifest.json"
 ABANDONED = 3600.0  # seconds: the age of temporary files that no process is writing any more
@@ -167,12 +166,3 @@ def write_json(data: Mapping[str, Any], file: Path) -> None:
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     temporary.replace(file)
-
-
-def sha256(file: Path) -> str:
-    """Return the hash of a file's bytes, in hexadecimal."""
-    total = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()

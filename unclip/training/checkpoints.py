@@ -16,7 +16,6 @@ process: see tensors.py. No file is a pickle.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.config import NonNegativeInt, PositiveInt, config, parse, save_json
-from unclip.files import atomic_folder, read_json
+from unclip.files import atomic_folder, read_json, sha256
 from unclip.training.tensors import SavedTensors
 
 MANIFEST = "manifest.json"
@@ -139,11 +138,7 @@ def fault(checkpoint: Path, only: str | None = None) -> str | None:
 
 def file_entry(file: Path) -> dict[str, Any]:
     """Return a file's entry in the manifest."""
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            sha256.update(block)
-    return {"bytes": file.stat().st_size, "sha256": sha256.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def write_manifest(folder: Path, entries: dict[str, Any]) -> None:

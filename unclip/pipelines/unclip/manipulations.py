@@ -33,6 +33,7 @@ from unclip.pipelines.request import (
     check_prompts,
     generators_from,
     list_images,
+    progress_bar,
     seeds_from,
 )
 from unclip.pipelines.unclip.latent import (
@@ -131,19 +132,16 @@ def imagine(
     progress: bool = True,
 ) -> Latent:
     """Combine the prior's embeddings of prompts with random noise."""
-    return _imagine(pipe, prompts, Request(1, seed, on_step, progress=progress, options=options))
-
-
-def _imagine(pipe: StagedPipeline, prompts: Prompt, request: Request) -> Latent:
-    options, prompts = request.options or deterministic(pipe.options), check_prompts(prompts)
-    seeds, stage = request.seeds(len(prompts)), pipe.prior_stage
-    with request.track(0 if stage is None else stage.steps(options.prior)) as on_step:
+    options, prompts = options or deterministic(pipe.options), check_prompts(prompts)
+    seeds, stage = seeds_from(seed, len(prompts)), pipe.prior_stage
+    num_steps = 0 if stage is None else stage.steps(options.prior)
+    with progress_bar(num_steps, progress, on_step) as report:
         image_emb = pipe.sample_prior(
             pipe.encode_text(prompts),
             generators=generators_from(seeds),
             options=options.prior,
             candidates=options.prior_candidates,
-            on_step=on_step,
+            on_step=report,
         )
     return random_latent(pipe, image_emb, seed=seeds, options=options)
 
@@ -224,7 +222,9 @@ def interpolate(
     request = Request(1, seed, on_step, batch_size, progress, options)
     if prompts is not None:
         check_path(len(check_prompts(prompts)))
-        latent = _imagine(pipe, prompts, request)
+        latent = imagine(
+            pipe, prompts, seed=seed, options=options, on_step=on_step, progress=progress
+        )
     else:
         assert path is not None
         check_path(_count(path))
