@@ -60,99 +60,48 @@ evaluation evaluation: drift=approximations manipulation=manipulations harness=b
 evaluation evaluation: unclip_harness=unclip dalle_harness=dalle drawing=base
 """)
 
-# Old and new module of renamed members.
+# Old and new module of classes and functions that were renamed, or moved to another module than the
+# rest of theirs. Helpers of other modules are left out.
 NAMES = _table("""
 checkpoints.catalogue checkpoints.summary: ComponentInfo ModelInfo describe summary
-checkpoints.catalogue checkpoints.folders: lenders=shared_from
 checkpoints.contents checkpoints.formats: Contents=Format
-checkpoints.contents checkpoints.summary: foreign_summary=summary
-checkpoints.dalle2_pytorch_files checkpoints.dalle2_pytorch.files: only=only_checkpoint
-checkpoints.diffusers_layout checkpoints.folders: licence=card_licence name=folder_name weight_files
-checkpoints.diffusers_layout checkpoints.folders: weights_of=weights_index
-checkpoints.folders checkpoints.renaming: read_weights
 checkpoints.formats checkpoints.registry: FORMATS=MODELS load_any
-checkpoints.hub checkpoints.hub: wanted=select
-checkpoints.karlo checkpoints.folders: only=only_file
-checkpoints.min_dalle checkpoints.min_dalle: states=probe
-checkpoints.openai_dvae checkpoints.openai.dvae: sizes=infer_config
 checkpoints.priors checkpoints.formats: PriorFormat=Format
-checkpoints.renaming checkpoints.renaming: to_here=import_state to_there=export_state under=prefixed
-checkpoints.store checkpoints.store: load_kind=load_as
-checkpoints.taming checkpoints.taming: sizes=infer_config
-clip clip: NO_TOWER=MINIMAL_VISION
-config config: Place=KeyPath
 data.codes data.precomputed: CodeDataset
-data.loader data.loader: PictureReader=ImageReader place=shift_and_scale
-data.precomputed data.precompute: caption_rows precompute
+data.loader data.loader: PictureReader=ImageReader
+data.precomputed data.precompute: precompute
 data.precomputed data.parts: PartWriter
-data.precomputed data.precomputed: parquet=import_parquet
-data.samples data.samples: square=resize_center_crop
 diffusion.guidance diffusion.samplers: guide threshold
 diffusion.samplers diffusion.schedulers: make_scheduler scheduler_betas
-diffusion.samplers diffusion.samplers: timesteps=sampling_timesteps
-evaluation.codec evaluation.metrics: high_band=high_frequency_energy
 evaluation.drawing evaluation.dalle: DalleDrawer=DalleGenerator
 evaluation.drawing evaluation.base: Drawer=ImageGenerator Drawn=Samples
 evaluation.drawing evaluation.unclip: Imagined=PredictedEmbeddings UnCLIPDrawer=UnCLIPGenerator
 evaluation.drift evaluation.approximations: Drift=ApproximationError
 evaluation.manipulation evaluation.manipulations: Manipulations=ManipulationEvaluation
-evaluation.metrics evaluation.metrics: agreement=cosine_gap
-evaluation.pairs evaluation.pairs: canonical=canonical_caption
-evaluation.report evaluation.report: markdown=markdown_table plain=plain_table rows=evaluation_rows
 models.bart_dalle models.published.bart_dalle: Texts=EncodedTexts
 models.dalle models.dalle.transformer: TextPrefix=DALLEPrefix
-models.dalle_cache models.dalle.cache: Place=CacheSlot Reading=CacheLayout reading=cache_layout
 models.dalle_sampling models.dalle.code_transformer: AnyDALLE=CodeTransformer
-models.dalle_sampling models.dalle.sampling: draw_code=sample_code
-models.dalle_streams models.dalle.spans: FromStart=FirstTokens Run=Span
-models.decoder models.unclip.decoder: known_part=masked_image
-models.dvae models.codecs.dvae: pixels_of=logits_to_pixels
 models.int8 models.cpu.int8: Int8Weight=Int8Layer
 models.layers models.cpu.kernels: Linear=FewRowsLinear
 models.packing models.cpu.packing: Packed=PackedLayer
-models.text_prior models.unclip.prior: OnDraw=OnPrediction
 models.text_prior models.layers: TextPrefix=KeyValues
-models.unet models.unet: double=upsample_nearest
-pictures image_io: lacks_picture=lacks_image open_picture=open_image
-pipelines.arguments cli.arguments: Argument=SamplingFlag add_arguments=add_sampling
-pipelines.base pipelines.request: Picture=ImageInput check_count check_images check_prompts
-pipelines.base pipelines.request: generators_from progress_bar random_generators seeds_from
-pipelines.base pipelines.request: split_batches
-pipelines.base pipelines.runtime: default_dtype find_device
+pictures image_io: open_picture=open_image
+pipelines.base pipelines.request: Picture=ImageInput
 pipelines.base pipelines.provenance: redraw=regenerate decode_array encode_array
-pipelines.base image_io: to_pil
-pipelines.base pipelines.base: TextToImage=Pipeline inference=in_inference_mode
+pipelines.base pipelines.base: TextToImage=Pipeline
 pipelines.dalle_stages pipelines.dalle.pipeline: DalleStages=DallePipeline
-pipelines.latent pipelines.unclip.latent: places_on_path=path_positions
 pipelines.networks pipelines.unclip.pipeline: UnCLIPNetworks=UnCLIPPipeline
-pipelines.placement pipelines.base: Placement=Pipeline
-pipelines.recipes pipelines.provenance: decode_picture=decode_image encode_picture=encode_image
-pipelines.recipes pipelines.provenance: picture_source=image_source
-pipelines.runs pipelines.diffusion_stage: StageRun=BoundStage
-pipelines.runs image_io: fit to_tensor
-pipelines.runs pipelines.request: several=open_images unopened=list_images
-pipelines.stages pipelines.unclip.pipeline: UnCLIPStages=UnCLIPPipeline
-pipelines.command_line cli.arguments: add_placement=add_runtime read_prompts=prompts_file
-pipelines.command_line cli.arguments: share=fraction
-pipelines.command_line cli.output: check_file check_output check_writable=check_result columns_of
-pipelines.command_line image_io: slug
-pipelines.command_line cli.output: write=write_images write_figures=write_json
-pipelines.command_line cli.loading: load_model load_named
 pipelines.offload pipelines.offload: Residency=Offloader
-pipelines.settling pipelines.inference: settled=prepare_for_inference
+pipelines.placement pipelines.base: Placement=Pipeline
+pipelines.runs pipelines.diffusion_stage: StageRun=BoundStage
+pipelines.stages pipelines.unclip.pipeline: UnCLIPStages=UnCLIPPipeline
 pipelines.wording pipelines.request: Wording=PromptBatch
-tokenizer tokenizer: warn_cut=warn_truncated
 training.codec training.codec: JudgedCodec=AdversarialCodec
 training.frozen training.initialization: load_clip
-training.inpainting training.inpainting: cut_out=foreground_alpha
-training.losses training.losses: DropConfig=ConditionDropout mixed=mix_embeddings
-training.losses training.losses: noised=add_embedding_noise resized=resize_square
-training.processes training.launch: this_process
-training.checkpoints training.random_state: random_state set_random_state
-training.checkpoints training.run_state: MUTABLE_SETTINGS RunState
-training.launch training.stopping: StopRequest resume_command
-training.run_state training.run_state: MAY_CHANGE=MUTABLE_SETTINGS
-training.run_state training.initialization: load_weights read_weights
+training.losses training.losses: DropConfig=ConditionDropout
+training.checkpoints training.run_state: RunState
+training.launch training.stopping: StopRequest
+training.run_state training.initialization: load_weights
 training.stop training.stopping: StopRequest
 training.vocabulary training.initialization: make_tokenizer
 training.warm_start training.initialization: warm_start
