@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_clip
+from scripts import load_script
 
 from unclip.clip import CLIP, CLIPConfig
 from unclip.tokenizer import BPETokenizer
-from unclip.training.room import make_room, pool_by_attention, ridge
+
+script = load_script("make_room")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def clip():
 
 @torch.no_grad()
 def test_attention_pooling_keeps_the_embeddings(clip, images):
-    pooled = pool_by_attention(clip, images)
+    pooled = script.pool_by_attention(clip, images)
     cosine = F.cosine_similarity(pooled.encode_image(images), clip.encode_image(images))
     assert cosine.mean() > 0.97
     assert pooled.config.model_cfg["vision_cfg"]["timm_pool"] == "abs_attn"
@@ -52,13 +54,13 @@ def test_embeddings_with_room_predict_the_small_image(clip, images):
 
     def error(clip):
         emb = clip.encode_image(images)
-        weight, bias = ridge(emb, small, 1e-2)
+        weight, bias = script.ridge(emb, small, 1e-2)
         return F.mse_loss(emb @ weight.T + bias, small)
 
-    roomy = pool_by_attention(clip, images)
+    roomy = script.pool_by_attention(clip, images)
     text = roomy.encode_text(["a pear"]).emb
     before = text @ roomy.encode_image(images).T
-    make_room(roomy, images, keep=8, size=4)
+    script.make_room(roomy, images, keep=8, size=4)
     assert error(roomy) < 0.5 * error(clip)
     after = roomy.encode_text(["a pear"]).emb @ roomy.encode_image(images).T
     assert torch.corrcoef(torch.cat([before, after]))[0, 1] > 0.9
@@ -66,8 +68,8 @@ def test_embeddings_with_room_predict_the_small_image(clip, images):
 
 def test_unsuitable_towers_and_sizes_are_errors(clip, images):
     with pytest.raises(ValueError, match="timm_pool is None; expected a timm model with 'avg'"):
-        pool_by_attention(tiny_clip(), images)
+        script.pool_by_attention(tiny_clip(), images)
     with pytest.raises(ValueError, match="keep is 16; expected 1 to 15 of the 16 directions"):
-        make_room(clip, images, keep=16)
+        script.make_room(clip, images, keep=16)
     with pytest.raises(ValueError, match="no attention pooling"):
-        make_room(clip, images, keep=8)
+        script.make_room(clip, images, keep=8)
