@@ -1,7 +1,7 @@
 """Bounded reading of untrusted files, and folders that are written atomically.
 
-Whatever is read may be damaged or hostile: `open_regular` opens nothing that blocks or never ends,
-`parse_json` bounds memory, and `printable` keeps a text from a file on one line of a message.
+Files may be damaged or hostile: `open_regular` refuses pipes and devices, which may block or never
+end, `parse_json` limits memory, and `printable` keeps a text from a file on one line of a message.
 """
 
 from __future__ import annotations

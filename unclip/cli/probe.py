@@ -1,4 +1,4 @@
-"""`unclip probe`: what CLIP sees in an image (principal components, typographic attacks)."""
+"""`unclip probe`: probes of CLIP (principal components, typographic attacks)."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def probe(args: Namespace) -> None:
 
 
 def _check(args: Namespace) -> None:
-    """Set the default of --output; raise a ValueError if the arguments do not fit together."""
+    """Set the default of --output; raise a ValueError for arguments that cannot be combined."""
     if (args.word is None) != (args.classes is None):
         raise ValueError("--word and --classes must be given together")
     if args.word is None and args.data is None and args.pca is None:

@@ -83,8 +83,8 @@ def rotate_hue(image: np.ndarray, degrees: float) -> np.ndarray:
 def rotations_by_colour(image: np.ndarray) -> dict[str, int]:
     """Return the rotation of the hues in degrees that makes each colour the image's main one.
 
-    Of all rotations that do, it is the middle one, which gives the colour most clearly. The image's
-    present main colour and those that no rotation gives are omitted.
+    If several rotations do, the middle one is returned, which gives the colour most clearly. The
+    image's present main colour and those that no rotation gives are omitted.
     """
     step = max(1, len(image) // MEASURED_SIDE)
     small = image[::step, ::step]

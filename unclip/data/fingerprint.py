@@ -1,4 +1,4 @@
-"""A hash that tells whether two datasets, possibly at different places, have the same samples."""
+"""A hash by which datasets at different places are compared: equal for the same samples."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ class Loader:
     is every P-th sample of the batch n that one process would get with batch_size * P. The
     exception is `augment.compose`, which puts two images of one process together.
 
-    What the dataset left out when it was opened is reported at the start. An image that turns out
-    to be broken is replaced by the next one in the order and reported once. Both are collected in
+    Samples that the dataset left out when it was opened are reported at the start. An image that
+    cannot be read is replaced by the next one in the order and reported once. Both are collected in
     `broken`: index, or place in the data -> name and reason. Raises ValueError if the broken ones
     exceed `max_broken` of those read so far (at least 1,000, or the whole dataset), and for
     precomputed data that is to be augmented or cropped.

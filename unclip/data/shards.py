@@ -272,7 +272,7 @@ def _lost_samples(
 ) -> Iterator[tuple[Loss, int]]:
     """Yield (loss, number) for each sample between two groups that lost all its members.
 
-    Lost members are first attributed to the two groups, as far as these lack usual members.
+    Lost members are first attributed to the usual members that the two groups lack.
     """
     lost = sum(loss.count for loss in group.after)
     present = [usual.index(name) for name in group.members if name in usual]

@@ -90,7 +90,7 @@ def read_members(path: Path) -> Iterator[Member | Loss | EndMark]:
 
 
 class _Info(tarfile.TarInfo):
-    """Header with a plausible size. Other headers match their checksum by accident or on purpose.
+    """A header with a plausible size; others match their checksum by accident, or are hostile.
 
     A checksum of 0 belongs to a block with few bytes, whose signed sum may be 0 by accident.
     """

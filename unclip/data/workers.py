@@ -49,7 +49,7 @@ def load_in_workers(loader: DataLoader[Any]) -> Iterator[Any]:
 def _child_handler(handler: Callable[..., None] | None) -> Iterator[None]:
     """Call `handler` when a child process ends, and restore the previous handler afterwards.
 
-    Does nothing outside of the main thread and on Windows, as torch.
+    Like torch's handler, it does nothing outside of the main thread and on Windows.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield

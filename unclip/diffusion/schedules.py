@@ -77,7 +77,7 @@ class Schedule:
         return self.config.num_timesteps
 
     def level(self, t: float) -> float:
-        """Return alpha_bar at t as a number on the host; 1 at t = -1, which stands for x_0."""
+        """Return alpha_bar at t as a number on the host; 1 at t = -1, the index of x_0."""
         return 1.0 if t < 0 else float(self.alpha_bar[int(t)])
 
     def x0_error(self, t: float) -> float:

@@ -375,8 +375,8 @@ class Evaluation(ABC):
     def style(self, train: Pairs) -> dict[str, Any]:
         """Compare the style of each image, as classified after training on `train`, to its caption.
 
-        Styles share designs, so the classifier errs on true images too; the last group has only
-        the pairs whose true image is classified correctly.
+        Some images are equal in several styles, so the classifier also makes errors on true images;
+        the last group has only the pairs whose true image is classified correctly.
         """
         classifier = train_classifier(train, self.seed, progress=self.generator.progress)
         entries = self.held_out.entries

@@ -61,8 +61,8 @@ def true_images(pairs: Pairs, wanted: Sequence[Combination]) -> Tensor:
 def judge_colours(images: Tensor, wanted: Sequence[Combination], judge: Judge) -> dict[str, Tensor]:
     """Return whether images (C, 3, S, S) in [-1, 1] have the colour and the concept, (C,) bool.
 
-    The judge knows the concepts in their own colours: it sees the images with the hues rotated
-    back.
+    The judge was trained on concepts in their own colours, so it gets the images with the hues
+    rotated back.
     """
     arrays = [np.asarray(image) for image in to_pil(images)]
     colour = [main_colour(image) == c.colour for image, c in zip(arrays, wanted, strict=True)]

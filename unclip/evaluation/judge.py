@@ -1,8 +1,9 @@
-"""A judge: a classifier of concepts and styles that shares nothing with the model under evaluation.
+"""A judge: a classifier of concepts and styles that is independent of the evaluated model.
 
-A model's own CLIP rewards what the decoder has learned to show it. The judge sees only true images,
-under augmentations that no training here uses (rotation, shear, colour shift, blur, noise). It is
-also trained on the held-out images, because it must know concepts that the model has not seen.
+The decoder is trained on embeddings of the model's own CLIP, which therefore overestimates its
+images. The judge is trained on true images only, with augmentations that no other training uses
+(rotation, shear, colour shift, blur, noise). They include the held-out images, because the judge
+must recognise concepts that the model was not trained on.
 """
 
 # N images, B batch, S image size, F features
@@ -136,12 +137,12 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """For N images: concept right, concept among five, style right; and the concepts."""
+    """The judgement of N images: correctness of concept and style, and the predicted concepts."""
 
-    concept: Tensor  # (N,) bool
-    concept_of_5: Tensor  # (N,) bool
+    concept: Tensor  # (N,) bool: the predicted concept is correct
+    concept_of_5: Tensor  # (N,) bool: one of the five most likely concepts is correct
     style: Tensor | None  # (N,) bool
-    named: Tensor  # (N,) index of the concept that the judge names
+    named: Tensor  # (N,) index of the predicted concept
 
     def figures(self) -> dict[str, Tensor]:
         figures = {"concept@1": self.concept, "concept@5": self.concept_of_5}

@@ -103,7 +103,7 @@ def samples_sheet(
 
 
 def candidates_sheet(evaluation: DalleEvaluation, size: int = 96) -> Image.Image:
-    """Show the image that CLIP scores highest among more and more candidates."""
+    """Show the image that CLIP scores highest among each number of candidates."""
     best = evaluation.best
     columns = [to_pil(images) for images in best.images.values()]
     titles = [f"best of {n}" for n in best.images]

@@ -61,8 +61,8 @@ def pillow_warnings_ignored() -> Iterator[None]:
 def identify(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an encoded image; its pixels are decoded on `load()`, while `file` must stay open.
 
-    All images are opened here, because Pillow starts other programs for some formats (EPS) whatever
-    the file name. Raises ValueError if the image is too large, else the errors of Pillow.
+    All images are opened here, because Pillow recognises formats by content, and starts other
+    programs for some (EPS). Raises ValueError if the image is too large, else the errors of Pillow.
     """
     with pillow_warnings_ignored():
         image = Image.open(file, formats=formats)  # noqa: TID251

@@ -68,7 +68,9 @@ def load(
     local_files_only, as in `huggingface_hub`. ValueError if there is no such model (the message
     lists the existing ones) or its files are damaged.
     """
-    path = locate(name_or_path, **hub)  # before the slow imports: a wrong name fails at once
+    path = locate(
+        name_or_path, **hub
+    )  # before the slow imports, so that a wrong name is reported at once
 
     from unclip.checkpoints import store
     from unclip.checkpoints.registry import load_any
@@ -83,7 +85,9 @@ def load(
     device = find_device(device)
     dtype = to_dtype(dtype) or default_dtype(device)
     source = _source(name_or_path, hub)
-    if offload and store.recognise(path):  # weights are mapped, not read, on their way to the disk
+    if offload and store.recognise(
+        path
+    ):  # weights are mapped, and written without being read whole
         bundle = store.load_bundle(path, dtype, mapped=True)
     else:  # other formats always map
         bundle = load_any(path, dtype)

@@ -109,7 +109,7 @@ class BoundStage:
         )
 
     def noise(self, shape: Sequence[int], generators: Generators) -> Tensor:
-        """Return the initial noise (B, ...), in float32 whatever the dtype of the network."""
+        """Return the initial noise (B, ...), in float32 for every dtype of the network."""
         x_T = randn(shape, generators, self.stage.runtime.device) * self.options.temperature
         return x_T.to(memory_format=torch.channels_last) if x_T.ndim == 4 else x_T
 

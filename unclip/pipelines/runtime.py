@@ -1,4 +1,4 @@
-"""Where and how networks compute: device, dtype, offloading, compilation, int8 weights."""
+"""The runtime of networks: device, dtype, offloading, compilation, int8 weights."""
 
 from __future__ import annotations
 

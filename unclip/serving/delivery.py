@@ -1,4 +1,4 @@
-"""Images on their way to a client: resized, encoded, marked as generated, and stored."""
+"""Delivery of images to a client: resizing, encoding, a mark as generated, and storage."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Engine:
                 for name in unloaded:
                     log.info("model_offloaded", extra={"model": name})
                 continue
-            if last_images > 1:  # clients of the last batch are about to return
+            if last_images > 1:  # clients of the last batch may send their next requests
                 self.queue.wait_for_images(
                     last_images, min(config.batch_seconds, last_seconds / 10)
                 )
@@ -172,7 +172,7 @@ class Engine:
             started = time.monotonic()
             try:
                 self._run(pool, jobs)
-            except Exception:  # a bug in the engine itself must not stop the server
+            except Exception:  # an error in the engine itself must not end the thread
                 log.exception("engine_error")
                 _notify(jobs, failed())
             finally:

@@ -59,7 +59,7 @@ def rejection(engine: Engine) -> APIError:
 
 
 class RunningJob:
-    """A queued job, as its request sees it."""
+    """A queued job and its events, for the request that waits for it."""
 
     def __init__(self, engine: Engine, job: Job, events: asyncio.Queue[Event]) -> None:
         self.engine, self.job, self._events = engine, job, events

@@ -50,7 +50,7 @@ class JobQueue:
 
     @property
     def full(self) -> bool:
-        """Whether not even one more image fits."""
+        """Whether there is no room for another image."""
         return self._images >= self.max_images
 
     def put(self, job: Job) -> None:

@@ -22,7 +22,7 @@ PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """How many replicas there are, and what each of them occupies."""
+    """The number of replicas, which depends on the load, and the resources of each."""
 
     min_replicas: int = 1
     max_replicas: int = 1

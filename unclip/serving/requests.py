@@ -139,7 +139,7 @@ TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the images of a task are returned."""
+    """The form in which the images of a task are returned."""
 
     kind: str  # "png", "jpeg", "webp"
     quality: int | None

@@ -114,7 +114,7 @@ def _activations(model: nn.Module, config: Any) -> int | None:
 
 
 def _example(model: nn.Module, B: int) -> tuple[Any, ...] | None:
-    """Return inputs of a network on the default device; None for one that is not known here."""
+    """Return inputs of a network on the default device; None for other networks."""
     t, drop = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.bool)
     if isinstance(model, (DiffusionPrior, MLPPrior)):
         config = model.config

@@ -42,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def lock_id(folder: Path) -> int | None:
-    """Return a number that is the same as long as a run holds its lock; None without a lock."""
+    """Return a number that does not change while a run holds its lock; None without a lock."""
     try:
         return (folder / LOCK_FILE).stat().st_ino
     except OSError:

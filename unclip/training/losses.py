@@ -212,8 +212,8 @@ def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
 def add_embedding_noise(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
     """Add noise of 0 to `most` standard deviations, uniform per row, to image embeddings (B, D).
 
-    A prior's prediction is off by about half a standard deviation; training with noise makes a
-    network robust to it.
+    The error of a prior's prediction is about half a standard deviation; training with noise makes
+    a network robust to it.
     """
     scale = most * torch.rand(len(image_emb), 1, device=image_emb.device)
     return image_emb + scale * stats.emb_std * torch.randn_like(image_emb)
@@ -222,8 +222,8 @@ def add_embedding_noise(image_emb: Tensor, stats: EmbeddingStats, most: float) -
 def mix_embeddings(image_emb: Tensor, rows: Tensor, most: float) -> Tensor:
     """Interpolate embeddings (B, D) by 0 to `most` to the next row's, where `rows` (B,) is True.
 
-    In inpainting, the prompt asks for something that the known part does not show. Training on
-    such pairs teaches the decoder to reconcile the two.
+    In inpainting, the prompt describes something that the known part does not show. Training on
+    such pairs makes the decoder consistent with both.
     """
     weight = most * torch.rand(len(image_emb), device=image_emb.device) * rows
     return slerp(image_emb, image_emb.roll(-1, dims=0), weight)

@@ -1,4 +1,4 @@
-"""Karlo and DALL-E with random weights, at full size or small: nothing to download."""
+"""Karlo and DALL-E with random weights, which need no download, at full size or small."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ from unclip.types import CodeOptions, GenerationResult, OnStep, Progress, Prompt
 # tokens, N = h * w codes, V values of a code, S image size, D CLIP embedding width
 
 STAGE = "dalle"
-KEEP = 0.4375  # of an image's codes: 14 of 32 rows (2102.12092, figure 2)
+KEEP = 0.4375  # default fraction of the codes to keep: 14 of 32 rows (2102.12092, figure 2)
 CHUNK = 16  # images that the codec encodes together
 
 
@@ -347,7 +347,7 @@ class DallePipeline(Pipeline):
     def _reporter(self, batch: Batch, given: int, preview: bool, candidates: int) -> OnCode:
         """Report every code; previews show the complete rows of codes, and white below.
 
-        Of several candidates for an image, the first one is shown.
+        The preview shows the first of several candidates for an image.
         """
         (h, w), size = self.dalle.config.grid, self.codec.image_size
 

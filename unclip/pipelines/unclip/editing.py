@@ -214,7 +214,7 @@ def _paint(
 def _check_painting(
     pipe: StagedPipeline, options: UnCLIPOptions, painting: PaintOptions
 ) -> PaintOptions:
-    """Return the options with `trained` set. Raise ValueError if the model cannot paint so."""
+    """Return the options with `trained` set; ValueError if the model does not support them."""
     has_inpainter = pipe.inpainter_stage is not None
     if painting.trained and not has_inpainter:
         raise ValueError("this model has no inpainter: painting.trained must be False or None")
