@@ -37,8 +37,11 @@ def printable(text: object, most: int = LONGEST) -> str:
 
 
 def shorten(value: object) -> str:
-    """Return the repr of a value for a message, cut to 80 characters."""
-    text = repr(value)
+    """Return the repr of a value for a message, in at most 80 printable characters."""
+    try:
+        text = printable(repr(value))
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from unclip.data.samples import decode, resize_center_crop
-from unclip.data.text import caption_list, quote, readable, sample_weight
+from unclip.data.text import caption_list, readable, sample_weight
+from unclip.files import shorten
 
 
 def encoded(image, format="PNG", **options):
@@ -96,4 +97,4 @@ def test_messages_are_short_and_on_one_line():
     for _ in range(10_000):
         nested = [nested]
     for value in ("x" * 500, "\x1b" * 500, 10**5000, nested):
-        assert len(quote(value)) <= 60 and quote(value).isprintable()
+        assert len(shorten(value)) <= 80 and shorten(value).isprintable()

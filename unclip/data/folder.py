@@ -27,10 +27,10 @@ from unclip.data.text import (
     ColumnNames,
     caption_list,
     first_of,
-    quote,
     readable,
     sample_weight,
 )
+from unclip.files import shorten
 
 LAYOUTS = (
     "captions in name.txt or name.json for each name.png, or metadata.jsonl, a CSV or a TSV with "
@@ -178,7 +178,7 @@ class FolderDataset:
                 captioned = any(name in entry for name in self._captions)
                 if self._image not in entry or (self._captions_needed and not captioned):
                     expected = f"expected {self._expected_columns}"
-                    found = f"the columns are {quote(list(entry))}; {expected} (set data.columns)"
+                    found = f"the columns are {shorten(list(entry))}; {expected} (set data.columns)"
                     raise ValueError(found)
                 file_name = self._file_name(entry[self._image])
                 unlisted.discard(posixpath.normpath(file_name).removeprefix(folder))
@@ -195,7 +195,7 @@ class FolderDataset:
     def _file_name(self, value: Any) -> str:
         """Return the path of an image in a table."""
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self._image} is {quote(value)}; expected the name of a file")
+            raise ValueError(f"{self._image} is {shorten(value)}; expected the name of a file")
         if "\\" in value and not os.path.lexists(self.folder / value):
             return value.replace("\\", "/")  # written on Windows
         return value

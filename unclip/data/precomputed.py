@@ -23,12 +23,11 @@ import torch
 from unclip.data.text import (
     ColumnNames,
     caption_list,
-    quote,
     readable,
     sample_weight,
 )
 from unclip.extras import import_extra
-from unclip.files import open_regular, printable, read_json
+from unclip.files import open_regular, printable, read_json, shorten
 
 CODES_FILE = "codes.json"
 MAX_ROWS = 5_000_000  # of a part
@@ -217,7 +216,7 @@ def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _M
     except Exception as error:  # Arrow has exceptions of many types
         raise ValueError(f"{path} is not a readable parquet file ({printable(error)})") from None
     if caption not in columns:
-        fault = f"no column {caption!r}, only {quote(found)}"
+        fault = f"no column {caption!r}, only {shorten(found)}"
         raise ValueError(f"{path}: {fault} (set data.columns.caption)")
     part = path.stem.removeprefix("metadata_")
     columns = {"key": [f"{part}-{row}" for row in range(count)], weight: [1.0] * count} | columns
@@ -227,7 +226,7 @@ def _read_metadata(path: Path, names: ColumnNames, broken: dict[str, str]) -> _M
         try:
             caption_list(text)
             if isinstance(text, list):
-                raise ValueError(f"the caption is {quote(text)}; expected a string")
+                raise ValueError(f"the caption is {shorten(text)}; expected a string")
             valid.weights.append(sample_weight({weight: columns[weight][row]}, weight))
             valid.captions.append(text)
             valid.keys.append(readable(str(columns["key"][row])))

@@ -19,9 +19,9 @@ from unclip.data.text import (
     decode_text,
     first_of,
     parse_bounded,
-    quote,
     sample_weight,
 )
+from unclip.files import shorten
 from unclip.image_io import FORMATS, open_image
 
 SUFFIXES = {
@@ -97,7 +97,7 @@ def describe(
     """
     meta = parse_bounded(files["json"]) if "json" in files else {}
     if not isinstance(meta, dict):
-        raise ValueError(f"the JSON is {quote(meta)}; expected an object")
+        raise ValueError(f"the JSON is {shorten(meta)}; expected an object")
     value = first_of(meta, (columns.caption,) if columns.caption else ("captions", "caption"))
     if not value and not columns.caption and "txt" in files:
         if len(files["txt"]) > MAX_TEXT:

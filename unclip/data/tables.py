@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from unclip.data.text import MAX_JSON, check_content, parse_bounded, quote
+from unclip.data.text import MAX_JSON, check_content, parse_bounded
+from unclip.files import shorten
 
 TABLES = (".jsonl", ".csv", ".tsv")  # suffixes
 
@@ -48,7 +49,7 @@ def _read_json_lines(table: Path) -> Iterator[tuple[int, Row]]:
             try:
                 entry = parse_bounded(line)
                 if not isinstance(entry, dict):
-                    raise ValueError(f"expected an object, got {quote(entry)}")
+                    raise ValueError(f"expected an object, got {shorten(entry)}")
             except ValueError as error:
                 entry = error
             yield number, entry

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unclip.config import config
-from unclip.files import LFS_POINTER, parse_json, printable
+from unclip.files import LFS_POINTER, parse_json, printable, shorten
 
 MAX_TEXT = 1 << 20  # bytes of a caption file
 MAX_JSON = 1 << 24  # bytes of a JSON object
@@ -25,15 +25,6 @@ class ColumnNames:
 def readable(name: str) -> str:
     """Escape control characters and what UTF-8 cannot encode, such as bytes of a file name."""
     return printable(name, len(name))
-
-
-def quote(value: Any, most: int = 60) -> str:
-    """Format a value for a message, in at most `most` characters."""
-    try:
-        text = printable(repr(value))
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep list
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def check_content(data: bytes) -> None:
@@ -68,9 +59,9 @@ def parse_bounded(data: bytes) -> Any:
 def check_caption(value: Any) -> str:
     """Return a caption. Raises ValueError unless it is a string that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise ValueError(f"the caption is {quote(value)}; expected a string")
+        raise ValueError(f"the caption is {shorten(value)}; expected a string")
     if "\0" in value:
-        raise ValueError(f"the caption is {quote(value)}; expected text without NUL characters")
+        raise ValueError(f"the caption is {shorten(value)}; expected text without NUL characters")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -109,6 +100,6 @@ def sample_weight(meta: Mapping[str, Any], name: str | None = "weight") -> float
         weight = -1.0
     if not 0 <= weight <= MAX_WEIGHT:
         raise ValueError(
-            f"{name} is {quote(meta[name])}; expected a number from 0 to {MAX_WEIGHT:,}"
+            f"{name} is {shorten(meta[name])}; expected a number from 0 to {MAX_WEIGHT:,}"
         )
     return weight

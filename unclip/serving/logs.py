@@ -28,14 +28,14 @@ class JSONFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def configure_logs(level: int = logging.INFO) -> None:
+def configure_logs() -> None:
     """Write the server's logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONFormatter())
     for name in ("unclip.serving", "uvicorn.error", "python_multipart"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level if name == "unclip.serving" else logging.ERROR)
+        logger.setLevel(logging.INFO if name == "unclip.serving" else logging.ERROR)
 
 
 def log_warning(message: Warning | str, *_: object) -> None:

@@ -27,25 +27,23 @@ from unclip.training.inpainting import HoleConfig, random_holes
 from unclip.training.losses import resize_square
 from unclip.types import CodeOptions, StageOptions
 
+SHOWN, UPSAMPLED = 12, 6  # images
+DECODER_OPTIONS = StageOptions(steps=20, guidance=2.0)
+UPSAMPLER_OPTIONS = StageOptions(steps=6)
+
 Preview = Callable[[Any], Image.Image]
 Batches = Iterable[dict[str, Any]]
 
 
 def decoder_preview(
-    clip: CLIP,
-    schedule: Schedule,
-    loader: Batches,
-    count: int = 12,
-    options: StageOptions | None = None,
-    holes: HoleConfig | None = None,
+    clip: CLIP, schedule: Schedule, loader: Batches, holes: HoleConfig | None = None
 ) -> Preview:
     """Show validation images above samples from their CLIP embeddings and captions.
 
     With `holes`, for a decoder that inpaints, the images with holes are shown between them.
     """
-    options = options or StageOptions(steps=20, guidance=2.0)
     batch = next(iter(loader))
-    images, captions = batch["image"][:count], batch["caption"][:count]
+    images, captions = batch["image"][:SHOWN], batch["caption"][:SHOWN]
 
     @torch.no_grad()
     def preview(decoder: Decoder) -> Image.Image:
@@ -68,7 +66,7 @@ def decoder_preview(
             lambda x, t: decoder.denoise(x, t, cond),
             small,
             schedule,
-            options,
+            DECODER_OPTIONS,
             config,
             denoise_both=lambda x, t: decoder.denoise(x, t, both),
         )
@@ -77,12 +75,9 @@ def decoder_preview(
     return preview
 
 
-def upsampler_preview(
-    schedule: Schedule, loader: Batches, count: int = 6, options: StageOptions | None = None
-) -> Preview:
+def upsampler_preview(schedule: Schedule, loader: Batches) -> Preview:
     """Show the low-resolution input, the upsampled image and the validation image."""
-    options = options or StageOptions(steps=6)
-    images = next(iter(loader))["image"][:count]
+    images = next(iter(loader))["image"][:UPSAMPLED]
 
     @torch.no_grad()
     def preview(upsampler: Upsampler) -> Image.Image:
@@ -94,7 +89,7 @@ def upsampler_preview(
             lambda x, t: upsampler.denoise(x, t, context),
             images.to(device),
             schedule,
-            options,
+            UPSAMPLER_OPTIONS,
             config,
         )
         return sheet([F.interpolate(low_res, (side, side), mode="nearest"), samples, images])
@@ -102,11 +97,9 @@ def upsampler_preview(
     return preview
 
 
-def codec_preview(
-    codec_of: Callable[[nn.Module], Autoencoder], loader: Batches, count: int = 12
-) -> Preview:
+def codec_preview(codec_of: Callable[[nn.Module], Autoencoder], loader: Batches) -> Preview:
     """Show validation images above their reconstructions by the codec in the trained model."""
-    images = next(iter(loader))["image"][:count]
+    images = next(iter(loader))["image"][:SHOWN]
 
     def preview(model: nn.Module) -> Image.Image:
         codec = codec_of(model)
@@ -115,21 +108,15 @@ def codec_preview(
     return preview
 
 
-def dalle_preview(
-    tokenizer: BPETokenizer,
-    codec: ImageCodec,
-    loader: Batches,
-    count: int = 12,
-    options: CodeOptions | None = None,
-) -> Preview:
+def dalle_preview(tokenizer: BPETokenizer, codec: ImageCodec, loader: Batches) -> Preview:
     """Show the codec's reconstructions of validation images above samples from their captions."""
     batch = next(iter(loader))
-    ids, mask = tokenizer(batch["caption"][:count])
-    codes = image_codes(codec, batch)[:count]
+    ids, mask = tokenizer(batch["caption"][:SHOWN])
+    codes = image_codes(codec, batch)[:SHOWN]
 
     def preview(dalle: DALLE) -> Image.Image:
         prefix = dalle.condition(dalle.tokens(ids, mask))
-        samples = sample_codes(dalle, prefix, _generators(len(prefix)), options or CodeOptions())
+        samples = sample_codes(dalle, prefix, _generators(len(prefix)), CodeOptions())
         return sheet([codec.decode(codes), codec.decode(samples)])
 
     return preview
