@@ -49,7 +49,7 @@ from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
 from unclip.training.multiprocess import any_process, on_main, rank
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.random_state import random_state, set_random_state
-from unclip.training.run_state import Resumable, RunState, restore_random_state
+from unclip.training.run_state import RunState, restore_random_state
 from unclip.training.saving import Export, Saver
 from unclip.training.stopping import Interrupted, StopRequest, resume_command
 from unclip.weights import write_tensors
@@ -89,13 +89,16 @@ class FitConfig:
     progress: bool = True  # a bar if standard output is a terminal
 
 
-class Loader(Resumable, Protocol):
+class Loader(Protocol):
     """Batches of an epoch from the current position on; the next `iter` starts the next epoch."""
 
     @property
     def broken(self) -> Mapping[Any, str]: ...  # images that could not be read, and why
     def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...  # batches per epoch
     def samples_hash(self) -> str: ...  # equal for data that has only moved
+    def state_dict(self) -> dict[str, int]: ...  # the position after the batches returned so far
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
 def fit(

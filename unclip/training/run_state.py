@@ -37,7 +37,7 @@ class Resumable(Protocol):
     """A data loader whose position can be saved and restored."""
 
     def __len__(self) -> int: ...  # batches per epoch
-    def state_dict(self) -> dict[str, int]: ...  # the position after the batches returned so far
+    def state_dict(self) -> dict[str, int]: ...
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
