@@ -195,8 +195,13 @@ def test_invalid_arguments_are_reported_in_one_line(
     assert line.startswith("error: ") and message in line
 
 
-def test_a_model_without_clip_cannot_be_evaluated(tiny_dalle, held_out):
+def test_a_model_without_clip_is_evaluated_without_the_parts_that_need_one(tiny_dalle, held_out):
     without_clip = copy.copy(tiny_dalle)
     without_clip.clip = None
-    with pytest.raises(ValueError, match="tiny-dalle has no CLIP"):
-        DalleEvaluation(DalleGenerator(without_clip), held_out)
+    evaluation = DalleEvaluation(DalleGenerator(without_clip, progress=False), held_out)
+    with pytest.warns(UserWarning, match="left out images, candidates of tiny-dalle"):
+        results = evaluation.run()
+    assert results.keys() >= {"codec", "bound", "repeatable"}
+    assert "clip" not in results["parameters"] and "recall" not in results
+    with pytest.raises(ValueError, match="unknown part 'images' of tiny-dalle, which has no CLIP"):
+        evaluation.run(["images"])

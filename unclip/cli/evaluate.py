@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.evaluation.base import Evaluation
+    from unclip.evaluation.features import Extractor
     from unclip.evaluation.judge import Judge
     from unclip.evaluation.pairs import Pairs
 
@@ -84,6 +86,12 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--train-judge", type=Path, metavar="FILE", help=about)
     about = "training updates of the judge (default: 3500, half an hour on a CPU core)"
     parser.add_argument("--judge-steps", default=3500, help=about, **flags.COUNT)
+    about = (
+        "report Fréchet distance (FID), kernel distance, precision, recall and CLIP score of the "
+        "final images in these features: clip (the model's own), a CLIP folder, a TorchScript file "
+        "or MODULE:NAME, a program that you trust (needs torchmetrics)"
+    )
+    parser.add_argument("--features", metavar="SPEC", help=about)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
@@ -113,7 +121,11 @@ def evaluate(args: Namespace) -> None:
         raise ValueError("got --judge and --train-judge; expected one of them")
     if args.judge and not args.judge.is_file():
         raise ValueError(f"there is no judge at {args.judge}; --train-judge trains one")
+    if args.features is None and "features" in (args.parts or ()):
+        raise ValueError("--parts features is given; expected --features SPEC with it")
     evaluation = _make_evaluation(args)
+    if args.sheets is not None and evaluation.clip is None:
+        raise ValueError(f"--sheets needs a CLIP, which {evaluation.pipe.name} does not have")
     results = evaluation.run(args.parts, lambda partial: write_json(partial, args.json, show=False))
     rows = [report.HEAD, *report.evaluation_rows(results)]
     print(report.plain_table(rows))
@@ -127,20 +139,21 @@ def evaluate(args: Namespace) -> None:
 
 
 def _make_evaluation(args: Namespace) -> Evaluation:
+    extractor = None if args.features is None else _load_extractor(args.features)
     pipe = load_model(args)
     baseline = None if args.baseline is None else load_named(args.baseline, args.device, args.dtype)
 
+    from unclip.evaluation.base import Evaluation
     from unclip.evaluation.dalle import DalleEvaluation, DalleGenerator
+    from unclip.evaluation.glide import GLIDEGenerator
     from unclip.evaluation.pairs import load_pairs
     from unclip.evaluation.unclip import UnCLIPEvaluation, UnCLIPGenerator
 
     kinds = {
         "unclip": (UnCLIPGenerator, UnCLIPEvaluation),
         "dalle": (DalleGenerator, DalleEvaluation),
+        "glide": (GLIDEGenerator, Evaluation),
     }
-    for model in (pipe, baseline):
-        if model is not None and model.kind not in kinds:
-            raise ValueError(f"{model.name} is of kind {model.kind}; expected {' or '.join(kinds)}")
     batching = {"batch_size": args.batch_size, "progress": not args.quiet}
     make_generator, make_evaluation = kinds[pipe.kind]
     generator = make_generator(pipe, flags.sampling_options(pipe, args), **batching)
@@ -150,7 +163,19 @@ def _make_evaluation(args: Namespace) -> Evaluation:
         train = load_pairs(args.train_data, generator.size, None, not args.quiet)
     other = None if baseline is None else kinds[baseline.kind][0](baseline, **batching)
     judge = _find_judge(args, [held_out] if train is None else [train, held_out])
-    return make_evaluation(generator, held_out, train, baseline=other, judge=judge, seed=args.seed)
+    extra = {"baseline": other, "judge": judge, "extractor": extractor, "seed": args.seed}
+    return make_evaluation(generator, held_out, train, **extra)
+
+
+def _load_extractor(spec: str) -> Extractor:
+    """Load the extractor before the model; MODULE may be in the current folder."""
+    import_extra("torchmetrics", "eval", "--features")
+
+    from unclip.evaluation.features import load_extractor
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return load_extractor(spec)
 
 
 def _find_judge(args: Namespace, pairs: list[Pairs]) -> Judge | None:

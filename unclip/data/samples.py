@@ -77,6 +77,9 @@ def decode(data: bytes) -> Image.Image:
     return open_image(io.BytesIO(data))
 
 
+RESIZE_RULE = "Lanczos, centre crop"  # of `resize_center_crop`, for results that depend on it
+
+
 def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Resize the shorter side to `size` (Lanczos) and crop the centre: uint8 (size, size, 3)."""
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))

@@ -1,9 +1,11 @@
 """Evaluation of what a model has learned, and benchmarks of its speed and memory."""
 
 PARTS = {  # of an evaluation, by kind of model
-    "unclip": ("prior", "images", "decoder", "upsampler", "repeatable"),
-    "dalle": ("images", "candidates", "codec", "bound", "repeatable"),
+    "unclip": ("prior", "images", "features", "decoder", "upsampler", "repeatable"),
+    "dalle": ("images", "features", "candidates", "codec", "bound", "repeatable"),
+    "glide": ("features", "repeatable"),
 }
+CLIP_PARTS = ("prior", "images", "candidates")  # of these, the parts that need the model's CLIP
 MANIPULATION_PARTS = (
     *("reconstruction", "variations", "interpolation"),
     *("text_diff", "pca", "inpainting"),

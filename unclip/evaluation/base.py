@@ -21,14 +21,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unclip import __version__
+from unclip.clip import CLIP
 from unclip.config import to_dict
+from unclip.data.samples import RESIZE_RULE
 from unclip.data.shapes import read_scene
-from unclip.evaluation import PARTS
+from unclip.evaluation import CLIP_PARTS, PARTS
 from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
+from unclip.evaluation.features import Extractor, as_uint8, extract
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
+    FEATURE_KID_SUBSET,
     NEIGHBOURS,
     caption_targets,
+    clip_score,
     distribution_distances,
     diversity,
     interval,
@@ -37,9 +42,10 @@ from unclip.evaluation.metrics import (
     recall,
 )
 from unclip.evaluation.pairs import Pairs
+from unclip.evaluation.report import FEW_IMAGES
 from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
-from unclip.image_io import to_pil
+from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import TruncationWarning
@@ -75,13 +81,38 @@ class ImageGenerator(ABC):
     def size(self) -> int:
         """The size s of the images that `generate` returns."""
 
-    @abstractmethod
+    @property
+    def full_size(self) -> int:
+        """The size S of the images that `upsample` returns."""
+        return self.size
+
     def generate(self, captions: Sequence[str], seed: int) -> Samples:
         """Generate one image of each caption."""
+        return self._generate(captions, 1, seed, self.batch_size, self.options)
 
-    @abstractmethod
     def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
         """Return the images of some rows (default: all) at the full size of the model."""
+        return to_pil(samples.images if rows is None else samples.images[list(rows)])
+
+    def final_images(self, samples: Samples) -> Iterator[Tensor]:
+        """Yield all images at full size, in batches (B, 3, S, S) uint8."""
+        for part in self.batches(len(samples.captions), "final images"):
+            yield as_uint8(self.upsample(samples, range(len(samples.captions))[part]))
+
+    def _generate(
+        self, captions: Sequence[str], count: int, seed: int, batch_size: int, options: Any
+    ) -> Samples:
+        """Call the pipeline for `count` images of each caption."""
+        with ignore_cut_warnings():
+            result = self.pipe(
+                list(captions),
+                num_images=count,
+                seed=seed,
+                options=options,
+                batch_size=batch_size,
+                progress=self.progress,
+            )
+        return Samples([str(prompt) for prompt in result.prompts], to_tensor(result.images))
 
     @torch.inference_mode()
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
@@ -120,21 +151,32 @@ class Evaluation(ABC):
         *,
         baseline: ImageGenerator | None = None,
         judge: Judge | None = None,
+        extractor: Extractor | None = None,
         seed: int = 0,
     ) -> None:
         """baseline: another model with images of the same size, embedded by the same CLIP.
 
-        judge: classifies what the images show; see judge.py.
+        judge: classifies what the images show; see judge.py. extractor: computes the features in
+        which the final images are compared; see features.py.
         """
         pipe = generator.pipe
         held_out.check_captions()
-        if pipe.clip is None:
-            raise ValueError(f"{pipe.name} has no CLIP, which the evaluation needs")
-        if baseline is not None and baseline.size != generator.size:
-            sizes = f"{baseline.size} px and {pipe.name} {generator.size} px"
-            raise ValueError(f"{baseline.pipe.name} generates {sizes}; expected the same size")
+        self.clip = pipe.components().get("clip")
+        if extractor is not None:
+            if len(held_out) <= NEIGHBOURS:
+                raise ValueError(f"{len(held_out)} pairs; --features needs more than {NEIGHBOURS}")
+            extractor = extractor.bind(self.clip, pipe.device)
+        if baseline is not None:
+            sizes = [
+                (one.size, one.full_size if extractor else None) for one in (baseline, generator)
+            ]
+            if sizes[0] != sizes[1]:
+                own, other = (" to ".join(f"{size} px" for size in both if size) for both in sizes)
+                given = f"{baseline.pipe.name} generates {own} and {pipe.name} {other}"
+                raise ValueError(f"{given}; expected the same size")
         self.pipe, self.generator, self.baseline = pipe, generator, baseline
         self.held_out, self.train, self.judge, self.seed = held_out, train, judge, seed
+        self.extractor = extractor
         self.results: dict[str, Any] = {}  # of the last `run`
 
     def run(
@@ -146,10 +188,16 @@ class Evaluation(ABC):
 
         save: called with all results so far after each part, since a part may take minutes.
         """
-        known = PARTS[self.pipe.kind]
+        known = self._known_parts()
+        has_clip = "" if self.clip is not None else f" of {self.pipe.name}, which has no CLIP"
         if unknown := [part for part in parts or () if part not in known]:
-            raise ValueError(f"unknown part {unknown[0]!r}; expected some of {', '.join(known)}")
-        networks = {"clip": self.pipe.clip, **self.pipe.networks()}
+            expected = f"expected some of {', '.join(known)}"
+            raise ValueError(f"unknown part {unknown[0]!r}{has_clip}; {expected}")
+        left_out = [part for part in PARTS[self.pipe.kind] if part in CLIP_PARTS]
+        if parts is None and self.clip is None and left_out:
+            warnings.warn(f"left out {', '.join(left_out)}{has_clip}", stacklevel=2)
+        networks = {"clip": self.clip} if self.clip is not None else {}
+        networks |= self.pipe.networks()
         results: dict[str, Any] = {
             "model": self.pipe.name,
             "version": __version__,
@@ -174,6 +222,12 @@ class Evaluation(ABC):
                 save(results)
         self.results = results
         return results
+
+    def _known_parts(self) -> tuple[str, ...]:
+        """Return the parts that can be run with this model and these arguments."""
+        left_out = CLIP_PARTS if self.clip is None else ()
+        left_out += () if self.extractor is not None else ("features",)
+        return tuple(part for part in PARTS[self.pipe.kind] if part not in left_out)
 
     def images(self) -> dict[str, Any]:
         """Evaluate the generated images: recall, judge, diversity, nearest images and style."""
@@ -293,7 +347,50 @@ class Evaluation(ABC):
         images = self.measured_images
         features = {name: judge.embed(part) for name, part in images.items()}
         true = features.pop("true")
-        return {name: distribution_distances(own, true) for name, own in features.items()}
+        distances = {name: distribution_distances(own, true) for name, own in features.items()}
+        return {"images": len(true), **distances}
+
+    def features(self) -> dict[str, Any]:
+        """Compare final and true images, at full size, by the extractor and by CLIP.
+
+        The CLIP score is 100 max(cosine, 0), by the extractor if it is a CLIP, else by the model's
+        own CLIP if that encodes images.
+        """
+        extractor, size = self.extractor, self.generator.full_size
+        assert extractor is not None and extractor.network is not None
+        clip = extractor.network if isinstance(extractor.network, CLIP) else self.clip
+        clip = None if clip is None or clip.model.visual is None else clip
+        samples = {"generated": (self.generator, self.samples)}
+        if self.baseline is not None:
+            samples["baseline"] = (self.baseline, self.baseline_samples)
+
+        def true_images() -> Iterator[Tensor]:
+            for part in self.generator.batches(len(self.held_out), "true images"):
+                rows = range(len(self.held_out))[part]
+                yield as_uint8([self.held_out.image(row, size) for row in rows])
+
+        measure = partial(extract, extractor, clip, device=self.pipe.device)
+        true, true_emb = measure(true_images())
+        results: dict[str, Any] = {"extractor": extractor.name, "size": size}
+        if isinstance(extractor.network, nn.Module):
+            results["sha256"] = hash_weights(extractor.network)
+        results["resize"] = {"true": f"{size} px, {RESIZE_RULE}", "features": extractor.resize}
+        results["images"] = {"generated": len(self.held_out), "true": len(true)}
+        if len(true) < FEW_IMAGES:
+            given = f"{len(true)} images; the Fréchet distance is too large below {FEW_IMAGES:,}"
+            warnings.warn(f"{given}: compare only results of equal numbers", stacklevel=2)
+        text_emb = None
+        if clip is not None:
+            with torch.inference_mode(), ignore_cut_warnings():
+                text_emb = clip.encode_captions(self.held_out.captions).emb.float().cpu()
+        if text_emb is not None and true_emb is not None:
+            results["true"] = {"clip_score": clip_score(true_emb, text_emb)}
+        for name, (generator, own) in samples.items():
+            features, emb = measure(generator.final_images(own))
+            results[name] = distribution_distances(features, true, FEATURE_KID_SUBSET)
+            if text_emb is not None and emb is not None:
+                results[name]["clip_score"] = clip_score(emb, text_emb)
+        return results
 
     def recall(self) -> dict[str, Any]:
         """Retrieve the caption of each image among all held-out captions."""

@@ -5,20 +5,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, ignore_cut_warnings
 from unclip.evaluation.codec import evaluate_codec
 from unclip.evaluation.metrics import recall
-from unclip.image_io import to_pil, to_tensor
+from unclip.image_io import to_pil
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.types import CodeOptions
 
@@ -36,35 +34,10 @@ class DalleGenerator(ImageGenerator):
     def size(self) -> int:
         return self.pipe.codec.image_size
 
-    def generate(self, captions: Sequence[str], seed: int) -> Samples:
-        return self._generate(captions, 1, seed, self.batch_size, self.options)
-
     def candidates(self, caption: str, count: int, seed: int) -> Samples:
         """Generate `count` images of one caption, without a selection."""
         options = replace(self.options, candidates=1)
         return self._generate([caption], count, seed, 2 * self.batch_size, options)
-
-    def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
-        return to_pil(samples.images if rows is None else samples.images[list(rows)])
-
-    def _generate(
-        self,
-        captions: Sequence[str],
-        count: int,
-        seed: int,
-        batch_size: int,
-        options: CodeOptions,
-    ) -> Samples:
-        with ignore_cut_warnings():
-            result = self.pipe(
-                list(captions),
-                num_images=count,
-                seed=seed,
-                options=options,
-                batch_size=batch_size,
-                progress=self.progress,
-            )
-        return Samples([str(prompt) for prompt in result.prompts], to_tensor(result.images))
 
 
 @dataclass(frozen=True)

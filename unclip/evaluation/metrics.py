@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ from unclip.extras import import_extra
 
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-KID_SUBSET = 100  # images
+KID_SUBSET, FEATURE_KID_SUBSET = 100, 1000  # images; 1000 is what published KIDs use
+PART = 4096  # images whose distances to all others are in memory at a time
 NEIGHBOURS = 3  # k of precision and recall, which need more images than that
 
 
@@ -109,16 +111,30 @@ def precision_and_recall(
     """
 
     def covered(queries: Tensor, centres: Tensor) -> float:
-        radii = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values  # the first is itself
-        return (torch.cdist(queries, centres) <= radii).any(dim=1).float().mean().item()
+        # The first neighbour is the image itself. Parts bound the memory.
+        radii = [torch.cdist(x, centres).kthvalue(k + 1, dim=1).values for x in centres.split(PART)]
+        hits = [
+            (torch.cdist(x, centres) <= torch.cat(radii)).any(dim=1) for x in queries.split(PART)
+        ]
+        return torch.cat(hits).float().mean().item()
 
     if min(len(features), len(true)) <= k:
         raise ValueError(f"got {len(features)} and {len(true)} images; expected more than k = {k}")
     return covered(features, true), covered(true, features)
 
 
-def distribution_distances(features: Tensor, true: Tensor) -> dict[str, float]:
-    """Return Fréchet and kernel distance, precision and recall; features (N, D) and (M, D)."""
+def clip_score(emb: Tensor, text_emb: Tensor) -> float:
+    """Return the mean of 100 max(cosine, 0) over images and their captions, (N, D) each."""
+    return 100 * F.cosine_similarity(emb, text_emb).clamp(min=0).mean().item()
+
+
+def distribution_distances(
+    features: Tensor, true: Tensor, kid_subset: int = KID_SUBSET
+) -> dict[str, float]:
+    """Return Fréchet and kernel distance, precision and recall; features (N, D) and (M, D).
+
+    The kernel distance is the mean over 100 subsets of at most `kid_subset` images.
+    """
     import_extra("torchmetrics", "eval", "the Fréchet distance")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -126,9 +142,11 @@ def distribution_distances(features: Tensor, true: Tensor) -> dict[str, float]:
     class Given(nn.Identity):  # torchmetrics extracts features from images; these are given
         num_features = features.shape[1]
 
-    size = min(len(features), len(true), KID_SUBSET)
+    size = min(len(features), len(true), kid_subset)
     fid = FrechetInceptionDistance(Given())
-    kid = KernelInceptionDistance(Given(), subset_size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it keeps the features, as we do
+        kid = KernelInceptionDistance(Given(), subset_size=size)
     for metric in (fid, kid):
         metric.update(true, real=True)
         metric.update(features, real=False)

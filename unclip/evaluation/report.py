@@ -13,6 +13,7 @@ class Row(NamedTuple):
     reference: str = ""  # the same figure of a baseline
 
 
+FEW_IMAGES = 10_000  # below, the Fréchet distance is visibly biased
 HEAD = Row("figure", "model", "reference")
 
 
@@ -107,12 +108,32 @@ def _judged_variations(part: dict[str, Any], baseline: str) -> Iterator[Row]:
         yield Row(figure, _with_interval(part), "of true images that the judge names right")
 
 
+def _distances(part: dict[str, Any], count: int, features: str, baseline: str) -> Iterator[Row]:
+    """Return the rows of `distribution_distances`; count: number of true images."""
+    few = count < FEW_IMAGES
+    names = {
+        "fd": ("Fréchet distance", " (too large below 10,000 images)" if few else "", ".3f"),
+        "kd": ("kernel distance", " (noisy below 10,000 images)" if few else "", ".3g"),
+        "precision": ("precision", "", ".3f"),
+        "recall": ("recall", "", ".3f"),
+    }
+    for key, (name, caveat, form) in names.items():
+        reference = f"{baseline} {part['baseline'][key]:{form}}" if "baseline" in part else ""
+        yield Row(f"{features}: {name}{caveat}", f"{part['generated'][key]:{form}}", reference)
+
+
 def _realism(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    names = {"fd": "Fréchet distance", "kd": "kernel distance"}
-    names |= {"precision": "precision", "recall": "recall"}
-    for key, name in names.items():
-        reference = f"{baseline} {part['baseline'][key]:.3f}" if "baseline" in part else ""
-        yield Row(f"judge's features: {name}", f"{part['generated'][key]:.3f}", reference)
+    # Results of development versions lack the number; all of them had few images.
+    yield from _distances(part, part.get("images", 0), "judge's features", baseline)
+
+
+def _features(part: dict[str, Any], baseline: str) -> Iterator[Row]:
+    count, what = part["images"]["true"], f"{part['size']} px, {part['extractor']}"
+    yield from _distances(part, count, f"{count} final images, {what}", baseline)
+    if "true" in part:
+        scores = {of: part[of]["clip_score"] for of in ("baseline", "true") if of in part}
+        score = f"{part['generated']['clip_score']:.2f}"
+        yield Row("CLIP score of the final images", score, _references(scores, ".2f", baseline))
 
 
 def _style(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -194,6 +215,7 @@ _EVALUATION_ROWS = {
     "colours": _colours,
     "variations": _judged_variations,
     "realism": _realism,
+    "features": _features,
     "style": _style,
     "diversity": _diversity,
     "nearest": _nearest,

@@ -50,6 +50,11 @@ class UnCLIPGenerator(ImageGenerator):
     def size(self) -> int:
         return self.pipe.decoder.config.image_size
 
+    @property
+    def full_size(self) -> int:
+        count = len(self.options.upsamplers)
+        return self.pipe.upsamplers[count - 1].config.high_size if count else self.size
+
     def predict_embeddings(self, captions: Sequence[str], seed: int) -> PredictedEmbeddings:
         """Return embeddings of the kind that `options.embedding` asks for."""
         text = self.encode_text(captions)
@@ -207,7 +212,7 @@ class UnCLIPEvaluation(Evaluation):
         if not options:
             return {}
         small = pipe.decoder.config.image_size
-        large = pipe.upsamplers[len(options) - 1].config.high_size
+        large = self.generator.full_size
         count = min(UPSAMPLED, len(self.held_out))
         generators = generators_from(range(self.seed, self.seed + count))
         values: dict[str, list[Tensor]] = {"upsampled": [], "bicubic": []}
