@@ -107,7 +107,9 @@ def evaluate(words: list[str]) -> None:
     words = [file for word in words for file in (sorted(glob(word)) if "*" in word else [word])]
     folder = folders.locate(words[words.index("--model") + 1])
     fast = ["--parts", "codec"]
-    if folders.read_model_json(folder)["kind"] == "unclip":
+    if "--features" in words:
+        fast = ["--prior-steps=2", "--steps=2"]
+    elif folders.read_model_json(folder)["kind"] == "unclip":
         fast = ["--parts", "prior", "--prior-steps=2", "--steps=2"]
     assert main([*words[1:], *fast, "--limit=4", "--judge-steps=1", "--quiet"]) == 0
 
@@ -153,6 +155,9 @@ def reader(tmp_path, monkeypatch, tiny_folder, tiny_dalle_folder):
     mask.paste(255, (16, 16, 48, 48))
     mask.save("mask.png")
     (tmp_path / "prompts.txt").write_text("a red apple\na blue fish\n")
+    (tmp_path / "evaluation_metadata.jsonl").write_text('{"tag": "colors", "prompt": "a cat"}\n')
+    (tmp_path / "dpg_prompts").mkdir()
+    (tmp_path / "dpg_prompts/1.txt").write_text("a red apple")
     checkout(tmp_path / "svgmoji")
     models = {"emoji": tiny_folder, "emoji-dalle1": tiny_dalle_folder}
     monkeypatch.setattr(folders, "bundled_models", lambda: models)

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.folders import bundled_models
 from unclip.cli import arguments as flags
+from unclip.cli.benchmarks import (
+    IMAGES_PER_PROMPT,
+    BenchmarkPrompt,
+    DPGPrompt,
+    check_resumed,
+    dpg_bench,
+    geneval,
+)
 from unclip.cli.loading import check_before_loading, load_dalle, load_model
-from unclip.cli.output import check_output, write_as_they_come, write_images
+from unclip.cli.output import check_output, print_path, write_as_they_come, write_images
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,12 +37,22 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--prompts-file", type=flags.prompts_file, default=[], metavar="FILE", help=about
     )
+    about = f"generate {IMAGES_PER_PROMPT} images (-n) of each prompt of "
+    resumes = "into its layout of --output; the same command resumes"
+    for name, parse, metavar, source in (
+        ("--geneval", geneval, "FILE", "GenEval's metadata (.jsonl)"),
+        ("--dpg-bench", dpg_bench, "FOLDER", "DPG-Bench (NAME.txt)"),
+    ):
+        parser.add_argument(
+            name, dest="benchmark", type=parse, metavar=metavar, help=f"{about}{source} {resumes}"
+        )
     about = "generate an image again, from the metadata in its file"
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help=about)
     about = "with --from: load the models that the file names even if they are not bundled"
     parser.add_argument("--trust-model", action="store_true", help=about)
     _add_generation(parser)
-    parser.set_defaults(model=None)  # with --from, the default is the model in the metadata
+    # With --from, the default is the model in the metadata; benchmarks have several images.
+    parser.set_defaults(model=None, num_images=None)
     flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
 
     parser = flags.add_command(
@@ -70,6 +88,10 @@ def _add_fit(parser: ArgumentParser) -> None:
 
 
 def generate(args: Namespace) -> None:
+    images = 1 if args.benchmark is None else IMAGES_PER_PROMPT
+    args.num_images = args.num_images or images
+    if args.benchmark is not None:
+        return _generate_benchmark(args.benchmark, args)
     if args.source is not None:
         return _regenerate(args)
     prompts: list[Any] = [*args.prompts, *args.prompts_file]
@@ -86,6 +108,62 @@ def generate(args: Namespace) -> None:
     parts = parts_of(args, len(prompts), args.num_candidates)
     results = (pipe(prompts[rows], **part, **given, batch_size=BATCH_SIZE) for rows, part in parts)
     _write_all(results, args)
+
+
+def _generate_benchmark(prompts: Sequence[BenchmarkPrompt], args: Namespace) -> None:
+    """Write the images of all prompts that are not complete; prompt p has the seeds of `parts_of`.
+
+    An earlier command must have had the same settings, which are compared with its first image.
+    """
+    from tqdm import tqdm
+
+    from unclip.pipelines.request import batches_of, seeds_from
+
+    n, output, candidates = args.num_images, args.output, args.num_candidates
+    if args.prompts or args.prompts_file or args.source or args.mix or args.grid:
+        raise ValueError("--geneval and --dpg-bench take no other prompts, --from, --mix or --grid")
+    if output is None:
+        raise ValueError("--geneval and --dpg-bench need a folder; give --output FOLDER")
+    single_file = isinstance(prompts[0], DPGPrompt)
+    if single_file and n > IMAGES_PER_PROMPT:
+        raise ValueError(f"-n is {n}; expected at most {IMAGES_PER_PROMPT} images in DPG-Bench")
+    check_output(args, max(2, len(prompts) * n), "files in a folder")
+    args.model = args.model or flags.DEFAULT_MODEL
+    complete = [prompt.is_complete(output, n) for prompt in prompts]
+    _check_generation([one.prompt for one in prompts], args)
+    pipe = load_model(args)
+    options = flags.sampling_options(pipe, args)
+    per_prompt = candidates or n
+    seeds = seeds_from(args.seed, len(prompts) * per_prompt)
+    if any(complete):
+        k = complete.index(True)
+        settings: dict[str, Any] = {"prompt": prompts[k].prompt, "model": pipe.source}
+        settings["negative_prompt"] = args.negative_prompt
+        if candidates is None:  # which change the seed of the first image, and the options
+            settings["options"] = pipe.describe(options)["options"]
+            settings |= {} if args.seed is None else {"seed": seeds[k * n]}
+        path = prompts[k].first_image(output)
+        check_resumed(path, n if single_file else 1, settings)
+    given = _given(negative_prompt=args.negative_prompt, num_candidates=candidates)
+    todo = [k for k, done in enumerate(complete) if not done]
+    done, hidden = len(prompts) - len(todo), args.quiet
+    with tqdm(total=len(prompts), initial=done, unit="prompt", disable=hidden, leave=False) as bar:
+        for part in batches_of(len(todo), max(1, BATCH_SIZE // per_prompt)):
+            rows = todo[part]
+            result = pipe(
+                [prompts[k].prompt for k in rows],
+                num_images=n,
+                seed=[s for k in rows for s in seeds[k * per_prompt : (k + 1) * per_prompt]],
+                options=options,
+                batch_size=BATCH_SIZE,
+                progress=False,
+                **given,
+            )
+            for i, k in enumerate(rows):
+                own = slice(i * n, (i + 1) * n)
+                prompts[k].write(result.images[own], result.metadata[own], output)
+                bar.update()
+    print_path(output, args)
 
 
 def _check_generation(prompts: Sequence[Any], args: Namespace) -> None:
