@@ -372,10 +372,22 @@ def test_ffmpeg_is_given_the_frames(frames, tmp_path, monkeypatch):
     assert (tmp_path / "a.mp4").read_bytes() == b"".join(frame.tobytes() for frame in frames)
     arguments = (tmp_path / "ffmpeg.arguments").read_text()
     assert "-s 15x9 -r 12" in arguments and "-pix_fmt yuv420p" in arguments
-    program.write_text("#!/bin/sh\ncat > /dev/null\necho no such codec >&2\nexit 1\n")
-    with pytest.raises(ValueError, match="could not be written: .*no such codec"):
+    script = 'cat > /dev/null\nfor last; do :; done\necho "$last: no such codec" >&2\nexit 1'
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    with pytest.raises(OSError) as caught:
         save_animation(frames, tmp_path / "b.mp4")
+    expected = f"cannot write {tmp_path / 'b.mp4'}: ffmpeg reports 'the file: no such codec'"
+    assert str(caught.value) == expected
     assert not (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif"])
+def test_the_error_of_a_file_that_cannot_be_written_names_it(frames, tmp_path, name):
+    (tmp_path / name / "folder").mkdir(parents=True)
+    save = save_animation if name == "a.gif" else save_image
+    with pytest.raises(OSError) as caught:
+        save(frames if name == "a.gif" else frames[0], tmp_path / name)
+    assert str(caught.value).startswith(f"cannot write {tmp_path / name}: ")
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")

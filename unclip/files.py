@@ -193,20 +193,21 @@ def write_errors(target: Path) -> Iterator[None]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `target` at the end; it is removed on an error.
 
-    The folder of `target` is created.
+    The folder of `target` is created. Raises OSError that names `target`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield part
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def replace_text(file: Path, text: str) -> None:
     """Write a text file whose old content remains on failure. Raises OSError that names it."""
-    with write_errors(file), atomic_file(file) as part:
+    with atomic_file(file) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unclip.files import open_safetensors, printable
+from unclip.files import open_safetensors, printable, write_errors
 from unclip.types import DTYPES, DType
 
 MAX_MAPPED = 2**26  # bytes
@@ -118,15 +118,15 @@ def save_tensors(
     """Write a safetensors file atomically, creating its folder. Raises OSError on failure."""
     path = Path(file)
     part = path.with_name(f".{path.name}.part")
-    try:
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
             part.replace(path)
+        except SafetensorError as error:
+            raise OSError(str(error)) from None
         finally:
             part.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {error}") from None
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -126,6 +126,9 @@ def test_invalid_arguments_are_reported_in_one_line(here, capsys, command, facts
         ("generate",),
         ("edit", "plain.png", "--prompt"),
         ("interpolate", "--prompts", "a"),
+        ("push", "emoji", "me/model", "--prompts"),
+        ("variations", "plain.png", "--model", "emoji-dalle1", "--prompt"),
+        ("complete", "plain.png"),
     ],
 )
 @pytest.mark.parametrize("prompt", ["", " \n"])

@@ -292,7 +292,12 @@ CANDIDATES = SamplingFlag(
     former="--candidates",
 )
 FROM_IMAGE = (
-    SamplingFlag("--prompt", {"metavar": "TEXT"}, "DALL-E: caption of the image", {"dalle": None}),
+    SamplingFlag(
+        "--prompt",
+        {"type": prompt, "metavar": "TEXT"},
+        "DALL-E: caption of the image",
+        {"dalle": None},
+    ),
     SamplingFlag(
         "--keep", NUMBER, "DALL-E: fraction to keep, from the top (0.4375)", {"dalle": None}
     ),

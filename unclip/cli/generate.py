@@ -66,7 +66,7 @@ def add_commands(commands: Any) -> None:
     parser = flags.add_command(commands, complete, "complete an image from its upper part (DALL-E)")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     about = "caption of the completed image (default: none)"
-    parser.add_argument("caption", nargs="?", metavar="PROMPT", help=about)
+    parser.add_argument("caption", nargs="?", type=flags.prompt, metavar="PROMPT", help=about)
     _add_generation(parser, COMPLETION_MODEL)
     about = "fraction of the image to keep, from the top, in [0, 1) (default: 0.4375)"
     parser.add_argument("--keep", help=about, **flags.NUMBER)

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from unclip.cli.arguments import add_command, add_dtype, lora_options
+from unclip.cli.arguments import add_command, add_dtype, lora_options, prompt
 from unclip.files import printable
 
 FORMATS = ("unclip", "diffusers")
@@ -44,7 +44,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("source", metavar="MODEL", help=about)
     parser.add_argument("repository", metavar="ORG/NAME")
     about = "prompts of sample images for the model card"
-    parser.add_argument("--prompts", nargs="+", default=[], metavar="PROMPT", help=about)
+    parser.add_argument(
+        "--prompts", nargs="+", type=prompt, default=[], metavar="PROMPT", help=about
+    )
     parser.add_argument("--private", action="store_true", help="create a private repository")
     parser.add_argument("--revision", metavar="BRANCH", help="branch (default: main)")
     add_dtype(parser, "data type of the weights (default: as stored)")

@@ -84,8 +84,7 @@ def write_images(
         paths = [target / f"{name}.png" for name in names]
         files = list(zip(paths, images, metadata, strict=True))
     for path, image, entry in files:
-        with write_errors(path):
-            save_image(image, path, entry)
+        save_image(image, path, entry)
         print_path(path, args)
 
 

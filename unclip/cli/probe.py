@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_file, print_path
-from unclip.files import write_errors
 
 if TYPE_CHECKING:
     from unclip.embeddings import PCA
@@ -69,8 +68,7 @@ def probe(args: Namespace) -> None:
         results = probing.draw_components(pipe, images, pca, components, **sampling)
         figure = probing.components_figure(images, components, results)
         metadata = [result.metadata[i] for i in range(len(images)) for result in results]
-    with write_errors(args.output):
-        save_png(figure, args.output, metadata)
+    save_png(figure, args.output, metadata)
     print_path(args.output, args)
 
 
@@ -110,7 +108,6 @@ def _load_pca(pipe: UnCLIPPipeline, args: Namespace) -> PCA:
                 f"{pipe.name} has embeddings of width {width}"
             )
     if args.save_pca is not None:
-        with write_errors(args.save_pca):
-            pca.save(args.save_pca)
+        pca.save(args.save_pca)
         print_path(args.save_pca, args)
     return pca

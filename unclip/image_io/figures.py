@@ -151,4 +151,5 @@ def _write_mp4(images: Sequence[Image.Image], path: Path, fps: float) -> None:
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         reason = lines[-1] if lines else f"exit status {done.returncode}"
-        raise ValueError(f"{path.name} could not be written: ffmpeg reports {reason!r}")
+        reason = reason.replace(os.path.abspath(path), "the file")  # a temporary one
+        raise OSError(f"ffmpeg reports {reason!r}")
