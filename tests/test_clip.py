@@ -258,6 +258,43 @@ def test_a_text_tower_of_transformers_is_built(tmp_path):
     assert torch.equal(loaded.encode_text(["a red apple"]).emb, expected)
 
 
+def test_a_config_with_models_of_the_hub_downloads_nothing(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    model = {"hf_model_name": "someone/bert", "hf_proj_type": "linear"}
+    for key, text in {
+        "hf_model_name": {**model, "hf_pooler_type": "mean_pooler"},
+        "hf_tokenizer_name": {**TEXT, "hf_tokenizer_name": "someone/bert"},
+    }.items():
+        config = CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text})
+        with pytest.raises(ValueError, match=f"folder: .*{key} is someone/bert; .*hf download"):
+            CLIP.from_tensors(config, {}, "folder")
+
+    # in the cache
+    cached = tmp_path / "cache" / "models--someone--bert"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    transformers.BertConfig(**sizes, intermediate_size=32).save_pretrained(cached / "snapshots/0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    text = {**model, "hf_model_pretrained": False, "hf_pooler_type": "mean_pooler"}
+    config = CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": text})
+    local = {**text, "hf_model_name": str(cached / "snapshots/0")}
+    tensors = CLIP(CLIPConfig({**config.model_cfg, "text_cfg": local}), str).model.state_dict()
+    assert CLIP.from_tensors(config, tensors, "folder", str).config == config
+
+
+def test_a_tokenizer_of_the_hub_executes_no_code(tmp_path):
+    pytest.importorskip("transformers")
+    auto = {"auto_map": {"AutoTokenizer": ["code.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(auto))
+    (tmp_path / "code.py").write_text("raise SystemExit('executed')\n")
+    trust = {"hf_tokenizer_name": str(tmp_path), "tokenizer_kwargs": {"trust_remote_code": True}}
+    config = CLIPConfig({"embed_dim": 16, "vision_cfg": VISION, "text_cfg": {**TEXT, **trust}})
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        CLIP.from_tensors(config, {}, "folder")
+
+
 def test_what_open_clip_did_not_import_works_afterwards():
     script = (
         "import sys, torch, unclip.clip\n"

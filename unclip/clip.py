@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
 
@@ -176,6 +177,7 @@ class OpenCLIPTokenizer:
         self.context_length, text_cfg = config.context_length, config.model_cfg["text_cfg"]
         if name := text_cfg.get("hf_tokenizer_name"):
             options = text_cfg.get("tokenizer_kwargs") or {}
+            options = {**options, "trust_remote_code": False}  # no code of a model is executed
             self.tokenizer = open_clip.tokenizer.HFTokenizer(name, self.context_length, **options)
         else:
             self.tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=self.context_length)
@@ -289,14 +291,19 @@ class CLIP(nn.Module):
     ) -> CLIP:
         """Build a float32 model from tensors with open_clip's names; errors refer to `source`.
 
-        No other weights are read: the config's flags for pretrained towers are switched off.
+        No other weights are read, and nothing is downloaded: the config's flags for pretrained
+        towers are switched off, and models of transformers are folders or in the Hub's cache.
         """
         try:
             config = _without_downloads(config, source)
             # The meta device skips initialisation; timm and transformers do not support it.
             with meta_device(source) if config.plain else contextlib.nullcontext():
-                clip = cls(config, tokenizer)
-        except (ArithmeticError, AssertionError, RuntimeError, TypeError) as error:
+                clip = cls(_with_local_models(config, source, tokenizer is None), tokenizer)
+            clip.config = config
+        except (
+            *(ArithmeticError, AssertionError, ImportError, LookupError),
+            *(OSError, RuntimeError, TypeError),
+        ) as error:
             reason = " ".join(str(error).split())  # open_clip and torch check no size beforehand
             raise ValueError(f"{source}: its model_cfg cannot be built: {reason}") from error
         load_strictly(clip.model, tensors, source)
@@ -460,6 +467,23 @@ def _without_downloads(config: CLIPConfig, source: str | Path) -> CLIPConfig:
         if tower:
             towers[name] = {**tower, **{flag: False for flag in flags if flag in tower}}
     return CLIPConfig({**config.model_cfg, **towers}, config.preprocess_cfg)
+
+
+def _with_local_models(config: CLIPConfig, source: str | Path, tokenized: bool) -> CLIPConfig:
+    """Replace the Hub ids of a config by their folders in the Hub's cache.
+
+    tokenized: whether the config's tokenizer is needed. Raises ValueError for what is not cached.
+    """
+    text = dict(config.model_cfg["text_cfg"])
+    for key in ("hf_model_name", "hf_tokenizer_name")[: 2 if tokenized else 1]:
+        if (name := text.get(key)) and not Path(name).is_dir():
+            try:
+                text[key] = snapshot_download(name, local_files_only=True)
+            except Exception:  # not cached, or not an id
+                fault = f"{source}: model_cfg.text_cfg.{key} is {printable(name)}"
+                advice = "expected a folder, or a model that `hf download` has stored"
+                raise ValueError(f"{fault}; {advice}") from None
+    return CLIPConfig({**config.model_cfg, "text_cfg": text}, config.preprocess_cfg)
 
 
 def _resized_size(height: int, width: int, shortest: int) -> tuple[int, int]:
