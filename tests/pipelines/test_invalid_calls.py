@@ -37,6 +37,7 @@ from unclip.types import CodeOptions, StageOptions
         ("a", {"batch_size": 0}, "batch_size is 0"),
         ("a", {"seed": -1}, "seed is -1; expected a whole number from 0"),
         ("a", {"seed": "one"}, "seed is 'one'"),
+        ("a", {"seed": np.array(3)}, r"seed is array\(3\); expected a whole number"),
         ("a", {"options": StageOptions(3)}, "options is a StageOptions; expected UnCLIPOptions"),
         (
             "a",
@@ -58,6 +59,18 @@ from unclip.types import CodeOptions, StageOptions
 def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_pipe(prompt, progress=False, **changes)
+
+
+def test_numbers_of_numpy_are_taken_as_python_s(tiny_pipe):
+    two = {"num_images": np.int64(2), "batch_size": np.uint8(1), "seed": np.int32(5)}
+    result = tiny_pipe("a", **two, progress=False)
+    expected = tiny_pipe("a", num_images=2, seed=5, batch_size=1, progress=False)
+    assert result.seeds == [5, 6] and result.metadata == expected.metadata
+    image = Image.new("RGB", (16, 16), "red")
+    wider = tiny_pipe.outpaint(image, "a", left=np.int64(4), seed=0, progress=False)
+    assert wider.images[0].size == (20, 16)
+    with pytest.raises(ValueError, match="left is True; expected a whole number"):
+        tiny_pipe.outpaint(image, "a", left=True)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +95,9 @@ def test_invalid_calls_are_rejected(tiny_pipe, prompt, changes, message):
             "ndarray; expected a path or a PIL image",
         ),
         ({"image_emb": torch.ones(16)}, r"image_emb is of shape \(16,\); expected \(N, 16\)"),
+        ({"image_emb": np.ones((1, 16))}, r"image_emb is a ndarray; expected a tensor"),
+        ({"image": Image.new("RGB", (0, 0))}, "0 x 0 px; expected at least 1 x 1"),
+        ({"image": Image.new("La", (8, 8))}, "mode is La; expected RGB"),
         ({"image_emb": torch.ones(2, 8)}, r"image_emb is of shape \(2, 8\); expected \(N, 16\)"),
         (
             {"image_emb": torch.full((1, 16), torch.nan)},

@@ -116,8 +116,10 @@ def _open(source: ImageSource) -> Image.Image:
             image = ImageOps.exif_transpose(image, in_place=is_ours) or image
     except Exception as error:
         raise _unreadable(name, error) from None
-    if image.mode in ("F", "LAB"):
+    if image.mode in ("F", "LAB", "La"):
         raise ValueError(f"{name}: mode is {image.mode}; expected RGB, grey, CMYK or a palette")
+    if 0 in image.size:
+        raise ValueError(f"{name}: {image.width} x {image.height} px; expected at least 1 x 1")
     if not image.mode.startswith("I"):
         return image
     # Pillow would clip 16 bits at 255.

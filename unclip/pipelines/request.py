@@ -53,8 +53,9 @@ class Request:
     options: Any = None  # sampling options of the pipeline; None = the model's own
 
     def __post_init__(self) -> None:
-        check_count("num_images", self.num_images)
-        check_count("batch_size", self.batch_size)
+        for name in ("num_images", "batch_size"):
+            check_count(name, getattr(self, name))
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's would overflow
 
     def seeds(self, num_prompts: int) -> list[int]:
         """Return one seed for each image."""
@@ -180,6 +181,8 @@ def seeds_from(seed: Seed, count: int) -> list[int]:
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+        if getattr(seed, "ndim", 1) != 1:  # of numpy
+            raise ValueError(f"seed is {seed!r}; expected a whole number, or one for each image")
         if len(seed) != count:
             raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
         return [seeds_from(one, 1)[0] for one in seed]

@@ -133,7 +133,8 @@ def outpaint(
     request = Request(num_images, seed, on_step, batch_size, progress, options)
     borders = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, width in borders.items():
-        if not isinstance(width, int) or width < 0:
+        whole = isinstance(width, int | np.integer) and not isinstance(width, bool)
+        if not whole or width < 0:
             raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
     if not any(borders.values()):
         raise ValueError("left, top, right and bottom are all 0; expected one above 0")

@@ -410,8 +410,11 @@ def _count(source: Source) -> int:
 
 
 def check_embeddings(pipe: StagedPipeline, image_emb: Tensor) -> None:
-    """Raise ValueError unless embeddings are (N, D)."""
+    """Raise ValueError unless embeddings are a tensor (N, D)."""
     width = pipe.clip.emb_dim
+    if not isinstance(image_emb, Tensor):
+        kind = type(image_emb).__name__
+        raise ValueError(f"image_emb is a {kind}; expected a tensor of shape (N, {width})")
     if image_emb.ndim != 2 or image_emb.shape[1] != width or not len(image_emb):
         raise ValueError(f"image_emb is of shape {tuple(image_emb.shape)}; expected (N, {width})")
 
@@ -435,5 +438,5 @@ def _check(pipe: StagedPipeline, options: UnCLIPOptions) -> None:
 
 
 def _check_eta(eta: float) -> None:
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta is {eta}; expected 0 (the image itself) to 1 (the most variation)")
+    if isinstance(eta, str) or eta is None or not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta is {eta!r}; expected 0 (the image itself) to 1 (the most variation)")

@@ -31,7 +31,10 @@ def read_embeddings(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Tensor:
-    """Return the CLIP embeddings (N, D) of a dataset, of several tars, or precomputed ones."""
+    """Return the CLIP embeddings (N, D) of a dataset, of several tars, or precomputed ones.
+
+    ValueError for fewer than two, of which there is no PCA.
+    """
     sources = [source] if isinstance(source, (str, Path)) else list(source)
     dataset = open_dataset(sources)
     if isinstance(dataset, EmbeddingDataset):
@@ -46,8 +49,8 @@ def read_embeddings(
         for start in starts
         if (images := _readable(dataset, start, batch_size))
     ]
-    if not embs:
-        raise ValueError(f"{sources[0]}: none of {len(dataset)} images can be read")
+    if (count := sum(map(len, embs))) < 2:
+        raise ValueError(f"{sources[0]}: {count} of {len(dataset)} images can be read; expected 2")
     return torch.cat(embs)
 
 
