@@ -29,6 +29,7 @@ from unclip.data.shapes import Scene, draw, make_scene
 from unclip.evaluation.base import mean_and_interval
 from unclip.evaluation.report import markdown_table
 from unclip.evaluation.shapes import find_shapes
+from unclip.files import check_file, exit_on_error
 from unclip.image_io import grid, to_pil
 from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
@@ -194,9 +195,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=200, metavar="N", help="scenes (default: 200)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    with exit_on_error():
+        build_page(args)
+
+
+def build_page(args: argparse.Namespace) -> None:
+    """Run the study, and write the page, its figure and its results."""
+    if args.count < 1 or args.seed < 0:
+        given = f"--count is {args.count} and --seed {args.seed}"
+        raise ValueError(f"{given}; expected a count of at least 1 and a seed of at least 0")
+    if args.out.suffix != ".md":
+        raise ValueError(f"{args.out}: expected a file that ends in .md")
+    check_file(args.out)
     pipe = unclip.load(args.model)
     if not isinstance(pipe, UnCLIPPipeline):
-        parser.error(f"{args.model} is of kind {pipe.kind}; expected unclip")
+        raise ValueError(f"{args.model} is of kind {pipe.kind}; expected unclip")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     study = Study(pipe, make_scenes(args.count, args.seed), args.seed)
     results, rows = run(study)
     results["settings"] = {"name": pipe.name, "scenes": args.count, "seed": args.seed}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from unclip.clip import CLIP, CLIPConfig
 from unclip.data.loader import DataConfig, open_data
-from unclip.files import exit_on_error
+from unclip.files import check_folder, exit_on_error
 
 BATCH = 600  # the pooling is fitted to one batch
 CHUNK = 128  # images that CLIP encodes together
@@ -186,6 +187,9 @@ def _set_linear(linear: Any, weight: Tensor, bias: Tensor) -> None:
 
 
 def main(clip_folder: str, data: str, out: str, images: int, keep: int) -> None:
+    if images < 2:
+        raise ValueError(f"--images is {images}; expected at least 2")
+    check_folder(Path(out))
     clip = CLIP.from_pretrained(clip_folder)
     data_config = DataConfig(data, clip.image_size, min(images, BATCH))
     loader = open_data(data_config, captions_needed=False)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from unclip.checkpoints.store import load_as, load_schedule, save_component
-from unclip.files import exit_on_error
+from unclip.files import check_folder, exit_on_error
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unet import LevelSpec
 
@@ -60,6 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     with exit_on_error():
+        check_folder(Path(args.out))
         small = load_as(args.small, Decoder, "a decoder of train/decoder.py")
         large = progressive_grow(small, LevelSpec(args.channels, args.blocks))
         schedule = load_schedule(args.small)

@@ -47,6 +47,8 @@ def shorten(value: object) -> str:
 
 def error_text(error: object) -> str:
     """Return the lines of an error or a warning, which may quote a file, each printable."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        error = f"{error.filename}: {error.strerror}"  # without the number of the error
     return "\n".join(printable(line, 4 * LONGEST) for line in str(error).split("\n"))
 
 
@@ -57,8 +59,10 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error_text(error)}") from None
-    except MemoryError as error:
-        raise SystemExit(f"error: out of memory ({error})") from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's
+            raise
+        raise SystemExit(f"error: out of memory ({error_text(error)})") from None
     except KeyboardInterrupt:
         raise SystemExit(interrupted) from None
 
@@ -71,7 +75,7 @@ def open_regular(file: str | os.PathLike[str], max_bytes: int | None = None) -> 
     """
     try:
         status = os.stat(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{file} does not exist") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
@@ -178,6 +182,27 @@ def check_image_folder(path: Path, kinds: str = ".png, .jpg or .webp") -> None:
     if (suffix == ".mp4" or suffix[1:].isalpha()) and not path.is_dir():
         advice = "to write into a folder of this name, create it first"
         raise ValueError(f"{path}: images are written as {kinds}; {advice}")
+
+
+def check_file(path: Path) -> None:
+    """Raise a ValueError if a file cannot be written at `path`; missing folders are created."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected a file name")
+    _check_writable(path, *path.parents)
+
+
+def check_folder(path: Path) -> None:
+    """Raise a ValueError if no files can be written into a folder, which may not exist yet."""
+    _check_writable(path, path, *path.parents)
+
+
+def _check_writable(path: Path, *folders: Path) -> None:
+    """Raise a ValueError if nothing can be written to the first of the folders that exists."""
+    folder = next(folder for folder in folders if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: {folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,24 @@ def test_the_page_has_every_choice_and_condition(tiny_folder, tmp_path):
     assert Image.open(out.with_suffix(".webp")).height > 7 * build_binding.CELL
 
 
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ("--model none --out a.md", "unknown model 'none'"),
+        ("--model emoji --out a.txt", "a.txt: expected a file that ends in .md"),
+        ("--model emoji --out folder.md", "folder.md is a folder"),
+        ("--model emoji --out a.md --count 0", "--count is 0"),
+        ("--model emoji --out a.md --seed -1", "--seed -1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, arguments, facts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(SystemExit, match=facts):
+        build_binding.main(arguments.split())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_drawings_are_bound_and_their_twins_are_exchanged():
     study = build_binding.Study.__new__(build_binding.Study)
     study.scenes = build_binding.make_scenes(20, seed=0)

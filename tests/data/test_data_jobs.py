@@ -114,6 +114,9 @@ def test_errors(clip, tmp_path):
     main(command(data, tmp_path / "out", clip))
     with pytest.raises(SystemExit, match="was started with shards 1, now None|started with"):
         main([str(data), str(tmp_path / "out"), "--clip", str(clip)])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot write .*file: .*file is not a directory"):
+        main(command(data, tmp_path / "file", clip))
     with pytest.raises(SystemExit, match="no shards at"):
         main(command(tmp_path / "nothing-*.tar", tmp_path / "out", clip))
 

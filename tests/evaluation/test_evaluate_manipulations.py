@@ -108,6 +108,18 @@ def test_inpainting_keeps_pixels_outside_the_mask(results):
     assert free["seam_of_own_caption"] < pasted["seam"] + 20
 
 
+def test_missing_training_data_is_reported_before_the_first_part(model, data, capsys):
+    assert run(model, data, "--train-data", "none", "--parts", "reconstruction") == 2
+    assert "no data at none" in capsys.readouterr().err
+
+
+def test_one_image_has_no_components(model, data, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    assert run(model, data, "--train-data", tmp_path, "--parts", "pca") == 2
+    assert f"{tmp_path}: 1 of 1 images can be read; expected 2" in capsys.readouterr().err
+
+
 def test_an_interrupted_command_resumes(model, data, tmp_path, monkeypatch, capsys):
     file = tmp_path / "some.json"
     assert run(model, data, "--steps", 6, "--json", file, "--parts", "pca") == 0

@@ -82,8 +82,25 @@ def test_held_out_combinations_are_not_in_the_training_images(tmp_path):
     assert axes == list(AXES)
     with pytest.raises(SystemExit, match="exists"):
         shapes.main([str(tmp_path / "shapes")])
-    with pytest.raises(SystemExit, match="--count is 0; expected at least 1"):
+    with pytest.raises(SystemExit, match="--count is 0; expected 1 to"):
         shapes.main([str(tmp_path / "others"), "--count", "0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ("file", "cannot write file: file is not a directory"),
+        ("out --count 0", "--count is 0; expected 1 to"),
+        ("out --size 1000000", "--size is 1000000; expected 32 to 2048"),
+        ("out --seed -1", "--seed is -1; expected 0 to"),
+    ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, arguments, facts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"^error: {facts}"):
+        shapes.main(arguments.split())
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_an_interrupted_command_leaves_no_images(tmp_path, monkeypatch):

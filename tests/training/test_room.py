@@ -4,12 +4,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_clip
-from scripts import load_script
+from scripts import ROOT, load_script, run_script
 
 from unclip.clip import CLIP, CLIPConfig
 from unclip.tokenizer import BPETokenizer
 
 script = load_script("make_room")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ("--out file", "cannot write file: file is not a directory"),
+        ("--out new --images -4", "--images is -4; expected at least 2"),
+        ("--out new", "none is not a CLIP folder"),
+    ],
+)
+def test_wrong_arguments_are_reported_first(tmp_path, monkeypatch, arguments, facts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=facts):
+        run_script(
+            ROOT / "train/make_room.py", "--clip", "none", "--data", "none", *arguments.split()
+        )
 
 
 @pytest.fixture(scope="module")

@@ -445,6 +445,11 @@ def test_accelerate_launches_a_script(workplace):
     assert (workplace / "runs/tiny/launched/model/tokenizer.json").is_file()
 
 
+def test_weights_that_do_not_exist_are_named(workplace):
+    with pytest.raises(SystemExit, match="none does not exist; expected a model"):
+        train("clip", "--init", "none", "--set=fit.output=runs/tiny/none")
+
+
 def test_a_saved_clip_is_fine_tuned(workplace):
     before, after = workplace / "runs/tiny/clip/model", workplace / "runs/tiny/clip_more/model"
     settings = "--set=fit.output=runs/tiny/clip_more", "--set=fit.steps=1", "--set=optim.lr=1e-9"
@@ -584,6 +589,10 @@ def test_a_grown_decoder_keeps_its_trained_levels(workplace):
             "--out",
             "other",
         )
+    arguments[-1] = str(small / "config.json")
+    with pytest.raises(SystemExit, match=r"config\.json is not a directory"):
+        run_script(ROOT / "train/progressive_grow.py", "--channels", str(channels), *arguments)
+    arguments[-1] = "grown"
     with pytest.raises(SystemExit, match=f"has {channels + 8} channels; expected {channels}"):
         run_script(ROOT / "train/progressive_grow.py", "--channels", str(channels + 8), *arguments)
     with pytest.warns(FutureWarning, match="train/progressive_grow.py"):  # the old name

@@ -18,6 +18,7 @@ from unclip.pipelines.presets import PRESETS
 from unclip.types import DTYPES
 
 DEFAULT_MODEL = "emoji"
+MAX_SEED = 2**62  # torch's is 2**63 - 1; the images after the first have larger seeds
 SAMPLERS = ("ancestral", "analytic", "ddim", "dpm++", "unipc")
 
 
@@ -33,6 +34,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _seed(text: str) -> int:
+    """Parse a seed."""
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**62")
+    return int(text)
 
 
 def number(text: str) -> float:
@@ -156,7 +164,7 @@ def add_num_images(parser: ArgumentParser, default: int = 1, of: str = "") -> No
 def add_seed(parser: ArgumentParser, default: int | None = None) -> None:
     random = "random" if default is None else default
     about = f"seed of the first image; the next ones use S + 1, ... (default: {random})"
-    parser.add_argument("--seed", type=at_least(0), default=default, metavar="S", help=about)
+    parser.add_argument("--seed", type=_seed, default=default, metavar="S", help=about)
 
 
 def add_output(

@@ -16,7 +16,7 @@ from unclip.cli.output import check_result, write_json
 from unclip.config import to_dict
 from unclip.evaluation import MANIPULATION_PARTS, PARTS
 from unclip.extras import import_extra
-from unclip.files import read_json
+from unclip.files import check_folder, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -117,6 +117,8 @@ def evaluate(args: Namespace) -> None:
 
     for file in (args.json, args.table, args.train_judge):
         check_result(file)
+    if args.sheets is not None:
+        check_folder(args.sheets)
     if args.judge and args.train_judge:
         raise ValueError("got --judge and --train-judge; expected one of them")
     if args.judge and not args.judge.is_file():
@@ -323,6 +325,7 @@ def evaluate_manipulations(args: Namespace) -> None:
     check_result(args.json)
     pipe = load_unclip(args)
 
+    from unclip.data.loader import open_dataset
     from unclip.evaluation.manipulations import ManipulationEvaluation
     from unclip.evaluation.pairs import load_pairs
     from unclip.pipelines.unclip.probing import read_embeddings
@@ -337,6 +340,7 @@ def evaluate_manipulations(args: Namespace) -> None:
         "seed": args.seed,
     }
     results = _resume(args.json, settings)
+    open_dataset(args.train_data or args.data)  # raises its errors now, not after the other parts
     progress = not args.quiet
     evaluation = ManipulationEvaluation(
         pipe,

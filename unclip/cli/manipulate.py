@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from unclip.cli import arguments as flags
 from unclip.cli.generate import BATCH_SIZE, parts_of
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, check_output, is_image, print_path, write_results
+from unclip.cli.output import check_output, is_image, print_path, write_results
+from unclip.files import check_file
 
 if TYPE_CHECKING:
     from unclip.pipelines.unclip.latent import Latent

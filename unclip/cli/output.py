@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.files import check_image_folder, write_errors
+from unclip.files import check_file, check_folder, check_image_folder, write_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,26 +30,10 @@ def check_output(args: Namespace, num_images: int, kinds: str = ".png, .jpg or .
         if path.is_file():
             raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
         check_image_folder(path, kinds)
-        return _check_writable(path, path, *path.parents)
+        return check_folder(path)
     if num_images > 1 and not args.grid:
         raise ValueError(f"{path} is one file for {num_images} images; give a folder, or --grid")
     check_file(path)
-
-
-def check_file(path: Path) -> None:
-    """Raise a ValueError if a file cannot be written at `path`; missing folders are created."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected a file name")
-    _check_writable(path, *path.parents)
-
-
-def _check_writable(path: Path, *folders: Path) -> None:
-    """Raise a ValueError if nothing can be written to the first of the folders that exists."""
-    folder = next(folder for folder in folders if folder.exists())
-    if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: {folder} is not a directory")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def is_image(path: Path) -> bool:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.loading import load_unclip
-from unclip.cli.output import check_file, print_path
+from unclip.cli.output import print_path
+from unclip.files import check_file
 
 if TYPE_CHECKING:
     from unclip.embeddings import PCA

@@ -24,7 +24,7 @@ from unclip.data.remote import is_url
 from unclip.data.samples import Dataset
 from unclip.data.shards import ShardDataset, find_shards, shard_urls
 from unclip.data.text import ColumnNames
-from unclip.files import read_json, sha256
+from unclip.files import check_folder, read_json, sha256
 
 MANIFEST = "manifest.json"
 ABANDONED = 3600.0  # seconds: the age of temporary files that no process is writing any more
@@ -79,6 +79,7 @@ class PartWriter:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, part: int) -> bool:

@@ -31,7 +31,7 @@ from unclip.config import save_json
 from unclip.data.compose import is_held_out, plural
 from unclip.data.everyday import with_article
 from unclip.data.shards import ShardWriter
-from unclip.files import exit_on_error
+from unclip.files import check_folder, exit_on_error
 
 COLOURS = {
     "red": (220, 40, 45),
@@ -56,6 +56,7 @@ RELATIONS = {  # direction from the first object to the second
     "below": (0, -1),
 }
 AXES = ("single", "two", "count", "colour", "position", "attribution")
+LIMITS = {"count": (1, 10**8), "size": (32, 2048), "seed": (0, 2**62)}  # of the arguments
 HOLLOW = 0.55  # relative size of the hole
 CAN_BE_HOLLOW = ("circle", "square", "diamond", "oval")  # a hole would cut the others in two
 OVERSAMPLING = 4
@@ -249,6 +250,7 @@ def write_shapes(
 ) -> dict[str, int]:
     """Write `count` training images and 1/20 as many held-out ones; return both numbers."""
     out, axes = Path(out), [axis for axis in AXES if axis in axes]
+    check_folder(out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists; remove it or choose another folder")
     rng = np.random.default_rng(seed)
@@ -301,10 +303,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     with exit_on_error("interrupted; nothing was written"):
-        for name in ("count", "size"):
-            if getattr(options, name) < (smallest := {"count": 1, "size": 32}[name]):
-                value = getattr(options, name)
-                raise ValueError(f"--{name} is {value}; expected at least {smallest}")
+        for name, (low, high) in LIMITS.items():
+            if not low <= (value := getattr(options, name)) <= high:
+                raise ValueError(f"--{name} is {value}; expected {low} to {high}")
         written = write_shapes(options.out, options.count, options.size, options.seed, options.axes)
     print(f"{options.out}: {written['train']} training images, {written['heldout']} held out")
 

@@ -172,7 +172,12 @@ def report_long_captions(tokenizer: Tokenize, loader: Loader) -> None:
 
 
 def find_tokenizer(weights: Path) -> Path:
-    """Return the tokenizer of a weights file, a component or model folder, or a checkpoint."""
+    """Return the tokenizer of a weights file, a component or model folder, or a checkpoint.
+
+    FileNotFoundError if there is nothing at `weights`.
+    """
+    if not weights.exists():
+        raise FileNotFoundError(f"{weights} does not exist; expected a model, or a file of weights")
     folder = (weights if weights.is_dir() else weights.parent).resolve()
     places = [folder / TOKENIZER_FILE, folder.parent / "tokenizer" / TOKENIZER_FILE]
     if (folder / "state.json").is_file():  # checkpoints of older versions have no tokenizer
