@@ -181,7 +181,7 @@ def seeds_from(seed: Seed, count: int) -> list[int]:
     if seed is None:
         seed = random.SystemRandom().randrange(2**31)
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
-        if getattr(seed, "ndim", 1) != 1:  # of numpy
+        if np.ndim(seed) != 1:
             raise ValueError(f"seed is {seed!r}; expected a whole number, or one for each image")
         if len(seed) != count:
             raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
