@@ -223,35 +223,44 @@ def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _override(data: Any, override: str) -> KeyPath:
-    """Apply one "a.b=value" to `data`, reading the value as YAML; return its key path."""
+def parse_override(override: str, example: str = "optim.lr=1e-4") -> tuple[list[str], Any]:
+    """Split "a.b=value" into its keys and its value, which is read as YAML."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ValueError(f"--set {override!r}: expected KEY=VALUE, such as optim.lr=1e-4")
+        raise ValueError(f"--set {override!r}: expected KEY=VALUE, such as {example}")
     try:
         value, _ = parse_yaml(text, name) if text.strip() else (None, {})
     except ValueError:
         raise ValueError(f"--set {override!r}: {text!r} is not a valid YAML value") from None
+    return keys, value
+
+
+def _override(data: Any, override: str) -> KeyPath:
+    """Apply one "a.b=value" to `data`; return its key path."""
+    keys, value = parse_override(override)
     path: KeyPath = ()
     for name in keys[:-1]:
-        key = _key(data, name, override)
+        key = find_key(data, name, f"--set {override!r}")
         if isinstance(data, dict) and data.get(key) is None:
             data[key] = {}
         data, path = data[key], (*path, key)
-    key = _key(data, keys[-1], override)
+    key = find_key(data, keys[-1], f"--set {override!r}")
     data[key] = value
     return (*path, key)
 
 
-def _key(data: Any, key: str, override: str) -> str | int:
-    """Return `key` as a key of the mapping, or an index into the list, `data`."""
+def find_key(data: Any, key: str, where: str) -> str | int:
+    """Return `key` as a key of the mapping, or an index into the list, `data`.
+
+    Raises ValueError, starting with `where`, if there is no such index.
+    """
     if isinstance(data, dict):
         return key
     if isinstance(data, list) and key.isdecimal() and int(key) < len(data):
         return int(key)
     kind = f"a list of {len(data)}" if isinstance(data, list) else repr(data)
-    raise ValueError(f"--set {override!r}: {key!r} does not exist in {kind}")
+    raise ValueError(f"{where}: {key!r} does not exist in {kind}")
 
 
 def _validate(cls: type[T], data: Any, locate: Callable[[KeyPath], str]) -> T:

@@ -6,21 +6,32 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from annotated_types import Interval
 
 from unclip._deprecated import renamed_fields
-from unclip.config import Fraction, PositiveFraction, PositiveInt, config
-from unclip.files import check_image_folder
+from unclip.config import (
+    Fraction,
+    PositiveFraction,
+    PositiveInt,
+    config,
+    find_key,
+    parse,
+    to_dict,
+)
+from unclip.files import check_image_folder, shorten
 
 if TYPE_CHECKING:  # `import unclip` must not import torch
     import torch
     from PIL import Image
     from typing_extensions import Self
 
+T = TypeVar("T")
+
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short names -> torch's
 DType = Union["torch.dtype", str]  # as torch has it, or by name
+SAMPLERS = ("ddim", "ancestral", "analytic", "dpm++", "unipc")
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
@@ -118,7 +129,7 @@ class StageOptions:
 
     steps: PositiveInt
     guidance: Scale = 1.0  # classifier-free guidance scale; 1 = no guidance, at half the cost
-    # "ancestral" | "analytic" | "ddim" | "dpm++" | "unipc", or a diffusers scheduler object
+    # one of SAMPLERS, or a diffusers scheduler object
     sampler: Any = "ddim"
     eta: Fraction = 0.0  # DDIM only: 0 deterministic, 1 ancestral
     # Guide only where t / T is in this interval (2404.07724).
@@ -197,6 +208,55 @@ class GLIDEOptions:
 
 
 OPTIONS = {"unclip": UnCLIPOptions, "glide": GLIDEOptions, "dalle": CodeOptions}  # by kind of model
+
+
+def update_options(options: T, changes: Any, where: str) -> T:
+    """Change some sampling options, given as plain data: {"decoder": {"steps": 5}}.
+
+    A list is changed item by item, by a list of the same length or by indices, where "*" stands
+    for all: {"upsamplers": {"*": {"steps": 5}}}. Steps or timesteps that are changed alone
+    determine the other: timesteps are evenly spaced, steps are their number. Raises ValueError with
+    one line for each error, starting with `where`.
+    """
+    changed = parse(type(options), _merge(to_dict(options), changes, where), where)
+    for stage in _stages(changed):
+        if stage.sampler not in SAMPLERS:
+            expected = f"expected one of {', '.join(SAMPLERS)}"
+            raise ValueError(f"{where}: sampler is {shorten(stage.sampler)}; {expected}")
+    return changed
+
+
+def _merge(values: Any, changes: Any, where: str) -> Any:
+    if isinstance(values, list) and isinstance(changes, list) and len(values) == len(changes):
+        return [_merge(*pair, where) for pair in zip(values, changes, strict=True)]
+    if not isinstance(values, dict | list) or not isinstance(changes, dict):
+        return changes
+    if isinstance(values, dict):
+        changes = _matching_steps(values, changes)
+        return values | {k: _merge(values.get(k), change, where) for k, change in changes.items()}
+    merged: Any = [*values]
+    for name, change in changes.items():
+        for i in range(len(merged)) if name == "*" else [find_key(merged, str(name), where)]:
+            merged[i] = _merge(merged[i], change, where)
+    return merged
+
+
+def _matching_steps(stage: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Add the change of a stage's timesteps to that of its steps, or the reverse."""
+    if "timesteps" not in stage or "steps" in changes and "timesteps" in changes:
+        return changes
+    if changes.get("steps", stage["steps"]) != stage["steps"]:
+        return changes | {"timesteps": None}
+    if isinstance(ts := changes.get("timesteps"), list):
+        return changes | {"steps": len(ts)}
+    return changes
+
+
+def _stages(options: Any) -> Iterator[StageOptions]:
+    for value in vars(options).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, StageOptions):
+                yield part
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip.checkpoints import store
 from unclip.cli.main import main
 from unclip.image_io import read_metadata, save_png
 
@@ -56,6 +57,29 @@ def test_sampling_flags_set_the_options(run):
     assert done == (0, "", "")
     expected = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0, "candidates": 1}
     assert read_metadata("a.png")[0]["options"] == expected
+
+
+def test_any_option_can_be_set(run):
+    settings = "prior.sampler=ddim decoder.eta=0.5 decoder.guidance_interval=[0.2,0.9] "
+    settings += "decoder.steps=4 upsamplers.0.guidance=1.5 embedding=none embedding=prior"
+    flags = ["--steps", "3", "--upsampler-steps", "2", "--embedding", "text"]
+    flags += [word for setting in settings.split() for word in ("--set", setting)]
+    done = run("generate", "a", "--seed", "0", *flags, "-o", "a.png", "--quiet", model="unclip")
+    assert done == (0, "", "")
+    options = read_metadata("a.png")[0]["options"]
+    changed = {"eta": 0.5, "guidance_interval": [0.2, 0.9], "steps": 4}
+    assert changed.items() <= options["decoder"].items()  # --set overrides --steps
+    (upsampler,) = options["upsamplers"]
+    assert (upsampler["guidance"], upsampler["steps"]) == (1.5, 2)
+    assert (options["prior"]["sampler"], options["embedding"]) == ("ddim", "prior")
+    for command in (["variations", "a.png", "--fit"], ["complete", "a.png", "--keep", "0.5"]):
+        flags = ["--set", "temperature=0.5", "-o", "b.png", "--quiet"]
+        assert run(*command, *flags) == (0, "", "")
+        assert read_metadata("b.png")[0]["options"]["temperature"] == 0.5
+    args = ["generate", "a", "--set", "candidates=3", "--guidance", "2", "-o", "c.png", "--quiet"]
+    assert run(*args) == (0, "", "")
+    options = read_metadata("c.png")[0]["options"]
+    assert (options["candidates"], options["guidance"]) == (3, 2.0)
 
 
 @pytest.mark.parametrize("model", ["unclip", "dalle"])
@@ -139,6 +163,7 @@ def test_fit_accepts_an_image_of_another_size(run, command):
         ("unclip", "generate a --embedding text --temperature 1", ("--temperature", "text")),
         ("unclip", "generate a --embedding none --prior x", ("--prior cannot", "--embedding none")),
         (None, "generate --from a.png --top-k 3", ("--from", "cannot be given with it")),
+        (None, "generate --from a.png --set top_k=3", ("--from", "cannot be given with it")),
         (None, "generate --from a.png --preset fast", ("--from", "cannot be given with it")),
         ("dalle", "generate a --preset fast", ("has no --preset",)),
         ("unclip", "generate a --offload --compile", ("--compile", "not allowed", "--offload")),
@@ -199,6 +224,58 @@ def test_flags_change_the_options_of_the_preset(run):
     decoder = read_metadata("a.png")[0]["options"]["decoder"]
     assert (decoder["steps"], decoder["sampler"]) == (5, "unipc")
     assert decoder["guidance_interval"] == [0.2, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("setting", "facts"),
+    [
+        ("decoder.stepz=3", ("decoder.stepz is unknown", "did you mean 'steps'")),
+        ("upsamplers.*.noise=3", ("upsamplers.0.noise is unknown", "steps, guidance, sampler")),
+        ("guidance=3", ("guidance is unknown", "decoder.guidance")),
+        ("top_k=3", ("top_k is unknown", "prior, decoder, upsamplers")),
+        ("decoder.eta=2", ("decoder.eta is 2", "at most 1")),
+        ("decoder.steps=many", ("decoder.steps is 'many'", "integer")),
+        ("decoder.sampler=euler", ("sampler is 'euler'", "ddim", "unipc")),
+        ("decoder.guidance_interval=[1,0]", ("guidance_interval", "low <= high")),
+        ("upsamplers.1.steps=3", ("'1' does not exist in a list of 1",)),
+        ("decoder.steps", ("expected KEY=VALUE, such as decoder.steps=10",)),
+        ("decoder.timesteps=[1", ("'[1' is not a valid YAML value",)),
+    ],
+)
+def test_wrong_settings_are_reported_before_the_model_is_loaded(run, monkeypatch, setting, facts):
+    monkeypatch.setattr(store, "load_component", None)
+    code, out, err = run("generate", "a", "--set", setting, "--quiet", model="unclip")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert all(fact in err for fact in ("--set", *facts)), err
+
+
+def test_settings_of_foreign_checkpoints_are_checked_as_far_as_they_are_known(run):
+    Path("karlo").mkdir()  # of no known format: an attempt to load it fails
+    code, _, err = run("generate", "a", "--set", "decoder.stepz=3", "--model", "karlo", model=None)
+    assert code == 2 and "decoder.stepz is unknown" in err and err.count("\n") == 1
+    for setting in ("upsamplers.1.eta=1", "decoder.timesteps=[3, 2]", "top_k=3"):
+        code, _, err = run("generate", "a", "--set", setting, "--model", "karlo", model=None)
+        assert code == 2 and "karlo is not a model" in err
+
+
+def test_several_images_are_varied(run):
+    for name, colour in {"apple": "red", "fish": "blue"}.items():
+        Image.new("RGB", (16, 16), colour).save(f"{name}.png")
+    args = ["variations", "apple.png", "fish.png", "-n", "2", "--seed", "3", "--steps", "2"]
+    code, out, _ = run(*args, "-o", "out", model="unclip")
+    names = ["apple-3", "apple-4", "fish-5", "fish-6"]
+    assert code == 0 and out.split() == [f"out/{name}.png" for name in names]
+    run("variations", "fish.png", "--seed", "6", "--steps", "2", "-o", "6.png", model="unclip")
+    assert np.abs(pixels("6.png") - pixels("out/fish-6.png")).max() <= 2
+    run(*args, "--grid", "-o", "sheet.png", "--quiet", model="unclip")
+    seeds = [entry["seed"] for entry in read_metadata("sheet.png")]
+    assert seeds == [3, 4, 5, 6] and Image.open("sheet.png").width == 2 * 20 - 4
+    assert run("variations", "apple.png", "fish.png", "-o", "d", "--quiet")[0] == 0  # DALL-E
+    assert len([*Path("d").iterdir()]) == 2
+    code, _, err = run("variations", "apple.png", "none.png", model="unclip")
+    assert code == 2 and "none.png does not exist" in err
+    code, _, err = run("variations", "apple.png", "fish.png", "-o", "a.png", model="unclip")
+    assert code == 2 and "a.png is one file for 2 images" in err
 
 
 @pytest.mark.parametrize("command", ["generate", "variations", "complete"])

@@ -213,6 +213,7 @@ def test_an_interrupted_sheet_keeps_finished_images(run, monkeypatch):
         ("--steps 0", "'0' is not a whole number of at least 1"),
         ("--steps 5000", "steps of the decoder are 5000; expected at most 1000"),
         ("--guidance 1e9", "guidance is 1000000000.0"),
+        ("--set decoder.timesteps=[1000,0]", "timesteps of the decoder start at 1000; expected"),
         ("--temperature -1", "temperature is -1.0"),
         ("--top-k 3", "which has no --top-k"),
         ("--num-candidates 2 -n 3", "expected at least"),

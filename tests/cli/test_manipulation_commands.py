@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import weakref
 from dataclasses import replace
@@ -14,6 +15,7 @@ from PIL import Image
 
 from unclip.cli.main import main
 from unclip.image_io import open_image, read_metadata
+from unclip.models.lora import LoRAConfig, add_lora, save_lora
 from unclip.pipelines.unclip.latent import Latent
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
@@ -222,6 +224,46 @@ def test_edit(run, args, size):
     assert regeneration_error(run, "edited.png") <= 2
 
 
+RUNTIME = {
+    "reconstruct": "apple.png --iterations 1",
+    "vary": "apple.png --iterations 1 --seed 1",
+    "interpolate": "--prompts a b --frames 2 --seed 1",
+    "diff": "apple.png --to a --iterations 1 --seed 1",
+    "edit": "apple.png --mask mask.png --prompt a --seed 1",
+    "probe": "apple.png --word fish --classes a b -n 1",
+}
+
+
+@pytest.mark.parametrize("command", RUNTIME)
+def test_every_command_quantizes_offloads_compiles_and_adapts(run, invertible_pipe, command):
+    torch.manual_seed(0)
+    adapted = copy.deepcopy(invertible_pipe.decoder)
+    add_lora(adapted, LoRAConfig())
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_lora(adapted, Path("adapter"))
+    words = [command, *RUNTIME[command].split(), "--steps", "6", "--quiet"]
+    assert run(*words, "-o", "plain.png") == (0, "", "")
+    for flag in ("--offload", "--compile"):
+        assert run(*words, flag, "-o", "same.png") == (0, "", "")
+        assert np.abs(pixels("same.png") - pixels("plain.png")).max() <= 3
+    flags = ["--quantize", "int8", "--offload", "--lora", "adapter:0.5"]
+    assert run(*words, *flags, "-o", "other.png") == (0, "", "")
+    entry = read_metadata("other.png")[0]
+    assert (entry["quantized"], entry["lora"][0]["scale"]) == ("int8", 0.5)
+    assert (pixels("other.png") != pixels("plain.png")).any()
+
+
+def test_edits_and_interpolations_of_prompts_use_another_prior(run, model):
+    prior = ["--prior", model, "--prior-steps", "2", "--steps", "6", "--quiet"]
+    assert run("edit", "apple.png", "--prompt", "a", *prior, "-o", "edited.png") == (0, "", "")
+    assert run("interpolate", "--prompts", "a", "b", *prior, "-o", "path.png") == (0, "", "")
+    for file in ("edited.png", "path.png"):
+        entry = read_metadata(file)[0]
+        assert entry["prior_model"] == model and entry["options"]["prior"]["steps"] == 2
+
+
 @pytest.mark.parametrize(
     ("call", "args", "finished"),
     [
@@ -363,6 +405,9 @@ ATTACK = "probe apple.png --word a --classes b c"
         ("probe apple.png --word a --classes b", ("1 class",)),
         ("probe apple.png fish.png --word a --classes b c", ("one image; got 2",)),
         ("probe apple.png --pca none.safetensors", ("none.safetensors",)),
+        ("vary apple.png --set decoder.eta=0.5", ("the decoder has sampler 'ddim', eta 0.5",)),
+        ("interpolate apple.png fish.png --prior x", ("--prior needs --prompts",)),
+        ("edit apple.png --prior-steps 2", ("--prior-steps needs --prompt;",)),
         ("generate a b --mix 1", ("1 weights for 2 prompts",)),
         ("generate a b --mix 1 -1", ("sum above 0",)),
     ],

@@ -16,7 +16,7 @@ from unclip.diffusion.schedules import ScheduleConfig
 from unclip.pipelines.provenance import regenerate
 from unclip.pipelines.unclip.latent import deterministic
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.types import CodeOptions, StageOptions
+from unclip.types import CodeOptions, StageOptions, UnCLIPOptions, update_options
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,48 @@ def test_another_number_of_steps_has_evenly_spaced_timesteps():
     assert chosen.with_steps(5) == StageOptions(5)
     options = replace(TINY_OPTIONS, decoder=chosen)
     assert deterministic(options, 50).decoder == StageOptions(50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"decoder": {"eta": 0.5}}, {"decoder": StageOptions(3, timesteps=(9, 5, 1), eta=0.5)}),
+        ({"decoder": {"steps": 3}}, {"decoder": StageOptions(3, timesteps=(9, 5, 1))}),
+        ({"decoder": {"steps": 4}}, {"decoder": StageOptions(4)}),
+        ({"decoder": {"timesteps": [7, 2]}}, {"decoder": StageOptions(2, timesteps=(7, 2))}),
+        (
+            {"decoder": {"guidance_interval": {"0": 0.25}}},
+            {"decoder": StageOptions(3, timesteps=(9, 5, 1), guidance_interval=(0.25, 1))},
+        ),
+        (
+            {"upsamplers": {"*": {"eta": 1.0}, "1": {"steps": 7}}},
+            {"upsamplers": (StageOptions(1, eta=1.0), StageOptions(7, eta=1.0))},
+        ),
+        (
+            {"upsamplers": [{}, {"sampler": "unipc"}]},
+            {"upsamplers": (StageOptions(1), StageOptions(2, sampler="unipc"))},
+        ),
+        ({"upsamplers": [{"steps": 5}]}, {"upsamplers": (StageOptions(5),)}),
+    ],
+)
+def test_some_options_are_updated(changes, expected):
+    stages = StageOptions(1), StageOptions(2)
+    options = UnCLIPOptions(decoder=StageOptions(3, timesteps=(9, 5, 1)), upsamplers=stages)
+    assert update_options(options, changes, "here") == replace(options, **expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": {"steps": 2, "timesteps": [3]}}, "here: decoder: got 1 timesteps"),
+        ({"upsamplers": {"5": {"steps": 2}}}, "here: '5' does not exist in a list of 1"),
+        ({"upsamplers": {"0": {"sampler": 3}}}, "here: sampler is 3; expected one of ddim, "),
+        ({"decoder": {"steps": {"0": 1}}}, "here: decoder.steps is {'0': 1}; expected"),
+    ],
+)
+def test_updates_that_do_not_fit_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_options(TINY_OPTIONS, changes, "here")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])

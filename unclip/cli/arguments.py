@@ -8,18 +8,18 @@ import shlex
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unclip.config import parse_override
 from unclip.files import read_text
 from unclip.pipelines.presets import PRESETS
-from unclip.types import DTYPES
+from unclip.types import DTYPES, SAMPLERS, update_options
 
 DEFAULT_MODEL = "emoji"
 MAX_SEED = 2**62  # torch's is 2**63 - 1; the images after the first have larger seeds
-SAMPLERS = ("ancestral", "analytic", "ddim", "dpm++", "unipc")
 
 
 # Types of arguments: they raise ArgumentTypeError, which argparse reports with the flag's name.
@@ -112,6 +112,8 @@ NUMBER = {"type": number, "metavar": "X"}
 
 # Arguments of several commands.
 
+Arguments = ArgumentParser | argparse._ArgumentGroup
+
 
 def add_command(
     commands: Any, run: Callable[[Namespace], None], about: str, example: str = ""
@@ -126,13 +128,13 @@ def add_command(
     )
     # Defaults for `load_model` and `sampling_options` in commands without these flags.
     parser.set_defaults(offload=False, compile=False, quantize=None)
-    parser.set_defaults(prior=None, preset=None, lora=None)
+    parser.set_defaults(prior=None, preset=None, lora=None, set=None)
     parser.set_defaults(run=run, flags=())
     return parser
 
 
-def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
-    """Add the arguments that `load_model` reads; `add_runtime` and --prior are optional."""
+def add_model(parser: Arguments, default: str = DEFAULT_MODEL) -> None:
+    """Add the arguments that name a model and its device; see `add_pipeline`."""
     about = f"bundled name, folder, checkpoint file or Hub id (default: {default})"
     parser.add_argument("--model", default=default, metavar="NAME", help=about)
     about = "cpu, cuda, cuda:1, mps (default: the fastest that is available)"
@@ -141,12 +143,12 @@ def add_model(parser: ArgumentParser, default: str = DEFAULT_MODEL) -> None:
     add_dtype(parser, about)
 
 
-def add_dtype(parser: ArgumentParser, about: str) -> None:
+def add_dtype(parser: Arguments, about: str) -> None:
     names = (*DTYPES, *DTYPES.values())
     parser.add_argument("--dtype", choices=names, metavar="|".join(DTYPES), help=about)
 
 
-def add_runtime(parser: ArgumentParser) -> None:
+def add_runtime(parser: Arguments) -> None:
     memory = parser.add_mutually_exclusive_group()  # compiled networks cannot move
     about = "keep only one network in memory at a time"
     memory.add_argument("--offload", action="store_true", help=about)
@@ -184,7 +186,7 @@ def add_quiet(parser: ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help=about)
 
 
-def add_renamed(parser: ArgumentParser, old: str, new: str, **parse: Any) -> None:
+def add_renamed(parser: Arguments, old: str, new: str, **parse: Any) -> None:
     """Accept the old name of a flag, with a warning; `parse` are its arguments for argparse."""
     dest = new.removeprefix("--").replace("-", "_")
     parser.add_argument(old, dest=dest, action=_RenamedFlag, help=argparse.SUPPRESS, **parse)
@@ -233,6 +235,13 @@ GUIDANCE = SamplingFlag(
 )
 UPSAMPLER_STEPS = SamplingFlag(
     "--upsampler-steps", COUNT, "steps of each upsampler", _diffusion("upsamplers.*.steps")
+)
+SET = SamplingFlag(
+    "--set",
+    {"action": "append", "metavar": "KEY=VALUE"},
+    "any sampling option by its name in Python, such as decoder.guidance_rescale=0.7 or "
+    "upsamplers.0.steps=5; may be repeated; overrides the other flags",
+    _diffusion(None) | {"dalle": None},
 )
 DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # also for inversion, which requires DDIM
 SAMPLING = (
@@ -312,8 +321,17 @@ FROM_IMAGE = (
 )
 
 
-def add_sampling(parser: ArgumentParser, *flags: SamplingFlag) -> None:
-    """Add the flags that `sampling_options` reads."""
+def add_pipeline(parser: ArgumentParser, *flags: SamplingFlag, model: str = DEFAULT_MODEL) -> None:
+    """Add the arguments of a command that samples: model, runtime and sampling flags."""
+    group = parser.add_argument_group("model")
+    add_model(group, model)
+    add_runtime(group)
+    add_sampling(parser.add_argument_group("sampling"), *flags)
+
+
+def add_sampling(parser: Arguments, *flags: SamplingFlag) -> None:
+    """Add the flags that `sampling_options` reads: some, and --set."""
+    flags = (*flags, SET)
     for flag in flags:
         parser.add_argument(flag.name, help=flag.about, **flag.parse)
         if flag.former:
@@ -326,6 +344,13 @@ def given_flags(args: Namespace) -> list[SamplingFlag]:
     return [flag for flag in args.flags if getattr(args, flag.dest) is not None]
 
 
+def check_prior(args: Namespace, prompt: object, flag: str) -> None:
+    """Raise a ValueError for flags of the prior without a prompt to sample it for."""
+    given = [one.name for one in given_flags(args) if one in PRIOR]
+    if given and not prompt:
+        raise ValueError(f"{given[0]} needs {flag}; without it, no prior is sampled")
+
+
 def check_flags(pipe: Any, args: Namespace) -> None:
     """Raise a ValueError if a sampling flag does not exist for this kind of model."""
     for flag in given_flags(args):
@@ -336,23 +361,30 @@ def check_flags(pipe: Any, args: Namespace) -> None:
             )
 
 
+def given_options(args: Namespace, kind: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield (as given, option, value) for flags that set options of this kind; --set comes last.
+
+    ValueError if a --set is not KEY=VALUE.
+    """
+    for flag in given_flags(args):
+        if (option := flag.sets.get(kind)) is not None:
+            value = getattr(args, flag.dest)
+            yield f"{flag.name} {value}", option, value
+    for text in args.set or ():
+        keys, value = parse_override(text, "decoder.steps=10")
+        yield f"--set {text}", ".".join(keys), value
+
+
 def sampling_options(pipe: Any, args: Namespace, base: Any = None) -> Any:
     """Return `base` (default: the model's options), or --preset, changed by the sampling flags."""
     options = pipe.options if base is None else base
     if args.preset is not None:
         options = pipe.preset(args.preset)
-    for flag in given_flags(args):
-        if (option := flag.sets[pipe.kind]) is not None:
-            options = _set(options, option.split("."), getattr(args, flag.dest))
+    for given, option, value in given_options(args, pipe.kind):
+        for key in reversed(option.split(".")):
+            value = {key: value}
+        try:
+            options = update_options(options, value, given)
+        except ValueError as error:  # with one line for each upsampler
+            raise ValueError(str(error).partition("\n")[0]) from None
     return options
-
-
-def _set(options: Any, path: Sequence[str], value: Any) -> Any:
-    if not path:
-        return value
-    name, *rest = path
-    if name == "*":
-        return tuple(_set(one, rest, value) for one in options)
-    if name == "steps":
-        return options.with_steps(value)
-    return replace(options, **{name: _set(getattr(options, name), rest, value)})

@@ -42,9 +42,8 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--training-free", action="store_true", help=about)
     flags.add_num_images(parser)
     flags.add_seed(parser)
-    flags.add_sampling(parser, *flags.DETERMINISTIC)
-    flags.add_model(parser)
     flags.add_output(parser)
+    flags.add_pipeline(parser, *flags.DETERMINISTIC, *flags.PRIOR, flags.LORA)
 
 
 def edit(args: Namespace) -> None:
@@ -61,6 +60,7 @@ def edit(args: Namespace) -> None:
         raise ValueError(
             f"--{flag} needs --mask or --extend: without them, no part of the image is kept"
         )
+    flags.check_prior(args, args.prompt, "--prompt")
     image = open_image(args.image)
     check_output(args, args.num_images)
     pipe = load_unclip(args)

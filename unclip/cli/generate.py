@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,33 +51,32 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help=about)
     about = "with --from: load the models that the file names even if they are not bundled"
     parser.add_argument("--trust-model", action="store_true", help=about)
-    _add_generation(parser)
+    _add_images(parser)
+    sampling = (*flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
+    flags.add_pipeline(parser, *sampling)
     # With --from, the default is the model in the metadata; benchmarks have several images.
     parser.set_defaults(model=None, num_images=None)
-    flags.add_sampling(parser, *flags.SAMPLING, *flags.FROM_TEXT, flags.LORA, flags.CANDIDATES)
 
     parser = flags.add_command(
-        commands, variations, "generate variations of an image from its embedding"
+        commands, variations, "generate variations of images from their embeddings"
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE")
-    _add_generation(parser)
-    flags.add_sampling(parser, *flags.SAMPLING, flags.LORA, *flags.FROM_IMAGE)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    _add_images(parser)
+    flags.add_pipeline(parser, *flags.SAMPLING, flags.LORA, *flags.FROM_IMAGE)
     _add_fit(parser)
 
     parser = flags.add_command(commands, complete, "complete an image from its upper part (DALL-E)")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     about = "caption of the completed image (default: none)"
     parser.add_argument("caption", nargs="?", type=flags.prompt, metavar="PROMPT", help=about)
-    _add_generation(parser, COMPLETION_MODEL)
+    _add_images(parser)
     about = "fraction of the image to keep, from the top, in [0, 1) (default: 0.4375)"
     parser.add_argument("--keep", help=about, **flags.NUMBER)
-    flags.add_sampling(parser, *flags.SAMPLING, flags.CANDIDATES)
+    flags.add_pipeline(parser, *flags.SAMPLING, flags.CANDIDATES, model=COMPLETION_MODEL)
     _add_fit(parser)
 
 
-def _add_generation(parser: ArgumentParser, model: str = flags.DEFAULT_MODEL) -> None:
-    flags.add_model(parser, model)
-    flags.add_runtime(parser)
+def _add_images(parser: ArgumentParser) -> None:
     flags.add_num_images(parser, of=" per prompt or image")
     flags.add_seed(parser)
     flags.add_output(parser)
@@ -266,14 +266,20 @@ def _check_trust(args: Namespace, entry: dict[str, Any]) -> None:
 def variations(args: Namespace) -> None:
     from unclip.image_io import open_image
 
-    image = open_image(args.image)
-    check_output(args, args.num_images)
+    for path in args.images:
+        open_image(path)  # not kept: several large images would fill the memory
+    check_output(args, len(args.images) * args.num_images)
     pipe = load_model(args)
     given = _given(prompt=args.prompt, keep=args.keep)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
-    image = _fit(image, pipe, args)
-    results = (pipe.variations(image, **part, **given) for _, part in parts_of(args))
-    _write_all(results, args, args.image.stem)
+    results = (
+        pipe.variations(
+            [_fit(open_image(path), pipe, args) for path in args.images[rows]], **part, **given
+        )
+        for rows, part in parts_of(args, len(args.images))
+    )
+    names = [path.stem for path in args.images for _ in range(args.num_images)]
+    _write_all(results, args, names)
 
 
 def complete(args: Namespace) -> None:
@@ -287,7 +293,7 @@ def complete(args: Namespace) -> None:
     image = _fit(image, pipe, args)
     parts = parts_of(args, candidates=args.num_candidates)
     results = (pipe.complete(image, args.caption, **part, **given) for _, part in parts)
-    _write_all(results, args, args.image.stem)
+    _write_all(results, args, [args.image.stem] * args.num_images)
 
 
 def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
@@ -299,24 +305,23 @@ def _fit(image: Image.Image, pipe: AnyPipeline, args: Namespace) -> Image.Image:
     return fit(image, pipe.codec.image_size)
 
 
-def _write_all(results: Iterable[GenerationResult], args: Namespace, source: str = "") -> None:
-    write_as_they_come(
-        results, lambda result: _write(result.images, result.metadata, args, source), args
-    )
-
-
-def _write(
-    images: Sequence[Image.Image],
-    metadata: Sequence[dict[str, Any]],
-    args: Namespace,
-    source: str = "",
+def _write_all(
+    results: Iterable[GenerationResult], args: Namespace, sources: Sequence[str] = ()
 ) -> None:
-    """Write images to files that are named after the prompt, or else the source, and the seed."""
+    """Write images to files that are named after the prompt, or else the source, and the seed.
+
+    sources: the name of each image's source, if there is one.
+    """
     from unclip.image_io import image_name
 
-    names = []
-    for i, entry in enumerate(metadata):
-        prompt = entry.get("prompt") or source
-        words = prompt if isinstance(prompt, str) else " and ".join(prompt)
-        names.append(image_name(words, i if entry["seed"] is None else entry["seed"]))
-    write_images(images, metadata, names, args)
+    names = chain(sources, repeat(""))
+
+    def write(result: GenerationResult) -> None:
+        files = []
+        for i, (entry, source) in enumerate(zip(result.metadata, names, strict=False)):
+            prompt = entry.get("prompt") or source
+            words = prompt if isinstance(prompt, str) else " and ".join(prompt)
+            files.append(image_name(words, i if entry["seed"] is None else entry["seed"]))
+        write_images(result.images, result.metadata, files, args)
+
+    write_as_they_come(results, write, args)

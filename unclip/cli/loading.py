@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from unclip.checkpoints.folders import (
     locate,
     read_model_json,
 )
-from unclip.cli.arguments import check_flags, given_flags, sampling_options
+from unclip.cli.arguments import check_flags, given_options, sampling_options
 from unclip.config import parse
 from unclip.files import read_json
 from unclip.pipelines.presets import preset
@@ -28,6 +29,10 @@ if TYPE_CHECKING:  # `unclip --help` must not import torch
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 
     AnyPipeline = UnCLIPPipeline | GLIDEPipeline | DallePipeline
+
+UNCLIP = "unclip", "an unCLIP model"  # a kind of model, and its description
+DALLE = "dalle", "a DALL-E model"
+MANY = 9  # upsamplers of a model whose options are unknown until it is loaded
 
 
 def load_model(args: Namespace, default_dtype: str | None = None, *kind: str) -> AnyPipeline:
@@ -94,6 +99,7 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     """
     _check_embedding(args)
     if (header := read_header(locate(args.model))) is None:
+        _check_unknown(args, kind[:1] or tuple(OPTIONS))
         return None
     if kind:
         _check_kind(header, kind[0], args, kind[1])
@@ -104,8 +110,13 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     stages = {name: getattr(options, name, None) for name in own}
     stages |= {f"upsampler_{i}": stage for i, stage in ups}
     for name, stage in stages.items():
-        if stage is not None and stage.steps > (most := header.num_timesteps.get(name, math.inf)):
+        if stage is None:
+            continue
+        if stage.steps > (most := header.num_timesteps.get(name, math.inf)):
             raise ValueError(f"steps of the {name} are {stage.steps}; expected at most {most}")
+        if stage.timesteps and stage.timesteps[0] >= most:
+            first = f"timesteps of the {name} start at {stage.timesteps[0]}"
+            raise ValueError(f"{first}; expected less than {most}")
     # A prior without a schedule is autoregressive; its steps are tokens.
     temperature = getattr(stages.get("prior"), "temperature", 1)
     if temperature != 1 and "prior" in header.num_timesteps:
@@ -115,14 +126,35 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
 
 def _check_embedding(args: Namespace) -> None:
     """Raise a ValueError for flags without effect on an --embedding that is not the prior's."""
-    if (embedding := getattr(args, "embedding", None)) not in ("text", "none"):
+    given = [*given_options(args, "unclip")]
+    embedding = {option: value for _, option, value in given}.get("embedding")
+    if embedding not in ("text", "none"):
         return
-    for flag in given_flags(args):
-        of_prior = (flag.sets.get("unclip") or "").startswith("prior")
-        if of_prior or (embedding == "none" and flag.name == "--prior"):
-            raise ValueError(
-                f"{flag.name} cannot be given with --embedding {embedding}, which samples no prior"
-            )
+    of_prior = [name for name, option, _ in given if option.startswith("prior")]
+    if embedding == "none" and args.prior is not None:
+        of_prior.append("--prior")
+    if of_prior:
+        raise ValueError(
+            f"{of_prior[0]} cannot be given with --embedding {embedding}, which samples no prior"
+        )
+
+
+def _check_unknown(args: Namespace, kinds: Sequence[str]) -> None:
+    """Raise the error of sampling flags that no kind of model accepts.
+
+    For formats other than ours, whose kind and options are known once they are loaded.
+    """
+    errors = []
+    for kind in kinds:
+        options: Any = OPTIONS[kind]()
+        if hasattr(options, "upsamplers"):
+            options = replace(options, upsamplers=options.upsamplers * MANY)
+        try:
+            sampling_options(Header(args.model, kind, options, {}), args)
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == len(kinds):
+        raise errors[0]
 
 
 def load_named(
@@ -139,14 +171,12 @@ def load_named(
 
 def load_unclip(args: Namespace) -> UnCLIPPipeline:
     """Load --model; raise a ValueError if it is not an unCLIP model."""
-    kind = "unclip", "an unCLIP model"
-    return _check_kind(load_model(args, None, *kind), kind[0], args, kind[1])
+    return _check_kind(load_model(args, None, *UNCLIP), UNCLIP[0], args, UNCLIP[1])
 
 
 def load_dalle(args: Namespace) -> DallePipeline:
     """Load --model; raise a ValueError if it is not a DALL-E."""
-    kind = "dalle", "a DALL-E model"
-    return _check_kind(load_model(args, None, *kind), kind[0], args, kind[1])
+    return _check_kind(load_model(args, None, *DALLE), DALLE[0], args, DALLE[1])
 
 
 def _check_kind(pipe: Any, kind: str, args: Namespace, expected: str) -> Any:

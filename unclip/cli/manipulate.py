@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.generate import BATCH_SIZE, parts_of
-from unclip.cli.loading import load_unclip
+from unclip.cli.loading import UNCLIP, check_before_loading, load_unclip
 from unclip.cli.output import check_output, is_image, print_path, write_results
 from unclip.files import check_file
 
@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
     _add_sources(parser)
     about = "save the latents; other commands accept the file in place of the images"
     parser.add_argument("--save-latent", type=Path, metavar="FILE", help=about)
+    flags.add_output(parser)
     _add_inversion(parser)
 
     parser = flags.add_command(
@@ -43,6 +44,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--eta", type=flags.fraction, default=0.5, metavar="FRACTION", help=about)
     flags.add_num_images(parser, of=" per source")
     flags.add_seed(parser)
+    flags.add_output(parser)
     _add_inversion(parser)
 
     parser = flags.add_command(
@@ -66,7 +68,11 @@ def add_commands(commands: Any) -> None:
     about = "frames per second of a .gif or .mp4 (default: 10)"
     parser.add_argument("--fps", type=float, default=10.0, metavar="N", help=about)
     flags.add_seed(parser)
-    _add_inversion(parser, "a .gif, .mp4 or .png file, or a folder (default: the current one)")
+    flags.add_output(
+        parser,
+        "a .gif, .mp4, .png, .jpg or .webp file, or a folder (default: the current one)",
+    )
+    _add_inversion(parser, *flags.PRIOR)
 
     parser = flags.add_command(
         commands,
@@ -90,6 +96,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--eta", type=flags.fraction, default=0.5, metavar="FRACTION", help=about)
     flags.add_seed(parser)
+    flags.add_output(parser)
     _add_inversion(parser)
 
 
@@ -98,12 +105,10 @@ def _add_sources(parser: ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("sources", nargs=nargs, type=Path, metavar="IMAGE", help=about)
 
 
-def _add_inversion(parser: ArgumentParser, *about_output: str) -> None:
+def _add_inversion(parser: ArgumentParser, *more: flags.SamplingFlag) -> None:
     about = "maximum corrections per step of the inversion; 0 = plain DDIM (default: 10)"
     parser.add_argument("--iterations", type=flags.at_least(0), metavar="N", help=about)
-    flags.add_sampling(parser, *flags.DETERMINISTIC)
-    flags.add_model(parser)
-    flags.add_output(parser, *about_output)
+    flags.add_pipeline(parser, *flags.DETERMINISTIC, *more, flags.LORA)
 
 
 def reconstruct(args: Namespace) -> None:
@@ -115,7 +120,7 @@ def reconstruct(args: Namespace) -> None:
         if args.save_latent.suffix != LATENT:
             raise ValueError(f"{args.save_latent}: latents are written as {LATENT}")
         check_file(args.save_latent)
-    pipe = load_unclip(args)
+    pipe = _load(args)
     latent = _invert(pipe, args)
     if args.save_latent is not None:
         latent.save(args.save_latent)
@@ -130,7 +135,7 @@ def reconstruct(args: Namespace) -> None:
 def vary(args: Namespace) -> None:
     names = _check_sources(args)
     check_output(args, len(names) * args.num_images)
-    pipe = load_unclip(args)
+    pipe = _load(args)
     latent = _invert(pipe, args)
     results = (
         pipe.vary(latent[rows], eta=args.eta, **part, progress=not args.quiet)
@@ -148,6 +153,7 @@ def interpolate(args: Namespace) -> None:
         raise ValueError("give either images or --prompts")
     if args.prompts and args.iterations is not None:
         raise ValueError("--iterations is for inversion; it cannot be given with --prompts")
+    flags.check_prior(args, args.prompts, "--prompts")
     ends = args.prompts or _check_sources(args)
     if len(ends) < 2:
         raise ValueError(f"expected at least 2 images or prompts; got {len(ends)}")
@@ -161,7 +167,7 @@ def interpolate(args: Namespace) -> None:
     else:
         args.grid = args.grid or is_image(output)
         check_output(args, args.frames, ".gif, .mp4, .png, .jpg or .webp")
-    pipe = load_unclip(args)
+    pipe = _load(args)
     seed = seeds_from(args.seed, 1)[0]
     chosen = {"noise": args.noise, "seed": seed, "progress": not args.quiet}
     if args.prompts:
@@ -191,7 +197,7 @@ def diff(args: Namespace) -> None:
 
     names = _check_sources(args)
     check_output(args, len(names) * len(args.theta))
-    pipe = load_unclip(args)
+    pipe = _load(args)
     # Report captions without a difference before the inversion, which takes long.
     text_direction(*pipe.encode_text([args.target, args.base]).emb)
     latent = _invert(pipe, args)
@@ -202,6 +208,16 @@ def diff(args: Namespace) -> None:
         for rows in batches_of(len(latent), max(1, BATCH_SIZE // len(args.theta)))
     )
     write_results(results, len(latent) * len(args.theta), names, args)
+
+
+def _load(args: Namespace) -> UnCLIPPipeline:
+    """Load --model; options that cannot be inverted are reported before that, if they are known."""
+    from unclip.pipelines.unclip.latent import check_invertible, deterministic
+
+    if known := check_before_loading(args, *UNCLIP):
+        header, _ = known
+        check_invertible(flags.sampling_options(header, args, deterministic(header.options)))
+    return load_unclip(args)
 
 
 def _split_sources(args: Namespace) -> tuple[list[Path], list[Path]]:

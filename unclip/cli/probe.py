@@ -38,11 +38,10 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--classes", nargs="+", metavar="CAPTION", help=about)
     flags.add_num_images(parser, 3, " per embedding, with --word")
     flags.add_seed(parser, 0)  # fixed, so that only the embeddings differ
-    flags.add_sampling(parser, *flags.DETERMINISTIC)
-    flags.add_model(parser)
     about = "a .png file (default: components.png or attack.png)"
     parser.add_argument("-o", "--output", type=Path, metavar="PATH", help=about)
     flags.add_quiet(parser)
+    flags.add_pipeline(parser, *flags.DETERMINISTIC, flags.LORA)
 
 
 def probe(args: Namespace) -> None:

@@ -32,7 +32,8 @@ from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
 from unclip.serving.requests import BODIES, FILES, Delivery, model_not_found, parse, read_body
 from unclip.serving.storage import Storage, open_storage
-from unclip.serving.tasks import OPERATIONS, SAMPLERS, Task
+from unclip.serving.tasks import OPERATIONS, Task
+from unclip.types import SAMPLERS
 
 log = logging.getLogger("unclip.serving")
 

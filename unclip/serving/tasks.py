@@ -17,14 +17,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unclip.config import parse, to_dict
+from unclip.config import to_dict
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import mix, slerp
 from unclip.pipelines.request import check_upsamplers
 from unclip.serving.errors import bad_request
-from unclip.types import GenerationResult, OnStep
+from unclip.types import GenerationResult, OnStep, update_options
 
-SAMPLERS = ("ddim", "ancestral", "dpm++", "unipc")
 SETTINGS = {  # that change the options of each kind of pipeline, except unclip, which has all
     "dalle": {"guidance", "options"},
     "glide": {"steps", "guidance", "sampler", "options"},
@@ -146,7 +145,7 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     options = pipe.options
     if (changes := given.pop("options", None)) is not None:
         try:
-            options = parse(type(options), _merge(to_dict(options), json.loads(changes)), "options")
+            options = update_options(options, json.loads(changes), "options")
             _check_limits(to_dict(options))
             if pipe.kind != "dalle":
                 check_upsamplers(options.upsamplers, len(pipe.upsamplers))
@@ -163,17 +162,8 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     return replace(options, **whole)
 
 
-def _merge(values: Any, changes: Any) -> Any:
-    """Change values in objects, and in lists of as many objects."""
-    if isinstance(values, dict) and isinstance(changes, dict):
-        return values | {k: _merge(values.get(k), change) for k, change in changes.items()}
-    if isinstance(values, list) and isinstance(changes, list) and len(values) == len(changes):
-        return [_merge(*pair) for pair in zip(values, changes, strict=True)]
-    return changes
-
-
 def _check_limits(options: Any) -> None:
-    """Raise a ValueError for options that cost too much, or are of no use in a request."""
+    """Raise a ValueError for options that cost too much."""
     parts = options if isinstance(options, list) else options.values()
     for part in parts:
         if isinstance(part, (dict, list)):
@@ -181,8 +171,6 @@ def _check_limits(options: Any) -> None:
     for name, value in options.items() if isinstance(options, dict) else ():
         if name in LIMITS and value > LIMITS[name]:
             raise ValueError(f"{name} is {value}; expected at most {LIMITS[name]} - 'options'")
-        if name == "sampler" and value not in SAMPLERS:
-            raise ValueError(f"sampler is {value!r}; expected one of {SAMPLERS} - 'options'")
 
 
 def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
