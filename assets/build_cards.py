@@ -187,7 +187,7 @@ def plot_losses(runs: dict[str, Metrics], file: Path) -> None:
         from matplotlib.figure import Figure  # pyplot would need a display
     except ImportError:
         raise ValueError(
-            "loss curves need matplotlib: pip install matplotlib, or pip install 'unclip[dev]'"
+            "loss curves need matplotlib: pip install matplotlib, or pip install '.[dev]'"
         ) from None
     columns, rows = min(4, len(runs)), -(-len(runs) // 4)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")

@@ -16,8 +16,10 @@ SOURCES = {file: file.read_text("utf-8") for file in (ROOT / "unclip").rglob("*.
 
 def test_a_missing_package_is_reported_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # not installed
-    with pytest.raises(ValueError, match=r"^LoRA needs peft: pip install 'unclip\[finetune\]' \("):
+    with pytest.raises(ValueError) as error:
         import_extra("peft", "finetune", "LoRA")
+    command = "pip install 'unclip[finetune]', or '.[finetune]' in a checkout"
+    assert str(error.value).startswith(f"LoRA needs peft: {command} (")
 
 
 def test_extras_contain_their_packages():
@@ -32,3 +34,16 @@ def test_extras_contain_their_packages():
 def test_hints_name_extras():
     for file, text in SOURCES.items():
         assert not re.search(r"pip install (?!'unclip\[|\{missing)", text), file
+
+
+def test_pages_install_extras_from_a_checkout_and_one_lists_them_all():
+    pages = [p for p in ROOT.rglob("*.md") if not {".git", "runs"} & set(p.relative_to(ROOT).parts)]
+    assert len(pages) > 6
+    for page in pages:
+        assert "unclip[" not in page.read_text("utf-8"), page
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    listed = re.findall(
+        r"(?m)^\| `(\w+)` \| .+ \|$", (ROOT / "unclip/README.md").read_text("utf-8")
+    )
+    assert set(re.findall(r"(?m)^(\w+) = \[", section)) <= set(listed)

@@ -15,5 +15,5 @@ def import_extra(module: str, extra: str, feature: str) -> Any:
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra."""
-    return f"pip install 'unclip[{extra}]'"
+    """Return the command that installs an extra, of a released package or in a checkout."""
+    return f"pip install 'unclip[{extra}]', or '.[{extra}]' in a checkout"
