@@ -253,6 +253,7 @@ def _matching_steps(stage: dict[str, Any], changes: dict[str, Any]) -> dict[str,
 
 
 def _stages(options: Any) -> Iterator[StageOptions]:
+    """Yield the options of each stage of a whole model."""
     for value in vars(options).values():
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, StageOptions):

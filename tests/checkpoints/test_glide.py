@@ -22,6 +22,7 @@ from unclip.checkpoints import glide
 from unclip.checkpoints.renaming import export_state
 from unclip.cli.main import main
 from unclip.diffusion.schedules import ScheduleConfig
+from unclip.image_io import read_metadata
 from unclip.models.published.glide import GLIDE, GLIDEConfig
 from unclip.pipelines.glide import GLIDEPipeline
 from unclip.pipelines.provenance import regenerate
@@ -292,6 +293,9 @@ def test_convert_info_and_generate_commands(
     generate = ["generate", "a fish", "--model", ours, "--device=cpu", "-o", image_file]
     assert main([*generate, "--steps=1"]) == 0
     assert Image.open(image_file).size == (64, 64)
+    assert main([*generate, "--set=decoder.timesteps=[900]", "--set=decoder.guidance=1"]) == 0
+    decoder = read_metadata(image_file)[0]["options"]["decoder"]
+    assert (decoder["steps"], decoder["timesteps"], decoder["guidance"]) == (1, [900], 1.0)
     assert main([*generate, "--prior-steps=3"]) == 2
     assert (
         "glide is of kind glide, which has no --prior-steps; it has --steps"
