@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -32,8 +35,9 @@ from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 def _slow_imports_left_out() -> Iterator[None]:
     """Import none of three packages that take most of the time of open_clip's import.
 
-    timm and transformers are needed for their own towers alone: see `_find_towers`. torchvision
-    asks torch._dynamo which devices it compiles for, but only when an operator runs.
+    timm and transformers are needed for their own towers alone, which import them: see
+    `_postpone`. torchvision asks torch._dynamo which devices it compiles for, but only when an
+    operator runs.
     """
 
     def is_compile_supported(device: str) -> bool:
@@ -73,39 +77,88 @@ def _import_open_clip() -> Any:
     return open_clip
 
 
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Import timm without torch._dynamo, which takes as long as torch.
+class _PostponedModule(ModuleType):
+    """A module of open_clip that imports timm or transformers when one of their names is read."""
 
-    timm asks it not to compile functions of NaFlexViT, which open_clip cannot build.
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("__") and name in _optional_imports(self).co_names:
+            _complete(self)
+        return ModuleType.__getattribute__(self, name)
+
+
+def _postpone(module: ModuleType) -> None:
+    """Let a module whose optional imports failed repeat them when one of its networks is made.
+
+    Its classes stay the same objects, also where other modules have imported them.
     """
 
-    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
-        return function or (lambda function: function)
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:  # also called to copy and to unpickle
+        _complete(module)
+        return object.__new__(cls)
 
-    original, torch.compiler.disable = torch.compiler.disable, disable
+    for value in vars(module).values():
+        own = isinstance(value, type) and value.__module__ == module.__name__
+        if own and issubclass(value, nn.Module):
+            value.__new__ = new
+    module.__class__ = _PostponedModule
+
+
+@functools.cache
+def _optional_imports(module: ModuleType) -> CodeType:
+    """Compile the `try` statements of a module, in which open_clip imports optional packages."""
+    statements = ast.parse(inspect.getsource(module)).body
+    tries: list[ast.stmt] = [node for node in statements if isinstance(node, ast.Try)]
+    return compile(ast.Module(tries, []), str(module.__file__), "exec")
+
+
+def _complete(module: ModuleType) -> None:
+    """Repeat the optional imports of a module, unless that is done."""
+    with _completing:
+        if module.__class__ is _PostponedModule:
+            with _dynamo_left_out():
+                exec(_optional_imports(module), vars(module))
+            module.__class__ = ModuleType
+
+
+@contextlib.contextmanager
+def _dynamo_left_out() -> Iterator[None]:
+    """Import timm without torch._dynamo, which takes as long as torch.
+
+    timm disables the compilation of some functions at import. Here this is postponed until such a
+    function is called after an import of torch._dynamo.
+    """
+    original = torch.compiler.disable
+
+    def disable(function: Any = None, *args: Any, **options: Any) -> Any:
+        if "torch._dynamo" in sys.modules or not inspect.isfunction(function):
+            return original(function, *args, **options)
+
+        @functools.wraps(function)
+        def disabled(*inputs: Any, **keywords: Any) -> Any:
+            if "torch._dynamo" in sys.modules:
+                return original(function, *args, **options)(*inputs, **keywords)
+            return function(*inputs, **keywords)
+
+        disabled._torchdynamo_disable = True  # type: ignore[attr-defined]
+        return disabled
+
+    torch.compiler.disable = disable
     try:
         yield
     finally:
         torch.compiler.disable = original
 
 
-def _find_towers(model_cfg: Mapping[str, Any]) -> None:
-    """Import what the towers of a model need, timm or transformers, if it is installed."""
-    vision, text = model_cfg.get("vision_cfg") or {}, model_cfg["text_cfg"]
-    timm, hf = open_clip.timm_model, open_clip.hf_model
-    if vision.get("timm_model_name") and timm.timm is None:
-        with _uncompiled():
-            open_clip.model.TimmModel = importlib.reload(timm).TimmModel
-    if text.get("hf_model_name") and hf.transformers is None:
-        open_clip.model.HFTextEncoder = importlib.reload(hf).HFTextEncoder
-
-
+_completing = threading.RLock()
+_is_first_import = "open_clip" not in sys.modules
 try:
     with _slow_imports_left_out():
         open_clip = _import_open_clip()
 except ImportError:  # a version of torchvision or open_clip that needs more of them
     open_clip = _import_open_clip()
+if _is_first_import:
+    for _module in (open_clip.timm_model, open_clip.hf_model, open_clip.coca_model):
+        _postpone(_module)
 
 # B batch, L text tokens, W text width, D embedding width, S image size, C channels
 
@@ -207,7 +260,6 @@ class CLIP(nn.Module):
         model_cfg = dict(config.model_cfg)
         if "multimodal_cfg" in model_cfg:
             raise ValueError("the configuration is a captioner (multimodal_cfg); expected a CLIP")
-        _find_towers(model_cfg)
         has_hf_text = "hf_model_name" in model_cfg["text_cfg"]
         custom_text = model_cfg.pop("custom_text", False) or has_hf_text
         has_images = bool(model_cfg.get("vision_cfg"))
@@ -245,7 +297,6 @@ class CLIP(nn.Module):
             fault = f"{architecture} computes QuickGELU but {pretrained!r} was trained without it"
             raise ValueError(f"{fault}; use {other!r}")
         model_cfg["quick_gelu"] = quick_gelu or tag.get("quick_gelu", False)
-        _find_towers(model_cfg)
         source = open_clip.create_model(
             architecture,
             pretrained=pretrained,
