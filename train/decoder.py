@@ -11,13 +11,15 @@ from functools import partial
 from typing import Literal
 
 from unclip.checkpoints.store import load_as, save_component, with_base
-from unclip.config import Fraction, NonNegative, config
+from unclip.config import Fraction, NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.decoder import Decoder, DecoderConfig
 from unclip.models.unclip.layout_prior import LayoutPrior
+from unclip.models.unclip.prior import EmbeddingStats
+from unclip.training.embedded import measure_stats
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import (
     initialize,
@@ -58,7 +60,8 @@ class DecoderTraining:
         0.5  # largest noise on these layouts, on scaled principal components
     )
     agreement: NonNegative = 0.0  # inpaint with a layout: largest weight of embedding guidance
-    emb_noise: NonNegative = 0.0  # with a layout: largest noise on embeddings, in std
+    emb_noise: NonNegative = 0.0  # largest noise on image embeddings, in their std
+    stats_batches: PositiveInt = 100  # batches for that std; with a layout, its own is used
 
     def __post_init__(self) -> None:
         if self.task == "draw":
@@ -74,9 +77,8 @@ class DecoderTraining:
         for name in ("copy_paste", "emb_mix", "agreement"):
             if (value := getattr(self, name)) and not inpaint:
                 raise ValueError(f"{name} is {value}; expected 0, unless task is 'inpaint'")
-        for name in ("agreement", "emb_noise"):
-            if (value := getattr(self, name)) and not self.model.layout:
-                raise ValueError(f"{name} is {value}; expected 0 without model.layout")
+        if self.agreement and not self.model.layout:
+            raise ValueError(f"agreement is {self.agreement}; expected 0 without model.layout")
         if self.layout and not self.model.layout:
             raise ValueError(f"layout is {self.layout}, but model.layout, its config, is missing")
         if self.layout_prior and not self.model.layout:
@@ -107,6 +109,11 @@ def main(run: Run[DecoderTraining]) -> None:
     if config.layout_prior:
         layout_prior = load_as(config.layout_prior, LayoutPrior, "a layout prior")
         layout_prior = layout_prior.to(run.device).requires_grad_(False)
+    loader, stats = open_data(config.data), None
+    if config.emb_noise and decoder.layout is None:
+        stats = EmbeddingStats(config.model.emb_dim).to(run.device)
+        if not (run.resume or run.dry_run):  # a checkpoint has them
+            measure_stats(stats, clip, loader, config.stats_batches)
     loss = DecoderLoss(
         decoder,
         clip,
@@ -120,8 +127,8 @@ def main(run: Run[DecoderTraining]) -> None:
         agreement=config.agreement,
         layout_prior=layout_prior,
         layout_noise=config.layout_noise,
+        stats=stats,
     )
-    loader = open_data(config.data)
     report_long_captions(clip.tokenizer, loader)
     val_loader = open_data(config.val_data) if config.val_data else None
     fit(
@@ -131,6 +138,7 @@ def main(run: Run[DecoderTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
+        statistics=stats,
         val_loader=val_loader,
         preview=decoder_preview(clip, schedule, val_loader, holes=holes) if val_loader else None,
         export=save_lora if config.lora else partial(save_component, schedule=config.schedule),

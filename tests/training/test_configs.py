@@ -255,6 +255,13 @@ def test_a_config_is_valid_and_its_network_can_be_built(name):
         assert count(network(name)) > 0
 
 
+@pytest.mark.parametrize("name", ["karlo", "paper"])
+def test_a_decoder_without_layout_takes_noise_on_its_embeddings(name):
+    training = load_script("decoder").DecoderTraining
+    path = ROOT / f"configs/{name}/decoder.yaml"
+    assert load_config(path, training, ["emb_noise=0.3"]).emb_noise == 0.3
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     assert count(network(f"{name}.yaml")) == PARAMETERS[name]

@@ -16,6 +16,7 @@ from forks import FSDP, fork, wait
 from networks import Captioned, build
 from torch import Tensor, nn
 
+from unclip.models.unclip.prior import EmbeddingStats
 from unclip.training.fit import fit
 from unclip.training.initialization import read_weights
 from unclip.training.launch import Run
@@ -108,6 +109,34 @@ def test_a_sharded_run_equals_one_process_and_resumes_with_any_number(tmp_path: 
     exported = SavedTensors(two / "model", "model")
     _, averages = read_weights(two / "checkpoints/step-0000004")  # as for --init
     assert all(torch.equal(exported[name], averages[name]) for name in averages)
+
+
+@pytest.mark.parametrize("env", [None, FSDP], ids=["DDP", "FSDP2"])
+def test_statistics_are_those_of_the_first_process_and_are_restored(
+    tmp_path: Path, env: dict[str, str] | None
+) -> None:
+    def train(steps: int, measured: float, resume: str | None) -> None:
+        config = fit_config(tmp_path, steps, precision="fp32")
+
+        def run(rank: int) -> None:
+            stats, seen = EmbeddingStats(3), []
+            stats.emb_mean += measured + rank
+
+            def loss_fn(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+                seen.append(stats.emb_mean.tolist())
+                return plain_loss(model, batch)
+
+            loader = SampleLoader(rank=rank, processes=2)
+            settings = Run({"fit": vars(config)}, resume=resume)
+            fit(Scaled(), loss_fn, loader, config, OPTIM, run=settings, statistics=stats)
+            assert seen == [[1.0] * 3]
+
+        assert wait(fork(run, 2, env), 300) == [0, 0]
+
+    train(1, 1.0, None)
+    train(2, 5.0, "latest")
+    saved = SavedTensors(tmp_path / "checkpoints/step-0000002", "statistics")
+    assert saved["emb_mean"].tolist() == [1.0] * 3
 
 
 @pytest.mark.nightly

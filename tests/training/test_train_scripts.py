@@ -13,12 +13,15 @@ import pytest
 import torch
 from forks import FSDP, fork, wait
 from PIL import Image
-from scripts import ROOT, run_script, write_shape_images
+from scripts import ROOT, load_script, run_script, write_shape_images
 
 import unclip
 from unclip.checkpoints import folders
 from unclip.checkpoints.registry import load_codec
+from unclip.clip import CLIP
+from unclip.config import load_config
 from unclip.data import embeddings
+from unclip.data.loader import open_data
 from unclip.data.parts import PartWriter
 from unclip.weights import read_tensors
 
@@ -306,8 +309,6 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
         train("decoder", *settings[2:], *own)
     with pytest.raises(SystemExit, match="model.layout, its config, is missing"):
         train("decoder", settings[0])
-    with pytest.raises(SystemExit, match="emb_noise is 0.5; expected 0 without model.layout"):
-        train("decoder", "--set=emb_noise=0.5")
     with pytest.raises(SystemExit, match="agreement is 5.0; expected 0, unless task is 'inpaint'"):
         train("decoder", "--set=agreement=5.0")
     with pytest.raises(SystemExit, match="agreement is 5.0; expected 0, unless task is 'inpaint'"):
@@ -316,6 +317,34 @@ def test_a_decoder_is_conditioned_on_a_frozen_layout(workplace):
         train("decoder", "--set=emb_mix=0.5")
     with pytest.raises(SystemExit, match="copy_paste is 2.0; expected at most 1"):
         train("decoder", "--set=copy_paste=2.0")
+
+
+def test_a_decoder_without_layout_is_trained_with_noise_on_its_embeddings(workplace):
+    """The standard deviation of the noise is measured once: a resumed run equals a whole one."""
+    settings = ["--set=emb_noise=0.5", "--set=stats_batches=1", "--set=optim.schedule=constant"]
+    outputs = [f"--set=fit.output=runs/tiny/noisy_{name}" for name in ("whole", "resumed")]
+    train("decoder", *settings, outputs[0])
+    train("decoder", *settings, outputs[1], "--set=fit.steps=4")
+    train("decoder", *settings, outputs[1], "--resume", "latest")
+    whole, resumed, plain = (
+        read_tensors(workplace / f"runs/tiny/{name}/model/model.safetensors")
+        for name in ("noisy_whole", "noisy_resumed", "decoder")
+    )
+    assert whole.keys() == plain.keys()  # the noise is not part of the saved decoder
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    statistics = [
+        read_tensors(
+            workplace / f"runs/tiny/noisy_{name}/checkpoints/{step}/statistics.safetensors"
+        )
+        for name, step in (("whole", "step-0000008"), ("resumed", "step-0000004"))
+    ]
+    clip = CLIP.from_pretrained("runs/tiny/clip/model")
+    config = load_config(ROOT / "configs/tiny/decoder.yaml", load_script("decoder").DecoderTraining)
+    loader = open_data(config.data)
+    with torch.no_grad():
+        std = clip.encode_image(next(iter(loader))["image"]).std(dim=0)
+    for saved in statistics:
+        torch.testing.assert_close(saved["emb_std"], std)
 
 
 def test_a_layout_network_learns_the_same_from_precomputed_embeddings(workplace):

@@ -6,6 +6,7 @@ from conftest import EMB_DIM, tiny_clip, tiny_decoder, tiny_prior, tiny_upsample
 from unclip.data.corruption import CorruptionConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule
+from unclip.models.unclip.prior import EmbeddingStats
 from unclip.training.losses import CLIPLoss, ConditionDropout, DecoderLoss, PriorLoss, UpsamplerLoss
 
 CAPTIONS = ["a red apple", "a blue fish", "a red fish", "a blue apple"]
@@ -104,6 +105,19 @@ def test_images_and_captions_are_dropped_independently(clip):
     assert len(image) == 2048
     assert abs(image.mean() - 0.1) < 0.03 and abs(text.mean() - 0.5) < 0.05
     assert abs((image * text).mean() - 0.05) < 0.02  # unCLIP 2.1: both at once 5 % of the time
+
+
+def test_noise_on_embeddings_has_the_given_deviation_in_each_dimension(clip):
+    decoder, recorder, stats = tiny_decoder(), Recorder(6), EmbeddingStats(EMB_DIM)
+    stats.set_stats(torch.zeros(EMB_DIM), torch.linspace(1, 4, EMB_DIM))
+    schedule, drop = Schedule(), ConditionDropout(image=0.0)
+    loss_fn = DecoderLoss(decoder, clip, schedule, drop, LossConfig(), emb_noise=0.5, stats=stats)
+    emb, captions = torch.randn(4, EMB_DIM).repeat(500, 1), CAPTIONS * 500
+    torch.manual_seed(0)
+    loss_fn(recorder, {"image": torch.zeros(2000, 3, 8, 8), "image_emb": emb, "caption": captions})
+    noise = recorder.calls[0][2] - emb
+    expected = 0.5 * 3**-0.5 * stats.emb_std  # of a scale that is uniform in [0, 0.5]
+    torch.testing.assert_close(noise.std(dim=0), expected, rtol=0.1, atol=0)
 
 
 def test_the_empty_prompt_replaces_dropped_captions(clip):

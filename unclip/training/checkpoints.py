@@ -4,6 +4,7 @@ step-0001000/
   model.safetensors        the weights being optimised
   ema.safetensors          their average, as a full set of weights (absent without EMA)
   optimizer.safetensors    "exp_avg/<parameter>" and so on
+  statistics.safetensors   buffers that the loss reads, such as means of the data (if any)
   rng-0.json               the random state of each process
   state.json               step, position in the data, settings, versions
   tokenizer.json           for networks that read captions themselves

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object, set_seed
 from annotated_types import Interval
@@ -114,6 +115,7 @@ def fit(
     export: Export | None = None,
     before_step: BeforeStep | None = None,
     tokenizer: BPETokenizer | None = None,
+    statistics: nn.Module | None = None,
 ) -> Path:
     """Train `model` and return the folder of its averaged weights, `<output>/model`.
 
@@ -126,6 +128,8 @@ def fit(
     before_step(step)       is called before each update, for losses that change over time; and by
                             a resumed run before the evaluations that the last one had skipped.
     tokenizer               is stored in the checkpoints.
+    statistics              has buffers that the loss reads, such as means of the data. Those of the
+                            first process are used, stored in the checkpoints and restored.
 
     Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
     is saved; FloatingPointError before an update with a loss or gradient that is not finite;
@@ -138,7 +142,9 @@ def fit(
     lock = contextlib.nullcontext() if run.dry_run or rank() else locked(Path(config.output))
     try:
         with lock:
-            trainer = _Trainer(model, loss_fn, loader, config, optim, run, before_step, tokenizer)
+            trainer = _Trainer(
+                model, loss_fn, loader, config, optim, run, before_step, tokenizer, statistics
+            )
             return trainer.train(val_loader, preview, export)
     finally:  # process-wide singletons: the next fit may need another precision
         AcceleratorState._reset_state()
@@ -158,6 +164,7 @@ class _Trainer:
         run: Run[Any],
         before_step: BeforeStep | None,
         tokenizer: BPETokenizer | None,
+        statistics: nn.Module | None,
     ) -> None:
         self.config, self.optim, self.loader = config, optim, loader
         self.loss_fn, self.before_step = loss_fn, before_step
@@ -184,6 +191,8 @@ class _Trainer:
             self.model = accelerator.prepare_model(model)  # wrapped for several processes
             optimizer = build_optimizer(model, optim)
             self.optimizer = accelerator.prepare_optimizer(optimizer)
+        for buffer in statistics.buffers() if several and statistics is not None else ():
+            dist.broadcast(buffer, 0)  # each process has measured other data
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.ema = EMA(model, config.ema) if config.ema is not None else None
         self.state = RunState(
@@ -197,6 +206,7 @@ class _Trainer:
             accelerator.process_index,
             tokenizer,
             loader.samples_hash(),
+            statistics,
         )
         self.saved, self.saved_random_state = None, None
         if checkpoint:

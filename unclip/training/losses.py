@@ -240,7 +240,7 @@ class DecoderLoss:
     config: LossConfig
     # Train to inpaint random holes; the loss is over the whole image (GLIDE 2.4).
     holes: HoleConfig | None = None
-    emb_noise: float = 0.0  # see `add_embedding_noise`; needs a layout
+    emb_noise: float = 0.0  # see `add_embedding_noise`; needs a layout, or `stats`
     emb_mix: float = 0.0  # see `mix_embeddings`; for images with holes but nothing pasted
     # Fraction of images with holes that get the object of another image and its conditions.
     copy_paste: float = 0.0
@@ -248,6 +248,7 @@ class DecoderLoss:
     # With a layout prior, half of the layouts are those of the images, with noise.
     layout_prior: LayoutPrior | None = None
     layout_noise: float = 0.5  # largest, on scaled components
+    stats: EmbeddingStats | None = None  # for `emb_noise`; None = those of the layout network
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         config = self.decoder.config
@@ -258,8 +259,9 @@ class DecoderLoss:
         if self.holes is not None:
             x_0, image_emb, text, known = self._with_holes(x_0, image_emb, text, self.holes)
         if self.emb_noise:
-            assert self.decoder.layout is not None
-            image_emb = add_embedding_noise(image_emb, self.decoder.layout, self.emb_noise)
+            stats = self.decoder.layout if self.stats is None else self.stats
+            assert stats is not None
+            image_emb = add_embedding_noise(image_emb, stats, self.emb_noise)
         layout = self._true_layouts(x_0, image_emb)
         conditions = image_emb, text, drop_image, drop_text, known, layout
         kind = config.prediction, config.learned_variance

@@ -78,6 +78,7 @@ class RunState:
     process: int = 0
     tokenizer: BPETokenizer | None = None
     samples: str | None = None  # hash of the data's samples
+    statistics: nn.Module | None = None  # buffers that the loss reads
     step: int = 0
     hours: float = 0.0
     pending: list[str] = field(default_factory=list)  # evaluations of this step, to be done
@@ -103,6 +104,9 @@ class RunState:
         }
         if self.ema:
             tensors["ema"] = {name: (self.ema.average_of(x), x) for name, x in model.items()}
+        if self.statistics is not None:
+            buffers = self.statistics.state_dict()
+            tensors["statistics"] = {name: (x, x) for name, x in buffers.items()}
         suffix = f"-{self.process:05d}" if is_sharded(self.model) else ""
         files = {f"{kind}{suffix}.safetensors": _own(x, copy) for kind, x in tensors.items()}
         if self.process > 0 and (not suffix or not any(files.values())):
@@ -162,6 +166,8 @@ class RunState:
         self._load_moments(SavedTensors(folder, "optimizer"))
         if self.ema:
             self.ema.load(SavedTensors(folder, "ema"), state.ema_updates or 0)
+        if self.statistics is not None:
+            self.statistics.load_state_dict(dict(SavedTensors(folder, "statistics")))
         if self.scaler and state.scaler:
             self.scaler.load_state_dict(state.scaler)
         self.loader.load_state_dict(self._position(state))

@@ -32,7 +32,7 @@ def write_rows(tensors: Mapping[str, tuple[Tensor, int]], file: Path) -> None:
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """The tensors `kind` ("model", "ema", "optimizer") of a checkpoint; errors: see TensorFile."""
+    """The tensors `kind` ("model", "ema", ...) of a checkpoint; errors: see TensorFile."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.source = folder / f"{kind}.safetensors"
