@@ -21,6 +21,7 @@ from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ARPriorLoss, ConditionDropout
+from unclip.training.measures import SampledCosines
 from unclip.training.optim import OptimConfig
 
 
@@ -61,6 +62,7 @@ def main(run: Run[ARPriorTraining]) -> None:
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
         export=partial(save_component, notes=data_notes(loader)),
+        measure=SampledCosines(prior, clip),
     )
 
 

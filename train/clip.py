@@ -22,6 +22,7 @@ from unclip.training.initialization import (
 )
 from unclip.training.launch import Run, launch
 from unclip.training.losses import CLIPLoss
+from unclip.training.measures import Retrieval
 from unclip.training.optim import OptimConfig
 from unclip.training.reconstruction import (
     ReconstructingCLIP,
@@ -83,6 +84,7 @@ def main(run: Run[CLIPTraining]) -> None:
         val_loader=open_data(config.val_data) if config.val_data else None,
         export=export,
         tokenizer=tokenizer,
+        measure=Retrieval(clip),
     )
 
 
@@ -103,6 +105,7 @@ def train_text_tower(run: Run[CLIPTraining], tower: TextTowerConfig) -> None:
         val_loader=open_loader(val_data, base, embed_once=False) if val_data else None,
         export=TextTower.save,
         tokenizer=base.tokenizer if isinstance(base.tokenizer, BPETokenizer) else None,
+        measure=Retrieval(network.clip),
     )
 
 

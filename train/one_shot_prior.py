@@ -17,6 +17,7 @@ from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, OneShotLossConfig, OneShotPriorLoss
+from unclip.training.measures import SampledCosines
 from unclip.training.optim import OptimConfig
 
 
@@ -51,6 +52,7 @@ def main(run: Run[OneShotPriorTraining]) -> None:
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
         export=partial(save_component, notes=data_notes(loader)),
+        measure=SampledCosines(prior, clip),
     )
 
 

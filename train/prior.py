@@ -21,6 +21,7 @@ from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import initialize, load_clip
 from unclip.training.launch import Run, launch
 from unclip.training.losses import ConditionDropout, PriorLoss
+from unclip.training.measures import SampledCosines
 from unclip.training.optim import OptimConfig
 
 
@@ -54,10 +55,11 @@ def main(run: Run[PriorTraining]) -> None:
     if not (run.resume or run.init or run.config.base):  # else they are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
     run = initialize(prior, run)
+    schedule = Schedule(config.schedule)
     loss = PriorLoss(
         prior,
         clip,
-        Schedule(config.schedule),
+        schedule,
         config.drop,
         config.loss,
         noises=config.noises,
@@ -75,6 +77,7 @@ def main(run: Run[PriorTraining]) -> None:
         run=run,
         val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
         export=save_lora if config.lora else export,
+        measure=SampledCosines(prior, clip, schedule),
     )
 
 

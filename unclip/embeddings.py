@@ -21,6 +21,27 @@ def normalise(x: Tensor) -> Tensor:
     return (wide / norm.where(norm > 0, 1.0)).to(x.dtype)
 
 
+def cosine_gap(emb: Tensor, true_emb: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """Return the mean cosine of matching rows, of rows with other captions, and their gap.
+
+    emb and true_emb are (N, D); at least two of the N captions differ.
+    """
+    cosines = normalise(emb) @ normalise(true_emb).T  # (N, N)
+    matching = cosines.diagonal().mean().item()
+    labels = caption_targets(captions)[1].to(emb.device)
+    mismatched = cosines[labels[:, None] != labels].mean().item()
+    return {"matching": matching, "mismatched": mismatched, "gap": matching - mismatched}
+
+
+def caption_targets(captions: Sequence[str]) -> tuple[list[int], Tensor]:
+    """Return the first row of each distinct caption, and the index (N,) of each among them."""
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    index = {caption: i for i, caption in enumerate(first)}
+    return list(first.values()), torch.tensor([index[caption] for caption in captions])
+
+
 def slerp(a: Tensor, b: Tensor, fraction: float | Tensor) -> Tensor:
     """Interpolate spherically from a (..., D) at fraction 0 to b (..., D) at fraction 1.
 

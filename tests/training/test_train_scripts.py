@@ -81,6 +81,22 @@ def test_a_run_writes_weights_checkpoints_and_settings(workplace, network):
     )
 
 
+@pytest.mark.parametrize(
+    ("network", "figures"),
+    [
+        ("clip", {"val_recall_of_captions", "val_recall_of_images"}),
+        ("prior", {"val_cosine", "val_cosine_unrelated", "val_cosine_gap"}),
+        ("ar_prior", {"val_cosine", "val_cosine_unrelated", "val_cosine_gap"}),
+        ("one_shot_prior", {"val_cosine", "val_cosine_unrelated", "val_cosine_gap"}),
+    ],
+)
+def test_validation_measures_what_clip_and_the_priors_are_for(workplace, network, figures):
+    rows = (workplace / f"runs/tiny/{network}/metrics.jsonl").read_text().splitlines()
+    validations = [row for row in map(json.loads, rows) if "val_loss" in row]
+    assert len(validations) == 2 and all(figures <= row.keys() for row in validations)
+    assert all(-1 <= row[name] <= 1 for row in validations for name in figures)
+
+
 @pytest.mark.parametrize("network", ["decoder", "upsampler", "codec", "dalle"])
 def test_image_networks_write_previews(workplace, network):
     assert list((workplace / "runs/tiny" / network).rglob("*.png"))

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fitting import (
     plain_loss,
     plain_model,
     run_fit,
+    tiny_model,
 )
 from PIL import Image
 from torch import Tensor, nn
@@ -92,6 +93,40 @@ def test_validation_and_previews_do_not_change_the_training(tmp_path: Path) -> N
         "step-0000006.png",
     ]
     assert list((with_previews / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_a_validation_measures_its_first_samples_with_the_averaged_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unclip.training.fit.MEASURED", 6)
+    seen: list[list[str]] = []
+    model = tiny_model()
+
+    def measure(batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+        assert all(len(batch["image"]) == len(batch["key"]) for batch in batches)
+        seen.append([key for batch in batches for key in batch["key"]])
+        torch.randn(3)  # must not change the training
+        return {"weight": model[0].weight.sum().item()}
+
+    runs: dict[str, dict[str, Any]] = {"without": {}, "measured": {"measure": measure}}
+    for name, options in runs.items():
+        model = tiny_model()
+        config = fit_config(tmp_path / name, 4, val_every=2, log_every=0)
+        options = {"run": Run({}), "val_loader": TinyLoader(3), **options}
+        fit(model, denoising_loss, TinyLoader(), config, OPTIM, **options)
+    assert seen == [[f"e0b{i // 4}i{i % 4}" for i in range(6)]] * 2
+    assert_same(
+        checkpoint_tensors(tmp_path / "without", 4), checkpoint_tensors(tmp_path / "measured", 4)
+    )
+    rows = [
+        json.loads(row) for row in (tmp_path / "measured/metrics.jsonl").read_text().splitlines()
+    ]
+    average = checkpoint_tensors(tmp_path / "measured", 4)["ema/0.weight"].sum().item()
+    assert rows[1]["val_weight"] == pytest.approx(average, rel=1e-5)
+    without = [
+        json.loads(row) for row in (tmp_path / "without/metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in without]
 
 
 def test_metrics_are_means_and_validation_noise_is_fixed(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.embeddings import caption_targets as caption_targets
+from unclip.embeddings import cosine_gap as cosine_gap
 from unclip.embeddings import normalise
 from unclip.extras import import_extra
 
@@ -20,18 +22,6 @@ SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 KID_SUBSET, FEATURE_KID_SUBSET = 100, 1000  # images; 1000 is what published KIDs use
 PART = 4096  # images whose distances to all others are in memory at a time
 NEIGHBOURS = 3  # k of precision and recall, which need more images than that
-
-
-def cosine_gap(emb: Tensor, true_emb: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Return the mean cosine of matching rows, of rows with other captions, and their gap.
-
-    emb and true_emb are (N, D); at least two of the N captions differ.
-    """
-    cosines = normalise(emb) @ normalise(true_emb).T  # (N, N)
-    matching = cosines.diagonal().mean().item()
-    labels = caption_targets(captions)[1].to(emb.device)
-    mismatched = cosines[labels[:, None] != labels].mean().item()
-    return {"matching": matching, "mismatched": mismatched, "gap": matching - mismatched}
 
 
 def recall(
@@ -49,15 +39,6 @@ def recall(
         for k in ks
         if k == 1 or k < len(candidates)
     }
-
-
-def caption_targets(captions: Sequence[str]) -> tuple[list[int], Tensor]:
-    """Return the first row of each distinct caption, and the index (N,) of each among them."""
-    first: dict[str, int] = {}
-    for row, caption in enumerate(captions):
-        first.setdefault(caption, row)
-    index = {caption: i for i, caption in enumerate(first)}
-    return list(first.values()), torch.tensor([index[caption] for caption in captions])
 
 
 def diversity(emb: Tensor) -> float:

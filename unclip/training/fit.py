@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -58,9 +58,11 @@ from unclip.weights import write_tensors
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 Preview = Callable[[nn.Module], Image.Image]
+Measure = Callable[[Sequence[Batch]], Mapping[str, float]]
 BeforeStep = Callable[[int], None]
 
 VALIDATION, PREVIEW = "validation", "preview"
+MEASURED = 256  # samples of a validation that are given to `measure`, of all processes
 
 
 @config
@@ -116,6 +118,7 @@ def fit(
     before_step: BeforeStep | None = None,
     tokenizer: BPETokenizer | None = None,
     statistics: nn.Module | None = None,
+    measure: Measure | None = None,
 ) -> Path:
     """Train `model` and return the folder of its averaged weights, `<output>/model`.
 
@@ -130,6 +133,8 @@ def fit(
     tokenizer               is stored in the checkpoints.
     statistics              has buffers that the loss reads, such as means of the data. Those of the
                             first process are used, stored in the checkpoints and restored.
+    measure(batches)        returns what a validation reports besides the losses; called with the
+                            averaged weights and the first validation samples, in all processes.
 
     Raises SystemExit(0) after a dry run, and after SIGTERM, Ctrl-C or `max_hours` once a checkpoint
     is saved; FloatingPointError before an update with a loss or gradient that is not finite;
@@ -145,7 +150,7 @@ def fit(
             trainer = _Trainer(
                 model, loss_fn, loader, config, optim, run, before_step, tokenizer, statistics
             )
-            return trainer.train(val_loader, preview, export)
+            return trainer.train(val_loader, preview, export, measure)
     finally:  # process-wide singletons: the next fit may need another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -214,8 +219,13 @@ class _Trainer:
             self.saved_random_state = restore_random_state(checkpoint, accelerator.process_index)
 
     def train(
-        self, val_loader: Loader | None, preview: Preview | None, export: Export | None
+        self,
+        val_loader: Loader | None,
+        preview: Preview | None,
+        export: Export | None,
+        measure: Measure | None,
     ) -> Path:
+        self.measure = measure
         config, accelerator, state = self.config, self.accelerator, self.state
         if accelerator.is_main_process and state.step <= config.steps:
             save_json(state.settings, self.output / "config.json")
@@ -318,7 +328,7 @@ class _Trainer:
                 accelerator.backward(terms["loss"] / config.accumulate)
             used.append(batch)
             losses.append(terms["loss"].detach().float())
-            self.log.count(terms, samples=len(next(iter(batch.values()))))
+            self.log.count(terms, samples=_size(batch))
         norm = accelerator.clip_grad_norm_(self.params, self.optim.clip_norm or math.inf)
         assert norm is not None  # only DeepSpeed returns None
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -463,6 +473,7 @@ class _Trainer:
                 yield
         finally:
             self.unwrapped.train()
+            sharding.reshard(self.unwrapped)  # what is gathered are averages
             set_random_state(before)
             self.log.restart_clock()
 
@@ -470,19 +481,24 @@ class _Trainer:
         return self.ema.swapped_in() if self.ema else contextlib.nullcontext()
 
     def _validate(self, loader: Loader) -> bool:
-        """Report the mean losses; return False, without a report, on a request to stop."""
+        """Report mean losses and measures; return False, without a report, on a request to stop."""
         loader.load_state_dict({"epoch": 0, "batch": 0})
         sums: dict[str, Tensor] = {}
-        count = 0
+        count, first = 0, []
+        measured = math.ceil(MEASURED / self.accelerator.num_processes) if self.measure else 0
         with self._evaluating():
             for count, batch in enumerate(loader, start=1):
                 for name, value in self.loss_fn(self.unwrapped, self._to_device(batch)).items():
                     sums[name] = sums.get(name, 0) + value.float()
+                if (rest := measured - sum(map(_size, first))) > 0:
+                    first.append({name: values[:rest] for name, values in batch.items()})
                 if any_process(self.accelerator, self.stop.requested)[0]:
                     return False
                 if count == self.config.val_batches:
                     break
-        self.log.validation(self.state.step, {name: x / count for name, x in sums.items()})
+            means = {name: x / count for name, x in sums.items()}
+            measures = self.measure(first) if self.measure else {}
+        self.log.validation(self.state.step, {**means, **measures})
         return True
 
     def _preview(self, preview: Preview) -> bool:
@@ -538,6 +554,10 @@ class _Trainer:
 
 def _export_weights(model: nn.Module, folder: Path) -> None:
     write_tensors(model, folder / "model.safetensors")
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _is_bad(gradient: Tensor | None) -> bool:

@@ -151,8 +151,8 @@ class Log:
         else:
             self.print(f"step {step}/{self._steps}  {_line(values)}  left {hours:.2f} h")
 
-    def validation(self, step: int, means: dict[str, Tensor]) -> None:
-        """Report the mean losses on the validation data as val_<name>."""
+    def validation(self, step: int, means: Mapping[str, Tensor | float]) -> None:
+        """Report means over the validation data as val_<name>."""
         values = {f"val_{name}": value for name, value in self._mean(means).items()}
         self._write(step, values)
         self.print(f"step {step}/{self._steps}  {_line(values)}")

@@ -21,7 +21,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 # Layers whose parameters are used in their `forward` only. Embeddings and the convolutions of dVAE
@@ -81,6 +81,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     for p in whole:
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what is gathered, so that the next `forward` gathers the present weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _units(module: nn.Module, min_size: int) -> Iterator[nn.Module]:
