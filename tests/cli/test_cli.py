@@ -137,6 +137,17 @@ def test_variations_and_their_regeneration(run):
     assert "generated from: a CLIP image embedding" in run("info", "again.png", model=None)[1]
 
 
+def test_variations_with_a_prompt(run):
+    Image.effect_noise((16, 16), 90).convert("RGB").save("noise.png")
+    texts = ["--prompt", "a red apple", "--negative-prompt", "a blue fish"]
+    assert run("variations", "noise.png", *texts, "--seed", "7", "-o", "a.png", "--quiet")[0] == 0
+    run("variations", "noise.png", "--seed", "7", "-o", "plain.png", "--quiet")
+    assert np.abs(pixels("a.png") - pixels("plain.png")).max() > 2
+    again = ["--from", "a.png", "-o", "again.png", "--quiet", "--trust-model"]
+    run("generate", *again, model=None)
+    assert np.abs(pixels("again.png") - pixels("a.png")).max() <= 2
+
+
 def test_a_grid_is_regenerated(run):
     run("generate", "a", "b", "-n", "2", "--seed", "0", "--grid", "-o", "sheet.png", "--quiet")
     run(

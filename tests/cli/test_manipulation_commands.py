@@ -211,6 +211,7 @@ def test_diff(run):
         ("--mask mask.png --strength 0.5", (16, 16)),
         ("--extend 0 4 9 0", (25, 20)),
         ("--strength 0.5", (16, 16)),
+        ("--negative-prompt apple", (16, 16)),
         ("", (16, 16)),
     ],
 )

@@ -71,6 +71,40 @@ def test_the_prompt_is_used_and_optional(pipe):
     assert none.prompts == [None] and none.image_emb.allclose(pipe.encode_image(image))
 
 
+EDITS = {
+    "inpaint": lambda pipe, **more: pipe.inpaint(
+        photo(16, 16), mask(16, 16, (2, 3, 12, 12)), painting=PAINTING, **more
+    ),
+    "outpaint": lambda pipe, **more: pipe.outpaint(
+        photo(16, 16), right=4, painting=PAINTING, **more
+    ),
+    "image_to_image": lambda pipe, **more: pipe.image_to_image(photo(16, 16), **more),
+}
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", None])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_negative_prompt_replaces_the_null_of_guidance(pipe, edit, prompt):
+    call = {"prompt": prompt, "seed": 1, **QUICK}
+    plain, avoided = edit(pipe, **call), edit(pipe, negative_prompt="a blue fish", **call)
+    assert difference(plain.images[0], avoided.images[0]) > 0
+    # The prior, which makes embeddings of prompts, is guided too.
+    assert (plain.image_emb != avoided.image_emb).any() == (prompt is not None)
+    again = regenerate(pipe, avoided.metadata[0], progress=False)
+    assert difference(again.images[0], avoided.images[0]) <= 2
+    assert "negative_prompt" not in plain.metadata[0]["arguments"]
+
+
+def test_a_negative_prompt_needs_guidance(pipe):
+    unguided = replace(pipe.options, decoder=replace(pipe.options.decoder, guidance=1.0))
+    call = {"negative_prompt": "a blue fish", "options": unguided, **QUICK}
+    with pytest.raises(ValueError, match="guidance is 1 in decoder; set it higher"):
+        pipe.image_to_image(photo(16, 16), **call)
+    pipe.image_to_image(photo(16, 16), "a red apple", **call)  # guidance of the prior
+    with pytest.raises(ValueError, match="2 negative prompts for 1 images"):
+        pipe.image_to_image(photo(16, 16), negative_prompt=["a", "b"])
+
+
 def test_low_strength_keeps_the_old_content(pipe):
     image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
 

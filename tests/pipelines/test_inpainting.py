@@ -409,6 +409,21 @@ def test_inpainting_depends_on_known_pixels_only(pipe):
     assert (first[hole] != second[hole]).any() and (first[hole] == third[hole]).all()
 
 
+def test_the_negative_context_has_the_known_pixels(pipe):
+    """As the null context, so that guidance does not move away from what is known."""
+    (image, mask), seen = scene(), []
+    condition = type(pipe.inpainter).condition
+
+    def recorded(self, *given, **more):
+        seen.append(more.get("known"))
+        return condition(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "condition", recorded)
+        pipe.inpaint(image, mask, "a red apple", negative_prompt="a blue fish", seed=1, **QUICK)
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("prepared", ["as it is", "int8", "packed", "offloaded"])
 def test_embeddings_are_guided_if_the_decoder_has_a_layout(pipe, prepared):
     torch.manual_seed(0)

@@ -103,6 +103,24 @@ def test_numbers_of_numpy_are_taken_as_python_s(tiny_pipe):
             {"image_emb": torch.full((1, 16), torch.nan)},
             "image_emb contains infinity or nan",
         ),
+        (
+            {"image_emb": torch.ones(3, 16), "prompt": ["a", "b"]},
+            "2 prompts for 3 images; expected one for each, or one for all",
+        ),
+        (
+            {"image_emb": torch.ones(1, 16), "negative_prompt": ["a", "b"]},
+            "2 negative prompts for 1 images",
+        ),
+        (
+            {
+                "image_emb": torch.ones(1, 16),
+                "negative_prompt": "a",
+                "options": replace(
+                    TINY_OPTIONS, decoder=replace(TINY_OPTIONS.decoder, guidance=1.0)
+                ),
+            },
+            "guidance is 1 in decoder; set it higher",
+        ),
     ],
 )
 def test_invalid_variations_are_rejected(tiny_pipe, given, message):

@@ -242,6 +242,28 @@ def test_variations_use_the_null_text(tiny_pipe, null_text):
         )
 
 
+def test_the_decoder_reads_the_prompts_of_variations(tiny_pipe):
+    texts, negative = ["a red apple", "a blue fish"], "an apple and a fish"
+    emb, call = torch.randn(2, 16), {"seed": 3, "progress": False}
+    result = tiny_pipe.variations(
+        image_emb=emb, prompt=texts, negative_prompt=negative, num_images=2, **call
+    )
+    assert result.prompts == [text for text in texts for _ in range(2)]
+    sampling = {"generators": generators_from([5])}
+    said, avoided = tiny_pipe.encode_text(texts[1]), tiny_pipe.encode_text(negative)
+    small = tiny_pipe.decode(emb[1:], said, negative=avoided, **sampling)
+    decoded = tiny_pipe.upsample(small, **sampling)
+    pixels = ((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    assert difference(Image.fromarray(pixels), result.images[2]) <= 2
+    one = {"image_emb": emb[1:], **call, "seed": 5}
+    for other in ({}, {"prompt": texts[1]}, {"negative_prompt": negative}):
+        assert difference(tiny_pipe.variations(**one, **other).images[0], result.images[2]) > 0
+    for k, metadata in enumerate(result.metadata):
+        again = regenerate(tiny_pipe, metadata, progress=False)
+        assert difference(again.images[0], result.images[k]) <= 2
+        assert again.metadata == [metadata]
+
+
 @pytest.mark.parametrize("embedding", ["text", "none"])
 def test_variations_accept_embeddings(tiny_pipe, embedding):
     options = replace(TINY_OPTIONS, embedding=embedding)

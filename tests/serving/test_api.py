@@ -223,7 +223,7 @@ def test_fields_and_files_that_a_call_does_not_use_are_listed(client):
     form = {"prompt": "a red apple", "response_format": "b64_json"}
     image, mask = ("image.png", png(16), "image/png"), ("mask.png", png(16), "image/png")
     response = client.post(VARIATIONS, data=form, files={"image": image, "mask": mask})
-    assert response.headers["x-unclip-ignored"] == "prompt, mask"
+    assert response.headers["x-unclip-ignored"] == "mask"
     response = client.post(GENERATIONS, data=form, files={"image": image})
     assert response.headers["x-unclip-ignored"] == "image"
     emb = base64.b64encode(np.ones(16, "<f4").tobytes()).decode()
@@ -494,6 +494,28 @@ def test_variations_equal_those_of_the_pipeline(client, tiny_pipe):
     expected = tiny_pipe.variations(opened(image), **call).images
     for data, one in zip(results, expected, strict=True):
         assert np.abs(pixels(data) - np.asarray(one).astype(int)).max() <= 2
+
+
+def test_variations_and_edits_take_prompts(client, tiny_pipe):
+    texts = {"prompt": "a red apple", "negative_prompt": "a blue fish"}
+    call = {**texts, "seed": 3, "progress": False}
+    image = png(16)
+    (varied,) = images_of(vary(client, image, seed="3", **texts))
+    expected = tiny_pipe.variations(opened(image), **call)
+    assert np.abs(pixels(varied) - np.asarray(expected.images[0]).astype(int)).max() <= 2
+    (edited,) = images_of(edit(client, image, strength="0.5", **texts))
+    emb = expected.metadata[0]["image_emb"]
+    body = {"image_embedding": emb, "seed": 3, "response_format": "b64_json", **texts}
+    response = client.post(VARIATIONS, json=body)
+    assert "x-unclip-ignored" not in response.headers
+    assert np.abs(pixels(images_of(response)[0]) - pixels(varied)).max() <= 2
+    expected = tiny_pipe.image_to_image(opened(image), strength=0.5, **call).images[0]
+    assert np.abs(pixels(edited) - np.asarray(expected).astype(int)).max() <= 2
+    response = vary(client, image, model="tiny-dalle", **texts)
+    assert "negative_prompt is not supported" in error_of(response, 400)
+    (fish,) = images_of(vary(client, image, model="tiny-dalle", prompt="a blue fish", seed="3"))
+    (plain,) = images_of(vary(client, image, model="tiny-dalle", seed="3"))
+    assert (pixels(fish) != pixels(plain)).any()
 
 
 def test_weights_mix_images(client):

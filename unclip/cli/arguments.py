@@ -285,6 +285,9 @@ LORA = SamplingFlag(
     "folder of a LoRA adapter; may be repeated",
     {"unclip": None},
 )
+NEGATIVE_PROMPT = SamplingFlag(
+    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None}
+)
 FROM_TEXT = (
     *PRIOR,
     SamplingFlag(
@@ -293,7 +296,7 @@ FROM_TEXT = (
         "embedding to decode: from the prior, of the text itself, or none",
         {"unclip": "embedding"},
     ),
-    SamplingFlag("--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None}),
+    NEGATIVE_PROMPT,
     SamplingFlag(
         "--mix",
         {"nargs": "+", "type": number, "metavar": "WEIGHT"},
@@ -312,9 +315,10 @@ FROM_IMAGE = (
     SamplingFlag(
         "--prompt",
         {"type": prompt, "metavar": "TEXT"},
-        "DALL-E: caption of the image",
-        {"dalle": None},
+        "caption of the image",
+        {"dalle": None, "unclip": None},
     ),
+    NEGATIVE_PROMPT,
     SamplingFlag(
         "--keep", NUMBER, "DALL-E: fraction to keep, from the top (0.4375)", {"dalle": None}
     ),

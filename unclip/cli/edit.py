@@ -43,7 +43,9 @@ def add_commands(commands: Any) -> None:
     flags.add_num_images(parser)
     flags.add_seed(parser)
     flags.add_output(parser)
-    flags.add_pipeline(parser, *flags.DETERMINISTIC, *flags.PRIOR, flags.LORA)
+    flags.add_pipeline(
+        parser, *flags.DETERMINISTIC, *flags.PRIOR, flags.LORA, flags.NEGATIVE_PROMPT
+    )
 
 
 def edit(args: Namespace) -> None:
@@ -68,6 +70,7 @@ def edit(args: Namespace) -> None:
     from unclip.diffusion.repaint import PaintOptions
 
     call: dict[str, Any] = {
+        "negative_prompt": args.negative_prompt,
         "num_images": args.num_images,
         "seed": args.seed,
         "options": flags.sampling_options(pipe, args),

@@ -270,7 +270,7 @@ def variations(args: Namespace) -> None:
         open_image(path)  # not kept: several large images would fill the memory
     check_output(args, len(args.images) * args.num_images)
     pipe = load_model(args)
-    given = _given(prompt=args.prompt, keep=args.keep)
+    given = _given(prompt=args.prompt, negative_prompt=args.negative_prompt, keep=args.keep)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     results = (
         pipe.variations(

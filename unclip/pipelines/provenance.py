@@ -87,15 +87,16 @@ def _regenerate(
     if "operation" in metadata:
         return _repeat(pipe, metadata, options, progress, latents)
     arguments = {"seed": metadata["seed"], "options": options, "progress": progress}
-    if metadata.get("prompt") is not None:
-        if metadata.get("negative_prompt") is not None:
-            arguments["negative_prompt"] = metadata["negative_prompt"]
-        return pipe(metadata["prompt"], **arguments)
-    if metadata.get("image_emb") is None:
+    texts = ("prompt", "negative_prompt")
+    arguments |= {name: metadata[name] for name in texts if metadata.get(name) is not None}
+    arrays = ("image_emb", "layout")
+    given = [name for name in arrays if metadata.get(name) is not None]
+    if "image_emb" in given:
+        arguments |= {name: decode_array(metadata[name])[None] for name in given}
+        return pipe.variations(**arguments)
+    if "prompt" not in arguments:
         raise _incomplete("the metadata has neither a prompt nor an image embedding")
-    if metadata.get("layout") is not None:
-        arguments = {**arguments, "layout": decode_array(metadata["layout"])[None]}
-    return pipe.variations(image_emb=decode_array(metadata["image_emb"])[None], **arguments)
+    return pipe(**arguments)
 
 
 def _is_of_another_kind(pipe: Pipeline, metadata: dict[str, Any]) -> bool:

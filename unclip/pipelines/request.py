@@ -225,6 +225,29 @@ def check_prompts(prompt: Prompt) -> list[str]:
     return prompts
 
 
+def prompt_for_each(prompt: Prompt | None, count: int, kind: str = "prompts") -> list[str] | None:
+    """Return a prompt for each of `count` images, from one for all or one for each; None if None.
+
+    kind: how messages call them.
+    """
+    if prompt is None:
+        return None
+    prompts = check_prompts(prompt)
+    if len(prompts) not in (1, count):
+        given = f"{len(prompts)} {kind} for {count} images"
+        raise ValueError(f"{given}; expected one for each, or one for all")
+    return prompts * (count // len(prompts))
+
+
+def check_guided(stages: Mapping[str, StageOptions]) -> None:
+    """Raise ValueError if a negative prompt has no effect, because no stage uses guidance."""
+    if all(stage.guidance == 1 for stage in stages.values()):
+        raise ValueError(
+            f"negative_prompt replaces the null of guidance, but guidance is 1 in "
+            f"{' and '.join(stages)}; set it higher in {' or '.join(stages)}"
+        )
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """P prompts or mixtures of prompts, and optionally P negative prompts."""
@@ -260,11 +283,8 @@ class PromptBatch:
         stages = {"decoder": options.decoder}
         if options.embedding == "prior":
             stages = {"prior": options.prior, **stages}
-        if self.negative is not None and all(stage.guidance == 1 for stage in stages.values()):
-            raise ValueError(
-                f"negative_prompt replaces the null of guidance, but guidance is 1 in "
-                f"{' and '.join(stages)}; set it higher in {' or '.join(stages)}"
-            )
+        if self.negative is not None:
+            check_guided(stages)
 
     def __len__(self) -> int:
         return len(self.prompts)

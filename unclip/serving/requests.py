@@ -104,6 +104,7 @@ class Edit(Common):
     images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     mask: str | dict[str, Any] | None = None
     strength: Annotated[Number, Field(gt=0, le=1)] | None = None
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     embedding: Embedding | None = None
     prior_steps: Steps | None = None
     prior_guidance: Guidance | None = None
@@ -116,6 +117,8 @@ class Variation(Common):
     image: str | list[str] | None = None
     images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     weights: Weights | None = None
+    prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     image_embedding: Vector | None = None
     layout: Vector | None = None
     return_embedding: bool = False
@@ -243,7 +246,8 @@ def parse(
         ignored.append("image")
     if values.get("image_embedding") is not None:
         given = {**fields, **({"image": images} if images else {})}
-        ignored += [name for name in REPLACED if name in given]
+        kept = TEXTS if operation == "variations" else ()
+        ignored += [name for name in REPLACED if name in given and name not in kept]
     elif values.get("layout") is not None:
         ignored.append("layout")
     if config.strict and ignored:
@@ -277,7 +281,10 @@ def _task(
 ) -> Task:
     embedding = _vector(values, "image_embedding")
     layout = None if embedding is None else _vector(values, "layout")
-    prompt = _check_prompt(values, operation, embedding is not None, config)
+    optional = embedding is not None or operation == "variations"
+    prompt, negative = _check_prompt(values, optional, config), values.get("negative_prompt")
+    if embedding is not None and operation == "generations":
+        prompt = negative = None
     candidates = values.get("num_candidates")
     if candidates is not None and candidates < values["n"]:
         raise bad_request(
@@ -310,8 +317,8 @@ def _task(
         n=values["n"],
         seed=seed,
         settings=Settings(**settings),
-        prompt=None if embedding is not None else prompt,
-        negative=None if embedding is not None else values.get("negative_prompt"),
+        prompt=prompt,
+        negative=negative,
         candidates=None if embedding is not None else candidates,
         images=images,
         mask=mask,
@@ -342,12 +349,8 @@ def _vector(values: dict[str, Any], name: str) -> tuple[float, ...] | None:
         raise bad_request(f"Invalid '{name}': {error}.", name) from None
 
 
-def _check_prompt(
-    values: dict[str, Any], operation: str, optional: bool, config: ServerConfig
-) -> str | None:
+def _check_prompt(values: dict[str, Any], optional: bool, config: ServerConfig) -> str | None:
     prompt = values.get("prompt")
-    if operation == "variations":
-        return None
     if prompt is None:
         if optional:
             return None

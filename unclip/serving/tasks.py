@@ -174,11 +174,7 @@ def _check_limits(options: Any) -> None:
 
 
 def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
-    extra: dict[str, Any] = {}
-    if tasks[0].negative is not None:
-        if pipe.kind != "unclip":
-            raise ValueError(f"negative_prompt is not supported by the model '{tasks[0].model}'")
-        extra["negative_prompt"] = [task.negative for task in tasks]
+    extra = _negative(pipe, tasks)
     if tasks[0].candidates is not None:
         if pipe.kind == "glide":
             raise ValueError(f"num_candidates is not supported by the model '{tasks[0].model}'")
@@ -186,7 +182,19 @@ def _imagine(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> Genera
     return pipe([task.prompt for task in tasks], **extra, **shared)
 
 
+def _negative(pipe: Any, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return the argument for negative prompts, if there are any."""
+    if tasks[0].negative is None:  # and so of all, by `batch_key`
+        return {}
+    if pipe.kind != "unclip":
+        raise ValueError(f"negative_prompt is not supported by the model '{tasks[0].model}'")
+    return {"negative_prompt": [task.negative for task in tasks]}
+
+
 def _vary(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
+    shared |= _negative(pipe, tasks)
+    if tasks[0].prompt is not None:
+        shared["prompt"] = [task.prompt for task in tasks]
     if pipe.kind != "unclip":
         if any(len(task.images) != 1 for task in tasks):
             raise ValueError(f"The model '{tasks[0].model}' varies a single image.")
@@ -222,6 +230,7 @@ def _embedding(pipe: Any, task: Task) -> Tensor:
 
 
 def _edit(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> GenerationResult:
+    shared |= _negative(pipe, tasks)
     images, strength = [task.images[0] for task in tasks], tasks[0].strength
     prompts = None if tasks[0].prompt is None else [task.prompt for task in tasks]
     if tasks[0].mask is None:

@@ -3,6 +3,7 @@
 The public functions are methods of `UnCLIPPipeline`. They return `num_images` images of each input;
 image k has the seed `seed` + k. Known pixels are kept bit for bit. The prompt, one for all or one
 for each, describes the whole image; without a prompt, the CLIP embedding of the input is used.
+negative_prompt, also one for all or one for each, replaces the null of guidance.
 
 An image of any size is painted in square windows as wide as its shorter side, which are resized to
 the size of the model's images. A model with an inpainter uses it, unless painting.trained is False.
@@ -36,8 +37,9 @@ from unclip.pipelines.request import (
     Images,
     Request,
     Seed,
-    check_prompts,
+    check_guided,
     open_images,
+    prompt_for_each,
 )
 from unclip.pipelines.unclip.stages import (
     EncodedPrompts,
@@ -78,6 +80,7 @@ def inpaint(
     mask: Mask | Sequence[Mask],
     prompt: Prompt | None = None,
     *,
+    negative_prompt: Prompt | None = None,
     painting: PaintOptions | None = None,
     num_images: int = 1,
     seed: Seed = None,
@@ -109,7 +112,8 @@ def inpaint(
             warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
         metadata = {"operation": "inpaint", **edited_source(source, marked)}
         canvases.append(Canvas(source, np.asarray(source), hole, metadata))
-    return _paint(pipe, canvases, prompt, painting or PaintOptions(), request)
+    texts = prompt, negative_prompt
+    return _paint(pipe, canvases, texts, painting or PaintOptions(), request)
 
 
 def outpaint(
@@ -117,6 +121,7 @@ def outpaint(
     image: ImageInput,
     prompt: str | None = None,
     *,
+    negative_prompt: str | None = None,
     left: int = 0,
     top: int = 0,
     right: int = 0,
@@ -147,7 +152,7 @@ def outpaint(
     hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
     metadata = {"operation": "outpaint", **edited_source(source), "arguments": borders}
     canvas = Canvas(source, pixels, hole, metadata)
-    return _paint(pipe, [canvas], prompt, painting or PaintOptions(), request)
+    return _paint(pipe, [canvas], (prompt, negative_prompt), painting or PaintOptions(), request)
 
 
 def image_to_image(
@@ -155,6 +160,7 @@ def image_to_image(
     image: Images,
     prompt: Prompt | None = None,
     *,
+    negative_prompt: Prompt | None = None,
     strength: float = 0.6,
     num_images: int = 1,
     seed: Seed = None,
@@ -173,23 +179,32 @@ def image_to_image(
         metadata = {"operation": "image_to_image", **edited_source(source)}
         hole = np.ones(source.size[::-1], dtype=bool)
         canvases.append(Canvas(source, np.asarray(source), hole, metadata))
-    result = _paint(pipe, canvases, prompt, replace(ONCE, strength=strength), request)
+    texts = prompt, negative_prompt
+    result = _paint(pipe, canvases, texts, replace(ONCE, strength=strength), request)
     for entry in result.metadata:
-        entry["arguments"] = {"prompt": entry["arguments"]["prompt"], "strength": strength}
+        del entry["arguments"]["painting"]
+        entry["arguments"]["strength"] = strength
     return result
 
 
 def _paint(
     pipe: StagedPipeline,
     canvases: Sequence[Canvas],
-    prompt: Prompt | None,
+    texts: tuple[Prompt | None, Prompt | None],
     painting: PaintOptions,
     request: Request,
 ) -> GenerationResult:
-    """Paint the holes of canvases window by window, each at the size of the model's images."""
+    """Paint the holes of canvases window by window, each at the size of the model's images.
+
+    texts: the prompts and the negative prompts.
+    """
     options = request.options or pipe.options
     painting = _check_painting(pipe, options, painting)
-    prompts = _prompts(prompt, len(canvases))
+    prompts = prompt_for_each(texts[0], len(canvases))
+    negative = prompt_for_each(texts[1], len(canvases), "negative prompts")
+    if negative is not None:
+        guided = {} if prompts is None else {"prior": options.prior}
+        check_guided({**guided, "decoder": options.decoder})
     windows = [list(windows_over(canvas.hole, canvas.side)) for canvas in canvases]
     steps = painting.resamples * painting.steps(options.decoder.steps)
     steps += sum(stage.steps for stage in options.upsamplers)
@@ -198,15 +213,18 @@ def _paint(
         steps += pipe.prior_stage.steps(options.prior)
     results = []
     for batch in request.batches(len(canvases), steps):
-        part, texts = canvases[batch.prompts], None if prompts is None else prompts[batch.prompts]
+        part = canvases[batch.prompts]
+        said, avoided = (x if x is None else x[batch.prompts] for x in (prompts, negative))
         with torch.inference_mode():
-            image_emb, text = _content(pipe, part, texts, batch, options)
+            text = EncodedPrompts.of(pipe.encode_text, said, avoided)
+            image_emb = _embed(pipe, part, text, batch, options)
+            text = text.repeat_interleave(batch.num_images)
             painted = [Painted.of(canvas, batch.num_images) for canvas in part]
             for window in itertools.zip_longest(*windows[batch.prompts], fillvalue=(0, 0)):
                 views = [one.view(at) for one, at in zip(painted, window, strict=True)]
                 _paint_window(pipe, views, image_emb, text, batch, options, painting)
         images = [Image.fromarray(pixels) for one in painted for pixels in one.pixels]
-        entries = _metadata(pipe, part, texts, batch, options, painting)
+        entries = _metadata(pipe, part, said, avoided, batch, options, painting)
         names = [entry["arguments"]["prompt"] for entry in entries]
         results.append(GenerationResult(images, [*batch.seeds], names, image_emb.cpu(), entries))
     return GenerationResult.cat(results)
@@ -229,6 +247,7 @@ def _metadata(
     pipe: StagedPipeline,
     canvases: Sequence[Canvas],
     prompts: list[str] | None,
+    negative: list[str] | None,
     batch: Batch,
     options: UnCLIPOptions,
     painting: PaintOptions,
@@ -237,9 +256,11 @@ def _metadata(
     about, entries = pipe.describe(options), []
     for k, seed in enumerate(batch.seeds):
         i = k // batch.num_images
-        own = {"prompt": None if prompts is None else prompts[i], "painting": asdict(painting)}
+        own = {"prompt": None if prompts is None else prompts[i]}
+        if negative is not None:
+            own["negative_prompt"] = negative[i]
         metadata = canvases[i].metadata
-        arguments = {**metadata.get("arguments", {}), **own}
+        arguments = {**metadata.get("arguments", {}), **own, "painting": asdict(painting)}
         entries.append({**metadata, "arguments": arguments, "seed": seed, **about})
     return entries
 
@@ -271,39 +292,26 @@ def paste_window(pixels: np.ndarray, hole: np.ndarray, x: Tensor) -> None:
     hole[:] = False
 
 
-def _prompts(prompt: Prompt | None, count: int) -> list[str] | None:
-    """Return a prompt for each of `count` inputs, or None."""
-    if prompt is None:
-        return None
-    prompts = check_prompts(prompt)
-    if len(prompts) not in (1, count):
-        given = f"{len(prompts)} prompts for {count} images"
-        raise ValueError(f"{given}; expected one for each, or one for all")
-    return prompts * (count // len(prompts))
-
-
-def _content(
+def _embed(
     pipe: StagedPipeline,
     canvases: Sequence[Canvas],
-    prompts: list[str] | None,
+    prompts: EncodedPrompts,
     batch: Batch,
     options: UnCLIPOptions,
-) -> tuple[Tensor, EncodedPrompts]:
-    """Return image embeddings (B, D) of prompts or images, and the encoded prompts."""
-    n = batch.num_images
-    if prompts is None:
+) -> Tensor:
+    """Return image embeddings (B, D) of the prompts, or of the images if there are none."""
+    if prompts.text is None:
         image_emb = pipe.encode_image([canvas.image for canvas in canvases])
-        return image_emb.repeat_interleave(n, dim=0), EncodedPrompts()
-    text = pipe.encode_text(prompts)
-    image_emb = pipe.sample_prior(
-        text,
-        num_images=n,
+        return image_emb.repeat_interleave(batch.num_images, dim=0)
+    return pipe.sample_prior(
+        prompts.text,
+        num_images=batch.num_images,
         generators=batch.generators,
         options=options.prior,
         candidates=options.prior_candidates,
         on_step=batch.on_step,
+        negative=prompts.negative,
     )
-    return image_emb, EncodedPrompts(text.repeat_interleave(n))
 
 
 def _paint_window(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,10 +30,12 @@ from unclip.pipelines.request import (
     PromptBatch,
     Request,
     Seed,
+    check_guided,
     check_images,
     check_upsamplers,
     list_images,
     open_images,
+    prompt_for_each,
     random_generators,
 )
 from unclip.pipelines.rerank import BestOf, check_candidates
@@ -220,6 +222,8 @@ class UnCLIPPipeline(Pipeline):
         self,
         image: Images | None = None,
         *,
+        prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
         image_emb: Tensor | None = None,
         layout: Tensor | None = None,
         num_images: int = 1,
@@ -231,6 +235,9 @@ class UnCLIPPipeline(Pipeline):
     ) -> GenerationResult:
         """Generate images with the meaning of an image, several, or CLIP embeddings (N, D).
 
+        The decoder also reads captions (2.1): `prompt` is one for all images or one for each; None
+        = the null of the text. negative_prompt, too, is one for all or one for each; it replaces
+        the null of guidance.
         If the model samples layouts, those of variations resemble the images' own, or `layout`
         (N, 3, h, h), as returned by `encode_layout`; with image_emb, there is none unless it is
         given.
@@ -249,19 +256,26 @@ class UnCLIPPipeline(Pipeline):
         options = options or self.options
         self._check_options(options)
         emb, results = image_emb.to(self.device, torch.float32), []
-        entries: list[dict[str, Any]] = [{"image_emb": encode_array(one)} for one in emb]
-        if layout is not None:
-            for entry, one in zip(entries, layout, strict=True):
-                entry["layout"] = encode_array(one)
+        prompts = prompt_for_each(prompt, len(emb))
+        negative = prompt_for_each(negative_prompt, len(emb), "negative prompts")
+        if negative is not None:
+            check_guided({"decoder": options.decoder})
+        columns: dict[str, Iterable[str] | None] = {"image_emb": map(encode_array, emb)}
+        columns["layout"] = None if layout is None else map(encode_array, layout)
+        columns |= {"prompt": prompts, "negative_prompt": negative}
+        given = {name: values for name, values in columns.items() if values is not None}
+        entries = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
         request = Request(num_images, seed, on_step, batch_size, progress)
         for batch in request.batches(len(emb), self._num_steps(options)):
             rows, n = batch.prompts, batch.num_images
             image_emb = emb[rows].repeat_interleave(n, dim=0)
             like = None if layout is None else layout[rows].repeat_interleave(n, dim=0)
             with torch.inference_mode():
+                texts = (x if x is None else x[rows] for x in (prompts, negative))
+                encoded = EncodedPrompts.of(self.text_encoder, *texts).repeat_interleave(n)
                 x = self.decoder_stage.sample(
                     image_emb,
-                    EncodedPrompts(),
+                    encoded,
                     options.decoder,
                     batch.generators,
                     on_step=batch.on_step,

@@ -63,6 +63,17 @@ class EncodedPrompts:
     negative: TextEncoding | None = None  # P texts, or 1 for all; replaces the null of guidance
     weights: Tensor | None = None  # (K, P), to mix the K texts of each sample; None: K = 1
 
+    @classmethod
+    def of(
+        cls,
+        encode_text: Callable[[Prompt], TextEncoding],
+        prompts: list[str] | None,
+        negative: list[str] | None = None,
+    ) -> EncodedPrompts:
+        """Encode P prompts and P negative prompts; each may be None."""
+        text, other = (None if x is None else encode_text(x) for x in (prompts, negative))
+        return cls(text, other)
+
     @property
     def K(self) -> int:
         """Number of texts of each sample."""
@@ -340,7 +351,8 @@ class DecoderStage:
     ) -> BoundStage:
         """Fix image embeddings (B, D), or None, and texts.
 
-        known: see `masked_image`. layout: (B, 3, h, h); None = the mean for each embedding.
+        known: see `masked_image`; not for mixtures. layout: (B, 3, h, h); None = the mean for each
+        embedding.
         """
         B, K, blind = self._check(image_emb, prompts), prompts.K, image_emb is None
         if image_emb is None:
@@ -350,11 +362,11 @@ class DecoderStage:
             layout = layout.repeat(K, 1, 1, 1)
 
         def null() -> Any:
-            if prompts.negative is not None:
-                context: Any = self._condition(image_emb[:B], prompts.negative, drop_image=True)
+            if prompts.negative is not None or known is not None:
+                context: Any = self._condition(
+                    image_emb[:B], prompts.negative, drop_image=True, known=known
+                )
                 return type(context).cat([context] * K)
-            if known is not None:
-                return self._condition(image_emb, None, drop_image=True, known=known)
             return self.runtime.cached(
                 f"{self.diffusion.name} null",
                 [self.text_encoder.clip, self.network],
