@@ -130,6 +130,23 @@ def test_dalle_variations(run):
     assert metadata["options"]["temperature"] == 0.7
 
 
+def test_dalle_inpaints(run):
+    Image.effect_noise((20, 16), 90).convert("RGB").save("noise.png")
+    mask = Image.new("L", (20, 16))
+    mask.paste(255, (3, 3, 15, 9))
+    mask.save("mask.png")
+    flags = ["--prompt", "a fish", "--negative-prompt", "an apple", "--guidance", "2"]
+    flags += ["--num-candidates", "3", "--seed", "2", "--quiet"]
+    code, _, err = run("edit", "noise.png", "--mask", "mask.png", *flags, "-o", "edited.png")
+    assert (code, err) == (0, "")
+    changed = (pixels("edited.png") != pixels("noise.png")).any(axis=2)
+    assert changed.any() and not changed[np.asarray(mask) == 0].any()
+    assert read_metadata("edited.png")[0]["candidates"] == 3
+    again = ["--from", "edited.png", "-o", "again.png", "--quiet", "--trust-model"]
+    assert run("generate", *again, model=None)[0] == 0
+    assert (pixels("again.png") == pixels("edited.png")).all()
+
+
 @pytest.mark.parametrize("command", ["complete", "variations"])
 def test_fit_accepts_an_image_of_another_size(run, command):
     Image.new("RGB", (40, 30), "red").save("photo.png")
@@ -149,7 +166,16 @@ def test_fit_accepts_an_image_of_another_size(run, command):
         ),
         ("dalle", "generate a --prior-candidates 3", ("has no --prior-candidates",)),
         ("dalle", "generate a --prior x", ("has no --prior;",)),
-        ("dalle", "generate a --negative-prompt b", ("has no --negative-prompt",)),
+        ("dalle", "generate a --embedding text", ("has no --embedding",)),
+        (
+            "dalle",
+            "edit a.png --strength 0.5",
+            ("which only inpaints; --strength needs an unCLIP",),
+        ),
+        ("dalle", "edit a.png --extend 1 0 0 0", ("--extend needs an unCLIP model",)),
+        ("dalle", "edit a.png", ("of kind dalle, which only inpaints; edit needs --mask",)),
+        ("dalle", "edit a.png --mask a.png --steps 3", ("has no --steps",)),
+        ("unclip", "edit a.png --mask a.png --top-k 3", ("has no --top-k",)),
         ("dalle", "generate a b --mix 1 2", ("has no --mix",)),
         ("unclip", "generate a --top-k 3", ("tiny is of kind unclip, which has no --top-k",)),
         ("unclip", "variations a.png --keep 0.5", ("has no --keep",)),

@@ -99,14 +99,17 @@ def test_guidance_extrapolates_from_the_null_logits():
 
 
 def sample_uncached(
-    dalle: DALLE, tokens: torch.Tensor, seed: int, options: CodeOptions, prime: torch.Tensor
+    dalle: DALLE, tokens: torch.Tensor, seed: int, options: CodeOptions, known: torch.Tensor
 ) -> torch.Tensor:
-    """Sample one image with a full pass for each code, and separate guidance branches."""
+    """Sample the codes of one image that are -1 in `known`, which may have only the first ones.
+
+    Each code takes a full pass, with separate guidance branches.
+    """
     uniform = torch.rand(N, generator=torch.Generator().manual_seed(seed))
-    codes = torch.zeros(1, N, dtype=torch.long)
-    codes[:, : len(prime)] = prime
+    known = torch.cat([known, torch.full((N - len(known),), -1)])
+    codes = known.clamp(min=0)[None]
     with torch.no_grad():
-        for n in range(len(prime), N):
+        for n in (known < 0).nonzero()[:, 0].tolist():
             cond, null = (
                 dalle(given, codes).codes[:, n].float() for given in (tokens, dalle.null_tokens(1))
             )
@@ -200,6 +203,30 @@ def test_compiled_step_gets_static_shapes(dalle, tokens):
         sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN, compiled_step=step), expected
     )
     assert set(seen) == {(torch.Size([B]), torch.Size([]))} and len(seen) == N - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_codes_are_forced_at_any_position(kind, tokens):
+    """Also at different positions of each image of a batch."""
+    dalle, options = make(uniform_config(kind, depth=2)), CodeOptions(0.8, guidance=2.5)
+    known = torch.randint(0, K, (B, N), generator=torch.Generator().manual_seed(0))
+    holes = ([2, 3, N - 4], [5], [])
+    for row, hole in enumerate(holes):
+        known[row, hole] = -1
+    seen = []
+    sampled = sample_codes(
+        dalle,
+        dalle.condition(tokens),
+        generators(5, 6, 7),
+        options,
+        known=known,
+        on_code=lambda n, codes: seen.append(n),
+    ).flatten(1)
+    assert seen == [*range(3, N - 2)]
+    assert torch.equal(sampled[known >= 0], known[known >= 0])
+    for row, seed in enumerate((5, 6, 7)):
+        alone = sample_uncached(dalle, tokens[row : row + 1], seed, options, known[row])
+        assert torch.equal(sampled[row], alone.flatten())
 
 
 def test_invalid_input_raises(dalle, tokens):

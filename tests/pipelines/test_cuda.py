@@ -258,6 +258,9 @@ DALLE_OPERATIONS: dict[str, Operation] = {
     "candidates": lambda pipe: pipe("a red apple", num_candidates=4, **CALL),
     "complete": lambda pipe: pipe.complete(PHOTO, "a red apple", keep=0.5, **CALL),
     "variations": lambda pipe: pipe.variations(PHOTO, keep=0.5, **CALL),
+    "inpaint": lambda pipe: pipe.inpaint(
+        PHOTO, PHOTO.convert("L").point([0] * 128 + [255] * 128), "a red apple", **CALL
+    ),
     "likelihood": lambda pipe: pipe.elbo(PHOTO, "a red apple", seed=0).bits_per_dim,
 }
 

@@ -12,8 +12,8 @@ from PIL import Image
 from unclip.diffusion.repaint import PaintOptions
 from unclip.diffusion.schedulers import scheduler_betas
 from unclip.image_io import read_metadata, save_png
+from unclip.pipelines.canvas import to_model, windows_over
 from unclip.pipelines.provenance import encode_image, regenerate
-from unclip.pipelines.unclip.editing import to_model, windows_over
 
 PAINTING = PaintOptions(resamples=2, jump=2)
 QUICK = {"progress": False, "batch_size": 2}

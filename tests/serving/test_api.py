@@ -299,9 +299,11 @@ def test_invalid_fields(client, fields, param, message):
 def test_options_that_a_model_lacks(client):
     assert "steps" in error_of(generate(client, model="tiny-dalle", steps=3), 400, "steps")
     response = client.post(
-        EDITS, files={"image": png(mode="RGBA")}, data={"prompt": "a", "model": "tiny-dalle"}
+        EDITS,
+        files={"image": png()},
+        data={"prompt": "a", "model": "tiny-dalle", "strength": "0.5"},
     )
-    assert "edits" in error_of(response, 400)
+    assert "send a mask, and no strength" in error_of(response, 400)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +402,19 @@ def test_a_mask_of_16_bits_is_split_at_mid_grey(client):
     (data,) = images_of(edit(client, png(16), file.getvalue()))
     assert (pixels(data)[8:] == pixels(png(16))[8:]).all()
     assert (pixels(data)[:8] != pixels(png(16))[:8]).any()
+
+
+@pytest.mark.parametrize("size", [16, 40])
+def test_a_dalle_inpaints(client, tiny_dalle, size):
+    image, mask = png(size), png(size, "RGBA", seed=1)
+    data = images_of(edit(client, image, mask, model="tiny-dalle", n="2", strength="1"))
+    hole = Image.new("L", (size, size))
+    hole.paste(255, (0, 0, size, size // 2))
+    call = {"num_images": 2, "seed": 3, "progress": False}
+    expected = tiny_dalle.inpaint(opened(image), hole, "a red apple", **call)
+    for one, same_seed in zip(data, expected.images, strict=True):
+        assert (pixels(one) == np.asarray(same_seed)).all()
+        assert (pixels(one)[size // 2 :] == pixels(image)[size // 2 :]).all()
 
 
 def test_json_edits_take_data_urls(client):
@@ -512,7 +527,7 @@ def test_variations_and_edits_take_prompts(client, tiny_pipe):
     expected = tiny_pipe.image_to_image(opened(image), strength=0.5, **call).images[0]
     assert np.abs(pixels(edited) - np.asarray(expected).astype(int)).max() <= 2
     response = vary(client, image, model="tiny-dalle", **texts)
-    assert "negative_prompt is not supported" in error_of(response, 400)
+    assert "negative_prompt replaces the null of guidance" in error_of(response, 400)
     (fish,) = images_of(vary(client, image, model="tiny-dalle", prompt="a blue fish", seed="3"))
     (plain,) = images_of(vary(client, image, model="tiny-dalle", seed="3"))
     assert (pixels(fish) != pixels(plain)).any()

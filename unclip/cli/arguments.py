@@ -244,6 +244,18 @@ SET = SamplingFlag(
     _diffusion(None) | {"dalle": None},
 )
 DETERMINISTIC = (STEPS, GUIDANCE, UPSAMPLER_STEPS)  # also for inversion, which requires DDIM
+CODES = (
+    SamplingFlag(
+        "--temperature",
+        NUMBER,
+        "DALL-E and autoregressive priors: divides the logits; 0 = always the likeliest code",
+        {"dalle": "temperature", "unclip": "prior.temperature"},
+    ),
+    SamplingFlag("--top-k", COUNT, "DALL-E: use only the N likeliest codes", {"dalle": "top_k"}),
+    SamplingFlag(
+        "--top-p", NUMBER, "DALL-E: use the fewest codes of this probability", {"dalle": "top_p"}
+    ),
+)
 SAMPLING = (
     *DETERMINISTIC,
     SamplingFlag(
@@ -255,16 +267,7 @@ SAMPLING = (
         "exact: the model's own options; fast: nearly the same images, several times faster",
         _diffusion(None),
     ),
-    SamplingFlag(
-        "--temperature",
-        NUMBER,
-        "DALL-E and autoregressive priors: divides the logits; 0 = always the likeliest code",
-        {"dalle": "temperature", "unclip": "prior.temperature"},
-    ),
-    SamplingFlag("--top-k", COUNT, "DALL-E: use only the N likeliest codes", {"dalle": "top_k"}),
-    SamplingFlag(
-        "--top-p", NUMBER, "DALL-E: use the fewest codes of this probability", {"dalle": "top_p"}
-    ),
+    *CODES,
 )
 PRIOR = (
     SamplingFlag("--prior", {"metavar": "NAME"}, "folder or Hub id of a prior", {"unclip": None}),
@@ -286,7 +289,7 @@ LORA = SamplingFlag(
     {"unclip": None},
 )
 NEGATIVE_PROMPT = SamplingFlag(
-    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None}
+    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None, "dalle": None}
 )
 FROM_TEXT = (
     *PRIOR,

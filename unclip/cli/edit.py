@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unclip.cli import arguments as flags
-from unclip.cli.loading import load_unclip
+from unclip.cli.loading import check_before_loading, load_model
 from unclip.cli.output import check_output, write_results
+
+CANDIDATES = replace(flags.CANDIDATES, sets={"dalle": None}, former=None)
+PAINTING = ("strength", "resamples", "agreement")  # options of painting by diffusion
+ONLY_UNCLIP = (*PAINTING, "training_free", "extend")
 
 
 def add_commands(commands: Any) -> None:
@@ -43,16 +48,14 @@ def add_commands(commands: Any) -> None:
     flags.add_num_images(parser)
     flags.add_seed(parser)
     flags.add_output(parser)
-    flags.add_pipeline(
-        parser, *flags.DETERMINISTIC, *flags.PRIOR, flags.LORA, flags.NEGATIVE_PROMPT
-    )
+    sampling = (*flags.DETERMINISTIC, *flags.CODES, *flags.PRIOR, flags.LORA)
+    flags.add_pipeline(parser, *sampling, flags.NEGATIVE_PROMPT, CANDIDATES)
 
 
 def edit(args: Namespace) -> None:
     from unclip.image_io import open_image
 
-    inpainting = ("strength", "resamples", "agreement")
-    painting = {name: value for name in inpainting if (value := getattr(args, name)) is not None}
+    painting = {name: value for name in PAINTING if (value := getattr(args, name)) is not None}
     if args.training_free:
         painting["trained"] = False
     if args.extend is not None and args.strength is not None:
@@ -65,18 +68,22 @@ def edit(args: Namespace) -> None:
     flags.check_prior(args, args.prompt, "--prompt")
     image = open_image(args.image)
     check_output(args, args.num_images)
-    pipe = load_unclip(args)
+    if (known := check_before_loading(args)) is not None:
+        _check_kind(known[0], args)
+    pipe: Any = load_model(args)
+    _check_kind(pipe, args)
 
     from unclip.diffusion.repaint import PaintOptions
 
     call: dict[str, Any] = {
-        "negative_prompt": args.negative_prompt,
         "num_images": args.num_images,
         "seed": args.seed,
         "options": flags.sampling_options(pipe, args),
         "progress": not args.quiet,
     }
-    if args.mask is not None or args.extend is not None:
+    texts = ("negative_prompt", "num_candidates")
+    call |= {name: value for name in texts if (value := getattr(args, name)) is not None}
+    if pipe.kind == "unclip" and (args.mask is not None or args.extend is not None):
         call["painting"] = PaintOptions(**painting)
     if args.mask is not None:
         result = pipe.inpaint(image, args.mask, args.prompt, **call)
@@ -86,3 +93,13 @@ def edit(args: Namespace) -> None:
     else:
         result = pipe.image_to_image(image, args.prompt, **painting, **call)
     write_results([result], len(result), [args.image.stem], args)
+
+
+def _check_kind(model: Any, args: Namespace) -> None:
+    """Raise a ValueError if an edit is not inpainting and the model is not an unCLIP model."""
+    if model.kind == "unclip":
+        return
+    given = [f"--{name.replace('_', '-')}" for name in ONLY_UNCLIP if getattr(args, name)]
+    if given or args.mask is None:
+        problem = f"{given[0]} needs an unCLIP model" if given else "edit needs --mask"
+        raise ValueError(f"{model.name} is of kind {model.kind}, which only inpaints; {problem}")

@@ -72,7 +72,8 @@ def add_commands(commands: Any) -> None:
     _add_images(parser)
     about = "fraction of the image to keep, from the top, in [0, 1) (default: 0.4375)"
     parser.add_argument("--keep", help=about, **flags.NUMBER)
-    flags.add_pipeline(parser, *flags.SAMPLING, flags.CANDIDATES, model=COMPLETION_MODEL)
+    sampling = (*flags.SAMPLING, flags.NEGATIVE_PROMPT, flags.CANDIDATES)
+    flags.add_pipeline(parser, *sampling, model=COMPLETION_MODEL)
     _add_fit(parser)
 
 
@@ -288,7 +289,8 @@ def complete(args: Namespace) -> None:
     image = open_image(args.image)
     check_output(args, args.num_images)
     pipe = load_dalle(args)
-    given = _given(keep=args.keep, num_candidates=args.num_candidates)
+    given = _given(negative_prompt=args.negative_prompt, num_candidates=args.num_candidates)
+    given |= _given(keep=args.keep)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     image = _fit(image, pipe, args)
     parts = parts_of(args, candidates=args.num_candidates)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from unclip import __version__, image_io
@@ -234,13 +235,13 @@ class Pipeline(ABC):
 
     def make_result(
         self,
-        x: Tensor,
+        images: Tensor | list[Image.Image],
         batch: Batch,
         entries: Sequence[dict[str, Any]],
         options: Any,
         **tensors: Tensor | None,
     ) -> GenerationResult:
-        """Make the result of a batch of images (B, 3, S, S).
+        """Make the result of a batch of images, (B, 3, S, S) in [-1, 1] or as they are.
 
         entries: metadata for the images of each prompt, `batch.num_images` of them. tensors:
         columns of the result with one row for each image.
@@ -250,7 +251,9 @@ class Pipeline(ABC):
         prompts = [describe_prompt(m["prompt"]) if "prompt" in m else None for m in metadata]
         # Cloned outside of inference mode, so that the caller can compute with them.
         cloned: Any = {key: x if x is None else x.cpu().clone() for key, x in tensors.items()}
-        return GenerationResult(image_io.to_pil(x), [*seeds], prompts, metadata=metadata, **cloned)
+        if isinstance(images, Tensor):
+            images = image_io.to_pil(images)
+        return GenerationResult(images, [*seeds], prompts, metadata=metadata, **cloned)
 
 
 def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:

@@ -27,14 +27,16 @@ LATENT_OPERATIONS = ("reconstruct", "vary", "interpolate", "text_diff")
 # Operations on an image, for each kind of pipeline.
 IMAGE_OPERATIONS = {
     "unclip": ("inpaint", "outpaint", "image_to_image"),
-    "dalle": ("complete", "variations"),
+    "dalle": ("complete", "variations", "inpaint"),
     "glide": (),
 }
 MAX_PIXELS = 4_000_000  # of an image in metadata
 MAX_TEXT = 16_000_000  # characters of an image in metadata; PNG readers refuse more than 64 MB
 
 
-def edited_source(image: Image.Image, mask: Image.Image | None = None) -> dict[str, Any]:
+def edited_source(
+    image: Image.Image, mask: Image.Image | None = None, stacklevel: int = 4
+) -> dict[str, Any]:
     """Return the metadata of the source of an edit; warns if it is too large."""
     entries = {"picture": encode_image(image)}
     if mask is not None:
@@ -43,7 +45,7 @@ def edited_source(image: Image.Image, mask: Image.Image | None = None) -> dict[s
         size = f"{image.width} x {image.height} px"
         warnings.warn(
             f"the image of {size} is too large for metadata: results cannot be regenerated",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return entries
 

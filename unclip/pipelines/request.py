@@ -239,7 +239,7 @@ def prompt_for_each(prompt: Prompt | None, count: int, kind: str = "prompts") ->
     return prompts * (count // len(prompts))
 
 
-def check_guided(stages: Mapping[str, StageOptions]) -> None:
+def check_guided(stages: Mapping[str, StageOptions | CodeOptions]) -> None:
     """Raise ValueError if a negative prompt has no effect, because no stage uses guidance."""
     if all(stage.guidance == 1 for stage in stages.values()):
         raise ValueError(

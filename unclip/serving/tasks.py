@@ -31,7 +31,7 @@ SETTINGS = {  # that change the options of each kind of pipeline, except unclip,
 LIMITS = {"steps": 1000, "candidates": 64, "prior_candidates": 64}  # of all stages
 OPERATIONS = {  # of each kind of pipeline
     "unclip": ("generations", "edits", "variations", "mix"),
-    "dalle": ("generations", "variations"),
+    "dalle": ("generations", "edits", "variations"),
     "glide": ("generations",),
 }
 
@@ -186,7 +186,7 @@ def _negative(pipe: Any, tasks: Sequence[Task]) -> dict[str, Any]:
     """Return the argument for negative prompts, if there are any."""
     if tasks[0].negative is None:  # and so of all, by `batch_key`
         return {}
-    if pipe.kind != "unclip":
+    if pipe.kind == "glide":
         raise ValueError(f"negative_prompt is not supported by the model '{tasks[0].model}'")
     return {"negative_prompt": [task.negative for task in tasks]}
 
@@ -233,11 +233,17 @@ def _edit(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> Generatio
     shared |= _negative(pipe, tasks)
     images, strength = [task.images[0] for task in tasks], tasks[0].strength
     prompts = None if tasks[0].prompt is None else [task.prompt for task in tasks]
+    masks = [task.mask for task in tasks]
+    if pipe.kind != "unclip":
+        if tasks[0].mask is None or strength not in (None, 1):
+            raise ValueError(
+                f"The model '{tasks[0].model}' only inpaints; send a mask, and no strength below 1."
+            )
+        return pipe.inpaint(images, masks, prompts, **shared)
     if tasks[0].mask is None:
         assert strength is not None
         return pipe.image_to_image(images, prompts, strength=strength, **shared)
     painting = PaintOptions() if strength is None else PaintOptions(strength=strength)
-    masks = [task.mask for task in tasks]
     return pipe.inpaint(images, masks, prompts, painting=painting, **shared)
 
 

@@ -33,6 +33,7 @@ def sample_codes(
     options: CodeOptions,
     *,
     prime: Tensor | None = None,
+    known: Tensor | None = None,
     null: Prefix | None = None,
     on_code: OnCode | None = None,
     compiled_step: Step | None = None,
@@ -40,43 +41,54 @@ def sample_codes(
     """Sample the codes (B, h, w) of B images, one for each row of the prefix.
 
     generators: one for each image, which always generates N numbers, so that no image depends on
-    its batch. prime: the first codes of every image, (B, m) or (1, m). null: the prefix of
-    `dalle.null_tokens(1)` for guidance, if already computed. on_code: called after every code.
-    compiled_step: a compiled `dalle.step`.
+    its batch. prime: the first codes of every image, (B, m) or (1, m). known: the codes (B, N) to
+    keep, and -1 where one is sampled, given the known and the sampled codes before it. null: the
+    prefix for guidance, of one row or B, if already computed; by default of `dalle.null_tokens(1)`.
+    on_code: called after every code from the first to the last that is sampled. compiled_step: a
+    compiled `dalle.step`.
     """
     B, N = len(prefix), dalle.config.num_codes
-    given = torch.empty(B, 0, dtype=torch.long) if prime is None else _checked(dalle, prime, B)
+    if known is None:
+        known = torch.full((B, N), -1)
+        if prime is not None:
+            known[:, : prime.shape[1]] = _checked(dalle, prime, B)
+    known = known.cpu()
+    first, end = sampled_span(known)
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators were given for {B} images; expected {B}")
     uniform = random_rows(torch.rand, N, generators, prefix.logits)  # B N
-    codes = torch.zeros(B, N, dtype=torch.long)
-    codes[:, : given.shape[1]] = given
-    codes = codes.to(prefix.logits.device)
+    codes = known.clamp(min=0).to(prefix.logits.device)
+    if first == end:
+        return codes.unflatten(1, dalle.config.grid)
+    to_sample = (known < 0).any(dim=0).tolist()
+    known = known.to(codes.device)
 
     guided = options.guidance != 1.0
     if guided:
         if null is None:
             null = dalle.condition(dalle.null_tokens(1))
-        prefix = prefix.cat([prefix, null.repeat_interleave(B)])
+        prefix = prefix.cat([prefix, null.repeat_interleave(B // len(null))])
 
     def for_both(rows: Tensor) -> Tensor:  # with text, and without
         return torch.cat([rows, rows]) if guided else rows
 
-    cache, logits, first = dalle.start_cache(prefix), prefix.logits, given.shape[1]
+    cache, logits = dalle.start_cache(prefix), prefix.logits
     del prefix  # the cache has its own copy
     if first:
         logits = dalle.extend(for_both(codes[:, :first]), cache)
     positions, wanted = torch.arange(N, device=codes.device), torch.arange(B, device=codes.device)
-    for n in range(first, N):
+    for n in range(first, end):
         if n > first:
             last = for_both(codes[wanted, n - 1])
             if compiled_step is None:
                 logits = dalle.step(last, n - 1, cache)
             else:
                 logits = compiled_step(last, positions[n - 1], cache)
-        if guided:
-            logits = guide(logits, options.guidance)
-        codes[wanted, n] = sample_code(logits, uniform[wanted, n], options)
+        if to_sample[n]:
+            if guided:
+                logits = guide(logits, options.guidance)
+            sampled = sample_code(logits, uniform[wanted, n], options)
+            codes[wanted, n] = torch.where(known[wanted, n] < 0, sampled, codes[wanted, n])
         still = None if on_code is None else on_code(n + 1, codes[:, : n + 1])
         if still is not None and not still:
             break
@@ -86,6 +98,14 @@ def sample_codes(
             cache = cache.select(torch.cat([left, left + len(wanted)]) if guided else left)
             wanted = wanted[left]
     return codes.unflatten(1, dalle.config.grid)
+
+
+def sampled_span(known: Tensor) -> tuple[int, int]:
+    """Return the span of the positions where a code of known (B, N) is -1; (N, N) if none is."""
+    positions = (known < 0).any(dim=0).nonzero()
+    if not len(positions):
+        return known.shape[1], known.shape[1]
+    return int(positions[0]), int(positions[-1]) + 1
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

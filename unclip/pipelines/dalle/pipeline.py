@@ -1,9 +1,10 @@
-"""Text, or the beginning of an image -> images, code by code (DALL-E, 2102.12092)."""
+"""Text, or a part of an image -> images, code by code (DALL-E, 2102.12092)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,29 +14,35 @@ from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
 from unclip.clip import CLIP
+from unclip.diffusion.repaint import paste
 from unclip.image_io import to_tensor
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.bound import JointBound, joint_bound
+from unclip.models.dalle.code_transformer import CodeTransformer, Prefix
 from unclip.models.dalle.sampling import (
-    CodeTransformer,
     OnCode,
     Step,
     guide,
     sample_code,
     sample_codes,
+    sampled_span,
 )
 from unclip.models.dalle.transformer import DALLE
 from unclip.pipelines.base import Pipeline, in_inference_mode
+from unclip.pipelines.canvas import Canvas, Mask, View, marked_canvases, paint, views_to_model
 from unclip.pipelines.provenance import encode_image
 from unclip.pipelines.request import (
     Batch,
     Images,
+    PromptBatch,
     Request,
     Seed,
     batches_of,
+    check_guided,
     check_options,
     check_prompts,
     open_images,
+    prompt_for_each,
     seeds_from,
     warn_of_unknown,
 )
@@ -59,6 +66,59 @@ class Task:
     prompts: list[str | None]  # None for no prompt
     metadata: list[dict[str, Any]]
     codes: Tensor | None = None  # the first codes (P, m), or all (P, N) to be sampled again
+    canvases: Sequence[Canvas] = ()  # P images with a part to paint
+    negative: list[str] | None = None  # P prompts that replace the null of guidance
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a call samples its batches."""
+
+    options: CodeOptions
+    K: int  # candidates for each image, of which the best is kept
+    preview: bool
+    prefixes: Prefixes
+
+
+class Prefixes:
+    """The prefixes of a task's prompts, and those of guidance, for one batch after the other.
+
+    A prefix is computed once for consecutive batches of the same prompts.
+    """
+
+    def __init__(self, pipe: DallePipeline, task: Task, guided: bool) -> None:
+        self.pipe, self.task, self.guided = pipe, task, guided
+        self._rows: slice | None = None
+        self._prefix: Any = None
+        self._null: Any = None
+
+    def of(self, rows: slice) -> tuple[Prefix, Prefix | None]:
+        """Return the prefixes of the prompts in `rows`, and their nulls, one row or as many."""
+        pipe, negative, new = self.pipe, self.task.negative, self._rows != rows
+        pipe.runtime.use(pipe.dalle)
+        if new:
+            self._prefix = pipe.condition(self.task.prompts[rows])
+            self._rows = rows
+        if self.guided and negative is not None and new:
+            self._null = pipe.condition(negative[rows])
+        elif self.guided and self._null is None:
+            self._null = pipe.dalle.condition(pipe.dalle.null_tokens(1))
+        return self._prefix, self._null
+
+
+def _metadata(
+    about: Sequence[dict[str, Any]],
+    prompts: Sequence[str | None],
+    negative: Sequence[str] | None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
+    """Return the metadata of an operation on images; about: the operation and the image."""
+    entries = []
+    for i, (entry, text) in enumerate(zip(about, prompts, strict=True)):
+        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative[i]})
+        shown = {} if text is None else {"prompt": text}
+        entries.append({**shown, **entry, "arguments": {**texts, **arguments}})
+    return entries
 
 
 class DallePipeline(Pipeline):
@@ -117,6 +177,7 @@ class DallePipeline(Pipeline):
         self,
         prompt: Prompt,
         *,
+        negative_prompt: Prompt | None = None,
         num_images: int = 1,
         seed: Seed = None,
         options: CodeOptions | None = None,
@@ -130,11 +191,13 @@ class DallePipeline(Pipeline):
         With num_candidates, that number of images is sampled for each prompt, and those that CLIP
         finds closest to the prompt are kept, the best first, with their scores. It replaces
         `options.candidates`, the number for each image. A batch has at most `batch_size`
-        candidates, or those of one image. on_step is called after every code of a batch, with a
-        preview after every row.
+        candidates, or those of one image. negative_prompt: one for all or one for each; it replaces
+        the null of guidance. on_step is called after every code of a batch, with a preview after
+        every row.
         """
         prompts = check_prompts(prompt)
-        task = Task([*prompts], [{"prompt": text} for text in prompts])
+        batch = PromptBatch.of(prompts, negative_prompt)
+        task = Task([*prompts], batch.metadata(), negative=batch.negative)
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         return self._run(task, request, num_candidates)
 
@@ -143,6 +206,7 @@ class DallePipeline(Pipeline):
         image: Images,
         prompt: Prompt | None = None,
         *,
+        negative_prompt: Prompt | None = None,
         keep: float = KEEP,
         num_images: int = 1,
         seed: Seed = None,
@@ -158,7 +222,8 @@ class DallePipeline(Pipeline):
         images, one for each, or None. The other arguments are those of `__call__`.
         """
         request = Request(num_images, seed, on_step, batch_size, progress, options)
-        task = self._continue("complete", image, prompt, keep, self._num_kept(keep))
+        texts = prompt, negative_prompt
+        task = self._continue("complete", image, texts, keep, self._num_kept(keep))
         return self._run(task, request, num_candidates)
 
     def variations(
@@ -167,6 +232,7 @@ class DallePipeline(Pipeline):
         *,
         image_emb: Tensor | None = None,
         prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
         keep: float = KEEP,
         num_images: int = 1,
         seed: Seed = None,
@@ -184,15 +250,60 @@ class DallePipeline(Pipeline):
         if image is None or image_emb is not None:
             raise ValueError(f"{self.name} varies images, not CLIP embeddings; give it an image")
         request = Request(num_images, seed, on_step, batch_size, progress, options)
-        task = self._continue("variations", image, prompt, keep, self._num_kept(keep) or None)
+        texts = prompt, negative_prompt
+        task = self._continue("variations", image, texts, keep, self._num_kept(keep) or None)
         return self._run(task, request)
+
+    def inpaint(
+        self,
+        image: Images,
+        mask: Mask | Sequence[Mask],
+        prompt: Prompt | None = None,
+        *,
+        negative_prompt: Prompt | None = None,
+        num_images: int = 1,
+        seed: Seed = None,
+        options: CodeOptions | None = None,
+        num_candidates: int | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Paint the white part of a mask of the same size, or the transparent part if it has one.
+
+        Codes whose pixels are all known are those of the image; the others are sampled from left to
+        right and top to bottom, each given the codes before it. A code does not depend on what is
+        known below it or to its right, so the painted part may not continue into it; several
+        candidates, of which CLIP keeps the one closest to the prompt, help. Known pixels are kept
+        bit for bit.
+
+        Images may have any size; they are painted in square windows as wide as the shorter side,
+        and candidates of `options.candidates` are compared in each window. Several images need a
+        mask each. prompt: of the whole image, one for all images, one for each, or None. Warns if
+        nothing or everything is marked. The other arguments are those of `__call__`.
+        """
+        request = Request(num_images, seed, on_step, batch_size, progress, options)
+        canvases = marked_canvases(image, mask)
+        prompts = prompt_for_each(prompt, len(canvases))
+        negative = prompt_for_each(negative_prompt, len(canvases), "negative prompts")
+        texts = [*(prompts or [None] * len(canvases))]
+        metadata = _metadata([canvas.metadata for canvas in canvases], texts, negative)
+        task = Task(texts, metadata, canvases=canvases, negative=negative)
+        return self._run(task, request, num_candidates)
 
     @in_inference_mode
     def encode(self, images: Images) -> Tensor:
         """Encode P images of S x S pixels to codes (P, h, w)."""
-        x = to_tensor(self._open(images)).to(self.device)
+        return self._encode(to_tensor(self._open(images)))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
         self.runtime.use(self.codec)
         return torch.cat([self.codec.encode(x[rows]) for rows in batches_of(len(x), CHUNK)])
+
+    def condition(self, prompts: Sequence[str | None]) -> Prefix:
+        """Compute what the transformer reads of P prompts; a missing one is treated as empty."""
+        return self.dalle.condition(self._tokens(prompts))
 
     @in_inference_mode
     def decode(self, codes: Tensor) -> Tensor:
@@ -223,20 +334,23 @@ class DallePipeline(Pipeline):
         return JointBound.cat(bounds)
 
     def _continue(
-        self, operation: str, image: Images, prompt: Prompt | None, keep: float, kept: int | None
+        self,
+        operation: str,
+        image: Images,
+        texts: tuple[Prompt | None, Prompt | None],
+        keep: float,
+        kept: int | None,
     ) -> Task:
-        """Make the task for images whose first `kept` codes are given; None = all codes."""
-        images, prompts = self._pair(image, prompt)
-        metadata = [
-            {
-                **({} if text is None else {"prompt": text}),
-                "operation": operation,
-                "picture": encode_image(one),
-                "arguments": {"prompt": text, "keep": keep},
-            }
-            for one, text in zip(images, prompts, strict=True)
-        ]
-        return Task(prompts, metadata, self.encode(images).flatten(1)[:, :kept])
+        """Make the task for images whose first `kept` codes are given; None = all codes.
+
+        texts: the prompts and the negative prompts.
+        """
+        images, prompts = self._pair(image, texts[0])
+        negative = prompt_for_each(texts[1], len(images), "negative prompts")
+        about = [{"operation": operation, "picture": encode_image(one)} for one in images]
+        metadata = _metadata(about, prompts, negative, keep=keep)
+        codes = self.encode(images).flatten(1)[:, :kept]
+        return Task(prompts, metadata, codes, negative=negative)
 
     def _run(
         self, task: Task, request: Request, num_candidates: int | None = None
@@ -247,6 +361,8 @@ class DallePipeline(Pipeline):
         if options.candidates > 1 and self.clip is None:
             fault = f"options.candidates is {options.candidates}"
             raise ValueError(f"{fault}; expected 1, because {self.name} has no CLIP")
+        if task.negative is not None:
+            check_guided({"options": options})
         if num_candidates is None:
             return GenerationResult.cat(list(self._batches(task, request, options)))
         check_candidates(request.num_images, num_candidates)
@@ -277,54 +393,74 @@ class DallePipeline(Pipeline):
         self, task: Task, request: Request, options: CodeOptions
     ) -> Iterator[GenerationResult]:
         """Sample batch after batch of a task."""
-        dalle, N = self.dalle, self.dalle.config.num_codes
+        N, windows = self.dalle.config.num_codes, [len(one.windows) for one in task.canvases]
         given = 0 if task.codes is None else task.codes.shape[1]
-        steps = N - given or 1
-        prefix, prefix_of, null = None, None, None
         K = 1 if given == N or None in task.prompts else options.candidates
+        steps = N * max(windows, default=1) - given or 1
         request = replace(request, batch_size=max(1, request.batch_size // K))
+        preview = request.on_step is not None and not self.offloaded
+        sampling = Sampling(options, K, preview, Prefixes(self, task, options.guidance != 1))
         for batch in request.batches(len(task.prompts), steps):
-            rows, n = batch.prompts, batch.num_images
-            prompts = task.prompts[rows]
-            self.runtime.use(dalle)
+            rows, codes = batch.prompts, None
             with torch.inference_mode():
-                if task.codes is not None and given == N:
-                    tokens = self._tokens(prompts)
-                    codes = self._sample_again(tokens, task.codes[rows], batch, options)
+                images: Tensor | list[Image.Image]
+                if task.canvases:
+                    paint_window = partial(self._paint_window, batch=batch, sampling=sampling)
+                    images = paint(task.canvases[rows], batch.num_images, paint_window)
+                elif given == N:
+                    codes = self._sample_again(task, batch, options)
+                    images = self.decode(codes)
+                    batch.on_step(Progress(STAGE, 1, 1, images))
                 else:
-                    if prefix is None or prefix_of != rows:  # shared by the batches of one prompt
-                        prefix, prefix_of = dalle.condition(self._tokens(prompts)), rows
-                    if null is None and options.guidance != 1:
-                        null = dalle.condition(dalle.null_tokens(1))
-                    prime = task.codes
-                    if prime is not None:
-                        prime = prime[rows].repeat_interleave(n * K, dim=0)
-                    preview = request.on_step is not None and not self.offloaded
-                    codes = sample_codes(
-                        dalle,
-                        prefix.repeat_interleave(n * K),
-                        [generator for generator in batch.generators for _ in range(K)],
-                        options,
-                        prime=prime,
-                        null=null,
-                        on_code=self._reporter(batch, given, preview, K),
-                        compiled_step=self.step,
-                    )
-                images = self.decode(codes)
-                if K > 1:
-                    best = self._best_candidates(images, prompts, n)
-                    images, codes = images[best], codes[best]
-            if given == N:
-                batch.on_step(Progress(STAGE, 1, 1, images))
+                    known = torch.full((len(batch.seeds), N), -1)
+                    if task.codes is not None:
+                        prime = task.codes[rows].repeat_interleave(batch.num_images, dim=0)
+                        known[:, :given] = prime
+                    codes = self._sample(known, batch, sampling)
+                    images, codes = self._keep_best(self.decode(codes), codes, batch, sampling)
             yield self.make_result(images, batch, task.metadata[rows], options, codes=codes)
 
-    def _sample_again(
-        self, tokens: Tensor, codes: Tensor, batch: Batch, options: CodeOptions
+    def _sample(
+        self, known: Tensor, batch: Batch, sampling: Sampling, below: Tensor | None = None
     ) -> Tensor:
+        """Sample K candidates of the codes (B, N) that are -1: (B * K, h, w).
+
+        below: images (B, 3, S, S) that previews show below the rows of codes; None = white.
+        """
+        K, (prefix, null) = sampling.K, sampling.prefixes.of(batch.prompts)
+        return sample_codes(
+            self.dalle,
+            prefix.repeat_interleave(batch.num_images * K),
+            [generator for generator in batch.generators for _ in range(K)],
+            sampling.options,
+            known=known.repeat_interleave(K, dim=0),
+            null=null,
+            on_code=self._reporter(batch, sampling, sampled_span(known), below),
+            compiled_step=self.step,
+        )
+
+    def _paint_window(self, views: Sequence[View], batch: Batch, sampling: Sampling) -> Tensor:
+        """Paint the hole of one window of each canvas: (B, 3, S, S)."""
+        size, K = self.codec.image_size, sampling.K
+        image, hole = (x.to(self.device) for x in views_to_model(views, size))
+        unknown = F.max_pool2d(hole.float(), self.codec.factor)[:, 0] > 0  # B h w
+        known = self._encode(image).masked_fill(unknown, -1).flatten(1)  # B N
+        codes = self._sample(known, batch, sampling, below=image)
+        image, hole = (x.repeat_interleave(K, dim=0) for x in (image, hole))
+        x = paste(self.decode(codes), image, hole, radius=max(1, size // 32)).clamp(-1, 1)
+        return self._keep_best(x, codes, batch, sampling)[0]
+
+    def _sample_again(self, task: Task, batch: Batch, options: CodeOptions) -> Tensor:
         """Sample each of the codes (P, N), given those before it, n times: (P * n, h, w)."""
-        logits = self.dalle(tokens, codes).codes  # P N V
+        assert task.codes is not None
+        self.runtime.use(self.dalle)
+        codes, negative = task.codes[batch.prompts], task.negative
+        logits = self.dalle(self._tokens(task.prompts[batch.prompts]), codes).codes  # P N V
         if options.guidance != 1:
-            null = self.dalle(self.dalle.null_tokens(len(codes)), codes).codes
+            tokens = self.dalle.null_tokens(len(codes))
+            if negative is not None:
+                tokens = self._tokens(negative[batch.prompts])
+            null = self.dalle(tokens, codes).codes
             logits = guide(torch.cat([logits, null]), options.guidance)
         samples = [
             sample_code(
@@ -336,6 +472,16 @@ class DallePipeline(Pipeline):
         ]
         return torch.stack(samples).unflatten(1, self.dalle.config.grid)
 
+    def _keep_best(
+        self, images: Tensor, codes: Tensor, batch: Batch, sampling: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the best of the K candidates of each image, and its codes."""
+        if sampling.K == 1:
+            return images, codes
+        prompts = sampling.prefixes.task.prompts[batch.prompts]
+        best = self._best_candidates(images, prompts, batch.num_images)
+        return images[best], codes[best]
+
     def _best_candidates(self, images: Tensor, prompts: Sequence[str | None], n: int) -> Tensor:
         """Return the rows (P * n,) of the best of K candidates; images: (P * n * K, 3, S, S)."""
         text_emb = self._encode_text(prompts)
@@ -344,22 +490,26 @@ class DallePipeline(Pipeline):
         scores = scores.view(len(prompts) * n, -1)  # (P * n, K)
         return scores.argmax(dim=1) + torch.arange(0, scores.numel(), scores.shape[1])
 
-    def _reporter(self, batch: Batch, given: int, preview: bool, candidates: int) -> OnCode:
-        """Report every code; previews show the complete rows of codes, and white below.
+    def _reporter(
+        self, batch: Batch, sampling: Sampling, span: tuple[int, int], below: Tensor | None
+    ) -> OnCode:
+        """Report the codes of a span; previews show the complete rows of codes, and `below`.
 
         The preview shows the first of several candidates for an image.
         """
-        (h, w), size = self.dalle.config.grid, self.codec.image_size
+        (first, end), (_, w), K = span, self.dalle.config.grid, sampling.K
+        size = self.codec.image_size
 
         def report(n: int, codes: Tensor) -> list[int]:
             def rows() -> Tensor:
-                decoded = self.decode(codes[::candidates].unflatten(1, (n // w, w)))
+                decoded = self.decode(codes[::K].unflatten(1, (n // w, w)))
+                if below is not None:
+                    return torch.cat([decoded, below[:, :, decoded.shape[2] :]], dim=2)
                 return F.pad(decoded, (0, 0, 0, size - decoded.shape[2]), value=1.0)
 
-            source = rows if preview and n % w == 0 else None
-            batch.on_step(Progress(STAGE, n - given, h * w - given, source))
-            kept = batch.on_step.kept()
-            return [i * candidates + k for i in kept for k in range(candidates)]
+            source = rows if sampling.preview and n % w == 0 else None
+            batch.on_step(Progress(STAGE, n - first, end - first, source))
+            return [i * K + k for i in batch.on_step.kept() for k in range(K)]
 
         return report
 

@@ -14,11 +14,9 @@ the size of the model's images. A model with an inpainter uses it, unless painti
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.diffusion.repaint import PaintOptions, fill, paste
-from unclip.image_io import open_mask, to_pil, to_tensor
+from unclip.diffusion.repaint import PaintOptions, paste
 from unclip.models.unclip.decoder import masked_image
+from unclip.pipelines.canvas import (
+    Canvas,
+    Mask,
+    View,
+    check_windows,
+    marked_canvases,
+    paint,
+    views_to_model,
+)
 from unclip.pipelines.provenance import edited_source
 from unclip.pipelines.request import (
     Batch,
@@ -51,27 +57,6 @@ from unclip.pipelines.unclip.stages import (
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
 
 ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers, whose input is consistent
-MIN_KNOWN = 0.25  # share of a window that should be known when it is painted
-MAX_WINDOWS = 64
-
-Window = tuple[int, int]  # left, top
-View = tuple[np.ndarray, np.ndarray]  # pixels (n, side, side, 3) uint8 and hole (side, side) bool
-Mask = Image.Image | str | Path
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """An image and the part of it to paint."""
-
-    image: Image.Image  # the source image
-    pixels: np.ndarray  # (H, W, 3) uint8
-    hole: np.ndarray  # (H, W) bool
-    metadata: dict[str, Any]  # how it was made
-
-    @property
-    def side(self) -> int:
-        """Side of the square windows, in pixels."""
-        return min(self.image.size)
 
 
 def inpaint(
@@ -95,23 +80,7 @@ def inpaint(
     partly visible. Warns if nothing or everything is marked.
     """
     request = Request(num_images, seed, on_step, batch_size, progress, options)
-    sources = open_images(image)
-    masks: Sequence[Any] = mask if isinstance(mask, list | tuple) else [mask]
-    if len(masks) != len(sources):
-        given = f"{len(masks)} masks for {len(sources)} images"
-        raise ValueError(f"{given}; expected one for each")
-    canvases = []
-    for source, marked in zip(sources, map(open_mask, masks), strict=True):
-        if marked.size != source.size:
-            sizes = "{} x {} px, but the image is {} x {}".format(*marked.size, *source.size)
-            raise ValueError(f"the mask is {sizes}; expected the same size")
-        hole = np.asarray(marked) > 0
-        if not hole.any():
-            warnings.warn("nothing is marked in the mask: the image stays as it is", stacklevel=3)
-        elif hole.all():
-            warnings.warn("everything is marked in the mask: nothing is kept", stacklevel=3)
-        metadata = {"operation": "inpaint", **edited_source(source, marked)}
-        canvases.append(Canvas(source, np.asarray(source), hole, metadata))
+    canvases = marked_canvases(image, mask)
     texts = prompt, negative_prompt
     return _paint(pipe, canvases, texts, painting or PaintOptions(), request)
 
@@ -146,7 +115,7 @@ def outpaint(
     source = _open_one(image)
     width, height = source.width + left + right, source.height + top + bottom
     added = width * height - source.width * source.height
-    _check_windows(0, added, min(source.size))  # before allocation
+    check_windows(0, added, min(source.size))  # before allocation
     around = ((top, bottom), (left, right))
     pixels = np.pad(np.asarray(source), (*around, (0, 0)))
     hole = np.pad(np.zeros(source.size[::-1], dtype=bool), around, constant_values=True)
@@ -205,10 +174,9 @@ def _paint(
     if negative is not None:
         guided = {} if prompts is None else {"prior": options.prior}
         check_guided({**guided, "decoder": options.decoder})
-    windows = [list(windows_over(canvas.hole, canvas.side)) for canvas in canvases]
     steps = painting.resamples * painting.steps(options.decoder.steps)
     steps += sum(stage.steps for stage in options.upsamplers)
-    steps *= max(map(len, windows))
+    steps *= max(len(canvas.windows) for canvas in canvases)
     if prompts is not None and pipe.prior_stage is not None:
         steps += pipe.prior_stage.steps(options.prior)
     results = []
@@ -219,11 +187,16 @@ def _paint(
             text = EncodedPrompts.of(pipe.encode_text, said, avoided)
             image_emb = _embed(pipe, part, text, batch, options)
             text = text.repeat_interleave(batch.num_images)
-            painted = [Painted.of(canvas, batch.num_images) for canvas in part]
-            for window in itertools.zip_longest(*windows[batch.prompts], fillvalue=(0, 0)):
-                views = [one.view(at) for one, at in zip(painted, window, strict=True)]
-                _paint_window(pipe, views, image_emb, text, batch, options, painting)
-        images = [Image.fromarray(pixels) for one in painted for pixels in one.pixels]
+            paint_window = partial(
+                _paint_window,
+                pipe,
+                image_emb=image_emb,
+                text=text,
+                batch=batch,
+                options=options,
+                painting=painting,
+            )
+            images = paint(part, batch.num_images, paint_window)
         entries = _metadata(pipe, part, said, avoided, batch, options, painting)
         names = [entry["arguments"]["prompt"] for entry in entries]
         results.append(GenerationResult(images, [*batch.seeds], names, image_emb.cpu(), entries))
@@ -265,33 +238,6 @@ def _metadata(
     return entries
 
 
-@dataclass(frozen=True)
-class Painted:
-    """The images that are painted on one canvas."""
-
-    pixels: np.ndarray  # (n, H, W, 3) uint8
-    hole: np.ndarray  # (H, W) bool, what is still to be painted
-    side: int  # of the windows
-
-    @classmethod
-    def of(cls, canvas: Canvas, n: int) -> Painted:
-        return cls(np.repeat(canvas.pixels[None], n, axis=0), canvas.hole.copy(), canvas.side)
-
-    def view(self, window: Window) -> View:
-        """Return the pixels (n, side, side, 3) and the hole (side, side) in a window."""
-        left, top = window
-        at = np.s_[top : top + self.side, left : left + self.side]
-        return self.pixels[(slice(None), *at)], self.hole[at]
-
-
-def paste_window(pixels: np.ndarray, hole: np.ndarray, x: Tensor) -> None:
-    """Write painted images x (n, 3, S, S) to the hole of a window, and clear the hole."""
-    for pixel, new in zip(pixels, to_pil(x), strict=True):
-        new = new.resize(hole.shape, Image.Resampling.LANCZOS)
-        pixel[hole] = np.asarray(new)[hole]
-    hole[:] = False
-
-
 def _embed(
     pipe: StagedPipeline,
     canvases: Sequence[Canvas],
@@ -322,13 +268,11 @@ def _paint_window(
     batch: Batch,
     options: UnCLIPOptions,
     painting: PaintOptions,
-) -> None:
-    """Paint the hole of one window of each canvas, at each stage's size in turn."""
-    sizes, device, n = stage_sizes(pipe, options), pipe.runtime.device, batch.num_images
-    keep = painting.strength < 1
-    images, holes = zip(*(to_model(*view, sizes[-1], keep) for view in views), strict=True)
-    known = torch.cat(images).to(device)  # (B, 3, S, S)
-    hole = torch.cat(holes).repeat_interleave(n, dim=0).to(device)  # (B, 1, S, S)
+) -> Tensor:
+    """Paint the hole of one window of each canvas, at each stage's size in turn: (B, 3, S, S)."""
+    sizes = stage_sizes(pipe, options)
+    inputs = views_to_model(views, sizes[-1], keep=painting.strength < 1)
+    known, hole = (x.to(pipe.runtime.device) for x in inputs)
     x = None
     for i, size in enumerate(sizes):
         factor = known.shape[-1] // size
@@ -347,77 +291,7 @@ def _paint_window(
         painted = stage.repaint(image, marked, batch.generators, how, batch.on_step)
         x = paste(painted, image, marked, radius=max(1, size // 32)).clamp(-1, 1)
     assert x is not None
-    for (pixels, marked), new in zip(views, x.split(n), strict=True):
-        paste_window(pixels, marked, new)
-
-
-def windows_over(hole: np.ndarray, side: int) -> Iterator[Window]:
-    """Yield squares that together cover the hole (H, W) bool, in an order that shows known pixels.
-
-    ValueError if there would be more than MAX_WINDOWS.
-    """
-    hole, found = hole.copy(), 0
-    while area := int(hole.sum()):
-        _check_windows(found, area, side)
-        left, top = window = _next_window(hole, side)
-        hole[top : top + side, left : left + side] = False
-        found += 1
-        yield window
-
-
-def _check_windows(found: int, area: int, side: int) -> None:
-    """Raise ValueError if `area` remaining pixels certainly need too many windows."""
-    if area > (MAX_WINDOWS - found) * side**2:
-        windows = f"windows of {side} x {side} px, the image's shorter side"
-        raise ValueError(
-            f"the painted part needs too many {windows}; expected at most {MAX_WINDOWS}"
-        )
-
-
-def _next_window(hole: np.ndarray, side: int) -> Window:
-    """Centre the window on a small hole, or maximise its hole while enough pixels are known."""
-    spans = []  # for x and y: the central position, whether the hole fits, all positions
-    for marked, length in ((hole.any(axis=0), hole.shape[1]), (hole.any(axis=1), hole.shape[0])):
-        first, last = np.flatnonzero(marked)[[0, -1]]
-        middle = min(max(0, int(first + last + 1 - side) // 2), length - side)
-        positions = {*range(0, length - side, max(1, side // 2)), length - side}
-        spans.append(({middle}, last - first < (1 - MIN_KNOWN) * side, positions))
-    (left, x_fits, lefts), (top, y_fits, tops) = spans
-    share = {
-        (x, y): float(hole[y : y + side, x : x + side].mean())
-        for y in sorted(top if y_fits else tops)
-        for x in sorted(left if x_fits else lefts)
-    }
-    if enough := {at: found for at, found in share.items() if 0 < found <= 1 - MIN_KNOWN}:
-        return max(enough, key=lambda at: enough[at])
-    centre = ((hole.shape[1] - side) / 2, (hole.shape[0] - side) / 2)
-    return min(
-        (at for at in share if share[at] > 0),
-        key=lambda at: (share[at], abs(at[0] - centre[0]) + abs(at[1] - centre[1])),
-    )
-
-
-def to_model(pixels: np.ndarray, hole: np.ndarray, size: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """Resize a window for the model: (B, h, h, 3) uint8 and its hole (h, h) bool.
-
-    -> (B, 3, size, size) in [-1, 1] and (1, 1, size, size) bool. Unless `keep`, the hole is filled
-    with the surrounding colours, so that its content does not leak into known pixels.
-    """
-    side = len(hole)
-    if side > size:  # Pillow needs less memory than torch
-        pixels = np.stack([_shrink(one, size) for one in pixels])
-        hole = _shrink(hole.astype(np.uint8) * 255, size) > 0
-    known, marked = to_tensor(pixels), torch.from_numpy(hole)[None, None]
-    if not keep:
-        known = fill(known, marked)
-    if side < size:
-        known = F.interpolate(known, (size, size), mode="bicubic").clamp(-1, 1)
-        marked = F.interpolate(marked.float(), (size, size)) > 0
-    return known, marked
-
-
-def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))
+    return x
 
 
 def _open_one(image: ImageInput) -> Image.Image:
