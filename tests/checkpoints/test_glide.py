@@ -156,9 +156,9 @@ class FixedTokenizer(GPT2Tokenizer):
         return torch.where(mask, IDS[0], 49), mask
 
 
-def small_pipe(folder: Path) -> GLIDEPipeline:
+def small_pipe(folder: Path, names: Sequence[str] = ("base", "upsample")) -> GLIDEPipeline:
     """Images of 8 and 16 px, as in the recording."""
-    nets = [glide.read_network(folder / f"{name}.pt") for name in ("base", "upsample")]
+    nets = [glide.read_network(folder / f"{name}.pt") for name in names]
     nets[0].config = replace(nets[0].config, image_size=8)
     nets[1].config = replace(nets[1].config, image_size=16, low_size=8)
     options = GLIDEOptions(
@@ -272,6 +272,124 @@ def test_the_inpainting_pair_generates_from_nothing_known(folder: Path) -> None:
     pipe.decoder.config = replace(pipe.decoder.config, image_size=8)
     options = GLIDEOptions(StageOptions(steps=2), upsamplers=())
     assert pipe("a fish", seed=0, options=options, progress=False).images[0].size == (8, 8)
+
+
+@pytest.fixture
+def inpainting_pipe(folder: Path) -> GLIDEPipeline:
+    for name in FILES[2:]:
+        torch.save(state(name), folder / f"{name}.pt")
+    return small_pipe(folder, FILES[2:])
+
+
+def scene(width: int, height: int) -> tuple[Image.Image, Image.Image]:
+    """Return an image, and a mask of a box in it that is half the image."""
+    image, mask = Image.linear_gradient("L").resize((width, height)), Image.new("L", (1, 1))
+    mask = mask.resize((width, height))
+    mask.paste(255, (width // 4, height // 4, width, height))
+    return image.convert("RGB"), mask
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 31), (9, 12)])
+def test_inpainting_keeps_known_pixels(
+    inpainting_pipe: GLIDEPipeline, size: tuple[int, int]
+) -> None:
+    (image, mask), call = scene(*size), {"seed": 3, "progress": False}
+    steps: list[Any] = []
+    result = inpainting_pipe.inpaint(
+        [image, image], [mask, mask], ["a fish", "a dish"], on_step=steps.append, **call
+    )
+    kept = np.asarray(mask) == 0
+    for one in result.images:
+        assert one.size == size
+        assert (np.asarray(one)[kept] == np.asarray(image)[kept]).all()
+        assert (np.asarray(one)[~kept] != np.asarray(image)[~kept]).any()
+    assert [step.stage for step in steps] == (["decoder"] * 5 + ["upsampler_0"] * 4) * (
+        len(steps) // 9
+    )
+    alone = inpainting_pipe.inpaint(image, mask, "a dish", **{**call, "seed": 4})
+    assert alone.metadata == result.metadata[1:]
+    assert alone.images[0].tobytes() == result.images[1].tobytes()
+    again = regenerate(inpainting_pipe, result.metadata[1], progress=False)
+    assert again.images[0].tobytes() == result.images[1].tobytes()
+
+
+def test_both_networks_receive_the_known_pixels(inpainting_pipe: GLIDEPipeline) -> None:
+    """With and without guidance, at their own sizes; the hole's content is hidden from them."""
+    (image, mask), seen = scene(16, 16), {}
+    for stage in inpainting_pipe.stages:
+        denoise = stage.network.denoise
+
+        def recorded(
+            x_t: Tensor, t: float, context: Any, cache: Any = None, denoise: Any = denoise
+        ) -> Tensor:
+            seen.setdefault(x_t.shape[-1], []).append(context.extra_channels)
+            return denoise(x_t, t, context, cache)
+
+        stage.network.denoise = recorded
+    call = {"prompt": "a fish", "seed": 3, "progress": False}
+    result = inpainting_pipe.inpaint(image, mask, **call)
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    hole = torch.from_numpy(np.array(mask))[None, None] > 0
+    for size, rows in ((8, 2), (16, 1)):  # only the first stage is guided
+        known = (~hole)[:, :, :: 16 // size, :: 16 // size]
+        pixels = torch.nn.functional.avg_pool2d(x, 16 // size) * known
+        for channels in seen[size]:
+            assert len(channels) == rows
+            torch.testing.assert_close(channels[:, 3:4], known.float().expand(rows, -1, -1, -1))
+            torch.testing.assert_close(channels[:, :3], pixels.expand(rows, -1, -1, -1))
+    painted_over = image.copy()
+    painted_over.paste("blue", mask=mask)
+    other = inpainting_pipe.inpaint(painted_over, mask, **call)
+    assert (np.asarray(other.images[0]) == np.asarray(result.images[0]))[np.asarray(mask) > 0].all()
+
+
+def test_a_base_network_without_known_pixels_cannot_inpaint(folder: Path) -> None:
+    with pytest.raises(ValueError, match="cannot inpaint: .* load base_inpaint.pt") as error:
+        small_pipe(folder).inpaint(*scene(16, 16), "a fish")
+    assert "\n" not in str(error.value)
+
+
+def test_an_upsampler_without_known_pixels_keeps_them(
+    inpainting_pipe: GLIDEPipeline, folder: Path
+) -> None:
+    pipe, (image, mask) = small_pipe(folder, ("base_inpaint", "upsample")), scene(16, 16)
+    result = pipe.inpaint(image, mask, "a fish", seed=3, progress=False)
+    kept = np.asarray(mask) == 0
+    assert (np.asarray(result.images[0])[kept] == np.asarray(image)[kept]).all()
+
+
+def test_edits_of_the_command_line_and_the_server(
+    inpainting_pipe: GLIDEPipeline,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from unclip.serving.tasks import Task, generate, operations
+
+    (image, mask), files = scene(16, 16), [str(tmp_path / f"{name}.png") for name in "abc"]
+    image.save(files[0])
+    mask.save(files[1])
+    task = Task("edits", "glide", 2, 3, prompt="a fish", images=(image,), mask=mask)
+    (served,) = generate(inpainting_pipe, [task], lambda _: None, 16)
+    call = {"num_images": 2, "seed": 3, "progress": False}
+    expected = inpainting_pipe.inpaint(image, mask, "a fish", **call)
+    assert [x.tobytes() for x in served.images] == [x.tobytes() for x in expected.images]
+    assert operations(inpainting_pipe) == ["generations", "edits"]
+    plain = small_pipe(folder)
+    assert operations(plain) == ["generations"]
+    with pytest.raises(ValueError, match="does not support edits"):
+        generate(plain, [task], lambda _: None, 16)
+
+    (folder / "upsample_inpaint.pt").unlink()
+    edit = ["edit", files[0], "--mask", files[1], "--prompt", "a fish", "--device", "cpu"]
+    edit += ["--steps", "1", "-o", files[2], "--quiet", "--model"]
+    assert main([*edit, str(folder / "base_inpaint.pt")]) == 0
+    kept = np.asarray(mask) == 0
+    assert (np.asarray(Image.open(files[2]))[kept] == np.asarray(image)[kept]).all()
+    capsys.readouterr()
+    (folder / "upsample.pt").unlink()
+    assert main([*edit, str(folder / "base.pt")]) == 2
+    assert "cannot inpaint" in capsys.readouterr().err
 
 
 def test_networks_are_loaded_in_half_precision(folder: Path) -> None:

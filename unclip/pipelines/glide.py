@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
+from unclip.diffusion.repaint import PaintOptions, paste
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
-from unclip.models.unclip.decoder import DecoderContext
+from unclip.models.unclip.decoder import DecoderContext, masked_image
 from unclip.pipelines.base import Pipeline, in_inference_mode, make_schedules
-from unclip.pipelines.diffusion_stage import DiffusionStage
+from unclip.pipelines.canvas import Mask, View, marked_canvases, paint, views_to_model
+from unclip.pipelines.diffusion_stage import BoundStage, DiffusionStage
+from unclip.pipelines.provenance import operation_metadata
 from unclip.pipelines.request import (
+    Batch,
+    Images,
     Request,
     Seed,
     check_options,
     check_prompts,
+    prompt_for_each,
     random_generators,
 )
 from unclip.pipelines.runtime import Runtime
@@ -28,9 +36,13 @@ from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOp
 
 # B batch, s and S image sizes
 
+ONCE = PaintOptions(resamples=1)
+
 
 class GLIDEPipeline(Pipeline):
     """A network conditioned on a caption, and any number of upsamplers that read it as well.
+
+    Networks that were trained to inpaint (2.4) also generate, with nothing known.
 
     `generators` holds one generator for each image, which is used for the initial noise and the
     steps of one stage after the other.
@@ -120,6 +132,52 @@ class GLIDEPipeline(Pipeline):
             results.append(self.make_result(x, batch, entries, options))
         return GenerationResult.cat(results)
 
+    def inpaint(
+        self,
+        image: Images,
+        mask: Mask | Sequence[Mask],
+        prompt: Prompt | None = None,
+        *,
+        num_images: int = 1,
+        seed: Seed = None,
+        options: GLIDEOptions | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 16,
+        progress: bool = True,
+    ) -> GenerationResult:
+        """Paint the white part of a mask of the same size, or the transparent part if it has one.
+
+        The base network must have been trained to inpaint: known pixels and their mask are inputs
+        of it and of upsamplers of the same kind (GLIDE 2.4). Sampling is ancestral at the timesteps
+        of the options, with the known pixels in x_t. They are kept bit for bit.
+
+        Images may have any size; they are painted in square windows as wide as the shorter side.
+        Several images need a mask each. prompt: of the whole image, one for all images, one for
+        each, or None. Warns if nothing or everything is marked.
+        """
+        if not self.decoder.config.inpaints:
+            reason = "its base network has no input for known pixels; load base_inpaint.pt"
+            raise ValueError(f"{self.name} cannot inpaint: {reason}")
+        options = options or self.options
+        check_options(options, GLIDEOptions, len(self.upsamplers))
+        request = Request(num_images, seed, on_step, batch_size, progress)
+        canvases = marked_canvases(image, mask)
+        prompts = [*(prompt_for_each(prompt, len(canvases)) or [None] * len(canvases))]
+        metadata = operation_metadata([canvas.metadata for canvas in canvases], prompts)
+        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        steps *= max(len(canvas.windows) for canvas in canvases)
+        results = []
+        for batch in request.batches(len(canvases), steps):
+            rows, n = batch.prompts, batch.num_images
+            captions = [text or "" for text in prompts[rows] for _ in range(n)]
+            paint_window = partial(
+                self._paint_window, captions=captions, options=options, batch=batch
+            )
+            with torch.inference_mode():
+                images = paint(canvases[rows], n, paint_window)
+            results.append(self.make_result(images, batch, metadata[rows], options))
+        return GenerationResult.cat(results)
+
     def variations(self, image: Any = None, **arguments: Any) -> GenerationResult:
         """Raise ValueError: this model has no CLIP."""
         raise ValueError(f"{self.name} has no image embeddings to vary an image; give it a prompt")
@@ -152,9 +210,30 @@ class GLIDEPipeline(Pipeline):
         generators = generators or random_generators(len(images))
         all_options = self.options.upsamplers if options is None else options
         for stage, stage_options in zip(self.stages[1:], all_options, strict=False):
-            low_res = ((images.to(self.device) + 1) * 127.5).round() / 127.5 - 1  # as 8-bit images
+            low_res = _as_8_bit(images.to(self.device))
             images = self._sample(stage, captions, generators, stage_options, on_step, low_res)
         return images
+
+    def _paint_window(
+        self, views: Sequence[View], captions: Sequence[str], options: GLIDEOptions, batch: Batch
+    ) -> Tensor:
+        """Paint the hole of one window of each canvas, at each stage's size in turn."""
+        stage_options = (options.decoder, *options.upsamplers)
+        stages = list(zip(self.stages, stage_options, strict=False))
+        S, x = stages[-1][0].network.config.image_size, None
+        image, hole = (x.to(self.device) for x in views_to_model(views, S))
+        for stage, chosen in stages:
+            config = stage.network.config
+            factor = S // config.image_size
+            known, marked = F.avg_pool2d(image, factor), F.max_pool2d(hole.float(), factor) > 0
+            masked = masked_image(known, marked) if config.inpaints else None
+            low_res = None if x is None else _as_8_bit(x)
+            bound = self._bind(stage, captions, chosen, low_res, masked)
+            painted = bound.repaint(known, marked, batch.generators, ONCE, batch.on_step)
+            radius = max(1, config.image_size // 32)
+            x = paste(painted, known, marked, radius).clamp(-1, 1)
+        assert x is not None
+        return x
 
     def _sample(
         self,
@@ -165,23 +244,39 @@ class GLIDEPipeline(Pipeline):
         on_step: OnStep | None,
         low_res: Tensor | None = None,
     ) -> Tensor:
-        context = self._condition(stage.network, captions, low_res)
+        bound = self._bind(stage, captions, options, low_res)
+        size = stage.network.config.image_size
+        x_T = bound.noise((len(captions), 3, size, size), generators)
+        return bound.sample(x_T, generators, on_step).clamp(-1, 1)
+
+    def _bind(
+        self,
+        stage: DiffusionStage,
+        captions: Sequence[str],
+        options: StageOptions,
+        low_res: Tensor | None,
+        known: Tensor | None = None,
+    ) -> BoundStage:
+        """Fix captions, small images of an upsampler, and the known pixels, see `masked_image`."""
+        context = self._condition(stage.network, captions, low_res, known)
 
         def null() -> DecoderContext:
             one = self._condition(stage.network, [""], None if low_res is None else low_res[:1])
             nulls = one.repeat_interleave(len(captions))
             return replace(nulls, extra_channels=context.extra_channels)
 
-        bound, size = stage.bind(context, options, null), stage.network.config.image_size
-        x_T = bound.noise((len(captions), 3, size, size), generators)
-        return bound.sample(x_T, generators, on_step).clamp(-1, 1)
+        return stage.bind(context, options, null)
 
     def _condition(
-        self, network: GLIDE, captions: Sequence[str], low_res: Tensor | None
+        self,
+        network: GLIDE,
+        captions: Sequence[str],
+        low_res: Tensor | None,
+        known: Tensor | None = None,
     ) -> DecoderContext:
         ids, mask = self.tokenizer(captions)
         self.runtime.use(network)
-        return network.condition(ids.to(self.device), mask.to(self.device), low_res)
+        return network.condition(ids.to(self.device), mask.to(self.device), low_res, known)
 
     def _check_compatible(self) -> None:
         """Raise ValueError for networks that were not trained for each other."""
@@ -198,3 +293,8 @@ class GLIDEPipeline(Pipeline):
                 reads = f"{stage.name} reads {expected[0]} of {expected[1]} tokens"
                 raise ValueError(f"{reads}, but the tokenizer gives {gives}")
             size = config.image_size
+
+
+def _as_8_bit(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the values of 8-bit images."""
+    return ((images + 1) * 127.5).round() / 127.5 - 1

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -28,7 +29,7 @@ LATENT_OPERATIONS = ("reconstruct", "vary", "interpolate", "text_diff")
 IMAGE_OPERATIONS = {
     "unclip": ("inpaint", "outpaint", "image_to_image"),
     "dalle": ("complete", "variations", "inpaint"),
-    "glide": (),
+    "glide": ("inpaint",),
 }
 MAX_PIXELS = 4_000_000  # of an image in metadata
 MAX_TEXT = 16_000_000  # characters of an image in metadata; PNG readers refuse more than 64 MB
@@ -47,6 +48,24 @@ def edited_source(
             f"the image of {size} is too large for metadata: results cannot be regenerated",
             stacklevel=stacklevel,
         )
+    return entries
+
+
+def operation_metadata(
+    about: Sequence[dict[str, Any]],
+    prompts: Sequence[str | None],
+    negative: Sequence[str] | None = None,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
+    """Return the metadata of an operation on images that is conditioned on prompts.
+
+    about: the operation and the image. arguments: others of the call.
+    """
+    entries = []
+    for i, (entry, text) in enumerate(zip(about, prompts, strict=True)):
+        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative[i]})
+        shown = {} if text is None else {"prompt": text}
+        entries.append({**shown, **entry, "arguments": {**texts, **arguments}})
     return entries
 
 

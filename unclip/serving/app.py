@@ -32,7 +32,7 @@ from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
 from unclip.serving.requests import BODIES, FILES, Delivery, model_not_found, parse, read_body
 from unclip.serving.storage import Storage, open_storage
-from unclip.serving.tasks import OPERATIONS, Task
+from unclip.serving.tasks import Task
 from unclip.types import SAMPLERS
 
 log = logging.getLogger("unclip.serving")
@@ -325,7 +325,7 @@ def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
         **model,
         "kind": kind,
         "size": known["size"],
-        "operations": list(OPERATIONS[kind]),
+        "operations": known["operations"],
         "steps": None if kind == "dalle" else sampling.steps,
         "guidance": sampling.guidance,
         "samplers": [] if kind == "dalle" else list(SAMPLERS),

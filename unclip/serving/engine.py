@@ -20,7 +20,7 @@ from unclip.serving.errors import APIError, bad_request, failed, unavailable
 from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
-from unclip.serving.tasks import count_stages, generate, model_size
+from unclip.serving.tasks import count_stages, generate, model_size, operations
 from unclip.tokenizer import PromptWarning
 from unclip.types import GenerationResult, Progress
 
@@ -187,7 +187,12 @@ class Engine:
         started = time.monotonic()
         dtype = None if self.config.dtype is None else getattr(torch, self.config.dtype)
         pipe = self._load(self.config.source_of(name), device, dtype)
-        self.known[name] = {"kind": pipe.kind, "size": model_size(pipe), "options": pipe.options}
+        self.known[name] = {
+            "kind": pipe.kind,
+            "size": model_size(pipe),
+            "operations": operations(pipe),
+            "options": pipe.options,
+        }
         gc.freeze()  # exclude the objects of torch and the model from collections
         seconds = round(time.monotonic() - started, 3)
         log.info("model_loaded", extra={"model": name, "seconds": seconds})

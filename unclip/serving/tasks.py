@@ -32,7 +32,7 @@ LIMITS = {"steps": 1000, "candidates": 64, "prior_candidates": 64}  # of all sta
 OPERATIONS = {  # of each kind of pipeline
     "unclip": ("generations", "edits", "variations", "mix"),
     "dalle": ("generations", "edits", "variations"),
-    "glide": ("generations",),
+    "glide": ("generations", "edits"),
 }
 
 
@@ -110,8 +110,7 @@ def generate(
     ValueError if the model does not support the operation; APIError if it lacks its settings.
     """
     first = tasks[0]
-    supported = OPERATIONS.get(pipe.kind, ("generations",))
-    if first.operation not in supported:
+    if first.operation not in operations(pipe):
         raise ValueError(f"The model '{first.model}' does not support {first.operation}.")
     options = change_options(pipe, first.settings)
     shared: dict[str, Any] = {
@@ -130,6 +129,13 @@ def generate(
         result = _imagine(pipe, inputs, shared)
     ends = itertools.accumulate(task.n for task in tasks)
     return [result.pick(range(end - task.n, end)) for task, end in zip(tasks, ends, strict=True)]
+
+
+def operations(pipe: Any) -> list[str]:
+    """Return the operations that a pipeline supports."""
+    supported = OPERATIONS.get(pipe.kind, ("generations",))
+    inpaints = pipe.kind != "glide" or pipe.decoder.config.inpaints
+    return [name for name in supported if name != "edits" or inpaints]
 
 
 def change_options(pipe: Any, settings: Settings) -> Any:

@@ -30,7 +30,7 @@ from unclip.models.dalle.sampling import (
 from unclip.models.dalle.transformer import DALLE
 from unclip.pipelines.base import Pipeline, in_inference_mode
 from unclip.pipelines.canvas import Canvas, Mask, View, marked_canvases, paint, views_to_model
-from unclip.pipelines.provenance import encode_image
+from unclip.pipelines.provenance import encode_image, operation_metadata
 from unclip.pipelines.request import (
     Batch,
     Images,
@@ -104,21 +104,6 @@ class Prefixes:
         elif self.guided and self._null is None:
             self._null = pipe.dalle.condition(pipe.dalle.null_tokens(1))
         return self._prefix, self._null
-
-
-def _metadata(
-    about: Sequence[dict[str, Any]],
-    prompts: Sequence[str | None],
-    negative: Sequence[str] | None,
-    **arguments: Any,
-) -> list[dict[str, Any]]:
-    """Return the metadata of an operation on images; about: the operation and the image."""
-    entries = []
-    for i, (entry, text) in enumerate(zip(about, prompts, strict=True)):
-        texts = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative[i]})
-        shown = {} if text is None else {"prompt": text}
-        entries.append({**shown, **entry, "arguments": {**texts, **arguments}})
-    return entries
 
 
 class DallePipeline(Pipeline):
@@ -287,7 +272,7 @@ class DallePipeline(Pipeline):
         prompts = prompt_for_each(prompt, len(canvases))
         negative = prompt_for_each(negative_prompt, len(canvases), "negative prompts")
         texts = [*(prompts or [None] * len(canvases))]
-        metadata = _metadata([canvas.metadata for canvas in canvases], texts, negative)
+        metadata = operation_metadata([canvas.metadata for canvas in canvases], texts, negative)
         task = Task(texts, metadata, canvases=canvases, negative=negative)
         return self._run(task, request, num_candidates)
 
@@ -348,7 +333,7 @@ class DallePipeline(Pipeline):
         images, prompts = self._pair(image, texts[0])
         negative = prompt_for_each(texts[1], len(images), "negative prompts")
         about = [{"operation": operation, "picture": encode_image(one)} for one in images]
-        metadata = _metadata(about, prompts, negative, keep=keep)
+        metadata = operation_metadata(about, prompts, negative, keep=keep)
         codes = self.encode(images).flatten(1)[:, :kept]
         return Task(prompts, metadata, codes, negative=negative)
 
