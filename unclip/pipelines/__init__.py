@@ -77,7 +77,7 @@ def load(
     from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.glide import GLIDEPipeline
     from unclip.pipelines.offload import Offloader
-    from unclip.pipelines.runtime import default_dtype, find_device
+    from unclip.pipelines.runtime import default_dtype, find_device, torch_defaults
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
     from unclip.weights import to_dtype
 
@@ -85,16 +85,15 @@ def load(
     device = find_device(device)
     dtype = to_dtype(dtype) or default_dtype(device)
     source = _source(name_or_path, hub)
-    if offload and store.recognise(
-        path
-    ):  # weights are mapped, and written without being read whole
-        bundle = store.load_bundle(path, dtype, mapped=True)
-    else:  # other formats always map
-        bundle = load_any(path, dtype)
-    if offload and bundle.kind == UnCLIPPipeline.kind:
-        return UnCLIPPipeline.from_bundle(bundle, source, Offloader(device, dtype))
-    pipe = pipelines[bundle.kind].from_bundle(bundle, source=source)
-    return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
+    with torch_defaults():
+        if offload and store.recognise(path):  # weights are mapped on their way to the disk
+            bundle = store.load_bundle(path, dtype, mapped=True)
+        else:  # other formats always map
+            bundle = load_any(path, dtype)
+        if offload and bundle.kind == UnCLIPPipeline.kind:
+            return UnCLIPPipeline.from_bundle(bundle, source, Offloader(device, dtype))
+        pipe = pipelines[bundle.kind].from_bundle(bundle, source=source)
+        return pipe.to(dtype=dtype).offload(device) if offload else pipe.to(device, dtype)
 
 
 def load_prior(
@@ -111,11 +110,13 @@ def load_prior(
     import torch
 
     from unclip.checkpoints.registry import load_any_prior
+    from unclip.pipelines.runtime import torch_defaults
     from unclip.pipelines.unclip.stages import LoadedPrior
     from unclip.weights import to_dtype
 
     network: Any
-    network, schedule = load_any_prior(path, to_dtype(dtype) or torch.float32)
+    with torch_defaults():
+        network, schedule = load_any_prior(path, to_dtype(dtype) or torch.float32)
     return LoadedPrior(network, schedule, _source(name_or_path, hub))
 
 

@@ -27,7 +27,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.cpu import int8
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import Batch, describe_prompt
-from unclip.pipelines.runtime import Runtime
+from unclip.pipelines.runtime import Runtime, torch_defaults
 from unclip.types import DTYPES, DType, GenerationResult, StageOptions, TextEncoding
 from unclip.weights import to_dtype
 
@@ -54,11 +54,11 @@ class Pipeline(ABC):
     options: Any  # the defaults of this model, a frozen dataclass
 
     def __init_subclass__(cls) -> None:
-        """Make unknown arguments of sampling methods an error that suggests the right name."""
+        """Check the names of arguments of sampling methods, and call them with torch's defaults."""
         super().__init_subclass__()
         for name, method in [*vars(cls).items()]:
             if inspect.isfunction(method) and "progress" in inspect.signature(method).parameters:
-                setattr(cls, name, _with_suggestions(method))
+                setattr(cls, name, _sampling_method(method))
 
     def __init__(self, runtime: Runtime, name: str, licence: str, source: str | None) -> None:
         """source: the argument of `unclip.load`, for the metadata of images."""
@@ -256,7 +256,8 @@ class Pipeline(ABC):
         return GenerationResult(images, [*seeds], prompts, metadata=metadata, **cloned)
 
 
-def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:
+def _sampling_method(method: Callable[P, Result]) -> Callable[P, Result]:
+    """Call a method with torch's defaults; an error suggests the right name of an argument."""
     parameters = [*inspect.signature(method).parameters][1:]
     known = {*parameters}
 
@@ -265,7 +266,8 @@ def _with_suggestions(method: Callable[P, Result]) -> Callable[P, Result]:
         if not kwargs.keys() <= known:
             pipe: Any = args[0]
             check_keywords(kwargs, parameters, suggest=lambda name: _suggest(name, pipe.options))
-        return method(*args, **kwargs)
+        with torch_defaults():
+            return method(*args, **kwargs)
 
     return run
 
@@ -292,8 +294,9 @@ def in_inference_mode(stage: Callable[P, Output]) -> Callable[P, Output]:
     @wraps(stage)
     def run(*args: P.args, **kwargs: P.kwargs) -> Output:
         if torch.is_inference_mode_enabled():
-            return stage(*args, **kwargs)
-        with torch.inference_mode():
+            with torch_defaults():
+                return stage(*args, **kwargs)
+        with torch_defaults(), torch.inference_mode():
             output = stage(*args, **kwargs)
         return output.clone()
 

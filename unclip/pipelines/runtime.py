@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,21 @@ from unclip.pipelines.offload import Offloader, parts
 
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
+
+
+@contextlib.contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Ignore the caller's autocast, default device and default dtype, which would change images."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 class Runtime:
