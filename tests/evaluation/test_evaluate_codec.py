@@ -105,6 +105,8 @@ def test_the_command_prints_and_writes_results(folder, capsys):
         ("data --data data", "data is not an image codec"),
         ("model --data data --batch-size 0", "'0' is not a whole number"),
         ("model --data data --size 17", r"\(12, 3, 17, 17\)"),
+        ("model --data data --device abacus", "unknown device 'abacus'"),
+        ("model --data data --sheet sheet.bmp", "sheet.bmp; expected a .png file"),
     ],
 )
 def test_invalid_arguments_are_reported_in_one_line(arguments, message, folder, capsys):

@@ -218,14 +218,18 @@ def _add_evaluate_codec(commands: Any) -> None:
 def evaluate_codec(args: Namespace) -> None:
     check_result(args.json)
     check_result(args.sheet)
+    if args.sheet is not None and args.sheet.suffix.lower() != ".png":
+        raise ValueError(f"--sheet is {args.sheet}; expected a .png file")
     path = locate(args.codec)  # an unknown name is reported before torch is imported
 
     from unclip.checkpoints.registry import load_codec
     from unclip.evaluation import codec as evaluation
     from unclip.evaluation.pairs import load_pairs
     from unclip.image_io import save_png
+    from unclip.pipelines.runtime import find_device
 
-    codec = load_codec(path / "codec" if (path / "codec").is_dir() else path, args.device)
+    folder = path / "codec" if (path / "codec").is_dir() else path
+    codec = load_codec(folder, find_device(args.device))
     size = args.size or codec.image_size
     images = load_pairs(args.data, size, args.limit, not args.quiet, captions_needed=False).images
     results = evaluation.evaluate_codec(codec, images, args.batch_size)
