@@ -139,7 +139,7 @@ def _dynamo_left_out() -> Iterator[None]:
                 return original(function, *args, **options)(*inputs, **keywords)
             return function(*inputs, **keywords)
 
-        disabled._torchdynamo_disable = True  # type: ignore[attr-defined]
+        vars(disabled)["_torchdynamo_disable"] = True
         return disabled
 
     torch.compiler.disable = disable

@@ -51,6 +51,8 @@ def locate(
     if (path := Path(name_or_path)).exists():
         return path
     known = f"bundled models: {', '.join(bundled) or 'none'}"
+    if path.parent.is_file():
+        raise ValueError(f"model {str(name_or_path)!r} does not exist: {path.parent} is a file")
     if isinstance(name_or_path, str) and (found := _HUB_ID.fullmatch(name_or_path)):
         hub_id, revision = found.groups()
         if revision is not None:

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -39,7 +40,7 @@ class Protocol(HttpToolsProtocol):
     _in_head, _head = False, 0
     _head_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._start_head_timer()
 
@@ -66,7 +67,7 @@ class Protocol(HttpToolsProtocol):
         if self._head_timer is None and (self._in_head or not self._response_due):
             self._start_head_timer()
 
-    def eof_received(self) -> bool:  # pyright: ignore
+    def eof_received(self) -> Any:
         """Keep a half-closed connection open while a response is due, and close it then."""
         if (
             not self._response_due
