@@ -12,12 +12,6 @@ from serving_helpers import CONFIG, serving
 from unclip.serving.app import create_app
 from unclip.types import GenerationResult
 
-schemathesis = pytest.importorskip("schemathesis")
-checks = pytest.importorskip("schemathesis.specs.openapi.checks")
-hypothesis = pytest.importorskip("hypothesis")
-
-# A schema cannot say that an image must be decodable, or that an edit needs a mask or a strength.
-NOT_EXPRESSED = [checks.positive_data_acceptance]
 ERROR_FIELDS = {"message", "type", "param", "code"}
 
 
@@ -45,30 +39,30 @@ class InstantPipe:
         return self([None] * len(images), **arguments)
 
 
-@pytest.fixture(scope="module")
-def api(tiny_pipe):
-    app = create_app(CONFIG, lambda name, device, dtype: InstantPipe(tiny_pipe))
-    with serving(app) as url:
-        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
-
-
-QUICK = hypothesis.settings(
-    max_examples=15, deadline=None, derandomize=True, database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)  # fmt: skip
-
-
 @pytest.mark.slow
-def test_responses_follow_the_schema(api):
+def test_responses_follow_the_schema(tiny_pipe):
+    schemathesis = pytest.importorskip("schemathesis")  # which takes seconds
+    import hypothesis
+    from schemathesis.specs.openapi import checks
+
+    # A schema cannot say that an image must be decodable, or that an edit needs a mask.
+    not_expressed = [checks.positive_data_acceptance]
+    quick = hypothesis.settings(
+        max_examples=15, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
     statuses = Counter()
 
     def check(case):
-        response = case.call_and_validate(excluded_checks=NOT_EXPRESSED)
+        response = case.call_and_validate(excluded_checks=not_expressed)
         statuses[response.status_code] += 1
         if response.status_code >= 400:
             assert set(response.json()["error"]) == ERROR_FIELDS
 
-    for found in api.get_all_operations():
-        QUICK(hypothesis.given(case=found.ok().as_strategy())(check))()
+    app = create_app(CONFIG, lambda name, device, dtype: InstantPipe(tiny_pipe))
+    with serving(app) as url:
+        api = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        for found in api.get_all_operations():
+            quick(hypothesis.given(case=found.ok().as_strategy())(check))()
     assert statuses[200] >= 3 and statuses[400] > 20, statuses
     assert not set(statuses) & {422, 500}, statuses
