@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args
 
 from annotated_types import Interval
 
@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # short names -> torch's
 DType = Union["torch.dtype", str]  # as torch has it, or by name
-SAMPLERS = ("ddim", "ancestral", "analytic", "dpm++", "unipc")
+Sampler = Literal["ddim", "ancestral", "analytic", "dpm++", "unipc"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 # B batch, L text tokens, W text width, D CLIP embedding width
 
@@ -219,7 +220,7 @@ def update_options(options: T, changes: Any, where: str) -> T:
     one line for each error, starting with `where`.
     """
     changed = parse(type(options), _merge(to_dict(options), changes, where), where)
-    for stage in _stages(changed):
+    for stage in stages_of(changed).values():
         if stage.sampler not in SAMPLERS:
             expected = f"expected one of {', '.join(SAMPLERS)}"
             raise ValueError(f"{where}: sampler is {shorten(stage.sampler)}; {expected}")
@@ -252,12 +253,11 @@ def _matching_steps(stage: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     return changes
 
 
-def _stages(options: Any) -> Iterator[StageOptions]:
-    """Yield the options of each stage of a whole model."""
-    for value in vars(options).values():
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, StageOptions):
-                yield part
+def stages_of(options: Any) -> dict[str, StageOptions]:
+    """Return the options of each diffusion stage of a model, by the names of `Progress.stage`."""
+    own = {name: vars(options)[name] for name in ("prior", "decoder") if name in vars(options)}
+    upsamplers = enumerate(getattr(options, "upsamplers", ()))
+    return own | {f"upsampler_{i}": stage for i, stage in upsamplers}
 
 
 @dataclass(frozen=True)

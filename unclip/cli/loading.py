@@ -21,7 +21,7 @@ from unclip.cli.arguments import check_flags, given_options, sampling_options
 from unclip.config import parse
 from unclip.files import read_json
 from unclip.pipelines.presets import preset
-from unclip.types import OPTIONS
+from unclip.types import OPTIONS, stages_of
 
 if TYPE_CHECKING:  # `unclip --help` must not import torch
     from unclip.pipelines.dalle.pipeline import DallePipeline
@@ -105,13 +105,10 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
         _check_kind(header, kind[0], args, kind[1])
     check_flags(header, args)
     options = sampling_options(header, args)
-    ups = enumerate(getattr(options, "upsamplers", ()))
-    own = ("decoder",) if args.prior else ("prior", "decoder")
-    stages = {name: getattr(options, name, None) for name in own}
-    stages |= {f"upsampler_{i}": stage for i, stage in ups}
+    stages = stages_of(options)
+    if args.prior:
+        stages.pop("prior", None)  # those of another prior
     for name, stage in stages.items():
-        if stage is None:
-            continue
         if stage.steps > (most := header.num_timesteps.get(name, math.inf)):
             raise ValueError(f"steps of the {name} are {stage.steps}; expected at most {most}")
         if stage.timesteps and stage.timesteps[0] >= most:

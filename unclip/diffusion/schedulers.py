@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.schedules import Schedule
-from unclip.types import StageOptions
+from unclip.types import SAMPLERS, StageOptions
 
 # B batch, C channels of x
 
@@ -104,7 +104,7 @@ def _prepare(options: StageOptions, schedule: Schedule) -> Any:
     elif hasattr(options.sampler, "set_timesteps"):
         scheduler = copy.deepcopy(options.sampler)
     else:
-        expected = "'ancestral', 'analytic', 'ddim', 'dpm++', 'unipc' or a diffusers scheduler"
+        expected = f"one of {', '.join(SAMPLERS)}, or a diffusers scheduler"
         raise ValueError(f"sampler is {options.sampler!r}; expected {expected}")
     _check(scheduler, schedule)
     if _calls(scheduler) > 1:

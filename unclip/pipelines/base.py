@@ -28,7 +28,7 @@ from unclip.models.cpu import int8
 from unclip.pipelines.presets import preset
 from unclip.pipelines.request import Batch, describe_prompt
 from unclip.pipelines.runtime import Runtime, torch_defaults
-from unclip.types import DTYPES, DType, GenerationResult, StageOptions, TextEncoding
+from unclip.types import DTYPES, DType, GenerationResult, StageOptions, TextEncoding, stages_of
 from unclip.weights import to_dtype
 
 if TYPE_CHECKING:
@@ -109,13 +109,10 @@ class Pipeline(ABC):
     def save_pretrained(self, folder: str | Path, dtype: DType | None = None) -> None:
         """Write a model folder, with weights in `dtype` if given; it replaces an existing one."""
         self.runtime.check_saveable()
-        for value in vars(self.options).values():
-            for stage in value if isinstance(value, tuple) else (value,):
-                if isinstance(stage, StageOptions) and not isinstance(stage.sampler, str):
-                    sampler = type(stage.sampler).__name__
-                    raise ValueError(
-                        f"pipe.options have a {sampler}; expected sampler names, to save them"
-                    )
+        for stage in stages_of(self.options).values():
+            if not isinstance(stage.sampler, str):
+                given = f"pipe.options have a {type(stage.sampler).__name__}"
+                raise ValueError(f"{given}; expected sampler names, to save them")
         schedules = {name: schedule.config for name, schedule in self.schedules.items()}
         about = self.options, self.name, self.licence
         bundle = Bundle(self.kind, self.components(), schedules, *about)

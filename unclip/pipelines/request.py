@@ -29,6 +29,7 @@ from unclip.types import (
     Prompt,
     StageOptions,
     UnCLIPOptions,
+    stages_of,
 )
 
 # P prompts, K texts in a mixture, N images of each prompt, B images, H W height and width
@@ -145,14 +146,9 @@ def check_options(options: Any, expected: type, num_upsamplers: int | None = Non
 
 def warn_of_options(options: Any) -> None:
     """Warn about a guidance scale that cannot give useful images."""
-    stages = [options]
-    for value in vars(options).values():
-        stages += value if isinstance(value, tuple) else [value]
+    stages = [options] if isinstance(options, CodeOptions) else stages_of(options).values()
     for stage in stages:
-        if (
-            isinstance(stage, StageOptions | CodeOptions)
-            and not 0 <= stage.guidance <= MAX_GUIDANCE
-        ):
+        if not 0 <= stage.guidance <= MAX_GUIDANCE:
             expected = f"images are useful from about 1 to {MAX_GUIDANCE}"
             warnings.warn(f"guidance is {stage.guidance:g}; {expected}", stacklevel=4)
 

@@ -20,6 +20,7 @@ from unclip.serving import uploads
 from unclip.serving.config import ServerConfig
 from unclip.serving.errors import APIError, bad_request, not_found
 from unclip.serving.tasks import Settings, Task, decode_vector
+from unclip.types import Sampler
 
 MAX_SEED = 2**53  # the integers that JavaScript represents
 SIZES = ("256x256", "512x512", "1024x1024")
@@ -76,7 +77,7 @@ class Common(BaseModel):
     seed: Annotated[Integer, Field(ge=0, le=MAX_SEED)] | None = None
     steps: Steps | None = None
     guidance: Guidance | None = None
-    sampler: Literal["ddim", "ancestral", "dpm++", "unipc"] | None = None
+    sampler: Sampler | None = None
     options: Options | None = None
     indexed_partials: bool = False
 

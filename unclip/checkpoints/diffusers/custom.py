@@ -29,7 +29,7 @@ from unclip.models.unclip.layout_prior import LayoutPrior
 from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
 from unclip.models.unclip.upsampler import Upsampler
-from unclip.types import StageOptions
+from unclip.types import StageOptions, stages_of
 
 CODE = Path(__file__).parent / "standalone"
 MODULE, CLASS_NAME = "networks", "UnCLIPFolderPipeline"
@@ -211,9 +211,7 @@ def _guided_stages(bundle: Bundle) -> dict[str, StageOptions]:
 def _warn(bundle: Bundle) -> None:
     """Warn of what the folder does not hold, which changes the images."""
     options, lost = bundle.options, []
-    stages = _guided_stages(bundle)
-    stages |= {f"upsampler_{i}": stage for i, stage in enumerate(options.upsamplers)}
-    for name, stage in stages.items():
+    for name, stage in (stages_of(options) | _guided_stages(bundle)).items():
         plain = StageOptions(stage.steps, stage.guidance)
         if stage != plain:
             lost.append(f"{name} is sampled by plain DDIM")
