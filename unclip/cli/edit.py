@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.cli import arguments as flags
-from unclip.cli.loading import check_before_loading, load_model
+from unclip.cli.loading import load_model
 from unclip.cli.output import check_output, write_results
 
 CANDIDATES = replace(flags.CANDIDATES, sets={"dalle": None}, former=None)
@@ -68,10 +68,7 @@ def edit(args: Namespace) -> None:
     flags.check_prior(args, args.prompt, "--prompt")
     image = open_image(args.image)
     check_output(args, args.num_images)
-    if (known := check_before_loading(args)) is not None:
-        _check_kind(known[0], args)
-    pipe: Any = load_model(args)
-    _check_kind(pipe, args)
+    pipe: Any = load_model(args, check=lambda model: _check_supported(model, args))
 
     from unclip.diffusion.repaint import PaintOptions
 
@@ -95,7 +92,7 @@ def edit(args: Namespace) -> None:
     write_results([result], len(result), [args.image.stem], args)
 
 
-def _check_kind(model: Any, args: Namespace) -> None:
+def _check_supported(model: Any, args: Namespace) -> None:
     """Raise a ValueError if an edit is not inpainting and the model is not an unCLIP model."""
     if model.kind == "unclip":
         return

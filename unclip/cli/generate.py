@@ -18,7 +18,7 @@ from unclip.cli.benchmarks import (
     dpg_bench,
     geneval,
 )
-from unclip.cli.loading import check_before_loading, load_dalle, load_model
+from unclip.cli.loading import load_dalle, load_model
 from unclip.cli.output import check_output, print_path, write_as_they_come, write_images
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def generate(args: Namespace) -> None:
         prompts = [_mixture(prompts, args.mix)]
     check_output(args, len(prompts) * args.num_images)
     args.model = args.model or flags.DEFAULT_MODEL
-    _check_generation(prompts, args)
-    pipe = load_model(args)
+    pipe = _load_generator(prompts, args)
     given = _given(negative_prompt=args.negative_prompt, num_candidates=args.num_candidates)
     given |= {"options": flags.sampling_options(pipe, args), "progress": not args.quiet}
     parts = parts_of(args, len(prompts), args.num_candidates)
@@ -131,8 +130,7 @@ def _generate_benchmark(prompts: Sequence[BenchmarkPrompt], args: Namespace) -> 
     check_output(args, max(2, len(prompts) * n), "files in a folder")
     args.model = args.model or flags.DEFAULT_MODEL
     complete = [prompt.is_complete(output, n) for prompt in prompts]
-    _check_generation([one.prompt for one in prompts], args)
-    pipe = load_model(args)
+    pipe = _load_generator([one.prompt for one in prompts], args)
     options = flags.sampling_options(pipe, args)
     per_prompt = candidates or n
     seeds = seeds_from(args.seed, len(prompts) * per_prompt)
@@ -167,16 +165,20 @@ def _generate_benchmark(prompts: Sequence[BenchmarkPrompt], args: Namespace) -> 
     print_path(output, args)
 
 
-def _check_generation(prompts: Sequence[Any], args: Namespace) -> None:
-    """Raise the errors of prompts and candidates before the model is loaded."""
+def _load_generator(prompts: Sequence[Any], args: Namespace) -> AnyPipeline:
+    """Load --model; errors of prompts and candidates are raised before, if the kind is known."""
     from unclip.pipelines.request import PromptBatch
     from unclip.pipelines.rerank import check_candidates
 
     if args.num_candidates is not None:
         check_candidates(args.num_images, args.num_candidates)
-    batch, known = PromptBatch.of(prompts, args.negative_prompt), check_before_loading(args)
-    if known is not None and known[0].kind == "unclip":
-        batch.check(known[1])
+    batch = PromptBatch.of(prompts, args.negative_prompt)
+
+    def check(model: Any) -> None:
+        if model.kind == "unclip":
+            batch.check(flags.sampling_options(model, args))
+
+    return load_model(args, check=check)
 
 
 def _mixture(prompts: Sequence[str], weights: Sequence[float]) -> dict[str, float]:

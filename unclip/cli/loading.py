@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,13 +35,26 @@ DALLE = "dalle", "a DALL-E model"
 MANY = 9  # upsamplers of a model whose options are unknown until it is loaded
 
 
-def load_model(args: Namespace, default_dtype: str | None = None, *kind: str) -> AnyPipeline:
-    """Load --model with --prior and --lora; offload, quantize or compile it if requested."""
-    check_before_loading(args, *kind)
+def load_model(
+    args: Namespace,
+    default_dtype: str | None = None,
+    *kind: str,
+    check: Callable[[Any], None] = lambda model: None,
+) -> AnyPipeline:
+    """Load --model with --prior and --lora; offload, quantize or compile it if requested.
+
+    kind: see `check_before_loading`. check: raises the errors of a command for a model. It is
+    called with a `Header` before loading if there is one, and else with the pipeline.
+    """
+    header = check_before_loading(args, *kind)
+    if header is not None:
+        check(header)
     offload_at_once = args.offload and not (args.quantize or args.lora)
     dtype = args.dtype or default_dtype
     pipe = load_named(args.model, args.device, dtype, offload=offload_at_once)
     check_flags(pipe, args)
+    if header is None:
+        check(pipe)
     if args.prior is not None:
         from unclip.pipelines import load_prior
 
@@ -91,11 +104,11 @@ def read_header(folder: Path) -> Header | None:
     return Header(model["name"], model["kind"], options, timesteps)
 
 
-def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | None:
+def check_before_loading(args: Namespace, *kind: str) -> Header | None:
     """Raise the errors of flags that can be found from the JSON files of a model alone.
 
-    kind: the kind of model that the command needs, and its description. Returns the header and the
-    options; None for formats other than ours.
+    kind: the kind of model that the command needs, and its description. Returns None for formats
+    other than ours.
     """
     _check_embedding(args)
     if (header := read_header(locate(args.model))) is None:
@@ -118,7 +131,7 @@ def check_before_loading(args: Namespace, *kind: str) -> tuple[Header, Any] | No
     temperature = getattr(stages.get("prior"), "temperature", 1)
     if temperature != 1 and "prior" in header.num_timesteps:
         raise ValueError(f"temperature is {temperature}; expected 1 for a diffusion prior")
-    return header, options
+    return header
 
 
 def _check_embedding(args: Namespace) -> None:
@@ -166,9 +179,11 @@ def load_named(
     return pipe
 
 
-def load_unclip(args: Namespace) -> UnCLIPPipeline:
-    """Load --model; raise a ValueError if it is not an unCLIP model."""
-    return _check_kind(load_model(args, None, *UNCLIP), UNCLIP[0], args, UNCLIP[1])
+def load_unclip(
+    args: Namespace, check: Callable[[Any], None] = lambda model: None
+) -> UnCLIPPipeline:
+    """Load --model; raise a ValueError if it is not an unCLIP model. check: see `load_model`."""
+    return _check_kind(load_model(args, None, *UNCLIP, check=check), UNCLIP[0], args, UNCLIP[1])
 
 
 def load_dalle(args: Namespace) -> DallePipeline:

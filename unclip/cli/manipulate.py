@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.cli import arguments as flags
 from unclip.cli.generate import BATCH_SIZE, parts_of
-from unclip.cli.loading import UNCLIP, check_before_loading, load_unclip
+from unclip.cli.loading import load_unclip
 from unclip.cli.output import check_output, is_image, print_path, write_results
 from unclip.files import check_file
 
@@ -212,12 +212,9 @@ def diff(args: Namespace) -> None:
 
 def _load(args: Namespace) -> UnCLIPPipeline:
     """Load --model; options that cannot be inverted are reported before that, if they are known."""
-    from unclip.pipelines.unclip.latent import check_invertible, deterministic
+    from unclip.pipelines.unclip.latent import check_invertible
 
-    if known := check_before_loading(args, *UNCLIP):
-        header, _ = known
-        check_invertible(flags.sampling_options(header, args, deterministic(header.options)))
-    return load_unclip(args)
+    return load_unclip(args, lambda model: check_invertible(_deterministic_options(model, args)))
 
 
 def _split_sources(args: Namespace) -> tuple[list[Path], list[Path]]:
@@ -276,7 +273,7 @@ def _invert(pipe: UnCLIPPipeline, args: Namespace) -> Latent:
     return Latent.cat([latents[path] for path in args.sources])
 
 
-def _deterministic_options(pipe: UnCLIPPipeline, args: Namespace) -> Any:
+def _deterministic_options(model: Any, args: Namespace) -> Any:
     from unclip.pipelines.unclip.latent import deterministic
 
-    return flags.sampling_options(pipe, args, deterministic(pipe.options))
+    return flags.sampling_options(model, args, deterministic(model.options))
