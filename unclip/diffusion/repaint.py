@@ -36,6 +36,10 @@ class PaintOptions:
         return max(1, round(self.strength * num_steps))
 
 
+# For networks that read the known pixels, and upsamplers of an image that is already consistent
+ONCE = PaintOptions(resamples=1, trained=False)
+
+
 @torch.no_grad()
 def repaint(
     estimate: Estimate,
@@ -82,14 +86,16 @@ def _add_noise(x: Tensor, level: float, to_level: float, noise: Callable[[], Ten
     return math.sqrt(to_level / level) * x + math.sqrt(1 - to_level / level) * noise()
 
 
-def paste(painted: Tensor, image: Tensor, hole: Tensor, radius: int) -> Tensor:
+def paste(painted: Tensor, image: Tensor, hole: Tensor) -> Tensor:
     """Return `image` (B, C, h, w) bit for bit outside of the hole, and `painted` inside.
 
-    The difference between the two at the seam is blended into the hole over `radius` pixels.
+    Both are in [-1, 1]. Their difference at the seam is blended into the hole over 1/32 of the
+    width, at least one pixel.
     """
+    radius = max(1, image.shape[-1] // 32)
     near = _blur(torch.where(hole, 0.0, 1.0), radius)  # (1 or B, 1, h, w): 1/2 at the seam
     error = _blur(torch.where(hole, 0.0, image - painted), radius) / near.clamp(min=1e-6)
-    return torch.where(hole, painted + error * (2 * near).clamp(max=1), image)
+    return torch.where(hole, painted + error * (2 * near).clamp(max=1), image).clamp(-1, 1)
 
 
 def fill(image: Tensor, hole: Tensor) -> Tensor:

@@ -193,5 +193,14 @@ def to_model(pixels: np.ndarray, hole: np.ndarray, size: int, keep: bool) -> tup
     return known, marked
 
 
+def reduce_view(known: Tensor, hole: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Reduce the output of `views_to_model` to the size of a stage, a divisor of its own.
+
+    A pixel is in the hole if any of those that it covers is.
+    """
+    factor = known.shape[-1] // size
+    return F.avg_pool2d(known, factor), F.max_pool2d(hole.float(), factor) > 0
+
+
 def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BOX))

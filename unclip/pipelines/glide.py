@@ -8,16 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.checkpoints.formats import Bundle
-from unclip.diffusion.repaint import PaintOptions, paste
+from unclip.diffusion.repaint import ONCE, paste
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.published.glide import GLIDE
 from unclip.models.unclip.decoder import DecoderContext, masked_image
 from unclip.pipelines.base import Pipeline, in_inference_mode, make_schedules
-from unclip.pipelines.canvas import Mask, View, marked_canvases, paint, views_to_model
+from unclip.pipelines.canvas import Mask, View, marked_canvases, paint, reduce_view, views_to_model
 from unclip.pipelines.diffusion_stage import BoundStage, DiffusionStage
 from unclip.pipelines.provenance import operation_metadata
 from unclip.pipelines.request import (
@@ -35,8 +34,6 @@ from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOptions
 
 # B batch, s and S image sizes
-
-ONCE = PaintOptions(resamples=1)
 
 
 class GLIDEPipeline(Pipeline):
@@ -224,14 +221,12 @@ class GLIDEPipeline(Pipeline):
         image, hole = (x.to(self.device) for x in views_to_model(views, S))
         for stage, chosen in stages:
             config = stage.network.config
-            factor = S // config.image_size
-            known, marked = F.avg_pool2d(image, factor), F.max_pool2d(hole.float(), factor) > 0
+            known, marked = reduce_view(image, hole, config.image_size)
             masked = masked_image(known, marked) if config.inpaints else None
             low_res = None if x is None else _as_8_bit(x)
             bound = self._bind(stage, captions, chosen, low_res, masked)
             painted = bound.repaint(known, marked, batch.generators, ONCE, batch.on_step)
-            radius = max(1, config.image_size // 32)
-            x = paste(painted, known, marked, radius).clamp(-1, 1)
+            x = paste(painted, known, marked)
         assert x is not None
         return x
 

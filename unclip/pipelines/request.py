@@ -128,9 +128,14 @@ def batches_of(count: int, batch_size: int) -> Iterator[slice]:
     return (slice(start, start + batch_size) for start in range(0, count, batch_size))
 
 
+def is_whole(value: Any) -> bool:
+    """Return whether a value is an integer, Python's or numpy's, and not a bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int) -> None:
     """Raise ValueError unless `value` is an integer of at least 1."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number of at least 1")
 
 
@@ -182,8 +187,7 @@ def seeds_from(seed: Seed, count: int) -> list[int]:
         if len(seed) != count:
             raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
         return [seeds_from(one, 1)[0] for one in seed]
-    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    if not whole or not 0 <= int(seed) < 2**63 - count:
+    if not is_whole(seed) or not 0 <= int(seed) < 2**63 - count:
         raise ValueError(f"seed is {seed!r}; expected a whole number from 0 to 2**63")
     return list(range(int(seed), int(seed) + count))
 
@@ -221,16 +225,18 @@ def check_prompts(prompt: Prompt) -> list[str]:
     return prompts
 
 
-def prompt_for_each(prompt: Prompt | None, count: int, kind: str = "prompts") -> list[str] | None:
+def prompt_for_each(
+    prompt: Prompt | None, count: int, kind: str = "prompts", of: str = "images"
+) -> list[str] | None:
     """Return a prompt for each of `count` images, from one for all or one for each; None if None.
 
-    kind: how messages call them.
+    kind, of: the names of the prompts and the images in messages.
     """
     if prompt is None:
         return None
     prompts = check_prompts(prompt)
     if len(prompts) not in (1, count):
-        given = f"{len(prompts)} {kind} for {count} images"
+        given = f"{len(prompts)} {kind} for {count} {of}"
         raise ValueError(f"{given}; expected one for each, or one for all")
     return prompts * (count // len(prompts))
 
@@ -264,15 +270,7 @@ class PromptBatch:
             prompts = [_check_mixture(one) if isinstance(one, Mapping) else one for one in prompt]
         else:
             prompts = [*check_prompts(prompt)]  # type: ignore[arg-type]
-        if negative is not None:
-            negative = check_prompts(negative)
-            if len(negative) not in (1, len(prompts)):
-                raise ValueError(
-                    f"{len(negative)} negative prompts for {len(prompts)} prompts; "
-                    f"expected one for each, or one for all"
-                )
-            negative = negative * (len(prompts) if len(negative) == 1 else 1)
-        return cls(prompts, negative)
+        return cls(prompts, prompt_for_each(negative, len(prompts), "negative prompts", "prompts"))
 
     def check(self, options: UnCLIPOptions) -> None:
         """Raise ValueError if there are negative prompts but no stage uses guidance."""

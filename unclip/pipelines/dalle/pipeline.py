@@ -432,7 +432,7 @@ class DallePipeline(Pipeline):
         known = self._encode(image).masked_fill(unknown, -1).flatten(1)  # B N
         codes = self._sample(known, batch, sampling, below=image)
         image, hole = (x.repeat_interleave(K, dim=0) for x in (image, hole))
-        x = paste(self.decode(codes), image, hole, radius=max(1, size // 32)).clamp(-1, 1)
+        x = paste(self.decode(codes), image, hole)
         return self._keep_best(x, codes, batch, sampling)[0]
 
     def _sample_again(self, task: Task, batch: Batch, options: CodeOptions) -> Tensor:

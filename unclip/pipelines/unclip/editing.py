@@ -21,11 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.diffusion.repaint import PaintOptions, paste
+from unclip.diffusion.repaint import ONCE, PaintOptions, paste
 from unclip.models.unclip.decoder import masked_image
 from unclip.pipelines.canvas import (
     Canvas,
@@ -34,6 +33,7 @@ from unclip.pipelines.canvas import (
     check_windows,
     marked_canvases,
     paint,
+    reduce_view,
     views_to_model,
 )
 from unclip.pipelines.provenance import edited_source
@@ -44,6 +44,7 @@ from unclip.pipelines.request import (
     Request,
     Seed,
     check_guided,
+    is_whole,
     open_images,
     prompt_for_each,
 )
@@ -55,8 +56,6 @@ from unclip.pipelines.unclip.stages import (
     stage_sizes,
 )
 from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
-
-ONCE = PaintOptions(resamples=1, trained=False)  # for upsamplers, whose input is consistent
 
 
 def inpaint(
@@ -107,8 +106,7 @@ def outpaint(
     request = Request(num_images, seed, on_step, batch_size, progress, options)
     borders = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, width in borders.items():
-        whole = isinstance(width, int | np.integer) and not isinstance(width, bool)
-        if not whole or width < 0:
+        if not is_whole(width) or width < 0:
             raise ValueError(f"{name} is {width!r}; expected a whole number of pixels")
     if not any(borders.values()):
         raise ValueError("left, top, right and bottom are all 0; expected one above 0")
@@ -275,8 +273,7 @@ def _paint_window(
     known, hole = (x.to(pipe.runtime.device) for x in inputs)
     x = None
     for i, size in enumerate(sizes):
-        factor = known.shape[-1] // size
-        image, marked = F.avg_pool2d(known, factor), F.max_pool2d(hole.float(), factor) > 0
+        image, marked = reduce_view(known, hole, size)
         if i == 0:
             decoder, masked, how = pipe.decoder_stage, masked_image(image, marked), painting
             if painting.trained:
@@ -289,7 +286,7 @@ def _paint_window(
         else:
             stage, how = bind_stage(pipe, i, options, image_emb, x), ONCE
         painted = stage.repaint(image, marked, batch.generators, how, batch.on_step)
-        x = paste(painted, image, marked, radius=max(1, size // 32)).clamp(-1, 1)
+        x = paste(painted, image, marked)
     assert x is not None
     return x
 
