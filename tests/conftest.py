@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from unclip.clip import CLIP, CLIPConfig
@@ -30,6 +31,13 @@ TINY_OPTIONS = UnCLIPOptions(
     decoder=StageOptions(steps=3, guidance=3.0, eta=1.0),
     upsamplers=(StageOptions(steps=2),),
 )
+
+
+def box_mask(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """Return a black image with a white box: left, top, right, bottom."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, box)
+    return mask
 
 
 def tiny_clip() -> CLIP:

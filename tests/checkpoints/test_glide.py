@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import box_mask
 from PIL import Image
 from recorded import numbers, recording, sampled, weights
 from tokenizers import pre_tokenizers
@@ -283,10 +284,8 @@ def inpainting_pipe(folder: Path) -> GLIDEPipeline:
 
 def scene(width: int, height: int) -> tuple[Image.Image, Image.Image]:
     """Return an image, and a mask of a box in it that is half the image."""
-    image, mask = Image.linear_gradient("L").resize((width, height)), Image.new("L", (1, 1))
-    mask = mask.resize((width, height))
-    mask.paste(255, (width // 4, height // 4, width, height))
-    return image.convert("RGB"), mask
+    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    return image, box_mask(width, height, (width // 4, height // 4, width, height))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 31), (9, 12)])

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import box_mask
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
@@ -28,12 +29,6 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.linear_gradient("L").resize((width, height)).convert("RGB")
 
 
-def mask(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Image:
-    marked = Image.new("L", (width, height))
-    marked.paste(255, box)
-    return marked
-
-
 @pytest.fixture(scope="module")
 def pipe(invertible_pipe):
     return invertible_pipe
@@ -41,7 +36,7 @@ def pipe(invertible_pipe):
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 31), (9, 12), (64, 50)])
 def test_unmasked_pixels_are_unchanged(pipe, size):
-    image, marked = photo(*size), mask(*size, (2, 3, 7, 8))
+    image, marked = photo(*size), box_mask(*size, (2, 3, 7, 8))
     result = pipe.inpaint(
         image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
     )
@@ -52,7 +47,7 @@ def test_unmasked_pixels_are_unchanged(pipe, size):
 
 
 def test_images_do_not_depend_on_the_batch(pipe):
-    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
+    image, marked = photo(16, 16), box_mask(16, 16, (2, 3, 12, 12))
     together = pipe.inpaint(
         image, marked, "a red apple", painting=PAINTING, num_images=3, seed=1, **QUICK
     )
@@ -61,7 +56,7 @@ def test_images_do_not_depend_on_the_batch(pipe):
 
 
 def test_the_prompt_is_used_and_optional(pipe):
-    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
+    image, marked = photo(16, 16), box_mask(16, 16, (2, 3, 12, 12))
     generated = {"painting": PAINTING, "seed": 1, **QUICK}
     apple, fish, none = (
         pipe.inpaint(image, marked, said, **generated)
@@ -73,7 +68,7 @@ def test_the_prompt_is_used_and_optional(pipe):
 
 EDITS = {
     "inpaint": lambda pipe, **more: pipe.inpaint(
-        photo(16, 16), mask(16, 16, (2, 3, 12, 12)), painting=PAINTING, **more
+        photo(16, 16), box_mask(16, 16, (2, 3, 12, 12)), painting=PAINTING, **more
     ),
     "outpaint": lambda pipe, **more: pipe.outpaint(
         photo(16, 16), right=4, painting=PAINTING, **more
@@ -106,7 +101,7 @@ def test_a_negative_prompt_needs_guidance(pipe):
 
 
 def test_low_strength_keeps_the_old_content(pipe):
-    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
+    image, marked = photo(16, 16), box_mask(16, 16, (2, 3, 12, 12))
 
     def changed(strength: float) -> float:
         painting = PaintOptions(resamples=1, strength=strength)
@@ -123,7 +118,7 @@ def test_low_strength_keeps_the_old_content(pipe):
 
 def test_a_mask_of_another_size_is_rejected(pipe):
     with pytest.raises(ValueError, match="mask is 8 x 9 px, but the image is 16 x 16"):
-        pipe.inpaint(photo(16, 16), mask(8, 9, (0, 0, 2, 2)), "a")
+        pipe.inpaint(photo(16, 16), box_mask(8, 9, (0, 0, 2, 2)), "a")
 
 
 def test_empty_and_full_masks_warn(pipe):
@@ -139,7 +134,7 @@ def test_empty_and_full_masks_warn(pipe):
 def test_transparent_parts_of_a_mask_are_painted(pipe):
     image = photo(16, 16)
     clear = image.convert("RGBA")
-    clear.putalpha(mask(16, 16, (0, 0, 16, 8)))  # opaque above
+    clear.putalpha(box_mask(16, 16, (0, 0, 16, 8)))  # opaque above
     result = pipe.inpaint(image, clear, "a", painting=PAINTING, seed=0, **QUICK)
     kept = np.zeros((16, 16), dtype=bool)
     kept[:8] = True
@@ -210,14 +205,14 @@ def test_painting_works_with_diffusers_schedulers(pipe):
         trained_betas=scheduler_betas(pipe.schedules["decoder"]), use_karras_sigmas=True
     )
     options = replace(pipe.options, decoder=replace(pipe.options.decoder, sampler=scheduler))
-    image, marked = photo(16, 16), mask(16, 16, (2, 3, 12, 12))
+    image, marked = photo(16, 16), box_mask(16, 16, (2, 3, 12, 12))
     pipe.inpaint(image, marked, "a", painting=PAINTING, options=options, **QUICK)
     pipe.image_to_image(image, "a", options=options, **QUICK)
 
 
 def test_every_step_is_reported(pipe):
     steps = []
-    marked = mask(16, 16, (2, 3, 12, 12))
+    marked = box_mask(16, 16, (2, 3, 12, 12))
     pipe.inpaint(photo(16, 16), marked, "a", painting=PAINTING, on_step=steps.append, **QUICK)
     once = [("prior", i, 3) for i in (1, 2, 3)] + [("decoder", i, 8) for i in range(1, 9)]
     once += [("upsampler_0", i, 3) for i in (1, 2, 3)]
@@ -228,7 +223,7 @@ def test_metadata_regenerates_edited_images(pipe, tmp_path):
     image, generated = photo(20, 16), {"num_images": 2, "seed": 4, **QUICK}
     results = [
         pipe.inpaint(
-            image, mask(20, 16, (2, 3, 9, 9)), "a red apple", painting=PAINTING, **generated
+            image, box_mask(20, 16, (2, 3, 9, 9)), "a red apple", painting=PAINTING, **generated
         ),
         pipe.outpaint(image, right=9, painting=PAINTING, **generated),
         pipe.image_to_image(image, "a blue fish", strength=0.5, **generated),
@@ -257,19 +252,23 @@ def test_unsupported_options_are_rejected(pipe):
     with pytest.raises(ValueError, match="got 2 images"):
         pipe.outpaint([photo(16, 16)] * 2, "a", left=4)
     with pytest.raises(ValueError, match="1 masks for 2 images"):
-        pipe.inpaint([photo(16, 16)] * 2, mask(16, 16, (0, 0, 4, 4)), "a")
+        pipe.inpaint([photo(16, 16)] * 2, box_mask(16, 16, (0, 0, 4, 4)), "a")
     with pytest.raises(ValueError, match="2 prompts for 1 images"):
         pipe.image_to_image(photo(16, 16), ["a", "b"])
     options = replace(pipe.options, embedding="none")
     with pytest.raises(ValueError, match="embedding is 'none'; painting, .* need 'prior'"):
-        pipe.inpaint(photo(16, 16), mask(16, 16, (0, 0, 4, 4)), "a fish", options=options)
+        pipe.inpaint(photo(16, 16), box_mask(16, 16, (0, 0, 4, 4)), "a fish", options=options)
 
 
 @pytest.mark.parametrize("prompts", [None, ["a", "b", "c"]])
 def test_several_images_are_edited_as_each_alone(pipe, prompts):
     sizes = ((16, 16), (40, 24), (32, 32))  # the second one needs two windows
     images = [photo(*size) for size in sizes]
-    masks = [mask(16, 16, (0, 0, 4, 9)), mask(40, 24, (2, 3, 38, 20)), Image.new("L", (32, 32))]
+    masks = [
+        box_mask(16, 16, (0, 0, 4, 9)),
+        box_mask(40, 24, (2, 3, 38, 20)),
+        Image.new("L", (32, 32)),
+    ]
     with pytest.warns(UserWarning, match="nothing is marked"):
         result = pipe.inpaint(images, masks, prompts, num_images=2, seed=5, **QUICK)
         for k, image in enumerate(images):
@@ -340,7 +339,7 @@ def test_the_content_of_the_hole_is_not_used():
 
 def test_a_large_image_is_edited_at_full_size(pipe):
     """The model paints small windows; known pixels keep their full resolution."""
-    image, marked = photo(3000, 2000), mask(3000, 2000, (100, 100, 300, 300))
+    image, marked = photo(3000, 2000), box_mask(3000, 2000, (100, 100, 300, 300))
     with pytest.warns(UserWarning, match="3000 x 2000 px is too large for metadata") as warned:
         result = pipe.inpaint(image, marked, "a", painting=PaintOptions(1), seed=0, **QUICK)
     assert [one.filename for one in warned] == [__file__]
