@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from styled import HELD_OUT, STYLES, png, write_pairs
 
+from unclip.embeddings import caption_targets, cosine_gap
 from unclip.evaluation.metrics import (
-    caption_targets,
-    cosine_gap,
     diversity,
     high_frequency_energy,
     nearest_by_cosine,

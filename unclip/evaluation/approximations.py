@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.embeddings import caption_targets
 from unclip.evaluation.base import ignore_cut_warnings
 from unclip.evaluation.bench.timing import interleave
-from unclip.evaluation.metrics import caption_targets, recall
+from unclip.evaluation.metrics import recall
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions
 

@@ -25,6 +25,7 @@ from unclip.clip import CLIP
 from unclip.config import to_dict
 from unclip.data.samples import RESIZE_RULE
 from unclip.data.shapes import read_scene
+from unclip.embeddings import caption_targets
 from unclip.evaluation import CLIP_PARTS, PARTS
 from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
 from unclip.evaluation.features import Extractor, as_uint8, extract
@@ -32,7 +33,6 @@ from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
     FEATURE_KID_SUBSET,
     NEIGHBOURS,
-    caption_targets,
     clip_score,
     distribution_distances,
     diversity,

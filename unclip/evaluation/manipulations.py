@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
-from unclip.embeddings import PCA, normalise
+from unclip.embeddings import PCA, caption_targets, normalise
 from unclip.evaluation import MANIPULATION_PARTS
 from unclip.evaluation.base import ignore_cut_warnings
-from unclip.evaluation.metrics import caption_targets, psnr, recall
+from unclip.evaluation.metrics import psnr, recall
 from unclip.evaluation.pairs import Pairs
 from unclip.image_io import fit, to_tensor
 from unclip.models.unclip.decoder import Decoder

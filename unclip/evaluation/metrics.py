@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from unclip.embeddings import caption_targets as caption_targets
-from unclip.embeddings import cosine_gap as cosine_gap
 from unclip.embeddings import normalise
 from unclip.extras import import_extra
 

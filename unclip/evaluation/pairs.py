@@ -24,7 +24,7 @@ from unclip.data.augment import can_recolour
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, count_left_out, resize_center_crop
-from unclip.evaluation.metrics import caption_targets
+from unclip.embeddings import caption_targets
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 

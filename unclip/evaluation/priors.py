@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from unclip import __version__
 from unclip.config import to_dict
-from unclip.evaluation.metrics import caption_targets, cosine_gap, diversity, recall
+from unclip.embeddings import caption_targets, cosine_gap
+from unclip.evaluation.metrics import diversity, recall
 from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.unclip import PredictedEmbeddings, UnCLIPGenerator
 from unclip.models.unclip.ar_prior import ARPrior

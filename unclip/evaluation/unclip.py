@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.samplers import randn
+from unclip.embeddings import cosine_gap
 from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, mean_and_interval
-from unclip.evaluation.metrics import cosine_gap, psnr
+from unclip.evaluation.metrics import psnr
 from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.request import generators_from, progress_bar
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
