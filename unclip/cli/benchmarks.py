@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.files import parse_json, read_text, replace_text, write_errors
+from unclip.files import parse_json, read_text, replace_text, shorten, write_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,8 +110,9 @@ def dpg_bench(text: str) -> list[DPGPrompt]:
 
 
 def check_resumed(path: Path, num_images: int, expected: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a file of an earlier command shows `num_images` images, and the
-    metadata of the first one has the `expected` entries.
+    """Raise ValueError unless a file of an earlier command has the same settings.
+
+    num_images: that the file shows. expected: entries of the metadata of the first one.
     """
     from unclip.image_io import read_metadata
 
@@ -120,7 +121,5 @@ def check_resumed(path: Path, num_images: int, expected: Mapping[str, Any]) -> N
         raise ValueError(f"{path} shows {len(entries)} images; expected {num_images}")
     for name, value in expected.items():
         if (found := entries[0].get(name)) != value:
-            raise ValueError(
-                f"{path} was generated with another {name.replace('_', ' ')}, "
-                f"{str(found)[:60]!r}; expected {str(value)[:60]!r}, or choose another folder"
-            )
+            given = f"{path} was generated with another {name.replace('_', ' ')}, {shorten(found)}"
+            raise ValueError(f"{given}; expected {shorten(value)}, or choose another folder")

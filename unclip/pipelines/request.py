@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unclip.files import shorten
 from unclip.image_io import open_image, to_pil
 from unclip.tokenizer import BPETokenizer, PromptWarning
 from unclip.types import (
@@ -164,9 +165,8 @@ def warn_of_unknown(prompts: Iterable[str], tokenizer: Any) -> None:
         return
     for text in dict.fromkeys(prompts):
         if not tokenizer.knows_a_word_of(text):
-            shown = text if len(text) <= 60 else f"{text[:59]}…"
             advice = "use words of the captions that the model was trained on"
-            message = f"the model knows no word of the prompt {shown!r}; {advice}"
+            message = f"the model knows no word of the prompt {shorten(text)}; {advice}"
             warnings.warn(message, PromptWarning, stacklevel=4)
 
 
