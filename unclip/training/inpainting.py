@@ -25,9 +25,7 @@ class HoleConfig:
     stroke: NonNegative = 2.0  # of a thick brush
     half: NonNegative = 1.0  # one side of a line at any angle
     border: NonNegative = 1.0  # everything outside a rectangle, as in outpainting
-    all: NonNegative = (
-        1.0  # the whole image, so that the decoder also generates without known pixels
-    )
+    all: NonNegative = 1.0  # the whole image: the decoder then also generates whole images
 
     def __post_init__(self) -> None:
         if sum(vars(self).values()) <= 0:
