@@ -118,6 +118,13 @@ def sample_uncached(
     return codes.view(*GRID)
 
 
+def primed(prime: torch.Tensor) -> torch.Tensor:
+    """Return known codes (B, N) that start with `prime`, (m,) or (B, m)."""
+    known = torch.full((B, N), -1)
+    known[:, : prime.shape[-1]] = prime
+    return known
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_sampling_equals_uncached(kind, tokens):
     dalle, options = (
@@ -126,7 +133,7 @@ def test_cached_sampling_equals_uncached(kind, tokens):
     )
     prime = torch.tensor([3, 1, 4, 1, 5, 9])
     sampled = sample_codes(
-        dalle, dalle.condition(tokens), generators(5, 6, 7), options, prime=prime[None]
+        dalle, dalle.condition(tokens), generators(5, 6, 7), options, known=primed(prime)
     )
     for row, seed in enumerate((5, 6, 7)):
         assert torch.equal(
@@ -149,11 +156,11 @@ def test_given_codes_are_kept_and_continued(dalle, tokens, given):
     prefix = dalle.condition(tokens)
     full = sample_codes(dalle, prefix, generators(5, 6, 7), PLAIN)
     again = sample_codes(
-        dalle, prefix, generators(5, 6, 7), PLAIN, prime=full.flatten(1)[:, :given]
+        dalle, prefix, generators(5, 6, 7), PLAIN, known=primed(full.flatten(1)[:, :given])
     )
     assert torch.equal(again, full)  # each position keeps its random number
     other = sample_codes(
-        dalle, prefix, generators(1, 2, 3), PLAIN, prime=full.flatten(1)[:, :given]
+        dalle, prefix, generators(1, 2, 3), PLAIN, known=primed(full.flatten(1)[:, :given])
     )
     assert torch.equal(other.flatten(1)[:, :given], full.flatten(1)[:, :given])
 
@@ -183,7 +190,7 @@ def test_on_code_gets_all_codes_so_far(dalle, tokens):
         dalle.condition(tokens),
         generators(5, 6, 7),
         PLAIN,
-        prime=prime,
+        known=primed(prime),
         on_code=lambda n, codes: calls.append((n, codes.clone())),
     )
     assert [n for n, _ in calls] == list(range(5, N + 1))
@@ -233,13 +240,13 @@ def test_invalid_input_raises(dalle, tokens):
     prefix = dalle.condition(tokens)
     with pytest.raises(ValueError, match="1 generators were given for 3 images"):
         sample_codes(dalle, prefix, generators(1), PLAIN)
-    for prime in (torch.zeros(2, 3).long(), torch.zeros(3, N).long(), torch.zeros(3).long()):
-        with pytest.raises(ValueError, match="expected 1 or 3 rows of fewer than 20 codes"):
-            sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, prime=prime)
-    with pytest.raises(
-        ValueError, match="the first codes are 0 to 11; this transformer expects 0 to 10"
-    ):
-        sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, prime=torch.tensor([[0, K]]))
+    for shape in ((2, N), (3, N - 1), (3,)):
+        with pytest.raises(ValueError, match=r"known is of shape .*; expected \(3, 20\)"):
+            known = torch.zeros(shape).long()
+            sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, known=known)
+    with pytest.raises(ValueError, match="codes from -1 to 11; expected 0 to 10, or -1"):
+        known = primed(torch.tensor([0, K]))
+        sample_codes(dalle, prefix, generators(1, 2, 3), PLAIN, known=known)
     for wrong, message in (
         ({"temperature": -1.0}, "temperature is -1.0; expected at least 0"),
         ({"temperature": float("nan")}, "temperature is nan"),

@@ -32,7 +32,6 @@ def sample_codes(
     generators: Sequence[torch.Generator],
     options: CodeOptions,
     *,
-    prime: Tensor | None = None,
     known: Tensor | None = None,
     null: Prefix | None = None,
     on_code: OnCode | None = None,
@@ -41,18 +40,13 @@ def sample_codes(
     """Sample the codes (B, h, w) of B images, one for each row of the prefix.
 
     generators: one for each image, which always generates N numbers, so that no image depends on
-    its batch. prime: the first codes of every image, (B, m) or (1, m). known: the codes (B, N) to
-    keep, and -1 where one is sampled, given the known and the sampled codes before it. null: the
-    prefix for guidance, of one row or B, if already computed; by default of `dalle.null_tokens(1)`.
-    on_code: called after every code from the first to the last that is sampled. compiled_step: a
-    compiled `dalle.step`.
+    its batch. known: the codes (B, N) to keep, and -1 where one is sampled, given the known and the
+    sampled codes before it; None = all are sampled. null: the prefix for guidance, of one row or B,
+    if already computed; by default of `dalle.null_tokens(1)`. on_code: called after every code from
+    the first to the last that is sampled. compiled_step: a compiled `dalle.step`.
     """
     B, N = len(prefix), dalle.config.num_codes
-    if known is None:
-        known = torch.full((B, N), -1)
-        if prime is not None:
-            known[:, : prime.shape[1]] = _checked(dalle, prime, B)
-    known = known.cpu()
+    known = torch.full((B, N), -1) if known is None else _checked(dalle, known, B)
     first, end = sampled_span(known)
     if len(generators) != B:
         raise ValueError(f"{len(generators)} generators were given for {B} images; expected {B}")
@@ -133,17 +127,14 @@ def sample_code(logits: Tensor, uniform: Tensor, options: CodeOptions) -> Tensor
     return (choice if ids is None else ids.gather(-1, choice))[:, 0]
 
 
-def _checked(dalle: CodeTransformer, prime: Tensor, batch: int) -> Tensor:
-    """Return the given first codes as (batch, m). Raises ValueError if they are not valid."""
+def _checked(dalle: CodeTransformer, known: Tensor, batch: int) -> Tensor:
+    """Return the known codes (batch, N) on the CPU. Raises ValueError if they are not valid."""
     config = dalle.config
-    if prime.ndim != 2 or len(prime) not in (1, batch) or prime.shape[1] >= config.num_codes:
-        raise ValueError(
-            f"the first codes are of shape {tuple(prime.shape)}; expected 1 or {batch} rows "
-            f"of fewer than {config.num_codes} codes"
-        )
-    if prime.numel() and not 0 <= int(prime.min()) <= int(prime.max()) < config.image_vocab:
-        raise ValueError(
-            f"the first codes are {int(prime.min())} to {int(prime.max())}; "
-            f"this transformer expects 0 to {config.image_vocab - 1}"
-        )
-    return prime.expand(batch, -1).cpu()
+    if known.shape != (batch, config.num_codes):
+        expected = f"({batch}, {config.num_codes})"
+        raise ValueError(f"known is of shape {tuple(known.shape)}; expected {expected}")
+    low, high = int(known.min()), int(known.max())
+    if low < -1 or high >= config.image_vocab:
+        expected = f"0 to {config.image_vocab - 1}, or -1 to sample a code"
+        raise ValueError(f"known has codes from {low} to {high}; expected {expected}")
+    return known.cpu()
