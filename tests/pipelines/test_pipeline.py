@@ -308,6 +308,18 @@ def test_metadata_names_a_scheduler_object(tiny_pipe, generate):
         regenerate(tiny_pipe, metadata, progress=False)
 
 
+@pytest.mark.parametrize("stage", ["prior", "upsamplers"])
+def test_a_scheduler_object_cannot_be_saved(tiny_pipe, tmp_path, monkeypatch, stage):
+    from diffusers import DDIMScheduler
+
+    changed = StageOptions(2, sampler=DDIMScheduler())
+    changed = (changed,) if stage == "upsamplers" else changed
+    monkeypatch.setattr(tiny_pipe, "options", replace(tiny_pipe.options, **{stage: changed}))
+    with pytest.raises(ValueError, match="have a DDIMScheduler; expected sampler names"):
+        tiny_pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_fewer_upsamplers_give_smaller_images(generate):
     assert generate("a red apple", options=replace(TINY_OPTIONS, upsamplers=())).images[0].size == (
         8,
