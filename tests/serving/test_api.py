@@ -375,6 +375,13 @@ def test_models(client):
     assert "edits" in model["operations"]
 
 
+def test_listed_samplers_are_accepted(client):
+    samplers = client.get("/v1/models/tiny").json()["samplers"]
+    assert {"ddim", "unipc"} <= {*samplers}
+    for sampler in samplers:
+        assert len(images_of(generate(client, sampler=sampler))) == 1
+
+
 # -- edits
 
 

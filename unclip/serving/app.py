@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -30,10 +30,17 @@ from unclip.serving.jobs import ClientGone, EventStream, RunningJob, stream, sub
 from unclip.serving.metrics import Metrics
 from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
-from unclip.serving.requests import BODIES, FILES, Delivery, model_not_found, parse, read_body
+from unclip.serving.requests import (
+    BODIES,
+    FILES,
+    Delivery,
+    Sampler,
+    model_not_found,
+    parse,
+    read_body,
+)
 from unclip.serving.storage import Storage, open_storage
 from unclip.serving.tasks import Task
-from unclip.types import SAMPLERS
 
 log = logging.getLogger("unclip.serving")
 
@@ -328,7 +335,7 @@ def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
         "operations": known["operations"],
         "steps": None if kind == "dalle" else sampling.steps,
         "guidance": sampling.guidance,
-        "samplers": [] if kind == "dalle" else list(SAMPLERS),
+        "samplers": [] if kind == "dalle" else list(get_args(Sampler)),
         "options": to_dict(options),
         "loaded": True,
     }

@@ -54,6 +54,7 @@ Vector = Annotated[list[Number], Field(max_length=MAX_VECTOR)] | str
 Steps = Annotated[Integer, Field(ge=1, le=1000)]
 Guidance = Annotated[Number, Field(ge=-1000, le=1000)]
 Candidates = Annotated[Integer, Field(ge=1, le=64)]
+Sampler = Literal["ddim", "ancestral", "dpm++", "unipc"]  # "analytic" is for priors
 Embedding = Literal["prior", "text", "none"]
 Options = Annotated[dict[str, Any], BeforeValidator(_options)]
 Weights = Annotated[list[Number], BeforeValidator(_numbers), Field(min_length=1, max_length=16)]
