@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from email.message import Message
 from html.parser import HTMLParser
+from typing import get_args
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,6 +25,7 @@ from serving_helpers import CONFIG, client, load, opened, pixels, png, serving, 
 from unclip.image_io import encode_image
 from unclip.serving.app import create_app
 from unclip.serving.page import FILES
+from unclip.serving.requests import Sampler
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -108,6 +110,32 @@ def test_settings_of_a_png_have_the_prior_and_its_use(tiny_pipe, tmp_path):
     assert expected.items() <= json.loads(done.stdout).items()
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+def test_prompts_of_a_png_are_those_of_its_operation(tiny_pipe, tiny_dalle, tmp_path):
+    image = opened(png(16))
+    texts = {"prompt": "a blue fish", "negative_prompt": "a red apple"}
+    given = {**texts, "seed": 11, "progress": False}
+    guided = replace(tiny_dalle.options, guidance=2.0)
+    varied = {"mode": "vary", "vary_prompt": "a blue fish", "negative_prompt": "a red apple"}
+    edited = {"mode": "edit", **texts, "strength": 0.5}
+    cases = [
+        (tiny_pipe.variations(image, **given), varied),
+        (tiny_dalle.variations(image, **given, options=guided), varied | {"image": {}}),
+        (tiny_pipe.image_to_image(image, strength=0.5, **given), edited | {"image": {}}),
+        (tiny_dalle.complete(image, **given, options=guided), None),
+        (tiny_dalle.variations(image, **given, options=guided, keep=0.5), None),
+    ]
+    for result, expected in cases:
+        file = tmp_path / "image.png"
+        file.write_bytes(encode_image(result.images[0], metadata=result.metadata[0]))
+        command = ["node", "--input-type=module", "-e", READ, FILES["png.js"].as_uri(), str(file)]
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        if expected is None:
+            assert "This page cannot repeat the operation" in done.stderr
+        else:
+            assert expected.items() <= json.loads(done.stdout).items()
+
+
 SEND = (
     READ.rpartition("console")[0]
     + """
@@ -158,6 +186,11 @@ def test_every_setting_has_a_field():
     settings = FILES["api.js"].read_text(encoding="utf-8").partition("SETTINGS = {")[2]
     names = re.findall(r"^  (\w+): \{ label", settings, re.MULTILINE)
     assert "prior_steps" in names and set(names) <= ids
+
+
+def test_the_samplers_of_a_model_that_is_not_loaded_are_those_of_the_api():
+    (names,) = re.findall(r"SAMPLERS = (\[.+\])", FILES["form.js"].read_text(encoding="utf-8"))
+    assert tuple(json.loads(names)) == get_args(Sampler)
 
 
 # -- with a browser
@@ -424,6 +457,96 @@ def test_variation_is_repeated_from_its_png(visit, app, tiny_pipe):
     page.locator(DONE).wait_for()
     assert app.last()[1]["image_embedding"]
     assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+
+
+def test_variation_with_prompts_is_repeated_from_its_png(visit, app, tiny_pipe):
+    page = visit()
+    page.fill("#prompt", "a green tree")  # of other modes
+    page.check("[value=vary]")
+    choose(page, "[data-slot=image] button", png(32))
+    texts = {"prompt": "a blue fish", "negative_prompt": "a red apple"}
+    for name, value in {"negative_prompt": "a red apple", "seed": "5"}.items():
+        page.fill(f"#{name}", value)
+    page.fill("#vary_prompt", "a blue fish")
+    page.press("#vary_prompt", "Enter")
+    page.locator(DONE, has_text="Prompt a blue fish").wait_for()
+    path, fields, _ = app.last()
+    assert path == "/v1/images/variations" and texts.items() <= fields.items()
+    first = image_of(page)
+    expected = tiny_pipe.variations(opened(png(32)), **texts, seed=5, progress=False)
+    assert (pixels(first) == np.asarray(expected.images[0])).all()
+    page.reload()
+    choose(page, "#load-png", first)
+    page.locator("text=Embedding from PNG").wait_for()
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    assert (pixels(image_of(page)) == pixels(first)).all()
+
+
+@pytest.mark.slow
+def test_variation_of_dalle_is_repeated_from_its_png(visit, tiny_dalle):
+    page = visit()
+    options = replace(tiny_dalle.options, guidance=2.0)
+    texts = {"prompt": "a blue fish", "negative_prompt": "a red apple"}
+    result = tiny_dalle.variations(opened(png()), **texts, seed=5, options=options, progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("[data-slot=image] img").wait_for()
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    assert (pixels(image_of(page)) == np.asarray(result.images[0])).all()
+
+
+def shown(page):
+    """Return which settings the form shows."""
+    page.locator("summary", has_text="More settings").click()
+    inputs = page.locator("#composer").locator("input:visible, select:visible, textarea:visible")
+    names = inputs.evaluate_all("all => all.map(({ name }) => name)")
+    page.locator("summary", has_text="More settings").click()
+    return set(names) - {"mode", "prompt", "n", "seed", "guidance"}
+
+
+def test_dalle_edits_with_a_mask(visit, app, tiny_dalle):
+    page = visit()
+    page.check("[value=edit]")
+    page.fill("#strength", "0.5")  # of the other model
+    page.select_option("#model", "tiny-dalle")
+    generate(page)  # loads the model
+    page.check("[value=edit]")
+    page.locator("#strength").wait_for(state="hidden")
+    assert shown(page) == {"negative_prompt"}
+    original = png(64)
+    choose(page, "[data-slot=image] button", original)
+    texts = {"prompt": "a red apple", "negative_prompt": "a blue fish"}
+    for name, value in {**texts, "guidance": "2"}.items():
+        page.fill(f"#{name}", value)
+    page.click("#generate")
+    assert page.text_content("#mask-error") == "Paint a mask."
+    open_mask(page)
+    stroke(page, (0.3, 0.3), (0.7, 0.6))
+    use_mask(page)
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    path, fields, files = app.last()
+    assert path == "/v1/images/edits" and "strength" not in fields
+    mask = opened(files["mask"][0])
+    options = replace(tiny_dalle.options, guidance=2.0)
+    expected = tiny_dalle.inpaint(
+        opened(original), mask, **texts, seed=3, options=options, progress=False
+    )
+    assert (pixels(image_of(page)) == np.asarray(expected.images[0])).all()
+
+
+@pytest.mark.slow
+def test_fields_that_glide_lacks_are_hidden(visit):
+    page = visit()
+    [model] = page.request.get(f"{page.url}v1/models").json()["data"][:1]
+    model |= {"kind": "glide", "operations": ["generations", "edits"]}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [model]}))
+    page.reload()
+    page.locator("[value=vary]:disabled").wait_for()
+    assert shown(page) == {"steps", "sampler"}
+    page.check("[value=edit]")
+    assert shown(page) == {"steps", "sampler"}
 
 
 def open_mask(page):
@@ -734,6 +857,22 @@ def test_copied_commands_make_the_same_image(visit, tiny_pipe, tmp_path):
     subprocess.run([sys.executable, "-c", copied(page, "#copy-python")], cwd=tmp_path, check=True)
     varied = pixels((tmp_path / "image-0.png").read_bytes())
     assert (varied == np.asarray(result.images[0])).all()
+
+    page.click("[aria-label='Remove embedding']")
+    choose(page, "[data-slot=image] button", png(32))
+    page.fill("#vary_prompt", "a blue fish")
+    page.fill("#negative_prompt", "a red apple")
+    (tmp_path / "image.png").write_bytes(png(32))
+    call = {"prompt": "a blue fish", "negative_prompt": "a red apple", "seed": 5}
+    result = tiny_pipe.variations(opened(png(32)), **call, progress=False)
+    subprocess.run([sys.executable, "-c", copied(page, "#copy-python")], cwd=tmp_path, check=True)
+    varied = pixels((tmp_path / "image-0.png").read_bytes())
+    assert (varied == np.asarray(result.images[0])).all()
+    if shutil.which("curl"):
+        command = ["bash", "-c", copied(page, "#copy-curl")]
+        done = subprocess.run(command, capture_output=True, check=True, cwd=tmp_path)
+        data = base64.b64decode(json.loads(done.stdout)["data"][0]["b64_json"])
+        assert (pixels(data) == varied).all()
 
 
 # -- layout and accessibility

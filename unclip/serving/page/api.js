@@ -16,27 +16,33 @@
 
 const BASE = new URL("v1/", document.baseURI);
 const ALL = "generate edit vary";
-/** The settings with a field in the form; text: not a number, share: a number from 0 to 1. */
+const PRIOR = { modes: "generate edit", kinds: "unclip" };
+/**
+ * The settings with a field in the form; kinds: of the models that have it, if not all; text: not a
+ * number, share: a number from 0 to 1.
+ */
 export const SETTINGS = {
   prompt: { label: "Prompt", modes: "generate edit", text: true },
-  negative_prompt: { label: "Negative prompt", modes: "generate", text: true },
+  vary_prompt: { label: "Prompt", modes: "vary", text: true }, // optional
+  negative_prompt: { label: "Negative prompt", modes: ALL, kinds: "unclip dalle", text: true },
   seed: { label: "Seed", modes: ALL },
-  steps: { label: "Steps", modes: ALL },
+  steps: { label: "Steps", modes: ALL, kinds: "unclip glide" },
   guidance: { label: "Guidance", modes: ALL },
-  sampler: { label: "Sampler", modes: ALL, text: true },
-  embedding: { label: "Embedding", modes: "generate edit", text: true },
-  prior_steps: { label: "Prior steps", modes: "generate edit" },
-  prior_guidance: { label: "Prior guidance", modes: "generate edit" },
-  prior_candidates: { label: "Prior candidates", modes: "generate edit" },
-  strength: { label: "Strength", modes: "edit", share: true },
-  weight: { label: "Share of second", modes: "vary", share: true },
-  num_candidates: { label: "Candidates", modes: "generate" },
+  sampler: { label: "Sampler", modes: ALL, kinds: "unclip glide", text: true },
+  embedding: { label: "Embedding", ...PRIOR, text: true },
+  prior_steps: { label: "Prior steps", ...PRIOR },
+  prior_guidance: { label: "Prior guidance", ...PRIOR },
+  prior_candidates: { label: "Prior candidates", ...PRIOR },
+  strength: { label: "Strength", modes: "edit", kinds: "unclip", share: true },
+  weight: { label: "Share of second", modes: "vary", kinds: "unclip", share: true },
+  num_candidates: { label: "Candidates", modes: "generate", kinds: "unclip dalle" },
   model: { label: "Model", modes: ALL, text: true },
 };
 const PATHS = { generate: "images/generations", edit: "images/edits", vary: "images/variations" };
 const MORE = { n: { modes: ALL }, image_embedding: { modes: "vary" }, layout: { modes: "vary" } };
 const METHODS = { generate: "generate", edit: "edit", vary: "create_variation" };
-const OPENAI_FIELDS = ["model", "prompt", "n", "response_format"];
+/** Of the SDK's methods; that of variations has no prompt. */
+const OPENAI_FIELDS = ["model", "n", "response_format"];
 const BUSY = [429, 503];
 
 const isObject = (value) => typeof value === "object" && value !== null;
@@ -107,7 +113,8 @@ export function call(settings) {
   const fields = {};
   for (const [name, { modes }] of Object.entries({ ...SETTINGS, ...MORE })) {
     const given = settings[name] !== undefined && settings[name] !== "" && name !== "weight";
-    if (given && modes.includes(settings.mode)) fields[name] = settings[name];
+    if (!given || !modes.includes(settings.mode)) continue;
+    fields[name.replace("vary_", "")] = settings[name];
   }
   if (settings.options) fields.options = JSON.stringify(settings.options);
   const files = [];
@@ -226,7 +233,8 @@ export function asPython(settings) {
     const extra = {};
     const known = [];
     for (const [name, value] of Object.entries(fields)) {
-      if (OPENAI_FIELDS.includes(name)) known.push([name, python(value)]);
+      const prompt = name === "prompt" && settings.mode !== "vary";
+      if (prompt || OPENAI_FIELDS.includes(name)) known.push([name, python(value)]);
       else extra[name] = value;
     }
     if (Object.keys(extra).length) opened.push(["extra_body", python(extra)]);

@@ -7,11 +7,10 @@ import { checkered, paintedPart, squarePNG } from "./png.js";
 
 const form = byId("composer");
 const fields = form.elements;
-const PRIOR = ["prior_steps", "prior_guidance", "prior_candidates"];
-const NUMBERS = ["n", "seed", "steps", "guidance", "num_candidates", ...PRIOR];
-const TEXTS = ["prompt", "negative_prompt", "sampler", "embedding"];
+const FIELDS = Object.keys(SETTINGS).filter((name) => name !== "model");
 const AXES = Object.keys(SETTINGS).filter((name) => name !== "num_candidates");
 const OPERATIONS = { generate: "generations", edit: "edits", vary: "variations" };
+/** Of a model that is not loaded yet. */
 const SAMPLERS = ["ddim", "ancestral", "dpm++", "unipc"];
 const SLOTS = { image: "Choose or drop an image", second: "Second image, to mix" };
 const MAX_CELLS = 64;
@@ -25,6 +24,14 @@ let served = [];
 const mode = () => fields.mode.value;
 const model = () => served.find(({ id }) => id === byId("model").value) ?? served[0];
 
+/** Whether the model has a setting; one that is not loaded yet may have all. */
+function supports(name) {
+  const { kinds } = SETTINGS[name];
+  return !kinds || !model()?.kind || kinds.includes(model().kind);
+}
+
+const offered = (name) => SETTINGS[name].modes.includes(mode()) && supports(name);
+
 /** Put options into a select, and keep what is chosen if it is among them. */
 function offer(select, names, first = [], label = (name) => name) {
   const chosen = select.value;
@@ -32,13 +39,15 @@ function offer(select, names, first = [], label = (name) => name) {
   if (names.includes(chosen)) select.value = chosen;
 }
 
-/** Show only what the mode needs. */
+/** Show only what the mode needs and the model supports. */
 export function update() {
   for (const part of form.querySelectorAll("[data-modes]")) {
     part.hidden = !part.dataset.modes.split(" ").includes(mode());
   }
-  const pair = mode() === "vary" && held.image && held.second;
-  byId("mix-field").hidden = !pair;
+  for (const name of FIELDS) fields[name].closest(".field").hidden = !offered(name);
+  form.querySelector("[data-slot=second]").hidden = !offered("weight");
+  const pair = offered("weight") && held.image && held.second;
+  fields.weight.closest(".field").hidden = !pair;
   for (const name of ["weight", "strength"]) {
     byId(`${name}-output`).value = `${Math.round(fields[name].value * 100)} %`;
   }
@@ -46,9 +55,8 @@ export function update() {
   byId("paint").disabled = byId("import-mask").disabled = !held.image;
   const labels = { generate: "Generate", edit: "Edit image", vary: pair ? "Mix" : "Vary" };
   byId("generate").textContent = labels[mode()];
-  const axes = AXES.filter((name) => SETTINGS[name].modes.includes(mode()));
   for (const select of [fields.x_name, fields.y_name]) {
-    offer(select, axes, [new Option("None", "")], (name) => SETTINGS[name].label);
+    offer(select, AXES.filter(offered), [new Option("None", "")], (name) => SETTINGS[name].label);
   }
   const offers = model()?.operations;
   for (const radio of fields.mode) {
@@ -79,12 +87,12 @@ function showModel() {
 export function read() {
   clearErrors(form);
   const settings = { mode: mode(), model: byId("model").value || undefined };
-  for (const name of [...NUMBERS, ...TEXTS]) {
+  for (const name of ["n", ...FIELDS]) {
     const field = fields[name];
     if (field.closest("[hidden]")) continue;
     if (!field.checkValidity()) return refuse(name, field.validationMessage);
     if (!field.value.trim()) continue;
-    settings[name] = NUMBERS.includes(name) ? field.valueAsNumber : field.value.trim();
+    settings[name] = SETTINGS[name]?.text ? field.value.trim() : field.valueAsNumber;
   }
   settings.n ??= 1;
   if (held.options) settings.options = held.options;
@@ -92,16 +100,17 @@ export function read() {
   if (settings.mode !== "vary" && !settings.prompt) return refuse("prompt", "Describe the image.");
   if (settings.mode === "edit") {
     if (!image) return refuse("image", "Choose an image to edit.");
-    settings.strength = fields.strength.valueAsNumber;
-    if (!mask && settings.strength === 1) {
-      return refuse("mask", "Paint a mask, or lower the strength to change the whole image.");
+    const { strength } = settings; // undefined if the model can only inpaint
+    if (!mask && !(strength < 1)) {
+      const other = strength ? ", or lower the strength to change the whole image" : "";
+      return refuse("mask", `Paint a mask${other}.`);
     }
     Object.assign(settings, { image, ...(mask && { mask }) });
   }
   if (settings.mode === "vary") {
     if (!image && !image_embedding) return refuse("image", "Choose an image to vary.");
     Object.assign(settings, image_embedding ? { image_embedding, ...(layout && { layout }) } : { image });
-    if (image && second) Object.assign(settings, { second, weight: fields.weight.valueAsNumber });
+    if (settings.weight !== undefined) settings.second = second;
   }
   return byId("grid").open ? withGrid(settings) : settings;
 }
@@ -148,7 +157,7 @@ export function write(settings) {
     showModel();
   }
   const defaults = { n: 1, strength: 1, weight: 0.5 };
-  for (const name of [...NUMBERS, ...TEXTS, "strength", "weight"]) {
+  for (const name of ["n", ...FIELDS]) {
     fields[name].value = settings[name] ?? defaults[name] ?? "";
   }
   for (const name of Object.keys(held)) held[name] = settings[name] ?? null;
@@ -172,7 +181,8 @@ export async function use(newMode, blob, slot = "image") {
 }
 
 /** Put an image into the mix: first where there is none, else second. */
-export const addToMix = (blob) => use("vary", blob, held.image ? "second" : "image");
+export const addToMix = (blob) =>
+  use("vary", blob, held.image && supports("weight") ? "second" : "image");
 
 /** Take a pasted image: to edit, if that is what the form does, else to vary or mix. */
 export const paste = (file) => (mode() === "edit" ? place("image", file) : addToMix(file));

@@ -50,8 +50,10 @@ async function start(settings = form.read()) {
 /** Show an error where it can be fixed. */
 function showFailure(error, entry) {
   if (error.status === 401) return askForKey(error.message, () => (loadModels(), again(entry)));
-  const field = error.param?.replace("image[]", "image");
-  if (field && byId(`${field}-error`)) showError(field, error.message);
+  const param = error.param?.replace("image[]", "image");
+  const names = [`${entry.settings.mode}_${param}`, param];
+  const field = names.find((name) => byId(`${name}-error`));
+  if (field) showError(field, error.message);
 }
 
 const again = (entry) => (gallery.forget(entry), start(entry.settings));

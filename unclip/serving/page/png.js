@@ -3,6 +3,7 @@
 import { decode } from "./api.js";
 
 const KEYWORD = "unclip";
+const KEEP = 0.4375; // fraction that the API's variations of DALL-E keep of an image
 
 /** Return the metadata of a PNG, one entry for each image. Error with one line if it has none. */
 async function readMetadata(file) {
@@ -61,20 +62,25 @@ export async function readSettings(file) {
   settings.options = withoutFields(options);
   Object.assign(settings, { steps, guidance, sampler, embedding, prior_candidates });
   Object.assign(settings, { prior_steps: prior?.steps, prior_guidance: prior?.guidance });
-  if (typeof entry.prompt === "string") settings.prompt = entry.prompt;
-  if (typeof entry.negative_prompt === "string") settings.negative_prompt = entry.negative_prompt;
-  if (["inpaint", "image_to_image"].includes(entry.operation)) {
-    settings.mode = "edit";
-    settings.prompt = entry.prompt ?? entry.arguments?.prompt;
-    settings.strength = entry.arguments?.strength ?? entry.arguments?.painting?.strength;
+  const { operation, arguments: given = entry } = entry; // operations have the texts in arguments
+  const prompt = given.prompt ?? entry.prompt ?? undefined;
+  settings.negative_prompt = given.negative_prompt ?? undefined;
+  if (["inpaint", "image_to_image"].includes(operation)) {
+    Object.assign(settings, { mode: "edit", prompt });
+    settings.strength = given.strength ?? given.painting?.strength;
     if (entry.picture) settings.image = decode(entry.picture);
     const painted = entry.mask && (await paintedPart(decode(entry.mask)));
     if (painted) settings.mask = await maskPNG(painted);
-  } else if (entry.image_emb) {
-    Object.assign(settings, { mode: "vary", image_embedding: entry.image_emb });
-    if (entry.layout) settings.layout = entry.layout;
-  } else if (typeof settings.prompt !== "string") {
-    throw new Error(`This page cannot repeat the operation "${entry.operation}" of this PNG.`);
+  } else if (operation === "variations" && given.keep === KEEP) {
+    Object.assign(settings, { mode: "vary", vary_prompt: prompt });
+    if (entry.picture) settings.image = decode(entry.picture);
+  } else if (entry.image_emb && !operation) {
+    const { image_emb: image_embedding, layout = undefined } = entry;
+    Object.assign(settings, { mode: "vary", vary_prompt: prompt, image_embedding, layout });
+  } else if (!operation && typeof prompt === "string") {
+    settings.prompt = prompt;
+  } else {
+    throw new Error(`This page cannot repeat the operation "${operation}" of this PNG.`);
   }
   return settings;
 }
