@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent / "page"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
 PROMPTS = ("a smiling cat, blob emoji", "a green heart in noto style", "a birthday cake")
 MAX_BYTES = 150_000
-SIZES = {"desktop": (1280, 720), "phone": (390, 844)}
+SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
 
 
 def start_server() -> str:
@@ -96,7 +96,7 @@ def desktop(page: Page) -> None:
     page.fill("#n", "4")
     page.click("#generate")
     page.locator(".entry[data-status=done]").nth(4).wait_for(timeout=120_000)
-    page.evaluate("() => scrollTo(0, 0)")
+    page.evaluate("() => [window, composer].forEach((one) => one.scrollTo(0, 0))")
     hide_message(page)
     save(page, "desktop")
 
