@@ -114,16 +114,6 @@ def test_extensions_change_the_image(client):
         assert (pixels(changed) != pixels(plain)).any(), fields
 
 
-def test_each_listed_sampler_can_be_requested(client):
-    generate(client)
-    for sampler in client.get("/v1/models/tiny").json()["samplers"]:
-        response = generate(client, sampler=sampler)
-        if sampler == "analytic":  # the model has no measured errors
-            assert "x0_errors" in error_of(response, 400)
-        else:
-            assert images_of(response), sampler
-
-
 def test_the_prior_and_its_use_are_chosen(client, tiny_pipe):
     base = tiny_pipe.options
     prior = replace(base.prior.with_steps(3), guidance=1.5)

@@ -20,7 +20,6 @@ from unclip.serving import uploads
 from unclip.serving.config import ServerConfig
 from unclip.serving.errors import APIError, bad_request, not_found
 from unclip.serving.tasks import Settings, Task, decode_vector
-from unclip.types import Sampler
 
 MAX_SEED = 2**53  # the integers that JavaScript represents
 SIZES = ("256x256", "512x512", "1024x1024")
