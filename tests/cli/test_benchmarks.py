@@ -45,7 +45,7 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def test_geneval_layout(run):
-    """What GenEval's scorer opens: DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png, ..."""
+    """GenEval's scorer opens DIR/00000/metadata.jsonl and DIR/00000/samples/0000.png, ..."""
     code, out, err = run("--geneval metadata.jsonl -o images --seed 5")
     assert (code, out) == (0, "images\n") and "prompt/s" in err  # a bar over the prompts
     files = {str(path.relative_to("images")) for path in Path("images").rglob("*.*")}
@@ -70,7 +70,7 @@ def test_benchmark_images_are_those_of_the_seeds_alone(run, tiny_pipe):
 
 
 def test_dpg_layout(run, tiny_pipe):
-    """What DPG-Bench's scorer opens: NAME.png, cut in four squares of the image size."""
+    """DPG-Bench's scorer opens NAME.png and cuts it in four squares of the image size."""
     assert run("--dpg-bench prompts -o images --seed 0 --quiet") == (0, "", "")
     assert {path.name for path in Path("images").iterdir()} == {f"{n}.png" for n in DPG_NAMES}
     sheet = read(f"images/{DPG_NAMES[0]}.png")

@@ -1,4 +1,4 @@
-"""What a validation reports besides losses, against the pipeline and the evaluation's metrics."""
+"""The measures of a validation agree with the pipeline and with the metrics of the evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a validation reports besides losses: the retrieval of a CLIP, the samples of a prior.
+"""Measures of a validation besides losses: retrieval by CLIP, cosines of the samples of a prior.
 
 A measure is called as `measure(batches)`, with the averaged weights in the networks that it holds.
 It pools the samples of all processes, and so returns the same numbers in each of them.
