@@ -6,6 +6,7 @@ import torch
 
 from unclip.diffusion.samplers import Estimator, sample
 from unclip.diffusion.schedules import Schedule
+from unclip.pipelines.unclip.stages import DecoderStage
 
 SAMPLERS = ["ancestral", "ddim", "dpm++", "unipc"]
 COSINE = Schedule()
@@ -45,3 +46,16 @@ def sample_from(
         denoise, schedule, options, prediction, learned_variance, clip, dtype=x_T.dtype
     )
     return sample(estimate, x_T, schedule, options, generators=generators, on_step=on_step)
+
+
+def interrupt_the_second_batch(monkeypatch) -> None:
+    """Let the decoder of every pipeline raise KeyboardInterrupt when it is called again."""
+    sample, calls = DecoderStage.sample, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderStage, "sample", interrupted)

@@ -29,6 +29,8 @@ from unclip.diffusion.schedules import Schedule
 from unclip.files import exit_on_error
 from unclip.models.unclip.mlp_prior import MLPPrior
 from unclip.models.unclip.prior import DiffusionPrior
+from unclip.pipelines.request import check_count
+from unclip.pipelines.runtime import find_device
 from unclip.training.embedded import open_loader
 from unclip.training.initialization import load_clip
 from unclip.training.losses import Batch, image_embeddings
@@ -53,9 +55,11 @@ def measure_errors(
 
 
 def main(args: argparse.Namespace) -> None:
-    kinds = (DiffusionPrior, MLPPrior)
-    prior = load_as(args.prior, kinds, "a diffusion prior of train/prior.py", device=args.device)
-    config, clip = load_schedule(args.prior), load_clip(args.clip, prior.config, args.device)
+    check_count("--batches", args.batches)
+    check_count("--points", args.points)
+    kinds, device = (DiffusionPrior, MLPPrior), find_device(args.device)
+    prior = load_as(args.prior, kinds, "a diffusion prior of train/prior.py", device=device)
+    config, clip = load_schedule(args.prior), load_clip(args.clip, prior.config, device)
     data = DataConfig(args.data, clip.image_size, args.batch_size)
     loader = open_loader(data, clip, embed_once=False)
     torch.manual_seed(0)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sampling import interrupt_the_second_batch
 
 from unclip.cli.main import main
 from unclip.image_io import read_metadata
-from unclip.pipelines.unclip.stages import DecoderStage
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 PROMPTS = ("a red apple", "a blue fish", "two red apples")
@@ -87,17 +87,9 @@ def test_dpg_layout(run, tiny_pipe):
 @pytest.mark.parametrize("prompts", ["--geneval metadata.jsonl", "--dpg-bench prompts"])
 def test_an_interrupted_benchmark_is_resumed(run, monkeypatch, prompts):
     command = f"{prompts} -n 3 -o images {SHORT}"
-    sample, calls = DecoderStage.sample, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return sample(self, *args, **kwargs)
-
     monkeypatch.setattr("unclip.cli.generate.BATCH_SIZE", 3)  # a prompt at a time
     with monkeypatch.context() as patches:
-        patches.setattr(DecoderStage, "sample", interrupted)
+        interrupt_the_second_batch(patches)
         assert run(command)[0] == 130
     kept = {path: path.stat().st_mtime_ns for path in Path("images").rglob("*.png")}
     assert kept

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sampling import interrupt_the_second_batch
 
 from unclip.checkpoints import store
 from unclip.cli.main import main
@@ -176,18 +177,6 @@ def test_models_lists_the_bundled_models(run, tiny_folder, monkeypatch):
 def test_a_truncated_prompt_is_reported_in_one_line(run):
     code, _, err = run("generate", "a red " * 6 + "submarine", "-o", "a.png", "--quiet")
     assert code == 0 and err.startswith("warning: ") and "marine'" in err and err.count("\n") == 1
-
-
-def interrupt_the_second_batch(monkeypatch) -> None:
-    sample, calls = DecoderStage.sample, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return sample(self, *args, **kwargs)
-
-    monkeypatch.setattr(DecoderStage, "sample", interrupted)
 
 
 def test_an_interrupted_command_keeps_finished_images(run, monkeypatch):

@@ -45,6 +45,19 @@ def test_the_error_of_the_mean_is_the_variance(folder):
     assert schedule.x0_errors == pytest.approx([11 / 12] * 5, abs=1e-4)  # std is unbiased
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batches=0", "--batches is 0"),
+        ("--points=0", "--points is 0"),
+        ("--device=abacus", "unknown device 'abacus'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(folder, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        measure(folder, arguments)
+
+
 def test_a_model_is_sampled_with_its_errors(tmp_path):
     torch.manual_seed(0)
     parts = tiny_clip(), scrambled(tiny_prior()), scrambled(tiny_decoder())
