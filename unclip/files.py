@@ -218,9 +218,10 @@ def write_errors(target: Path) -> Iterator[None]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `target` at the end; it is removed on an error.
 
-    The folder of `target` is created. Raises OSError that names `target`.
+    The folder of `target` is created. Several threads, processes and machines may write the same
+    file. Raises OSError that names `target`.
     """
-    part = target.with_name(f".{target.name}.{os.getpid()}")
+    part = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unclip.files import open_safetensors, printable, write_errors
+from unclip.files import atomic_file, open_safetensors, printable
 from unclip.types import DTYPES, DType
 
 MAX_MAPPED = 2**26  # bytes
@@ -116,17 +116,11 @@ def save_tensors(
     tensors: Mapping[str, Tensor], file: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically, creating its folder. Raises OSError on failure."""
-    path = Path(file)
-    part = path.with_name(f".{path.name}.part")
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(Path(file)) as part:
         try:
             write_safetensors({name: x.contiguous() for name, x in tensors.items()}, part, metadata)
-            part.replace(path)
         except SafetensorError as error:
             raise OSError(str(error)) from None
-        finally:
-            part.unlink(missing_ok=True)
 
 
 class _NothingDrawn(TorchFunctionMode):

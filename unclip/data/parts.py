@@ -10,15 +10,14 @@ manifest.json                                              all parts, once they 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unclip.config import save_json
 from unclip.data.precomputed import import_parquet
 from unclip.data.remote import is_url
 from unclip.data.samples import Dataset
@@ -127,8 +126,7 @@ class PartWriter:
             "files": {path.relative_to(self.folder).as_posix(): sha256(path) for path in files},
             "broken": {str(index): reason for index, reason in (broken or {}).items()},
         }
-        self._record(part).parent.mkdir(exist_ok=True)
-        write_json(record, self._record(part))
+        save_json(record, self._record(part))
 
     def write_manifest(self, parts: int) -> None:
         """Write the manifest if all parts are complete."""
@@ -145,7 +143,7 @@ class PartWriter:
             "broken": sum(len(record["broken"]) for record in records),
             "files": {name: hash_ for one in records for name, hash_ in one["files"].items()},
         }
-        write_json(manifest, self.folder / MANIFEST)
+        save_json(manifest, self.folder / MANIFEST)
 
     def _read_record(self, part: int) -> dict[str, Any]:
         record = read_json(self._record(part))
@@ -160,10 +158,3 @@ class PartWriter:
         path = self.folder / name / f"{name}_{end}"
         path.parent.mkdir(exist_ok=True)
         return path
-
-
-def write_json(data: Mapping[str, Any], file: Path) -> None:
-    """Write JSON atomically; several processes may write the same file."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unclip.data.parts import Parts, PartWriter, SampleParts, ShardParts, write_json
+from unclip.config import save_json
+from unclip.data.parts import Parts, PartWriter, SampleParts, ShardParts
 from unclip.data.samples import Dataset, Sample
 from unclip.files import read_json
 
@@ -139,7 +140,7 @@ def start(out: str | Path, settings_file: str, settings: Mapping[str, Any]) -> P
     writer = PartWriter(out)
     path = writer.folder / settings_file
     if not path.is_file():
-        write_json(settings, path)
+        save_json(settings, path)
         return writer
     earlier = read_json(path)
     if different := [name for name in settings if settings[name] != earlier.get(name)]:
