@@ -129,3 +129,17 @@ def test_names_become_slugs_and_annotations():
         "annotation": "arrow up left",
         "hexcode": "arrow-up_left",
     }
+
+
+def test_author_and_licence_may_be_texts_as_in_older_sets(tmp_path):
+    source = write_set(tmp_path / "icons", apple=CIRCLE.format(5, 4, "red"))
+    (source / "info.json").write_text(json.dumps({"author": "A. Painter", "license": "MIT"}))
+    assert read_icons(source).licence == "round, A. Painter, MIT"
+
+
+@pytest.mark.parametrize("name", ["info.json", "chars.json"])
+def test_the_error_of_a_damaged_optional_file_names_it(tmp_path, name):
+    source = write_set(tmp_path / "icons", apple=CIRCLE.format(5, 4, "red"))
+    (source / name).write_text("{")
+    with pytest.raises(ValueError, match=f"{name} is not valid JSON"):
+        read_icons(source)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unclip.files import read_json
+
 Entry = Mapping[str, Any]  # of emoji.json
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -78,11 +80,13 @@ def _svg(icon: Mapping[str, Any], table: Mapping[str, Any]) -> str:
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _licence(prefix: str, info: Mapping[str, Any]) -> str:
-    author, licence = info.get("author") or {}, info.get("license") or {}
+    author, licence = info.get("author"), info.get("license")
+    author = author if isinstance(author, dict) else {"name": author}  # older sets have texts
+    licence = licence if isinstance(licence, dict) else {"title": licence}
     parts = [info.get("name", prefix), author.get("name"), licence.get("title"), author.get("url")]
     return ", ".join(part for part in parts if part)
 
