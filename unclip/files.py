@@ -196,6 +196,13 @@ def check_folder(path: Path) -> None:
     _check_writable(path, path, *path.parents)
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise a ValueError unless `path` can be written as a folder, and is absent or empty."""
+    check_folder(path)
+    if path.exists() and any(path.iterdir()):
+        raise ValueError(f"{path} exists; remove it or choose another folder")
+
+
 def _check_writable(path: Path, *folders: Path) -> None:
     """Raise a ValueError if nothing can be written to the first of the folders that exists."""
     folder = next(folder for folder in folders if folder.exists())

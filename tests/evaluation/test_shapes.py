@@ -110,7 +110,7 @@ def test_an_interrupted_command_leaves_no_images(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "describe", interrupt)
     with pytest.raises(SystemExit, match="interrupted; nothing was written"):
         shapes.main([str(tmp_path / "shapes"), "--count", "6"])
-    assert not (tmp_path / "shapes").exists()
+    assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     shapes.main([str(tmp_path / "shapes"), "--count", "6"])
     assert [folder.name for folder in tmp_path.iterdir()] == ["shapes"]

@@ -40,7 +40,7 @@ from unclip.data.precompute import start
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample
 from unclip.data.shards import ShardWriter
-from unclip.files import atomic_file, exit_on_error
+from unclip.files import atomic_file, check_new_folder, exit_on_error
 from unclip.image_io import small_images, to_pil
 
 SIZE = 16  # side of the images, as of a layout
@@ -365,8 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with exit_on_error("interrupted; the same command resumes"):
         out = Path(options.out)
-        if out.exists() and not (out / SETTINGS).is_file():
-            raise ValueError(f"{options.out} exists; remove it or choose another folder")
+        if not (out / SETTINGS).is_file():
+            check_new_folder(out)
         if not 0 <= options.seed < 2**31:
             raise ValueError(f"--seed is {options.seed}; expected 0 to {2**31 - 1}")
         if options.steps < 1:

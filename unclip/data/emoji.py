@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +37,7 @@ from unclip.data.everyday import everyday_captions, synonyms, with_article
 from unclip.data.iconify import EmojiNames, find_icons, named_entry, read_icons
 from unclip.data.shards import ShardWriter
 from unclip.extras import import_extra
-from unclip.files import exit_on_error
+from unclip.files import atomic_folder, check_new_folder, exit_on_error
 from unclip.image_io import open_image
 
 GROUPS = (  # in the order of emojibase's group numbers, which emoji.json uses
@@ -295,35 +294,18 @@ def render_all(
     out = Path(out)
     if size < 8:
         raise ValueError(f"--size is {size}; expected at least 8 pixels")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; remove it or choose another folder")
+    check_new_folder(out)
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     found, unnamed = find_emoji(*sources)
     import_extra("resvg_py", "data", "rendering")
-
-    partial_out = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    try:
-        rendered, broken = _render_each(found, size, jobs)
-        counts, duplicates = _write(rendered, partial_out)
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise
-
-    summary = {
-        "size": size,
-        **counts,
-        "without_entry": unnamed,
-        "duplicates": duplicates,
-        "broken": broken,
-    }
-    save_json(summary, partial_out / "dataset.json")
     licences = _licences(sorted({emoji.style for emoji in found}), sources)
-    (partial_out / "LICENSES.md").write_text(licences, encoding="utf-8")
-    if out.exists():
-        out.rmdir()
-    partial_out.rename(out)
+    with atomic_folder(out) as folder:
+        rendered, broken = _render_each(found, size, jobs)
+        counts, duplicates = _write(rendered, folder)
+        names = {"without_entry": unnamed, "duplicates": duplicates, "broken": broken}
+        summary = {"size": size, **counts, **names}
+        save_json(summary, folder / "dataset.json")
+        (folder / "LICENSES.md").write_text(licences, encoding="utf-8")
     return summary
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,7 +30,7 @@ from unclip.config import save_json
 from unclip.data.compose import is_held_out, plural
 from unclip.data.everyday import with_article
 from unclip.data.shards import ShardWriter
-from unclip.files import check_folder, exit_on_error
+from unclip.files import atomic_folder, check_new_folder, exit_on_error
 
 COLOURS = {
     "red": (220, 40, 45),
@@ -250,18 +249,14 @@ def write_shapes(
 ) -> dict[str, int]:
     """Write `count` training images and 1/20 as many held-out ones; return both numbers."""
     out, axes = Path(out), [axis for axis in AXES if axis in axes]
-    check_folder(out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists; remove it or choose another folder")
+    check_new_folder(out)
     rng = np.random.default_rng(seed)
-    partial_out = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
     wanted = {"train": count, "heldout": max(len(axes), round(count * HELD_OUT_IMAGES))}
     written = dict.fromkeys(wanted, 0)
     with (
-        ShardWriter(partial_out, "train") as train,
-        ShardWriter(partial_out, "heldout") as held_out,
+        atomic_folder(out) as folder,
+        ShardWriter(folder, "train") as train,
+        ShardWriter(folder, "heldout") as held_out,
         tqdm(total=sum(wanted.values()), unit=" images") as bar,
     ):
         writers, turns = {"train": train, "heldout": held_out}, dict.fromkeys(wanted, 0)
@@ -279,11 +274,8 @@ def write_shapes(
             written[split] += 1
             turns[split] += 1
             bar.update()
-    summary = {"size": size, "seed": seed, "axes": axes, **written}
-    save_json(summary, partial_out / "dataset.json")
-    if out.exists():
-        out.rmdir()
-    partial_out.rename(out)
+        summary = {"size": size, "seed": seed, "axes": axes, **written}
+        save_json(summary, folder / "dataset.json")
     return written
 
 
