@@ -14,8 +14,8 @@ from unclip.config import parse
 from unclip.data.loader import DataConfig, Loader, open_dataset
 from unclip.data.parts import sha256
 from unclip.data.resize import main
-from unclip.data.samples import resize_center_crop
 from unclip.data.shards import ShardDataset, ShardWriter
+from unclip.image_io import fit
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_small_shards_have_the_images_of_training_and_all_metadata(shards, tmp_p
     for i in range(5):
         assert (small[i].key, small[i].captions) == (large[i].key, large[i].captions)
         assert small[i].meta["group"] == "x"
-        assert np.array_equal(np.asarray(small[i].image), resize_center_crop(large[i].image, 8))
+        assert np.array_equal(np.asarray(small[i].image), np.asarray(fit(large[i].image, 8)))
 
 
 def test_resizing_resumes_by_shards_and_is_the_same_in_tasks(shards, tmp_path):

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip.data.samples import decode, resize_center_crop
+from unclip.data.samples import decode
 from unclip.data.text import caption_list, readable, sample_weight
 from unclip.files import shorten
+from unclip.image_io import fit
 
 
 def encoded(image, format="PNG", **options):
@@ -51,7 +52,7 @@ def test_exif_rotation_is_applied():
 def test_the_shorter_side_is_resized_and_the_center_cropped():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (10, 0, 30, 20))
-    pixels = resize_center_crop(image, 10)
+    pixels = np.asarray(fit(image, 10))
     assert pixels.shape == (10, 10, 3) and pixels.dtype == np.uint8
     assert np.abs(pixels[:, 3:7] - np.array([0, 0, 255])).max() < 8
     assert (pixels[:, 0, 0] < pixels[:, 0, 2]).all()
@@ -60,7 +61,8 @@ def test_the_shorter_side_is_resized_and_the_center_cropped():
 def test_resizing_is_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    assert np.abs(resize_center_crop(Image.fromarray(stripes), 8).astype(int) - 127).max() < 8
+    resized = np.asarray(fit(Image.fromarray(stripes), 8), int)
+    assert np.abs(resized - 127).max() < 8
 
 
 @pytest.mark.parametrize(

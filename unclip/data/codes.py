@@ -13,8 +13,8 @@ from PIL import Image
 
 from unclip.data.precompute import Arrays, Columns, Compute, caption_rows, precompute
 from unclip.data.precomputed import CODES_FILE
-from unclip.data.samples import Dataset, Sample, resize_center_crop
-from unclip.image_io import to_tensor
+from unclip.data.samples import Dataset, Sample
+from unclip.image_io import fit, to_tensor
 from unclip.models.codecs.codec import ImageCodec
 
 
@@ -45,7 +45,7 @@ def encoder(codec: ImageCodec, all_captions: bool) -> Compute:
 
     def compute(samples: list[Sample], images: list[Image.Image]) -> tuple[Columns, Arrays]:
         columns, repeats = caption_rows(samples, all_captions)
-        batch = to_tensor([resize_center_crop(image, codec.image_size) for image in images])
+        batch = to_tensor([fit(image, codec.image_size) for image in images])
         codes = codec.encode(batch.to(device)).cpu().numpy().astype(dtype)  # (B, h, w)
         return columns, {"codes": codes.repeat(repeats, axis=0)}  # (N, h, w)
 

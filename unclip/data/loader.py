@@ -30,10 +30,11 @@ from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
 from unclip.data.paths import WILDCARDS, is_foreign
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.remote import is_url
-from unclip.data.samples import Dataset, count_left_out, resize_center_crop
+from unclip.data.samples import Dataset, count_left_out
 from unclip.data.shards import ShardDataset
 from unclip.data.text import MAX_WEIGHT, ColumnNames
 from unclip.data.workers import load_in_workers, own_process_group
+from unclip.image_io import fit
 
 Batch = dict[str, Any]
 Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
@@ -418,7 +419,7 @@ class ImageReader:
         if self.cache and (description := self._descriptions[index]) is not None:
             return self._pixels[index], *description
         sample = self.dataset[index]
-        pixels = resize_center_crop(sample.image, self.size)
+        pixels = np.asarray(fit(sample.image, self.size))
         if self.cache:
             self._pixels[index] = pixels
             self._descriptions[index] = sample.captions, sample.key, sample.meta

@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from unclip.data.parts import ShardParts
 from unclip.data.precompute import start
-from unclip.data.samples import Dataset, resize_center_crop
+from unclip.data.samples import Dataset
 from unclip.data.shards import add_members
 from unclip.files import exit_on_error
+from unclip.image_io import fit
 
 MAX_BROKEN = 0.01
 SETTINGS_FILE = "resize.json"
@@ -40,7 +42,7 @@ def resize_shard(
             try:
                 sample = dataset[index]
                 key = sample.key
-                pixels = resize_center_crop(sample.image, size)
+                pixels = np.asarray(fit(sample.image, size))
             except (ValueError, OSError) as error:
                 broken[key] = str(error)
                 continue

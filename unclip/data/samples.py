@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unclip.data.text import (
     MAX_TEXT,
@@ -75,14 +75,6 @@ def decode(data: bytes) -> Image.Image:
     """Decode an image to upright RGB on white. Raises ValueError if it is damaged."""
     check_content(data)
     return open_image(io.BytesIO(data))
-
-
-RESIZE_RULE = "Lanczos, centre crop"  # of `resize_center_crop`, for results that depend on it
-
-
-def resize_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` (Lanczos) and crop the centre: uint8 (size, size, 3)."""
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def is_image(name: str) -> bool:

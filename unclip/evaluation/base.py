@@ -23,7 +23,6 @@ from tqdm import tqdm
 from unclip import __version__
 from unclip.clip import CLIP
 from unclip.config import to_dict
-from unclip.data.samples import RESIZE_RULE
 from unclip.data.shapes import read_scene
 from unclip.embeddings import caption_targets
 from unclip.evaluation import CLIP_PARTS, PARTS
@@ -45,7 +44,7 @@ from unclip.evaluation.pairs import Pairs
 from unclip.evaluation.report import FEW_IMAGES
 from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
-from unclip.image_io import to_pil, to_tensor
+from unclip.image_io import RESIZE_RULE, to_pil, to_tensor
 from unclip.pipelines.base import Pipeline
 from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import TruncationWarning

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from unclip.data.augment import can_recolour
 from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
-from unclip.data.samples import Dataset, Sample, count_left_out, resize_center_crop
+from unclip.data.samples import Dataset, Sample, count_left_out
 from unclip.embeddings import caption_targets
+from unclip.image_io import fit
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 
@@ -97,7 +98,7 @@ class Pairs:
 
     def image(self, row: int, size: int) -> Image.Image:
         """Read an image from the dataset at `size` x `size` pixels."""
-        return Image.fromarray(resize_center_crop(self.dataset[self.indices[row]].image, size))
+        return fit(self.dataset[self.indices[row]].image, size)
 
     def spread(self, count: int) -> list[int]:
         """Select `count` diverse rows: new concepts first, then untoned, then rare styles, groups.
@@ -145,7 +146,7 @@ def load_pairs(
     def read(index: int) -> tuple[int, Pair, np.ndarray] | str:
         try:
             sample = dataset[index]
-            return index, Pair.from_sample(sample), resize_center_crop(sample.image, size)
+            return index, Pair.from_sample(sample), np.asarray(fit(sample.image, size))
         except (ValueError, OSError) as error:
             return str(error)
 

@@ -14,8 +14,11 @@ if TYPE_CHECKING:  # the command line opens images without importing torch
     from torch import Tensor
 
 
+RESIZE_RULE = "Lanczos, centre crop"  # of `fit`, for results that depend on it
+
+
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """Crop the central square of an image and resize it to size x size, as for training."""
+    """Crop the central square of an image and resize it to size x size pixels."""
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
