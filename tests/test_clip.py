@@ -167,9 +167,10 @@ def test_incomplete_and_truncated_folders_are_errors(custom, tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object"),
-        ("{}", "expected objects model_cfg, with text_cfg"),
-        ('{"model_cfg": {"text_cfg": 1}}', "expected objects model_cfg, with text_cfg"),
-        ('{"model_cfg": {"text_cfg": {}}, "preprocess_cfg": 1}', "and preprocess_cfg"),
+        ("{}", "config.json: model_cfg.text_cfg is None; expected a mapping"),
+        ('{"model_cfg": [2]}', r"model_cfg is \[2\]; expected a mapping"),
+        ('{"model_cfg": {"text_cfg": 1}}', "model_cfg.text_cfg is 1; expected a mapping"),
+        ('{"model_cfg": {"text_cfg": {}}, "preprocess_cfg": 1}', "preprocess_cfg is 1; expected"),
         (" " * (5 * 2**20), "is too large"),
     ],
 )

@@ -126,8 +126,17 @@ def test_tokenizers_are_loaded_by_type(tokenizer, tmp_path):
             again(["a red apple"])[0],
             BPETokenizer(tokenizer.tokenizer, 7, marked)(["a red apple"])[0],
         )
-    (tmp_path / "config.json").write_text('{"type": "Words"}')
-    with pytest.raises(
-        ValueError, match="type is 'Words'; expected one of BPETokenizer, GPT2Tokenizer"
-    ):
+
+
+@pytest.mark.parametrize(
+    "config, facts",
+    [
+        ('{"type": "Words", "context_length": 7}', "'Words'; expected .*BPETok.* or 'GPT2Tok"),
+        ('{"type": "BPETokenizer", "marked": true}', "context_length is missing"),
+        ('{"type": "GPT2Tokenizer", "context_length": "7"}', "context_length is '7'; expected"),
+    ],
+)
+def test_the_error_of_a_damaged_tokenizer_config_names_file_and_key(tmp_path, config, facts):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"config.json: .*{facts}"):
         load_tokenizer(tmp_path)

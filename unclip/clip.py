@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.config import save_json, unknown_key
-from unclip.files import printable, read_json
+from unclip.files import printable, read_json, shorten
 from unclip.image_io import resize
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
 from unclip.types import TextEncoding
@@ -183,13 +183,11 @@ class CLIPConfig:
     preprocess_cfg: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        towers = {"vision_cfg": open_clip.CLIPVisionCfg, "text_cfg": open_clip.CLIPTextCfg}
         model = (*inspect.signature(open_clip.CLIP).parameters, "custom_text", "multimodal_cfg")
         _check_keys("model_cfg", self.model_cfg, model)
-        for name, tower in towers.items():
-            _check_keys(f"model_cfg.{name}", self.model_cfg.get(name) or {}, _names(tower))
-        if "text_cfg" not in self.model_cfg:
-            raise ValueError("model_cfg.text_cfg is missing; expected the text tower's table")
+        vision, text = self.model_cfg.get("vision_cfg") or {}, self.model_cfg.get("text_cfg")
+        _check_keys("model_cfg.vision_cfg", vision, _names(open_clip.CLIPVisionCfg))
+        _check_keys("model_cfg.text_cfg", text, _names(open_clip.CLIPTextCfg))
         preprocess = _names(open_clip.transform.PreprocessCfg)
         _check_keys("preprocess_cfg", self.preprocess_cfg, preprocess)
 
@@ -213,7 +211,7 @@ class CLIPConfig:
 
 def _check_keys(section: str, given: Any, known: Sequence[str]) -> None:
     if not isinstance(given, dict):
-        raise ValueError(f"{section} is {given!r}; expected a mapping")
+        raise ValueError(f"{section} is {shorten(given)}; expected a mapping")
     for key in given:
         if key not in known:
             raise ValueError(unknown_key(f"{section}.{printable(key)}", known))
@@ -319,13 +317,8 @@ class CLIP(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} is not a CLIP folder: {name} is missing")
         raw = read_json(folder / CONFIG_FILE)
-        model_cfg, preprocess_cfg = raw.get("model_cfg"), raw.get("preprocess_cfg", {})
-        is_valid = isinstance(model_cfg, dict) and isinstance(model_cfg.get("text_cfg"), dict)
-        if not (isinstance(model_cfg, dict) and is_valid and isinstance(preprocess_cfg, dict)):
-            expected = "expected objects model_cfg, with text_cfg, and preprocess_cfg"
-            raise ValueError(f"{folder / CONFIG_FILE}: {expected}")
         try:
-            config = CLIPConfig(model_cfg, preprocess_cfg)
+            config = CLIPConfig(raw.get("model_cfg", {}), raw.get("preprocess_cfg", {}))
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
         own = folder / TOKENIZER_FILE
@@ -358,7 +351,7 @@ class CLIP(nn.Module):
             reason = " ".join(str(error).split())  # open_clip and torch check no size beforehand
             raise ValueError(f"{source}: its model_cfg cannot be built: {reason}") from error
         load_strictly(clip.model, tensors, source)
-        tower = clip.model.text if isinstance(clip.model, open_clip.CustomTextCLIP) else clip.model
+        tower = clip._text_tower
         if config.plain and tower.attn_mask is not None:  # not in the checkpoint
             tower.attn_mask = torch.full(tower.attn_mask.shape, -torch.inf).triu(1)
         assert not any(buffer.is_meta for buffer in clip.buffers())
@@ -378,8 +371,12 @@ class CLIP(nn.Module):
         return self.config.model_cfg["embed_dim"]
 
     @property
+    def _text_tower(self) -> Any:
+        return self.model.text if isinstance(self.model, open_clip.CustomTextCLIP) else self.model
+
+    @property
     def text_width(self) -> int:
-        text = self.model.text if isinstance(self.model, open_clip.CustomTextCLIP) else self.model
+        text = self._text_tower
         if isinstance(text, open_clip.hf_model.HFTextEncoder):
             return text.transformer.config.hidden_size
         return text.ln_final.normalized_shape[0]

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from unclip.config import PositiveInt, config, parse
 from unclip.files import printable, read_bytes, read_json
 
 # B batch, L tokens
@@ -160,12 +161,6 @@ class BPETokenizer:
         """Write a `tokenizer.json`."""
         self.tokenizer.save(str(file), pretty=False)
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> BPETokenizer:
-        """Load a folder that `save_pretrained` wrote."""
-        config = read_json(Path(folder) / "config.json")
-        return cls.load(Path(folder) / TOKENIZER_FILE, config["context_length"], config["marked"])
-
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -293,12 +288,6 @@ class GPT2Tokenizer:
             reason = printable(error)
             raise ValueError(f"{file} is not a GPT-2 tokenizer ({reason}); download it") from None
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> GPT2Tokenizer:
-        """Load a folder that `save_pretrained` wrote."""
-        config = read_json(Path(folder) / "config.json")
-        return cls.load(Path(folder) / TOKENIZER_FILE, config["context_length"])
-
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the vocabulary and the config; dtype is ignored, as it concerns networks only."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -346,12 +335,22 @@ def _pairs(merges: Sequence[str | Sequence[str]]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-TOKENIZERS = {"BPETokenizer": BPETokenizer, "GPT2Tokenizer": GPT2Tokenizer}
+@config
+class TokenizerConfig:
+    """The config.json in a tokenizer's folder."""
+
+    type: Literal["BPETokenizer", "GPT2Tokenizer"]
+    context_length: PositiveInt
+    marked: bool = True  # of a BPETokenizer
 
 
 def load_tokenizer(folder: str | Path) -> BPETokenizer | GPT2Tokenizer:
-    """Load a tokenizer from a folder that `save_pretrained` wrote."""
-    kind = read_json(Path(folder) / "config.json").get("type")
-    if kind not in TOKENIZERS:
-        raise ValueError(f"{folder}: type is {kind!r}; expected one of {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[kind].from_pretrained(folder)
+    """Load a tokenizer from a folder that `save_pretrained` wrote.
+
+    Raises FileNotFoundError, or ValueError that names a damaged file.
+    """
+    file, config_file = Path(folder) / TOKENIZER_FILE, Path(folder) / "config.json"
+    config = parse(TokenizerConfig, read_json(config_file), str(config_file))
+    if config.type == "GPT2Tokenizer":
+        return GPT2Tokenizer.load(file, config.context_length)
+    return BPETokenizer.load(file, config.context_length, config.marked)
