@@ -12,15 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.loader import (
-    Augment,
-    DataConfig,
-    ImageReader,
-    Loader,
-    crop,
-    open_dataset,
-    shift_and_scale,
-)
+from unclip.data.augment import Augment, crop, shift_and_scale
+from unclip.data.loader import DataConfig, ImageReader, Loader, open_dataset
 from unclip.data.order import EpochOrder
 from unclip.data.shards import ShardWriter
 

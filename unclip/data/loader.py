@@ -15,18 +15,16 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from annotated_types import Interval
-from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from unclip.config import NonNegativeInt, Positive, PositiveInt, ProperFraction, config
-from unclip.data.augment import recolour
-from unclip.data.compose import change_background, compose, name_object, repeat
+from unclip.data.augment import Augment, Example, apply_augment, crop
 from unclip.data.fingerprint import samples_hash
 from unclip.data.folder import FolderDataset
 from unclip.data.hub import SCHEME, HubDataset
 from unclip.data.mixture import Mixture
-from unclip.data.order import BATCH, COMPOSE, RECOLOUR, EpochOrder
+from unclip.data.order import BATCH, EpochOrder
 from unclip.data.paths import WILDCARDS, is_foreign
 from unclip.data.precomputed import CodeDataset, EmbeddingDataset, PrecomputedDataset
 from unclip.data.remote import is_url
@@ -38,24 +36,6 @@ from unclip.image_io import fit
 
 Batch = dict[str, Any]
 Description = tuple[list[str], str, Mapping[str, Any]]  # captions, key, metadata
-Example = tuple[np.ndarray, list[str], str, Mapping[str, Any]]  # image, uint8 (S, S, 3); as above
-
-
-@config
-class Augment:
-    """Random shift and scale on white (fractions of the image side), colours and compositions.
-
-    There are no flips: images may contain text.
-    """
-
-    shift: ProperFraction = 0.0  # largest shift in x and in y, in whole pixels
-    scale: ProperFraction = 0.0  # largest relative change in size
-    # probability of another hue, for images with one main colour; captions name the new colour
-    recolour: ProperFraction = 0.0
-    # probability of a second object of the batch in a relation, or of several copies of an object;
-    # captions say so: "an apple above a dog", "three apples"
-    compose: ProperFraction = 0.0
-    background: ProperFraction = 0.0  # probability of a coloured background
 
 
 @config
@@ -303,15 +283,7 @@ class Loader:
         others = [*examples[1:], *examples[:1]]
         for (image, captions, _, meta), other, draw in zip(examples, others, draws, strict=False):
             text = captions[int(draw[0] * len(captions)) if config.captions == "any" else 0]
-            if config.augment != Augment():
-                image = shift_and_scale(image, config.augment, draw[1:4])
-            if config.augment.recolour:  # its own generator: `draws` are the same without it
-                rng = np.random.default_rng([RECOLOUR, *draw.view(np.uint64)[:2].tolist()])
-                if rng.random() < config.augment.recolour:
-                    image, (text,) = recolour(image, [text], meta, rng) or (image, (text,))
-            if config.augment.compose or config.augment.background:
-                rng = np.random.default_rng([COMPOSE, *draw.view(np.uint64)[:2].tolist()])
-                image, text = recompose(image, text, meta, other, config.augment, rng)
+            image, text = apply_augment(config.augment, image, text, meta, other, draw)
             if config.crop is not None:
                 image = crop(image, config.crop, draw[4:6])
             images.append(image)
@@ -371,27 +343,6 @@ class Loader:
             raise ValueError(f"{self.config.path}: {count}, {limit}: {examples}")
 
 
-def recompose(
-    image: np.ndarray,
-    caption: str,
-    meta: Mapping[str, Any],
-    other: Example,
-    augment: Augment,
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, str]:
-    """Compose an image with another example and change its background at `augment`'s rates."""
-    if rng.random() < augment.compose:
-        names = name_object(caption, meta), name_object(other[1][0], other[3])
-        if rng.random() < 0.25:
-            composed = repeat(image, names[0], rng)
-        else:
-            composed = compose((image, other[0]), names, rng)
-        image, caption = composed or (image, caption)
-    if rng.random() < augment.background:
-        image, caption = change_background(image, caption, rng)
-    return image, caption
-
-
 class _Epoch(TorchDataset):
     """The batches of an epoch by number."""
 
@@ -437,26 +388,3 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
         sizes = f"{needed / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f} GiB of memory"
         raise ValueError(f"caching needs {sizes}; set cache: false")
     return np.empty(shape, np.uint8)
-
-
-def shift_and_scale(image: np.ndarray, augment: Augment, draws: np.ndarray) -> np.ndarray:
-    """Scale about the centre and shift on white: uint8 (S, S, 3) -> (S, S, 3).
-
-    draws (3,) in [0, 1) determine the scale and the shifts in x and y.
-    """
-    size = len(image)
-    scale, x, y = 2 * draws - 1
-    side = round(size * (1 + augment.scale * scale))
-    corner = [(size - side) // 2 + round(augment.shift * size * offset) for offset in (x, y)]
-    scaled = Image.fromarray(image)
-    if side != size:
-        scaled = scaled.resize((side, side), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", (size, size), "white")
-    canvas.paste(scaled, (corner[0], corner[1]))
-    return np.asarray(canvas)
-
-
-def crop(image: np.ndarray, size: int, draws: np.ndarray) -> np.ndarray:
-    """Crop a square: (S, S, 3) -> (size, size, 3), placed by draws (2,) in [0, 1)."""
-    top, left = (draws * (len(image) - size + 1)).astype(int)
-    return image[top : top + size, left : left + size]
