@@ -18,6 +18,7 @@ from unclip.data.samples import (
     Sample,
     count_left_out,
     describe,
+    first_broken,
     is_image,
     json_weight,
 )
@@ -78,7 +79,7 @@ class FolderDataset:
         self._rows = self._read_table(source) if source.is_file() else self._read_folder()
         if not self._rows:
             found = f"{source}: no usable sample"
-            reasons = "; ".join(f"{place}: {why}" for place, why in list(self.broken.items())[:3])
+            reasons = first_broken(self.broken)
             raise ValueError(f"{found} ({reasons})" if reasons else f"{found}; expected {LAYOUTS}")
         self.weights = np.array([row.weight for row in self._rows], np.float64)
 
@@ -87,17 +88,14 @@ class FolderDataset:
 
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[index]
-        path = self.folder / row.file_name
-        stem = os.path.splitext(row.file_name)[0]
-        captions, meta = row.captions, row.meta
+        path, stem = self.folder / row.file_name, os.path.splitext(row.file_name)[0]
+        where, captions, meta = readable(str(path)), row.captions, row.meta
         if captions is None:
             try:
                 captions, meta = self._describe(stem)
             except ValueError as error:
-                raise ValueError(f"{readable(str(path))}: {error}") from None
-        where = readable(str(path))
-        read = partial(_read_image, path)
-        return Sample(readable(stem), captions, read, row.weight, meta, where)
+                raise ValueError(f"{where}: {error}") from None
+        return Sample(readable(stem), captions, partial(_read_image, path), row.weight, meta, where)
 
     def _describe(self, stem: str) -> tuple[list[str], Mapping[str, Any]]:
         """Return the captions and metadata in the files next to an image."""

@@ -19,11 +19,12 @@ class EpochOrder:
     def __init__(self, weights: np.ndarray, seed: int) -> None:
         # Integers, so that sums do not depend on the order; rounded up, so that 5 x 1/5 reaches 1.
         self._units = np.ceil(weights * UNIT).astype(np.int64)
+        self._length = int(self._units.sum() // UNIT)  # which every batch asks for
         self._seed = seed
         self._latest: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return int(self._units.sum() // UNIT)
+        return self._length
 
     def __call__(self, epoch: int) -> np.ndarray:
         """Return the sample indices (len(self),) of an epoch."""

@@ -73,9 +73,7 @@ class Job:
         """Return the samples that were broken when opened. Raises ValueError if too many were."""
         self.left_out |= {place: f"{place}: {why}" for place, why in dataset.broken.items()}
         total = self.parts.samples or max(1000, self.num_read + len(dataset))
-        if len(self.left_out) > MAX_BROKEN * (total + len(self.left_out)):
-            count, example = len(self.left_out), next(iter(self.left_out.values()))
-            raise ValueError(f"{count} broken samples, over {MAX_BROKEN:.0%}, e.g. {example}")
+        _check_broken(self.left_out, total + len(self.left_out))
         return {place: self.left_out[place] for place in dataset.broken}
 
     def _read(
@@ -91,11 +89,15 @@ class Job:
             except (ValueError, OSError) as error:
                 broken[index] = self.broken[f"{part}:{index}"] = str(error)
         self.num_read += len(indices)
-        limit = MAX_BROKEN * max(self.num_read, min(1000, self.parts.samples or 1000))
-        if len(self.broken) > limit:
-            count, example = len(self.broken), next(iter(self.broken.values()))
-            raise ValueError(f"{count} broken samples, over {MAX_BROKEN:.0%}, e.g. {example}")
+        _check_broken(self.broken, max(self.num_read, min(1000, self.parts.samples or 1000)))
         return samples, images
+
+
+def _check_broken(broken: Mapping[str, str], total: int) -> None:
+    """Raise ValueError if more than 1 % of `total` samples are broken: place -> reason."""
+    if len(broken) > MAX_BROKEN * total:
+        example = next(iter(broken.values()))
+        raise ValueError(f"{len(broken)} broken samples, over {MAX_BROKEN:.0%}, e.g. {example}")
 
 
 def precompute(

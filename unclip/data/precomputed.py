@@ -20,12 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unclip.data.text import (
-    ColumnNames,
-    caption_list,
-    readable,
-    sample_weight,
-)
+from unclip.data.samples import first_broken
+from unclip.data.text import ColumnNames, caption_list, readable, sample_weight
 from unclip.extras import import_extra
 from unclip.files import open_regular, printable, read_json, shorten
 
@@ -68,8 +64,7 @@ class PrecomputedDataset(ABC):
             [s + part.rows for s, part in zip(starts, metadata, strict=True)]
         )
         if not len(self._valid):
-            reasons = [f"{place}: {why}" for place, why in list(self.broken.items())[:3]]
-            raise ValueError(f"{self.folder}: no usable row ({'; '.join(reasons)})")
+            raise ValueError(f"{self.folder}: no usable row ({first_broken(self.broken)})")
         self.captions: list[str] = [text for part in metadata for text in part.captions]
         self.keys: list[str] = [key for part in metadata for key in part.keys]
         self.weights = np.array([w for part in metadata for w in part.weights], np.float64)

@@ -6,6 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -115,6 +116,11 @@ def json_weight(data: bytes, columns: ColumnNames) -> float:
     except ValueError:
         return 1.0
     return sample_weight(meta, name) if isinstance(meta, dict) else 1.0
+
+
+def first_broken(broken: Mapping[str, str]) -> str:
+    """Describe at most three broken samples: "a.png: no caption; b.png: no caption"."""
+    return "; ".join(f"{place}: {why}" for place, why in islice(broken.items(), 3))
 
 
 def count_left_out(left_out: Mapping[str, int]) -> str:

@@ -27,6 +27,7 @@ from unclip.data.samples import (
     Sample,
     count_left_out,
     describe,
+    first_broken,
     is_image,
     json_weight,
 )
@@ -124,10 +125,9 @@ class ShardDataset:
             raise ValueError(f"{count}: {'; '.join(unreadable[:3])}")
         self.weights = np.array(weights, np.float64)
         if not self._index:
-            reasons = [f"{place}: {why}" for place, why in list(self.broken.items())[:3]]
-            reasons += [count_left_out(self.left_out)] if self.left_out else []
+            reasons = filter(None, (first_broken(self.broken), count_left_out(self.left_out)))
             found = f"no usable sample in {len(self.shards)} shards"
-            found += f" ({'; '.join(reasons)})" if reasons else ""
+            found += f" ({why})" if (why := "; ".join(reasons)) else ""
             expected = f"images ({', '.join(EXTENSIONS)}) with a .txt or .json of the same name"
             raise ValueError(f"{source}: {found}; expected {expected}")
 
