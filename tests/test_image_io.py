@@ -32,6 +32,7 @@ from unclip.image_io import (
     save_image,
     save_png,
 )
+from unclip.types import GenerationResult
 
 
 def saved(image: Image.Image, path, **options) -> str:
@@ -431,3 +432,12 @@ def test_file_names_tell_texts_apart():
     names = [image_name(text, 0) for text in similar]
     assert len(set(names)) == len(similar) and names[2] == "c-0"
     assert all(name.replace("-", "").isalnum() for name in names)
+
+
+def test_every_image_of_a_result_gets_a_file_of_its_own(tmp_path):
+    colours = ["red", "green", "blue"]
+    images = [Image.new("RGB", (4, 4), colour) for colour in colours]
+    for seeds in ([1, 1, 1], [1, 1, 2]):
+        files = GenerationResult(images, seeds, ["a", "a", "a 1"]).save(tmp_path / "out")
+        written = [np.asarray(open_image(file)) for file in files]
+        assert all(map(np.array_equal, written, map(np.asarray, images)))

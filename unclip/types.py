@@ -335,10 +335,11 @@ class GenerationResult:
             names = [
                 image_name(prompt or "image", i if s is None else s) for i, (prompt, s) in rows
             ]
-            files = [
-                path / f"{name}{'' if names.count(name) == 1 else f'-{i}'}.png"
-                for i, name in enumerate(names)
-            ]
+            numbered = [f"{name}-{i}" for i, name in enumerate(names)]
+            mixed = [n if names.count(n) == 1 else numbered[i] for i, n in enumerate(names)]
+            # A number may look like a seed: "a" with 1, twice, and "a 1" with 1.
+            distinct = mixed if len({*mixed}) == len(mixed) else numbered
+            files = [path / f"{name}.png" for name in distinct]
         for image, file, entry in zip(self.images, files, metadata, strict=True):
             save_image(image, file, entry or None)
         return files
