@@ -184,6 +184,8 @@ def test_errors_name_the_file(checkout, tmp_path):
         main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="exists; remove it"):
         main([str(checkout), str(checkout)])
+    with pytest.raises(SystemExit, match="--jobs is 0; expected at least 1"):
+        main([str(checkout), str(tmp_path / "out"), "--jobs", "0"])
     (checkout / "packages" / "svgmoji" / "emoji.json").write_text("[1]")
     with pytest.raises(SystemExit, match="expected a list of entries"):
         main([str(checkout), str(tmp_path / "out")])

@@ -111,6 +111,9 @@ def test_errors(clip, tmp_path):
     data = write_shards(tmp_path / "data", 1)
     with pytest.raises(SystemExit, match="task is 2; expected 0 to 1 for 2 tasks"):
         main(command(data, tmp_path / "out", clip, "--tasks", "2", "--task", "2"))
+    for option in ("--tasks", "--ray"):
+        with pytest.raises(SystemExit, match=f"{option} is 0; expected at least 1"):
+            main(command(data, tmp_path / "out", clip, option, "0"))
     main(command(data, tmp_path / "out", clip))
     with pytest.raises(SystemExit, match="was started with shards 1, now None|started with"):
         main([str(data), str(tmp_path / "out"), "--clip", str(clip)])

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -294,6 +293,8 @@ def render_all(
     out = Path(out)
     if size < 8:
         raise ValueError(f"--size is {size}; expected at least 8 pixels")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs is {jobs}; expected at least 1")
     check_new_folder(out)
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     found, unnamed = find_emoji(*sources)
@@ -315,7 +316,7 @@ def _render_each(
     """Return emoji with PNGs, and errors of broken SVGs. Raises ValueError above 1 % of errors."""
     images: list[tuple[Emoji, bytes]] = []
     broken: list[str] = []
-    with ProcessPoolExecutor(jobs or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(jobs) as pool:
         results = pool.map(partial(_render_or_error, size=size), found, chunksize=16)
         try:
             for emoji, result in zip(

@@ -43,6 +43,9 @@ def run_command(options: Namespace, load: Load, settings_file: str) -> None:
     """
     with exit_on_error("interrupted; rerun to resume after the last complete part"):
         import_parquet()
+        for name in ("tasks", "ray"):
+            if (number := getattr(options, name)) is not None and number < 1:
+                raise ValueError(f"--{name} is {number}; expected at least 1")
         source = _open(options)
         if options.ray:
             broken = precompute_on_ray(options, load, settings_file)
