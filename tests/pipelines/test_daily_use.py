@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
@@ -59,6 +60,13 @@ def test_saved_images_carry_their_metadata(result, name, tmp_path):
     assert [entry["seed"] for entry in read_metadata(tmp_path / name)] == [6]
     with pytest.raises(ValueError, match="one file for 4 images; give a folder"):
         result.save(tmp_path / name)
+
+
+def test_threads_may_save_to_the_same_file(result, tmp_path):
+    files = [tmp_path / "a.png"] * 200
+    with ThreadPoolExecutor(8) as pool:
+        assert [*pool.map(result[0].save, files)] == [[file] for file in files]
+    assert [*tmp_path.iterdir()] == files[:1]
 
 
 def test_several_images_are_saved_into_a_folder(result, tmp_path):

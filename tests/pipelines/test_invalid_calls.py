@@ -37,6 +37,7 @@ from unclip.types import CodeOptions, StageOptions, UnCLIPOptions, update_option
         ("a", {"batch_size": 0}, "batch_size is 0"),
         ("a", {"seed": -1}, "seed is -1; expected a whole number from 0"),
         ("a", {"seed": "one"}, "seed is 'one'"),
+        ("a", {"seed": 2**63 - 1, "num_images": 2}, r"from 0 to 2\*\*63 - 2 \(for 2 images\)"),
         ("a", {"seed": np.array(3)}, r"seed is array\(3\); expected a whole number"),
         ("a", {"options": StageOptions(3)}, "options is a StageOptions; expected UnCLIPOptions"),
         (
@@ -66,6 +67,7 @@ def test_numbers_of_numpy_are_taken_as_python_s(tiny_pipe):
     result = tiny_pipe("a", **two, progress=False)
     expected = tiny_pipe("a", num_images=2, seed=5, batch_size=1, progress=False)
     assert result.seeds == [5, 6] and result.metadata == expected.metadata
+    assert tiny_pipe("a", seed=2**63 - 1, progress=False).seeds == [2**63 - 1]
     image = Image.new("RGB", (16, 16), "red")
     wider = tiny_pipe.outpaint(image, "a", left=np.int64(4), seed=0, progress=False)
     assert wider.images[0].size == (20, 16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +88,30 @@ def test_offloading_keeps_one_network_in_memory_and_the_images(pipe, dtype):
     assert seen == [[name] for name in first_call[:-1]]  # the U-Nets have equal names
     assert generate(pipe) == expected and generate(pipe) == expected
     assert seen[6:10] == [["CLIP"], ["DiffusionPrior"], ["Decoder"], ["UNet"]]
+
+
+def test_threads_may_call_an_offloaded_pipeline(pipe):
+    def call(seed: int) -> bytes:
+        return pipe("a red apple", seed=seed, progress=False).images[0].tobytes()
+
+    expected = [call(seed) for seed in range(8)]
+    pipe.offload()
+    with ThreadPoolExecutor(4) as pool:
+        images = pool.map(call, range(8))
+        encoded = pool.map(lambda text: pipe.encode_text(text).emb, ["a red apple"] * 4)
+        assert [*images] == expected
+        assert all(len(emb) == 1 for emb in encoded)
+
+
+def test_copies_of_an_offloaded_pipeline_share_its_files(pipe):
+    expected = generate(pipe)
+    copied = copy.deepcopy(pipe.offload())
+    with pytest.raises(ValueError, match="an offloaded pipeline cannot be pickled"):
+        pickle.dumps(copied)
+    folder = Path(pipe.runtime.offloader._folder.name)
+    del pipe.runtime.offloader
+    gc.collect()
+    assert folder.exists() and generate(copied) == expected
 
 
 def test_offloaded_inversion_and_variation(pipe, invertible_pipe):

@@ -260,10 +260,10 @@ def _sampling_method(method: Callable[P, Result]) -> Callable[P, Result]:
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+        pipe: Any = args[0]
         if not kwargs.keys() <= known:
-            pipe: Any = args[0]
             check_keywords(kwargs, parameters, suggest=lambda name: _suggest(name, pipe.options))
-        with torch_defaults():
+        with torch_defaults(), pipe.runtime.exclusive():
             return method(*args, **kwargs)
 
     return run
@@ -290,10 +290,11 @@ def in_inference_mode(stage: Callable[P, Output]) -> Callable[P, Output]:
 
     @wraps(stage)
     def run(*args: P.args, **kwargs: P.kwargs) -> Output:
+        pipe: Any = args[0]
         if torch.is_inference_mode_enabled():
-            with torch_defaults():
+            with torch_defaults(), pipe.runtime.exclusive():
                 return stage(*args, **kwargs)
-        with torch_defaults(), torch.inference_mode():
+        with torch_defaults(), pipe.runtime.exclusive(), torch.inference_mode():
             output = stage(*args, **kwargs)
         return output.clone()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,22 @@ class Offloader:
     """Keep at most one of several modules on `device`; `use` replaces it by another one.
 
     On an accelerator the others wait in main memory. On the CPU they wait in files of a temporary
-    folder, which is deleted with this object.
+    folder, which is deleted with this object and its copies. Hold `lock` while modules are used.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """dtype: of the parameters; None = unchanged."""
         self.device, self.dtype = device, dtype
-        temporary = partial(tempfile.TemporaryDirectory, prefix="unclip-offload-")
-        self._folder = temporary() if device.type == "cpu" else None
+        self.lock = threading.RLock()
+        self._folder = _Folder(prefix="unclip-offload-") if device.type == "cpu" else None
         self._waiting: dict[nn.Module, InMemory | OnDisk] = {}
         self._here: nn.Module | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     def add(self, module: nn.Module) -> None:
         """Offload a module until `use`, if it is not offloaded already."""
@@ -53,6 +60,19 @@ class Offloader:
             give_back(self.device)
         self._waiting[module].fetch()
         self._here = module
+
+
+class _Folder(tempfile.TemporaryDirectory[str]):
+    """The files of offloaded modules. They do not change, so that copies of a pipeline share them.
+
+    Raises ValueError when it is pickled: another process may outlive the files.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Folder:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ValueError("an offloaded pipeline cannot be pickled; load the model where it is used")
 
 
 class InMemory:

@@ -135,6 +135,10 @@ class Runtime:
         if self.offloader is not None:
             self.offloader.use(module)
 
+    def exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """Let one thread at a time run the networks if they are offloaded."""
+        return contextlib.nullcontext() if self.offloader is None else self.offloader.lock
+
     def bind(self, function: F, module: nn.Module) -> F:
         """Return `function`, with `use(module)` before each call if networks are offloaded."""
         if self.offloader is None:
