@@ -52,6 +52,16 @@ def error_text(error: object) -> str:
     return "\n".join(printable(line, 4 * LONGEST) for line in str(error).split("\n"))
 
 
+def out_of_memory(error: Exception) -> str:
+    """Return one line for an error about memory; another one is raised again."""
+    lines = error_text(error).splitlines()[:1]  # torch's go on
+    if not isinstance(error, MemoryError) and not re.search(
+        "can't allocate memory|out of memory", " ".join(lines)
+    ):
+        raise error
+    return f"out of memory ({lines[0]})" if lines else "out of memory"
+
+
 @contextlib.contextmanager
 def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
     """Turn a user's error, a full disk or Ctrl-C into one line, and exit."""
@@ -60,9 +70,7 @@ def exit_on_error(interrupted: str = "interrupted") -> Iterator[None]:
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error_text(error)}") from None
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # torch's
-            raise
-        raise SystemExit(f"error: out of memory ({error_text(error)})") from None
+        raise SystemExit(f"error: {out_of_memory(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit(interrupted) from None
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import unclip
 from unclip.checkpoints import folders
 from unclip.cli.main import main
+from unclip.files import out_of_memory
 from unclip.image_io import save_png
 
 
@@ -48,6 +51,7 @@ NOT_WITH_FROM = ("--from", "cannot be given with it")
 @pytest.mark.parametrize(
     ("command", "facts"),
     [
+        ("generate a -o -", ("-o -", "standard output")),
         ("", ("arguments are required: COMMAND",)),
         ("paint apple", ("invalid choice: 'paint'",)),
         ("generate", ("no prompt", "--prompts-file", "--from")),
@@ -122,6 +126,16 @@ def test_invalid_arguments_are_reported_in_one_line(here, capsys, command, facts
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
     assert all(fact in err for fact in facts), err
     assert set(here.rglob("*")) == before
+
+
+def test_too_little_memory_is_reported_in_one_line(here, capsys):
+    assert main(["generate", "a", "-n", str(2**60), "-o", "many"]) == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert re.fullmatch(r"out of memory \(.*can't allocate memory.*\)", out_of_memory(error.value))
+    with pytest.raises(RuntimeError, match="another error"):
+        out_of_memory(RuntimeError("another error"))
 
 
 @pytest.mark.parametrize(

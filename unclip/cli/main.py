@@ -19,7 +19,7 @@ from typing import Any, TextIO, cast
 from unclip import __version__
 from unclip.cli import bench, edit, evaluate, generate, manipulate, models, probe, serve
 from unclip.extras import import_extra
-from unclip.files import error_text
+from unclip.files import error_text, out_of_memory
 from unclip.pipelines.memory import enable_memory_reuse
 
 GROUPS = (generate, manipulate, edit, probe, models, serve, evaluate, bench)
@@ -29,7 +29,7 @@ RENAMED = {"drift": "evaluate-approximations"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0 on success, 2 on bad input (one line on stderr), 130 if interrupted.
+    Returns 0 on success, 2 on bad input or without memory (one line on stderr), 130 if interrupted.
     """
     out, err = (cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
     enable_memory_reuse()
@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except (ValueError, OSError) as error:
             print(f"error: {error_text(error)}", file=sys.stderr)
+            return 2
+        except (MemoryError, RuntimeError) as error:
+            print(f"error: {out_of_memory(error)}", file=sys.stderr)
             return 2
     return 0
 

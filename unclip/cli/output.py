@@ -27,6 +27,8 @@ def check_output(args: Namespace, num_images: int, kinds: str = ".png, .jpg or .
     if path is None:
         return
     if not is_image(path):
+        if str(path) == "-":
+            raise ValueError("-o -: expected an image file (.png) or a folder, not standard output")
         if path.is_file():
             raise ValueError(f"{path} is a file; expected an image file (.png) or a folder")
         check_image_folder(path, kinds)
