@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def script_config(folder: Path, **settings: Any) -> str:
 
 def raise_interrupt(_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_warning_of_a_script_is_one_line_without_code(tmp_path: Path) -> None:
+    def shown() -> str:
+        return warnings.formatwarning(UserWarning("1 of 9 is broken"), UserWarning, __file__, 1)
+
+    inside: list[str] = []
+    launch(lambda run: inside.append(shown()), Script, None, ["--config", script_config(tmp_path)])
+    assert inside == ["warning: 1 of 9 is broken\n"]
+    assert __file__ in shown()
 
 
 def test_a_user_error_ends_a_script_with_one_line(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def launch(
     If there are several processes, only the first one that fails prints its message.
     """
     run: Run[Any] | None = None
+    standard, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         run = setup(cls, description, argv)
         if run.pretended:
@@ -106,6 +107,13 @@ def launch(
         if world_size() > 1:
             fail(f"process {rank()}: {traceback.format_exc()}")
         raise
+    finally:
+        warnings.formatwarning = standard
+
+
+def _one_line(message: Warning | str, *where: Any) -> str:
+    """Format a warning for users, without the line of code that issued it."""
+    return f"warning: {error_text(message)}\n"
 
 
 def this_process() -> PartialState:
