@@ -419,6 +419,8 @@ def test_the_contrastive_loss_is_symmetric_cross_entropy():
     logits = scale * image @ text.T
     expected = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
     torch.testing.assert_close(contrastive_loss(image, text, scale), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(contrastive_loss(image, text, scale), expected)
 
 
 def test_the_inverse_temperature_is_clamped_to_100(custom):

@@ -554,9 +554,13 @@ def _center_crop(image: Image.Image, size: int, interpolation: str) -> Image.Ima
 
 
 def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE over normalised embeddings (B, D) of all processes (CLIP, figure 3)."""
+    """Symmetric InfoNCE over normalised embeddings (B, D) of all processes (CLIP, figure 3).
+
+    Not under autocast: in bfloat16, logits near 100 are multiples of 0.5.
+    """
     rank, world_size = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     loss = open_clip.ClipLoss(True, gather_with_grad=True, rank=rank, world_size=world_size)
-    return loss(image_emb, text_emb, scale)
+    with torch.autocast(image_emb.device.type, enabled=False):
+        return loss(image_emb.float(), text_emb.float(), scale.float())

@@ -90,6 +90,8 @@ def test_guided_embeddings_match_known_pixels_by_weight():
         inside = scrambled(Layout(SHAPE)).bfloat16()
         bent = inside.guide_embedding(emb.bfloat16() + 0, known + 0, 10.0)
     assert bent.dtype == torch.bfloat16 and bent[:2].ne(emb[:2].bfloat16()).any()
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        assert torch.equal(layout.guide_embedding(emb, known, 1.0, steps=200), slightly)
     assert all(p.grad is None for p in layout.parameters())
 
 

@@ -47,6 +47,9 @@ def test_components_are_the_principal_ones_and_unit_variance_on_average():
     torch.testing.assert_close(network.decode(codes), x, atol=1e-4, rtol=0)
     std = codes.std(0)
     assert (std[:-1] > std[1:] * 0.999).all() and std.square().mean().sqrt().item() < 1.2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.encode(x), codes)
+        torch.testing.assert_close(network.decode(codes), x, atol=1e-4, rtol=0)
     spread = network.basis @ network.basis.T
     torch.testing.assert_close(spread, torch.eye(6), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="5 layouts; expected at least 6"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from conftest import CONTEXT, EMB_DIM, TEXT_WIDTH, scrambled, tiny_prior
 from fitting import OPTIM, fit_config
@@ -108,6 +110,14 @@ def test_recall_counts_images_and_captions_that_find_each_other(tiny_pipe):
     measured = Retrieval(clip)([{"image_emb": noisy, "caption": captions}])
     expected = recall(noisy, text_emb[other], torch.arange(5), ks=(1,))["recall@1"]
     assert measured["recall_of_captions"] == pytest.approx(expected)
+    near = 0.005 * torch.eye(5, EMB_DIM) + F.normalize(torch.randn(EMB_DIM), dim=0)  # similar texts
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        mock.patch.object(clip, "encode_captions") as encode,
+    ):
+        encode.return_value.emb = near
+        found = Retrieval(clip)([{"image_emb": near, "caption": captions}])
+    assert found == {"recall_of_captions": 1.0, "recall_of_images": 1.0}
 
 
 def test_a_sharded_prior_has_the_cosines_of_a_whole_one(tmp_path: Path):

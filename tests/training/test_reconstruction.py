@@ -33,6 +33,14 @@ def test_the_loss_is_contrastive_plus_reconstruction(network, batch):
     error = F.mse_loss(network.head(emb), F.adaptive_avg_pool2d(batch["image"], 4))
     torch.testing.assert_close(terms["contrastive"], clip)
     torch.testing.assert_close(terms["loss"], clip + 10 * error)
+    target = F.adaptive_avg_pool2d(batch["image"], 4)
+
+    def perfect(*inputs):  # sharded networks return what autocast computes
+        return *network(*inputs)[:3], target.bfloat16()
+
+    error = F.mse_loss(target.bfloat16().float(), target)  # the target is not rounded
+    mse = ReconstructingCLIPLoss(network)(perfect, batch)["mse"]
+    torch.testing.assert_close(mse, error, rtol=1e-3, atol=0)
 
 
 def test_both_terms_fall(network, batch):

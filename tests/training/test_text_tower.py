@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_clip
 
 from unclip.training.text_tower import TextTower, TextTowerConfig, TextTowerLoss
+from unclip.types import TextEncoding
 
 
 @pytest.fixture
@@ -60,3 +63,13 @@ def test_encodings_of_captions_that_were_understood_are_kept(base, batch):
     assert moved(100.0) < 0.5 * moved(0.0)
     _, terms = train(base, swapped, keep=100.0)  # no caption retrieves its image
     assert terms[0]["distance"] == 0 and terms[-1]["contrastive"] < terms[0]["contrastive"]
+
+
+def test_captions_are_matched_in_full_precision():
+    image_emb = F.normalize(torch.ones(8) + 0.001 * torch.eye(8), dim=1)  # each nearest to itself
+    emb = TextEncoding(image_emb, torch.zeros(8, 2, 4), torch.ones(8, 2, dtype=torch.bool))
+    moved = replace(emb, emb=torch.cat([image_emb[:1], torch.eye(8)[1:]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        distance = TextTowerLoss._distance(moved, emb, image_emb)
+    expected = (moved.emb - emb.emb).square().sum(dim=1).mean()  # of all captions
+    torch.testing.assert_close(distance, expected)

@@ -19,6 +19,7 @@ from unclip.clip import CLIP
 from unclip.diffusion.samplers import Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.embeddings import caption_targets, cosine_gap, normalise
+from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.prior import DenoisingPrior, DirectPrior
 from unclip.training.losses import Batch, image_embeddings
 from unclip.training.multiprocess import rank, world_size
@@ -40,7 +41,8 @@ class Retrieval:
         image_emb = [image_embeddings(self.clip, batch) for batch in batches]
         text_emb = [self.clip.encode_captions(batch["caption"]).emb for batch in batches]
         images, texts, captions = _pool(image_emb, text_emb, batches)
-        cosines = normalise(images) @ normalise(texts).T  # N N
+        with full_precision(images):  # rounding would make ties
+            cosines = normalise(images) @ normalise(texts).T  # N N
         _, labels = caption_targets(captions)
         matching = labels[:, None] == labels  # N N
 
@@ -73,7 +75,8 @@ class SampledCosines:
             number = numbers[-1] + world_size()
         true = [image_embeddings(self.clip, batch) for batch in batches]
         emb, true_emb, captions = _pool(sampled, true, batches)
-        found = cosine_gap(emb, true_emb, captions)
+        with full_precision(emb):
+            found = cosine_gap(emb, true_emb, captions)
         if len(set(captions)) == 1:
             return {"cosine": found["matching"]}
         unrelated = {"cosine_unrelated": found["mismatched"], "cosine_gap": found["gap"]}

@@ -81,8 +81,8 @@ class ReconstructingCLIPLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         ids, mask = self.clip.tokenizer(batch["caption"])
         image_emb, text_emb, scale, image = model(batch["image"], ids, mask)
-        target = F.adaptive_avg_pool2d(batch["image"].to(image), self.config.size)
+        target = F.adaptive_avg_pool2d(batch["image"].to(image.device), self.config.size)
         contrastive = contrastive_loss(image_emb, text_emb, scale)
-        mse = F.mse_loss(image.float(), target.float())
+        mse = F.mse_loss(image.float(), target)
         terms = {"contrastive": contrastive.detach(), "mse": mse.detach(), "scale": scale.detach()}
         return {"loss": contrastive + self.config.weight * mse, **terms}

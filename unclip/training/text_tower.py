@@ -20,6 +20,7 @@ from typing_extensions import Self
 from unclip.clip import CLIP, contrastive_loss
 from unclip.config import NonNegative, config
 from unclip.embeddings import normalise
+from unclip.models.codecs.quantizers import full_precision
 from unclip.training.losses import Batch, image_embeddings
 from unclip.types import TextEncoding
 
@@ -78,8 +79,9 @@ class TextTowerLoss:
     def _distance(text: TextEncoding, former: TextEncoding, image_emb: Tensor) -> Tensor:
         """Return the squared distance to old embeddings and states, for matched captions."""
         text_emb, former_emb = normalise(text.emb.float()), normalise(former.emb.float())
-        ranks = (former_emb @ image_emb.T).argmax(dim=1)
-        found = ranks == torch.arange(len(ranks), device=ranks.device)  # (B,)
+        with full_precision(image_emb):  # a rounding error must not decide which image is nearest
+            nearest = (former_emb @ image_emb.T).argmax(dim=1)
+        found = nearest == torch.arange(len(nearest), device=nearest.device)  # (B,)
         if not found.any():
             return text_emb.new_zeros(())
         of_emb = (text_emb - former_emb)[found].square().sum(dim=1).mean()

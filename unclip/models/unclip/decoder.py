@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
+from unclip.models.codecs.quantizers import full_precision
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -333,7 +334,7 @@ class Layout(EmbeddingStats):
         """
         pooled = F.adaptive_avg_pool2d(known.float(), self.config.size)
         # Gradients need copies of tensors that were made in inference mode.
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), full_precision(image_emb):
             state = {
                 name: tensor.detach().to(torch.float, copy=True)
                 for name, tensor in self.state_dict().items()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveFraction, PositiveInt, config
+from unclip.models.codecs.quantizers import full_precision
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -126,12 +127,14 @@ class LayoutPrior(EmbeddingStats, Denoiser):
             buffer.copy_(value)
 
     def encode(self, layouts: Tensor) -> Tensor:
-        """Return the scaled components of layouts: (B, 3, s, s) in [-1, 1] -> (B, K)."""
-        return (layouts.flatten(1).float() - self.mean) @ self.basis.T / self.scale
+        """Return the scaled components of layouts: (B, 3, s, s) in [-1, 1] -> (B, K) float32."""
+        with full_precision(layouts):  # small components would be lost in rounding errors
+            return (layouts.flatten(1).float() - self.mean) @ self.basis.T / self.scale
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Invert `encode`: (B, K) -> (B, 3, s, s)."""
-        pixels = (x_0.float() * self.scale) @ self.basis + self.mean
+        """Invert `encode`: (B, K) -> (B, 3, s, s) float32."""
+        with full_precision(x_0):
+            pixels = (x_0.float() * self.scale) @ self.basis + self.mean
         return pixels.unflatten(1, (3, self.config.size, self.config.size))
 
     def condition(
