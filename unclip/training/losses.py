@@ -77,16 +77,11 @@ class PriorLoss:
         image_emb = image_embeddings(self.clip, batch)
         text, drop_text = self._text(batch)
         if self.text_noise and model.training:
-            text = replace(text, emb=add_text_noise(text.emb, self.text_noise))
-        x_0 = self.prior.normalize(image_emb).repeat_interleave(self.noises, dim=0)
+            text = replace(text, emb=add_noise(text.emb, text.emb.std(), self.text_noise))
+        x_0 = self.prior.normalize(image_emb).repeat_interleave(self.noises, dim=0)  # B*noises D
         if self.emb_noise and model.training:
             x_0 = x_0 + self.emb_noise * torch.randn_like(x_0)
-        t = sample_timesteps(len(x_0), self.schedule, device=x_0.device)
-        noise = torch.randn_like(x_0)
-        x_t = self.schedule.add_noise(x_0, noise, t)
-        output = model(x_t, t, text, drop_text)  # (B * noises, D)
-        losses = diffusion_loss(output, x_0, x_t, noise, t, self.schedule, "x0", config=self.config)
-        return _means(losses)
+        return _denoising_loss(model, (text, drop_text), x_0, self.schedule, self.config, "x0")
 
     def _text(self, batch: Batch) -> tuple[TextEncoding, Tensor | None]:
         """Return captions and the rows to null; precomputed, if their embeddings are enough."""
@@ -161,7 +156,7 @@ class LayoutLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         image_emb = image_embeddings(self.clip, batch)
-        image_emb = add_embedding_noise(image_emb, self.layout, self.emb_noise)
+        image_emb = add_noise(image_emb, self.layout.emb_std, self.emb_noise)
         target = layouts(batch, self.layout.config.size).to(image_emb.device)
         return {"loss": F.mse_loss(model(image_emb).float(), target)}
 
@@ -175,15 +170,16 @@ class LayoutPriorLoss:
     schedule: Schedule
     drop: ConditionDropout
     config: LossConfig
-    emb_noise: float = 0.0  # see `add_embedding_noise`
-    text_noise: float = 0.0  # see `add_text_noise`; in training only
+    emb_noise: float = 0.0  # see `add_noise`
+    text_noise: float = 0.0  # see `add_noise`; in training only
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         network = self.network
-        image_emb = add_embedding_noise(image_embeddings(self.clip, batch), network, self.emb_noise)
+        image_emb = image_embeddings(self.clip, batch)
+        image_emb = add_noise(image_emb, network.emb_std, self.emb_noise)
         text = self._text(batch)
         if self.text_noise and model.training:
-            text = replace(text, emb=add_text_noise(text.emb, self.text_noise))
+            text = replace(text, emb=add_noise(text.emb, text.emb.std(), self.text_noise))
         x_0 = network.encode(layouts(batch, network.config.size).to(image_emb.device))
         B, device = len(x_0), x_0.device
         drop_image = torch.rand(B, device=device) < self.drop.image
@@ -200,23 +196,15 @@ class LayoutPriorLoss:
         return replace(text, emb=text.emb.float())
 
 
-def add_text_noise(text_emb: Tensor, most: float) -> Tensor:
-    """Add noise of 0 to `most` standard deviations, uniform per row, to text embeddings (B, D).
+def add_noise(emb: Tensor, std: Tensor, most: float) -> Tensor:
+    """Add noise of 0 to `most` standard deviations, uniform per row, to embeddings (B, D).
 
-    Captions of similar meaning then have similar effects.
+    std: (D,), or () for all dimensions. With noise on text embeddings, captions of similar meaning
+    have similar effects. With noise on image embeddings, a network becomes robust to the error of
+    a prior, which is about half a standard deviation.
     """
-    scale = most * torch.rand(len(text_emb), 1, device=text_emb.device)
-    return text_emb + scale * text_emb.std() * torch.randn_like(text_emb)
-
-
-def add_embedding_noise(image_emb: Tensor, stats: EmbeddingStats, most: float) -> Tensor:
-    """Add noise of 0 to `most` standard deviations, uniform per row, to image embeddings (B, D).
-
-    The error of a prior's prediction is about half a standard deviation; training with noise makes
-    a network robust to it.
-    """
-    scale = most * torch.rand(len(image_emb), 1, device=image_emb.device)
-    return image_emb + scale * stats.emb_std * torch.randn_like(image_emb)
+    scale = most * torch.rand(len(emb), 1, device=emb.device)
+    return emb + scale * std * torch.randn_like(emb)
 
 
 def mix_embeddings(image_emb: Tensor, rows: Tensor, most: float) -> Tensor:
@@ -240,7 +228,7 @@ class DecoderLoss:
     config: LossConfig
     # Train to inpaint random holes; the loss is over the whole image (GLIDE 2.4).
     holes: HoleConfig | None = None
-    emb_noise: float = 0.0  # see `add_embedding_noise`; needs a layout, or `stats`
+    emb_noise: float = 0.0  # see `add_noise`; needs a layout, or `stats`
     emb_mix: float = 0.0  # see `mix_embeddings`; for images with holes but nothing pasted
     # Fraction of images with holes that get the object of another image and its conditions.
     copy_paste: float = 0.0
@@ -261,7 +249,7 @@ class DecoderLoss:
         if self.emb_noise:
             stats = self.decoder.layout if self.stats is None else self.stats
             assert stats is not None
-            image_emb = add_embedding_noise(image_emb, stats, self.emb_noise)
+            image_emb = add_noise(image_emb, stats.emb_std, self.emb_noise)
         layout = self._true_layouts(x_0, image_emb)
         conditions = image_emb, text, drop_image, drop_text, known, layout
         kind = config.prediction, config.learned_variance
@@ -345,7 +333,7 @@ def _denoising_loss(
     losses = diffusion_loss(
         output, x_0, x_t, noise, t, schedule, prediction, learned_variance, config
     )
-    return _means(losses)
+    return {name: values.mean() for name, values in losses.items()}
 
 
 @torch.no_grad()
@@ -370,7 +358,3 @@ def _text(
         captions = ["" if dropped else caption for caption, dropped in rows]
     text, drop = clip.encode_captions(captions), drop.to(clip.device)
     return text, None if null_text == "empty_prompt" else drop, drop
-
-
-def _means(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: values.mean() for name, values in losses.items()}
