@@ -16,7 +16,7 @@ from unclip.config import PositiveFraction, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.embeddings import PCA
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
-from unclip.training.embedded import data_notes, embedding_pairs, open_loader
+from unclip.training.embedded import data_notes, embedding_pairs, open_loaders
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -43,7 +43,7 @@ class ARPriorTraining:
 def main(run: Run[ARPriorTraining]) -> None:
     config = run.config
     clip = load_clip(config.clip, config.model, run.device)
-    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    loader, val_loader = open_loaders(run, clip)
     pairs = embedding_pairs(clip, loader, config.stats_batches)
     model = config.model
     if config.explained_variance is not None:
@@ -52,7 +52,6 @@ def main(run: Run[ARPriorTraining]) -> None:
         model = replace(model, components=components[0])
     prior = ARPrior(model).to(run.device)
     prior.fit(*pairs)  # replaced if weights are loaded
-    val_data = config.val_data
     fit(
         prior,
         ARPriorLoss(prior, clip, config.drop),
@@ -60,7 +59,7 @@ def main(run: Run[ARPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
+        val_loader=val_loader,
         export=partial(save_component, notes=data_notes(loader)),
         measure=SampledCosines(prior, clip),
     )

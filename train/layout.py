@@ -9,7 +9,7 @@ from unclip.checkpoints.store import save_component
 from unclip.config import NonNegative, PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.models.unclip.decoder import Layout, LayoutConfig
-from unclip.training.embedded import measure_stats, open_loader
+from unclip.training.embedded import measure_stats, open_loaders
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -33,11 +33,7 @@ class LayoutTraining:
 def main(run: Run[LayoutTraining]) -> None:
     config = run.config
     clip = load_clip(config.clip, config.model, run.device)
-    embed_once = config.embed_once and not run.dry_run
-    loader = open_loader(config.data, clip, embed_once, reads_captions=False)
-    val_loader = None
-    if config.val_data:
-        val_loader = open_loader(config.val_data, clip, config.embed_once, reads_captions=False)
+    loader, val_loader = open_loaders(run, clip, reads_captions=False)
     layout = Layout(config.model).to(run.device)
     if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(layout, clip, loader, config.stats_batches)

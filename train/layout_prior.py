@@ -14,7 +14,7 @@ from unclip.data.loader import DataConfig
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.layout_prior import LayoutPrior, LayoutPriorConfig
-from unclip.training.embedded import measure_components, measure_stats, open_loader
+from unclip.training.embedded import measure_components, measure_stats, open_loaders
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -45,8 +45,7 @@ def main(run: Run[LayoutPriorTraining]) -> None:
     if run.config.base and not (run.init or run.resume):
         run = replace(run, init=run.config.base)
     clip = load_clip(config.clip, config.model, run.device)
-    embed_once = config.embed_once and not run.dry_run
-    loader = open_loader(config.data, clip, embed_once)
+    loader, val_loader = open_loaders(run, clip)
     network = LayoutPrior(config.model).to(run.device)
     if not (run.resume or run.init):  # else they are loaded with the weights
         measure_stats(network, clip, loader, config.stats_batches)
@@ -60,7 +59,6 @@ def main(run: Run[LayoutPriorTraining]) -> None:
         emb_noise=config.emb_noise,
         text_noise=config.text_noise,
     )
-    val_data = config.val_data
     fit(
         network,
         loss,
@@ -68,7 +66,7 @@ def main(run: Run[LayoutPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
+        val_loader=val_loader,
         export=partial(save_component, schedule=config.schedule),
     )
 

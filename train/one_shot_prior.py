@@ -12,7 +12,7 @@ from unclip.checkpoints.store import save_component
 from unclip.config import PositiveInt, config
 from unclip.data.loader import DataConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.training.embedded import data_notes, measure_stats, open_loader
+from unclip.training.embedded import data_notes, measure_stats, open_loaders
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import load_clip
 from unclip.training.launch import Run, launch
@@ -38,11 +38,10 @@ class OneShotPriorTraining:
 def main(run: Run[OneShotPriorTraining]) -> None:
     config = run.config
     clip = load_clip(config.clip, config.model, run.device)
-    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    loader, val_loader = open_loaders(run, clip)
     prior = OneShotPrior(config.model).to(run.device)
     if not (run.resume or run.init):  # else the statistics are loaded with the weights
         measure_stats(prior, clip, loader, config.stats_batches)
-    val_data = config.val_data
     fit(
         prior,
         OneShotPriorLoss(prior, clip, config.drop, config.loss),
@@ -50,7 +49,7 @@ def main(run: Run[OneShotPriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
+        val_loader=val_loader,
         export=partial(save_component, notes=data_notes(loader)),
         measure=SampledCosines(prior, clip),
     )

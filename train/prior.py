@@ -16,7 +16,7 @@ from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.lora import LoRAConfig, save_lora
 from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig
-from unclip.training.embedded import data_notes, measure_stats, open_loader
+from unclip.training.embedded import data_notes, measure_stats, open_loaders
 from unclip.training.fit import FitConfig, fit
 from unclip.training.initialization import initialize, load_clip
 from unclip.training.launch import Run, launch
@@ -49,7 +49,7 @@ class PriorTraining:
 def main(run: Run[PriorTraining]) -> None:
     config = with_base(run.config, (DiffusionPrior, MLPPrior))
     clip = load_clip(config.clip, config.model, run.device)
-    loader = open_loader(config.data, clip, config.embed_once and not run.dry_run)
+    loader, val_loader = open_loaders(run, clip)
     is_mlp = isinstance(config.model, MLPPriorConfig)
     prior = (MLPPrior if is_mlp else DiffusionPrior)(config.model).to(run.device)
     if not (run.resume or run.init or run.config.base):  # else they are loaded with the weights
@@ -66,7 +66,6 @@ def main(run: Run[PriorTraining]) -> None:
         emb_noise=config.emb_noise,
         text_noise=config.text_noise,
     )
-    val_data = config.val_data
     export = partial(save_component, schedule=config.schedule, notes=data_notes(loader))
     fit(
         prior,
@@ -75,7 +74,7 @@ def main(run: Run[PriorTraining]) -> None:
         config.fit,
         config.optim,
         run=run,
-        val_loader=open_loader(val_data, clip, config.embed_once) if val_data else None,
+        val_loader=val_loader,
         export=save_lora if config.lora else export,
         measure=SampledCosines(prior, clip, schedule),
     )

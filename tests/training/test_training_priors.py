@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from unclip.data.loader import Augment, DataConfig, Loader
 from unclip.embeddings import normalise
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.unclip.one_shot_prior import OneShotPrior, OneShotPriorConfig
-from unclip.training.embedded import EmbeddedLoader, embedding_pairs, open_loader
+from unclip.training.embedded import EmbeddedLoader, embedding_pairs, open_loader, open_loaders
+from unclip.training.launch import Run
 from unclip.training.losses import (
     ARPriorLoss,
     ConditionDropout,
@@ -221,6 +223,13 @@ def test_augmented_images_cannot_be_embedded_once(clip, images):
     assert isinstance(
         open_loader(data(images, augment=Augment(shift=0.1)), clip, embed_once=False), Loader
     )
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_dry_run_embeds_neither_training_nor_validation_images(clip, images, dry_run):
+    config = SimpleNamespace(data=data(images), val_data=data(images), embed_once=True)
+    loaders = open_loaders(Run(config, dry_run=dry_run), clip)
+    assert [isinstance(loader, EmbeddedLoader) for loader in loaders] == [not dry_run] * 2
 
 
 def test_duplicate_keys_are_rejected(clip, images, monkeypatch):

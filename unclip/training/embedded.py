@@ -24,6 +24,7 @@ from unclip.data.samples import Dataset
 from unclip.models.unclip.layout_prior import LayoutPrior, layouts
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.training.initialization import report_long_captions
+from unclip.training.launch import Run
 
 CHUNK = 64  # images per call of CLIP
 TOLERANCE = 0.02  # relative difference of lengths that is ignored
@@ -91,6 +92,20 @@ def open_loader(
         reason = "to get the length of this CLIP's own (data.emb_scale sets another factor)"
         warnings.warn(f"{config.path}: multiplying {factors}, {reason}", stacklevel=2)
     return loader
+
+
+def open_loaders(
+    run: Run[Any], clip: CLIP, reads_captions: bool = True
+) -> tuple[Loader | EmbeddedLoader, Loader | EmbeddedLoader | None]:
+    """Return the loaders of a run's `data` and `val_data`; see `open_loader`.
+
+    Its config says whether to `embed_once`; a dry run embeds only the images that it needs.
+    """
+    config, embed_once = run.config, run.config.embed_once and not run.dry_run
+    loader = open_loader(config.data, clip, embed_once, reads_captions)
+    if config.val_data is None:
+        return loader, None
+    return loader, open_loader(config.val_data, clip, embed_once, reads_captions)
 
 
 @torch.no_grad()
