@@ -255,18 +255,24 @@ def test_logits_in_other_dtypes(dtype, stream):
     )
 
 
-def test_gradient_checkpointing_keeps_gradients(stream):
+@pytest.mark.parametrize("reversible", [False, True])
+def test_gradient_checkpointing_saves_memory_and_keeps_gradients(stream, reversible):
     tokens, codes = stream
 
-    def gradients(checkpointing: bool) -> list[torch.Tensor]:
-        dalle = make().train()
+    def step(checkpointing: bool) -> tuple[int, list[torch.Tensor]]:
+        """Return the bytes that are kept for the backward pass, and the gradients."""
+        dalle, kept = make(replace(CONFIG, reversible=reversible)).train(), []
         dalle.gradient_checkpointing = checkpointing
-        logits = dalle(tokens, codes)
+        keep = torch.autograd.graph.saved_tensors_hooks
+        with keep(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            logits = dalle(tokens, codes)
         F.cross_entropy(logits.codes.flatten(0, 1), codes.flatten()).backward()
-        return [p.grad for p in dalle.parameters() if p.grad is not None]
+        return sum(kept), [p.grad for p in dalle.parameters() if p.grad is not None]
 
-    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
-        torch.testing.assert_close(checkpointed, plain)
+    (whole, gradients), (less, checkpointed) = step(False), step(True)
+    assert less < 0.5 * whole
+    for plain, recomputed in zip(gradients, checkpointed, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 def test_training_from_near_uniform_predictions(stream):

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from unclip.types import Rows
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 class ModuleList(nn.ModuleList, Generic[M]):
@@ -65,6 +67,13 @@ def zeroed(module: M) -> M:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def run_part(function: Callable[..., T], *inputs: Any, recompute: bool) -> T:
+    """Call a part of a network; `recompute`: its activations are not kept for the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False)
+    return function(*inputs)
 
 
 def replace_rows(x: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.layers import (
@@ -22,6 +21,7 @@ from unclip.models.layers import (
     LayerKeyValues,
     ModuleList,
     TimeMLP,
+    run_part,
     split_heads,
     zeroed,
 )
@@ -347,6 +347,4 @@ class UNet(nn.Module):
     def _run(
         self, x: Tensor, block: Block, modulation: Tensor, context: LayerKeyValues | None
     ) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, modulation, context, use_reentrant=False)
-        return block(x, modulation, context)
+        return run_part(block, x, modulation, context, recompute=self.gradient_checkpointing)

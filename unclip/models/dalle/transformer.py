@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from annotated_types import MinLen
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unclip.config import DropRate, PositiveInt, check_multiple, config
 from unclip.models.dalle.attention import Kind, Pattern
@@ -20,7 +20,7 @@ from unclip.models.dalle.cache import CodeCache
 from unclip.models.dalle.code_transformer import CodeGrid, CodeTransformer, check_text
 from unclip.models.dalle.layers import Layer, LayerSpec, rotary_angles
 from unclip.models.dalle.spans import FirstCodes, FirstTokens, Kernel, NextCode, Span
-from unclip.models.layers import DotProductAttention, ModuleList
+from unclip.models.layers import DotProductAttention, ModuleList, run_part
 from unclip.types import Rows
 
 
@@ -197,17 +197,15 @@ class DALLE(CodeTransformer):
         if config.positions == "rotary":
             T = config.context_length + 1
             angles = rotary_angles(T, config.grid, config.head_dim, x.device)[span.positions]  # n r
+        run = partial(run_part, recompute=self.gradient_checkpointing)
         if config.reversible:
             first = second = x
             for layer in self.layers:
-                first = first + layer.attention(second, span, angles)
-                second = second + layer.mlp(first, span)
+                first = first + run(layer.attention, second, span, angles)
+                second = second + run(layer.mlp, first, span)
             return self.norm((first + second) / 2)
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, span, angles, use_reentrant=False)
-            else:
-                x = layer(x, span, angles)
+            x = run(layer, x, span, angles)
         return self.norm(x)
 
 

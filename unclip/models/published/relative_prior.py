@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unclip.config import Positive, PositiveInt, config
 from unclip.models.layers import (
+    Denoiser,
     DenoiserCache,
     KeyValues,
     ModuleList,
@@ -183,7 +184,7 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-class RelativePrior(nn.Module):
+class RelativePrior(Denoiser):
     """Tokens [text states, text embedding | t, x_t, query]; x_0 is read from the query."""
 
     emb_norm: Tensor
@@ -300,11 +301,6 @@ class RelativePrior(nn.Module):
         bias = self.bias(bucket(positions[:, None] - keys)).permute(2, 0, 1)  # H n m
         seen = visible[:, None, None] & (keys <= positions[:, None] + 1)  # B 1 n m
         return torch.where(seen, bias, -torch.inf)
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(text, drop))
 
 
 def fit_text(text: TextEncoding, slots: int, network: str) -> TextEncoding:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unclip.config import DropRate, Positive, PositiveInt, check_multiple, config
 from unclip.models.layers import (
+    Denoiser,
     DenoiserCache,
     KeyValues,
     ModuleList,
@@ -29,6 +29,7 @@ from unclip.models.layers import (
     embed_time,
     normal_parameter,
     replace_rows,
+    run_part,
     zeroed,
 )
 from unclip.types import TextEncoding
@@ -180,10 +181,7 @@ class TextPrior(EmbeddingStats):
         return x
 
     def run(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
-        """Call a part of the network; gradient checkpointing recomputes it in the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *tensors, use_reentrant=False)
-        return function(*tensors)
+        return run_part(function, *tensors, recompute=self.gradient_checkpointing)
 
     def _replace_by_null(self, text: TextEncoding, drop: Tensor) -> TextEncoding:
         null = self.null_text(len(text))
@@ -192,7 +190,7 @@ class TextPrior(EmbeddingStats):
         return TextEncoding(*(replace_rows(x, drop, x_null) for x, x_null in pairs))
 
 
-class DenoisingPrior(TextPrior, ABC):
+class DenoisingPrior(TextPrior, Denoiser, ABC):
     """A prior that predicts the normalised embedding x_0 from x_t, t and the text."""
 
     time: TimeMLP
@@ -214,11 +212,6 @@ class DenoisingPrior(TextPrior, ABC):
         Each row of `context`, from `condition`, is used for an equal share of B.
         """
         return self.predict(x_t, embed_time(self.time, t, x_t, cache), context)
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
-    ) -> Tensor:
-        return self.denoise(x_t, t, self.condition(text, drop))
 
 
 @config
