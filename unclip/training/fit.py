@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -50,12 +50,11 @@ from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
 from unclip.training.multiprocess import any_process, on_main, rank
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.random_state import random_state, set_random_state
-from unclip.training.run_state import RunState, restore_random_state
+from unclip.training.run_state import Batch, Loader, RunState, restore_random_state
 from unclip.training.saving import Export, Saver
 from unclip.training.stopping import Interrupted, StopRequest, resume_command
 from unclip.weights import write_tensors
 
-Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 Preview = Callable[[nn.Module], Image.Image]
 Measure = Callable[[Sequence[Batch]], Mapping[str, float]]
@@ -90,18 +89,6 @@ class FitConfig:
     # any that accelerate supports: [tensorboard, wandb], or with options {wandb: {entity: me}}
     trackers: Trackers = DEFAULT_TRACKERS
     progress: bool = True  # a bar if standard output is a terminal
-
-
-class Loader(Protocol):
-    """Batches of an epoch from the current position on; the next `iter` starts the next epoch."""
-
-    @property
-    def broken(self) -> Mapping[Any, str]: ...  # images that could not be read, and why
-    def __iter__(self) -> Iterator[Batch]: ...
-    def __len__(self) -> int: ...  # batches per epoch
-    def samples_hash(self) -> str: ...  # equal for data that has only moved
-    def state_dict(self) -> dict[str, int]: ...  # the position after the batches returned so far
-    def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
 def fit(

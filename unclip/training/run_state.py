@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,11 +34,18 @@ MUTABLE_SETTINGS = (
 )
 
 
-class Resumable(Protocol):
-    """A data loader whose position can be saved and restored."""
+Batch = dict[str, Any]
 
+
+class Loader(Protocol):
+    """Batches of an epoch from the current position on; the next `iter` starts the next epoch."""
+
+    @property
+    def broken(self) -> Mapping[Any, str]: ...  # images that could not be read, and why
+    def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...  # batches per epoch
-    def state_dict(self) -> dict[str, int]: ...
+    def samples_hash(self) -> str: ...  # equal for data that has only moved
+    def state_dict(self) -> dict[str, int]: ...  # the position after the batches returned so far
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
@@ -71,7 +79,7 @@ class RunState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA | None
-    loader: Resumable
+    loader: Loader
     scaler: torch.amp.GradScaler | None  # fp16 only
     config: Any  # all settings of the run: a dataclass, or a plain dict
     processes: int = 1
