@@ -91,6 +91,14 @@ class Rows:
         return self._map(lambda x: x.clone())
 
 
+def mix_rows(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Sum x (K * B, ...) under K conditions by weights (K, B) (2206.01714): (B, ...); None = x."""
+    if weights is None:
+        return x
+    parts = x.unflatten(0, weights.shape)  # K B ...
+    return (parts * weights.to(x).view(*weights.shape, *[1] * (x.ndim - 1))).sum(dim=0)
+
+
 @dataclass(frozen=True)
 class TextEncoding(Rows):
     """Output of CLIP's text tower for B captions."""

@@ -16,10 +16,11 @@ import unclip
 from unclip.checkpoints.dalle2_pytorch import load as dalle2_pytorch
 from unclip.checkpoints.dalle2_pytorch.files import read_file
 from unclip.checkpoints.dalle2_pytorch.names import prior_rules
+from unclip.checkpoints.formats import LoadedPrior
 from unclip.checkpoints.renaming import export_state
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.models.published.relative_prior import RelativePrior, RelativePriorConfig
-from unclip.pipelines.unclip.stages import EncodedPrompts, LoadedPrior
+from unclip.pipelines.unclip.stages import EncodedPrompts
 from unclip.types import StageOptions, TextEncoding, UnCLIPOptions
 
 

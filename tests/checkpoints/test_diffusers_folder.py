@@ -22,6 +22,7 @@ from test_convert import own_model  # noqa: E402
 
 import unclip  # noqa: E402
 from unclip.checkpoints.convert import convert  # noqa: E402
+from unclip.checkpoints.formats import LoadedPrior  # noqa: E402
 from unclip.diffusion.schedules import ScheduleConfig  # noqa: E402
 from unclip.models.unclip.ar_prior import ARPrior, ARPriorConfig  # noqa: E402
 from unclip.models.unclip.decoder import Decoder, DecoderConfig, LayoutConfig  # noqa: E402
@@ -30,7 +31,7 @@ from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig  # noqa: E40
 from unclip.models.unclip.prior import DiffusionPrior, PriorConfig  # noqa: E402
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig  # noqa: E402
 from unclip.models.unet import LevelSpec, UNetConfig  # noqa: E402
-from unclip.pipelines.unclip.stages import EncodedPrompts, LoadedPrior  # noqa: E402
+from unclip.pipelines.unclip.stages import EncodedPrompts  # noqa: E402
 from unclip.types import StageOptions, UnCLIPOptions  # noqa: E402
 
 D, OPTIONS = (

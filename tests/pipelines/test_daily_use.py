@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 import unclip
+from unclip.checkpoints.formats import LoadedPrior
 from unclip.config import flatten, to_dict
 from unclip.diffusion.schedules import ScheduleConfig
 from unclip.image_io import read_metadata
 from unclip.pipelines.request import seeds_from, warn_of_unknown
-from unclip.pipelines.unclip.stages import LoadedPrior
 from unclip.tokenizer import BPETokenizer
 from unclip.types import GenerationResult
 from unclip.weights import to_dtype

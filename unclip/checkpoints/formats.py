@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip.diffusion.schedules import ScheduleConfig
 
@@ -39,11 +39,13 @@ class Bundle:
     licence: str
 
 
-class LoadedPrior(NamedTuple):
-    """A prior on its own."""
+@dataclass(frozen=True)
+class LoadedPrior:
+    """A prior without the rest of its model, as `unclip.load_prior` returns it."""
 
-    network: nn.Module
-    schedule: ScheduleConfig | None  # None for a prior that is not sampled by diffusion
+    network: Any
+    schedule: ScheduleConfig | None = None  # of a diffusion prior; None = cosine
+    source: str | None = None  # where it was loaded from, for the metadata of images
 
 
 class Components(Mapping[str, Any]):

@@ -18,7 +18,7 @@ from unclip.diffusion import schedulers
 from unclip.diffusion.losses import log_variance
 from unclip.diffusion.schedulers import Estimate, OnSample
 from unclip.diffusion.schedules import Prediction, Schedule
-from unclip.types import StageOptions
+from unclip.types import StageOptions, mix_rows
 
 # B batch, K conditions of each sample, C channels of x
 
@@ -59,8 +59,7 @@ class Estimator:
             output = self._guide(cond, null)
         else:
             output = self.denoise(x, t)
-        if self.weights is not None:
-            output = mix(output, self.weights)
+        output = mix_rows(output, self.weights)
         if self.learned_variance:
             output, variance = output.to(x_t.dtype).chunk(2, dim=1)
         x_0 = self.schedule.predict_x0(output, x_t, round(t), self.prediction)
@@ -97,12 +96,6 @@ def guide(cond: Tensor, null: Tensor, scale: float, rescale: float = 0.0) -> Ten
     per_sample = tuple(range(1, cond.ndim))
     ratio = cond.std(per_sample, keepdim=True) / guided.std(per_sample, keepdim=True)
     return guided * (1 + rescale * (ratio - 1))
-
-
-def mix(output: Tensor, weights: Tensor) -> Tensor:
-    """Sum outputs under K conditions by weights (K, B) (2206.01714): (K * B, ...) -> (B, ...)."""
-    outputs = output.unflatten(0, weights.shape)  # K B ...
-    return (outputs * weights.to(outputs).view(*weights.shape, *[1] * (output.ndim - 1))).sum(0)
 
 
 def threshold(x_0: Tensor, limit: float | None, percentile: float | None = None) -> Tensor:

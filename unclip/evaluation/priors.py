@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip import __version__
+from unclip.checkpoints.formats import LoadedPrior
 from unclip.config import to_dict
 from unclip.embeddings import caption_targets, cosine_gap
 from unclip.evaluation.metrics import diversity, recall
@@ -23,7 +24,7 @@ from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.pipelines.unclip.stages import AnyPrior, LoadedPrior
+from unclip.pipelines.unclip.stages import AnyPrior
 from unclip.types import UnCLIPOptions
 
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 32, 8

@@ -81,13 +81,6 @@ def replace_rows(x: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
     return x if rows is None else torch.where(rows.view(-1, *[1] * (x.ndim - 1)), value, x)
 
 
-def mix_rows(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Return weighted sums (B, D) of K rows each, of x (K * B, D); weights (K, B), None = x."""
-    if weights is None:
-        return x
-    return (x.unflatten(0, weights.shape) * weights.to(x)[..., None]).sum(dim=0)
-
-
 def random_rows(
     sample: Callable[..., Tensor], n: int, generators: Sequence[torch.Generator], like: Tensor
 ) -> Tensor:

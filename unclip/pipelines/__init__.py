@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -12,9 +13,9 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Unpack
 
+    from unclip.checkpoints.formats import LoadedPrior
     from unclip.pipelines.dalle.pipeline import DallePipeline
     from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-    from unclip.pipelines.unclip.stages import LoadedPrior
     from unclip.types import DType
 
 
@@ -111,13 +112,11 @@ def load_prior(
 
     from unclip.checkpoints.registry import load_any_prior
     from unclip.pipelines.runtime import torch_defaults
-    from unclip.pipelines.unclip.stages import LoadedPrior
     from unclip.weights import to_dtype
 
-    network: Any
     with torch_defaults():
-        network, schedule = load_any_prior(path, to_dtype(dtype) or torch.float32)
-    return LoadedPrior(network, schedule, _source(name_or_path, hub))
+        prior = load_any_prior(path, to_dtype(dtype) or torch.float32)
+    return replace(prior, source=_source(name_or_path, hub))
 
 
 def _source(name_or_path: str | Path, hub: HubArguments) -> str:

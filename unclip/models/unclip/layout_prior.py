@@ -26,14 +26,13 @@ from unclip.models.layers import (
     TimeMLP,
     Timestep,
     embed_time,
-    mix_rows,
     normal_parameter,
     replace_rows,
     zeroed,
 )
 from unclip.models.unclip.mlp_prior import ModulatedBlock
 from unclip.models.unclip.prior import EmbeddingStats
-from unclip.types import Rows, TextEncoding
+from unclip.types import Rows, TextEncoding, mix_rows
 
 
 @config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from unclip.checkpoints.formats import Bundle
+from unclip.checkpoints.formats import Bundle, LoadedPrior
 from unclip.clip import CLIP
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.embeddings import normalise
@@ -49,7 +49,6 @@ from unclip.pipelines.unclip.stages import (
     DecoderStage,
     EncodedPrompts,
     LayoutStage,
-    LoadedPrior,
     PriorStage,
     TextEncoder,
     UpsamplerStage,

@@ -15,8 +15,8 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from unclip.clip import CLIP
-from unclip.diffusion.schedules import Schedule, ScheduleConfig
-from unclip.models.layers import DenoiserCache, KeyValues, mix_rows
+from unclip.diffusion.schedules import Schedule
+from unclip.models.layers import DenoiserCache, KeyValues
 from unclip.models.published.cross_attention_decoder import (
     CrossAttentionDecoder,
     CrossAttentionUpsampler,
@@ -47,6 +47,7 @@ from unclip.types import (
     StageOptions,
     TextEncoding,
     UnCLIPOptions,
+    mix_rows,
 )
 
 AnyPrior = DenoisingPrior | RelativePrior | ARPrior | OneShotPrior
@@ -122,15 +123,6 @@ class TextEncoder:
         """Move a text to the device and dtype of the networks, and trim padding if possible."""
         text = text.to(self.runtime.device, self.runtime.dtype)
         return text if self.runtime.static_shapes else text.trim()
-
-
-@dataclass(frozen=True)
-class LoadedPrior:
-    """A prior without the rest of its model, as `unclip.load_prior` returns it."""
-
-    network: AnyPrior
-    schedule: ScheduleConfig | None = None  # of a diffusion prior; None = cosine
-    source: str | None = None  # where it was loaded from, for the metadata of images
 
 
 class PriorStage:
