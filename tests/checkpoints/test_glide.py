@@ -237,6 +237,35 @@ def test_guidance_applies_to_decoder_and_upsampler(folder: Path) -> None:
     assert len({generated(pipe.options), generated(free), generated(guided)}) == 3
 
 
+def test_negative_prompts_replace_the_null_of_guidance(folder: Path) -> None:
+    pipe = small_pipe(folder)
+    stages = pipe.options.decoder, *pipe.options.upsamplers
+    decoder, upsampler = (replace(stage, guidance=2.0) for stage in stages)
+    options = replace(pipe.options, decoder=decoder, upsamplers=(upsampler,))
+    call: dict[str, Any] = {"options": options, "progress": False}
+    negative = ["a dish", ""]
+    result = pipe("a fish", negative_prompt="a dish", seed=1, **call)
+    both = pipe(["a fish", "a red"], negative_prompt=negative, num_images=2, seed=1, **call)
+    plain = pipe(["a fish", "a red"], num_images=2, seed=1, **call)
+    images, without = ([image.tobytes() for image in x.images] for x in (both, plain))
+    assert images[0] == result.images[0].tobytes() and images[:2] != without[:2]
+    assert images[2:] == without[2:]  # the null is the empty caption
+    again = regenerate(pipe, both.metadata[1], progress=False)
+    assert again.images[0].tobytes() == images[1]
+
+    def upsampled(*negative: str) -> Tensor:
+        small, generators = torch.zeros(1, 3, 8, 8), [torch.Generator().manual_seed(0)]
+        call = {"negative": negative, "generators": generators, "options": [upsampler]}
+        return pipe.upsample(small, ["a fish"], **call)
+
+    assert not torch.equal(upsampled("a dish"), upsampled(""))
+    free = replace(decoder, guidance=1.0)
+    with pytest.raises(ValueError, match="guidance is 1 in decoder and upsampler_0"):
+        pipe("a", negative_prompt="b", options=GLIDEOptions(free, (free,)))
+    with pytest.raises(ValueError, match="2 negative captions for 1 captions"):
+        pipe.decode(["a fish"], negative=negative)
+
+
 def test_the_published_folder_loads_as_a_pipeline(folder: Path) -> None:
     pipe = unclip.load(folder, device="cpu")
     assert (pipe.options.decoder.steps, pipe.options.decoder.guidance) == (100, 3.0)
@@ -368,23 +397,31 @@ def test_edits_of_the_command_line_and_the_server(
     (image, mask), files = scene(16, 16), [str(tmp_path / f"{name}.png") for name in "abc"]
     image.save(files[0])
     mask.save(files[1])
-    task = Task("edits", "glide", 2, 3, prompt="a fish", images=(image,), mask=mask)
+    texts = {"prompt": "a fish", "negative": "a dish"}
+    task = Task("edits", "glide", 2, 3, **texts, images=(image,), mask=mask)
     (served,) = generate(inpainting_pipe, [task], lambda _: None, 16)
     call = {"num_images": 2, "seed": 3, "progress": False}
+    plain = inpainting_pipe.inpaint(image, mask, "a fish", **call)
+    call["negative_prompt"] = "a dish"
     expected = inpainting_pipe.inpaint(image, mask, "a fish", **call)
     assert [x.tobytes() for x in served.images] == [x.tobytes() for x in expected.images]
+    assert served.images[0].tobytes() != plain.images[0].tobytes()
+    assert expected.metadata[0]["arguments"]["negative_prompt"] == "a dish"
+    again = regenerate(inpainting_pipe, expected.metadata[1], progress=False)
+    assert again.images[0].tobytes() == expected.images[1].tobytes()
     assert operations(inpainting_pipe) == ["generations", "edits"]
-    plain = small_pipe(folder)
-    assert operations(plain) == ["generations"]
+    small = small_pipe(folder)
+    assert operations(small) == ["generations"]
     with pytest.raises(ValueError, match="does not support edits"):
-        generate(plain, [task], lambda _: None, 16)
+        generate(small, [task], lambda _: None, 16)
 
     (folder / "upsample_inpaint.pt").unlink()
     edit = ["edit", files[0], "--mask", files[1], "--prompt", "a fish", "--device", "cpu"]
-    edit += ["--steps", "1", "-o", files[2], "--quiet", "--model"]
+    edit += ["--negative-prompt", "a dish", "--steps", "1", "-o", files[2], "--quiet", "--model"]
     assert main([*edit, str(folder / "base_inpaint.pt")]) == 0
     kept = np.asarray(mask) == 0
     assert (np.asarray(Image.open(files[2]))[kept] == np.asarray(image)[kept]).all()
+    assert read_metadata(files[2])[0]["arguments"]["negative_prompt"] == "a dish"
     capsys.readouterr()
     (folder / "upsample.pt").unlink()
     assert main([*edit, str(folder / "base.pt")]) == 2
@@ -408,7 +445,8 @@ def test_convert_info_and_generate_commands(
     output = capsys.readouterr().out
     assert "glide: glide in" in output and "decoder " in output and "tokenizer" not in output
     generate = ["generate", "a fish", "--model", ours, "--device=cpu", "-o", image_file]
-    assert main([*generate, "--steps=1"]) == 0
+    assert main([*generate, "--steps=1", "--negative-prompt=a dish"]) == 0
+    assert read_metadata(image_file)[0]["negative_prompt"] == "a dish"
     assert Image.open(image_file).size == (64, 64)
     assert main([*generate, "--set=decoder.timesteps=[900]", "--set=decoder.guidance=1"]) == 0
     decoder = read_metadata(image_file)[0]["options"]["decoder"]

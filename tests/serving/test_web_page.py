@@ -544,9 +544,9 @@ def test_fields_that_glide_lacks_are_hidden(visit):
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": [model]}))
     page.reload()
     page.locator("[value=vary]:disabled").wait_for()
-    assert shown(page) == {"steps", "sampler"}
+    assert shown(page) == {"negative_prompt", "steps", "sampler"}
     page.check("[value=edit]")
-    assert shown(page) == {"steps", "sampler"}
+    assert shown(page) == {"negative_prompt", "steps", "sampler"}
 
 
 def open_mask(page):

@@ -289,7 +289,7 @@ LORA = SamplingFlag(
     {"unclip": None},
 )
 NEGATIVE_PROMPT = SamplingFlag(
-    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", {"unclip": None, "dalle": None}
+    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", _diffusion(None) | {"dalle": None}
 )
 FROM_TEXT = (
     *PRIOR,

@@ -22,8 +22,10 @@ from unclip.pipelines.provenance import operation_metadata
 from unclip.pipelines.request import (
     Batch,
     Images,
+    PromptBatch,
     Request,
     Seed,
+    check_guided,
     check_options,
     check_prompts,
     prompt_for_each,
@@ -34,6 +36,8 @@ from unclip.tokenizer import GPT2Tokenizer
 from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOptions
 
 # B batch, s and S image sizes
+
+Captions = tuple[Sequence[str], Sequence[str] | None]  # B captions, and B negative ones or None
 
 
 class GLIDEPipeline(Pipeline):
@@ -104,6 +108,7 @@ class GLIDEPipeline(Pipeline):
         self,
         prompt: Prompt,
         *,
+        negative_prompt: Prompt | None = None,
         num_images: int = 1,
         seed: Seed = None,
         options: GLIDEOptions | None = None,
@@ -113,20 +118,24 @@ class GLIDEPipeline(Pipeline):
     ) -> GenerationResult:
         """Generate `num_images` images of each prompt; image k has the seed `seed` + k.
 
-        on_step is called after every step of every batch of at most `batch_size` images.
+        negative_prompt: one for all or one for each; it replaces the null of guidance. on_step is
+        called after every step of every batch of at most `batch_size` images.
         """
-        prompts, options = check_prompts(prompt), options or self.options
+        prompts = PromptBatch.of(check_prompts(prompt), negative_prompt)
+        options = options or self.options
         check_options(options, GLIDEOptions, len(self.upsamplers))
+        self._check_negative(options, prompts.negative)
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         request, results = Request(num_images, seed, on_step, batch_size, progress), []
         for batch in request.batches(len(prompts), steps):
             part = prompts[batch.prompts]
-            captions = [text for text in part for _ in range(batch.num_images)]
-            sampling: dict[str, Any] = {"generators": batch.generators, "on_step": batch.on_step}
+            captions, negative = _repeat(part.texts, part.negative, batch.num_images)
+            sampling: dict[str, Any] = {
+                "negative": negative, "generators": batch.generators, "on_step": batch.on_step,
+            }  # fmt: skip
             x = self.decode(captions, options=options.decoder, **sampling)
             x = self.upsample(x, captions, options=options.upsamplers, **sampling)
-            entries = [{"prompt": text} for text in part]
-            results.append(self.make_result(x, batch, entries, options))
+            results.append(self.make_result(x, batch, part.metadata(), options))
         return GenerationResult.cat(results)
 
     def inpaint(
@@ -135,6 +144,7 @@ class GLIDEPipeline(Pipeline):
         mask: Mask | Sequence[Mask],
         prompt: Prompt | None = None,
         *,
+        negative_prompt: Prompt | None = None,
         num_images: int = 1,
         seed: Seed = None,
         options: GLIDEOptions | None = None,
@@ -150,7 +160,8 @@ class GLIDEPipeline(Pipeline):
 
         Images may have any size; they are painted in square windows as wide as the shorter side.
         Several images need a mask each. prompt: of the whole image, one for all images, one for
-        each, or None. Warns if nothing or everything is marked.
+        each, or None. negative_prompt: one for all or one for each; it replaces the null of
+        guidance. Warns if nothing or everything is marked.
         """
         if not self.decoder.config.inpaints:
             reason = "its base network has no input for known pixels; load base_inpaint.pt"
@@ -160,13 +171,16 @@ class GLIDEPipeline(Pipeline):
         request = Request(num_images, seed, on_step, batch_size, progress)
         canvases = marked_canvases(image, mask)
         prompts = [*(prompt_for_each(prompt, len(canvases)) or [None] * len(canvases))]
-        metadata = operation_metadata([canvas.metadata for canvas in canvases], prompts)
+        negative = prompt_for_each(negative_prompt, len(canvases), "negative prompts")
+        self._check_negative(options, negative)
+        metadata = operation_metadata([canvas.metadata for canvas in canvases], prompts, negative)
         steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
         steps *= max(len(canvas.windows) for canvas in canvases)
         results = []
         for batch in request.batches(len(canvases), steps):
             rows, n = batch.prompts, batch.num_images
-            captions = [text or "" for text in prompts[rows] for _ in range(n)]
+            said, avoided = [text or "" for text in prompts[rows]], negative and negative[rows]
+            captions = _repeat(said, avoided, n)
             paint_window = partial(
                 self._paint_window, captions=captions, options=options, batch=batch
             )
@@ -184,14 +198,18 @@ class GLIDEPipeline(Pipeline):
         self,
         captions: Sequence[str],
         *,
+        negative: Sequence[str] | None = None,
         generators: Sequence[torch.Generator] | None = None,
         options: StageOptions | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Sample images (B, 3, s, s) in [-1, 1] for B captions."""
+        """Sample images (B, 3, s, s) in [-1, 1] for B captions.
+
+        negative: B captions that replace the null of guidance.
+        """
         generators = generators or random_generators(len(captions))
-        stage_options = options or self.options.decoder
-        return self._sample(self.stages[0], captions, generators, stage_options, on_step)
+        stage_options, texts = options or self.options.decoder, (captions, negative)
+        return self._sample(self.stages[0], texts, generators, stage_options, on_step)
 
     @in_inference_mode
     def upsample(
@@ -199,20 +217,25 @@ class GLIDEPipeline(Pipeline):
         images: Tensor,
         captions: Sequence[str],
         *,
+        negative: Sequence[str] | None = None,
         generators: Sequence[torch.Generator] | None = None,
         options: Sequence[StageOptions] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), one stage per options."""
+        """Upsample images (B, 3, s, s) in [-1, 1] -> (B, 3, S, S), one stage per options.
+
+        negative: B captions that replace the null of guidance.
+        """
         generators = generators or random_generators(len(images))
         all_options = self.options.upsamplers if options is None else options
         for stage, stage_options in zip(self.stages[1:], all_options, strict=False):
             low_res = _as_8_bit(images.to(self.device))
-            images = self._sample(stage, captions, generators, stage_options, on_step, low_res)
+            texts = captions, negative
+            images = self._sample(stage, texts, generators, stage_options, on_step, low_res)
         return images
 
     def _paint_window(
-        self, views: Sequence[View], captions: Sequence[str], options: GLIDEOptions, batch: Batch
+        self, views: Sequence[View], captions: Captions, options: GLIDEOptions, batch: Batch
     ) -> Tensor:
         """Paint the hole of one window of each canvas, at each stage's size in turn."""
         stage_options = (options.decoder, *options.upsamplers)
@@ -233,7 +256,7 @@ class GLIDEPipeline(Pipeline):
     def _sample(
         self,
         stage: DiffusionStage,
-        captions: Sequence[str],
+        captions: Captions,
         generators: Sequence[torch.Generator],
         options: StageOptions,
         on_step: OnStep | None,
@@ -241,23 +264,29 @@ class GLIDEPipeline(Pipeline):
     ) -> Tensor:
         bound = self._bind(stage, captions, options, low_res)
         size = stage.network.config.image_size
-        x_T = bound.noise((len(captions), 3, size, size), generators)
+        x_T = bound.noise((len(captions[0]), 3, size, size), generators)
         return bound.sample(x_T, generators, on_step).clamp(-1, 1)
 
     def _bind(
         self,
         stage: DiffusionStage,
-        captions: Sequence[str],
+        captions: Captions,
         options: StageOptions,
         low_res: Tensor | None,
         known: Tensor | None = None,
     ) -> BoundStage:
         """Fix captions, small images of an upsampler, and the known pixels, see `masked_image`."""
-        context = self._condition(stage.network, captions, low_res, known)
+        texts, negative = captions
+        if negative is not None and len(negative) != len(texts):
+            given = f"{len(negative)} negative captions for {len(texts)} captions"
+            raise ValueError(f"{given}; expected one for each")
+        context = self._condition(stage.network, texts, low_res, known)
 
         def null() -> DecoderContext:
-            one = self._condition(stage.network, [""], None if low_res is None else low_res[:1])
-            nulls = one.repeat_interleave(len(captions))
+            avoided = negative or [""]
+            first = None if low_res is None else low_res[: len(avoided)]
+            nulls = self._condition(stage.network, avoided, first)
+            nulls = nulls.repeat_interleave(len(texts) // len(avoided))
             return replace(nulls, extra_channels=context.extra_channels)
 
         return stage.bind(context, options, null)
@@ -272,6 +301,13 @@ class GLIDEPipeline(Pipeline):
         ids, mask = self.tokenizer(captions)
         self.runtime.use(network)
         return network.condition(ids.to(self.device), mask.to(self.device), low_res, known)
+
+    def _check_negative(self, options: GLIDEOptions, negative: Sequence[str] | None) -> None:
+        """Raise ValueError if there are negative prompts but no stage uses guidance."""
+        if negative is not None:
+            stages = (options.decoder, *options.upsamplers)
+            named = zip(self.stages, stages, strict=False)  # a call may use fewer upsamplers
+            check_guided({stage.name: chosen for stage, chosen in named})
 
     def _check_compatible(self) -> None:
         """Raise ValueError for networks that were not trained for each other."""
@@ -288,6 +324,12 @@ class GLIDEPipeline(Pipeline):
                 reads = f"{stage.name} reads {expected[0]} of {expected[1]} tokens"
                 raise ValueError(f"{reads}, but the tokenizer gives {gives}")
             size = config.image_size
+
+
+def _repeat(captions: Sequence[str], negative: Sequence[str] | None, n: int) -> Captions:
+    """Repeat each caption and each negative one n times."""
+    captions = [text for text in captions for _ in range(n)]
+    return captions, negative and [text for text in negative for _ in range(n)]
 
 
 def _as_8_bit(images: Tensor) -> Tensor:

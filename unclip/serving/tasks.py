@@ -192,8 +192,6 @@ def _negative(pipe: Any, tasks: Sequence[Task]) -> dict[str, Any]:
     """Return the argument for negative prompts, if there are any."""
     if tasks[0].negative is None:  # and so of all, by `batch_key`
         return {}
-    if pipe.kind == "glide":
-        raise ValueError(f"negative_prompt is not supported by the model '{tasks[0].model}'")
     return {"negative_prompt": [task.negative for task in tasks]}
 
 

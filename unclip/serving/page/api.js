@@ -24,7 +24,7 @@ const PRIOR = { modes: "generate edit", kinds: "unclip" };
 export const SETTINGS = {
   prompt: { label: "Prompt", modes: "generate edit", text: true },
   vary_prompt: { label: "Prompt", modes: "vary", text: true }, // optional
-  negative_prompt: { label: "Negative prompt", modes: ALL, kinds: "unclip dalle", text: true },
+  negative_prompt: { label: "Negative prompt", modes: ALL, text: true },
   seed: { label: "Seed", modes: ALL },
   steps: { label: "Steps", modes: ALL, kinds: "unclip glide" },
   guidance: { label: "Guidance", modes: ALL },
