@@ -284,6 +284,15 @@ def test_candidates_of_inpainting_are_compared_by_clip(tiny_dalle, photo):
     assert scores(own).item() > scores(many)[0].item()  # many[0] is the image without candidates
 
 
+def test_clip_sees_the_painted_end_of_a_long_image(tiny_dalle, photo):
+    mask = box_mask(40, 16, (32, 0, 40, 16))  # outside of the central square
+    call = {"num_candidates": 4, "num_images": 4, "seed": 3, "progress": False}
+    result = tiny_dalle.inpaint(photo.resize((40, 16)), mask, "a blue fish", **call)
+    assert len({np.asarray(image).tobytes() for image in result.images}) > 1
+    assert len(set(result.scores)) > 1
+    assert [tuple(image.size) for image in result.images] == [(40, 16)] * 4
+
+
 def test_progress_of_inpainting_shows_the_rest_of_the_image(tiny_dalle, photo):
     steps = []
     tiny_dalle.inpaint(

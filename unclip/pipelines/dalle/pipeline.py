@@ -262,10 +262,11 @@ class DallePipeline(Pipeline):
         candidates, of which CLIP keeps the one closest to the prompt, help. Known pixels are kept
         bit for bit.
 
-        Images may have any size; they are painted in square windows as wide as the shorter side,
-        and candidates of `options.candidates` are compared in each window. Several images need a
-        mask each. prompt: of the whole image, one for all images, one for each, or None. Warns if
-        nothing or everything is marked. The other arguments are those of `__call__`.
+        Images may have any size; they are painted in square windows as wide as the shorter side.
+        Candidates of `options.candidates` are compared in each window, known pixels included; those
+        of `num_candidates` as whole images, resized to a square. Several images need a mask each.
+        prompt: of the whole image, one for all images, one for each, or None. Warns if nothing or
+        everything is marked. The other arguments are those of `__call__`.
         """
         request = Request(num_images, seed, on_step, batch_size, progress, options)
         canvases = marked_canvases(image, mask)
@@ -370,8 +371,12 @@ class DallePipeline(Pipeline):
         return self.clip.encode_text([prompt or "" for prompt in prompts]).emb
 
     def _encode_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Return CLIP embeddings of whole images; CLIP alone would crop the ends of long ones."""
         assert self.clip is not None
         self.runtime.use(self.clip)
+        if not isinstance(images, Tensor):
+            square = (self.clip.image_size, self.clip.image_size)
+            images = [one if one.width == one.height else one.resize(square) for one in images]
         return self.clip.encode_image(images)
 
     def _batches(
