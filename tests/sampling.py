@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from unclip.diffusion.samplers import Estimator, sample
-from unclip.diffusion.schedules import Schedule
+from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.pipelines.unclip.stages import DecoderStage
 
-SAMPLERS = ["ancestral", "ddim", "dpm++", "unipc"]
-COSINE = Schedule()
+SAMPLERS = ["ancestral", "analytic", "ddim", "dpm++", "unipc"]
+ERRORS = (0.01, 0.3)  # of x_0 at the first and the last timestep, for "analytic"
+COSINE = Schedule(ScheduleConfig(x0_errors=ERRORS))
 
 
 def seeds(*values):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
-from sampling import COSINE, SAMPLERS, sample_from, seeds, toy_network
+from sampling import COSINE, ERRORS, SAMPLERS, sample_from, seeds, toy_network
 
 from unclip.diffusion.samplers import Estimator, randn, sample, threshold
 from unclip.diffusion.schedulers import scheduler_betas
@@ -133,7 +133,7 @@ def test_half_precision_networks_are_sampled_in_float32(name, dtype):
     assert (results[0] - results[1]).abs().max() < 1e-3
 
 
-def test_ddim_and_the_solvers_ignore_the_learned_variance():
+def test_only_ancestral_sampling_uses_the_learned_variance():
     def constant_variance(value):
         return lambda x_t, t: torch.cat([toy_network()(x_t, t), torch.full_like(x_t, value)], dim=1)
 
@@ -141,6 +141,7 @@ def test_ddim_and_the_solvers_ignore_the_learned_variance():
         ("ddim, eta 1", True),
         ("dpm++", True),
         ("unipc", True),
+        ("analytic", True),
         ("ancestral", False),
     ):
         results = []
@@ -214,7 +215,7 @@ def test_embeddings_are_sampled_like_images():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_largest_number_of_steps_is_finite(name):
-    schedule = Schedule(ScheduleConfig(num_timesteps=10))
+    schedule = Schedule(ScheduleConfig(num_timesteps=10, x0_errors=ERRORS))
     options = StageOptions(9 if name in ("dpm++", "unipc") else 10, sampler=name)
     x_T = randn((1, 3, 4, 4), seeds(0), dtype=torch.float64)
     assert (

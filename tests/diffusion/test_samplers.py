@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -52,6 +53,22 @@ def mixture_denoiser(schedule, prediction):
         return schedule.target(x_0, (x_t - alpha * x_0) / sigma, t, prediction)
 
     return denoise
+
+
+def mixture_errors(schedule):
+    """The mean squared errors of that denoiser's x_0 at evenly spaced timesteps."""
+    generator, errors = seeds(0)[0], []
+    right = torch.rand(20_000, dtype=torch.float64, generator=generator) < 0.3
+    x_0 = torch.where(right, 0.6, -0.5).double()
+    x_0 += 0.1 * torch.randn(x_0.shape, dtype=torch.float64, generator=generator)
+    denoise = mixture_denoiser(schedule, "x0")
+    for t in torch.linspace(0, schedule.num_timesteps - 1, 100).tolist():
+        noise = torch.randn(x_0.shape, dtype=torch.float64, generator=generator)
+        x_t = (
+            schedule.at("alpha", round(t), x_0) * x_0 + schedule.at("sigma", round(t), x_0) * noise
+        )
+        errors.append(float((denoise(x_t, t) - x_0).square().mean()))
+    return tuple(errors)
 
 
 MIXTURE_MEAN, MIXTURE_STD = -0.17, (0.1**2 + 0.3 * 0.7 * 1.1**2) ** 0.5
@@ -240,7 +257,10 @@ def test_ddim_step_runs_backwards():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samplers_reproduce_the_data_distribution(sampler, config, prediction):
     steps = 250 if sampler == "ancestral" else 80
-    x_0 = sample_mixture(sampler, steps, Schedule(config), prediction)
+    schedule = Schedule(config)
+    if sampler == "analytic":
+        schedule = Schedule(replace(config, x0_errors=mixture_errors(schedule)))
+    x_0 = sample_mixture(sampler, steps, schedule, prediction)
     right = x_0 > 0.05
     assert float(x_0.mean()) == pytest.approx(MIXTURE_MEAN, abs=0.03)
     assert float(x_0.std()) == pytest.approx(MIXTURE_STD, abs=0.03)
@@ -280,7 +300,7 @@ def test_analytic_variances_are_exact_for_gaussian_data():
 
 def test_the_sampler_needs_measured_errors():
     with pytest.raises(ValueError, match="no x0_errors; measure them with train/analytic.py"):
-        sample_mixture("analytic", 4)
+        sample_mixture("analytic", 4, Schedule())
 
 
 def test_multistep_solvers_beat_ddim_in_10_steps():
