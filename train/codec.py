@@ -6,12 +6,9 @@ accelerate launch train/codec.py --config configs/emoji/codec.yaml
 from __future__ import annotations
 
 from dataclasses import field, replace
-from pathlib import Path
 from typing import Any
 
-from unclip.checkpoints.folders import locate
 from unclip.checkpoints.store import save_component
-from unclip.clip import CLIP
 from unclip.config import config
 from unclip.data.loader import DataConfig, open_data
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
@@ -61,9 +58,7 @@ def main(run: Run[CodecTraining]) -> None:
     if config.adversarial and sharding.requested():
         raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
     codec = CODECS[type(config.model)](config.model).to(run.device)
-    features = None
-    if config.perceptual:
-        features = frozen_clip(config.perceptual.network).to(run.device).image_features
+    features = config.perceptual and config.perceptual.features(run.device)
     adversarial = config.adversarial
 
     def trained_codec(model: Any) -> Any:
@@ -89,13 +84,6 @@ def main(run: Run[CodecTraining]) -> None:
         export=lambda model, folder: save_component(trained_codec(model), folder),
         before_step=loss.before_step,
     )
-
-
-def frozen_clip(name: str) -> CLIP:
-    """Load the CLIP in a folder, or that of a model."""
-    is_clip = (Path(name) / "open_clip_config.json").is_file()
-    folder = Path(name) if is_clip else locate(name) / "clip"
-    return CLIP.from_pretrained(folder).requires_grad_(False)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Train a diffusion upsampler on crops: from a low- to a high-resolution image (unCLIP 2.1).
 
 accelerate launch train/upsampler.py --config configs/emoji/upsampler.yaml
+accelerate launch train/upsampler.py --config configs/karlo/upsampler_last.yaml --init FOLDER
 """
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
+from typing import Any
 
 from unclip.checkpoints.store import save_component
 from unclip.config import config
@@ -15,11 +17,14 @@ from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
+from unclip.training import sharding
+from unclip.training.codec import AdversarialCodec, CodecLoss
 from unclip.training.fit import FitConfig, fit
+from unclip.training.last_step import LastStep, LastStepConfig, load_upsampler
 from unclip.training.launch import Run, launch
 from unclip.training.losses import UpsamplerLoss
 from unclip.training.optim import OptimConfig
-from unclip.training.preview import upsampler_preview
+from unclip.training.preview import codec_preview, upsampler_preview
 
 
 @config
@@ -32,16 +37,25 @@ class UpsamplerTraining:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
+    last: LastStepConfig | None = None  # train model.last_unet instead of model.unet; needs --init
+
+    def __post_init__(self) -> None:
+        if self.last and self.model.last_unet is None:
+            raise ValueError("last trains model.last_unet, which is null; set it, as model.unet")
+        if self.last and self.loss != LossConfig():
+            raise ValueError("loss is of the diffusion of model.unet; remove it, or remove last")
 
 
 def main(run: Run[UpsamplerTraining]) -> None:
     config = run.config
     upsampler = Upsampler(config.model).to(run.device)
-    if upsampler.last_unet is not None:  # Karlo trained it with an adversarial loss
+    if config.last is not None:
+        return fit_last_step(upsampler, config.last, run)
+    if upsampler.last_unet is not None:
         if not (run.init or run.resume):
             raise ValueError(
-                "model.last_unet is not trained here; start from weights that contain it (--init), "
-                "or remove it"
+                "model.last_unet is trained after model.unet, with `last`; remove it, or start "
+                "from weights that contain it (--init)"
             )
         upsampler.last_unet.requires_grad_(False)
     schedule = Schedule(config.schedule)
@@ -56,6 +70,41 @@ def main(run: Run[UpsamplerTraining]) -> None:
         val_loader=val_loader,
         preview=upsampler_preview(schedule, val_loader) if val_loader else None,
         export=partial(save_component, schedule=config.schedule),
+    )
+
+
+def fit_last_step(upsampler: Upsampler, last: LastStepConfig, run: Run[UpsamplerTraining]) -> None:
+    """Train the U-Net of the last step, which starts as a copy of the first one."""
+    config, adversarial = run.config, last.adversarial
+    if adversarial and sharding.requested():
+        raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
+    if run.init:
+        load_upsampler(upsampler, run.init)
+        run = replace(run, init=None)
+    elif not (run.resume or run.dry_run):
+        raise ValueError("last starts from a trained upsampler; give --init")
+    step = LastStep(upsampler, Schedule(config.schedule), config.corruption, last.steps)
+    model = AdversarialCodec(step, adversarial).to(run.device) if adversarial else step
+    features = last.perceptual and last.perceptual.features(run.device)
+    loss = CodecLoss(step, {}, features, last.perceptual, adversarial)
+
+    def trained(model: Any) -> LastStep:
+        return model.codec if adversarial else model
+
+    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
+    fit(
+        model,
+        loss,
+        open_data(config.data, captions_needed=False),
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=val_loader,
+        preview=codec_preview(trained, val_loader) if val_loader else None,
+        export=lambda model, folder: save_component(
+            trained(model).upsampler, folder, schedule=config.schedule
+        ),
+        before_step=loss.before_step,
     )
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from unclip.checkpoints.store import NETWORKS, load_component
 from unclip.clip import CLIP
 from unclip.config import load_config, to_dict
-from unclip.models.unclip.upsampler import Upsampler
 from unclip.models.unet import Attention
 
 CONFIGS = sorted(
@@ -55,6 +54,7 @@ PARAMETERS = {
     "karlo/prior": 1_022_028_544,
     "karlo/decoder": 893_318_086,
     "karlo/upsampler": 691_579_523,
+    "karlo/upsampler_last": 2 * 691_579_523,
 }
 PAPER_SIZES = {  # Table 3
     "paper/prior": 1.0e9,
@@ -309,10 +309,7 @@ def test_karlo_sizes_equal_the_published_checkpoint():
     assert count(decoder.unet) == 885_439_686
     assert count(decoder) - count(decoder.unet) == 7_878_400  # text_proj
     assert sum(isinstance(module, Attention) for module in decoder.modules()) == 22
-    model = config("karlo/upsampler.yaml").model
-    with torch.device("meta"):
-        both = Upsampler(replace(model, last_unet=model.unet))
-    assert count(both) == 2 * 691_579_523
+    assert count(network("karlo/upsampler_last.yaml")) == 2 * 691_579_523
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -353,7 +350,7 @@ def test_the_networks_of_a_folder_are_compatible(stack):
     upsamplers = {
         f"{part.fit.output}/model": part
         for name, part in parts.items()
-        if name.startswith("upsampler")
+        if name.startswith("upsampler") and f"{name}_last" not in parts
     }
     assert set(model.upsamplers) == set(upsamplers)
     for folder in model.upsamplers:
@@ -421,8 +418,13 @@ def test_a_task_needs_a_matching_model():
 def test_a_last_unet_without_weights_is_rejected():
     level = "levels: [{channels: 8}]"
     unet = f"{{in_channels: 6, out_channels: 3, groups: 8, mid_attention: false, {level}}}"
-    with pytest.raises(SystemExit, match="last_unet is not trained here"):
-        train("upsampler", "tiny/upsampler.yaml", f"--set=model.last_unet={unet}")
+    given = f"--set=model.last_unet={unet}"
+    with pytest.raises(SystemExit, match="last_unet is trained after model.unet, with `last`"):
+        train("upsampler", "tiny/upsampler.yaml", given)
+    with pytest.raises(SystemExit, match="last starts from a trained upsampler; give --init"):
+        train("upsampler", "tiny/upsampler.yaml", given, "--set=last={}")
+    with pytest.raises(SystemExit, match="last trains model.last_unet, which is null"):
+        train("upsampler", "tiny/upsampler.yaml", "--set=last={}")
 
 
 def train(script: str, name: str, *arguments: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from unclip.checkpoints.folders import locate
+from unclip.clip import CLIP
 from unclip.config import PositiveInt, config
-from unclip.models.codecs.codec import Autoencoder, LossTerms
+from unclip.models.codecs.codec import LossTerms, Reconstructor
 from unclip.models.codecs.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
 
 # images (B, 3, H, W) in [-1, 1] -> feature maps (B, C, h, w)
@@ -45,6 +48,13 @@ class PerceptualConfig:
     network: str = "emoji"  # a model, or the folder of a CLIP; its image tower gives the features
     weight: float = 1.0
 
+    def features(self, device: torch.device) -> Features:
+        """Load the network, frozen, and return its features of images."""
+        name = self.network
+        is_clip = (Path(name) / "open_clip_config.json").is_file()
+        folder = Path(name) if is_clip else locate(name) / "clip"
+        return CLIP.from_pretrained(folder).requires_grad_(False).to(device).image_features
+
 
 @config
 class AdversarialConfig:
@@ -62,7 +72,7 @@ class AdversarialCodec(nn.Module):
     a step on each, unless their joint gradient is clipped (optim.clip_norm).
     """
 
-    def __init__(self, codec: Autoencoder, config: AdversarialConfig) -> None:
+    def __init__(self, codec: Reconstructor, config: AdversarialConfig) -> None:
         super().__init__()
         self.codec, self.discriminator = codec, PatchDiscriminator(config.discriminator)
 
@@ -86,7 +96,7 @@ class CodecLoss:
 
     def __init__(
         self,
-        codec: Autoencoder,
+        codec: Reconstructor,
         anneal: Mapping[str, Annealing],
         features: Features | None = None,
         perceptual: PerceptualConfig | None = None,

@@ -76,6 +76,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 def _build(config: Any) -> nn.Module:
     networks = {config_type: network for network, config_type in NETWORKS.values()}
+    if getattr(config, "last", None) is not None:
+        raise ValueError("--dry-run PROCESSES does not support last; expected a plain --dry-run")
     if type(config.model) not in networks:
         raise ValueError(f"--dry-run PROCESSES does not support {type(config.model).__name__}")
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from unclip.clip import CLIP
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.image_io import grid, to_pil
-from unclip.models.codecs.codec import Autoencoder, ImageCodec
+from unclip.models.codecs.codec import ImageCodec, Reconstructor
 from unclip.models.dalle.sampling import sample_codes
 from unclip.models.dalle.transformer import DALLE
 from unclip.models.unclip.decoder import Decoder, masked_image
@@ -97,7 +97,7 @@ def upsampler_preview(schedule: Schedule, loader: Batches) -> Preview:
     return preview
 
 
-def codec_preview(codec_of: Callable[[nn.Module], Autoencoder], loader: Batches) -> Preview:
+def codec_preview(codec_of: Callable[[nn.Module], Reconstructor], loader: Batches) -> Preview:
     """Show validation images above their reconstructions by the codec in the trained model."""
     images = next(iter(loader))["image"][:SHOWN]
 

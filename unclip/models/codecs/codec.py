@@ -26,10 +26,31 @@ class LossTerms:
     logged: dict[str, Tensor] = field(default_factory=dict)  # detached scalars
 
 
-class Autoencoder(nn.Module, ABC):
-    """Network that reconstructs images from a smaller representation; `forward` is `loss`."""
+class Reconstructor(nn.Module, ABC):
+    """Network that reconstructs images; `forward` is `loss`."""
 
     annealed: tuple[str, ...] = ()  # arguments of `loss` that training may anneal
+
+    @abstractmethod
+    def loss(self, images: Tensor, **annealed: float) -> LossTerms:
+        """Compute the loss of images (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Reconstruct images: (B, 3, H, W) in [-1, 1] -> the same."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """The last weight, where VQ-GAN's adaptive weight compares gradients."""
+
+    def forward(self, images: Tensor, **annealed: float) -> LossTerms:
+        return self.loss(images, **annealed)
+
+
+class Autoencoder(Reconstructor):
+    """Network that reconstructs images from a smaller representation, without noise."""
+
     decoder: nn.Sequential
 
     def __init__(self, config: Any) -> None:
@@ -43,17 +64,8 @@ class Autoencoder(nn.Module, ABC):
         """Grid (h, w) of an image of `image_size`."""
         return self.image_size // self.factor, self.image_size // self.factor
 
-    @abstractmethod
-    def loss(self, images: Tensor, **annealed: float) -> LossTerms:
-        """Compute the loss of images (B, 3, H, W) in [-1, 1]."""
-
-    @abstractmethod
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode and decode without noise: (B, 3, H, W) in [-1, 1] -> the same."""
-
     @property
     def last_layer(self) -> Tensor:
-        """The last weight of the decoder, where VQ-GAN's adaptive weight compares gradients."""
         last: Any = self.decoder[-1]
         return last.weight  # a parameter, or a property of a packed layer
 
