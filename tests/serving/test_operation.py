@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from scripts import ROOT
 from serving_helpers import CONFIG, client_of, load, serving, wait_until
 
 from unclip.cli.main import main
+from unclip.serving import middleware
 from unclip.serving import server as server_module
 from unclip.serving.app import create_app
 from unclip.serving.server import PROBE_SECONDS
@@ -184,6 +186,30 @@ def test_a_connection_without_a_whole_request_is_closed(load, monkeypatch, sent)
             connection.sendall(sent)
             with connection.makefile("rb") as file:
                 assert file.read().count(b"HTTP/1.1 200") == sent.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(("length", "status"), [(1000, 408), (2**30, 413)])
+def test_a_body_that_comes_slowly_ends_the_request(load, monkeypatch, length, status):
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(middleware, "DISCARD_SECONDS", 0.5)
+    with serving(create_app(CONFIG, load)) as url:
+        address = "127.0.0.1", int(url.rpartition(":")[2])
+        with socket.create_connection(address, timeout=20) as connection:
+            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\n"
+            connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode())
+            started, received = time.monotonic(), []
+            with connection.makefile("rb") as file:
+                reader = threading.Thread(target=lambda: received.append(file.read()))
+                reader.start()
+                while reader.is_alive() and time.monotonic() < started + 10:
+                    with contextlib.suppress(OSError):  # once it is closed
+                        connection.sendall(b" ")
+                    reader.join(0.1)
+    (response,) = received
+    assert response.startswith(f"HTTP/1.1 {status}".encode())
+    error = json.loads(response.partition(b"\r\n\r\n")[2])["error"]
+    assert error["type"] == "invalid_request_error" and {*error} >= {"message", "param", "code"}
+    assert ("slowly" if status == 408 else "larger") in error["message"]
 
 
 def test_jobs_that_outlast_the_shutdown_are_answered_with_503(load):

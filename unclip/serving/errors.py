@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+CLOSE = {"connection": "close"}  # after a body that was not read to its end
+
 
 class APIError(Exception):
     """An error with an HTTP status and the four fields of OpenAI's error body."""
@@ -58,7 +60,13 @@ def unauthorized(given: str | None) -> APIError:
 def too_large(limit: int) -> APIError:
     """413: the body is above the limit."""
     message = f"The request is larger than the limit of {limit / 2**20:g} MiB."
-    return APIError(413, message, code="request_too_large")
+    return APIError(413, message, code="request_too_large", headers=CLOSE)
+
+
+def too_slow() -> APIError:
+    """408: the body does not arrive."""
+    message = "The body of the request arrived too slowly, or not at all."
+    return APIError(408, message, code="request_timeout", headers=CLOSE)
 
 
 def queue_full(retry_after: int) -> APIError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unclip.serving.config import is_loopback
 from unclip.serving.engine import Engine
-from unclip.serving.errors import APIError, failed, too_large, unauthorized
+from unclip.serving.errors import APIError, failed, too_large, too_slow, unauthorized
 from unclip.serving.jobs import rejection
 from unclip.serving.requests import BODIES
 
@@ -24,7 +25,9 @@ log = logging.getLogger("unclip.serving")
 
 OPENAI_VERSION = "2020-10-01"
 DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees the response
-BODY_SECONDS = 60.0  # without a byte
+BODY_SECONDS = 60.0  # without a byte, or at first
+BODY_RATE = 2**14  # bytes per second that a body needs after that
+DISCARD_SECONDS = 30.0
 PROBES = ("/healthz", "/readyz", "/metrics")
 IMAGES = frozenset(f"/v1/images/{operation}" for operation in BODIES)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -142,37 +145,39 @@ class LimitedBody:
     def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
         self.scope, self._receive, self.limit = scope, receive, limit
         self.count, self.complete = 0, False
+        self._started = time.monotonic()
 
     async def check_length(self) -> None:
         """Raise APIError if the declared length is above the limit."""
         length = Headers(scope=self.scope).get("content-length", "")
         if length.isdecimal() and int(length) > self.limit:
-            await self._discard()
-            raise too_large(self.limit)
+            await self._reject()
 
     async def receive(self) -> Message:
         if self.complete:
             return await self._receive()  # waits until the client disconnects
+        elapsed = time.monotonic() - self._started
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_SECONDS)
+            message = await self._next(min(0.0, self.count / BODY_RATE - elapsed) + BODY_SECONDS)
         except asyncio.TimeoutError:
-            raise APIError(408, "The request's body was not received in time.") from None
-        self.complete = message["type"] == "http.disconnect" or not message.get("more_body")
-        self.count += len(message.get("body", b""))
+            raise too_slow() from None
         if self.count > self.limit:
-            await self._discard()
-            raise too_large(self.limit)
+            await self._reject()
         return message
 
-    async def _discard(self) -> None:
-        """Keep reading for a while: clients cut off while sending do not see the response."""
-        while not self.complete and self.count < self.limit + DISCARDED:
-            try:
-                message = await asyncio.wait_for(self._receive(), 5)
-            except asyncio.TimeoutError:
-                return
-            self.complete = message["type"] == "http.disconnect" or not message.get("more_body")
-            self.count += len(message.get("body", b""))
+    async def _next(self, timeout: float) -> Message:
+        message = await asyncio.wait_for(self._receive(), timeout)
+        self.complete = message["type"] == "http.disconnect" or not message.get("more_body")
+        self.count += len(message.get("body", b""))
+        return message
+
+    async def _reject(self) -> None:
+        """Raise APIError, after a while: clients cut off while sending do not see the response."""
+        end = time.monotonic() + DISCARD_SECONDS
+        with contextlib.suppress(asyncio.TimeoutError):
+            while not self.complete and self.count < self.limit + DISCARDED:
+                await self._next(min(5.0, end - time.monotonic()))
+        raise too_large(self.limit)
 
 
 def is_public(path: str, method: str) -> bool:
