@@ -15,6 +15,8 @@ from scripts import ROOT
 from serving_helpers import CONFIG, client, client_of, load, opened, pixels, png
 
 import unclip
+from unclip.config import to_dict
+from unclip.diffusion.repaint import PaintOptions
 from unclip.image_io import read_metadata, read_source_type
 
 GENERATIONS, EDITS, VARIATIONS = (
@@ -637,6 +639,30 @@ def test_options_of_all_stages_are_applied_before_the_other_fields(client, tiny_
     assert entry["options"]["decoder"]["steps"] == 2
 
 
+def test_painting_options_are_among_those_of_an_edit(client, tiny_pipe):
+    image, mask = png(16), png(16, "RGBA")
+    options = json.dumps({"painting": {"resamples": 2, "strength": 0.5}, "decoder": {"steps": 2}})
+    (data,) = images_of(edit(client, image, mask, options=options, strength="0.8"))
+    hole = Image.new("L", (16, 16))
+    hole.paste(255, (0, 0, 16, 8))
+    usual, painting = tiny_pipe.options, PaintOptions(resamples=2, strength=0.8)
+    call = {"options": replace(usual, decoder=usual.decoder.with_steps(2)), "painting": painting}
+    expected = tiny_pipe.inpaint(opened(image), hole, "a red apple", **call, seed=3, progress=False)
+    assert (pixels(data) == np.asarray(expected.images[0])).all()
+    listed = client.get("/v1/models/tiny").json()["options"]["painting"]
+    assert listed == to_dict(PaintOptions(trained=False))
+    generate(client, model="tiny-dalle")  # loads it
+    assert "painting" not in client.get("/v1/models/tiny-dalle").json()["options"]
+    for painting, part, fact in (
+        ({"resample": 2}, mask, "resamples"),
+        ({"resamples": 65}, mask, "resamples is 65"),
+        (3, mask, "painting"),
+        ({"resamples": 2}, None, "with a mask"),
+    ):
+        fields = {"options": json.dumps({"painting": painting}), "strength": "0.5"}
+        assert fact in error_of(edit(client, image, part, **fields), 400, "options")
+
+
 @pytest.mark.parametrize(
     ("model", "options", "facts"),
     [
@@ -652,6 +678,7 @@ def test_options_of_all_stages_are_applied_before_the_other_fields(client, tiny_
         ("tiny", {"prior_candidates": 65}, ("prior_candidates is 65", "64")),
         ("tiny-dalle", {"candidates": 10**9}, ("candidates is 1000000000", "64")),
         ("tiny-dalle", {"decoder": {"steps": 2}}, ("options", "decoder")),
+        ("tiny", {"painting": {"resamples": 2}}, ("options", "painting")),
     ],
 )
 def test_wrong_options_are_rejected(client, model, options, facts):

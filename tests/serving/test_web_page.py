@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from serving_helpers import CONFIG, client, load, opened, pixels, png, serving, wait_until
 
+from unclip.diffusion.repaint import PaintOptions
 from unclip.image_io import encode_image
 from unclip.serving.app import create_app
 from unclip.serving.page import FILES
@@ -134,6 +135,23 @@ def test_prompts_of_a_png_are_those_of_its_operation(tiny_pipe, tiny_dalle, tmp_
             assert "This page cannot repeat the operation" in done.stderr
         else:
             assert expected.items() <= json.loads(done.stdout).items()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+def test_painting_options_of_a_png_are_sent_with_its_edit(client, tiny_pipe, tmp_path):
+    painting = PaintOptions(resamples=2, strength=0.5)
+    hole = opened(png(mode="RGBA"))
+    result = tiny_pipe.inpaint(opened(png()), hole, "a fish", painting=painting, progress=False)
+    entry = result.metadata[0] | {"picture": None, "mask": None}
+    file = tmp_path / "image.png"
+    file.write_bytes(encode_image(result.images[0], metadata=entry))
+    defaults = json.dumps(client.get("/v1/models/tiny").json()["options"])
+    arguments = [FILES["png.js"].as_uri(), str(file), defaults]
+    command = ["node", "--input-type=module", "-e", SEND, *arguments]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    sent = json.loads(done.stdout)
+    assert sent["text"] == "painting resamples 2" and sent["fields"]["strength"] == 0.5
+    assert json.loads(sent["fields"]["options"]) == {"painting": {"resamples": 2}}
 
 
 SEND = (
@@ -547,6 +565,60 @@ def test_fields_that_glide_lacks_are_hidden(visit):
     assert shown(page) == {"negative_prompt", "steps", "sampler"}
     page.check("[value=edit]")
     assert shown(page) == {"negative_prompt", "steps", "sampler"}
+
+
+@pytest.mark.slow
+def test_a_result_is_varied_by_a_model_that_can(visit):
+    page = visit()
+    generate(page)
+    glide, dalle = page.request.get(f"{page.url}v1/models").json()["data"]
+    glide |= {"kind": "glide", "operations": ["generations"]}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": models}))
+    for models in ([glide, dalle], [glide]):
+        page.reload()
+        page.locator("[value=vary]:disabled").wait_for()
+        page.locator(".tile").first.click()
+        if dalle in models:
+            page.click("[data-action=vary]")
+            page.locator("[data-slot=image] img").wait_for()
+            assert page.is_checked("[value=vary]") and page.is_enabled("[value=vary]")
+            assert page.input_value("#model") == "tiny-dalle"
+    for action in ("vary", "mix", "edit"):
+        assert page.is_disabled(f"[data-action={action}]")
+    page.keyboard.press("Escape")
+    page.evaluate(PASTE, base64.b64encode(png()).decode())
+    page.locator("#form-error", has_text="No model of this server offers edits").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["inpaint", "outpaint"])
+def test_painting_is_repeated_from_its_png(visit, app, tiny_pipe, operation):
+    page = visit()
+    call = {"painting": PaintOptions(resamples=2), "seed": 5, "progress": False}
+    if operation == "outpaint":
+        result = tiny_pipe.outpaint(opened(png()), "a blue fish", left=8, bottom=1, **call)
+        choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+        page.locator("#form-error", has_text="cannot repeat").wait_for()  # in windows of 16 px
+        result = tiny_pipe.outpaint(opened(png()), "a blue fish", left=8, right=4, **call)
+    else:
+        hole = Image.new("L", (16, 16))
+        hole.paste(255, (0, 0, 8, 8))
+        result = tiny_pipe.inpaint(opened(png()), hole, "a blue fish", **call)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.locator("#options", has_text="painting resamples 2").wait_for()
+    page.check("[value=generate]")
+    page.locator("#options-field").wait_for(state="hidden")
+    page.check("[value=edit]")
+    page.click("#generate")
+    page.locator(DONE, has_text="Other options painting resamples 2").wait_for()
+    assert json.loads(app.last()[1]["options"]) == {"painting": {"resamples": 2}}
+    first = image_of(page)
+    assert (pixels(first) == np.asarray(result.images[0])).all()
+    page.reload()
+    page.click("[aria-label^='Use settings']")
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    assert (pixels(image_of(page)) == pixels(first)).all()
 
 
 def open_mask(page):

@@ -21,7 +21,6 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from unclip import __version__
-from unclip.config import to_dict
 from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
@@ -327,16 +326,16 @@ def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
     if known is None:
         return {**model, **unknown, "loaded": False}
     kind, options = known["kind"], known["options"]
-    sampling = options if kind == "dalle" else options.decoder
+    sampling = options if kind == "dalle" else options["decoder"]
     return {
         **model,
         "kind": kind,
         "size": known["size"],
         "operations": known["operations"],
-        "steps": None if kind == "dalle" else sampling.steps,
-        "guidance": sampling.guidance,
+        "steps": sampling.get("steps"),  # DALL-E has none
+        "guidance": sampling["guidance"],
         "samplers": [] if kind == "dalle" else list(get_args(Sampler)),
-        "options": to_dict(options),
+        "options": options,
         "loaded": True,
     }
 

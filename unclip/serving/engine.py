@@ -20,7 +20,7 @@ from unclip.serving.errors import APIError, bad_request, failed, unavailable
 from unclip.serving.metrics import Metrics
 from unclip.serving.pool import LoadedModel, ModelPool
 from unclip.serving.queue import Job, JobQueue
-from unclip.serving.tasks import count_stages, generate, model_size, operations
+from unclip.serving.tasks import count_stages, default_options, generate, model_size, operations
 from unclip.tokenizer import PromptWarning
 from unclip.types import GenerationResult, Progress
 
@@ -191,7 +191,7 @@ class Engine:
             "kind": pipe.kind,
             "size": model_size(pipe),
             "operations": operations(pipe),
-            "options": pipe.options,
+            "options": default_options(pipe),
         }
         gc.freeze()  # exclude the objects of torch and the model from collections
         seconds = round(time.monotonic() - started, 3)

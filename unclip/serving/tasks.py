@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unclip.config import to_dict
+from unclip.config import parse, to_dict
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import mix, slerp
 from unclip.pipelines.request import check_upsamplers
@@ -28,7 +28,7 @@ SETTINGS = {  # that change the options of each kind of pipeline, except unclip,
     "dalle": {"guidance", "options"},
     "glide": {"steps", "guidance", "sampler", "options"},
 }
-LIMITS = {"steps": 1000, "candidates": 64, "prior_candidates": 64}  # of all stages
+LIMITS = {"steps": 1000, "candidates": 64, "prior_candidates": 64, "resamples": 64}
 OPERATIONS = {  # of each kind of pipeline
     "unclip": ("generations", "edits", "variations", "mix"),
     "dalle": ("generations", "edits", "variations"),
@@ -47,7 +47,8 @@ class Settings:
     prior_steps: int | None = None
     prior_guidance: float | None = None
     prior_candidates: int | None = None
-    options: str | None = None  # JSON of the pipeline's options or some of them; applied first
+    # JSON of the pipeline's options or some of them, of edits also "painting"; applied first
+    options: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,7 @@ def generate(
     first = tasks[0]
     if first.operation not in operations(pipe):
         raise ValueError(f"The model '{first.model}' does not support {first.operation}.")
-    options = change_options(pipe, first.settings)
+    options = change_options(pipe, first.settings, paints=first.operation == "edits")
     shared: dict[str, Any] = {
         "options": options, "on_step": on_step, "batch_size": batch_size, "progress": False,
     }  # fmt: skip
@@ -138,10 +139,20 @@ def operations(pipe: Any) -> list[str]:
     return [name for name in supported if name != "edits" or inpaints]
 
 
-def change_options(pipe: Any, settings: Settings) -> Any:
+def default_options(pipe: Any) -> dict[str, Any]:
+    """Return what a request may change by its `options`."""
+    painting = {}
+    if pipe.kind == "unclip":
+        trained = pipe.inpainter is not None
+        painting = {"painting": to_dict(PaintOptions(trained=trained))}
+    return to_dict(pipe.options) | painting
+
+
+def change_options(pipe: Any, settings: Settings, paints: bool = False) -> Any:
     """Return the options of a pipeline with the settings of a request.
 
-    APIError for settings that the pipeline lacks, and for wrong `options`.
+    paints: leave the options of painting to `paint_options`. APIError for settings that the
+    pipeline lacks, and for wrong `options`.
     """
     given = {name: value for name, value in vars(settings).items() if value is not None}
     if unknown := given.keys() - SETTINGS.get(pipe.kind, given.keys()):
@@ -151,7 +162,10 @@ def change_options(pipe: Any, settings: Settings) -> Any:
     options = pipe.options
     if (changes := given.pop("options", None)) is not None:
         try:
-            options = update_options(options, json.loads(changes), "options")
+            changes = json.loads(changes)
+            if paints and pipe.kind == "unclip":
+                changes.pop("painting", None)
+            options = update_options(options, changes, "options")
             _check_limits(to_dict(options))
             if pipe.kind != "dalle":
                 check_upsamplers(options.upsamplers, len(pipe.upsamplers))
@@ -166,6 +180,19 @@ def change_options(pipe: Any, settings: Settings) -> Any:
             stage = getattr(options, name)
             whole[name] = stage.with_steps(changes.pop("steps", stage.steps), **changes)
     return replace(options, **whole)
+
+
+def paint_options(task: Task) -> PaintOptions:
+    """Return the options of painting of an edit. APIError if they are wrong."""
+    given = json.loads(task.settings.options or "{}").get("painting")
+    try:
+        options = PaintOptions() if given is None else parse(PaintOptions, given, "painting")
+        _check_limits(to_dict(options))
+        if given is not None and task.mask is None:
+            raise ValueError("painting is of edits with a mask; send one, or leave it out")
+    except ValueError as error:
+        raise bad_request(f"options: {error}", "options") from None
+    return options if task.strength is None else replace(options, strength=task.strength)
 
 
 def _check_limits(options: Any) -> None:
@@ -244,10 +271,9 @@ def _edit(pipe: Any, tasks: Sequence[Task], shared: dict[str, Any]) -> Generatio
                 f"The model '{tasks[0].model}' only inpaints; send a mask, and no strength below 1."
             )
         return pipe.inpaint(images, masks, prompts, **shared)
+    painting = paint_options(tasks[0])
     if tasks[0].mask is None:
-        assert strength is not None
-        return pipe.image_to_image(images, prompts, strength=strength, **shared)
-    painting = PaintOptions() if strength is None else PaintOptions(strength=strength)
+        return pipe.image_to_image(images, prompts, strength=painting.strength, **shared)
     return pipe.inpaint(images, masks, prompts, painting=painting, **shared)
 
 

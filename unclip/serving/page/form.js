@@ -30,6 +30,14 @@ function supports(name) {
   return !kinds || !model()?.kind || kinds.includes(model().kind);
 }
 
+/** Return whether a model can do what a mode needs; one that is not loaded yet may. */
+const serves = (one, wanted) => one?.operations?.includes(OPERATIONS[wanted]) ?? true;
+
+const modelsFor = (wanted) => [model(), ...served].filter((one) => serves(one, wanted));
+
+/** Return whether a served model can do what a mode needs. */
+export const canUse = (wanted) => modelsFor(wanted).length > 0;
+
 const offered = (name) => SETTINGS[name].modes.includes(mode()) && supports(name);
 
 /** Put options into a select, and keep what is chosen if it is among them. */
@@ -58,15 +66,22 @@ export function update() {
   for (const select of [fields.x_name, fields.y_name]) {
     offer(select, AXES.filter(offered), [new Option("None", "")], (name) => SETTINGS[name].label);
   }
-  const offers = model()?.operations;
   for (const radio of fields.mode) {
-    radio.disabled = Boolean(offers) && !offers.includes(OPERATIONS[radio.value]);
+    radio.disabled = !serves(model(), radio.value);
     radio.parentElement.title = radio.disabled ? `${model().id} cannot do this` : "";
   }
-  byId("options-field").hidden = !held.options;
-  byId("options").textContent = held.options ? optionsText(held.options) : "";
+  const options = optionsOfMode();
+  byId("options-field").hidden = !options;
+  byId("options").textContent = options ? optionsText(options) : "";
   byId("steps").placeholder = model()?.steps ?? "default";
   byId("guidance").placeholder = model()?.guidance ?? "default";
+}
+
+/** Return the options without a field; only edits paint. */
+function optionsOfMode() {
+  const { painting, ...options } = held.options ?? {};
+  if (painting && mode() === "edit") options.painting = painting;
+  return Object.keys(options).length ? options : undefined;
 }
 
 /** Fill the list of models, and of the samplers of the chosen one. */
@@ -78,8 +93,7 @@ export function setModels(models) {
 
 function showModel() {
   offer(fields.sampler, model()?.samplers ?? SAMPLERS, [new Option("Default", "")]);
-  const offers = model()?.operations;
-  if (offers && !offers.includes(OPERATIONS[mode()])) fields.mode.value = "generate";
+  if (!serves(model(), mode())) fields.mode.value = "generate";
   update();
 }
 
@@ -95,7 +109,7 @@ export function read() {
     settings[name] = SETTINGS[name]?.text ? field.value.trim() : field.valueAsNumber;
   }
   settings.n ??= 1;
-  if (held.options) settings.options = held.options;
+  if (optionsOfMode()) settings.options = optionsOfMode();
   const { image, second, mask, image_embedding, layout } = held;
   if (settings.mode !== "vary" && !settings.prompt) return refuse("prompt", "Describe the image.");
   if (settings.mode === "edit") {
@@ -148,14 +162,28 @@ function refuse(field, message) {
   return null;
 }
 
-/** Write settings into the form; what they leave open becomes the default. */
+/** Switch to a mode, if necessary with another model; false after showing that none has it. */
+function switchTo(newMode) {
+  if (!canUse(newMode)) {
+    showError("form", `No model of this server offers ${OPERATIONS[newMode]}.`);
+    return false;
+  }
+  const [able] = modelsFor(newMode); // the present one first
+  if (able !== model()) {
+    byId("model").value = able.id;
+    held.options = null;
+  }
+  fields.mode.value = newMode;
+  showModel();
+  return true;
+}
+
+/** Write settings into the form; what they leave open becomes the default. False if no model of
+ * the server has their mode. */
 export function write(settings) {
   clearErrors(form);
-  fields.mode.value = settings.mode;
-  if (served.some(({ id }) => id === settings.model)) {
-    byId("model").value = settings.model;
-    showModel();
-  }
+  if (served.some(({ id }) => id === settings.model)) byId("model").value = settings.model;
+  if (!switchTo(settings.mode)) return false;
   const defaults = { n: 1, strength: 1, weight: 0.5 };
   for (const name of ["n", ...FIELDS]) {
     fields[name].value = settings[name] ?? defaults[name] ?? "";
@@ -170,11 +198,12 @@ export function write(settings) {
     fields[`${axis}_values`].value = values.join(separator(name));
   }
   showSlots();
+  return true;
 }
 
 /** Switch to a mode with an image in its place; the other settings stay. */
 export async function use(newMode, blob, slot = "image") {
-  fields.mode.value = newMode;
+  if (!switchTo(newMode)) return;
   await place(slot, blob);
   form.scrollIntoView({ block: "start" });
   if (newMode === "edit") await paint();
@@ -185,7 +214,10 @@ export const addToMix = (blob) =>
   use("vary", blob, held.image && supports("weight") ? "second" : "image");
 
 /** Take a pasted image: to edit, if that is what the form does, else to vary or mix. */
-export const paste = (file) => (mode() === "edit" ? place("image", file) : addToMix(file));
+export function paste(file) {
+  if (mode() !== "edit" && canUse("vary")) return addToMix(file);
+  return switchTo("edit") && place("image", file);
+}
 
 async function place(slot, file) {
   clearErrors(form);

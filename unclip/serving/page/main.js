@@ -100,7 +100,7 @@ function askForKey(message, then) {
 // -- files
 
 function reuse(settings) {
-  form.write(settings);
+  if (!form.write(settings)) return;
   byId("composer").scrollIntoView({ block: "start" });
   toast("Settings loaded");
 }

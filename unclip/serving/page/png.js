@@ -65,10 +65,13 @@ export async function readSettings(file) {
   const { operation, arguments: given = entry } = entry; // operations have the texts in arguments
   const prompt = given.prompt ?? entry.prompt ?? undefined;
   settings.negative_prompt = given.negative_prompt ?? undefined;
-  if (["inpaint", "image_to_image"].includes(operation)) {
-    Object.assign(settings, { mode: "edit", prompt });
-    settings.strength = given.strength ?? given.painting?.strength;
+  const extended = operation === "outpaint" && (await extend(entry.picture, given));
+  if (["inpaint", "image_to_image"].includes(operation) || extended) {
+    const { strength, ...painting } = given.painting ?? {};
+    Object.assign(settings, { mode: "edit", prompt, strength: given.strength ?? strength });
+    if (given.painting) settings.options.painting = painting;
     if (entry.picture) settings.image = decode(entry.picture);
+    Object.assign(settings, extended);
     const painted = entry.mask && (await paintedPart(decode(entry.mask)));
     if (painted) settings.mask = await maskPNG(painted);
   } else if (operation === "variations" && given.keep === KEEP) {
@@ -83,6 +86,22 @@ export async function readSettings(file) {
     throw new Error(`This page cannot repeat the operation "${operation}" of this PNG.`);
   }
   return settings;
+}
+
+/** Return an image with black borders and the mask that paints them; null if outpainting would not
+ * paint them alike: its windows have the shorter side of the image. */
+async function extend(base64, { left, top, right, bottom }) {
+  const image = base64 && (await createImageBitmap(decode(base64)));
+  if (!image) return null;
+  const canvas = canvasOf(null, image.width + left + right, image.height + top + bottom);
+  const shorter = ({ width, height }) => Math.min(width, height);
+  if (shorter(canvas) > shorter(image)) return null;
+  const context = canvas.getContext("2d");
+  context.drawImage(image, left, top);
+  const mask = await toPNG(canvas); // transparent borders
+  context.globalCompositeOperation = "destination-over";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  return { image: await toPNG(canvas), mask };
 }
 
 /** Draw an image or a part of it on a new canvas. */

@@ -3,7 +3,7 @@
 import { asCurl, asPython } from "./api.js";
 import { blobURL, byId, copy, download, el } from "./ui.js";
 import { entries, factsOf, titleOf } from "./gallery.js";
-import { addToMix, use, write } from "./form.js";
+import { addToMix, canUse, use, write } from "./form.js";
 import { readSettings } from "./png.js";
 import { settingsOf } from "./jobs.js";
 
@@ -23,6 +23,9 @@ async function show(item) {
   const position = all().findIndex(({ result }) => result === item.result);
   byId("previous").disabled = position <= 0;
   byId("next").disabled = position >= all().length - 1;
+  for (const [action, mode] of Object.entries({ vary: "vary", mix: "vary", edit: "edit" })) {
+    dialog.querySelector(`[data-action=${action}]`).disabled = !canUse(mode);
+  }
   byId("viewer-image").src = blobURL(item.result.blob);
   byId("viewer-image").alt = `${titleOf(settings)}, seed ${item.result.seed}`;
   byId("viewer-title").textContent = titleOf(settings);
