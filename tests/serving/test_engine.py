@@ -31,7 +31,7 @@ class Recorder:
         self.pipe, self.calls, self.fail, self.gate = pipe, [], None, None
         self.kind, self.name, self.options = pipe.kind, pipe.name, pipe.options
         self.decoder, self.upsamplers, self.clip = pipe.decoder, pipe.upsamplers, pipe.clip
-        self.encode_image = pipe.encode_image
+        self.encode_image, self.inpainter = pipe.encode_image, pipe.inpainter
 
     def __call__(self, prompts, **arguments):
         self.calls.append(prompts)

@@ -254,7 +254,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def app(load):
-    return Recorder(create_app(CONFIG, load))
+    return Recorder(create_app(replace(CONFIG, reconnect_seconds=5), load))
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +393,10 @@ def test_history_survives_a_reload(visit, app):
     page.fill("#negative_prompt", "")
     page.press("#prompt", "Enter")
     page.locator(".progress p:has-text('step')").wait_for()
-    page.reload()
+    another = page.context.new_page()
+    another.goto(page.url)
+    page.close()
+    page = another
     page.locator(DONE).wait_for()
     assert page.is_visible("text=Interrupted when the page was closed.")
     assert image_of(page, 1) == before
@@ -410,6 +413,57 @@ def test_history_survives_a_reload(visit, app):
     page.reload()
     page.locator("text=No images yet").wait_for()
     wait_until(lambda: app.state.engine.idle, seconds=5)
+
+
+@pytest.mark.slow
+def test_jobs_survive_a_reload(visit, app):
+    page = visit(expected=["ERR_ABORTED"])
+    metrics = app.state.engine.metrics
+    images = metrics.images.labels("tiny", "generations")._value
+    sampled, cancelled = images.get(), metrics.cancellations._value.get()
+    for steps in ("300", "301", "20"):  # one runs, and two wait
+        page.fill("#prompt", "a red apple")
+        page.fill("#steps", steps)
+        page.press("#prompt", "Enter")
+    page.locator(".progress p:has-text('step')").wait_for()
+    page.reload()
+    jobs = page.locator(".entry[data-status=running]")
+    page.locator(".progress p:has-text('step')").wait_for()
+    assert jobs.count() == 3
+    jobs.filter(has_text="Steps 301").locator("text=Cancel").click()
+    page.locator(".entry[data-status=cancelled]", has_text="Steps 301").wait_for()
+    page.locator(DONE, has_text="Steps 300").wait_for()
+    page.locator(DONE, has_text="Steps 20").wait_for()
+    assert images.get() == sampled + 2  # none was begun again
+    assert metrics.cancellations._value.get() == cancelled + 1
+    page.reload()
+    page.locator(DONE).nth(1).wait_for()
+    assert page.locator(".entry").count() == 3 and page.locator(f"{DONE} .tile img").count() == 2
+
+
+@pytest.mark.slow
+def test_a_grid_is_completed_after_a_reload(visit, app):
+    page = visit(expected=["ERR_ABORTED"])
+    page.fill("#prompt", "a red apple")
+    page.click("#grid summary")
+    page.select_option("[name=x_name]", "steps")
+    page.fill("[name=x_values]", ", ".join(map(str, range(100, 108))))
+    page.click("#generate")
+    page.locator(".tile:not(.pending)").first.wait_for()
+    page.reload()
+    page.locator(DONE).wait_for()
+    assert page.locator(f"{DONE} .tile img").count() == 8
+
+
+@pytest.mark.slow
+def test_a_lost_connection_is_made_again(visit, app):
+    page = visit(expected=["ERR_"])
+    page.fill("#prompt", "a red apple")
+    page.fill("#steps", "300")
+    page.route("**/v1/images/*", lambda route: route.fulfill(body=": ping\n\n"), times=1)
+    page.click("#generate")
+    page.locator("text=The connection was lost; trying again in 1 s").wait_for()
+    page.locator(DONE).wait_for()
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
 from unclip.serving.errors import APIError, bad_request, not_found
-from unclip.serving.jobs import ClientGone, EventStream, RunningJob, stream, submit
+from unclip.serving.jobs import ClientGone, EventStream, Jobs, RunningJob, stream
 from unclip.serving.metrics import Metrics
-from unclip.serving.middleware import Guard, host_name
+from unclip.serving.middleware import JOB_ID, Guard, host_name
 from unclip.serving.page import router as page
 from unclip.serving.requests import (
     BODIES,
@@ -70,6 +70,7 @@ def create_app(
     """Make the application; its engine starts and stops with it."""
     config, metrics = config or ServerConfig(), Metrics()
     engine = Engine(config, metrics, load)
+    jobs = Jobs(engine)
     storage = open_storage(config.storage, config.result_seconds, config.memory_bytes)
 
     @contextlib.asynccontextmanager
@@ -84,9 +85,10 @@ def create_app(
         title="unclip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
     )
     app.state.config, app.state.engine, app.state.storage = config, engine, storage
+    app.state.jobs = jobs
     app.state.decoding = asyncio.Semaphore(DECODERS)
     app.state.prompt_filter = config.prompt_filter and load_prompt_filter(config.prompt_filter)
-    app.add_middleware(Guard, engine=engine)
+    app.add_middleware(Guard, jobs=jobs)
     if config.allow_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -106,6 +108,8 @@ def create_app(
             name=operation,
             openapi_extra=_schema(operation),
         )
+
+    app.add_api_route("/v1/jobs/{id}", cancel_job, methods=["DELETE"], status_code=204)
 
     def add_get(path: str, endpoint: Callable[..., Any], **about: Any) -> None:
         app.add_api_route(path, endpoint, **about)
@@ -154,7 +158,6 @@ async def _sweep(storage: Storage) -> None:
 def _images_route(operation: str) -> Callable[..., Any]:
     async def images(request: Request) -> Response:
         state = request.app.state
-        engine: Engine = state.engine
         fields, files = await read_body(request, state.config.strict)
         if files or operation != "generations":
             async with state.decoding:
@@ -172,7 +175,8 @@ def _images_route(operation: str) -> Callable[..., Any]:
         request.state.log = describe(task)
         if state.config.log_prompts:
             request.state.log["prompt"] = task.prompt
-        job = submit(engine, task, request.state.client, delivery.stream, delivery.partials)
+        client, id = request.state.client, request.headers.get(JOB_ID)
+        job = state.jobs.submit(task, client, id, delivery.stream, delivery.partials)
         responder = Responder(request, task, delivery, job, base_url)
         return responder.stream() if delivery.stream else await responder.respond()
 
@@ -338,6 +342,11 @@ def _describe_model(engine: Engine, name: str) -> dict[str, Any]:
         "options": options,
         "loaded": True,
     }
+
+
+async def cancel_job(request: Request, id: str) -> None:
+    """Cancel the job that was submitted with this id; without one, do nothing."""
+    request.app.state.jobs.cancel(request.state.client, id)
 
 
 async def get_file(request: Request, name: str) -> Response:

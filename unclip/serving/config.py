@@ -34,6 +34,7 @@ class ServerConfig:
     max_batch: int = 16  # images in one pipeline call
     max_queue: int = 64  # images that wait
     queue_seconds: float = 120.0  # longest wait in the queue; then 503
+    reconnect_seconds: float = 15.0  # then a job with an id is cancelled without its client
     batch_seconds: float = 0.05  # longest wait for the requests of returning clients
     ageing_seconds: float = 10.0  # then a request is served next, regardless of its key
     idle_seconds: float = 600.0  # then unused models are unloaded, except the default model

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from unclip.serving.engine import Done, Engine, Event, Started, Step
-from unclip.serving.errors import APIError, failed, queue_full, unavailable
+from unclip.serving.errors import APIError, bad_request, failed, queue_full, unavailable
 from unclip.serving.queue import Job, QueueFull
 from unclip.serving.tasks import Task
 
@@ -29,27 +29,41 @@ class ClientGone(Exception):
     """The client has closed its connection."""
 
 
-def submit(engine: Engine, task: Task, client: str, steps: bool, partials: int) -> RunningJob:
-    """Queue a task. APIError if the server is full or shutting down.
+class Jobs:
+    """Submits tasks, and finds the jobs with an id, whose clients may connect again."""
 
-    steps: whether events about sampling steps are wanted.
-    """
-    if engine.closing:
-        engine.metrics.rejections.labels("closing").inc()
-        raise unavailable("The server is shutting down.", 5)
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._named: dict[tuple[str, str], RunningJob] = {}  # by client and id
 
-    def notify(event: Event) -> None:  # from any thread
-        if steps or not isinstance(event, Step):
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(events.put_nowait, event)
+    def get(self, client: str, id: str | None) -> RunningJob | None:
+        return None if id is None else self._named.get((client, id))
 
-    job = Job(task, client, notify, partials)
-    try:
-        engine.submit(job)
-    except QueueFull:
-        raise rejection(engine) from None
-    return RunningJob(engine, job, events)
+    def submit(
+        self, task: Task, client: str, id: str | None, steps: bool, partials: int
+    ) -> RunningJob:
+        """Queue a task, or find the job with this id. APIError if the server is full or closing.
+
+        steps: whether events about sampling steps are wanted.
+        """
+        if (job := self.get(client, id)) is not None:
+            return job
+        if self.engine.closing:
+            self.engine.metrics.rejections.labels("closing").inc()
+            raise unavailable("The server is shutting down.", 5)
+        try:
+            job = RunningJob(self.engine, task, client, steps, partials)
+        except QueueFull:
+            raise rejection(self.engine) from None
+        if id is not None:
+            self._named[client, id] = job
+            job.keep(self.engine.config.reconnect_seconds, lambda: self.cancel(client, id))
+        return job
+
+    def cancel(self, client: str, id: str) -> None:
+        """Cancel a job, if there is one."""
+        if (job := self._named.pop((client, id), None)) is not None:
+            job.cancel()
 
 
 def rejection(engine: Engine) -> APIError:
@@ -59,55 +73,98 @@ def rejection(engine: Engine) -> APIError:
 
 
 class RunningJob:
-    """A queued job and its events, for the request that waits for it."""
+    """A queued job and its events, for the connection that waits for it."""
 
-    def __init__(self, engine: Engine, job: Job, events: asyncio.Queue[Event]) -> None:
-        self.engine, self.job, self._events = engine, job, events
-        self.started = False
+    def __init__(self, engine: Engine, task: Task, client: str, steps: bool, partials: int) -> None:
+        """Queue the task. QueueFull if there is no room."""
+        loop = asyncio.get_running_loop()
+
+        def notify(event: Event) -> None:  # from any thread
+            if steps or not isinstance(event, Step):
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._put, event)
+
+        self.engine, self.job = engine, Job(task, client, notify, partials)
+        self.started, self.final = False, None
         self.deadline = time.monotonic() + engine.config.queue_seconds
+        self._events = asyncio.Queue[Event | None]()
+        self._seconds, self._expire = 0.0, self.cancel
+        self._expiry: asyncio.TimerHandle | None = None
+        engine.submit(self.job)
+
+    def keep(self, seconds: float, expire: Callable[[], None]) -> None:
+        """Call `expire` only after some seconds without a connection."""
+        self._seconds, self._expire = seconds, expire
+        self._leave()
+
+    def cancel(self) -> None:
+        if self.final is None:
+            self.engine.cancel(self.job)
+            self._put(bad_request("The job was cancelled.", code="cancelled"))
 
     async def events(
         self, receive: Receive, tick: float | None = None
     ) -> AsyncGenerator[Event | None, None]:
         """Iterate over events, up to the result or an error; None every `tick` seconds without one.
 
-        ClientGone if the client disconnects; the job is cancelled then.
+        ClientGone if the client disconnects, or another connection takes over. Without one, the job
+        is cancelled.
         """
         gone = asyncio.ensure_future(disconnect(receive))
-        getter = asyncio.ensure_future(self._events.get())
+        events = self._connect()
+        getter = asyncio.ensure_future(events.get())
         try:
             while True:
                 timeout = self._timeout(tick)
                 await asyncio.wait({getter, gone}, timeout=timeout, return_when="FIRST_COMPLETED")
                 if getter.done():
                     event = getter.result()
-                    self.started |= isinstance(event, Started)
+                    if event is None:
+                        raise ClientGone
                     yield event
-                    if isinstance(event, (Done, APIError)):
+                    if event is self.final:
                         return
-                    getter = asyncio.ensure_future(self._events.get())
+                    getter = asyncio.ensure_future(events.get())
                 elif gone.done():
                     raise ClientGone
                 elif not self.started and time.monotonic() >= self.deadline:
-                    if self.engine.queue.remove(self.job):
+                    self.started = not self.engine.queue.remove(self.job)  # or it has just left
+                    if not self.started:
                         self.job.cancelled = True
                         self.engine.metrics.rejections.labels("deadline").inc()
-                        yield unavailable(
-                            "The request waited too long in the queue.", self.engine.retry_after()
-                        )
-                        return
-                    self.started = True  # it has just left the queue
+                        late = "The request waited too long in the queue."
+                        self._put(unavailable(late, self.engine.retry_after()))
                 else:
                     yield None
         finally:
             gone.cancel()
             getter.cancel()
-            event = getter.result() if getter.done() and not getter.cancelled() else None
-            if not isinstance(event, (Done, APIError)):
-                self.engine.cancel(self.job)
+            if events is self._events:
+                self._leave()
+
+    def _put(self, event: Event) -> None:
+        if self.final is None:
+            self.started |= isinstance(event, Started)
+            self.final = event if isinstance(event, (Done, APIError)) else None
+            self._events.put_nowait(event)
+
+    def _connect(self) -> asyncio.Queue[Event | None]:
+        """Return a queue of the events that were not read; the connection before ends."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        before, self._events = self._events, asyncio.Queue()
+        unread = [before.get_nowait() for _ in range(before.qsize())]
+        before.put_nowait(None)
+        for event in unread or ([] if self.final is None else [self.final]):
+            self._events.put_nowait(event)
+        return self._events
+
+    def _leave(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_later(self._seconds, self._expire)
 
     def _timeout(self, tick: float | None) -> float | None:
-        if self.started:
+        if self.started or self.final is not None:
             return tick
         left = max(0.0, self.deadline - time.monotonic())
         return left if tick is None else min(tick, left)
@@ -149,7 +206,7 @@ class EventStream(Response):
                 async for chunk in self._events(receive):
                     await put(chunk, True)
             except ClientGone:
-                raise
+                pass
             except APIError as error:  # the images cannot be stored
                 await put(error_event(error), True)
             except Exception:  # the images cannot be encoded

@@ -16,14 +16,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unclip.serving.config import is_loopback
-from unclip.serving.engine import Engine
 from unclip.serving.errors import APIError, failed, too_large, too_slow, unauthorized
-from unclip.serving.jobs import rejection
+from unclip.serving.jobs import Jobs, rejection
 from unclip.serving.requests import BODIES
 
 log = logging.getLogger("unclip.serving")
 
 OPENAI_VERSION = "2020-10-01"
+JOB_ID = "x-unclip-job"  # header of a request whose client may connect again
 DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees the response
 BODY_SECONDS = 60.0  # without a byte, or at first
 BODY_RATE = 2**14  # bytes per second that a body needs after that
@@ -42,9 +42,9 @@ SECURITY_HEADERS = {
 class Guard:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, engine: Engine) -> None:
-        self.app, self.engine = app, engine
-        self.config, self.metrics = engine.config, engine.metrics
+    def __init__(self, app: ASGIApp, jobs: Jobs) -> None:
+        self.app, self.jobs, self.engine = app, jobs, jobs.engine
+        self.config, self.metrics = self.engine.config, self.engine.metrics
         self.headers = {**SECURITY_HEADERS}
         if self.config.allow_origins:  # also <img> elements of these sites
             self.headers["cross-origin-resource-policy"] = "cross-origin"
@@ -111,7 +111,8 @@ class Guard:
     def _admit(self, scope: Scope) -> None:
         """Raise APIError for images if the queue is full, before the body is read."""
         if scope["method"] == "POST" and scope["path"] in IMAGES and not self.engine.closing:
-            if self.engine.queue.full:
+            known = self.jobs.get(scope["state"]["client"], Headers(scope=scope).get(JOB_ID))
+            if self.engine.queue.full and known is None:
                 raise rejection(self.engine)
 
     def _check_origin(self, headers: Headers) -> None:

@@ -77,6 +77,12 @@ export function optionsText(options, before = "") {
 const failure = (message, status = 0, param = null, retryAfter = null) =>
   Object.assign(new Error(message), { status, param, retryAfter });
 
+/** Make the error of a connection that ended early; the job goes on for some seconds. */
+const lost = () => failure("The connection to the server was lost.", 0, null, 1);
+
+/** Cancel a job on the server. */
+export const cancel = (job) => request(`jobs/${job}`, { method: "DELETE" }).catch(() => {});
+
 export const apiKey = {
   get: () => sessionStorage.getItem("key") ?? localStorage.getItem("key"),
   set(key, remember) {
@@ -131,20 +137,21 @@ export function call(settings) {
 }
 
 /**
- * Generate images; aborting the signal cancels the job on the server. @param {Settings} settings
+ * Generate images, or wait for those of an earlier request with the same job id.
+ * @param {Settings} settings
  * @param {{progress: function(Object), partial: function(Blob, number), done: function(Result)}} on
  */
-export async function generate(settings, signal, on) {
+export async function generate(settings, job, signal, on) {
   const { path, fields, files } = call(settings);
   Object.assign(fields, { stream: true, partial_images: 3, indexed_partials: true });
-  const options = { method: "POST", signal };
+  const options = { method: "POST", signal, headers: { "X-Unclip-Job": job } };
   if (files.length) {
     options.body = new FormData();
     for (const [name, value] of Object.entries(fields)) options.body.append(name, value);
     for (const [name, blob, filename] of files) options.body.append(name, blob, filename);
   } else {
     options.body = JSON.stringify(fields);
-    options.headers = { "Content-Type": "application/json" };
+    options.headers["Content-Type"] = "application/json";
   }
   const response = await request(path, options);
   let completed = 0;
@@ -161,7 +168,7 @@ export async function generate(settings, signal, on) {
       on.done({ blob, index, seed: event.seed });
     }
   }
-  if (completed < fields.n) throw failure("The connection ended before all images came.");
+  if (completed < fields.n) throw lost();
 }
 
 async function* lines(body) {
@@ -177,7 +184,7 @@ async function* lines(body) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw failure("The connection to the server was lost.");
+    throw lost();
   }
 }
 

@@ -3,7 +3,7 @@
 import * as history from "./history.js";
 import { blobURL, byId, el, iconButton, toast } from "./ui.js";
 import { SETTINGS, optionsText } from "./api.js";
-import { cancel, expected, range, settingsOf } from "./jobs.js";
+import { TAB, cancel, expected, range, settingsOf } from "./jobs.js";
 
 const PAGE = 30;
 const STATES = { cancelled: "Cancelled.", interrupted: "Interrupted when the page was closed." };
@@ -13,7 +13,7 @@ export const entries = [];
 const cards = new Map(); // id -> element
 let handlers = {};
 
-/** Connect the gallery. `on` has open(entry, result), reuse(settings) and again(entry). */
+/** Connect the gallery. `on` has open(entry, result), reuse(settings), again(entry) and run(entry). */
 export function prepare(on) {
   handlers = on;
   byId("older").onclick = loadOlder;
@@ -24,12 +24,11 @@ export function prepare(on) {
 export async function loadOlder() {
   const older = await history.before(entries.at(-1)?.id ?? Infinity, PAGE);
   for (const entry of older) {
-    if (entry.status === "running") { // its connection ended with the page
-      entry.status = "interrupted";
-      await history.save(entry);
-    }
+    const running = entry.status === "running";
+    if (running && entry.tab !== TAB) entry.status = "interrupted"; // closed, or another tab
     entries.push(entry);
     byId("entries").append(card(entry));
+    if (running && entry.tab === TAB) handlers.run(entry);
   }
   byId("older").hidden = older.length < PAGE;
   update();

@@ -4,6 +4,7 @@
  * @typedef {Object} Entry
  * @property {number} id milliseconds since 1970, unique @property {string} [error]
  * @property {"running"|"done"|"failed"|"cancelled"|"interrupted"} status
+ * @property {string} tab that runs it
  * @property {import("./api.js").Settings} settings @property {import("./api.js").Result[]} results
  */
 

@@ -5,6 +5,10 @@ import * as api from "./api.js";
 const CONNECTIONS = 5; // browsers open six to a host; the rest of the page needs one
 const MAX_WAIT = 600_000; // ms of waiting for a busy server
 
+/** Of this tab, also after a reload: begins the ids of its jobs on the server. */
+export const TAB = (sessionStorage.tab ??=
+  crypto.getRandomValues(new Uint32Array(4)).join("-"));
+
 /** @type {Map<number, AbortController>} of the running entries, oldest first */
 const running = new Map();
 let free = CONNECTIONS;
@@ -35,7 +39,7 @@ function cell({ grid, ...settings }, index) {
 }
 
 /**
- * Run an entry; its status, results and error are set in place.
+ * Run an entry, or what is left of it after a reload; its status, results and error are set in place.
  * @param {{progress: function(string, number), partial: function(Blob, number), done: function}} on
  */
 export async function run(entry, on) {
@@ -44,20 +48,27 @@ export async function run(entry, on) {
   running.set(entry.id, controller);
   const total = expected(settings);
   const cells = settings.grid ? range(total).map((i) => cell(settings, i)) : [settings];
+  const has = (index) => entry.results.some((one) => one.index === index);
   const generate = async (one, first) => {
+    if (settings.grid && has(first)) return;
+    const job = `${TAB}-${entry.id}-${first}`;
     await connect(controller.signal);
     try {
-      await patiently(one, controller.signal, {
+      await patiently(one, job, controller.signal, {
         progress(event) {
           on.progress(...describe(event, settings.grid && entry.results.length, total));
         },
         partial: (blob, index) => on.partial(blob, first + index),
         done(result) {
+          if (has(first + result.index)) return;
           entry.results.push({ ...result, index: first + result.index });
           entry.results.sort((a, b) => a.index - b.index);
           on.done();
         },
       });
+    } catch (error) {
+      if (controller.signal.aborted) api.cancel(job);
+      throw error;
     } finally {
       disconnect();
     }
@@ -96,15 +107,16 @@ function disconnect() {
   else free += 1;
 }
 
-/** Generate; while the server is busy, wait as long as it asks. */
-async function patiently(settings, signal, on) {
+/** Generate; wait as long as a busy server asks, and connect again if the connection is lost. */
+async function patiently(settings, job, signal, on) {
   const started = Date.now();
   for (;;) {
     try {
-      return await api.generate(settings, signal, on);
+      return await api.generate(settings, job, signal, on);
     } catch (error) {
       if (!error.retryAfter || Date.now() - started > MAX_WAIT) throw error;
-      on.progress({ wait: error.retryAfter });
+      const problem = error.status ? "The server is busy" : "The connection was lost";
+      on.progress({ problem, wait: error.retryAfter });
       const wait = (resolve) => setTimeout(resolve, error.retryAfter * 1000);
       await orAborted(signal, wait, clearTimeout);
     }
@@ -114,7 +126,7 @@ async function patiently(settings, signal, on) {
 /** Return a progress event as text and as a fraction. */
 function describe(event, finished, total) {
   if (finished) return [`${finished} of ${total} images`, finished / total];
-  if (event.wait) return [`The server is busy; trying again in ${event.wait} s`, 0];
+  if (event.wait) return [`${event.problem}; trying again in ${event.wait} s`, 0];
   const { queue_position: ahead, step, num_steps: total_steps } = event;
   if (ahead !== undefined) return [ahead ? `Waiting, ${ahead} ahead` : "Waiting", 0];
   const stage = event.stage[0].toUpperCase() + event.stage.slice(1).replace(/_\d+$/, "");

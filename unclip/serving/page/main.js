@@ -19,10 +19,16 @@ async function start(settings = form.read()) {
   if (!settings) return;
   lastId = Math.max(Date.now(), lastId + 1);
   settings.seed ??= Math.floor(Math.random() * MAX_SEED); // the history needs it
-  const entry = { id: lastId, settings, status: "running", results: [] };
+  const entry = { id: lastId, tab: jobs.TAB, settings, status: "running", results: [] };
   gallery.add(entry);
   keep(entry);
   if (innerWidth < 800) byId("entries").scrollIntoView({ behavior: "smooth" });
+  await run(entry);
+}
+
+/** Run a new entry, or one that ran when the page was reloaded. */
+async function run(entry) {
+  const { settings } = entry;
   const partials = new Map();
   const showPartial = (blob, index) => gallery.showPartial(entry, blob, index);
   try {
@@ -119,7 +125,7 @@ function connect() {
   prepareDocument();
   form.prepare();
   viewer.prepare();
-  gallery.prepare({ open: viewer.open, reuse, again });
+  gallery.prepare({ open: viewer.open, reuse, again, run });
   byId("composer").addEventListener("submit", (event) => (event.preventDefault(), start()));
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
