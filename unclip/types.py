@@ -268,6 +268,11 @@ def stages_of(options: Any) -> dict[str, StageOptions]:
     return own | {f"upsampler_{i}": stage for i, stage in upsamplers}
 
 
+def image_steps(options: UnCLIPOptions | GLIDEOptions) -> list[int]:
+    """Return the sampling steps of the decoder and of each upsampler."""
+    return [stage.steps for stage in (options.decoder, *options.upsamplers)]
+
+
 @dataclass(frozen=True)
 class Progress:
     """State passed to `on_step` after every sampling step."""

@@ -27,7 +27,7 @@ from unclip.data.shapes import read_scene
 from unclip.embeddings import caption_targets
 from unclip.evaluation import CLIP_PARTS, PARTS
 from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
-from unclip.evaluation.features import Extractor, as_uint8, extract
+from unclip.evaluation.features import Extractor, as_uint8, encode, extract
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
     FEATURE_KID_SUBSET,
@@ -122,12 +122,8 @@ class ImageGenerator(ABC):
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
         """Return CLIP embeddings (N, D) of images (N, 3, s, s), uint8 or in [-1, 1]."""
-        embeddings = []
-        for part in self.batches(len(images), "CLIP", 256):
-            x = images[part]
-            x = x.float().div(127.5).sub(1) if x.dtype == torch.uint8 else x
-            embeddings.append(self.pipe.clip.encode_image(x).float().cpu())
-        return torch.cat(embeddings)
+        parts = self.batches(len(images), "CLIP", 256)
+        return torch.cat([encode(self.pipe.clip, images[part]) for part in parts])
 
     def batches(self, count: int, name: str = "", batch_size: int | None = None) -> Iterator[slice]:
         """Yield slices of range(count), with a progress bar if `name` is given."""

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.evaluation.metrics import high_frequency_energy, psnr, ssim
+from unclip.image_io import from_uint8
 from unclip.models.codecs.codec import Autoencoder, ImageCodec, code_statistics
 from unclip.training.preview import sheet
 
@@ -27,7 +28,7 @@ def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> 
     device, codes = codec.last_layer.device, []
     sums: dict[str, float] = {}
     for part in images.split(batch_size):
-        truth = part.to(device).float() / 127.5 - 1
+        truth = from_uint8(part.to(device))
         if isinstance(codec, ImageCodec):
             codes.append(codec.encode(truth))
             output = codec.decode(codes[-1])
@@ -57,5 +58,5 @@ def evaluate_codec(codec: Autoencoder, images: Tensor, batch_size: int = 32) -> 
 
 def reconstructions(codec: Autoencoder, images: Tensor) -> Image.Image:
     """Return a sheet of images (N, 3, S, S) uint8 above their reconstructions."""
-    truth = images.to(codec.last_layer.device).float() / 127.5 - 1
+    truth = from_uint8(images.to(codec.last_layer.device))
     return sheet([truth, codec.reconstruct(truth)])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unclip.clip import CLIP
 from unclip.files import open_regular, printable
+from unclip.image_io import from_uint8
 
 OWN_CLIP = "clip"
 
@@ -114,8 +115,12 @@ def _load_torchscript(file: str) -> Extractor:
 
 
 def encode(clip: CLIP, images: Tensor) -> Tensor:
-    """Return CLIP embeddings (B, D) of uint8 images (B, 3, S, S), in float32 on the CPU."""
-    return clip.encode_image(images.float().div(127.5).sub(1)).float().cpu()
+    """Return CLIP embeddings of images, uint8 or in [-1, 1]: (B, 3, S, S) -> (B, D).
+
+    They are in float32 on the CPU.
+    """
+    x = from_uint8(images) if images.dtype == torch.uint8 else images
+    return clip.encode_image(x).float().cpu()
 
 
 def as_uint8(images: Sequence[Image.Image]) -> Tensor:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from unclip.config import NonNegativeInt, PositiveInt, config, parse
 from unclip.evaluation.pairs import Pair, Pairs
+from unclip.image_io import from_uint8
 from unclip.training.ema import EMA
 from unclip.weights import load_strictly, read_tensors, save_tensors
 
@@ -181,7 +182,7 @@ def train_judge(
             for group in optimizer.param_groups:
                 group["lr"] = LR * min(1, (step + 1) / 100) * (1 - step / steps)
             rows = torch.multinomial(weights, batch_size, replacement=True)
-            logits, of_style = judge(augment(images[rows].float().div(127.5).sub(1)))
+            logits, of_style = judge(augment(from_uint8(images[rows])))
             loss = F.cross_entropy(logits, concept[rows], label_smoothing=0.02)
             if of_style is not None:
                 loss = loss + 0.5 * F.cross_entropy(of_style, style[rows])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unclip.embeddings import normalise
 from unclip.extras import import_extra
+from unclip.image_io import from_uint8
 
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency: details finer than 4 pixels
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
@@ -65,7 +66,7 @@ def nearest_by_pixels(
     best = torch.full((len(queries),), torch.inf)
     row = torch.zeros(len(queries), dtype=torch.long)
     for start in range(0, len(candidates), chunk):
-        part = candidates[start : start + chunk].float().div(127.5).sub(1)
+        part = from_uint8(candidates[start : start + chunk])
         keys = rearrange(part, "m c h w -> m (c h w)")
         distance, nearest = torch.cdist(queries, keys).min(dim=1)  # (N,)
         row = torch.where(distance < best, nearest + start, row)

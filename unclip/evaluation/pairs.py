@@ -25,7 +25,7 @@ from unclip.data.loader import open_dataset
 from unclip.data.precomputed import PrecomputedDataset
 from unclip.data.samples import Dataset, Sample, count_left_out
 from unclip.embeddings import caption_targets
-from unclip.image_io import fit
+from unclip.image_io import fit, from_uint8
 
 _CANONICAL = re.compile(r"(?P<concept>.+), (?P<style>\S+) emoji")
 
@@ -94,7 +94,7 @@ class Pairs:
 
     def floats(self, rows: slice | Sequence[int] | Tensor = slice(None)) -> Tensor:
         """Return the images of some rows as (n, 3, S, S) in [-1, 1]."""
-        return self.images[rows].float().div(127.5).sub(1)
+        return from_uint8(self.images[rows])
 
     def image(self, row: int, size: int) -> Image.Image:
         """Read an image from the dataset at `size` x `size` pixels."""

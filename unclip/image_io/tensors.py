@@ -29,7 +29,12 @@ def to_tensor(images: Sequence[Image.Image | np.ndarray] | np.ndarray) -> Tensor
     import torch
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return from_uint8(pixels.permute(0, 3, 1, 2))
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Convert values from 0 to 255 to float32 in [-1, 1]."""
+    return pixels.float().div(127.5).sub(1)
 
 
 def small_images(images: Sequence[Image.Image], size: int) -> Tensor:

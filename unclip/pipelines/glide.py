@@ -33,7 +33,14 @@ from unclip.pipelines.request import (
 )
 from unclip.pipelines.runtime import Runtime
 from unclip.tokenizer import GPT2Tokenizer
-from unclip.types import GenerationResult, GLIDEOptions, OnStep, Prompt, StageOptions
+from unclip.types import (
+    GenerationResult,
+    GLIDEOptions,
+    OnStep,
+    Prompt,
+    StageOptions,
+    image_steps,
+)
 
 # B batch, s and S image sizes
 
@@ -125,7 +132,7 @@ class GLIDEPipeline(Pipeline):
         options = options or self.options
         check_options(options, GLIDEOptions, len(self.upsamplers))
         self._check_negative(options, prompts.negative)
-        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        steps = sum(image_steps(options))
         request, results = Request(num_images, seed, on_step, batch_size, progress), []
         for batch in request.batches(len(prompts), steps):
             part = prompts[batch.prompts]
@@ -174,7 +181,7 @@ class GLIDEPipeline(Pipeline):
         negative = prompt_for_each(negative_prompt, len(canvases), "negative prompts")
         self._check_negative(options, negative)
         metadata = operation_metadata([canvas.metadata for canvas in canvases], prompts, negative)
-        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        steps = sum(image_steps(options))
         steps *= max(len(canvas.windows) for canvas in canvases)
         results = []
         for batch in request.batches(len(canvases), steps):

@@ -18,7 +18,7 @@ from unclip.models.dalle.sampling import sample_codes
 from unclip.pipelines.dalle.pipeline import DallePipeline
 from unclip.pipelines.request import generators_from
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.types import CodeOptions, OnStep, Progress, TextEncoding, UnCLIPOptions
+from unclip.types import CodeOptions, OnStep, Progress, TextEncoding, UnCLIPOptions, image_steps
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def unclip_calls(
 
 def sampling_steps(options: UnCLIPOptions) -> dict[str, int]:
     """Return the sampling steps of each stage of an unCLIP pipeline with a diffusion prior."""
-    upsampler = sum(stage.steps for stage in options.upsamplers)
-    prior, decoder = options.prior.steps, options.decoder.steps
+    decoder, *upsamplers = image_steps(options)
+    prior, upsampler = options.prior.steps, sum(upsamplers)
     return {"text": 0, "prior": prior, "decoder": decoder, "upsampler": upsampler}
 
 

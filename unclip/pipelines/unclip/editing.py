@@ -55,7 +55,7 @@ from unclip.pipelines.unclip.stages import (
     check_stages,
     stage_sizes,
 )
-from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions, image_steps
 
 
 def inpaint(
@@ -173,7 +173,7 @@ def _paint(
         guided = {} if prompts is None else {"prior": options.prior}
         check_guided({**guided, "decoder": options.decoder})
     steps = painting.resamples * painting.steps(options.decoder.steps)
-    steps += sum(stage.steps for stage in options.upsamplers)
+    steps += sum(image_steps(options)[1:])
     steps *= max(len(canvas.windows) for canvas in canvases)
     if prompts is not None and pipe.prior_stage is not None:
         steps += pipe.prior_stage.steps(options.prior)

@@ -45,7 +45,7 @@ from unclip.pipelines.unclip.latent import (
     path_positions,
 )
 from unclip.pipelines.unclip.stages import StagedPipeline, bind_stage, check_stages, stage_sizes
-from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions
+from unclip.types import GenerationResult, OnStep, Prompt, UnCLIPOptions, image_steps
 
 Source = Images | Latent | Sequence[Latent]
 
@@ -78,7 +78,7 @@ def _invert(
     options = request.options or deterministic(pipe.options)
     inversion = inversion or InversionOptions()
     _check(pipe, options)
-    sizes, steps = stage_sizes(pipe, options), _steps(options)
+    sizes, steps = stage_sizes(pipe, options), image_steps(options)
     squares = [fit(open_image(image), sizes[-1]) for image in list_images(images)]  # one at a time
     batches, embs = request.rows(len(squares)), []
     noises: list[list[Tensor]] = []  # of each batch, for each stage
@@ -305,10 +305,6 @@ def check_latent(
         raise ValueError(f"the latent has noise of {given} px; expected {expected} px")
 
 
-def _steps(options: UnCLIPOptions) -> list[int]:
-    return [stage.steps for stage in (options.decoder, *options.upsamplers)]
-
-
 def _even_positions(
     pipe: StagedPipeline, path: Latent, frames: int, request: Request
 ) -> list[float]:
@@ -361,7 +357,7 @@ def _decode(
     latent = replace(latent, noise=latent.noise[: len(sizes)])
     count = len(latent if positions is None else positions)
     batches, images, embs = request.rows(count), [], []
-    with torch.inference_mode(), request.track(len(batches) * sum(_steps(options))) as on_step:
+    with torch.inference_mode(), request.track(len(batches) * sum(image_steps(options))) as on_step:
         for rows in batches:
             part = latent[rows] if positions is None else along(latent, positions[rows])
             generators = generators_from(seeds[rows]) if eta > 0 and seeds is not None else []

@@ -62,6 +62,7 @@ from unclip.types import (
     StageOptions,
     TextEncoding,
     UnCLIPOptions,
+    image_steps,
 )
 
 # P prompts, N images of each, B batch (P * N), D embedding width, s and S image sizes
@@ -541,7 +542,7 @@ class UnCLIPPipeline(Pipeline):
 
     def _num_steps(self, options: UnCLIPOptions, prior: bool = False) -> int:
         """Return the sampling steps of a batch; prior: include those of the prior."""
-        steps = sum(stage.steps for stage in (options.decoder, *options.upsamplers))
+        steps = sum(image_steps(options))
         if prior and options.embedding == "prior":
             steps += self._need_prior().steps(options.prior)
         return steps
