@@ -13,12 +13,14 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Playwright, sync_playwright
 
+from unclip.files import exit_on_error
 from unclip.image_io import open_image
 from unclip.serving.app import create_app
 from unclip.serving.config import ServerConfig
@@ -111,13 +113,21 @@ def phone(page: Page) -> None:
     save(page, "phone")
 
 
-def main() -> None:
+def start_chromium(playwright: Playwright, path: str | None) -> Browser:
+    try:
+        return playwright.chromium.launch(executable_path=path, args=FLAGS)
+    except Error as error:
+        given = f"cannot start {path or 'a Chromium'} ({str(error).splitlines()[0]})"
+        raise ValueError(f"{given}; give --chromium PATH") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chromium", default=shutil.which("chromium"))
-    path = parser.parse_args().chromium
-    url = start_server()
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    path = parser.parse_args(arguments).chromium
+    with exit_on_error(), sync_playwright() as playwright:
+        browser = start_chromium(playwright, path)
+        url = start_server()
         for name, (width, height) in SIZES.items():
             scheme = "dark" if name == "phone" else "light"
             page = browser.new_page(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -154,7 +155,19 @@ def test_errors_are_one_line(arguments, message, tiny_folder, data, capsys):
     assert line.startswith("error: ") and message in line
 
 
-def test_an_unknown_concept_is_reported(judge, pairs):
+def test_an_unknown_concept_is_reported(judge, pairs, tiny_pipe):
     pair = replace(pairs[1].entries[0], concept="whale")
     with pytest.raises(ValueError, match="does not know 'whale'"):
         judge.judge(pairs[1].floats()[:1], [pair])
+    held_out = replace(pairs[1], entries=[pair, *pairs[1].entries[1:]])
+    with pytest.raises(ValueError, match="does not know 'whale'"):  # before images are generated
+        UnCLIPEvaluation(UnCLIPGenerator(tiny_pipe, progress=False), held_out, judge=judge)
+
+
+def test_a_broken_judge_is_reported_before_the_model_is_loaded(tiny_folder, tmp_path, capsys):
+    pytest.importorskip("torchmetrics")
+    model, file = tmp_path / "model", tiny_folder / "decoder" / "model.safetensors"
+    shutil.copytree(tiny_folder, model)
+    (model / "decoder" / "model.safetensors").write_bytes(b"broken too")
+    assert main(f"evaluate --model {model} --data none --judge {file}".split()) == 2
+    assert "is not a judge" in capsys.readouterr().err

@@ -141,7 +141,10 @@ def evaluate(args: Namespace) -> None:
 
 
 def _make_evaluation(args: Namespace) -> Evaluation:
+    if args.judge or args.train_judge:
+        import_extra("torchmetrics", "eval", "judging")
     extractor = None if args.features is None else _load_extractor(args.features)
+    judge = None if args.judge is None else _load_judge(args.judge)
     pipe = load_model(args)
     baseline = None if args.baseline is None else load_named(args.baseline, args.device, args.dtype)
 
@@ -164,7 +167,8 @@ def _make_evaluation(args: Namespace) -> Evaluation:
     if args.train_data:
         train = load_pairs(args.train_data, generator.size, None, not args.quiet)
     other = None if baseline is None else kinds[baseline.kind][0](baseline, **batching)
-    judge = _find_judge(args, [held_out] if train is None else [train, held_out])
+    if args.train_judge is not None:
+        judge = _train_judge(args, [held_out] if train is None else [train, held_out])
     extra = {"baseline": other, "judge": judge, "extractor": extractor, "seed": args.seed}
     return make_evaluation(generator, held_out, train, **extra)
 
@@ -180,19 +184,17 @@ def _load_extractor(spec: str) -> Extractor:
     return load_extractor(spec)
 
 
-def _find_judge(args: Namespace, pairs: list[Pairs]) -> Judge | None:
-    """Load the judge, or train it on the pairs and save it."""
-    file = args.judge or args.train_judge
-    if file is None:
-        return None
-    import_extra("torchmetrics", "eval", "judging")
+def _load_judge(file: Path) -> Judge:
+    from unclip.evaluation.judge import Judge
 
-    from unclip.evaluation.judge import Judge, train_judge
+    return Judge.load(file)
 
-    if args.judge:
-        return Judge.load(file)
+
+def _train_judge(args: Namespace, pairs: list[Pairs]) -> Judge:
+    from unclip.evaluation.judge import train_judge
+
     judge = train_judge(pairs, args.judge_steps, progress=not args.quiet)
-    judge.save(file)
+    judge.save(args.train_judge)
     return judge
 
 

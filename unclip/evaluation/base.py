@@ -157,6 +157,8 @@ class Evaluation(ABC):
         pipe = generator.pipe
         held_out.check_captions()
         self.clip = pipe.components().get("clip")
+        if judge is not None:
+            judge.check(held_out.entries)
         if extractor is not None:
             if len(held_out) <= NEIGHBOURS:
                 raise ValueError(f"{len(held_out)} pairs; --features needs more than {NEIGHBOURS}")

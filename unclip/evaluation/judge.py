@@ -100,7 +100,7 @@ class Judge(nn.Module):
     def judge(self, images: Tensor, pairs: list[Pair]) -> Verdict:
         """Compare images (N, 3, S, S) in [-1, 1] with what their pairs say."""
         concepts, styles = zip(*(self(part) for part in images.split(128)), strict=True)
-        wanted = torch.tensor([self._index(self.config.concepts, judged_concept(p)) for p in pairs])
+        wanted = torch.tensor([self._index(judged_concept(pair)) for pair in pairs])
         ranked = torch.cat(concepts).topk(min(5, len(self.config.concepts))).indices  # (N, 5)
         hits = ranked == wanted[:, None]
         of_style = None
@@ -108,6 +108,11 @@ class Judge(nn.Module):
             index = torch.tensor([self.config.styles.index(str(pair.style)) for pair in pairs])
             of_style = torch.cat(styles).argmax(dim=1) == index
         return Verdict(hits[:, 0], hits.any(dim=1), of_style, ranked[:, 0])
+
+    def check(self, pairs: list[Pair]) -> None:
+        """Raise ValueError unless the judge was trained on the concepts of all pairs."""
+        for pair in pairs:
+            self._index(judged_concept(pair))
 
     def save(self, file: str | Path) -> None:
         """Write one safetensors file; its metadata has the names of the classes."""
@@ -126,13 +131,12 @@ class Judge(nn.Module):
         load_strictly(judge, tensors, file)
         return judge.eval()
 
-    @staticmethod
-    def _index(names: list[str], name: str) -> int:
+    def _index(self, concept: str) -> int:
         try:
-            return names.index(name)
+            return self.config.concepts.index(concept)
         except ValueError:
             raise ValueError(
-                f"this judge does not know {name!r}; train one with these pairs (--train-judge)"
+                f"this judge does not know {concept!r}; train one with these pairs (--train-judge)"
             ) from None
 
 
