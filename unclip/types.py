@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from unclip.config import (
     config,
     find_key,
     parse,
+    parse_override,
     to_dict,
 )
 from unclip.files import check_image_folder, shorten
@@ -233,6 +234,24 @@ def update_options(options: T, changes: Any, where: str) -> T:
             expected = f"expected one of {', '.join(SAMPLERS)}"
             raise ValueError(f"{where}: sampler is {shorten(stage.sampler)}; {expected}")
     return changed
+
+
+def parse_setting(text: str) -> tuple[str, str, Any]:
+    """Split a --set "decoder.steps=10" into (as given, option, value); ValueError if it is not."""
+    keys, value = parse_override(text, "decoder.steps=10")
+    return f"--set {text}", ".".join(keys), value
+
+
+def set_options(options: T, changes: Iterable[tuple[str, str, Any]]) -> T:
+    """Apply changes (as given, option, value) in turn; an option may be "upsamplers.*.steps"."""
+    for given, option, value in changes:
+        for key in reversed(option.split(".")):
+            value = {key: value}
+        try:
+            options = update_options(options, value, given)
+        except ValueError as error:  # with one line for each upsampler
+            raise ValueError(str(error).partition("\n")[0]) from None
+    return options
 
 
 def _merge(values: Any, changes: Any, where: str) -> Any:

@@ -102,6 +102,23 @@ def test_the_command_prints_and_writes_what_it_measured(tiny_folder, fixed_peak,
     assert "\n| all, 2 of 16 px: " in output
 
 
+def test_options_can_be_set(in_process, fixed_peak, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    arguments = f"bench --repeat 1 --quiet --json {file} --stages"
+    options = "--set decoder.steps=2 --set decoder.guidance=1"
+    assert main(f"{arguments} decoder --model karlo-tiny --whole {options}".split()) == 0
+    results = json.loads(file.read_text())
+    assert results["steps"]["decoder"] == 2 and results["set"] == options.split()[1::2]
+    guided = 2 * results["flops"]["decoder"]
+    assert main(f"{arguments} decoder --model karlo-tiny --whole {options[:21]}".split()) == 0
+    assert json.loads(file.read_text())["flops"]["decoder"] == pytest.approx(guided, rel=0.1)
+    assert main(f"{arguments} codes --model dalle-tiny --set guidance=2".split()) == 0
+    assert main(f"{arguments} codes --model dalle-tiny --set steps=2".split()) == 2
+    assert "--set steps=2: steps is unknown" in capsys.readouterr().err
+    assert main("bench --data x --set steps=2".split()) == 2
+    assert "--set cannot be given with --data" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_offloaded_random_networks_are_read_from_a_folder(tmp_path, capsys):
     file = tmp_path / "bench.json"

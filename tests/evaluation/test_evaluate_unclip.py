@@ -202,6 +202,32 @@ def test_the_command_writes_results_and_sheets(tiny_folder, data, tmp_path, caps
     assert "recall@1 of the caption, all (4 images, 4 captions)" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:4 images; the Fréchet")
+@pytest.mark.parametrize("flags", ["--offload", "--compile", "--quantize int8"])
+def test_the_flags_of_the_runtime_change_little(tiny_folder, data, tmp_path, capsys, flags):
+    pytest.importorskip("torchmetrics")
+    arguments = (
+        f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --steps 1 --quiet "
+        f"--features clip --json {tmp_path}"
+    )
+    assert main(f"{arguments}/exact.json".split()) == 0
+    assert main(f"{arguments}/e.json {flags}".split()) == 0
+    exact, results = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("exact", "e"))
+    assert (results["sha256"] == exact["sha256"]) == (flags == "--offload")  # as loaded
+    assert results.get("quantized") == ("int8" if "int8" in flags else None)
+    for part, figure in (("prior", "normalised_mse"), ("decoder", "mean_x0_mse")):
+        assert results[part][figure] == pytest.approx(exact[part][figure], rel=0.05)
+    assert results["features"]["generated"]["fd"] == pytest.approx(
+        exact["features"]["generated"]["fd"], rel=0.2
+    )
+
+
+def test_lora_adapters_are_loaded(tiny_folder, data, capsys):
+    arguments = f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --quiet --lora none"
+    assert main(arguments.split()) == 2
+    assert "none" in capsys.readouterr().err
+
+
 def test_renamed_flags_still_work(tiny_folder, data, tmp_path, capsys):
     arguments = (
         f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --steps 1 --quiet "

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unclip.config import parse_override
 from unclip.files import read_text
 from unclip.pipelines.presets import PRESETS
-from unclip.types import DTYPES, SAMPLERS, update_options
+from unclip.types import DTYPES, SAMPLERS, parse_setting, set_options
 
 DEFAULT_MODEL = "emoji"
 MAX_SEED = 2**62  # torch's is 2**63 - 1; the images after the first have larger seeds
@@ -377,9 +376,7 @@ def given_options(args: Namespace, kind: str) -> Iterator[tuple[str, str, Any]]:
         if (option := flag.sets.get(kind)) is not None:
             value = getattr(args, flag.dest)
             yield f"{flag.name} {value}", option, value
-    for text in args.set or ():
-        keys, value = parse_override(text, "decoder.steps=10")
-        yield f"--set {text}", ".".join(keys), value
+    yield from map(parse_setting, args.set or ())
 
 
 def sampling_options(pipe: Any, args: Namespace, base: Any = None) -> Any:
@@ -387,11 +384,4 @@ def sampling_options(pipe: Any, args: Namespace, base: Any = None) -> Any:
     options = pipe.options if base is None else base
     if args.preset is not None:
         options = pipe.preset(args.preset)
-    for given, option, value in given_options(args, pipe.kind):
-        for key in reversed(option.split(".")):
-            value = {key: value}
-        try:
-            options = update_options(options, value, given)
-        except ValueError as error:  # with one line for each upsampler
-            raise ValueError(str(error).partition("\n")[0]) from None
-    return options
+    return set_options(options, given_options(args, pipe.kind))

@@ -39,6 +39,7 @@ def add_commands(commands: Any) -> None:
     about = "run all steps and whole calls, also for karlo-random"
     extent.add_argument("--whole", action="store_true", help=about)
     parser.add_argument("--preset", choices=PRESETS, help="named sampling options")
+    flags.add_sampling(parser)
     flags.add_runtime(parser)
     about = "write the results to this file"
     parser.add_argument("--json", type=Path, metavar="FILE", help=about)
@@ -88,7 +89,7 @@ def bench(args: Namespace) -> None:
         args.steps_only = True  # all steps take minutes on a CPU
     args.dtype = flags.DTYPES.get(args.dtype, args.dtype)
     given = {name: value for name in names if (value := getattr(args, name))}
-    config = benchmark.BenchConfig(**given)
+    config = benchmark.BenchConfig(**{**given, "set": tuple(args.set or ())})
     results = benchmark.bench(config, not args.quiet)
     print(tables.describe_machine(results["machine"]))
     print(tables.describe_peak(results["machine_peak"], results["machine"]["dtype"]))

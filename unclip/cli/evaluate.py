@@ -73,7 +73,6 @@ def _named(parse: Callable[[str], Any]) -> Callable[[str], tuple[str, Any]]:
 def _add_evaluate(commands: Any) -> None:
     about = "evaluate a model on pairs that it was not trained on"
     parser = flags.add_command(commands, evaluate, about)
-    flags.add_model(parser)
     _add_data(parser, None, 32)
     about = "training pairs, for styles and nearest images"
     parser.add_argument("--train-data", nargs="+", metavar="DATA", help=about)
@@ -96,7 +95,7 @@ def _add_evaluate(commands: Any) -> None:
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
     flags.add_seed(parser, 0)
-    flags.add_sampling(parser, *flags.SAMPLING, *flags.PRIOR)
+    flags.add_pipeline(parser, *flags.SAMPLING, *flags.PRIOR, flags.LORA)
     about = "write sheets of generated images to this folder"
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help=about)
     flags.add_renamed(parser, "--pictures", "--sheets", type=Path)
@@ -146,7 +145,9 @@ def _make_evaluation(args: Namespace) -> Evaluation:
     extractor = None if args.features is None else _load_extractor(args.features)
     judge = None if args.judge is None else _load_judge(args.judge)
     pipe = load_model(args)
-    baseline = None if args.baseline is None else load_named(args.baseline, args.device, args.dtype)
+    baseline = None
+    if args.baseline is not None:
+        baseline = load_named(args.baseline, args.device, args.dtype, offload=args.offload)
 
     from unclip.evaluation.base import Evaluation
     from unclip.evaluation.dalle import DalleEvaluation, DalleGenerator
@@ -251,7 +252,6 @@ def evaluate_codec(args: Namespace) -> None:
 def _add_evaluate_priors(commands: Any) -> None:
     about = "compare priors for one decoder on the same held-out captions, and the decoder alone"
     parser = flags.add_command(commands, evaluate_priors, about)
-    flags.add_model(parser)
     repeated = {"action": "append", "default": []}
     about = "another prior to compare with the model's own (may be repeated)"
     prior = {"type": _named(str), "dest": "priors", "metavar": "NAME=FOLDER"}
@@ -261,7 +261,7 @@ def _add_evaluate_priors(commands: Any) -> None:
     parser.add_argument("--prior-guidance", help=about, **scale, **repeated)
     _add_data(parser, 128, 32)
     flags.add_seed(parser, 0)
-    flags.add_sampling(parser, *flags.SAMPLING)
+    flags.add_pipeline(parser, *flags.SAMPLING, flags.LORA)
     _add_results(parser)
 
 

@@ -46,6 +46,7 @@ from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
 from unclip.image_io import RESIZE_RULE, to_pil, to_tensor
 from unclip.pipelines.base import Pipeline
+from unclip.pipelines.offload import parts
 from unclip.pipelines.provenance import regenerate
 from unclip.tokenizer import TruncationWarning
 from unclip.types import TextEncoding
@@ -116,12 +117,14 @@ class ImageGenerator(ABC):
     @torch.inference_mode()
     def encode_text(self, captions: Sequence[str]) -> TextEncoding:
         """Encode captions by CLIP in fp32. Longer captions are cut without a warning."""
+        self.pipe.runtime.use(self.pipe.clip)
         with ignore_cut_warnings():
             return self.pipe.clip.encode_text(list(captions)).to(dtype=torch.float32)
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
         """Return CLIP embeddings (N, D) of images (N, 3, s, s), uint8 or in [-1, 1]."""
+        self.pipe.runtime.use(self.pipe.clip)
         parts = self.batches(len(images), "CLIP", 256)
         return torch.cat([encode(self.pipe.clip, images[part]) for part in parts])
 
@@ -172,6 +175,7 @@ class Evaluation(ABC):
                 given = f"{baseline.pipe.name} generates {own} and {pipe.name} {other}"
                 raise ValueError(f"{given}; expected the same size")
         self.pipe, self.generator, self.baseline = pipe, generator, baseline
+        self._use: Callable[[nn.Module], None] = pipe.runtime.use
         self.held_out, self.train, self.judge, self.seed = held_out, train, judge, seed
         self.extractor = extractor
         self.results: dict[str, Any] = {}  # of the last `run`
@@ -204,13 +208,17 @@ class Evaluation(ABC):
             },
             "options": to_dict(self.generator.options),
             "seed": self.seed,
-            "sha256": {name: hash_weights(network) for name, network in networks.items()},
+            "sha256": {
+                name: hash_weights(network, self._use) for name, network in networks.items()
+            },
             "held_out": _describe(self.held_out),
         }
         if self.train is not None:
             results["train"] = _describe(self.train)
         if self.baseline is not None:
             results["baseline"] = self.baseline.pipe.name
+        if self.pipe.quantized is not None:
+            results["quantized"] = self.pipe.quantized
         for part in known:
             if parts is None or part in parts:
                 found = getattr(self, part)()
@@ -366,7 +374,7 @@ class Evaluation(ABC):
                 rows = range(len(self.held_out))[part]
                 yield as_uint8([self.held_out.image(row, size) for row in rows])
 
-        measure = partial(extract, extractor, clip, device=self.pipe.device)
+        measure = partial(extract, extractor, clip, device=self.pipe.device, use=self._use)
         true, true_emb = measure(true_images())
         results: dict[str, Any] = {"extractor": extractor.name, "size": size}
         if isinstance(extractor.network, nn.Module):
@@ -378,6 +386,7 @@ class Evaluation(ABC):
             warnings.warn(f"{given}: compare only results of equal numbers", stacklevel=2)
         text_emb = None
         if clip is not None:
+            self._use(clip)
             with torch.inference_mode(), ignore_cut_warnings():
                 text_emb = clip.encode_captions(self.held_out.captions).emb.float().cpu()
         if text_emb is not None and true_emb is not None:
@@ -513,11 +522,16 @@ class Evaluation(ABC):
         }
 
 
-def hash_weights(network: nn.Module) -> str:
-    """Return the SHA-256 of names and values of a network's parameters and buffers, as loaded."""
-    total = hashlib.sha256()
-    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
-    for name, tensor in sorted(tensors.items()):
+def hash_weights(network: nn.Module, use: Callable[[nn.Module], None] = lambda module: None) -> str:
+    """Return the SHA-256 of names and values of a network's parameters and buffers, as loaded.
+
+    use: called with the network, or with a U-Net of an upsampler, before its tensors are read.
+    """
+    total, is_whole = hashlib.sha256(), parts([network]) == [network]
+    for name in sorted(dict(network.named_parameters()) | dict(network.named_buffers())):
+        use(network if is_whole else getattr(network, name.partition(".")[0]))
+        owner, _, leaf = name.rpartition(".")
+        tensor = getattr(network.get_submodule(owner), leaf)
         total.update(name.encode())
         total.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -93,6 +93,7 @@ class DalleEvaluation(Evaluation):
 
     def codec(self) -> dict[str, Any]:
         """Evaluate the codec on the held-out images."""
+        self._use(self.pipe.codec)
         return evaluate_codec(self.pipe.codec, self.held_out.images, self.generator.batch_size)
 
     def bound(self) -> dict[str, Any]:

@@ -134,12 +134,21 @@ def as_uint8(images: Sequence[Image.Image]) -> Tensor:
 
 @torch.inference_mode()
 def extract(
-    extractor: Extractor, clip: CLIP | None, batches: Iterable[Tensor], device: torch.device
+    extractor: Extractor,
+    clip: CLIP | None,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    use: Callable[[nn.Module], None],
 ) -> tuple[Tensor, Tensor | None]:
-    """Return features (N, F), and CLIP embeddings (N, D) if there is a CLIP, of uint8 images."""
+    """Return features (N, F), and CLIP embeddings (N, D) if there is a CLIP, of uint8 images.
+
+    use: called with the CLIP before each batch, since it may be offloaded.
+    """
     features, embeddings = [], []
     for images in batches:
         images = images.to(device)
+        if clip is not None:
+            use(clip)
         features.append(extractor(images))
         if clip is not None:
             same = clip is extractor.network

@@ -132,6 +132,7 @@ def write_sheets(
         sheets["nearest"] = nearest_sheet(evaluation, evaluation.train)
     if isinstance(evaluation, DalleEvaluation):
         rows = evaluation.held_out.spread(RECONSTRUCTED)
+        evaluation.pipe.runtime.use(evaluation.pipe.codec)
         sheets["codec"] = reconstructions(evaluation.pipe.codec, evaluation.held_out.images[rows])
         if "candidates" in evaluation.results:
             sheets["candidates"] = candidates_sheet(evaluation)

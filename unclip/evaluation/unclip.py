@@ -169,14 +169,15 @@ class UnCLIPEvaluation(Evaluation):
         """Compare predicted embeddings to those of the images; text embeddings are a reference."""
         if self.generator.options.embedding != "prior":
             return {}
-        emb, prior = self.predicted.image_emb, self.pipe.prior
+        emb, true_emb, prior = self.predicted.image_emb, self.true_emb, self.pipe.prior
         assert emb is not None and prior is not None
+        self._use(prior)
         normalised, target = (
-            prior.normalize(x.to(self.pipe.device)).float() for x in (emb, self.true_emb)
+            prior.normalize(x.to(self.pipe.device)).float() for x in (emb, true_emb)
         )
         return {
-            "cosine": cosine_gap(emb, self.true_emb, self.held_out.captions),
-            "text_cosine": cosine_gap(self.text_emb, self.true_emb, self.held_out.captions),
+            "cosine": cosine_gap(emb, true_emb, self.held_out.captions),
+            "text_cosine": cosine_gap(self.text_emb, true_emb, self.held_out.captions),
             "normalised_mse": F.mse_loss(normalised, target).item(),
         }
 
@@ -188,12 +189,14 @@ class UnCLIPEvaluation(Evaluation):
         """
         pipe, decoder, schedule = self.pipe, self.pipe.decoder, self.pipe.schedules["decoder"]
         generators = generators_from(range(self.seed, self.seed + len(self.held_out)))
+        true_emb = self.true_emb
         errors: dict[str, list[Tensor]] = {str(level): [] for level in NOISE_LEVELS}
         for part in self.generator.batches(len(self.held_out), "decoder alone"):
             x_0 = self.held_out.floats(part).to(pipe.device)  # (B, 3, s, s)
             text = self.generator.encode_text(self.held_out.captions[part]).to(dtype=pipe.dtype)
+            self._use(decoder)
             with torch.inference_mode():
-                emb = self.true_emb[part].to(pipe.device, pipe.dtype)
+                emb = true_emb[part].to(pipe.device, pipe.dtype)
                 context: Any = decoder.condition(emb, text)
                 for level in NOISE_LEVELS:
                     step = round(level * schedule.num_timesteps)

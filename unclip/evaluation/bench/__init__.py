@@ -26,7 +26,7 @@ WORKER = "unclip.evaluation.bench.worker"
 
 @config
 class BenchConfig:
-    """Settings of a benchmark. Sampling options are those of the model, or of `preset`."""
+    """Settings of a benchmark."""
 
     model: str
     dtype: str | None = None  # name in torch, e.g. "bfloat16"; None: default of the device
@@ -35,7 +35,8 @@ class BenchConfig:
     repeat: PositiveInt = 5
     stages: tuple[str, ...] | None = None  # None: all stages of the model
     steps_only: bool = False  # run two steps of each stage and extrapolate
-    preset: str | None = None
+    preset: str | None = None  # of the sampling options; None: the model's own
+    set: tuple[str, ...] = ()  # changes of the options, such as "decoder.steps=10"
     compile: bool = False
     quantize: str | None = None
     offload: bool = False
@@ -53,7 +54,8 @@ class BenchConfig:
     @property
     def has_cold_start(self) -> bool:
         """Return whether `unclip generate` runs the same model and options."""
-        changed = self.preset or self.compile or self.quantize or self.offload or self.steps_only
+        options = self.preset or self.set or self.steps_only
+        changed = options or self.compile or self.quantize or self.offload
         return not changed and self.stages is None and self.model not in RANDOM_MODELS
 
 

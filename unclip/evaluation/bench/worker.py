@@ -34,7 +34,7 @@ from unclip.pipelines.memory import enable_memory_reuse
 from unclip.pipelines.offload import parts
 from unclip.pipelines.runtime import default_dtype, find_device
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
-from unclip.types import CodeOptions, UnCLIPOptions
+from unclip.types import CodeOptions, UnCLIPOptions, parse_setting, set_options
 
 FEW_STEPS = 2  # for --steps-only: only the first includes what is computed once per call
 
@@ -133,8 +133,9 @@ def _configure(
             raise ValueError(
                 "a DALL-E model does not support presets, int8 weights, offloading or --steps-only"
             )
-        return pipe.options
+        return set_options(pipe.options, map(parse_setting, config.set))
     options = pipe.preset(config.preset) if config.preset else pipe.options
+    options = set_options(options, map(parse_setting, config.set))
     if config.steps_only and len(options.upsamplers) > 1:
         raise ValueError("--steps-only needs equal steps, but the model has several upsamplers")
     if config.quantize:
