@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_unet
+from safetensors.torch import save_file
 from styled import write_pairs
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from unclip.evaluation.features import Extractor, as_uint8, load_extractor
 from unclip.evaluation.glide import GLIDEGenerator
 from unclip.evaluation.metrics import precision_and_recall
 from unclip.evaluation.pairs import Pairs, load_pairs
+from unclip.evaluation.reference import load_statistics
 from unclip.evaluation.report import evaluation_rows
 from unclip.evaluation.unclip import UnCLIPEvaluation, UnCLIPGenerator
 from unclip.models.published.glide import GLIDE, GLIDEConfig, TextTransformer
@@ -144,7 +146,7 @@ def test_the_number_of_images_is_stated_and_few_are_warned_of(tiny_pipe, held_ou
     start = "4 final images, 16 px, incep: "
     assert {f"{start}Fréchet distance (too large below 10,000 images)"} <= rows.keys()
     assert "true images" in rows["CLIP score of the final images"].reference
-    results["features"]["images"]["true"] = 10_000
+    results["features"]["images"]["generated"] = 10_000
     rows = {row.figure for row in evaluation_rows(results)}
     assert "10000 final images, 16 px, incep: Fréchet distance" in rows
 
@@ -253,6 +255,7 @@ def test_the_command(tiny_folder, tiny_dalle_folder, data, tmp_path, monkeypatch
     results = json.loads(Path("e.json").read_text())["features"]
     assert np.isfinite(list(results["generated"].values())).all()
 
+    Path("e.json").unlink()
     arguments = f"evaluate --model {tiny_dalle_folder} {shared} --features clip"
     assert main(arguments.split()) == 0
     results = json.loads(Path("e.json").read_text())["features"]
@@ -264,6 +267,77 @@ def test_the_command(tiny_folder, tiny_dalle_folder, data, tmp_path, monkeypatch
         assert message in capsys.readouterr().err
     few = f"evaluate --model {tiny_folder} {shared} --features clip --limit 3"
     assert main(few.split()) == 2 and "3 pairs; --features needs more" in capsys.readouterr().err
+
+
+def test_statistics_give_the_distance_to_their_images(tiny_pipe, held_out, inception, tmp_path):
+    """The images as a reference, and the mean and covariance of their features."""
+    extractor = Extractor("x", inception, FEATURES)
+    images = unclip_evaluation(tiny_pipe, held_out, extractor, reference=held_out).features()
+    plain = unclip_evaluation(tiny_pipe, held_out, extractor).features()
+    assert images["generated"] == plain["generated"] and images["images"]["reference"] == 4
+    assert images["true"]["fd"] == pytest.approx(0, abs=1e-4)
+    assert images["resize"]["reference"] == "16 px, Lanczos, centre crop"
+
+    true = as_uint8([held_out.image(row, 16) for row in range(4)])
+    features = extractor(true).double()
+    mean, covariance = features.mean(dim=0), features.T.cov()
+    np.savez(tmp_path / "s.npz", mu=mean, sigma=covariance)
+    tensors = {"mean": mean, "covariance": covariance, "num_images": torch.tensor(4)}
+    save_file(tensors, tmp_path / "s.safetensors")
+    for name, count in (("s.npz", None), ("s.safetensors", 4)):
+        statistics = load_statistics(tmp_path / name)
+        assert statistics.images == count
+        evaluation = unclip_evaluation(tiny_pipe, held_out, extractor, reference=statistics)
+        assert evaluation.settings()["reference"]["sha256"] == statistics.sha256
+        found = evaluation.features()["generated"]
+        assert found["fd"] == pytest.approx(images["generated"]["fd"], rel=1e-4)
+        assert "kd" not in found
+    with pytest.raises(ValueError, match="statistics of 3 features; x gives 5"):
+        other = replace(statistics, mean=mean[:3])
+        unclip_evaluation(tiny_pipe, held_out, extractor, reference=other)
+
+
+def test_broken_statistics_are_refused(tmp_path):
+    for name, arrays, message in (
+        ("a", {"mu": np.zeros(2)}, "has mu; expected mean and covariance or mu and sigma"),
+        ("b", {"mu": np.zeros(2), "sigma": np.zeros((3, 3))}, "expected .F,. and .F, F."),
+        ("c", {"mu": np.full(1, np.nan), "sigma": np.zeros((1, 1))}, "not finite"),
+        ("d", {"mu": np.array([None]), "sigma": np.zeros((1, 1))}, "is not a .npz file"),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            load_statistics(tmp_path / f"{name}.npz")
+    (tmp_path / "e.npz").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
+    with pytest.raises(ValueError, match="is not a .npz file"):
+        load_statistics(tmp_path / "e.npz")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_same_command_resumes(tiny_folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = (
+        f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --steps 1 --quiet "
+        f"--features clip --reference {data}/train-*.tar --json e.json --parts features upsampler"
+    )
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("unclip.evaluation.unclip.UnCLIPEvaluation.upsampler", interrupted)
+        assert main(arguments.split()) == 130
+    kept = json.loads(Path("e.json").read_text())
+    assert "features" in kept and "upsampler" not in kept
+    assert kept["reference"]["pairs"] == kept["features"]["images"]["reference"] == 8
+    with monkeypatch.context() as patch:
+        patch.setattr("unclip.evaluation.unclip.UnCLIPEvaluation.features", interrupted)
+        assert main(arguments.split()) == 0
+    assert json.loads(Path("e.json").read_text()).items() >= kept.items()
+    assert "to 8 reference images" in capsys.readouterr().out
+    for flags in ("--seed 1", "--reference nowhere.npz"):
+        assert main([*arguments.split(), *flags.split()]) == 2
+    errors = capsys.readouterr().err
+    assert "e.json has results for other settings" in errors and "nowhere.npz" in errors
 
 
 @pytest.fixture

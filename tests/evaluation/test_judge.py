@@ -123,6 +123,9 @@ def test_the_command_trains_a_judge_and_uses_it_again(tiny_folder, data, tmp_pat
     assert again == results
     assert len({*results["sha256"].values(), results["held_out"]["sha256"]}) > 3
 
+    assert main(f"{arguments} --judge {file} --limit 3".split()) == 2
+    assert "e.json has results for other settings" in capsys.readouterr().err
+    (tmp_path / "e.json").unlink()
     assert main(f"{arguments} --judge {file} --limit 3".split()) == 0  # too few for the features
     few = json.loads((tmp_path / "e.json").read_text())
     assert "judge" in few and "realism" not in few

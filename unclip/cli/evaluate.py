@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unclip.evaluation.features import Extractor
     from unclip.evaluation.judge import Judge
     from unclip.evaluation.pairs import Pairs
+    from unclip.evaluation.reference import Statistics
 
 RECONSTRUCTED = 12  # images on the sheet of `evaluate-codec`
 
@@ -91,6 +92,11 @@ def _add_evaluate(commands: Any) -> None:
         "or MODULE:NAME, a program that you trust (needs torchmetrics)"
     )
     parser.add_argument("--features", metavar="SPEC", help=about)
+    about = (
+        "with --features: measure the distances to these images (tars, or a folder) instead of "
+        "those of --data, or to a .npz or .safetensors file of their mean and covariance"
+    )
+    parser.add_argument("--reference", nargs="+", metavar="DATA", help=about)
     known = dict.fromkeys(part for parts in PARTS.values() for part in parts)
     about = f"some of {', '.join(known)} (default: all)"
     parser.add_argument("--parts", nargs="+", type=_part, choices=known, metavar="PART", help=about)
@@ -103,7 +109,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--prompts-file", type=flags.prompts_file, metavar="FILE", help=about)
     about = "write the table to this file, in Markdown"
     parser.add_argument("--table", type=Path, metavar="FILE", help=about)
-    _add_results(parser)
+    _add_results(parser, "save each part to this file; the same command then resumes")
 
 
 def _part(name: str) -> str:
@@ -124,10 +130,15 @@ def evaluate(args: Namespace) -> None:
         raise ValueError(f"there is no judge at {args.judge}; --train-judge trains one")
     if args.features is None and "features" in (args.parts or ()):
         raise ValueError("--parts features is given; expected --features SPEC with it")
+    if args.features is None and args.reference is not None:
+        raise ValueError("--reference is given; expected --features SPEC with it")
     evaluation = _make_evaluation(args)
     if args.sheets is not None and evaluation.clip is None:
         raise ValueError(f"--sheets needs a CLIP, which {evaluation.pipe.name} does not have")
-    results = evaluation.run(args.parts, lambda partial: write_json(partial, args.json, show=False))
+    earlier = _resume(args.json, evaluation.settings(), report.EVALUATION_RESULTS)
+    results = evaluation.run(
+        args.parts, lambda partial: write_json(partial, args.json, show=False), earlier
+    )
     rows = [report.HEAD, *report.evaluation_rows(results)]
     print(report.plain_table(rows))
     write_json(results, args.json)
@@ -144,6 +155,7 @@ def _make_evaluation(args: Namespace) -> Evaluation:
         import_extra("torchmetrics", "eval", "judging")
     extractor = None if args.features is None else _load_extractor(args.features)
     judge = None if args.judge is None else _load_judge(args.judge)
+    reference: Any = None if args.reference is None else _load_statistics(args.reference)
     pipe = load_model(args)
     baseline = None
     if args.baseline is not None:
@@ -167,11 +179,14 @@ def _make_evaluation(args: Namespace) -> Evaluation:
     train = None
     if args.train_data:
         train = load_pairs(args.train_data, generator.size, None, not args.quiet)
+    if args.reference is not None and reference is None:
+        sizes = (generator.size, None, not args.quiet)
+        reference = load_pairs(args.reference, *sizes, captions_needed=False)
     other = None if baseline is None else kinds[baseline.kind][0](baseline, **batching)
     if args.train_judge is not None:
         judge = _train_judge(args, [held_out] if train is None else [train, held_out])
-    extra = {"baseline": other, "judge": judge, "extractor": extractor, "seed": args.seed}
-    return make_evaluation(generator, held_out, train, **extra)
+    extra = {"baseline": other, "judge": judge, "extractor": extractor, "reference": reference}
+    return make_evaluation(generator, held_out, train, **extra, seed=args.seed)
 
 
 def _load_extractor(spec: str) -> Extractor:
@@ -183,6 +198,16 @@ def _load_extractor(spec: str) -> Extractor:
     if "" not in sys.path:
         sys.path.insert(0, "")
     return load_extractor(spec)
+
+
+def _load_statistics(reference: list[str]) -> Statistics | None:
+    """Load a --reference that is a file of statistics; None if it is images."""
+    if len(reference) > 1 or Path(reference[0]).suffix not in (".npz", ".safetensors"):
+        return None
+
+    from unclip.evaluation.reference import load_statistics
+
+    return load_statistics(reference[0])
 
 
 def _load_judge(file: Path) -> Judge:
@@ -294,16 +319,19 @@ def evaluate_priors(args: Namespace) -> None:
         print(args.json)
 
 
-# -- evaluate-manipulations and evaluate-approximations, which can be resumed
+# -- evaluate-manipulations and evaluate-approximations
 
 
-def _resume(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the results in `file` if they have the same settings, else empty results."""
-    results: dict[str, Any] = {"settings": json.loads(json.dumps(settings))}
+def _resume(file: Path | None, settings: dict[str, Any], parts: Collection[str]) -> dict[str, Any]:
+    """Return settings and results in `file`, or the settings alone if it does not exist.
+
+    parts: names of results, which are no settings. ValueError if the settings differ.
+    """
+    settings = json.loads(json.dumps(settings))
     if file is None or not file.is_file():
-        return results
+        return settings
     stored = read_json(file)
-    if stored.get("settings") != results["settings"]:
+    if {name: value for name, value in stored.items() if name not in parts} != settings:
         raise ValueError(f"{file} has results for other settings; choose another file")
     return stored
 
@@ -345,7 +373,7 @@ def evaluate_manipulations(args: Namespace) -> None:
         "steps": args.steps,
         "seed": args.seed,
     }
-    results = _resume(args.json, settings)
+    results = _resume(args.json, {"settings": settings}, MANIPULATION_PARTS)
     open_dataset(args.train_data or args.data)  # raises its errors now, not after the other parts
     progress = not args.quiet
     evaluation = ManipulationEvaluation(
@@ -405,7 +433,7 @@ def evaluate_approximations(args: Namespace) -> None:
         "options": to_dict(pipe.options),
         "machine": {"device": str(pipe.device), "dtype": str(pipe.dtype)},
     }
-    results = _resume(args.json, settings)
+    results = _resume(args.json, {"settings": settings}, ("rows",))
     rows = results.setdefault("rows", [])
     try:
         for row in measurement.rows(done=[row["name"] for row in rows]):

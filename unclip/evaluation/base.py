@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -41,6 +41,7 @@ from unclip.evaluation.metrics import (
     recall,
 )
 from unclip.evaluation.pairs import Pairs
+from unclip.evaluation.reference import Statistics
 from unclip.evaluation.report import FEW_IMAGES
 from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
@@ -150,12 +151,14 @@ class Evaluation(ABC):
         baseline: ImageGenerator | None = None,
         judge: Judge | None = None,
         extractor: Extractor | None = None,
+        reference: Pairs | Statistics | None = None,
         seed: int = 0,
     ) -> None:
         """baseline: another model with images of the same size, embedded by the same CLIP.
 
         judge: classifies what the images show; see judge.py. extractor: computes the features in
-        which the final images are compared; see features.py.
+        which the final images are compared; see features.py. reference: what their distances are
+        to (default: the held-out images).
         """
         pipe = generator.pipe
         held_out.check_captions()
@@ -177,17 +180,33 @@ class Evaluation(ABC):
         self.pipe, self.generator, self.baseline = pipe, generator, baseline
         self._use: Callable[[nn.Module], None] = pipe.runtime.use
         self.held_out, self.train, self.judge, self.seed = held_out, train, judge, seed
-        self.extractor = extractor
+        self.extractor, self.reference = extractor, reference
+        if extractor is not None and reference is not None:
+            self._check_reference(extractor, reference)
         self.results: dict[str, Any] = {}  # of the last `run`
+
+    def _check_reference(self, extractor: Extractor, reference: Pairs | Statistics) -> None:
+        if not isinstance(reference, Statistics):
+            if len(reference) <= NEIGHBOURS:
+                given = f"the reference has {len(reference)} images"
+                raise ValueError(f"{given}; --features needs more than {NEIGHBOURS}")
+            return
+        black = torch.zeros(1, 3, *2 * [self.generator.full_size], dtype=torch.uint8)
+        width = extract(extractor, None, [black], self.pipe.device, self._use)[0].shape[1]
+        if len(reference.mean) != width:
+            given = f"{reference.file} has statistics of {len(reference.mean)} features"
+            raise ValueError(f"{given}; {extractor.name} gives {width}; use the same extractor")
 
     def run(
         self,
         parts: Sequence[str] | None = None,
         save: Callable[[dict[str, Any]], None] = lambda results: None,
+        earlier: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Evaluate some parts (default: all) and return the results as JSON types.
 
         save: called with all results so far after each part, since a part may take minutes.
+        earlier: results of the same `settings()`, whose parts are not evaluated again.
         """
         known = self._known_parts()
         has_clip = "" if self.clip is not None else f" of {self.pipe.name}, which has no CLIP"
@@ -197,9 +216,22 @@ class Evaluation(ABC):
         left_out = [part for part in PARTS[self.pipe.kind] if part in CLIP_PARTS]
         if parts is None and self.clip is None and left_out:
             warnings.warn(f"left out {', '.join(left_out)}{has_clip}", stacklevel=2)
+        results = self.settings() if earlier is None else dict(earlier)
+        for part in known:
+            name = "recall" if part == "images" else part  # which has results of several names
+            if name not in results and (parts is None or part in parts):
+                found = getattr(self, part)()
+                # A model without the stage gives no results.
+                results |= found if part == "images" or not found else {part: found}
+                save(results)
+        self.results = results
+        return results
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the results depend on, as JSON types."""
         networks = {"clip": self.clip} if self.clip is not None else {}
         networks |= self.pipe.networks()
-        results: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "model": self.pipe.name,
             "version": __version__,
             "parameters": {
@@ -214,19 +246,22 @@ class Evaluation(ABC):
             "held_out": _describe(self.held_out),
         }
         if self.train is not None:
-            results["train"] = _describe(self.train)
+            settings["train"] = _describe(self.train)
         if self.baseline is not None:
-            results["baseline"] = self.baseline.pipe.name
+            settings["baseline"] = self.baseline.pipe.name
         if self.pipe.quantized is not None:
-            results["quantized"] = self.pipe.quantized
-        for part in known:
-            if parts is None or part in parts:
-                found = getattr(self, part)()
-                # A model without the stage gives no results; those of images have several names.
-                results |= found if part == "images" or not found else {part: found}
-                save(results)
-        self.results = results
-        return results
+            settings["quantized"] = self.pipe.quantized
+        if self.judge is not None:
+            settings["sha256"]["judge"] = hash_weights(self.judge)
+        if self.extractor is not None:
+            settings["extractor"] = self.extractor.name
+            if isinstance(self.extractor.network, nn.Module):
+                settings["sha256"]["extractor"] = hash_weights(self.extractor.network, self._use)
+        if isinstance(self.reference, Statistics):
+            settings["reference"] = {"file": self.reference.file, "sha256": self.reference.sha256}
+        elif self.reference is not None:
+            settings["reference"] = _describe(self.reference)
+        return settings
 
     def _known_parts(self) -> tuple[str, ...]:
         """Return the parts that can be run with this model and these arguments."""
@@ -369,18 +404,26 @@ class Evaluation(ABC):
         if self.baseline is not None:
             samples["baseline"] = (self.baseline, self.baseline_samples)
 
-        def true_images() -> Iterator[Tensor]:
-            for part in self.generator.batches(len(self.held_out), "true images"):
-                rows = range(len(self.held_out))[part]
-                yield as_uint8([self.held_out.image(row, size) for row in rows])
+        def true_images(pairs: Pairs) -> Iterator[Tensor]:
+            for part in self.generator.batches(len(pairs), "true images"):
+                yield as_uint8([pairs.image(row, size) for row in range(len(pairs))[part]])
 
-        measure = partial(extract, extractor, clip, device=self.pipe.device, use=self._use)
-        true, true_emb = measure(true_images())
+        measure = partial(extract, extractor, device=self.pipe.device, use=self._use)
+        true, true_emb = measure(clip, true_images(self.held_out))
         results: dict[str, Any] = {"extractor": extractor.name, "size": size}
         if isinstance(extractor.network, nn.Module):
-            results["sha256"] = hash_weights(extractor.network)
-        results["resize"] = {"true": f"{size} px, {RESIZE_RULE}", "features": extractor.resize}
-        results["images"] = {"generated": len(self.held_out), "true": len(true)}
+            results["sha256"] = hash_weights(extractor.network, self._use)
+        rule, reference = f"{size} px, {RESIZE_RULE}", self.reference
+        results["resize"] = {"true": rule, "features": extractor.resize}
+        images: dict[str, int | None] = {"generated": len(self.held_out), "true": len(true)}
+        results["images"] = images
+        if isinstance(reference, Statistics):
+            results["resize"]["reference"] = f"as for {reference.file}"
+            images["reference"] = reference.images
+        elif reference is not None:
+            results["resize"]["reference"] = rule
+            images["reference"] = len(reference)
+            reference, _ = measure(None, true_images(reference))
         if len(true) < FEW_IMAGES:
             given = f"{len(true)} images; the Fréchet distance is too large below {FEW_IMAGES:,}"
             warnings.warn(f"{given}: compare only results of equal numbers", stacklevel=2)
@@ -391,9 +434,14 @@ class Evaluation(ABC):
                 text_emb = clip.encode_captions(self.held_out.captions).emb.float().cpu()
         if text_emb is not None and true_emb is not None:
             results["true"] = {"clip_score": clip_score(true_emb, text_emb)}
+        if reference is None:
+            reference = true
+        else:
+            distances = distribution_distances(true, reference, FEATURE_KID_SUBSET)
+            results["true"] = {**distances, **results.get("true", {})}
         for name, (generator, own) in samples.items():
-            features, emb = measure(generator.final_images(own))
-            results[name] = distribution_distances(features, true, FEATURE_KID_SUBSET)
+            features, emb = measure(clip, generator.final_images(own))
+            results[name] = distribution_distances(features, reference, FEATURE_KID_SUBSET)
             if text_emb is not None and emb is not None:
                 results[name]["clip_score"] = clip_score(emb, text_emb)
         return results

@@ -142,15 +142,16 @@ def extract(
 ) -> tuple[Tensor, Tensor | None]:
     """Return features (N, F), and CLIP embeddings (N, D) if there is a CLIP, of uint8 images.
 
-    use: called with the CLIP before each batch, since it may be offloaded.
+    use: called with each network before it runs, since the model's CLIP may be offloaded.
     """
     features, embeddings = [], []
     for images in batches:
         images = images.to(device)
-        if clip is not None:
-            use(clip)
+        if isinstance(extractor.network, nn.Module):
+            use(extractor.network)
         features.append(extractor(images))
         if clip is not None:
+            use(clip)
             same = clip is extractor.network
             embeddings.append(features[-1] if same else encode(clip, images))
     return torch.cat(features), torch.cat(embeddings) if embeddings else None

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.embeddings import normalise
+from unclip.evaluation.reference import Statistics
 from unclip.extras import import_extra
 from unclip.image_io import from_uint8
 
@@ -108,33 +109,54 @@ def clip_score(emb: Tensor, text_emb: Tensor) -> float:
     return 100 * F.cosine_similarity(emb, text_emb).clamp(min=0).mean().item()
 
 
+class Given(nn.Identity):
+    """Features that are given; torchmetrics would extract them from images."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.num_features = features.shape[1]
+
+
+def frechet_distance(features: Tensor, true: Tensor | Statistics) -> float:
+    """Return the Fréchet distance of features (N, D) to others (M, D), or to their statistics."""
+    import_extra("torchmetrics", "eval", "the Fréchet distance")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    fid = FrechetInceptionDistance(Given(features))
+    if isinstance(true, Statistics):  # the sums of two images that have these statistics
+        fid.real_features_num_samples = torch.tensor(2)
+        fid.real_features_sum = 2 * true.mean
+        fid.real_features_cov_sum = true.covariance + 2 * true.mean.outer(true.mean)
+    else:
+        fid.update(true, real=True)
+    fid.update(features, real=False)
+    return fid.compute().item()
+
+
 def distribution_distances(
-    features: Tensor, true: Tensor, kid_subset: int = KID_SUBSET
+    features: Tensor, true: Tensor | Statistics, kid_subset: int = KID_SUBSET
 ) -> dict[str, float]:
     """Return Fréchet and kernel distance, precision and recall; features (N, D) and (M, D).
 
-    The kernel distance is the mean over 100 subsets of at most `kid_subset` images.
+    The kernel distance is the mean over 100 subsets of at most `kid_subset` images. Statistics
+    give only the Fréchet distance.
     """
-    import_extra("torchmetrics", "eval", "the Fréchet distance")
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    distance = {"fd": frechet_distance(features, true)}
+    if isinstance(true, Statistics):
+        return distance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    class Given(nn.Identity):  # torchmetrics extracts features from images; these are given
-        num_features = features.shape[1]
-
     size = min(len(features), len(true), kid_subset)
-    fid = FrechetInceptionDistance(Given())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it keeps the features, as we do
-        kid = KernelInceptionDistance(Given(), subset_size=size)
-    for metric in (fid, kid):
-        metric.update(true, real=True)
-        metric.update(features, real=False)
+        kid = KernelInceptionDistance(Given(features), subset_size=size)
+    kid.update(true, real=True)
+    kid.update(features, real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the subsets
         kernel = kid.compute()[0].item()
     precision, covered = precision_and_recall(features, true)
-    return {"fd": fid.compute().item(), "kd": kernel, "precision": precision, "recall": covered}
+    return {**distance, "kd": kernel, "precision": precision, "recall": covered}
 
 
 def psnr(images: Tensor, truth: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def evaluation_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def _references(values: dict[str, float], form: str, baseline: str) -> str:
-    other = f"{baseline} {values['baseline']:{form}}; " if "baseline" in values else ""
-    return f"{other}true images {values['true']:{form}}"
+    names = {"baseline": baseline, "true": "true images"}
+    return "; ".join(f"{name} {values[of]:{form}}" for of, name in names.items() if of in values)
 
 
 def _prior(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -109,7 +109,7 @@ def _judged_variations(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 
 
 def _distances(part: dict[str, Any], count: int, features: str, baseline: str) -> Iterator[Row]:
-    """Return the rows of `distribution_distances`; count: number of true images."""
+    """Return the rows of `distribution_distances`; count: number of images."""
     few = count < FEW_IMAGES
     names = {
         "fd": ("Fréchet distance", " (too large below 10,000 images)" if few else "", ".3f"),
@@ -117,9 +117,12 @@ def _distances(part: dict[str, Any], count: int, features: str, baseline: str) -
         "precision": ("precision", "", ".3f"),
         "recall": ("recall", "", ".3f"),
     }
-    for key, (name, caveat, form) in names.items():
-        reference = f"{baseline} {part['baseline'][key]:{form}}" if "baseline" in part else ""
-        yield Row(f"{features}: {name}{caveat}", f"{part['generated'][key]:{form}}", reference)
+    for key, value in part["generated"].items():
+        if key in names:
+            name, caveat, form = names[key]
+            others = {of: part[of][key] for of in ("baseline", "true") if key in part.get(of, {})}
+            reference = _references(others, form, baseline)
+            yield Row(f"{features}: {name}{caveat}", f"{value:{form}}", reference)
 
 
 def _realism(part: dict[str, Any], baseline: str) -> Iterator[Row]:
@@ -128,7 +131,10 @@ def _realism(part: dict[str, Any], baseline: str) -> Iterator[Row]:
 
 
 def _features(part: dict[str, Any], baseline: str) -> Iterator[Row]:
-    count, what = part["images"]["true"], f"{part['size']} px, {part['extractor']}"
+    images, what = part["images"], f"{part['size']} px, {part['extractor']}"
+    count = images["generated"]
+    if "reference" in images:
+        what = f"{what}, to {images['reference'] or 'saved statistics of'} reference images"
     yield from _distances(part, count, f"{count} final images, {what}", baseline)
     if "true" in part:
         scores = {of: part[of]["clip_score"] for of in ("baseline", "true") if of in part}
@@ -226,6 +232,7 @@ _EVALUATION_ROWS = {
     "upsampler": _upsampler,
     "repeatable": _repeatable,
 }
+EVALUATION_RESULTS = tuple(_EVALUATION_ROWS)
 
 
 # -- `unclip evaluate-manipulations`
