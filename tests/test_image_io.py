@@ -76,6 +76,17 @@ def test_integers_of_32_bits_are_taken_as_16_bits_or_refused(tmp_path):
                 read(path)
 
 
+def test_integers_up_to_255_in_memory_are_8_bits(tmp_path):
+    ramp = np.arange(256, dtype=np.int32).reshape(16, 16)
+    image = Image.fromarray(ramp)
+    assert image.mode == "I" and np.array_equal(np.asarray(open_image(image))[..., 0], ramp)
+    assert np.array_equal(np.asarray(open_mask(image)), np.where(ramp > 127, 255, 0))
+    dark = saved(Image.fromarray(ramp.astype(np.uint16)), tmp_path / "dark.png")
+    image.format = "PNG"  # as Pillow 10.1 opens PNGs of 16 bits
+    for source in (dark, image):
+        assert np.asarray(open_image(source)).max() == 1
+
+
 @pytest.mark.filterwarnings("error")
 def test_damaged_exif_is_ignored_without_a_warning(tmp_path):
     cut = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"  # five tags, of which none is complete
@@ -156,6 +167,8 @@ def test_arrays_and_tensors_are_an_error():
         for opened in (open_image, open_mask):
             with pytest.raises(ValueError, match=f"{type(source).__name__}; expected a path"):
                 opened(source)
+    with pytest.raises(ValueError, match=r"from bytes; expected a path.* io.BytesIO\(data\)"):
+        open_image(b"abc")  # type: ignore[arg-type]
 
 
 def test_masks_are_read_from_brightness_or_transparency(tmp_path):

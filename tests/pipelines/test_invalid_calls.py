@@ -23,9 +23,10 @@ from unclip.types import CodeOptions, StageOptions, UnCLIPOptions, update_option
     ("prompt", "changes", "message"),
     [
         ([], {}, "list of prompts is empty"),
-        (None, {}, "prompt is a NoneType; expected a string"),
-        (7, {}, "prompt is a int; expected a string"),
-        (["a", 7], {}, "prompt 1 is 7, a int; expected a string"),
+        (None, {}, "prompt is of type NoneType; expected a string"),
+        (7, {}, "prompt is of type int; expected a string"),
+        (b"a cat", {}, "prompt is of type bytes; expected a string"),
+        (["a", 7], {}, "prompt 1 is 7, of type int; expected a string"),
         ("caf\udce9", {}, r"prompt 0 is 'caf\\udce9', not valid Unicode; expected UTF-8"),
         (
             "a",
@@ -231,7 +232,7 @@ def test_stages_check_their_inputs(tiny_pipe):
     for edit in (tiny_pipe.reconstruct, tiny_pipe.image_to_image):
         with pytest.raises(ValueError, match="image has values from 255 to 255"):
             edit(bright)
-    with pytest.raises(ValueError, match="cannot open an image from a Tensor"):
+    with pytest.raises(ValueError, match="cannot open an image from Tensor"):
         tiny_pipe.inpaint(Image.new("RGB", (16, 16)), torch.zeros(16, 16))
     with pytest.raises(ValueError, match=r"expected \(B, 3, 8, 8\)"):
         tiny_pipe.upsample(torch.zeros(1, 3, 16, 16))

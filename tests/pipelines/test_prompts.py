@@ -64,10 +64,10 @@ def test_negative_prompts_are_shared_or_one_for_each():
         ({"a": "much"}, None, "expected numbers"),
         ({"a": True}, None, "expected numbers"),
         ({1: 1}, None, "prompt 0 is 1"),
-        ([{"a": 1}, 3], None, "prompt 1 is 3, a int"),
-        ([["a", "b"], {"c": 1}], None, r"prompt 0 is \['a', 'b'\], a list; expected a string"),
+        ([{"a": 1}, 3], None, "prompt 1 is 3, of type int"),
+        ([["a", "b"], {"c": 1}], None, r"prompt 0 is \['a', 'b'\], of type list; expected"),
         ("a", ["b", "c"], "2 negative prompts for 1 prompts"),
-        ("a", 5, "prompt is a int"),
+        ("a", 5, "prompt is of type int"),
     ],
 )
 def test_invalid_prompts_are_rejected(prompt, negative, message):

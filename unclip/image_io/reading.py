@@ -26,6 +26,8 @@ MAX_DECODED = 2**29  # bytes of an image in memory: 134 million pixels of 8 bits
 def open_image(source: ImageSource) -> Image.Image:
     """Open an image as upright 8-bit RGB, composited on white; the first frame of an animation.
 
+    Grey of 16 bits is scaled to 8 bits. A PIL image of mode I, as Image.fromarray makes of an int32
+    array, has 8 bits if no value is above 255, else 16.
     Raises FileNotFoundError, or ValueError if the file is not an image of one of `FORMATS`, is
     damaged, or takes more than `MAX_DECODED` bytes in memory.
     """
@@ -80,7 +82,9 @@ def read(source: ImageSource) -> Image.Image:
         return source
     if not isinstance(source, (str, os.PathLike, io.IOBase)):
         expected = "expected a path or a PIL image (for an array: Image.fromarray)"
-        raise ValueError(f"cannot open an image from a {type(source).__name__}; {expected}")
+        if isinstance(source, (bytes, bytearray)):
+            expected = "expected a path, a PIL image or io.BytesIO(data)"
+        raise ValueError(f"cannot open an image from {type(source).__name__}; {expected}")
     name = "the image" if isinstance(source, io.IOBase) else printable(source)
     try:
         if isinstance(source, io.IOBase):
@@ -111,6 +115,7 @@ def _open(source: ImageSource) -> Image.Image:
     image = read(source)
     name = "the image" if isinstance(source, (Image.Image, io.IOBase)) else printable(source)
     is_ours = not isinstance(source, Image.Image)
+    is_png = image.format == "PNG"  # the format is not copied below
     try:
         with pillow_warnings_ignored():
             image = ImageOps.exif_transpose(image, in_place=is_ours) or image
@@ -123,8 +128,11 @@ def _open(source: ImageSource) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     # Pillow would clip 16 bits at 255.
+    may_be_8_bits = image.mode == "I" and not is_png  # Pillow 10.1 opens PNGs of 16 bits in mode I
     image = image.convert("I")
     low, high = np.asarray(image).min(), np.asarray(image).max()
     if low < 0 or high >= 2**16:
         raise ValueError(f"{name}: values are {low} to {high}; expected 0 to 65535 (16 bits)")
+    if may_be_8_bits and high < 2**8:
+        return image.convert("L")
     return image.point([round(value / 257) for value in range(2**16)], "L")

@@ -210,17 +210,18 @@ def check_prompts(prompt: Prompt) -> list[str]:
     """Return one prompt or several as a list. ValueError if one is not valid text."""
     if isinstance(prompt, str):
         prompts = [prompt]
-    elif isinstance(prompt, Sequence):
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         prompts = list(prompt)
     else:
         kind = type(prompt).__name__
-        raise ValueError(f"prompt is a {kind}; expected a string or a list of strings")
+        raise ValueError(f"prompt is of type {kind}; expected a string or a list of strings")
     if not prompts:
         raise ValueError("the list of prompts is empty; expected at least one string")
     for i, text in enumerate(prompts):
         if not isinstance(text, str):
-            raise ValueError(f"prompt {i} is {text!r}, a {type(text).__name__}; expected a string")
-        # Bytes of a command line that are not UTF-8 become surrogates.
+            given = f"prompt {i} is {shorten(text)}, of type {type(text).__name__}"
+            raise ValueError(f"{given}; expected a string")
+        # Bytes of a command line that are not UTF-8 are surrogates.
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"prompt {i} is {text!r}, not valid Unicode; expected UTF-8")
     return prompts
@@ -351,8 +352,8 @@ def list_images(images: Images) -> list[Image.Image | str | Path]:
     """Return one entry per image for `open_image`, so that images can be opened one by one."""
     if isinstance(images, Tensor):
         return [*to_pil(check_images(images))]
-    if not isinstance(images, Sequence) or isinstance(images, str):
-        return [images]
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
+        return [images]  # type: ignore[list-item]
     if not images:
         raise ValueError("the list of images is empty; expected at least one image")
     return [
