@@ -196,7 +196,7 @@ def check_file(path: Path) -> None:
     """Raise a ValueError if a file cannot be written at `path`; missing folders are created."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a file name")
-    _check_writable(path, *path.parents)
+    _check_writable(path, *_follow(path).parents)
 
 
 def check_folder(path: Path) -> None:
@@ -220,6 +220,11 @@ def _check_writable(path: Path, *folders: Path) -> None:
         raise ValueError(f"cannot write {path}: no permission to write in {folder}")
 
 
+def _follow(path: Path) -> Path:
+    """Return the file that a symbolic link points to, which need not exist; else `path`."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 @contextlib.contextmanager
 def write_errors(target: Path) -> Iterator[None]:
     """Name `target` in an OSError: that of a full disk has no file name."""
@@ -233,15 +238,17 @@ def write_errors(target: Path) -> Iterator[None]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `target` at the end; it is removed on an error.
 
-    The folder of `target` is created. Several threads, processes and machines may write the same
-    file. Raises OSError that names `target`.
+    The folder of `target` is created. If `target` is a symbolic link, the file that it points to is
+    replaced. Several threads, processes and machines may write the same file. Raises OSError that
+    names `target`.
     """
-    part = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+    file = _follow(target)
+    part = file.with_name(f".{file.name}.{os.urandom(4).hex()}.tmp")
     with write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            part.replace(target)
+            part.replace(file)
         finally:
             part.unlink(missing_ok=True)
 
