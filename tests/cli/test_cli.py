@@ -67,6 +67,15 @@ def test_long_file_names_are_cut(run):
     assert path.name.startswith("\U00010330" * 45 + "-") and path.name.endswith("-0.png")
 
 
+def test_arguments_are_utf_8_in_a_locale_that_is_not(run, monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")  # LC_ALL=C PYTHONUTF8=0
+    negative = ["--negative-prompt", "th\udcc3\udca9", "--guidance", "2"]
+    assert run("generate", "caf\udcc3\udca9", *negative, "--seed", "1", "--quiet") == (0, "", "")
+    (file,) = Path().glob("caf-*-1.png")
+    (metadata,) = read_metadata(file)
+    assert (metadata["prompt"], metadata["negative_prompt"]) == ("café", "thé")
+
+
 def test_grid_has_one_row_per_prompt_and_captions(run):
     run("generate", "a", "b", "-n", "3", "--seed", "0", "--grid", "-o", "sheet.png", "--quiet")
     width, height = Image.open("sheet.png").size

@@ -60,11 +60,22 @@ def fraction(text: str) -> float:
     return value
 
 
-def prompt(text: str) -> str:
+def text(argument: str) -> str:
+    """Return the text of an argument; its bytes are UTF-8, also in locales with fewer characters.
+
+    Not for paths, which the operating system gets in the encoding of the locale.
+    """
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode()
+    except UnicodeError:
+        raise ArgumentTypeError(f"{argument!r} is not valid Unicode; expected UTF-8") from None
+
+
+def prompt(argument: str) -> str:
     """Return a prompt that is not empty."""
-    if not text.strip():
+    if not argument.strip():
         raise ArgumentTypeError("the prompt is empty; expected a description of the image")
-    return text
+    return text(argument)
 
 
 def prompts_file(text: str) -> list[str]:
@@ -288,7 +299,10 @@ LORA = SamplingFlag(
     {"unclip": None},
 )
 NEGATIVE_PROMPT = SamplingFlag(
-    "--negative-prompt", {"metavar": "TEXT"}, "what to avoid", _diffusion(None) | {"dalle": None}
+    "--negative-prompt",
+    {"type": text, "metavar": "TEXT"},
+    "what to avoid",
+    _diffusion(None) | {"dalle": None},
 )
 FROM_TEXT = (
     *PRIOR,

@@ -83,9 +83,13 @@ def add_commands(commands: Any) -> None:
     )
     _add_sources(parser)
     about = "caption of the image as it is (default: empty)"
-    parser.add_argument("--from", dest="base", default="", metavar="TEXT", help=about)
+    parser.add_argument(
+        "--from", dest="base", type=flags.text, default="", metavar="TEXT", help=about
+    )
     about = "caption of the desired image"
-    parser.add_argument("--to", dest="target", required=True, metavar="TEXT", help=about)
+    parser.add_argument(
+        "--to", dest="target", type=flags.text, required=True, metavar="TEXT", help=about
+    )
     about = "strength from 0 (unchanged) to 1; several values give several images (default: 0.3)"
     parser.add_argument(
         "--theta", nargs="+", type=flags.fraction, default=[0.3], metavar="FRACTION", help=about

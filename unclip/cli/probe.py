@@ -33,9 +33,11 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--save-pca", type=Path, metavar="FILE", help="save the PCA")
     about = "numbers of components to decode (default: as in the paper)"
     parser.add_argument("--components", nargs="+", help=about, **flags.COUNT)
-    parser.add_argument("--word", metavar="TEXT", help="write this word on the image")
+    parser.add_argument(
+        "--word", type=flags.text, metavar="TEXT", help="write this word on the image"
+    )
     about = "captions to classify the image by, with and without the word"
-    parser.add_argument("--classes", nargs="+", metavar="CAPTION", help=about)
+    parser.add_argument("--classes", nargs="+", type=flags.text, metavar="CAPTION", help=about)
     flags.add_num_images(parser, 3, " per embedding, with --word")
     flags.add_seed(parser, 0)  # fixed, so that only the embeddings differ
     about = "a .png file (default: components.png or attack.png)"

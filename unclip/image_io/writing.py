@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -138,4 +139,6 @@ def image_name(text: str, seed: int) -> str:
 def slug(text: str) -> str:
     """Return a file name of at most 60 characters, and 180 bytes: most file systems take 255."""
     name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:60]
-    return name.encode()[:180].decode(errors="ignore").rstrip("-") or "image"
+    encoding = sys.getfilesystemencoding()  # UTF-8, or what an old locale can write
+    name = name.encode(encoding, "ignore")[:180].decode(encoding, "ignore")
+    return name.strip("-") or "image"
