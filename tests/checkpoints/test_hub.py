@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,12 @@ KARLO = [
 ]
 MEGA = ["config.json", "vocab.json", "merges.txt", "encoder.pt", "decoder.pt", "detoker.pt"]
 MINI = ["vocab_mini.json", "merges_mini.txt", "encoder_mini.pt", "decoder_mini.pt"]
+
+
+def listing(names):
+    from huggingface_hub import ModelInfo
+
+    return ModelInfo(id="someone/tiny", siblings=[{"rfilename": name} for name in names])
 
 
 def test_json_and_safetensors_are_preferred():
@@ -95,7 +102,7 @@ def test_a_hub_id_is_downloaded(tiny_folder, monkeypatch):
         requested[hub_id] = allow_patterns
         return str(tiny_folder)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: [*OURS, "a.bin"])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: listing([*OURS, "a.bin"]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/tiny", "cpu").source == "someone/tiny"
     assert requested == {"someone/tiny": OURS}
@@ -119,6 +126,17 @@ def test_the_cache_is_used_without_a_network(tiny_folder, tmp_path, monkeypatch)
         unclip.load("someone/other")
 
 
+def test_a_hub_that_cannot_be_reached_is_reported_soon(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="the Hub cannot be reached, and the model is not cached"):
+        unclip.load("someone/gone")
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize(
     ("status", "reason"), [(404, "the Hub has no such model, or it is private"), (503, "no more")]
 )
@@ -133,11 +151,11 @@ def test_the_error_has_the_hub_s_reason(status, reason, tmp_path, monkeypatch):
         def __str__(self) -> str:
             return "no more"
 
-    def list_repo_files(hub_id):
+    def model_info(hub_id):
         raise Answer
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     with pytest.raises(
         ValueError,
         match=f"'someone/gone' is not a local folder and could not be downloaded: {reason}",
@@ -151,7 +169,7 @@ def test_a_download_that_breaks_off_is_reported(monkeypatch):
     def snapshot_download(hub_id, allow_patterns):
         raise RuntimeError("peer closed connection\nmore")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda hub_id: OURS)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: listing(OURS))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match="'me/tiny' .* not be downloaded: peer closed connection;"):
         unclip.load("me/tiny")
@@ -166,11 +184,11 @@ def test_revisions_and_arguments_reach_the_hub(tiny_folder, monkeypatch):
         calls.append((hub_id, {k: v for k, v in arguments.items() if k != "allow_patterns"}))
         return str(tiny_folder)
 
-    def list_repo_files(hub_id, **arguments):
+    def model_info(hub_id, **arguments):
         calls.append((hub_id, arguments))
-        return OURS
+        return listing(OURS)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     pipe = unclip.load("someone/tiny@v1.0", "cpu", token="t", cache_dir="c")
     assert pipe.source == "someone/tiny@v1.0"

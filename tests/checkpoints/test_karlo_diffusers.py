@@ -305,9 +305,9 @@ def test_a_hub_snapshot_with_a_bin_component_loads(folder: Path, tmp_path, monke
         requested.extend(allow_patterns)
         return str(snapshot)
 
-    monkeypatch.setattr(
-        huggingface_hub, "list_repo_files", lambda hub_id: [*names, "decoder/w.bin"]
-    )
+    listed = [{"rfilename": name} for name in (*names, "decoder/w.bin")]
+    info = huggingface_hub.ModelInfo(id="someone/karlo", siblings=listed)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda hub_id: info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert unclip.load("someone/karlo", "cpu").name == "karlo"
     assert [name for name in requested if name.endswith(".bin")] == [

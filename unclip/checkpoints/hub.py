@@ -86,7 +86,7 @@ def fetch(
 
     Without a network, earlier downloads are used. Raises ValueError with the reason on failure.
     """
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -102,7 +102,8 @@ def fetch(
         if local_files_only:
             reason = "local_files_only is set"
         else:
-            names = list_repo_files(hub_id, **remote)
+            # list_repo_files would repeat the request for 25 s without a network.
+            names = [file.rfilename for file in model_info(hub_id, **remote).siblings or ()]
     except RepositoryNotFoundError:
         raise ValueError("the Hub has no such model, or it is private") from None
     except RevisionNotFoundError:
