@@ -33,6 +33,14 @@ def test_captions_in_text_files(folder):
     assert dataset[0].image.size == (4, 4)
 
 
+def test_images_with_one_name_and_two_suffixes_have_keys_of_their_own(folder):
+    Image.new("RGB", (4, 4), "blue").save(folder / "b.jpg")
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text(name)
+    dataset = FolderDataset(folder)
+    assert as_pairs(dataset) == [("a", ["a"]), ("b.jpg", ["b"]), ("b.png", ["b"])]
+
+
 def test_captions_in_jsonl(folder):
     rows = [
         {"file_name": "b.png", "text": "a b"},

@@ -82,6 +82,9 @@ class FolderDataset:
             reasons = first_broken(self.broken)
             raise ValueError(f"{found} ({reasons})" if reasons else f"{found}; expected {LAYOUTS}")
         self.weights = np.array([row.weight for row in self._rows], np.float64)
+        names = {row.file_name for row in self._rows}  # a table may list an image twice
+        stems = Counter(os.path.splitext(name)[0] for name in names)
+        self._shared = {stem for stem, count in stems.items() if count > 1}  # a.png, a.jpg
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,13 +92,14 @@ class FolderDataset:
     def __getitem__(self, index: int) -> Sample:
         row = self._rows[index]
         path, stem = self.folder / row.file_name, os.path.splitext(row.file_name)[0]
+        key = readable(row.file_name if stem in self._shared else stem)
         where, captions, meta = readable(str(path)), row.captions, row.meta
         if captions is None:
             try:
                 captions, meta = self._describe(stem)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-        return Sample(readable(stem), captions, partial(_read_image, path), row.weight, meta, where)
+        return Sample(key, captions, partial(_read_image, path), row.weight, meta, where)
 
     def _describe(self, stem: str) -> tuple[list[str], Mapping[str, Any]]:
         """Return the captions and metadata in the files next to an image."""

@@ -42,7 +42,7 @@ _DOTTED = tuple(f".{suffix}" for suffix in EXTENSIONS)
 class Sample:
     """An encoded image with its captions and metadata."""
 
-    key: str  # unique within the dataset
+    key: str  # name of the image, without its suffix if it is the only one; shards may repeat it
     captions: list[str]  # the canonical one first; [""] if there is none and none is needed
     read: Callable[[], bytes] = field(repr=False)  # returns the encoded image
     weight: float = 1.0  # expected number of occurrences in an epoch
