@@ -24,7 +24,7 @@ from unclip.weights import read_tensors, save_tensors
 METADATA_KEY = "unclip_latent"  # of the safetensors file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Latent:
     """The latents of B images, on the CPU in float32."""
 
@@ -42,6 +42,11 @@ class Latent:
 
     def __len__(self) -> int:
         return len(self.image_emb)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{x.shape[-1]}x{x.shape[-2]}" for x in self.noise)
+        count = f"{len(self)} image{'s' * (len(self) != 1)}"
+        return f"<Latent: {count}, embedding of {self.image_emb.shape[-1]}, noise {sizes}>"
 
     def __getitem__(self, rows: int | np.integer | slice | Sequence[int]) -> Latent:
         """Select images, also repeatedly."""
@@ -118,8 +123,8 @@ def check_invertible(options: UnCLIPOptions) -> None:
             kind = stage.sampler if isinstance(stage.sampler, str) else type(stage.sampler).__name__
             raise ValueError(
                 f"the {name} has sampler {kind!r}, eta {stage.eta} and cache_interval "
-                f"{stage.cache_interval}; expected 'ddim', 0 and 1, as in "
-                f"unclip.pipelines.unclip.latent.deterministic(options)"
+                f"{stage.cache_interval}; expected 'ddim', 0 and 1 for inversion; set these, or "
+                f"call without options"
             )
 
 
