@@ -167,6 +167,9 @@ def test_arrays_and_tensors_are_an_error():
         for opened in (open_image, open_mask):
             with pytest.raises(ValueError, match=f"{type(source).__name__}; expected a path"):
                 opened(source)
+    result = GenerationResult([Image.new("RGB", (4, 4))], [0], ["a"])
+    with pytest.raises(ValueError, match=r"GenerationResult; .* for a result: result.images"):
+        open_image(result)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"from bytes; expected a path.* io.BytesIO\(data\)"):
         open_image(b"abc")  # type: ignore[arg-type]
 

@@ -289,6 +289,7 @@ def test_interpolation_between_prompts(pipe, options):
         ),
         ({"prompts": ["a", "b"], "frames": np.array([])}, "expected positions on the path"),
         ({"prompts": ["a", "b"], "frames": np.zeros((2, 2))}, "expected positions on the path"),
+        ({"prompts": ["a", "b"], "frames": ["0", "x"]}, r"frames is \['0', 'x'\]; expected pos"),
         ({"prompts": ["a", "b"], "noise": "none"}, "noise is 'none'"),
     ],
 )
@@ -315,7 +316,7 @@ def test_text_diff_starts_at_the_reconstruction(pipe, latent, again):
     )
     one = pipe.text_diff(latent[[1]], "", "a blue fish", theta=0.5, eta=0.0, **FEW)
     assert difference(one.images[0], result.images[5]) <= 1
-    for theta in (1.5, []):
+    for theta in (1.5, [], "x", None):
         with pytest.raises(ValueError, match="theta is"):
             pipe.text_diff(latent, "a", "b", theta)
     with pytest.raises(ValueError, match="eta is 1.5"):

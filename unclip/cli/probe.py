@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("sources", nargs="+", type=Path, metavar="IMAGE")
     source = parser.add_mutually_exclusive_group()
-    about = "fit the PCA on these images or embeddings"
+    about = "fit the PCA on the images or embeddings of this data: tars, or a folder"
     source.add_argument("--data", nargs="+", metavar="DATA", help=about)
     source.add_argument("--pca", type=Path, metavar="FILE", help="use a saved PCA")
     parser.add_argument("--save-pca", type=Path, metavar="FILE", help="save the PCA")

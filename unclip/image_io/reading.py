@@ -81,7 +81,8 @@ def read(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if not isinstance(source, (str, os.PathLike, io.IOBase)):
-        expected = "expected a path or a PIL image (for an array: Image.fromarray)"
+        advice = "for an array: Image.fromarray; for a result: result.images"
+        expected = f"expected a path or a PIL image ({advice})"
         if isinstance(source, (bytes, bytearray)):
             expected = "expected a path, a PIL image or io.BytesIO(data)"
         raise ValueError(f"cannot open an image from {type(source).__name__}; {expected}")

@@ -128,13 +128,23 @@ def check_invertible(options: UnCLIPOptions) -> None:
             )
 
 
+def as_floats(values: Any) -> np.ndarray:
+    """Convert numbers to an array of float64; NaN, of shape (), for anything else."""
+    try:
+        return np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        return np.array(np.nan)
+
+
 def path_positions(frames: int | Sequence[float] | np.ndarray) -> list[float]:
     """Return positions in [0, 1]: the given ones, or a number of them, evenly from 0 to 1."""
     if isinstance(frames, Sequence | np.ndarray):
-        positions = np.asarray(frames, dtype=float)
+        positions = as_floats(frames)
         valid = positions.ndim == 1 and positions.size > 0
         if not valid or not all(0.0 <= position <= 1.0 for position in positions):
-            raise ValueError(f"frames is {frames}; expected positions on the path, each in [0, 1]")
+            raise ValueError(
+                f"frames is {frames!r}; expected positions on the path, each in [0, 1]"
+            )
         return positions.tolist()
     check_count("frames", frames)
     if frames < 2:

@@ -39,6 +39,7 @@ from unclip.pipelines.request import (
 from unclip.pipelines.unclip.latent import (
     Latent,
     along,
+    as_floats,
     check_invertible,
     check_path,
     deterministic,
@@ -266,9 +267,9 @@ def text_diff(
     """
     request = Request(1, seed, on_step, batch_size, progress, options)
     _check_eta(eta)
-    thetas = np.asarray(theta, dtype=float).ravel().tolist()
+    thetas = as_floats(theta).ravel().tolist()
     if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
-        raise ValueError(f"theta is {theta}; expected fractions of the arc, each from 0 to 1")
+        raise ValueError(f"theta is {theta!r}; expected fractions of the arc, each from 0 to 1")
     base_emb, text_emb = pipe.encode_text([base, target]).emb.cpu()  # (D,) each
     text_direction(
         text_emb, base_emb
