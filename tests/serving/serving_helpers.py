@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import socket
 import threading
 import time
@@ -26,6 +27,8 @@ from unclip.serving.config import ServerConfig
 from unclip.serving.server import Protocol, Server
 
 LOCAL = "http://127.0.0.1"
+GENERATIONS = "/v1/images/generations"
+BODY = {"prompt": "a red apple", "response_format": "b64_json"}
 CONFIG = ServerConfig(models=("tiny", "tiny-dalle"), batch_seconds=0.02)
 
 
@@ -102,3 +105,41 @@ def opened(data: bytes) -> Image.Image:
 
 def pixels(data: bytes) -> np.ndarray:
     return np.asarray(opened(data).convert("RGB")).astype(int)
+
+
+class Gate:
+    """A loader of pipelines that wait in every call until the gate is open."""
+
+    def __init__(self, load, delay=0.0):
+        self.load, self.open, self.waiting, self.delay = load, threading.Event(), 0, delay
+
+    def __call__(self, name, device, dtype):
+        time.sleep(self.delay)
+        pipe, gate = self.load(name, device, dtype), self
+
+        class Waiting:
+            def __getattr__(self, name):
+                return getattr(pipe, name)
+
+            def __call__(self, *args, **kwargs):
+                gate.waiting += 1
+                assert gate.open.wait(20)
+                return pipe(*args, **kwargs)
+
+        return Waiting()
+
+
+def connect(url: str, job: str | None = None, **fields: Any) -> socket.socket:
+    """Send a request for images, and return the connection."""
+    body = json.dumps({**BODY, **fields}).encode()
+    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+    head += f"X-Unclip-Job: {job}\r\n" if job else ""
+    head += "Connection: close\r\nContent-Type: application/json\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def received(connection: socket.socket) -> bytes:
+    with connection, connection.makefile("rb") as file:
+        return file.read()

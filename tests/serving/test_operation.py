@@ -17,38 +17,22 @@ from dataclasses import replace
 
 import pytest
 from scripts import ROOT
-from serving_helpers import CONFIG, client_of, load, serving, wait_until
+from serving_helpers import (
+    BODY,
+    CONFIG,
+    GENERATIONS,
+    Gate,
+    client_of,
+    load,
+    serving,
+    wait_until,
+)
 
 from unclip.cli.main import main
 from unclip.serving import middleware
 from unclip.serving import server as server_module
 from unclip.serving.app import create_app
 from unclip.serving.server import PROBE_SECONDS
-
-GENERATIONS = "/v1/images/generations"
-BODY = {"prompt": "a red apple", "response_format": "b64_json"}
-
-
-class Gate:
-    """A loader of pipelines that wait in every call until the gate is open."""
-
-    def __init__(self, load, delay=0.0):
-        self.load, self.open, self.waiting, self.delay = load, threading.Event(), 0, delay
-
-    def __call__(self, name, device, dtype):
-        time.sleep(self.delay)
-        pipe, gate = self.load(name, device, dtype), self
-
-        class Waiting:
-            def __getattr__(self, name):
-                return getattr(pipe, name)
-
-            def __call__(self, *args, **kwargs):
-                gate.waiting += 1
-                assert gate.open.wait(20)
-                return pipe(*args, **kwargs)
-
-        return Waiting()
 
 
 def in_background(client, results, **fields):
@@ -152,92 +136,6 @@ def test_a_client_that_disconnects_cancels_its_job(load, stream, started):
             other.join()
         assert engine.metrics.images.labels("tiny", "generations")._value.get() == (not started)
         assert post(url, BODY) == 200
-
-
-def connect(url, job=None, **fields):
-    """Send a request for images, and return the connection."""
-    body = json.dumps({**BODY, **fields}).encode()
-    connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20)
-    head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
-    head += f"X-Unclip-Job: {job}\r\n" if job else ""
-    head += "Connection: close\r\nContent-Type: application/json\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    return connection
-
-
-def received(connection):
-    with connection, connection.makefile("rb") as file:
-        return file.read()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_client_that_connects_again_gets_the_images_of_its_job(load, stream, finished):
-    gate = Gate(load)
-    app = create_app(replace(CONFIG, max_queue=1), gate)
-    with serving(app) as url:
-        engine = app.state.engine
-        first = connect(url, "mine", stream=stream)
-        wait_until(lambda: gate.waiting == 1)
-        waiting = connect(url)  # the queue is full
-        wait_until(lambda: engine.queue.full)
-        first.close()
-        if finished:
-            gate.open.set()
-            wait_until(lambda: engine.idle)
-        again = connect(url, "mine", stream=stream)
-        if not finished:
-            newest = connect(url, "mine", stream=stream)  # takes over
-            assert b"b64_json" not in received(again)
-            again = newest
-        gate.open.set()
-        answer = received(again)
-        assert answer.startswith(b"HTTP/1.1 200") and b"b64_json" in answer
-        assert b"b64_json" in received(waiting)
-        assert engine.metrics.images.labels("tiny", "generations")._value.get() == 2
-        assert engine.metrics.cancellations._value.get() == 0
-
-
-def test_a_job_with_an_id_is_cancelled_without_its_client_or_by_a_call(load):
-    gate = Gate(load)
-    app = create_app(replace(CONFIG, reconnect_seconds=0.3), gate)
-    with serving(app) as url:
-        engine = app.state.engine
-        cancelled = engine.metrics.cancellations._value.get
-        running, gone = connect(url), connect(url, "gone")
-        wait_until(lambda: engine.queue.images + gate.waiting == 2)
-        called = connect(url, "called", stream=True)
-        wait_until(lambda: engine.queue.images == 2)
-        gone.close()
-        wait_until(lambda: cancelled() == 1)
-        for _ in range(2):
-            request = urllib.request.Request(f"{url}/v1/jobs/called", method="DELETE")
-            with urllib.request.urlopen(request, timeout=20) as response:
-                assert response.status == 204
-        assert b'"code": "cancelled"' in received(called)
-        assert cancelled() == 2 and engine.queue.images == 0
-        gate.open.set()
-        assert b"b64_json" in received(running)
-
-
-def test_a_job_belongs_to_the_key_that_submitted_it(load):
-    gate = Gate(load)
-    with client_of(gate, api_keys=("first", "second")) as client:
-        headers = {"x-unclip-job": "one", "authorization": "Bearer first"}
-        answers = []
-
-        def send():
-            answers.append(client.post(GENERATIONS, json=BODY, headers=headers))
-
-        thread = threading.Thread(target=send)
-        thread.start()
-        wait_until(lambda: gate.waiting)
-        other = {"authorization": "Bearer second"}
-        assert client.delete("/v1/jobs/one", headers=other).status_code == 204
-        assert client.delete("/v1/jobs/one").status_code == 401
-        gate.open.set()
-        thread.join()
-        assert answers[0].status_code == 200
 
 
 def test_a_client_that_closes_its_side_gets_the_responses(load):

@@ -25,15 +25,16 @@ from unclip.serving.config import ServerConfig, is_loopback
 from unclip.serving.delivery import deliver, describe, encode_preview
 from unclip.serving.engine import Done, Engine, Step
 from unclip.serving.errors import APIError, bad_request, not_found
-from unclip.serving.jobs import ClientGone, EventStream, Jobs, RunningJob, stream
+from unclip.serving.jobs import JOB_ID, ClientGone, EventStream, Jobs, RunningJob, stream
 from unclip.serving.metrics import Metrics
-from unclip.serving.middleware import JOB_ID, Guard, host_name
+from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
 from unclip.serving.requests import (
     BODIES,
     FILES,
     Delivery,
     Sampler,
+    content_hash,
     model_not_found,
     parse,
     read_body,
@@ -158,6 +159,7 @@ async def _sweep(storage: Storage) -> None:
 def _images_route(operation: str) -> Callable[..., Any]:
     async def images(request: Request) -> Response:
         state = request.app.state
+        arrival = state.jobs.arrive(request.state.client, request.headers.get(JOB_ID))
         fields, files = await read_body(request, state.config.strict)
         if files or operation != "generations":
             async with state.decoding:
@@ -175,8 +177,8 @@ def _images_route(operation: str) -> Callable[..., Any]:
         request.state.log = describe(task)
         if state.config.log_prompts:
             request.state.log["prompt"] = task.prompt
-        client, id = request.state.client, request.headers.get(JOB_ID)
-        job = state.jobs.submit(task, client, id, delivery.stream, delivery.partials)
+        content = 0 if arrival.id is None else content_hash(operation, fields, files)
+        job = state.jobs.submit(arrival, task, content, delivery.stream, delivery.partials)
         responder = Responder(request, task, delivery, job, base_url)
         return responder.stream() if delivery.stream else await responder.respond()
 
@@ -207,8 +209,10 @@ class Responder:
             async with contextlib.aclosing(self.job.events(self.request.receive)) as events:
                 async for event in events:
                     if isinstance(event, APIError):
-                        event.headers = {**self.headers, **event.headers}
-                        raise event
+                        response = event.response()  # the jobs of a batch may share the error
+                        for name, value in self.headers.items():
+                            response.headers.setdefault(name, value)
+                        return response
                     if isinstance(event, Done):
                         entries, note = await self._deliver(event, with_base64=False)
                         note = {} if note is None else {"x-unclip-note": note}
@@ -427,7 +431,7 @@ def _schema(operation: str) -> dict[str, Any]:
         "description": "An error in OpenAI's form",
         "content": {"application/json": {"schema": _object(error=fields)}},
     }
-    statuses = ("400", "401", "403", "404", "408", "413", "429", "500", "503")
+    statuses = ("400", "401", "403", "404", "408", "409", "413", "429", "500", "503")
     responses = {"200": {"description": "Images, or events", "content": images}}
     return {
         "requestBody": {"required": True, "content": content},

@@ -45,6 +45,11 @@ def not_found(message: str, code: str | None = None, param: str | None = None) -
     return APIError(404, message, code=code, param=param)
 
 
+def conflict(message: str) -> APIError:
+    """409: the request contradicts an earlier one."""
+    return APIError(409, message, code="conflict")
+
+
 def unauthorized(given: str | None) -> APIError:
     """401: a missing or wrong API key."""
     if given is None:

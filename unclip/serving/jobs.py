@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from unclip.serving.engine import Done, Engine, Event, Started, Step
-from unclip.serving.errors import APIError, bad_request, failed, queue_full, unavailable
+from unclip.serving.errors import APIError, bad_request, conflict, failed, queue_full, unavailable
 from unclip.serving.queue import Job, QueueFull
 from unclip.serving.tasks import Task
 
@@ -23,10 +26,22 @@ log = logging.getLogger("unclip.serving")
 PING_SECONDS = 10.0
 POSITION_SECONDS = 1.0
 STEP_SECONDS = 0.1  # between comments about steps
+JOB_ID = "x-unclip-job"  # header of a request whose client may connect again
+VALID_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
+MAX_FINISHED = 64  # jobs with an id whose results are kept, for all clients
 
 
 class ClientGone(Exception):
     """The client has closed its connection."""
+
+
+@dataclass(eq=False)
+class Arrival:
+    """A request on its way to become a job; it can already be cancelled."""
+
+    client: str
+    id: str | None
+    cancelled: bool = False
 
 
 class Jobs:
@@ -34,36 +49,66 @@ class Jobs:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._named: dict[tuple[str, str], RunningJob] = {}  # by client and id
+        self._named: dict[tuple[str, str | None], RunningJob] = {}  # by client and id
+        self._arrivals = WeakSet[Arrival]()
 
     def get(self, client: str, id: str | None) -> RunningJob | None:
-        return None if id is None else self._named.get((client, id))
+        return self._named.get((client, id))
+
+    def arrive(self, client: str, id: str | None) -> Arrival:
+        """Announce a request before its body is read. APIError if its id is invalid."""
+        if id is not None and not VALID_ID.fullmatch(id):
+            raise bad_request(f"{JOB_ID} must have 1 to 128 letters, digits, '-' and '_'.", JOB_ID)
+        arrival = Arrival(client, id)
+        self._arrivals.add(arrival)
+        return arrival
 
     def submit(
-        self, task: Task, client: str, id: str | None, steps: bool, partials: int
+        self, arrival: Arrival, task: Task, content: int, steps: bool, partials: int
     ) -> RunningJob:
-        """Queue a task, or find the job with this id. APIError if the server is full or closing.
+        """Queue a task, or find the job with its id. APIError if the server is full or closing.
 
-        steps: whether events about sampling steps are wanted.
+        content: a hash; a job with the same id and another content is an APIError. steps: whether
+        events about sampling steps are wanted.
         """
+        client, id = arrival.client, arrival.id
+        if arrival.cancelled:
+            raise cancelled()
         if (job := self.get(client, id)) is not None:
+            if job.content != content:
+                raise conflict(f"{JOB_ID} is the id of a job with another body; use a new id.")
             return job
         if self.engine.closing:
             self.engine.metrics.rejections.labels("closing").inc()
             raise unavailable("The server is shutting down.", 5)
         try:
-            job = RunningJob(self.engine, task, client, steps, partials)
+            job = RunningJob(self.engine, task, client, content, steps, partials)
         except QueueFull:
             raise rejection(self.engine) from None
         if id is not None:
             self._named[client, id] = job
-            job.keep(self.engine.config.reconnect_seconds, lambda: self.cancel(client, id))
+            job.keep(self.engine.config.reconnect_seconds, lambda: self._expire(job, id))
+            finished = [name for name, one in self._named.items() if one.final is not None]
+            for name in finished[:-MAX_FINISHED]:
+                del self._named[name]
         return job
 
+    def _expire(self, job: RunningJob, id: str) -> None:
+        job.cancel()
+        if self.get(job.client, id) is job:
+            del self._named[job.client, id]
+
     def cancel(self, client: str, id: str) -> None:
-        """Cancel a job, if there is one."""
+        """Cancel a job, or the request that is to become one, if there is one."""
+        for arrival in self._arrivals:
+            arrival.cancelled |= (arrival.client, arrival.id) == (client, id)
         if (job := self._named.pop((client, id), None)) is not None:
             job.cancel()
+
+
+def cancelled() -> APIError:
+    """Return the error of a job that was cancelled."""
+    return bad_request("The job was cancelled.", code="cancelled")
 
 
 def rejection(engine: Engine) -> APIError:
@@ -75,7 +120,9 @@ def rejection(engine: Engine) -> APIError:
 class RunningJob:
     """A queued job and its events, for the connection that waits for it."""
 
-    def __init__(self, engine: Engine, task: Task, client: str, steps: bool, partials: int) -> None:
+    def __init__(
+        self, engine: Engine, task: Task, client: str, content: int, steps: bool, partials: int
+    ) -> None:
         """Queue the task. QueueFull if there is no room."""
         loop = asyncio.get_running_loop()
 
@@ -85,6 +132,7 @@ class RunningJob:
                     loop.call_soon_threadsafe(self._put, event)
 
         self.engine, self.job = engine, Job(task, client, notify, partials)
+        self.client, self.content = client, content
         self.started, self.final = False, None
         self.deadline = time.monotonic() + engine.config.queue_seconds
         self._events = asyncio.Queue[Event | None]()
@@ -100,7 +148,7 @@ class RunningJob:
     def cancel(self) -> None:
         if self.final is None:
             self.engine.cancel(self.job)
-            self._put(bad_request("The job was cancelled.", code="cancelled"))
+            self._put(cancelled())
 
     async def events(
         self, receive: Receive, tick: float | None = None
@@ -160,8 +208,9 @@ class RunningJob:
         return self._events
 
     def _leave(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._expiry = loop.call_later(self._seconds, self._expire)
+        reported = isinstance(self.final, APIError) and self._events.empty()
+        seconds = 0.0 if reported else self._seconds  # the same request may be tried again
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _timeout(self, tick: float | None) -> float | None:
         if self.started or self.final is not None:

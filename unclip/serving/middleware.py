@@ -17,13 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unclip.serving.config import is_loopback
 from unclip.serving.errors import APIError, failed, too_large, too_slow, unauthorized
-from unclip.serving.jobs import Jobs, rejection
+from unclip.serving.jobs import JOB_ID, Jobs, rejection
 from unclip.serving.requests import BODIES
 
 log = logging.getLogger("unclip.serving")
 
 OPENAI_VERSION = "2020-10-01"
-JOB_ID = "x-unclip-job"  # header of a request whose client may connect again
 DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees the response
 BODY_SECONDS = 60.0  # without a byte, or at first
 BODY_RATE = 2**14  # bytes per second that a body needs after that

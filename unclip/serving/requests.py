@@ -137,6 +137,9 @@ REPLACED = (
     *("prompt", "negative_prompt", "num_candidates", "image", "images", "weights"),
     *FOR_PRIOR,
 )
+# fields that change how images are returned, not which
+RETURNED = {"size", "response_format", "stream", "partial_images", "indexed_partials", "user"}
+RETURNED |= {"output_format", "output_compression", "background", "return_embedding"}
 UNWRITTEN = ("gif", "svg")  # formats of newer models; the result is a PNG
 TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
@@ -207,6 +210,13 @@ async def _read_form(request: Request, strict: bool) -> tuple[dict[str, Any], Fi
     # In a form, null is the text "null"; null fields of JSON are left out as well.
     kept = {name: value for name, value in fields.items() if value != "null" or name in TEXTS}
     return kept, files
+
+
+def content_hash(operation: str, fields: dict[str, Any], files: Files) -> int:
+    """Return a hash of what a request generates, not of how it is returned."""
+    content = {name: value for name, value in fields.items() if name not in RETURNED}
+    parts = [(name, *files[name]) for name in sorted(files)]
+    return hash((operation, json.dumps(content, sort_keys=True), *parts))
 
 
 def _unsupported_type(name: str, given: str | None) -> APIError:
