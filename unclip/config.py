@@ -162,7 +162,7 @@ def _satisfies(value: Any, bound: Any) -> bool:
     """Compare a value, which may be NaN or of another type, with one bound."""
     name, check, _ = _BOUNDS[type(bound)]
     try:
-        finite = isinstance(bound, MinLen) or math.isfinite(value)
+        finite = isinstance(bound, MinLen) or isinstance(value, int) or math.isfinite(value)
         return finite and bool(check(value, getattr(bound, name)))
     except TypeError:
         return False

@@ -162,7 +162,7 @@ def use_mask(page):
 
 
 def mask_point(page, x, y):
-    """Return the position on the page of a point of the image, as fractions of its side."""
+    """Return the position on the page of a point of a square image, as fractions of its side."""
     box = page.locator("#mask-canvas").bounding_box()
     side = min(box["width"], box["height"])
     left, top = box["x"] + (box["width"] - side) / 2, box["y"] + (box["height"] - side) / 2

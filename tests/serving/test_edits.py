@@ -140,6 +140,7 @@ def test_painting_options_are_among_those_of_an_edit(client, tiny_pipe):
     for painting, part, fact in (
         ({"resample": 2}, mask, "resamples"),
         ({"resamples": 65}, mask, "resamples is 65"),
+        ({"resamples": 10**400}, mask, "expected at most 64"),
         (3, mask, "painting"),
         ({"resamples": 2}, None, "with a mask"),
     ):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from api_helpers import encode
 from page_helpers import (
     DONE,
     app,
@@ -22,7 +23,7 @@ from page_helpers import (
     use_mask,
     visit,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from serving_helpers import load, opened, pixels, png
 
 from unclip.diffusion.repaint import PaintOptions
@@ -111,6 +112,34 @@ def test_painting_is_repeated_from_its_png(visit, app, tiny_pipe, operation):
     page.click("#generate")
     page.locator(DONE).nth(1).wait_for()
     assert (pixels(image_of(page)) == pixels(first)).all()
+
+
+def test_mask_of_an_image_that_is_not_square_is_changed(visit, app, tiny_pipe):
+    page = visit()
+    image, hole = Image.new("RGB", (16, 32), "red"), Image.new("L", (16, 32))
+    hole.paste(255, (0, 0, 8, 8))
+    result = tiny_pipe.inpaint(image, hole, "a blue fish", progress=False)
+    choose(page, "#load-png", encode_image(result.images[0], metadata=result.metadata[0]))
+    page.click("text=Change mask")
+    page.locator("#mask-canvas:focus").wait_for()
+    stroke(page, (0.5, 0.9), (0.55, 0.9))  # of the height of the canvas, and so of the image
+    for _ in range(40):  # to the left edge, and past the side of a square
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press(" ")
+    use_mask(page)
+    page.click("#generate")
+    page.locator(DONE).wait_for()
+    mask = opened(app.last()[2]["mask"][0])
+    painted = np.asarray(mask)[..., 3] == 0
+    assert mask.size == (16, 32) and painted[:8, :8].all() and not painted[10:24].any()
+    assert painted[29, 8] and painted[31, 0]
+
+    choose(page, "#import-mask", encode(ImageOps.invert(hole)))
+    page.click("#generate")
+    page.locator(DONE).nth(1).wait_for()
+    painted = np.asarray(opened(app.last()[2]["mask"][0]))[..., 3] == 0
+    assert (painted == (np.asarray(hole) == 0)).all()
 
 
 def test_mask_is_painted_erased_and_uploaded_as_alpha(visit, app):

@@ -24,8 +24,8 @@ let finish = () => {};
 export async function editMask(imageBlob, maskBlob) {
   image = await createImageBitmap(imageBlob);
   painted =
-    (maskBlob && (await paintedPart(maskBlob, image.width))) ??
-    (await paintedPart(imageBlob, image.width, true)) ??
+    (maskBlob && (await paintedPart(maskBlob, image))) ??
+    (await paintedPart(imageBlob, null, true)) ??
     canvasOf(null, image.width, image.height);
   undone = [];
   pointers.clear();
@@ -41,15 +41,17 @@ export async function editMask(imageBlob, maskBlob) {
 export async function importMask(imageBlob) {
   const file = await chooseFile();
   if (!file) return null;
-  const { width } = await createImageBitmap(imageBlob);
-  const part = await paintedPart(await squarePNG(file), width); // cropped as the image was
+  const size = await createImageBitmap(imageBlob);
+  const square = size.width === size.height; // and so cropped, unless it was
+  const part = await paintedPart(square ? await squarePNG(file) : file, size);
   if (!part) throw new Error("This mask has no transparent or light part. Choose another file.");
   return maskPNG(part);
 }
 
 const tool = () => dialog.querySelector("[name=tool]:checked").value;
+const longer = () => Math.max(image.width, image.height);
 /** Radius in image pixels; the size is a percentage of half the image. */
-const radius = () => Math.max(1, (byId("brush-size").value / 100) * (image.width / 4));
+const radius = () => Math.max(1, (byId("brush-size").value / 100) * (longer() / 4));
 
 // -- drawing
 
@@ -109,15 +111,15 @@ function fill(operation) {
 
 // -- zoom
 
-const fittingScale = () => Math.min(canvas.width, canvas.height) / image.width;
+const fittingScale = () => Math.min(canvas.width / image.width, canvas.height / image.height);
 
 function fit() {
   const box = canvas.getBoundingClientRect();
   canvas.width = Math.max(1, box.width * devicePixelRatio);
   canvas.height = Math.max(1, box.height * devicePixelRatio);
   const scale = fittingScale();
-  const centre = (length) => (length - image.width * scale) / 2;
-  view = { scale, x: centre(canvas.width), y: centre(canvas.height) };
+  const centre = (side) => (canvas[side] - image[side] * scale) / 2;
+  view = { scale, x: centre("width"), y: centre("height") };
   draw();
 }
 
@@ -205,9 +207,10 @@ canvas.addEventListener("keydown", (event) => {
   event.preventDefault();
   keyboard = true;
   cursor ??= { x: image.width / 2, y: image.height / 2 };
-  const step = image.width / (event.shiftKey ? 10 : 40);
-  const moved = (value, by) => Math.min(image.width, Math.max(0, value + by * step));
-  cursor = { x: moved(cursor.x, move[0]), y: moved(cursor.y, move[1]) };
+  const step = longer() / (event.shiftKey ? 10 : 40);
+  const moved = (value, by, end) => Math.min(end, Math.max(0, value + by * step));
+  const { width, height } = image;
+  cursor = { x: moved(cursor.x, move[0], width), y: moved(cursor.y, move[1], height) };
   if (event.key === " ") {
     remember();
     paint(cursor, cursor, tool() === "eraser");

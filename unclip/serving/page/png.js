@@ -131,12 +131,12 @@ export async function squarePNG(file) {
 }
 
 /**
- * Return the painted part of a mask image, opaque on clear, at a size: its transparent pixels, or,
- * without any, its light ones. Null if there is none.
+ * Return the painted part of a mask image, opaque on clear, at its own or another size: its
+ * transparent pixels, or, without any, its light ones. Null if there is none.
  */
-export async function paintedPart(file, side = null, transparentOnly = false) {
+export async function paintedPart(file, size = null, transparentOnly = false) {
   const image = await createImageBitmap(file);
-  const [width, height] = side ? [side, side] : [image.width, image.height];
+  const { width, height } = size ?? image;
   const canvas = canvasOf(image, width, height);
   const context = canvas.getContext("2d");
   const pixels = context.getImageData(0, 0, width, height);
