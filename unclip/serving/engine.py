@@ -48,7 +48,6 @@ class Done:
     """The images of the job. seconds: of the pipeline's call."""
 
     result: GenerationResult
-    size: int
     seconds: float
 
 
@@ -251,10 +250,9 @@ class Engine:
         self.metrics.images.labels(jobs[0].task.model, jobs[0].task.operation).inc(
             sum(job.task.n for job in jobs)
         )
-        size = self.known[jobs[0].task.model]["size"]
         for job, result in zip(jobs, results, strict=True):
             if not job.cancelled:
-                job.notify(Done(result, size, seconds))
+                job.notify(Done(result, seconds))
 
     def _without_memory(self, model: LoadedModel, jobs: list[Job], images: int) -> None:
         """Halve a batch that does not fit, and remember the limit."""

@@ -80,49 +80,52 @@ class Common(BaseModel):
     sampler: Sampler | None = None
     options: Options | None = None
     indexed_partials: bool = False
+    prompt: str | None = Field(None, max_length=MAX_PROMPT)
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
 
 
-class Generation(Common):
+class FromPrior(Common):
+    """The fields of calls that use the prior."""
+
+    embedding: Embedding | None = None
+    prior_steps: Steps | None = None
+    prior_guidance: Guidance | None = None
+    prior_candidates: Candidates | None = None
+
+
+class FromImage(Common):
+    """The fields of calls with images, which are files in multipart."""
+
+    image: str | list[str] | None = None
+    images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
+
+
+class FromEmbedding(Common):
+    """The fields of calls that also take and return embeddings."""
+
+    image_embedding: Vector | None = None
+    layout: Vector | None = None
+    return_embedding: bool = False
+
+
+class Generation(FromPrior, FromEmbedding):
     """Body of POST /v1/images/generations."""
 
-    prompt: str | None = Field(None, max_length=MAX_PROMPT)
-    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
     num_candidates: Candidates | None = None
-    embedding: Embedding | None = None
-    prior_steps: Steps | None = None
-    prior_guidance: Guidance | None = None
-    prior_candidates: Candidates | None = None
-    image_embedding: Vector | None = None
-    layout: Vector | None = None
-    return_embedding: bool = False
 
 
-class Edit(Common):
-    """Body of POST /v1/images/edits; in multipart, images are files."""
+class Edit(FromPrior, FromImage):
+    """Body of POST /v1/images/edits."""
 
     prompt: str = Field(max_length=MAX_PROMPT)
-    image: str | list[str] | None = None
-    images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     mask: str | dict[str, Any] | None = None
     strength: Annotated[Number, Field(gt=0, le=1)] | None = None
-    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
-    embedding: Embedding | None = None
-    prior_steps: Steps | None = None
-    prior_guidance: Guidance | None = None
-    prior_candidates: Candidates | None = None
 
 
-class Variation(Common):
-    """Body of POST /v1/images/variations; in multipart, images are files."""
+class Variation(FromImage, FromEmbedding):
+    """Body of POST /v1/images/variations."""
 
-    image: str | list[str] | None = None
-    images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
     weights: Weights | None = None
-    prompt: str | None = Field(None, max_length=MAX_PROMPT)
-    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
-    image_embedding: Vector | None = None
-    layout: Vector | None = None
-    return_embedding: bool = False
 
 
 BODIES: dict[str, type[Common]] = {
@@ -141,6 +144,16 @@ REPLACED = (
 RETURNED = {"size", "response_format", "stream", "partial_images", "indexed_partials", "user"}
 RETURNED |= {"output_format", "output_compression", "background", "return_embedding"}
 UNWRITTEN = ("gif", "svg")  # formats of newer models; the result is a PNG
+WORDS = {  # OpenAI's, by the type of pydantic's error
+    "missing": "'{param}' is a required property",
+    "less_than_equal": "{value} is greater than the maximum of {le} - '{param}'",
+    "greater_than_equal": "{value} is less than the minimum of {ge} - '{param}'",
+    "greater_than": "{value} is less than the minimum of {gt} - '{param}'",
+    "literal_error": "{value} is not one of [{expected}] - '{param}'",
+    "string_too_long": "The value is longer than {max_length} characters - '{param}'",
+    "too_long": "{actual_length} values are more than the maximum of {max_length} - '{param}'",
+}
+OTHER_WORDS = "{value} is not of the expected type - '{param}' ({message})"
 TEXTS = ("prompt", "negative_prompt")  # in which "null" is a valid text
 
 
@@ -238,7 +251,10 @@ def parse(
         raise bad_request("Invalid type for 'image'.", "image", "invalid_type")
     images = [*files.pop("image", []), *files.pop("image[]", [])]
     masks = files.pop("mask", [])
-    body = _validate(BODIES[operation], fields)
+    try:
+        body = BODIES[operation].model_validate(fields)
+    except ValidationError as error:
+        raise _as_api_error(error) from None
     ignored = [*(body.model_extra or {}), *files]
     if body.background == "transparent":
         ignored.append("background")
@@ -442,39 +458,17 @@ def parse_size(size: str | None, strict: bool) -> int | None:
     raise bad_request(f"'{_printable(size)}' is not {expected} - 'size'", "size")
 
 
-def _validate(kind: type[Common], fields: dict[str, Any]) -> Common:
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _as_api_error(error) from None
-
-
 def _as_api_error(error: ValidationError) -> APIError:
     """Return the first problem in OpenAI's words."""
-    first = error.errors(include_url=False, include_context=True)[0]
+    first = error.errors(include_url=False)[0]
     param = _printable(str(first["loc"][0])) if first["loc"] else None
-    value, context, kind = first.get("input"), first.get("ctx", {}), first["type"]
-    if kind == "too_long":
-        given, limit = len(value), context.get("max_length")
-        return bad_request(
-            f"{given} values are more than the maximum of {limit} - '{param}'", param
-        )
-    shown = _printable(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
-    if kind == "missing":
-        message = f"'{param}' is a required property"
-    elif kind in ("less_than_equal", "less_than"):
-        message = f"{shown} is greater than the maximum of {context.get('le')} - '{param}'"
-    elif kind in ("greater_than_equal", "greater_than"):
-        limit = context.get("ge", context.get("gt"))
-        message = f"{shown} is less than the minimum of {limit} - '{param}'"
-    elif kind == "literal_error":
-        choices = context.get("expected", "").replace(" or ", ", ")
-        message = f"{shown} is not one of [{choices}] - '{param}'"
-    elif kind == "string_too_long":
-        message = f"The value is longer than {context.get('max_length')} characters - '{param}'"
-    else:
-        message = f"{shown} is not of the expected type - '{param}' ({first['msg']})"
-    return bad_request(message, param)
+    value, context = first.get("input"), first.get("ctx", {})
+    context |= {"param": param, "message": first["msg"]}
+    context["expected"] = context.get("expected", "").replace(" or ", ", ")
+    context["value"] = _printable(
+        repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    )
+    return bad_request(WORDS.get(first["type"], OTHER_WORDS).format(**context), param)
 
 
 def _printable(text: str) -> str:
