@@ -14,25 +14,22 @@ from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import Receive
 
 from unclip import __version__
 from unclip.serving.config import ServerConfig, is_loopback
-from unclip.serving.delivery import deliver, describe, encode_preview
-from unclip.serving.engine import Done, Engine, Step
+from unclip.serving.delivery import Responder, describe, header_text
+from unclip.serving.engine import Engine
 from unclip.serving.errors import APIError, bad_request, not_found
-from unclip.serving.jobs import JOB_ID, ClientGone, EventStream, Jobs, RunningJob, stream
+from unclip.serving.jobs import JOB_ID, Jobs
 from unclip.serving.metrics import Metrics
 from unclip.serving.middleware import Guard, host_name
 from unclip.serving.page import router as page
 from unclip.serving.requests import (
     BODIES,
     FILES,
-    Delivery,
     Sampler,
     content_hash,
     model_not_found,
@@ -40,21 +37,13 @@ from unclip.serving.requests import (
     read_body,
 )
 from unclip.serving.storage import Storage, open_storage
-from unclip.serving.tasks import Task
 
 log = logging.getLogger("unclip.serving")
 
 SWEEP_SECONDS = 60.0
 DECODERS = 4  # requests whose images are decoded at the same time
 CREATED = int(time.time())
-EVENTS = {
-    "generations": "image_generation",
-    "edits": "image_edit",
-    "variations": "image_variation",
-}
 ENTRIES = {"type": "array", "items": {"type": "object"}, "minItems": 1}  # in the OpenAPI schema
-NO_TOKENS = {"image_tokens": 0, "text_tokens": 0}  # nothing is billed
-USAGE = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
 
 
 def load_pipeline(name: str, device: Any, dtype: Any) -> Any:
@@ -185,97 +174,6 @@ def _images_route(operation: str) -> Callable[..., Any]:
     return images
 
 
-class Responder:
-    """Turns the events of a job into a response."""
-
-    def __init__(
-        self,
-        request: Request,
-        task: Task,
-        delivery: Delivery,
-        job: RunningJob,
-        base_url: str | None,
-    ) -> None:
-        self.request, self.task, self.delivery = request, task, delivery
-        self.job, self.base_url = job, base_url
-        self.config: ServerConfig = request.app.state.config
-        self.headers = {"x-unclip-model": _header(task.model), **_limits(job.engine)}
-        if delivery.ignored:
-            self.headers["x-unclip-ignored"] = _header(", ".join(delivery.ignored)[:1000])
-
-    async def respond(self) -> Response:
-        """Wait for the images and return them in one JSON object."""
-        try:
-            async with contextlib.aclosing(self.job.events(self.request.receive)) as events:
-                async for event in events:
-                    if isinstance(event, APIError):
-                        response = event.response()  # the jobs of a batch may share the error
-                        for name, value in self.headers.items():
-                            response.headers.setdefault(name, value)
-                        return response
-                    if isinstance(event, Done):
-                        entries, note = await self._deliver(event, with_base64=False)
-                        note = {} if note is None else {"x-unclip-note": note}
-                        body = {"created": int(time.time()), "data": entries}
-                        spent = {"x-unclip-pipeline-ms": f"{1000 * event.seconds:.1f}"}
-                        headers = {**self.headers, **spent, **note}
-                        return Response(to_json(body), 200, headers, "application/json")
-        except ClientGone:
-            pass
-        return Response(status_code=499)
-
-    def stream(self) -> Response:
-        """Return server-sent events."""
-
-        def events(receive: Receive) -> AsyncIterator[bytes]:
-            prefix = EVENTS[self.task.operation]
-            return stream(self.job, receive, prefix, self._partial_images, self._completed)
-
-        side = self.delivery.side
-        note = {} if side is None else {"x-unclip-note": f"resized to {side}x{side}"}
-        return EventStream(events, {**self.headers, **note})
-
-    async def _partial_images(self, step: Step) -> list[dict[str, Any]]:
-        assert step.preview is not None
-        images = await run_in_threadpool(encode_preview, step.preview, self.delivery)
-        return [
-            {
-                "b64_json": data,
-                "partial_image_index": step.index,
-                **self._about(size),
-                **({"image_index": k} if self.delivery.indexed else {}),
-            }
-            for k, (data, size) in enumerate(images)
-        ]
-
-    async def _completed(self, done: Done) -> list[dict[str, Any]]:
-        entries, _ = await self._deliver(done, with_base64=True)
-        usage = {**USAGE, "input_tokens_details": NO_TOKENS}
-        return [
-            {**entry, **self._about(entry["size"]), "usage": usage, "image_index": k}
-            for k, entry in enumerate(entries)
-        ]
-
-    def _about(self, size: str) -> dict[str, Any]:
-        fields = {"created_at": int(time.time()), "size": size, "quality": "auto"}
-        return {**fields, "background": "opaque", "output_format": self.delivery.kind}
-
-    async def _deliver(
-        self, done: Done, with_base64: bool
-    ) -> tuple[list[dict[str, Any]], str | None]:
-        self.request.state.log["pipeline_ms"] = round(1000 * done.seconds, 1)
-        storage = self.request.app.state.storage
-        return await run_in_threadpool(
-            deliver,
-            done.result,
-            self.delivery,
-            storage,
-            self.base_url,
-            self.config.metadata,
-            with_base64,
-        )
-
-
 def _base_url(request: Request) -> str:
     """Return the base of URLs in responses. APIError if it is unknown."""
     config: ServerConfig = request.app.state.config
@@ -288,21 +186,6 @@ def _base_url(request: Request) -> str:
         "response_format 'url' needs a server with --public-base-url; use 'b64_json'.",
         "response_format",
     )
-
-
-def _limits(engine: Engine) -> dict[str, str]:
-    """Return OpenAI's rate limit headers, for images in the queue."""
-    queue = engine.queue
-    return {
-        "x-ratelimit-limit-requests": str(queue.max_images),
-        "x-ratelimit-remaining-requests": str(max(0, queue.max_images - queue.images)),
-        "x-ratelimit-reset-requests": f"{engine.retry_after()}s",
-    }
-
-
-def _header(text: str) -> str:
-    """Replace characters that a header may not contain, and strip spaces."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text).strip()
 
 
 # -- models, files, operation
@@ -389,7 +272,7 @@ async def get_metrics(request: Request) -> Response:
 
 
 def _no_route(request: Request) -> APIError:
-    path = _header(request.url.path[:200])
+    path = header_text(request.url.path[:200])
     return not_found(f"Invalid URL ({request.method} {path})")
 
 
@@ -401,7 +284,7 @@ async def _handle_http_error(request: Request, error: Any) -> Response:
     if error.status_code == 404:
         return _no_route(request).response()
     if error.status_code == 405:
-        path = _header(request.url.path[:200])
+        path = header_text(request.url.path[:200])
         message = f"Not allowed to {request.method} on {path} (HINT: see the documentation)"
         return APIError(405, message, headers=error.headers).response()
     return APIError(error.status_code, str(error.detail)).response()

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import logging
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakSet
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from unclip.serving.engine import Done, Engine, Event, Started, Step
-from unclip.serving.errors import APIError, bad_request, conflict, failed, queue_full, unavailable
+from unclip.serving.errors import APIError, bad_request, conflict, queue_full, unavailable
 from unclip.serving.queue import Job, QueueFull
 from unclip.serving.tasks import Task
 
-log = logging.getLogger("unclip.serving")
-
-PING_SECONDS = 10.0
-POSITION_SECONDS = 1.0
-STEP_SECONDS = 0.1  # between comments about steps
 JOB_ID = "x-unclip-job"  # header of a request whose client may connect again
 VALID_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 MAX_FINISHED = 64  # jobs with an id whose results are kept, for all clients
@@ -223,93 +214,3 @@ async def disconnect(receive: Receive) -> None:
     """Return when the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-class EventStream(Response):
-    """Server-sent events; the headers are sent with the first one."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: Callable[[Receive], AsyncIterator[bytes]],
-        headers: dict[str, str],
-    ) -> None:
-        super().__init__(
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers}
-        )
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def put(body: bytes, more: bool) -> None:
-            try:
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-            except OSError:
-                raise ClientGone from None
-
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(start)
-        with contextlib.suppress(ClientGone):
-            try:
-                async for chunk in self._events(receive):
-                    await put(chunk, True)
-            except ClientGone:
-                pass
-            except APIError as error:  # the images cannot be stored
-                await put(error_event(error), True)
-            except Exception:  # the images cannot be encoded
-                log.exception("stream_failed")
-                await put(error_event(failed()), True)
-            await put(b"", False)
-
-
-async def stream(
-    job: RunningJob,
-    receive: Receive,
-    prefix: str,
-    preview: Callable[[Step], Awaitable[list[dict[str, Any]]]],
-    complete: Callable[[Done], Awaitable[list[dict[str, Any]]]],
-) -> AsyncIterator[bytes]:
-    """Encode the events of a job. prefix: of event types, "image_generation"."""
-    last_sent = last_step = time.monotonic()
-    stage = ""
-    async with contextlib.aclosing(job.events(receive, POSITION_SECONDS)) as events:
-        async for event in events:
-            now, chunk = time.monotonic(), b""
-            if event is None:
-                if not job.started:
-                    chunk = comment({"queue_position": job.engine.queue.position(job.job) or 0})
-                elif now - last_sent >= PING_SECONDS:
-                    chunk = b": ping\n\n"
-            elif isinstance(event, Step):
-                if event.stage != stage or now - last_step >= STEP_SECONDS:
-                    stage, last_step = event.stage, now
-                    fields = {"stage": stage, "step": event.step, "num_steps": event.num_steps}
-                    chunk = comment(fields)
-                if event.preview is not None:
-                    for fields in await preview(event):
-                        chunk += sse(f"{prefix}.partial_image", fields)
-            elif isinstance(event, Done):
-                for fields in await complete(event):
-                    yield sse(f"{prefix}.completed", fields)
-            elif isinstance(event, APIError):
-                chunk = error_event(event)
-            if chunk:
-                last_sent = now
-                yield chunk
-
-
-def sse(kind: str, fields: dict[str, Any]) -> bytes:
-    """Encode an event."""
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
-
-
-def error_event(error: APIError) -> bytes:
-    """Encode an error."""
-    return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
-
-
-def comment(fields: dict[str, Any]) -> bytes:
-    """Encode a comment line, which SDKs skip."""
-    return f": {json.dumps(fields)}\n\n".encode()
