@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from unclip.training.dry_run import describe
 from unclip.training.fit import fit
-from unclip.training.launch import Run
+from unclip.training.launch import Run, make_accelerator
 from unclip.training.log import available_trackers
 from unclip.training.optim import OptimConfig
 from unclip.training.stopping import SIGNALS, StopRequest
@@ -171,6 +171,29 @@ def test_accumulated_gradients_are_averaged(tmp_path: Path) -> None:
             json.loads((tmp_path / str(accumulate) / "metrics.jsonl").read_text())["grad_norm"]
         )
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_updates_that_overflow_in_fp16_are_left_out_of_the_mean_gradient_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_scaler(*args: Any) -> Any:  # fp16 itself needs a GPU
+        accelerator = make_accelerator(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", 2.0**127, backoff_factor=2.0**-127)
+        return accelerator
+
+    def loss_fn(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"loss": 100 * plain_loss(model, batch)["loss"]}
+
+    monkeypatch.setattr("unclip.training.fit.make_accelerator", with_scaler)
+    norms = []
+    for log_every in (1, 3):
+        folder = tmp_path / str(log_every)
+        run_fit(fit_config(folder, 3, log_every=log_every, precision="fp32"), loss_fn)
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        norms.append([row.get("grad_norm") for row in rows])
+    (overflow, *others), (mean,) = norms
+    assert overflow is None
+    assert mean == pytest.approx(sum(others) / 2)
 
 
 def test_metrics_after_the_resumed_step_are_replaced(tmp_path: Path) -> None:

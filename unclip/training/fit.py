@@ -332,10 +332,11 @@ class _Trainer:
             self.saver.finish()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema and not self._overflowed(norm):
+        overflowed = self._overflowed(norm)
+        if self.ema and not overflowed:
             self.ema.update()
         self.state.step += 1
-        self.log.advance(norm)
+        self.log.advance(None if overflowed else norm)
         return stopping
 
     def _averaging(self, wanted: bool) -> contextlib.AbstractContextManager[None]:

@@ -126,10 +126,11 @@ class Log:
         self._batches += 1
         self._timed_samples += samples
 
-    def advance(self, norm: Tensor) -> None:
-        """Count an update with this gradient norm."""
-        self._norms = self._norms + norm.detach()
-        self._updates += 1
+    def advance(self, norm: Tensor | None) -> None:
+        """Count an update with this gradient norm; None if fp16 overflowed and skipped it."""
+        if norm is not None:
+            self._norms = self._norms + norm.detach()
+            self._updates += 1
         self._timed_updates += 1
         if self._bar is not None:
             self._bar.update()
@@ -137,7 +138,8 @@ class Log:
     def training(self, step: int, extra: dict[str, float]) -> None:
         """Report the means since the last report."""
         means = {name: value / self._batches for name, value in self._sums.items()}
-        values = self._mean({**means, "grad_norm": self._norms / self._updates})
+        norm = {"grad_norm": self._norms / self._updates} if self._updates else {}
+        values = self._mean({**means, **norm})
         seconds = max(time.perf_counter() - self._since, 1e-9)
         values["samples_per_s"] = self._timed_samples * self._accelerator.num_processes / seconds
         hours = (self._steps - step) * seconds / max(1, self._timed_updates) / 3600
