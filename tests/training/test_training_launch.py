@@ -163,6 +163,14 @@ def test_unconnected_processes_are_rejected(
         launch(main, Script, None, ["--config", script_config(tmp_path)])
 
 
+def test_accumulation_by_accelerate_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit, match="accumulation_steps is 4; expected 1.*fit.accumulate"):
+        launch(main, Script, None, ["--config", script_config(tmp_path)])
+
+
 def test_bf16_is_the_default_only_where_the_cpu_has_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     emulates = "unclip.training.launch.emulates_bf16"

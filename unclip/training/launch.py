@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import traceback
 import warnings
@@ -137,6 +138,9 @@ def make_accelerator(precision: str, trackers: Trackers, output: str) -> Acceler
     log_with: list[Any] = [*available_trackers(trackers)]
     if precision == "fp16" and sharding.requested():
         raise ValueError("precision fp16 does not work with FSDP; use bf16 or fp32")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":  # accelerate would divide the gradients once more
+        raise ValueError(f"gradient_accumulation_steps is {steps}; expected 1; set fit.accumulate")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with=log_with or None,
