@@ -12,6 +12,7 @@ from unclip.checkpoints.store import save_component
 from unclip.config import config
 from unclip.data.loader import DataConfig, open_data
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.codecs.quantizers import NearestConfig
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
@@ -57,6 +58,11 @@ def main(run: Run[CodecTraining]) -> None:
     config = run.config
     if config.adversarial and sharding.requested():
         raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
+    quantizer = getattr(config.model, "quantizer", None)
+    revives = isinstance(quantizer, NearestConfig) and quantizer.revive is not None
+    if revives and quantizer.ema is None and sharding.requested():
+        # It would write to the gathered weights, from which nothing is copied back.
+        raise ValueError("quantizer.revive without quantizer.ema needs DDP; FSDP would undo it")
     codec = CODECS[type(config.model)](config.model).to(run.device)
     features = config.perceptual and config.perceptual.features(run.device)
     adversarial = config.adversarial

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_clip
+from forks import FSDP
+from scripts import load_script
 from torch import Tensor, nn
 
+from unclip.data.loader import DataConfig
 from unclip.models.codecs.discriminator import DiscriminatorConfig, hinge_loss
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
+from unclip.models.codecs.quantizers import NearestConfig
 from unclip.models.codecs.vqvae import VQVAE, ConvNetConfig, VQVAEConfig
 from unclip.training.codec import (
     AdversarialCodec,
@@ -81,6 +85,18 @@ def test_annealing_follows_a_cosine():
     )
     with pytest.raises(ValueError, match="steps is 0"):
         Annealing(1.0, 0.0, 0)
+
+
+def test_reviving_learned_codes_is_rejected_if_they_are_sharded(monkeypatch, tmp_path):
+    script = load_script("codec")
+    model = replace(vqvae().config, quantizer=NearestConfig(revive=1.0))
+    config = script.CodecTraining(
+        model, DataConfig("no-data", 16, 1), OptimConfig(), FitConfig(str(tmp_path), 1)
+    )
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="revive without quantizer.ema needs DDP"):
+        script.main(Run(config))
 
 
 def test_the_codec_gets_the_annealed_values():
