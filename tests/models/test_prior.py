@@ -9,6 +9,7 @@ from diffusers import PriorTransformer
 from parity import load_from_diffusers, randomize
 
 from unclip.checkpoints.diffusers.names import prior_rules
+from unclip.models.layers import TransformerBlock
 from unclip.models.unclip.mlp_prior import MLPPrior, MLPPriorConfig
 from unclip.models.unclip.prior import DiffusionPrior, KeyValues, PriorConfig
 from unclip.types import TextEncoding
@@ -244,3 +245,15 @@ def test_gradient_checkpointing_keeps_gradients(kind: type, text: TextEncoding) 
 def trained(prior: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that the output without dropped captions depends on."""
     return [p for name, p in prior.named_parameters() if not name.startswith("null_")]
+
+
+def test_attention_to_a_shared_prefix_does_not_overflow_in_fp16():
+    torch.manual_seed(0)
+    block = TransformerBlock(64, 1).eval()
+    block.qkv.weight.data[:64] *= 300  # q k^T is about 1e5, but 1e4 divided by sqrt(d)
+    x, visible = torch.randn(4, 3, 64), torch.ones(2, 5, dtype=torch.bool)
+    k, v = 60 * torch.randn(2, 1, 5, 64), torch.randn(2, 1, 5, 64)
+    with torch.no_grad():
+        output = block.half().extend(x.half(), k.half(), v.half(), visible)
+        expected = block.float().extend(x, k, v, visible)
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)

@@ -145,11 +145,12 @@ class TransformerBlock(nn.Module):
             )  # B 1 S N+S
             k, v = torch.cat([k_prefix, k], dim=2), torch.cat([v_prefix, v], dim=2)
             return self(x, q, k, v, mask)
+        q = q * d**-0.5  # before the products, which may overflow in fp16
         q_shared = _merge_rows(q, R)  # R H B/R*S d
         to_prefix = q_shared @ k_prefix.mT
         to_prefix = to_prefix.masked_fill(~visible[:, None, None], -torch.inf)  # R H B/R*S N
         to_own = (q @ k.mT).masked_fill(~causal, -torch.inf)  # B H S S
-        scores = torch.cat([_split_rows(to_prefix, S), to_own], dim=-1) * d**-0.5
+        scores = torch.cat([_split_rows(to_prefix, S), to_own], dim=-1)
         weights = scores.softmax(dim=-1)  # B H S N+S
         from_prefix = _split_rows(_merge_rows(weights[..., :N], R) @ v_prefix, S)
         return self._finish(x, from_prefix + weights[..., N:] @ v)
