@@ -59,7 +59,7 @@ def test_float32_outputs_are_bit_identical(time_shift, training):
     levels = (LevelSpec(16, 1), LevelSpec(16, 1, attention=True))
     config = UNetConfig(3, 3, levels, head_dim=8, groups=8, time_shift=time_shift)
     unet = randomize(UNet(config)).to(memory_format=torch.channels_last)
-    x, modulation = torch.randn(2, 3, 8, 8), unet.modulation(unet.time_embedding(torch.ones(2)))
+    x, modulation = torch.randn(2, 3, 8, 8), unet.modulation(unet.time(torch.ones(2)))
     with torch.set_grad_enabled(training):
         expected, _ = unet(x, modulation)
         use_kernels(unet, CPU)

@@ -27,11 +27,11 @@ def make_inputs(
     torch.manual_seed(1)
     x, t = torch.randn(batch, 3, size, size), torch.arange(batch) * 300
     if unet.config.context_dim is None:
-        return x, unet.modulation(unet.time_embedding(t)), None
+        return x, unet.modulation(unet.time(t)), None
     mask = torch.arange(5) < torch.arange(1, batch + 1)[:, None]
     return (
         x,
-        unet.modulation(unet.time_embedding(t)),
+        unet.modulation(unet.time(t)),
         unet.project_context(torch.randn(batch, 5, 12), mask),
     )
 

@@ -249,7 +249,7 @@ def test_network_of_the_last_step_runs_only_at_the_last_step(tiny_pipe):
     pipe.upsample(torch.zeros(1, 3, 8, 8), options=options)
     (modulation,) = modulations
     unet = upsampler.last_unet
-    torch.testing.assert_close(modulation, unet.modulation(unet.time_embedding(torch.tensor([0]))))
+    torch.testing.assert_close(modulation, unet.modulation(unet.time(torch.tensor([0]))))
 
 
 def test_presets_of_other_pipelines(tiny_dalle):

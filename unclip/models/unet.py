@@ -273,10 +273,6 @@ class UNet(nn.Module):
         """Iterate over the attention layers in the order of `forward`."""
         return (m for m in self.modules() if isinstance(m, Attention))
 
-    def time_embedding(self, t: Tensor) -> Tensor:
-        """Embed timesteps: (B,) -> (B, time_dim)."""
-        return self.time(t)
-
     def modulation(self, time_emb: Tensor) -> Tensor:
         """Project a time embedding for all residual blocks: (..., time_dim) -> (..., M)."""
         time = F.silu(time_emb)

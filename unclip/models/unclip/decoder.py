@@ -123,7 +123,7 @@ class ContextUNet(Denoiser):
             x = torch.cat([x, context.extra_channels.to(x.dtype)], dim=1)
 
         def modulate(t: Tensor) -> Tensor:
-            return unet.modulation(unet.time_embedding(t) + context.time_shift)
+            return unet.modulation(unet.time(t) + context.time_shift)
 
         modulation = embed_time(modulate, t, x, cache)  # B M
         deep_features = None if cache is None else cache.deep_features(t)

@@ -85,7 +85,7 @@ class Upsampler(nn.Module):
         x = torch.cat([x_t, low_res], dim=1)  # B 6 S S
 
         def modulate(t: Tensor) -> Tensor:
-            return unet.modulation(unet.time_embedding(t))
+            return unet.modulation(unet.time(t))
 
         modulation = embed_time(modulate, t, x, cache)  # B or 1, M
         deep_features = None if cache is None else cache.deep_features(t)
