@@ -38,10 +38,15 @@ def describe(
     """
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    values: list[Tensor] = []
+    losses: list[Tensor] = []
+
+    def recorded_loss() -> Tensor:
+        losses.append(loss())
+        return losses[0]
+
     state["accumulate"] = accumulate > 1
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as flops:
-        memory = step_memory(model, lambda: values.append(loss()) or values[0], **state)
+        memory = step_memory(model, recorded_loss, **state)
     parts = ", ".join(f"{name} {size(count)}" for name, count in memory.items() if count)
     samples = len(next(iter(batch.values())))
     per_sample = flops.get_total_flops() / samples
@@ -52,7 +57,7 @@ def describe(
             f"batch        {samples} samples x {accumulate}, per process",
             f"memory       {size(sum(memory.values()))}: {parts}",
             f"FLOPs        {per_step:.3e} per step, {per_sample:.3e} per sample",
-            f"loss         {values[0].item():.4g} before training",
+            f"loss         {losses[0].item():.4g} before training",
         ]
     )
 
