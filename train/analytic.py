@@ -23,7 +23,7 @@ from unclip.checkpoints.folders import SCHEDULE_FILE
 from unclip.checkpoints.store import load_as, load_schedule
 from unclip.clip import CLIP
 from unclip.config import save_json
-from unclip.data.loader import DataConfig
+from unclip.data.loader import Batch, DataConfig
 from unclip.diffusion.samplers import threshold
 from unclip.diffusion.schedules import Schedule
 from unclip.files import exit_on_error
@@ -33,7 +33,7 @@ from unclip.pipelines.request import check_count
 from unclip.pipelines.runtime import find_device
 from unclip.training.embedded import open_loader
 from unclip.training.initialization import load_clip
-from unclip.training.losses import Batch, image_embeddings
+from unclip.training.losses import image_embeddings
 
 # P timesteps, B batch, D embedding width
 

@@ -76,6 +76,16 @@ def run_part(function: Callable[..., T], *inputs: Any, recompute: bool) -> T:
     return function(*inputs)
 
 
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in the backward pass; ValueError if the network does not support it."""
+    flags = ("gradient_checkpointing", "grad_checkpointing")  # ours, open_clip's
+    found = [(m, flag) for m in model.modules() for flag in flags if hasattr(m, flag)]
+    for module, flag in found:
+        setattr(module, flag, True)
+    if not found:
+        raise ValueError(f"{type(model).__name__} does not support gradient checkpointing")
+
+
 def replace_rows(x: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
     """Replace the rows of x (B, ...) where `rows` (B,) bool is True; None = nowhere."""
     return x if rows is None else torch.where(rows.view(-1, *[1] * (x.ndim - 1)), value, x)

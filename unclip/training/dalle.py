@@ -1,21 +1,21 @@
-"""The loss of DALL-E's transformer on captions and image codes, precomputed or encoded per step."""
+"""The loss of DALL-E's transformer on captions and image codes, precomputed or encoded per step.
+
+A batch has "caption", and "codes" (B, h, w) or "image" (B, 3, S, S) in [-1, 1].
+"""
 
 # B batch, L text tokens, h w grid of codes, S image size
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import DropRate, ProperFraction, config
+from unclip.data.loader import Batch
 from unclip.models.codecs.codec import ImageCodec
 from unclip.models.dalle.transformer import DALLE
 from unclip.tokenizer import BPETokenizer
-
-Batch = dict[str, Any]  # "caption", and "codes" (B, h, w) or "image" (B, 3, S, S) in [-1, 1]
 
 
 @config

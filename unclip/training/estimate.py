@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from unclip.checkpoints.store import NETWORKS
+from unclip.models.layers import enable_gradient_checkpointing
 from unclip.models.lora import add_lora
 from unclip.models.unclip.decoder import Decoder
 from unclip.models.unclip.mlp_prior import MLPPrior
@@ -62,16 +63,6 @@ def describe_sharded(config: Any, processes: int) -> str:
         f"memory       {size(sum(memory.values()))} per process: {parts}",
     ]
     return "\n".join(lines if activations else [*lines, "             without activations"])
-
-
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass; ValueError if the network does not support it."""
-    flags = ("gradient_checkpointing", "grad_checkpointing")  # ours, open_clip's
-    found = [(m, flag) for m in model.modules() for flag in flags if hasattr(m, flag)]
-    for module, flag in found:
-        setattr(module, flag, True)
-    if not found:
-        raise ValueError(f"{type(model).__name__} does not support fit.gradient_checkpointing")
 
 
 def _build(config: Any) -> nn.Module:

@@ -36,13 +36,14 @@ from unclip.config import (
     save_json,
     to_dict,
 )
+from unclip.data.loader import Batch
 from unclip.models.cpu.kernels import use_kernels
+from unclip.models.layers import enable_gradient_checkpointing
 from unclip.tokenizer import BPETokenizer
 from unclip.training import sharding
 from unclip.training.checkpoints import Checkpoints, fault
 from unclip.training.dry_run import describe
 from unclip.training.ema import EMA
-from unclip.training.estimate import enable_gradient_checkpointing
 from unclip.training.initialization import load_weights
 from unclip.training.launch import Run, default_precision, make_accelerator
 from unclip.training.lock import locked
@@ -50,13 +51,13 @@ from unclip.training.log import DEFAULT_TRACKERS, Log, Trackers
 from unclip.training.multiprocess import any_process, on_main, rank
 from unclip.training.optim import OptimConfig, build_optimizer
 from unclip.training.random_state import random_state, set_random_state
-from unclip.training.run_state import Batch, Loader, RunState, restore_random_state
+from unclip.training.run_state import Loader, RunState, restore_random_state
 from unclip.training.saving import Export, Saver
 from unclip.training.stopping import Interrupted, StopRequest, resume_command
 from unclip.weights import write_tensors
 
 LossFn = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
-Preview = Callable[[nn.Module], Image.Image]
+Preview = Callable[[Any], Image.Image]  # of the network that is trained
 Measure = Callable[[Sequence[Batch]], Mapping[str, float]]
 BeforeStep = Callable[[int], None]
 
@@ -135,9 +136,21 @@ def fit(
     try:
         with lock:
             trainer = _Trainer(
-                model, loss_fn, loader, config, optim, run, before_step, tokenizer, statistics
+                model,
+                loss_fn,
+                loader,
+                config,
+                optim,
+                run,
+                val_loader=val_loader,
+                preview=preview,
+                export=export or _export_weights,
+                before_step=before_step,
+                tokenizer=tokenizer,
+                statistics=statistics,
+                measure=measure,
             )
-            return trainer.train(val_loader, preview, export, measure)
+            return trainer.train()
     finally:  # process-wide singletons: the next fit may need another precision
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -154,12 +167,18 @@ class _Trainer:
         config: FitConfig,
         optim: OptimConfig,
         run: Run[Any],
+        *,
+        val_loader: Loader | None,
+        preview: Preview | None,
+        export: Export,
         before_step: BeforeStep | None,
         tokenizer: BPETokenizer | None,
         statistics: nn.Module | None,
+        measure: Measure | None,
     ) -> None:
-        self.config, self.optim, self.loader = config, optim, loader
+        self.config, self.optim, self.loader, self.val_loader = config, optim, loader, val_loader
         self.loss_fn, self.before_step = loss_fn, before_step
+        self.preview, self.export, self.measure = preview, export, measure
         self.output = Path(config.output)
         self.checkpoints = Checkpoints(self.output / "checkpoints", config.keep)
         accelerator = make_accelerator(config.precision, config.trackers, config.output)
@@ -205,14 +224,7 @@ class _Trainer:
             self.saved = self.state.restore(checkpoint)
             self.saved_random_state = restore_random_state(checkpoint, accelerator.process_index)
 
-    def train(
-        self,
-        val_loader: Loader | None,
-        preview: Preview | None,
-        export: Export | None,
-        measure: Measure | None,
-    ) -> Path:
-        self.measure = measure
+    def train(self) -> Path:
         config, accelerator, state = self.config, self.accelerator, self.state
         if accelerator.is_main_process and state.step <= config.steps:
             save_json(state.settings, self.output / "config.json")
@@ -231,13 +243,13 @@ class _Trainer:
             self.checkpoints,
             self.output,
             self.skeleton,
-            export or _export_weights,
+            self.export,
             config.async_save,
         )
         self._restore_process()
         try:
             with StopRequest(config.max_hours) as self.stop:
-                self._loop(val_loader, preview)
+                self._loop()
             if state.step < config.steps or state.pending:
                 self.log.print(f"stopped after step {state.step}; to resume: {resume_command()}")
                 raise SystemExit(0)
@@ -262,13 +274,13 @@ class _Trainer:
             for sums in self.saved.reports[rank : rank + 1]:
                 self.log.restore(sums)
 
-    def _loop(self, val_loader: Loader | None, preview: Preview | None) -> None:
+    def _loop(self) -> None:
         """Train up to the last step or a request to stop, which is followed by a checkpoint."""
         config, state, batches = self.config, self.state, self._batches()
         if state.pending:  # the last run stopped before these evaluations
             if self.before_step is not None:
                 self.before_step(state.step - 1)  # as for the update before them
-            if self._evaluate(val_loader, preview):
+            if self._evaluate():
                 return
             if state.step >= config.steps:  # no later checkpoint says that they are done
                 self._save()
@@ -282,11 +294,11 @@ class _Trainer:
             stopping = self._update(batches)
             if self._due(config.log_every):
                 self._report()
-            if val_loader is not None and self._due(config.val_every):
+            if self.val_loader is not None and self._due(config.val_every):
                 state.pending.append(VALIDATION)
-            if preview is not None and self._due(config.preview_every):
+            if self.preview is not None and self._due(config.preview_every):
                 state.pending.append(PREVIEW)
-            stopping = stopping or self._evaluate(val_loader, preview)
+            stopping = stopping or self._evaluate()
             if stopping or self._due(config.save_every) or state.step == config.steps:
                 self._save()
         self.saver.finish()
@@ -438,14 +450,14 @@ class _Trainer:
             values["broken"] = len(self.loader.broken)
         self.log.training(self.state.step, values)
 
-    def _evaluate(self, val_loader: Loader | None, preview: Preview | None) -> bool:
+    def _evaluate(self) -> bool:
         """Run what is pending; return whether to stop, leaving the rest to the resumed run."""
         pending, stopping = self.state.pending, False
         while pending and not stopping:
-            if pending[0] == VALIDATION and val_loader is not None:
-                stopping = not self._validate(val_loader)
-            elif pending[0] == PREVIEW and preview is not None:
-                stopping = not self._preview(preview)
+            if pending[0] == VALIDATION and self.val_loader is not None:
+                stopping = not self._validate(self.val_loader)
+            elif pending[0] == PREVIEW and self.preview is not None:
+                stopping = not self._write_preview(self.preview)
             if not stopping:
                 pending.pop(0)
         return stopping
@@ -489,7 +501,7 @@ class _Trainer:
         self.log.validation(self.state.step, {**means, **measures})
         return True
 
-    def _preview(self, preview: Preview) -> bool:
+    def _write_preview(self, preview: Preview) -> bool:
         """Write a preview; return False, without one, on a request to stop."""
         weights = self._averaged_weights() if self.sharded else {}
         with contextlib.suppress(Interrupted):

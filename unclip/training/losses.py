@@ -1,7 +1,8 @@
 """The training losses of CLIP and the unCLIP networks: a batch in, a dict of scalars out.
 
 Each loss is called as `loss(model, batch)`, where `model` is the network, possibly wrapped for
-several processes; frozen networks and configs are in the loss object.
+several processes; frozen networks and configs are in the loss object. A batch has "caption", and
+"image" (B, 3, S, S) in [-1, 1] or a precomputed "image_emb" (B, D).
 """
 
 # B batch, D CLIP embedding width, s image side of the network, S of the data
@@ -9,7 +10,6 @@ several processes; frozen networks and configs are in the loss object.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unclip.clip import CLIP, contrastive_loss
 from unclip.config import DropRate, NonNegative, config
 from unclip.data.corruption import CorruptionConfig, corrupt
+from unclip.data.loader import Batch
 from unclip.diffusion.losses import LossConfig, diffusion_loss
 from unclip.diffusion.schedules import Prediction, Schedule, sample_timesteps
 from unclip.embeddings import normalise, slerp
@@ -32,9 +33,6 @@ from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
 from unclip.types import TextEncoding
-
-# "image" (B, 3, S, S) in [-1, 1] or precomputed "image_emb" (B, D), and "caption"
-Batch = dict[str, Any]
 
 
 @config

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.clip import CLIP
+from unclip.data.loader import Batch
 from unclip.diffusion.samplers import Denoise, Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.image_io import grid, to_pil
@@ -23,6 +24,7 @@ from unclip.models.unclip.decoder import Decoder, masked_image
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.tokenizer import BPETokenizer
 from unclip.training.dalle import image_codes
+from unclip.training.fit import Preview
 from unclip.training.inpainting import HoleConfig, random_holes
 from unclip.training.losses import resize_square
 from unclip.types import CodeOptions, StageOptions
@@ -31,8 +33,7 @@ SHOWN, UPSAMPLED = 12, 6  # images
 DECODER_OPTIONS = StageOptions(steps=20, guidance=2.0)
 UPSAMPLER_OPTIONS = StageOptions(steps=6)
 
-Preview = Callable[[Any], Image.Image]
-Batches = Iterable[dict[str, Any]]
+Batches = Iterable[Batch]
 
 
 def decoder_preview(

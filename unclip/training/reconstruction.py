@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unclip.clip import CLIP, contrastive_loss
 from unclip.config import NonNegative, PositiveInt, config
-from unclip.training.losses import Batch
+from unclip.data.loader import Batch
 
 
 @config

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unclip import __version__
 from unclip.config import flatten, parse, save_json, to_dict
+from unclip.data.loader import Batch
 from unclip.files import read_json
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer
 from unclip.training.checkpoints import STATE, SavedState, file_entry, read_state
@@ -32,9 +33,6 @@ MUTABLE_SETTINGS = (
     *("fit.max_hours", "fit.async_save"),
     *("data.workers", "data.cache", "data.max_broken", "val_data"),
 )
-
-
-Batch = dict[str, Any]
 
 
 class Loader(Protocol):

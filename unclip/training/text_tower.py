@@ -19,9 +19,10 @@ from typing_extensions import Self
 
 from unclip.clip import CLIP, contrastive_loss
 from unclip.config import NonNegative, config
+from unclip.data.loader import Batch
 from unclip.embeddings import normalise
 from unclip.models.codecs.quantizers import full_precision
-from unclip.training.losses import Batch, image_embeddings
+from unclip.training.losses import image_embeddings
 from unclip.types import TextEncoding
 
 
