@@ -370,26 +370,32 @@ class _Trainer:
 
     def _describe_fault(self, losses: list[Tensor], norm: Tensor, batches: list[Batch]) -> str:
         """Say which process had a value that is not finite, and in which samples or weights."""
-        bad = [b for b, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
-        found = [text for batch in batches for text in _not_finite(batch)]
-        keys = [str(key) for batch in bad or batches for key in batch.get("key", ())]
-        text = f"loss {torch.stack(losses).mean().item():g}, gradient norm {norm.item():g}"
-        faulty = bool(bad or found)
-        if self.accelerator.num_processes > 1 and not any_process(self.accelerator, faulty)[0]:
-            faulty = self._gradient_is_bad(batches)
-        if found:
-            text += f"; not finite: {', '.join(found)}"
-        else:
-            grads = [name for name, p in self.unwrapped.named_parameters() if _is_bad(p.grad)]
-            if grads:
-                text += f" (in {grads[0]} and {len(grads) - 1} more)"
-            text += f"; batch: {', '.join(keys) or 'no keys'}"
-        step, index = self.state.step + 1, self.accelerator.process_index
-        reports = gather_object([(index, faulty, text)])
+        text, index = self._values_not_finite(losses, norm, batches), self.accelerator.process_index
+        reports = gather_object([(index, self._is_at_fault(losses, batches), text)])
         if len(reports) > 1:
             culprits = [report for report in reports if report[1]] or reports
             text = "; ".join(f"process {index}: {text}" for index, _, text in culprits)
+        step = self.state.step + 1
         return f"step {step}: {text}. The weights were not updated, and nothing was saved"
+
+    def _values_not_finite(self, losses: list[Tensor], norm: Tensor, batches: list[Batch]) -> str:
+        """Describe this process: loss, gradient norm, and the samples or weights at fault."""
+        text = f"loss {torch.stack(losses).mean().item():g}, gradient norm {norm.item():g}"
+        if found := [name for batch in batches for name in _not_finite(batch)]:
+            return f"{text}; not finite: {', '.join(found)}"
+        grads = [name for name, p in self.unwrapped.named_parameters() if _is_bad(p.grad)]
+        if grads:
+            text += f" (in {grads[0]} and {len(grads) - 1} more)"
+        bad = [b for b, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
+        keys = [str(key) for batch in bad or batches for key in batch.get("key", ())]
+        return f"{text}; batch: {', '.join(keys) or 'no keys'}"
+
+    def _is_at_fault(self, losses: list[Tensor], batches: list[Batch]) -> bool:
+        """Return whether this process has a value that is not finite, not only another one."""
+        at_fault = _is_bad(torch.stack(losses)) or any(any(_not_finite(b)) for b in batches)
+        if self.accelerator.num_processes > 1 and not any_process(self.accelerator, at_fault)[0]:
+            return self._gradient_is_bad(batches)
+        return at_fault
 
     def _gradient_is_bad(self, batches: list[Batch]) -> bool:
         """Return whether the gradient of this process alone, before averaging, is not finite."""
@@ -560,8 +566,8 @@ def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _is_bad(gradient: Tensor | None) -> bool:
-    return gradient is not None and not sharding.local(gradient).isfinite().all()
+def _is_bad(values: Tensor | None) -> bool:
+    return values is not None and not sharding.local(values).isfinite().all()
 
 
 def _not_finite(batch: Batch) -> Iterator[str]:
