@@ -34,9 +34,10 @@ def encode(
     `source` (paths of the data and the codec) is stored with the settings.
     """
     settings = {**code_settings(codec, all_captions), **(source or {})}
-    sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
     compute = encoder(codec, all_captions)
-    return precompute(dataset, compute, out, CODES_FILE, settings, **sizes)
+    return precompute(
+        dataset, compute, out, CODES_FILE, settings, batch_size=batch_size, part_size=part_size
+    )
 
 
 def encoder(codec: ImageCodec, all_captions: bool) -> Compute:

@@ -59,9 +59,10 @@ def embed(
     settings.
     """
     settings = {**_settings(all_captions, layout, recolour), **(source or {})}
-    sizes: dict[str, Any] = {"batch_size": batch_size, "part_size": part_size}
     compute = embedder(clip, all_captions, layout, recolour)
-    return precompute(dataset, compute, out, SETTINGS_FILE, settings, **sizes)
+    return precompute(
+        dataset, compute, out, SETTINGS_FILE, settings, batch_size=batch_size, part_size=part_size
+    )
 
 
 def embedder(
