@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from unclip.data import complete as module
-from unclip.data.complete import TranslatorTraining, main, predict, read_table
+from unclip.data import complete, style_translation
+from unclip.data.complete import main
 from unclip.data.loader import open_dataset
 from unclip.data.shards import ShardWriter
+from unclip.data.style_translation import TranslatorTraining, predict, read_table
 
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220), "green": (30, 160, 60)}
 MISSING = [("blue", f"A{i}") for i in (2, 9)] + [("red", "A5")]
@@ -21,8 +22,8 @@ MISSING = [("blue", f"A{i}") for i in (2, 9)] + [("red", "A5")]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(module, "WIDTHS", (16, 24, 32))
-    monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(style_translation, "WIDTHS", (16, 24, 32))
+    monkeypatch.setattr(style_translation, "BATCH", 16)
 
 
 def png(style: str, concept: int) -> bytes:
@@ -73,7 +74,7 @@ def test_missing_images_have_the_place_of_the_concept_and_the_colour_of_the_styl
 
 
 def test_the_command_resumes_exactly(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    monkeypatch.setattr(style_translation, "SAVE_EVERY", 2)
     words = [str(data), "--steps", "6", "--styles", "blue"]
     main([words[0], str(tmp_path / "whole"), *words[1:]])
     assert f"{tmp_path}/whole: 2 predicted images" in capsys.readouterr().out
@@ -117,17 +118,17 @@ def test_captions_do_not_name_the_colour_of_the_source():
     captions = ["apple, noto emoji", "a red apple", "a picture of an apple"]
     meta = {"captions": captions, "colour": "red", "tone": None}
     image = Image.new("RGB", (8, 8), COLOURS["green"])
-    changed = module._with_colour(meta, image)
+    changed = complete._with_colour(meta, image)
     assert changed["captions"] == [captions[0], captions[2]] and changed["colour"] == "green"
     named = {**meta, "captions": ["red apple, noto emoji", "a red apple"]}
-    assert module._with_colour(named, image)["captions"] == named["captions"]
+    assert complete._with_colour(named, image)["captions"] == named["captions"]
     toned = {**meta, "tone": "dark"}
-    assert module._with_colour(toned, image) == toned
+    assert complete._with_colour(toned, image) == toned
 
 
 def test_skin_tones_are_variants_of_a_concept(data):
     table = read_table(open_dataset(data), progress=False)
-    toned = module.Table(
+    toned = style_translation.Table(
         table.styles,
         ["A0", "A0-1F3FB", *table.concepts[2:]],
         table.samples,
