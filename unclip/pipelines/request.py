@@ -352,8 +352,9 @@ def list_images(images: Images) -> list[Image.Image | str | Path]:
     """Return one entry per image for `open_image`, so that images can be opened one by one."""
     if isinstance(images, Tensor):
         return [*to_pil(check_images(images))]
+    single: Any = images
     if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
-        return [images]  # type: ignore[list-item]
+        return [single]
     if not images:
         raise ValueError("the list of images is empty; expected at least one image")
     return [

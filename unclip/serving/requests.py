@@ -84,7 +84,7 @@ class Common(BaseModel):
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT)
 
 
-class FromPrior(Common):
+class FromPrior(BaseModel):
     """The fields of calls that use the prior."""
 
     embedding: Embedding | None = None
@@ -93,14 +93,14 @@ class FromPrior(Common):
     prior_candidates: Candidates | None = None
 
 
-class FromImage(Common):
+class FromImage(BaseModel):
     """The fields of calls with images, which are files in multipart."""
 
     image: str | list[str] | None = None
     images: list[dict[str, Any]] | None = Field(None, max_length=MAX_IMAGES)
 
 
-class FromEmbedding(Common):
+class FromEmbedding(BaseModel):
     """The fields of calls that also take and return embeddings."""
 
     image_embedding: Vector | None = None
@@ -108,13 +108,13 @@ class FromEmbedding(Common):
     return_embedding: bool = False
 
 
-class Generation(FromPrior, FromEmbedding):
+class Generation(Common, FromPrior, FromEmbedding):
     """Body of POST /v1/images/generations."""
 
     num_candidates: Candidates | None = None
 
 
-class Edit(FromPrior, FromImage):
+class Edit(Common, FromPrior, FromImage):
     """Body of POST /v1/images/edits."""
 
     prompt: str = Field(max_length=MAX_PROMPT)
@@ -122,7 +122,7 @@ class Edit(FromPrior, FromImage):
     strength: Annotated[Number, Field(gt=0, le=1)] | None = None
 
 
-class Variation(FromImage, FromEmbedding):
+class Variation(Common, FromImage, FromEmbedding):
     """Body of POST /v1/images/variations."""
 
     weights: Weights | None = None

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveInt, check_multiple, config
 from unclip.models.layers import (
-    Denoiser,
     DenoiserCache,
     KeyValues,
     ModuleList,
@@ -190,7 +189,7 @@ class TextPrior(EmbeddingStats):
         return TextEncoding(*(replace_rows(x, drop, x_null) for x, x_null in pairs))
 
 
-class DenoisingPrior(TextPrior, Denoiser, ABC):
+class DenoisingPrior(TextPrior, ABC):
     """A prior that predicts the normalised embedding x_0 from x_t, t and the text."""
 
     time: TimeMLP
@@ -212,6 +211,11 @@ class DenoisingPrior(TextPrior, Denoiser, ABC):
         Each row of `context`, from `condition`, is used for an equal share of B.
         """
         return self.predict(x_t, embed_time(self.time, t, x_t, cache), context)
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, text: TextEncoding, drop: Tensor | None = None
+    ) -> Tensor:
+        return self.denoise(x_t, t, self.condition(text, drop))
 
 
 @config

@@ -271,9 +271,7 @@ def text_diff(
     if not thetas or not all(0.0 <= one <= 1.0 for one in thetas):
         raise ValueError(f"theta is {theta!r}; expected fractions of the arc, each from 0 to 1")
     base_emb, text_emb = pipe.encode_text([base, target]).emb.cpu()  # (D,) each
-    text_direction(
-        text_emb, base_emb
-    )  # raises ValueError if there is none, before the slow inversion
+    text_direction(text_emb, base_emb)  # ValueError if there is none, before the slow inversion
     seeds = None
     if eta > 0:
         seeds = [seed for seed in request.seeds(_count(source)) for _ in thetas]
