@@ -195,11 +195,9 @@ def results_section(results: dict[str, Any]) -> str:
     table = markdown_table([HEAD, *manipulation_rows(results)])
     about = (
         f"On {results['settings']['pairs']} held-out pairs, at the decoder's image size unless "
-        "noted, by `unclip evaluate-manipulations`"
+        "noted, by `unclip evaluate-manipulations`:"
     )
-    if "note" in results["settings"]:  # written by hand
-        about += f" ({results['settings']['note']})"
-    return f"## Measurements\n\n{about}:\n\n{table}\n"
+    return f"## Measurements\n\n{about}\n\n{table}\n"
 
 
 if __name__ == "__main__":
