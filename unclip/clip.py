@@ -24,7 +24,7 @@ from unclip.files import printable, read_json, shorten
 from unclip.image_io import resize
 from unclip.open_clip_import import import_open_clip
 from unclip.tokenizer import TOKENIZER_FILE, BPETokenizer, warn_truncated
-from unclip.types import TextEncoding
+from unclip.types import TextEncoding, full_precision
 from unclip.weights import TensorFile, load_strictly, meta_device, write_tensors
 
 open_clip = import_open_clip()
@@ -429,5 +429,5 @@ def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tens
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     loss = open_clip.ClipLoss(True, gather_with_grad=True, rank=rank, world_size=world_size)
-    with torch.autocast(image_emb.device.type, enabled=False):
+    with full_precision(image_emb):
         return loss(image_emb.float(), text_emb.float(), scale.float())

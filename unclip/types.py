@@ -100,6 +100,13 @@ def mix_rows(x: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return (parts * weights.to(x).view(*weights.shape, *[1] * (x.ndim - 1))).sum(dim=0)
 
 
+def full_precision(x: torch.Tensor) -> torch.autocast:
+    """Context that disables autocast on the device of `x`."""
+    import torch
+
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @dataclass(frozen=True)
 class TextEncoding(Rows):
     """Output of CLIP's text tower for B captions."""
@@ -237,7 +244,7 @@ def update_options(options: T, changes: Any, where: str) -> T:
 
 
 def parse_setting(text: str) -> tuple[str, str, Any]:
-    """Split a --set "decoder.steps=10" into (as given, option, value); ValueError if it is not."""
+    """Split a --set "decoder.steps=10" into (as given, option, value). Raises ValueError."""
     keys, value = parse_override(text, "decoder.steps=10")
     return f"--set {text}", ".".join(keys), value
 

@@ -23,7 +23,6 @@ from unclip.diffusion.losses import LossConfig, diffusion_loss
 from unclip.diffusion.schedules import Prediction, Schedule, sample_timesteps
 from unclip.embeddings import normalise, slerp
 from unclip.image_io import resize
-from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.ar_prior import ARPrior
 from unclip.models.unclip.decoder import Decoder, Layout, masked_image
 from unclip.models.unclip.layout_prior import LayoutPrior, layouts
@@ -32,7 +31,7 @@ from unclip.models.unclip.one_shot_prior import OneShotPrior
 from unclip.models.unclip.prior import DenoisingPrior, EmbeddingStats
 from unclip.models.unclip.upsampler import Upsampler
 from unclip.training.inpainting import HoleConfig, copy_paste, random_holes
-from unclip.types import TextEncoding
+from unclip.types import TextEncoding, full_precision
 
 
 @config

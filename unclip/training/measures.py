@@ -20,11 +20,10 @@ from unclip.data.loader import Batch
 from unclip.diffusion.samplers import Estimator, randn, sample
 from unclip.diffusion.schedules import Schedule
 from unclip.embeddings import caption_targets, cosine_gap, normalise
-from unclip.models.codecs.quantizers import full_precision
 from unclip.models.unclip.prior import DenoisingPrior, DirectPrior
 from unclip.training.losses import image_embeddings
 from unclip.training.multiprocess import rank, world_size
-from unclip.types import StageOptions, TextEncoding
+from unclip.types import StageOptions, TextEncoding, full_precision
 
 STEPS = 10  # of DDIM
 

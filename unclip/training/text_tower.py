@@ -21,9 +21,8 @@ from unclip.clip import CLIP, contrastive_loss
 from unclip.config import NonNegative, config
 from unclip.data.loader import Batch
 from unclip.embeddings import normalise
-from unclip.models.codecs.quantizers import full_precision
 from unclip.training.losses import image_embeddings
-from unclip.types import TextEncoding
+from unclip.types import TextEncoding, full_precision
 
 
 @config

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from unclip.config import NonNegative, PositiveInt, check_multiple, config
 from unclip.models.codecs.codec import ConvKind, ImageCodec, LossTerms, code_statistics, convolution
-from unclip.models.codecs.quantizers import full_precision, kl_to_uniform
+from unclip.models.codecs.quantizers import kl_to_uniform
+from unclip.types import full_precision
 
 EPS = 0.1  # pixels are mapped to [EPS, 1 - EPS], where their logit is finite
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unclip.config import DropRate, NonNegative, Positive, config
 from unclip.models.layers import normal_parameter
+from unclip.types import full_precision
 
 CHUNK = 4096  # features compared with the codebook at once, to limit the memory of their distances
 USES_DECAY = 0.99  # decay of the running mean of code uses if `ema` is None
@@ -193,11 +194,6 @@ def kl_to_uniform(logits: Tensor) -> Tensor:
     log_q = logits.log_softmax(dim=-1)
     entropy = -(log_q.exp() * log_q).sum(dim=-1)
     return (math.log(logits.shape[-1]) - entropy).clamp(min=0)  # rounding may give less than 0
-
-
-def full_precision(x: Tensor) -> torch.autocast:
-    """Context that disables autocast on the device of `x`."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def _rows(z: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from unclip.config import PositiveInt, config
 from unclip.embeddings import PCA
-from unclip.models.codecs.quantizers import full_precision
 from unclip.models.dalle.sampling import sample_code
 from unclip.models.layers import KeyValues, random_rows, timestep_embedding, zeroed
 from unclip.models.unclip.prior import Combine, DirectPrior, OnPrediction, TextPriorConfig
-from unclip.types import CodeOptions, TextEncoding
+from unclip.types import CodeOptions, TextEncoding, full_precision
 
 
 class EmbeddingCodes(nn.Module):

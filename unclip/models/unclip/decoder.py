@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.config import PositiveInt, check_multiple, config
-from unclip.models.codecs.quantizers import full_precision
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -28,7 +27,7 @@ from unclip.models.layers import (
 )
 from unclip.models.unclip.prior import EmbeddingStats
 from unclip.models.unet import UNet, UNetConfig
-from unclip.types import Rows, TextEncoding
+from unclip.types import Rows, TextEncoding, full_precision
 
 GUIDE_LR = 0.05  # step size of `guide_embedding`, in standard deviations of an embedding
 

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.config import DropRate, Positive, PositiveFraction, PositiveInt, config
-from unclip.models.codecs.quantizers import full_precision
 from unclip.models.layers import (
     Denoiser,
     DenoiserCache,
@@ -32,7 +31,7 @@ from unclip.models.layers import (
 )
 from unclip.models.unclip.mlp_prior import ModulatedBlock
 from unclip.models.unclip.prior import EmbeddingStats
-from unclip.types import Rows, TextEncoding, mix_rows
+from unclip.types import Rows, TextEncoding, full_precision, mix_rows
 
 
 @config
