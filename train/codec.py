@@ -56,8 +56,6 @@ class CodecTraining:
 
 def main(run: Run[CodecTraining]) -> None:
     config = run.config
-    if config.adversarial and sharding.requested():
-        raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
     quantizer = getattr(config.model, "quantizer", None)
     revives = isinstance(quantizer, NearestConfig) and quantizer.revive is not None
     if revives and quantizer.ema is None and sharding.requested():

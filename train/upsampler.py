@@ -17,7 +17,6 @@ from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
-from unclip.training import sharding
 from unclip.training.codec import AdversarialCodec, CodecLoss
 from unclip.training.fit import FitConfig, fit
 from unclip.training.last_step import LastStep, LastStepConfig, load_upsampler
@@ -41,9 +40,11 @@ class UpsamplerTraining:
 
     def __post_init__(self) -> None:
         if self.last and self.model.last_unet is None:
-            raise ValueError("last trains model.last_unet, which is null; set it, as model.unet")
+            raise ValueError(
+                "last trains model.last_unet, which is null; set it to the values of model.unet"
+            )
         if self.last and self.loss != LossConfig():
-            raise ValueError("loss is of the diffusion of model.unet; remove it, or remove last")
+            raise ValueError("loss has no effect on model.last_unet; remove it, or remove last")
 
 
 def main(run: Run[UpsamplerTraining]) -> None:
@@ -76,8 +77,6 @@ def main(run: Run[UpsamplerTraining]) -> None:
 def fit_last_step(upsampler: Upsampler, last: LastStepConfig, run: Run[UpsamplerTraining]) -> None:
     """Train the U-Net of the last step, which starts as a copy of the first one."""
     config, adversarial = run.config, last.adversarial
-    if adversarial and sharding.requested():
-        raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
     if run.init:
         load_upsampler(upsampler, run.init)
         run = replace(run, init=None)

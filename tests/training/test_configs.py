@@ -425,6 +425,10 @@ def test_a_last_unet_without_weights_is_rejected():
         train("upsampler", "tiny/upsampler.yaml", given, "--set=last={}")
     with pytest.raises(SystemExit, match="last trains model.last_unet, which is null"):
         train("upsampler", "tiny/upsampler.yaml", "--set=last={}")
+    with pytest.raises(SystemExit, match="loss has no effect on model.last_unet"):
+        train(
+            "upsampler", "tiny/upsampler.yaml", given, "--set=last={}", "--set=loss.min_snr_gamma=5"
+        )
 
 
 def train(script: str, name: str, *arguments: str) -> None:

@@ -99,6 +99,13 @@ def test_reviving_learned_codes_is_rejected_if_they_are_sharded(monkeypatch, tmp
         script.main(Run(config))
 
 
+def test_an_adversarial_loss_is_rejected_if_layers_are_sharded(monkeypatch):
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="adversarial needs .* a whole layer; use DDP"):
+        AdversarialCodec(dvae(), AdversarialConfig())
+
+
 def test_the_codec_gets_the_annealed_values():
     codec, calls = dvae(), []
     loss = CodecLoss(

@@ -20,6 +20,7 @@ from unclip.clip import CLIP
 from unclip.config import PositiveInt, config
 from unclip.models.codecs.codec import LossTerms, Reconstructor
 from unclip.models.codecs.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
+from unclip.training import sharding
 
 # images (B, 3, H, W) in [-1, 1] -> feature maps (B, C, h, w)
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -69,11 +70,14 @@ class AdversarialCodec(nn.Module):
     """A codec and its discriminator as one model with one optimizer.
 
     Neither loss has a gradient in the other's parameters, so that an AdamW step on their sum equals
-    a step on each, unless their joint gradient is clipped (optim.clip_norm).
+    a step on each, unless their joint gradient is clipped (optim.clip_norm). Raises ValueError if
+    accelerate is to shard the codec: the adaptive weight needs the gradient of a whole layer.
     """
 
     def __init__(self, codec: Reconstructor, config: AdversarialConfig) -> None:
         super().__init__()
+        if sharding.requested():
+            raise ValueError("adversarial needs the gradient of a whole layer; use DDP, not FSDP")
         self.codec, self.discriminator = codec, PatchDiscriminator(config.discriminator)
 
     def forward(self, images: Tensor, **annealed: float) -> tuple[LossTerms, Tensor, Tensor]:
