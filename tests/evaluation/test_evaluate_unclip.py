@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from unclip.evaluation.unclip import (
     UnCLIPEvaluation,
     UnCLIPGenerator,
 )
+from unclip.models.lora import LoRAConfig, add_lora, save_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt")  # the tiny CLIP has a short context
 
@@ -222,10 +224,25 @@ def test_the_flags_of_the_runtime_change_little(tiny_folder, data, tmp_path, cap
     )
 
 
-def test_lora_adapters_are_loaded(tiny_folder, data, capsys):
-    arguments = f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --quiet --lora none"
-    assert main(arguments.split()) == 2
-    assert "none" in capsys.readouterr().err
+def test_lora_adapters_are_loaded(tiny_pipe, tiny_folder, data, tmp_path):
+    pytest.importorskip("peft")
+    adapted = copy.deepcopy(tiny_pipe.decoder)
+    add_lora(adapted, LoRAConfig())
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_lora(adapted, tmp_path / "adapter")
+    arguments = (
+        f"evaluate --model {tiny_folder} --data {data}/heldout-*.tar --parts decoder --quiet"
+    )
+    results = []
+    for flags in ("", f"--lora {tmp_path}/adapter"):
+        file = tmp_path / f"{len(results)}.json"
+        assert main(f"{arguments} --json {file} {flags}".split()) == 0
+        results.append(json.loads(file.read_text()))
+    plain, tuned = results
+    assert plain["decoder"] != tuned["decoder"]
+    assert plain["sha256"]["decoder"] != tuned["sha256"]["decoder"]  # other settings: no resuming
 
 
 def test_renamed_flags_still_work(tiny_folder, data, tmp_path, capsys):
