@@ -53,8 +53,8 @@ def error_text(error: object) -> str:
 
 
 def out_of_memory(error: Exception) -> str:
-    """Return one line for an error about memory; another one is raised again."""
-    lines = error_text(error).splitlines()[:1]  # torch's go on
+    """Describe a lack of memory in one line. Any other error is raised again."""
+    lines = error_text(error).splitlines()[:1]  # torch's errors have more
     if not isinstance(error, MemoryError) and not re.search(
         "can't allocate memory|out of memory", " ".join(lines)
     ):

@@ -38,7 +38,7 @@ from unclip.types import CodeOptions, StageOptions, UnCLIPOptions, update_option
         ("a", {"batch_size": 0}, "batch_size is 0"),
         ("a", {"seed": -1}, "seed is -1; expected a whole number from 0"),
         ("a", {"seed": "one"}, "seed is 'one'"),
-        ("a", {"seed": 2**63 - 1, "num_images": 2}, r"from 0 to 2\*\*63 - 2 \(for 2 images\)"),
+        ("a", {"seed": 2**63 - 1, "num_images": 2}, r"from 0 to 2\*\*63 - 2 for 2 images"),
         ("a", {"seed": np.array(3)}, r"seed is array\(3\); expected a whole number"),
         ("a", {"options": StageOptions(3)}, "options is a StageOptions; expected UnCLIPOptions"),
         (

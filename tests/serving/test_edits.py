@@ -142,7 +142,7 @@ def test_painting_options_are_among_those_of_an_edit(client, tiny_pipe):
         ({"resamples": 65}, mask, "resamples is 65"),
         ({"resamples": 10**400}, mask, "expected at most 64"),
         (3, mask, "painting"),
-        ({"resamples": 2}, None, "with a mask"),
+        ({"resamples": 2}, None, "needs a mask"),
     ):
         fields = {"options": json.dumps({"painting": painting}), "strength": "0.5"}
         assert fact in error_of(edit(client, image, part, **fields), 400, "options")

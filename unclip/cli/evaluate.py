@@ -325,7 +325,7 @@ def evaluate_priors(args: Namespace) -> None:
 def _resume(file: Path | None, settings: dict[str, Any], parts: Collection[str]) -> dict[str, Any]:
     """Return settings and results in `file`, or the settings alone if it does not exist.
 
-    parts: names of results, which are no settings. ValueError if the settings differ.
+    parts: keys of the results; all other keys are settings. ValueError if the settings differ.
     """
     settings = json.loads(json.dumps(settings))
     if file is None or not file.is_file():

@@ -29,7 +29,8 @@ RENAMED = {"drift": "evaluate-approximations"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0 on success, 2 on bad input or without memory (one line on stderr), 130 if interrupted.
+    Returns 0 on success, 2 on bad input or if memory runs out (one line on stderr), 130 if
+    interrupted.
     """
     out, err = (cast(TextIO, _Stream(stream)) for stream in (sys.stdout, sys.stderr))
     enable_memory_reuse()

@@ -157,8 +157,8 @@ class Evaluation(ABC):
         """baseline: another model with images of the same size, embedded by the same CLIP.
 
         judge: classifies what the images show; see judge.py. extractor: computes the features in
-        which the final images are compared; see features.py. reference: what their distances are
-        to (default: the held-out images).
+        which the final images are compared; see features.py. reference: the distances of
+        the final images are measured to it (default: to the held-out images).
         """
         pipe = generator.pipe
         held_out.check_captions()

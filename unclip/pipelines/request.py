@@ -188,8 +188,9 @@ def seeds_from(seed: Seed, count: int) -> list[int]:
             raise ValueError(f"got {len(seed)} seeds for {count} images; expected one for each")
         return [seeds_from(one, 1)[0] for one in seed]
     if not is_whole(seed) or not 0 <= int(seed) <= 2**63 - count:
-        expected = f"a whole number from 0 to 2**63 - {count}"
-        raise ValueError(f"seed is {seed!r}; expected {expected} (for {count} images)")
+        images = "1 image" if count == 1 else f"{count} images"
+        expected = f"a whole number from 0 to 2**63 - {count} for {images}"
+        raise ValueError(f"seed is {seed!r}; expected {expected}")
     return list(range(int(seed), int(seed) + count))
 
 

@@ -24,9 +24,9 @@ log = logging.getLogger("unclip.serving")
 
 OPENAI_VERSION = "2020-10-01"
 DISCARDED = 64 * 2**20  # bytes read above the limit, so that the client sees the response
-BODY_SECONDS = 60.0  # without a byte, or at first
-BODY_RATE = 2**14  # bytes per second that a body needs after that
-DISCARD_SECONDS = 30.0
+BODY_SECONDS = 60.0  # without a byte; also before BODY_RATE is required
+BODY_RATE = 2**14  # bytes per second, on average
+DISCARD_SECONDS = 30.0  # at most, for these bytes
 PROBES = ("/healthz", "/readyz", "/metrics")
 IMAGES = frozenset(f"/v1/images/{operation}" for operation in BODIES)
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}

@@ -189,7 +189,7 @@ def paint_options(task: Task) -> PaintOptions:
         options = PaintOptions() if given is None else parse(PaintOptions, given, "painting")
         _check_limits(to_dict(options))
         if given is not None and task.mask is None:
-            raise ValueError("painting is of edits with a mask; send one, or leave it out")
+            raise ValueError("painting needs a mask; send one, or leave painting out")
     except ValueError as error:
         raise bad_request(f"options: {error}", "options") from None
     return options if task.strength is None else replace(options, strength=task.strength)

@@ -140,7 +140,8 @@ def make_accelerator(precision: str, trackers: Trackers, output: str) -> Acceler
         raise ValueError("precision fp16 does not work with FSDP; use bf16 or fp32")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":  # accelerate would divide the gradients once more
-        raise ValueError(f"gradient_accumulation_steps is {steps}; expected 1; set fit.accumulate")
+        given = f"gradient_accumulation_steps is {steps}"
+        raise ValueError(f"accelerate's {given}; expected 1; set fit.accumulate instead")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no"}.get(precision, precision),
         log_with=log_with or None,
