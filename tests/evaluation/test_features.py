@@ -364,7 +364,10 @@ def test_a_glide_is_evaluated_by_an_extractor(glide_pipe, data, tmp_path, monkey
         results["features"]["size"] == 16 and "clip_score" not in results["features"]["generated"]
     )
     assert results["repeatable"]["same_seed_same_bytes"]
-    capsys.readouterr()
+    to_train = f"{arguments.replace('e.json', 'r.json')} --reference {data}/train-*.tar"
+    assert main([*to_train.split(), "--features", "more_features:means"]) == 0
+    table = capsys.readouterr().out
+    assert "to 8 reference images: Fréchet distance" in table and "CLIP score" not in table
     assert main([*arguments.split(), "--features", "clip"]) == 2
     assert "the model has no CLIP for images" in capsys.readouterr().err
     sheets = [*arguments.split(), "--features", "more_features:means", "--sheets", "s"]

@@ -136,7 +136,7 @@ def _features(part: dict[str, Any], baseline: str) -> Iterator[Row]:
     if "reference" in images:
         what = f"{what}, to {images['reference'] or 'saved statistics of'} reference images"
     yield from _distances(part, count, f"{count} final images, {what}", baseline)
-    if "true" in part:
+    if "clip_score" in part["generated"]:
         scores = {of: part[of]["clip_score"] for of in ("baseline", "true") if of in part}
         score = f"{part['generated']['clip_score']:.2f}"
         yield Row("CLIP score of the final images", score, _references(scores, ".2f", baseline))
