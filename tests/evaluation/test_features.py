@@ -298,18 +298,27 @@ def test_statistics_give_the_distance_to_their_images(tiny_pipe, held_out, incep
 
 
 def test_broken_statistics_are_refused(tmp_path):
+    whole = {"mu": np.zeros(1), "sigma": np.zeros((1, 1))}
     for name, arrays, message in (
         ("a", {"mu": np.zeros(2)}, "has mu; expected mean and covariance or mu and sigma"),
         ("b", {"mu": np.zeros(2), "sigma": np.zeros((3, 3))}, "expected .F,. and .F, F."),
         ("c", {"mu": np.full(1, np.nan), "sigma": np.zeros((1, 1))}, "not finite"),
         ("d", {"mu": np.array([None]), "sigma": np.zeros((1, 1))}, "is not a .npz file"),
+        ("e", {"mu": np.array(["a"]), "sigma": np.zeros((1, 1))}, "mu has values of type <U1"),
+        ("f", {"mu": np.zeros(1, complex), "sigma": np.zeros((1, 1))}, "mu is complex"),
+        ("g", {**whole, "num_images": np.zeros(2)}, r"num_images is \[0.0, 0.0\]; expected a num"),
+        ("h", {**whole, "num_images": np.nan}, "num_images is nan; expected a number"),
     ):
         np.savez(tmp_path / f"{name}.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             load_statistics(tmp_path / f"{name}.npz")
-    (tmp_path / "e.npz").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    with pytest.raises(ValueError, match="is not a .npz file"):
-        load_statistics(tmp_path / "e.npz")
+    np.savez_compressed(tmp_path / "whole.npz", mu=np.arange(1000.0), sigma=np.eye(1000))
+    data = bytearray((tmp_path / "whole.npz").read_bytes())
+    data[200:1200:3] = bytes(334)
+    for content in (data, pickle.dumps(Payload(tmp_path / "executed"))):
+        (tmp_path / "broken.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="is not a .npz file"):
+            load_statistics(tmp_path / "broken.npz")
     assert not (tmp_path / "executed").exists()
 
 
