@@ -26,7 +26,7 @@ from torch.nn.functional import cosine_similarity
 import unclip
 from unclip.data.everyday import with_article
 from unclip.data.shapes import Scene, draw, make_scene
-from unclip.evaluation.base import mean_and_interval
+from unclip.evaluation.metrics import mean_and_interval
 from unclip.evaluation.report import markdown_table
 from unclip.evaluation.shapes import find_shapes
 from unclip.files import check_file, exit_on_error

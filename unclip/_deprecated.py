@@ -74,7 +74,7 @@ data.precomputed data.parts: PartWriter
 diffusion.guidance diffusion.samplers: guide threshold
 diffusion.samplers diffusion.schedulers: make_scheduler scheduler_betas
 evaluation.drawing evaluation.dalle: DalleDrawer=DalleGenerator
-evaluation.drawing evaluation.base: Drawer=ImageGenerator Drawn=Samples
+evaluation.drawing evaluation.generator: Drawer=ImageGenerator Drawn=Samples
 evaluation.drawing evaluation.unclip: Imagined=PredictedEmbeddings UnCLIPDrawer=UnCLIPGenerator
 evaluation.drift evaluation.approximations: Drift=ApproximationError
 evaluation.manipulation evaluation.manipulations: Manipulations=ManipulationEvaluation

@@ -15,9 +15,9 @@ from styled import write_pairs
 from unclip.cli.main import main
 from unclip.evaluation import base
 from unclip.evaluation import dalle as module
-from unclip.evaluation.base import Samples
 from unclip.evaluation.codec import evaluate_codec
 from unclip.evaluation.dalle import BestCandidates, DalleEvaluation, DalleGenerator
+from unclip.evaluation.generator import Samples
 from unclip.evaluation.pairs import Pairs, load_pairs
 from unclip.evaluation.report import evaluation_rows, plain_table
 from unclip.evaluation.sheets import samples_sheet

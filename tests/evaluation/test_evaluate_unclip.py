@@ -14,7 +14,7 @@ from styled import write_pairs
 
 from unclip.cli.main import main
 from unclip.evaluation import base, sheets
-from unclip.evaluation.base import Samples
+from unclip.evaluation.generator import Samples
 from unclip.evaluation.pairs import Pairs, load_pairs
 from unclip.evaluation.report import evaluation_rows
 from unclip.evaluation.style import train_classifier

@@ -16,9 +16,10 @@ from styled import write_pairs
 from torch import Tensor, nn
 
 from unclip.cli.main import main
-from unclip.evaluation.base import Evaluation, Samples
+from unclip.evaluation.base import Evaluation
 from unclip.evaluation.dalle import DalleEvaluation, DalleGenerator
 from unclip.evaluation.features import Extractor, as_uint8, load_extractor
+from unclip.evaluation.generator import Samples
 from unclip.evaluation.glide import GLIDEGenerator
 from unclip.evaluation.metrics import precision_and_recall
 from unclip.evaluation.pairs import Pairs, load_pairs

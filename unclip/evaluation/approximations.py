@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unclip.embeddings import caption_targets
-from unclip.evaluation.base import ignore_cut_warnings
 from unclip.evaluation.bench.timing import interleave
+from unclip.evaluation.generator import ignore_cut_warnings
 from unclip.evaluation.metrics import recall
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
 from unclip.types import StageOptions, UnCLIPOptions

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import warnings
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from unclip import __version__
 from unclip.clip import CLIP
@@ -27,7 +24,8 @@ from unclip.data.shapes import read_scene
 from unclip.embeddings import caption_targets
 from unclip.evaluation import CLIP_PARTS, PARTS
 from unclip.evaluation.colours import Combination, combinations, judge_colours, true_images
-from unclip.evaluation.features import Extractor, as_uint8, encode, extract
+from unclip.evaluation.features import Extractor, as_uint8, extract
+from unclip.evaluation.generator import ImageGenerator, Samples, ignore_cut_warnings
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.metrics import (
     FEATURE_KID_SUBSET,
@@ -35,7 +33,7 @@ from unclip.evaluation.metrics import (
     clip_score,
     distribution_distances,
     diversity,
-    interval,
+    mean_and_interval,
     nearest_by_cosine,
     nearest_by_pixels,
     recall,
@@ -45,95 +43,11 @@ from unclip.evaluation.reference import Statistics
 from unclip.evaluation.report import FEW_IMAGES
 from unclip.evaluation.shapes import is_correct
 from unclip.evaluation.style import train_classifier
-from unclip.image_io import RESIZE_RULE, to_pil, to_tensor
-from unclip.pipelines.base import Pipeline
+from unclip.image_io import RESIZE_RULE, to_pil
 from unclip.pipelines.offload import parts
 from unclip.pipelines.provenance import regenerate
-from unclip.tokenizer import TruncationWarning
-from unclip.types import TextEncoding
 
 DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 8, 4
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Generated images of N captions, at the size at which they are measured."""
-
-    captions: list[str]
-    images: Tensor  # (N, 3, s, s) in [-1, 1]
-    generators: Sequence[torch.Generator] = ()  # state after the decoder, for the upsamplers
-
-
-class ImageGenerator(ABC):
-    """A pipeline over many captions; image k has the seed `seed` + k, as in a pipeline call."""
-
-    pipe: Any
-    options: Any
-
-    def __init__(
-        self, pipe: Pipeline, options: Any = None, batch_size: int = 32, progress: bool = True
-    ) -> None:
-        """options: sampling options (default: those of the pipeline)."""
-        self.pipe, self.options = pipe, options or pipe.options
-        self.batch_size, self.progress = batch_size, progress
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """The size s of the images that `generate` returns."""
-
-    @property
-    def full_size(self) -> int:
-        """The size S of the images that `upsample` returns."""
-        return self.size
-
-    def generate(self, captions: Sequence[str], seed: int) -> Samples:
-        """Generate one image of each caption."""
-        return self._generate(captions, 1, seed, self.batch_size, self.options)
-
-    def upsample(self, samples: Samples, rows: Sequence[int] | None = None) -> list[Image.Image]:
-        """Return the images of some rows (default: all) at the full size of the model."""
-        return to_pil(samples.images if rows is None else samples.images[list(rows)])
-
-    def final_images(self, samples: Samples) -> Iterator[Tensor]:
-        """Yield all images at full size, in batches (B, 3, S, S) uint8."""
-        for part in self.batches(len(samples.captions), "final images"):
-            yield as_uint8(self.upsample(samples, range(len(samples.captions))[part]))
-
-    def _generate(
-        self, captions: Sequence[str], count: int, seed: int, batch_size: int, options: Any
-    ) -> Samples:
-        """Call the pipeline for `count` images of each caption."""
-        with ignore_cut_warnings():
-            result = self.pipe(
-                list(captions),
-                num_images=count,
-                seed=seed,
-                options=options,
-                batch_size=batch_size,
-                progress=self.progress,
-            )
-        return Samples([str(prompt) for prompt in result.prompts], to_tensor(result.images))
-
-    @torch.inference_mode()
-    def encode_text(self, captions: Sequence[str]) -> TextEncoding:
-        """Encode captions by CLIP in fp32. Longer captions are cut without a warning."""
-        self.pipe.runtime.use(self.pipe.clip)
-        with ignore_cut_warnings():
-            return self.pipe.clip.encode_text(list(captions)).to(dtype=torch.float32)
-
-    @torch.inference_mode()
-    def embed(self, images: Tensor) -> Tensor:
-        """Return CLIP embeddings (N, D) of images (N, 3, s, s), uint8 or in [-1, 1]."""
-        self.pipe.runtime.use(self.pipe.clip)
-        parts = self.batches(len(images), "CLIP", 256)
-        return torch.cat([encode(self.pipe.clip, images[part]) for part in parts])
-
-    def batches(self, count: int, name: str = "", batch_size: int | None = None) -> Iterator[slice]:
-        """Yield slices of range(count), with a progress bar if `name` is given."""
-        size, hidden = batch_size or self.batch_size, not (self.progress and name)
-        for start in tqdm(range(0, count, size), name, disable=hidden, leave=False):
-            yield slice(start, start + size)
 
 
 class Evaluation(ABC):
@@ -592,18 +506,5 @@ def _describe(pairs: Pairs) -> dict[str, Any]:
     return {"pairs": len(pairs), "broken": pairs.broken, "sha256": total.hexdigest()}
 
 
-def mean_and_interval(hits: Tensor, seed: int) -> dict[str, Any]:
-    """Return the fraction of hits (N,) bool and its 95 % interval, as JSON types."""
-    return {"mean": hits.float().mean().item(), "interval": interval(hits, seed)}
-
-
 def _same_bytes(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> bool:
     return [image.tobytes() for image in images] == [image.tobytes() for image in others]
-
-
-@contextlib.contextmanager
-def ignore_cut_warnings() -> Iterator[None]:
-    """Suppress the warning for each caption that is cut to CLIP's context."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)
-        yield

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, ignore_cut_warnings
+from unclip.evaluation.base import Evaluation
 from unclip.evaluation.codec import evaluate_codec
+from unclip.evaluation.generator import ImageGenerator, Samples, ignore_cut_warnings
 from unclip.evaluation.metrics import recall
 from unclip.image_io import to_pil
 from unclip.pipelines.dalle.pipeline import DallePipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unclip.evaluation.base import ImageGenerator
+from unclip.evaluation.generator import ImageGenerator
 from unclip.pipelines.glide import GLIDEPipeline
 from unclip.types import GLIDEOptions
 

@@ -22,7 +22,7 @@ from unclip.diffusion.inversion import InversionOptions
 from unclip.diffusion.repaint import PaintOptions
 from unclip.embeddings import PCA, caption_targets, normalise
 from unclip.evaluation import MANIPULATION_PARTS
-from unclip.evaluation.base import ignore_cut_warnings
+from unclip.evaluation.generator import ignore_cut_warnings
 from unclip.evaluation.metrics import psnr, recall
 from unclip.evaluation.pairs import Pairs
 from unclip.image_io import fit, to_tensor

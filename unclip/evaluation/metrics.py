@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,11 @@ def interval(values: Tensor, seed: int = 0, draws: int = 2000) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(values), (draws, len(values)), generator=generator)
     return values.float()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def mean_and_interval(hits: Tensor, seed: int) -> dict[str, Any]:
+    """Return the fraction of hits (N,) bool and its 95 % interval, as JSON types."""
+    return {"mean": hits.float().mean().item(), "interval": interval(hits, seed)}
 
 
 def precision_and_recall(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from unclip.diffusion.samplers import randn
 from unclip.embeddings import cosine_gap
-from unclip.evaluation.base import Evaluation, ImageGenerator, Samples, mean_and_interval
-from unclip.evaluation.metrics import psnr
+from unclip.evaluation.base import Evaluation
+from unclip.evaluation.generator import ImageGenerator, Samples
+from unclip.evaluation.metrics import mean_and_interval, psnr
 from unclip.image_io import to_pil, to_tensor
 from unclip.pipelines.request import generators_from, progress_bar
 from unclip.pipelines.unclip.pipeline import UnCLIPPipeline
