@@ -21,7 +21,7 @@ class InstantPipe:
     def __init__(self, pipe):
         self.kind, self.name, self.options = pipe.kind, pipe.name, pipe.options
         self.decoder, self.upsamplers, self.clip = pipe.decoder, pipe.upsamplers, pipe.clip
-        self.encode_image = pipe.encode_image
+        self.encode_image, self.inpainter = pipe.encode_image, pipe.inpainter
 
     def __call__(self, prompts, *, num_images, seed, **arguments):
         count = len(prompts) * num_images
