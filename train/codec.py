@@ -6,29 +6,21 @@ accelerate launch train/codec.py --config configs/emoji/codec.yaml
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import Any
 
 from unclip.checkpoints.store import save_component
 from unclip.config import config
-from unclip.data.loader import DataConfig, open_data
+from unclip.data.loader import DataConfig
 from unclip.models.codecs.dvae import DVAE, DVAEConfig
 from unclip.models.codecs.quantizers import NearestConfig
 from unclip.models.codecs.vae import GaussianVAE, GaussianVAEConfig
 from unclip.models.codecs.vqgan import VQGAN, VQGANConfig
 from unclip.models.codecs.vqvae import VQVAE, VQVAEConfig
 from unclip.training import sharding
-from unclip.training.codec import (
-    AdversarialCodec,
-    AdversarialConfig,
-    Annealing,
-    CodecLoss,
-    PerceptualConfig,
-)
-from unclip.training.fit import FitConfig, fit
+from unclip.training.codec import AdversarialConfig, Annealing, PerceptualConfig, fit_codec
+from unclip.training.fit import FitConfig
 from unclip.training.initialization import load_weights
 from unclip.training.launch import Run, launch
 from unclip.training.optim import OptimConfig
-from unclip.training.preview import codec_preview
 
 CODECS = {DVAEConfig: DVAE, VQVAEConfig: VQVAE, VQGANConfig: VQGAN, GaussianVAEConfig: GaussianVAE}
 
@@ -62,32 +54,10 @@ def main(run: Run[CodecTraining]) -> None:
         # It would write to the gathered weights, from which nothing is copied back.
         raise ValueError("quantizer.revive without quantizer.ema needs DDP; FSDP would undo it")
     codec = CODECS[type(config.model)](config.model).to(run.device)
-    features = config.perceptual and config.perceptual.features(run.device)
-    adversarial = config.adversarial
-
-    def trained_codec(model: Any) -> Any:
-        return model.codec if adversarial else model
-
-    loss = CodecLoss(codec, config.anneal, features, config.perceptual, adversarial)
-    model = codec
-    if adversarial:
-        model = AdversarialCodec(codec, adversarial).to(run.device)
-        if run.init:  # weights of a codec, without a discriminator
-            load_weights(codec, run.init)
-            run = replace(run, init=None)
-    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
-    fit(
-        model,
-        loss,
-        open_data(config.data, captions_needed=False),
-        config.fit,
-        config.optim,
-        run=run,
-        val_loader=val_loader,
-        preview=codec_preview(trained_codec, val_loader) if val_loader else None,
-        export=lambda model, folder: save_component(trained_codec(model), folder),
-        before_step=loss.before_step,
-    )
+    if config.adversarial and run.init:  # weights of a codec, without a discriminator
+        load_weights(codec, run.init)
+        run = replace(run, init=None)
+    fit_codec(codec, run, save_component, config.perceptual, config.adversarial, config.anneal)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 from unclip.checkpoints.store import save_component
 from unclip.config import config
@@ -17,13 +17,13 @@ from unclip.data.loader import DataConfig, open_data
 from unclip.diffusion.losses import LossConfig
 from unclip.diffusion.schedules import Schedule, ScheduleConfig
 from unclip.models.unclip.upsampler import Upsampler, UpsamplerConfig
-from unclip.training.codec import AdversarialCodec, CodecLoss
+from unclip.training.codec import fit_codec
 from unclip.training.fit import FitConfig, fit
 from unclip.training.last_step import LastStep, LastStepConfig, load_upsampler
 from unclip.training.launch import Run, launch
 from unclip.training.losses import UpsamplerLoss
 from unclip.training.optim import OptimConfig
-from unclip.training.preview import codec_preview, upsampler_preview
+from unclip.training.preview import upsampler_preview
 
 
 @config
@@ -76,35 +76,18 @@ def main(run: Run[UpsamplerTraining]) -> None:
 
 def fit_last_step(upsampler: Upsampler, last: LastStepConfig, run: Run[UpsamplerTraining]) -> None:
     """Train the U-Net of the last step, which starts as a copy of the first one."""
-    config, adversarial = run.config, last.adversarial
     if run.init:
         load_upsampler(upsampler, run.init)
         run = replace(run, init=None)
     elif not (run.resume or run.dry_run):
         raise ValueError("last starts from a trained upsampler; give --init")
-    step = LastStep(upsampler, Schedule(config.schedule), config.corruption, last.steps)
-    model = AdversarialCodec(step, adversarial).to(run.device) if adversarial else step
-    features = last.perceptual and last.perceptual.features(run.device)
-    loss = CodecLoss(step, {}, features, last.perceptual, adversarial)
+    schedule = run.config.schedule
+    step = LastStep(upsampler, Schedule(schedule), run.config.corruption, last.steps)
 
-    def trained(model: Any) -> LastStep:
-        return model.codec if adversarial else model
+    def export(step: LastStep, folder: Path) -> None:
+        save_component(step.upsampler, folder, schedule=schedule)
 
-    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
-    fit(
-        model,
-        loss,
-        open_data(config.data, captions_needed=False),
-        config.fit,
-        config.optim,
-        run=run,
-        val_loader=val_loader,
-        preview=codec_preview(trained, val_loader) if val_loader else None,
-        export=lambda model, folder: save_component(
-            trained(model).upsampler, folder, schedule=config.schedule
-        ),
-        before_step=loss.before_step,
-    )
+    fit_codec(step, run, export, last.perceptual, last.adversarial)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The loss of image codecs: reconstruction, annealed weights, perceptual and adversarial terms."""
+"""Training of image codecs: reconstruction, annealed weights, perceptual and adversarial terms."""
 
 # B batch, C channels, H W image, h w feature map
 
@@ -18,9 +18,14 @@ from torch.func import functional_call
 from unclip.checkpoints.folders import locate
 from unclip.clip import CLIP
 from unclip.config import PositiveInt, config
+from unclip.data.loader import open_data
 from unclip.models.codecs.codec import LossTerms, Reconstructor
 from unclip.models.codecs.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_loss
 from unclip.training import sharding
+from unclip.training.fit import fit
+from unclip.training.launch import Run
+from unclip.training.preview import codec_preview
+from unclip.training.saving import Export
 
 # images (B, 3, H, W) in [-1, 1] -> feature maps (B, C, h, w)
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -136,6 +141,38 @@ class CodecLoss:
             loss = loss + started * (hinge - self.adversarial.weight * weight * score)
             logged |= {"score": score.detach(), "hinge": hinge.detach()}
         return {"loss": loss, **logged}
+
+
+def fit_codec(
+    codec: Reconstructor,
+    run: Run[Any],
+    export: Export,
+    perceptual: PerceptualConfig | None,
+    adversarial: AdversarialConfig | None,
+    anneal: Mapping[str, Annealing] | None = None,
+) -> None:
+    """Train a codec on the data of a run; export: writes the codec, without its discriminator."""
+    config = run.config
+    features = perceptual and perceptual.features(run.device)
+    loss = CodecLoss(codec, anneal or {}, features, perceptual, adversarial)
+    model = AdversarialCodec(codec, adversarial).to(run.device) if adversarial else codec
+
+    def trained(model: Any) -> Any:
+        return model.codec if adversarial else model
+
+    val_loader = open_data(config.val_data, captions_needed=False) if config.val_data else None
+    fit(
+        model,
+        loss,
+        open_data(config.data, captions_needed=False),
+        config.fit,
+        config.optim,
+        run=run,
+        val_loader=val_loader,
+        preview=codec_preview(trained, val_loader) if val_loader else None,
+        export=lambda model, folder: export(trained(model), folder),
+        before_step=loss.before_step,
+    )
 
 
 def perceptual_distance(features: Features, images: Tensor, target: Tensor) -> Tensor:
