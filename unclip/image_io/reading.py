@@ -28,6 +28,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Grey of 16 bits is scaled to 8 bits. A PIL image of mode I, as Image.fromarray makes of an int32
     array, has 8 bits if no value is above 255, else 16.
+
     Raises FileNotFoundError, or ValueError if the file is not an image of one of `FORMATS`, is
     damaged, or takes more than `MAX_DECODED` bytes in memory.
     """
